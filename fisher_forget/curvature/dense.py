@@ -1,0 +1,83 @@
+"""Dense structure: the full matrix, for small models and as the oracle of every other structure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fisher_forget.curvature.operator import Spectral
+from fisher_forget.curvature.tape import Record, Tape
+from fisher_forget.errors import CurvatureError
+from fisher_forget.params import Params, flatten, size, unflatten
+
+LARGEST = 20_000  # parameters; the eigendecomposition holds three such matrices
+KEY = "all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense(Spectral):
+    """B = Q diag(eigenvalues) Q^T over all parameters at once.
+
+    Attributes:
+        basis: Q [d, d].
+        like: Parameters that give names, order and shapes.
+    """
+
+    basis: Tensor
+    like: Params
+
+    def rotate(self, v: Mapping[str, Tensor]) -> Params:
+        return {KEY: self.basis.T @ flatten({name: v[name] for name in self.like})}
+
+    def unrotate(self, z: Mapping[str, Tensor]) -> Params:
+        return unflatten(self.basis @ z[KEY], self.like)
+
+    def diagonal(self) -> Params:
+        return unflatten((self.basis.square() * self.spectrum()[KEY]).sum(1), self.like)
+
+    def matrix(self) -> Tensor:
+        """B + tau I [d, d]."""
+        return (self.basis * self.spectrum()[KEY]) @ self.basis.T
+
+
+def from_matrix(matrix: Tensor, like: Params) -> Dense:
+    """Eigendecompose a symmetric positive semi-definite matrix [d, d]."""
+    eigenvalues, basis = torch.linalg.eigh((matrix + matrix.T) / 2)
+    return Dense(eigenvalues={KEY: eigenvalues.clamp(min=0)}, basis=basis, like=like)
+
+
+class DenseSum:
+    """Accumulates sum_n J_n^T H_n J_n [d, d].
+
+    Raises:
+        CurvatureError: If the model is too large for a d x d matrix.
+    """
+
+    passes = 1
+
+    def __init__(self, tape: Tape) -> None:
+        self.like = {name: p.detach() for name, p in tape.params.items()}
+        d = size(self.like)
+        if d > LARGEST:
+            raise CurvatureError(
+                f"a dense curvature of {d:,} parameters ({d * d * 4 / 2**30:.0f} GiB)",
+                f"at most {LARGEST:,} parameters",
+                "Use structure='ekfac' or 'diagonal', or choose fewer parameters with subset=.",
+            )
+        first = next(iter(self.like.values()))
+        self.sums = torch.zeros(d, d, dtype=first.dtype, device=first.device)
+
+    def add(self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool) -> None:
+        each = record.per_sample(column, grads)
+        rows = torch.cat([value.flatten(1) for value in each.values()], 1)
+        self.sums.addmm_(rows.T, rows)
+
+    def end_pass(self) -> None:
+        """One pass is all a dense matrix needs."""
+
+    def result(self, count: float) -> Dense:
+        """The mean over `count` scored positions."""
+        return from_matrix(self.sums / count, self.like)

@@ -1,0 +1,54 @@
+"""Kinds of curvature: which vectors are back-propagated from the outputs.
+
+Every kind yields columns S of the outputs' shape with sum_k E[S_k S_k^T] = H_n per sample, or r_n r_n^T for the
+empirical Fisher, which is *not* the Fisher (Kunstner et al. 2019, arXiv:1905.12558) and vanishes at interpolation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fisher_forget.errors import CurvatureError
+from fisher_forget.likelihood import Likelihood
+
+Kind = Literal["auto", "exact", "sketch", "sampled", "empirical"]
+EXACT_UP_TO = 16  # "auto": exact where that needs no more columns than this, else one sketch
+
+
+def choose(kind: Kind, columns: int) -> Kind:
+    """Resolve "auto" by the number of exact columns.
+
+    Raises:
+        CurvatureError: If there is no such kind.
+    """
+    if kind not in get_args(Kind):
+        raise CurvatureError(f"kind={kind!r}", f"one of {get_args(Kind)}", "Pass one of these names.")
+    if kind != "auto":
+        return kind
+    return "exact" if columns <= EXACT_UP_TO else "sketch"
+
+
+def columns(
+    kind: Kind, likelihood: Likelihood, outputs: Tensor, targets: Tensor, draws: int, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """The columns of one chunk.
+
+    Args:
+        kind: Resolved by `choose`.
+        outputs: Detached outputs [N, ...].
+        targets: Targets [N, ...]; only the empirical kind reads labels, the others only what is ignored.
+        draws: Columns of the random kinds.
+        generator: Stream of the random kinds, consumed sample after sample.
+    """
+    if kind == "exact":
+        yield from likelihood.columns(outputs, targets)
+    elif kind == "sketch":
+        yield from likelihood.sketch(outputs, draws, generator, targets)
+    elif kind == "sampled":
+        yield from likelihood.sampled(outputs, draws, generator, targets)
+    else:
+        yield likelihood.residual(outputs, targets)

@@ -1,0 +1,213 @@
+"""Kronecker structure with eigenvalue correction (EKFAC; George et al. 2018, arXiv:1806.03884).
+
+For a layer with matrix M = [W b] of shape [O, I], the basis is Q_row (x) Q_col from the second moments of the output
+gradients and of the inputs (with a 1 for the bias), in the *expand* convention for shared weights (Eschenhagen et al.
+2023, arXiv:2311.00636). The eigenvalues are then corrected to the exact diagonal in that basis,
+
+    Lambda_ij = sum_n (Q_row^T M_n Q_col)_ij^2 / N,   M_n the gradient of sample n,
+
+the best diagonal in Frobenius norm. Any orthonormal basis keeps this an unbiased trace; a side that is one-hot or too
+large keeps the standard basis. Parameters that are not in a matrix get the exact diagonal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fisher_forget.curvature.diagonal import Diagonal
+from fisher_forget.curvature.layers import MatrixRule
+from fisher_forget.curvature.operator import BlockDiagonal, Spectral, symmetric_basis
+from fisher_forget.curvature.tape import Group, Record, Tape
+from fisher_forget.params import Params
+
+KEY = "matrix"
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """How a layer's parameters are laid out as one matrix [O, I (+ 1)]."""
+
+    rule: MatrixRule
+    weight: str
+    bias: str | None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    def join(self, v: Mapping[str, Tensor]) -> Tensor:
+        """[..., O, I (+ 1)] from parameters with any leading dimensions."""
+        matrix = self.rule.to_matrix(v[self.weight])
+        return matrix if self.bias is None else torch.cat([matrix, v[self.bias].unsqueeze(-1)], -1)
+
+    def part(self, matrix: Tensor) -> Params:
+        """Inverse of `join`."""
+        if self.bias is None:
+            return {self.weight: self.rule.from_matrix(matrix)}
+        return {self.weight: self.rule.from_matrix(matrix[..., :-1]), self.bias: matrix[..., -1]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kronecker(Spectral):
+    """One layer: B = (Q_row (x) Q_col) diag(Lambda) (Q_row (x) Q_col)^T; `None` stands for the standard basis.
+
+    Attributes:
+        layout: The layer's matrix.
+        row: Q_row [O, O] or `None`.
+        col: Q_col [I, I] or `None`.
+    """
+
+    layout: Matrix
+    row: Tensor | None
+    col: Tensor | None
+
+    def rotate(self, v: Mapping[str, Tensor]) -> Params:
+        return {KEY: turn(self.layout.join(v), self.row, self.col)}
+
+    def unrotate(self, z: Mapping[str, Tensor]) -> Params:
+        m = z[KEY] if self.row is None else self.row @ z[KEY]
+        return self.layout.part(m if self.col is None else m @ self.col.T)
+
+    def diagonal(self) -> Params:
+        m = self.spectrum()[KEY]
+        m = m if self.row is None else self.row.square() @ m
+        return self.layout.part(m if self.col is None else m @ self.col.square().T)
+
+
+def turn(matrix: Tensor, row: Tensor | None, col: Tensor | None) -> Tensor:
+    """Q_row^T M Q_col."""
+    m = matrix if row is None else row.T @ matrix
+    return m if col is None else m @ col
+
+
+class EkfacSum:
+    """Accumulates the second moments in a first pass over the data and Lambda in a second."""
+
+    passes = 2
+
+    def __init__(self, tape: Tape) -> None:
+        self.params = {name: p.detach() for name, p in tape.params.items()}
+        self.layouts: dict[str, Matrix] = {}
+        self.moments: dict[str, list[Tensor | None]] = {}
+        self.bases: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+        self.lambdas: Params = {}
+        self.rest: Params = {name: torch.zeros_like(p) for name, p in self.params.items()}
+        self._pending: dict[str, tuple[Tensor, Tensor]] = {}
+        self._pass = 0
+
+    def add(self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool) -> None:
+        if self._pass == 0:
+            self._add_moments(record, grads, last)
+        else:
+            self._add_lambdas(record, column, grads, last)
+
+    def end_pass(self) -> None:
+        """After the first pass: eigendecompose the sides, and make room for Lambda."""
+        self._pass += 1
+        if self._pass > 1:
+            return
+        for weight, (row, col) in self.moments.items():
+            self.bases[weight] = (
+                None if row is None else symmetric_basis(row),
+                None if col is None else symmetric_basis(col),
+            )
+            layout = self.layouts[weight]
+            self.lambdas[weight] = torch.zeros_like(layout.join(self.params))
+            for name in layout.names:
+                self.rest.pop(name, None)
+
+    def _add_moments(self, record: Record, grads: Sequence[Tensor | None], last: bool) -> None:
+        for group in record.groups():
+            layout = self._layout(group)
+            if layout is None:
+                continue
+            moment = self.moments.setdefault(layout.weight, [None, None])
+            for call in group.calls:
+                use, g = record.uses[call], grads[call]
+                rule = use.block.rule
+                if g is None or not isinstance(rule, MatrixRule):
+                    continue
+                row = rule.row_covariance(use.a, g)
+                moment[0] = row if moment[0] is None else moment[0].add_(row) if row is not None else moment[0]
+                if last:
+                    moment[1] = _plus(moment[1], self._column(rule, layout, use.a, g))
+
+    def _column(self, rule: MatrixRule, layout: Matrix, a: Tensor, g: Tensor) -> Tensor:
+        cov, total, count = rule.column_covariance(a, g)
+        if layout.bias is None:
+            return cov
+        corner = total.new_full((1,), count)
+        return torch.cat([torch.cat([cov, total[:, None]], 1), torch.cat([total, corner])[None]], 0)
+
+    def _layout(self, group: Group) -> Matrix | None:
+        """Weight and bias share a matrix where every call of the group uses both; else the weight stands alone."""
+        matrices = [u.block for u in group.uses if isinstance(u.block.rule, MatrixRule) and "weight" in u.block.names]
+        if not matrices:
+            return None
+        weight = matrices[0].names["weight"]
+        if weight not in self.layouts:
+            same = all(u.block.names == matrices[0].names for u in group.uses)
+            rule = matrices[0].rule
+            assert isinstance(rule, MatrixRule)
+            self.layouts[weight] = Matrix(rule, weight, matrices[0].names.get("bias") if same else None)
+        return self.layouts[weight]
+
+    def _add_lambdas(self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool) -> None:
+        for group in record.groups():
+            layout = self._layout(group)
+            if layout is None or layout.weight not in self.bases:
+                self._square(group, grads, ())
+                continue
+            row, col = self.bases[layout.weight]
+            thin = group.rank_one(grads)
+            if thin is not None and set(layout.names) == set(group.names):
+                a, g = thin
+                g = g if row is None else g @ row
+                if layout.weight in self._pending:
+                    self._pending[layout.weight][1].addcmul_(g, g)
+                else:
+                    self._pending[layout.weight] = (a, g * g)
+                continue
+            for piece in group.pieces(grads):
+                if all(name in piece for name in layout.names):
+                    self.lambdas[layout.weight] += turn(layout.join(piece), row, col).square().sum(0)
+            self._square(group, grads, layout.names)
+        if record.tape.stray:
+            for name, value in record.tape.functional(record.batch, column).items():
+                self.rest[name] += value.square().sum(0)
+        if last:
+            for weight, (a, squares) in self._pending.items():
+                if self.layouts[weight].bias is not None:
+                    a = torch.cat([a, a.new_ones(len(a), 1)], 1)
+                col = self.bases[weight][1]
+                a = a if col is None else a @ col
+                self.lambdas[weight].addmm_(squares.T, a * a)
+            self._pending.clear()
+
+    def _square(self, group: Group, grads: Sequence[Tensor | None], done: tuple[str, ...]) -> None:
+        """The exact diagonal of the group's other parameters."""
+        if set(group.names) <= set(done):
+            return
+        for piece in group.pieces(grads):
+            for name, value in piece.items():
+                if name not in done:
+                    self.rest[name] += value.square().sum(0)
+
+    def result(self, count: float) -> BlockDiagonal:
+        """The mean over `count` scored positions."""
+        parts: list[tuple[tuple[str, ...], Spectral]] = []
+        for weight, total in self.lambdas.items():
+            row, col = self.bases[weight]
+            layout = self.layouts[weight]
+            parts.append((layout.names, Kronecker(eigenvalues={KEY: total / count}, layout=layout, row=row, col=col)))
+        if self.rest:
+            parts.append((tuple(self.rest), Diagonal({name: total / count for name, total in self.rest.items()})))
+        return BlockDiagonal(tuple(parts))
+
+
+def _plus(total: Tensor | None, value: Tensor) -> Tensor:
+    return value if total is None else total.add_(value)

@@ -1,0 +1,311 @@
+"""The tape: one forward pass that records what every layer saw, and per-sample gradients read off it.
+
+Backward passes stop at the layer *outputs* (autograd.grad on recorded gradient edges), so weight gradients are never
+formed by autograd. Before any work the tape is verified on a few samples of the user's own data: a layer whose rule
+does not reproduce autograd's per-sample gradients (a weight used outside its module, merged batch dimensions, a
+patched forward) has its parameters moved to the torch.func fallback, so the result is exact either way.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from fisher_forget import params as P
+from fisher_forget.curvature.layers import LinearRule, Rule, rule_for
+from fisher_forget.data.batches import Batch
+from fisher_forget.errors import ModelError
+from fisher_forget.params import Params
+
+PROBE = 3  # samples on which rules are compared with autograd
+PIECE_BYTES = 4 << 20  # per-sample gradients formed at once; about the size of the outer cache
+TOLERANCE = 1e-3  # relative, float32; a wrong rule is wrong by its own size
+
+
+@dataclass
+class Use:
+    """One call of a layer: which block it feeds, its input, and where its output gradient can be read."""
+
+    block: Block
+    a: Tensor
+    edge: GradientEdge
+    version: int
+
+
+@dataclass(eq=False)
+class Block:
+    """The parameters of one layer: canonical names by local name ("weight", "bias")."""
+
+    rule: Rule
+    names: dict[str, str]
+
+    def per_sample(self, a: Tensor, g: Tensor) -> Params:
+        """Gradients [N, *shape] by canonical name, for the parameters that are asked for."""
+        found = self.rule.per_sample(a, g)
+        return {self.names[local]: value for local, value in found.items() if local in self.names}
+
+
+@dataclass
+class Record:
+    """What one forward pass saw."""
+
+    tape: Tape
+    batch: Batch
+    outputs: Tensor
+    uses: list[Use]
+    _groups: list[Group] | None = None
+
+    def pull(self, column: Tensor) -> list[Tensor | None]:
+        """Gradients of <column, outputs> at the output of every recorded layer call."""
+        if not self.uses:
+            return []
+        edges = [use.edge for use in self.uses]
+        grads = torch.autograd.grad(self.outputs, edges, column, retain_graph=True, allow_unused=True)
+        return [None if g is None else _lead(g, len(self.batch)) for g in grads]
+
+    def groups(self) -> list[Group]:
+        """Layer calls that share parameters, together: the per-sample gradients of a tensor add over its uses."""
+        if self._groups is None:
+            by_name: dict[str, Group] = {}
+            for index, use in enumerate(self.uses):
+                merged = Group(self, [index], dict.fromkeys(use.block.names.values()))
+                for name in use.block.names.values():
+                    if (other := by_name.get(name)) is not None and other is not merged:
+                        merged = other.merge(merged)
+                by_name.update(dict.fromkeys(merged.names, merged))
+            self._groups = list({id(g): g for g in by_name.values()}.values())
+        return self._groups
+
+    def per_sample(self, column: Tensor, grads: Sequence[Tensor | None]) -> Params:
+        """Every parameter's per-sample gradient of <column, outputs>: [N, *shape]."""
+        every = slice(0, len(self.batch))
+        total: Params = {}
+        for group in self.groups():
+            total.update(group.per_sample(grads, every))
+        if self.tape.stray:
+            total.update(self.tape.functional(self.batch, column))
+        for name, p in self.tape.params.items():
+            if name not in total:  # a parameter that this batch does not use
+                total[name] = p.new_zeros(len(self.batch), *p.shape)
+        return {name: total[name] for name in self.tape.params}
+
+
+@dataclass(eq=False)
+class Group:
+    """Calls (indices into `record.uses`) that share parameters, and the canonical names of those parameters."""
+
+    record: Record
+    calls: list[int]
+    names: dict[str, None]
+
+    def merge(self, other: Group) -> Group:
+        self.calls = sorted({*self.calls, *other.calls})
+        self.names.update(other.names)
+        return self
+
+    @property
+    def uses(self) -> list[Use]:
+        return [self.record.uses[i] for i in self.calls]
+
+    def rank_one(self, grads: Sequence[Tensor | None]) -> tuple[Tensor, Tensor] | None:
+        """a [N, I] and g [N, O] where each sample's gradient is g a^T: a Linear layer called once, at one position."""
+        use, g = self.uses[0], grads[self.calls[0]]
+        if len(self.calls) > 1 or g is None or type(use.block.rule) is not LinearRule or use.a.dim() != 2:
+            return None
+        return use.a, g
+
+    def per_sample(self, grads: Sequence[Tensor | None], rows: slice) -> Params:
+        """Per-sample gradients [rows, *shape] of this group's parameters."""
+        total: Params = {}
+        for call in self.calls:
+            use, g = self.record.uses[call], grads[call]
+            if g is None:
+                continue
+            for name, value in use.block.per_sample(use.a[rows], g[rows]).items():
+                total[name] = total[name] + value if name in total else value
+        return total
+
+    def pieces(self, grads: Sequence[Tensor | None]) -> Iterator[Params]:
+        """`per_sample` over runs of samples short enough that the gradients stay in cache."""
+        each = 4 * sum(self.record.tape.params[name].numel() for name in self.names)
+        step, total = max(1, PIECE_BYTES // each), len(self.record.batch)
+        for start in range(0, total, step):
+            yield self.per_sample(grads, slice(start, min(start + step, total)))
+
+
+def _lead(x: Tensor, size: int) -> Tensor:
+    """Give a tensor a leading sample dimension: [B T, ...] becomes [B, T, ...] (checked by the verification)."""
+    if x.dim() and len(x) != size and len(x) % size == 0:
+        return x.unflatten(0, (size, -1))
+    return x
+
+
+class Tape:
+    """Records forward passes of a private copy of a model.
+
+    Args:
+        model: The user's model; it is copied, never touched.
+        subset: Name patterns of the parameters wanted; `None` for all with requires_grad.
+    """
+
+    def __init__(self, model: nn.Module, subset: str | tuple[str, ...] | None = None) -> None:
+        wanted = set(P.trainable(model, subset))
+        self.model = copy.deepcopy(model).eval()
+        for name, p in self.model.named_parameters():
+            p.requires_grad_(name in wanted)
+            p.grad = None
+        self.params: Params = {n: p for n, p in self.model.named_parameters() if n in wanted}
+        self.blocks: list[Block] = []
+        self.stray: tuple[str, ...] = ()
+        self._uses: list[Use] = []
+        self._size = 0
+        self._recording = False
+        self._vectorised = True
+        self._attach()
+
+    def _attach(self) -> None:
+        canonical = {id(p): name for name, p in self.params.items()}
+        for module in self.model.modules():
+            local = {n: canonical[id(p)] for n, p in module.named_parameters(recurse=False) if id(p) in canonical}
+            rule = rule_for(module) if local else None
+            if rule is None:
+                continue
+            block = Block(rule, local)
+            self.blocks.append(block)
+            module.register_forward_pre_hook(self._widen)
+            module.register_forward_hook(self._recorder(block))
+        covered = {name for block in self.blocks for name in block.names.values()}
+        self.stray = tuple(name for name in self.params if name not in covered)
+
+    def _widen(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """A layer fed once for the whole batch (position ids [1, T]) is fed once per sample, so gradients stay apart."""
+        if self._recording and args and isinstance(args[0], Tensor) and self._size > 1:
+            x = args[0]
+            if x.dim() > 1 and len(x) == 1:
+                return (x.expand(self._size, *x.shape[1:]), *args[1:])
+        return None
+
+    def _recorder(self, block: Block) -> Any:
+        def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if self._recording and isinstance(output, Tensor) and output.requires_grad:
+                a = args[0].detach()
+                self._uses.append(Use(block, a, get_gradient_edge(output), a._version))
+
+        return record
+
+    def run(self, batch: Batch) -> Record:
+        """One forward pass over a chunk."""
+        self._uses, self._size, self._recording = [], len(batch), True
+        try:
+            with torch.enable_grad():
+                outputs = P.call(self.model, {}, batch.args, batch.kwargs)
+        finally:
+            self._recording = False
+        uses, self._uses = self._uses, []
+        for use in uses:
+            if use.a._version != use.version:
+                raise ModelError(
+                    f"a {type(use.block.rule.module).__name__} whose input is overwritten in place after its forward",
+                    "inputs that stay as they were until backward",
+                    "Replace the in-place operation on that tensor.",
+                )
+            use.a = _lead(use.a, len(batch))
+        return Record(self, batch, outputs, uses)
+
+    def functional(self, batch: Batch, column: Tensor) -> Params:
+        """Per-sample gradients of the stray parameters by torch.func; sample by sample where vmap can't trace."""
+        stray = {name: self.params[name].detach() for name in self.stray}
+
+        def outputs(theta: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            return P.call(self.model, theta, args, kwargs)
+
+        def one(args: tuple[Any, ...], kwargs: dict[str, Any], v: Tensor) -> Params:
+            args, kwargs = _batched((args, kwargs))
+            _, pull = torch.func.vjp(lambda theta: outputs(theta, args, kwargs)[0], stray)
+            return pull(v)[0]  # type: ignore[no-any-return]
+
+        if self._vectorised:
+            try:
+                dims = torch.utils._pytree.tree_map(
+                    lambda x: 0 if isinstance(x, Tensor) and x.dim() and len(x) == len(batch) else None,
+                    (batch.args, batch.kwargs),
+                )
+                with torch.no_grad():
+                    return torch.func.vmap(one, in_dims=(*dims, 0))(batch.args, batch.kwargs, column)  # type: ignore[no-any-return]
+            except (RuntimeError, ModelError):
+                self._vectorised = False  # data-dependent control flow: the loop below is slower and always right
+        with torch.no_grad():
+            each = [one(*_unbatched(b), column[i]) for i, b in enumerate(batch.chunks(1))]
+        return {name: torch.stack([e[name] for e in each]) for name in stray}
+
+    def verify(self, batch: Batch) -> None:
+        """Compare with autograd, one sample at a time, and move what disagrees to the fallback.
+
+        Raises:
+            ModelError: If a sample's output depends on the others in its batch.
+        """
+        probe = next(batch.chunks(PROBE))
+        record = self.run(probe)
+        generator = torch.Generator().manual_seed(0)
+        column = P.randn_like({"": record.outputs}, generator)[""]
+        reference: list[Params] = []
+        for index, single in enumerate(probe.chunks(1)):
+            out = P.call(self.model, {}, single.args, single.kwargs)
+            scale = max(float(record.outputs.detach().abs().max()), 1e-3)
+            if float((out[0] - record.outputs[index]).detach().abs().max()) > TOLERANCE * scale:
+                raise ModelError(
+                    "a model whose output for a sample depends on the other samples of its batch, or on chance",
+                    "one output a sample, the same at every call",
+                    "Call model.eval(), and remove what mixes samples (batch statistics) or draws random numbers.",
+                )
+            grads = torch.autograd.grad(out[0], list(self.params.values()), column[index], allow_unused=True)
+            reference.append({n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(self.params.items(), grads, strict=True)})
+        stray = set(self.stray)
+        self.stray = ()
+        try:
+            found = self._checked(record, column)
+        finally:
+            self.stray = tuple(stray)
+        for name in self.params:
+            truth = torch.stack([r[name] for r in reference])
+            size = max(float(truth.abs().max()), 1e-12)
+            if name not in found or found[name].shape != truth.shape or float((found[name] - truth).abs().max()) > TOLERANCE * size:
+                stray.add(name)
+        self._drop(stray)
+
+    def _checked(self, record: Record, column: Tensor) -> Params:
+        """Rule gradients of the probe; a rule that fails outright contributes a shape that matches nothing."""
+        total: Params = {}
+        for use, g in zip(record.uses, record.pull(column), strict=True):
+            try:
+                found = use.block.per_sample(use.a, g) if g is not None else {}
+            except (RuntimeError, ValueError, IndexError):
+                found = {name: torch.zeros(()) for name in use.block.names.values()}
+            for name, value in found.items():
+                total[name] = total[name] + value if name in total else value
+        for name, p in self.params.items():
+            if name not in total:
+                total[name] = p.new_zeros(len(record.batch), *p.shape)
+        return total
+
+    def _drop(self, stray: set[str]) -> None:
+        """Take parameters away from their rules."""
+        self.stray = tuple(name for name in self.params if name in stray)
+        for block in self.blocks:
+            block.names = {local: name for local, name in block.names.items() if name not in stray}
+        self.blocks = [block for block in self.blocks if block.names]
+
+
+def _batched(tree: Any) -> Any:
+    return torch.utils._pytree.tree_map_only(Tensor, lambda x: x.unsqueeze(0), tree)
+
+
+def _unbatched(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    single = batch.map(lambda x: x[0] if x.dim() else x)
+    return single.args, single.kwargs

@@ -1,0 +1,120 @@
+"""Batches: how inputs and targets are taken out of what a loader yields, moved, cut into chunks and walked through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fisher_forget.errors import DataError
+
+TARGET_KEYS = ("labels", "label", "targets", "target", "y")
+Unpack = Callable[[Any], tuple[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Positional and keyword inputs of one forward call, and the targets; every tensor leads with the batch dim."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
+        """Apply `fn` to every tensor."""
+        args, kwargs, targets = pytree.tree_map_only(Tensor, fn, (self.args, self.kwargs, self.targets))
+        return Batch(args, kwargs, targets)
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
+        """Move to a device; floating inputs to `dtype`, so that a float64 model takes float32 data."""
+
+        def move(x: Tensor) -> Tensor:
+            return x.to(device, dtype) if dtype is not None and x.is_floating_point() else x.to(device)
+
+        return self.map(move)
+
+    def on(self, model: nn.Module) -> Batch:
+        """The batch on the model's device and in its floating-point type."""
+        first = next(model.parameters())
+        return self.to(first.device, first.dtype)
+
+    def chunks(self, size: int) -> Iterator[Batch]:
+        """Cut into pieces of at most `size` samples."""
+        total = len(self)
+        for start in range(0, total, size):
+            rows = slice(start, start + size)
+            yield self.map(lambda x, rows=rows: x[rows] if x.dim() and len(x) == total else x)
+
+    def take(self, rows: Tensor) -> Batch:
+        """The samples at `rows`."""
+        total = len(self)
+        return self.map(lambda x: x[rows.to(x.device)] if x.dim() and len(x) == total else x)
+
+
+def default_unpack(batch: Any) -> tuple[Any, Any]:
+    """(inputs, targets) of a tuple, list or dict.
+
+    A tuple or list gives its first two elements; further ones are ignored. A dict gives its target key
+    (`labels`, `label`, `targets`, `target` or `y`); a single remaining entry is passed to forward by position,
+    several by keyword.
+    """
+    if isinstance(batch, (tuple, list)) and len(batch) >= 2:
+        return batch[0], batch[1]
+    if isinstance(batch, dict) or (hasattr(batch, "keys") and hasattr(batch, "items")):
+        rest = dict(batch.items())
+        found = [key for key in TARGET_KEYS if key in rest]
+        if found:
+            targets = rest.pop(found[0])
+            return (next(iter(rest.values())) if len(rest) == 1 else rest), targets
+        raise DataError(
+            f"a dict batch with the keys {sorted(map(str, rest))}",
+            f"targets under one of {TARGET_KEYS}",
+            "Pass unpack=lambda batch: (inputs, targets).",
+        )
+    raise DataError(
+        f"a batch of type {type(batch).__name__}",
+        "a tuple or list (inputs, targets, ...) or a dict with a target key",
+        "Pass unpack=lambda batch: (inputs, targets).",
+    )
+
+
+def make_batch(raw: Any, unpack: Unpack | None = None) -> Batch:
+    """A `Batch` from what the loader yielded.
+
+    Raises:
+        DataError: If inputs or targets cannot be found, or their lengths differ.
+    """
+    try:
+        inputs, targets = (unpack or default_unpack)(raw)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"{type(error).__name__} from unpack: {error}",
+            "unpack(batch) to return (inputs, targets)",
+            "Correct the function given as unpack=.",
+        ) from error
+    targets = torch.as_tensor(targets)
+    if targets.dim() == 0:
+        targets = targets[None]
+    if hasattr(inputs, "keys") and hasattr(inputs, "items"):
+        args, kwargs = (), dict(inputs.items())
+    elif isinstance(inputs, (tuple, list)):
+        args, kwargs = tuple(inputs), {}
+    else:
+        args, kwargs = (inputs,), {}
+    lengths = {len(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()}
+    if len(targets) not in lengths:
+        raise DataError(
+            f"{len(targets)} targets for inputs of length {sorted(lengths)}",
+            "as many targets as inputs in every batch",
+            "Pass unpack=lambda batch: (inputs, targets).",
+        )
+    return Batch(args, kwargs, targets)

@@ -1,0 +1,209 @@
+"""Who is retained and who is forgotten.
+
+`forget_idx` indexes the training data set: `retain_loader.dataset`, or its base where that is a `Subset`. Forget
+samples that the loader would yield are left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler, Subset, TensorDataset
+from torch.utils.data import SubsetRandomSampler as IndexSampler
+from torch.utils.data import default_collate
+
+from fisher_forget.data.batches import Batch, Unpack, make_batch
+from fisher_forget.errors import FisherForgetWarning, SplitError
+
+Indices = NDArray[np.int64]
+Part = Literal["retain", "forget", "all"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """The training data set, cut into retained and forgotten samples.
+
+    Attributes:
+        base: The training data set that all indices refer to.
+        retain: Sorted indices of the retained samples D_r.
+        forget: Sorted indices of the forgotten samples D_f.
+    """
+
+    base: Dataset[Any]
+    retain: Indices
+    forget: Indices
+    batch_size: int = 256
+    collate: Any = field(default=default_collate, repr=False)
+    workers: int = 0
+    unpack: Unpack | None = field(default=None, repr=False)
+
+    def indices(self, part: Part) -> Indices:
+        """Sorted indices of a part."""
+        if part == "all":
+            return np.sort(np.concatenate([self.retain, self.forget]))
+        return self.retain if part == "retain" else self.forget
+
+    def batches(self, part: Part | Indices) -> Iterator[Batch]:
+        """Batches of a part (or of given indices) in index order, the same at every pass."""
+        chosen = self.indices(part) if isinstance(part, str) else part
+        if type(self.base) is TensorDataset and self.collate is default_collate:
+            # Indexing tensors directly is two orders of magnitude faster than collating single samples.
+            for start in range(0, len(chosen), self.batch_size):
+                rows = torch.from_numpy(chosen[start : start + self.batch_size])
+                yield make_batch([t[rows] for t in self.base.tensors], self.unpack)
+            return
+        loader: DataLoader[Any] = DataLoader(
+            Subset(self.base, chosen.tolist()),
+            batch_size=self.batch_size,
+            collate_fn=self.collate,
+            num_workers=self.workers,
+            generator=torch.Generator().manual_seed(0),  # leaves the global generator alone
+        )
+        for raw in loader:
+            yield make_batch(raw, self.unpack)
+
+    def steps(self, part: Part | Indices) -> int:
+        """Number of batches of a part."""
+        chosen = self.indices(part) if isinstance(part, str) else part
+        return -(-len(chosen) // self.batch_size)
+
+    def subset(self, retain: Indices) -> Split:
+        """The same split with fewer retained samples."""
+        return replace(self, retain=retain)
+
+    def __repr__(self) -> str:
+        return f"Split({len(self.retain)} retained, {len(self.forget)} forgotten)"
+
+    def fingerprint(self) -> str:
+        """Hash of who is retained and forgotten, and of a few samples of the data itself."""
+        digest = hashlib.sha256()
+        digest.update(self.retain.tobytes() + b"|" + self.forget.tobytes())
+        every = self.indices("all")
+        probe = every[np.unique(np.linspace(0, len(every) - 1, 16).astype(int))]
+        for leaf in pytree.tree_leaves([self.base[int(i)] for i in probe]):
+            digest.update(leaf.detach().cpu().numpy().tobytes() if isinstance(leaf, Tensor) else repr(leaf).encode())
+        return digest.hexdigest()[:16]
+
+
+def resolve(
+    retain_loader: DataLoader[Any] | Dataset[Any],
+    forget_idx: Sequence[int] | Indices | Tensor | range,
+    *,
+    unpack: Unpack | None = None,
+    allow_empty: bool = False,
+) -> Split:
+    """The `Split` that a loader and a list of indices describe.
+
+    Args:
+        retain_loader: A loader over the training data set, or over a `Subset` of it. A bare data set works too.
+        forget_idx: Distinct indices into the training data set.
+        unpack: Takes (inputs, targets) out of a batch; see `default_unpack`.
+        allow_empty: Accept an empty `forget_idx`, for control runs.
+
+    Raises:
+        SplitError: If the data set has no length, or `forget_idx` is empty, everything, duplicated, negative, out of
+            range or not made of integers.
+    """
+    loader = retain_loader if isinstance(retain_loader, DataLoader) else None
+    data: Any = retain_loader.dataset if isinstance(retain_loader, DataLoader) else retain_loader
+    if isinstance(data, torch.utils.data.IterableDataset) or not hasattr(data, "__len__"):
+        raise SplitError(
+            f"a data set of type {type(data).__name__} without length",
+            "a map-style data set, whose samples have an index",
+            "Read the samples into a list or a TensorDataset first: without an index no one can say who is forgotten.",
+        )
+    base, members = _unnest(data)
+    if loader is not None:
+        members = _sampled(loader, members)
+    forget = _validated(forget_idx, len(base), allow_empty)
+    retain = np.setdiff1d(members, forget)
+    if not len(retain):
+        raise SplitError(
+            "a forget_idx that leaves no retained sample in the loader",
+            "at least one retained sample",
+            "To forget everything, train a new model.",
+        )
+    _warn_if_random(base, retain)
+    if loader is None:
+        return Split(base, retain, forget, unpack=unpack)
+    return Split(base, retain, forget, loader.batch_size or 256, loader.collate_fn, loader.num_workers, unpack)
+
+
+def _unnest(data: Any) -> tuple[Any, Indices]:
+    """The base of nested `Subset`s, and which of its samples they hold."""
+    members = np.arange(len(data))
+    while isinstance(data, Subset):
+        members = np.asarray(data.indices, dtype=np.int64)[members]
+        data = data.dataset
+    return data, np.unique(members).astype(np.int64)
+
+
+def _sampled(loader: DataLoader[Any], members: Indices) -> Indices:
+    sampler = loader.sampler
+    if isinstance(sampler, IndexSampler):
+        full = np.arange(len(members)) if not isinstance(loader.dataset, Subset) else members
+        return np.unique(full[np.asarray(list(sampler.indices), dtype=np.int64)])
+    plain = isinstance(sampler, SequentialSampler) or (isinstance(sampler, RandomSampler) and not sampler.replacement)
+    if not plain:
+        warnings.warn(
+            f"The loader's sampler ({type(sampler).__name__}) is ignored: every sample of the data set counts once.",
+            FisherForgetWarning,
+            stacklevel=4,
+        )
+    if loader.drop_last and loader.batch_size and len(members) % loader.batch_size:
+        warnings.warn(
+            "The loader has drop_last=True: a different set of samples would be dropped at each pass. "
+            "All of them are used here; build the loader without drop_last to silence this.",
+            FisherForgetWarning,
+            stacklevel=4,
+        )
+    return members
+
+
+def _validated(forget_idx: Any, total: int, allow_empty: bool) -> Indices:
+    where = f"indices into the training data set of {total} samples"
+    raw = forget_idx.detach().cpu().numpy() if isinstance(forget_idx, Tensor) else np.asarray(list(forget_idx))
+    if raw.size == 0:
+        if allow_empty:
+            return np.zeros(0, dtype=np.int64)
+        raise SplitError("an empty forget_idx", where, "Name at least one sample to forget.")
+    if raw.ndim != 1 or raw.dtype.kind not in "iu":
+        fix = "For a boolean mask pass np.flatnonzero(mask)." if raw.dtype.kind == "b" else "Pass a flat list of int."
+        raise SplitError(f"forget_idx with dtype {raw.dtype} and shape {raw.shape}", where, fix)
+    forget = raw.astype(np.int64)
+    if forget.min() < 0:
+        raise SplitError(f"the negative index {forget.min()} in forget_idx", where, "Count from the start: 0 is first.")
+    if forget.max() >= total:
+        fix = "If the loader holds a copy of the retained samples, give it the full data set or a Subset of it."
+        raise SplitError(f"the index {forget.max()} in forget_idx", f"{where} (0 to {total - 1})", fix)
+    values, times = np.unique(forget, return_counts=True)
+    if len(values) < len(forget):
+        twice = values[times > 1][:5].tolist()
+        raise SplitError(f"forget_idx that repeats {twice}", where + ", each once", "Remove the duplicates.")
+    if len(values) == total:
+        raise SplitError("a forget_idx that names every sample", where, "To forget everything, train a new model.")
+    return values
+
+
+def _warn_if_random(base: Any, retain: Indices) -> None:
+    """Two reads of the same samples must agree, or every pass would see other data."""
+    for index in retain[:4]:
+        first, second = pytree.tree_leaves(base[int(index)]), pytree.tree_leaves(base[int(index)])
+        pairs = zip(first, second, strict=False)
+        if any(isinstance(a, Tensor) and not torch.equal(a, b) for a, b in pairs):
+            warnings.warn(
+                f"Sample {index} differs between two reads: the data set augments at random, so each pass sees other "
+                "data. Pass the training data set without its augmentation.",
+                FisherForgetWarning,
+                stacklevel=4,
+            )
+            return

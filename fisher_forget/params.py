@@ -1,0 +1,152 @@
+"""Params = dict[str, Tensor]: arithmetic on named parameters, and functional calls into a model.
+
+Names are those of `model.named_parameters()`: a tensor that two modules share appears once, under its first name.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fisher_forget.errors import ModelError
+
+Params = dict[str, Tensor]
+
+
+def trainable(model: nn.Module, subset: str | tuple[str, ...] | None = None) -> Params:
+    """The parameters with `requires_grad`, optionally only those whose name matches a pattern.
+
+    Args:
+        model: Any module.
+        subset: Shell-style pattern or patterns (`"head.*"`); `None` keeps all.
+
+    Raises:
+        ModelError: If nothing is left.
+    """
+    patterns = (subset,) if isinstance(subset, str) else subset
+    every = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = {
+        name: p for name, p in every.items() if patterns is None or any(fnmatchcase(name, pat) for pat in patterns)
+    }
+    if not found:
+        if every:
+            raise ModelError(
+                f"no parameter that matches {patterns!r}", f"a pattern for some of {list(every)}", "Correct `subset`."
+            )
+        raise ModelError(
+            "a model without trainable parameters",
+            "at least one parameter with requires_grad=True",
+            "Unfreeze the parameters that were trained.",
+        )
+    return found
+
+
+def detached(params: Mapping[str, Tensor]) -> Params:
+    """A detached copy that shares no memory with the model."""
+    return {name: p.detach().clone() for name, p in params.items()}
+
+
+def load(model: nn.Module, params: Mapping[str, Tensor]) -> nn.Module:
+    """A deep copy of `model` whose named parameters hold `params`."""
+    twin = copy.deepcopy(model)
+    own = dict(twin.named_parameters())
+    with torch.no_grad():
+        for name, value in params.items():
+            own[name].copy_(value)
+    twin.zero_grad(set_to_none=True)
+    return twin
+
+
+def map_params(fn: Callable[..., Tensor], first: Mapping[str, Tensor], *rest: Mapping[str, Tensor]) -> Params:
+    """Apply `fn` name by name."""
+    return {name: fn(value, *(r[name] for r in rest)) for name, value in first.items()}
+
+
+def add(a: Mapping[str, Tensor], b: Mapping[str, Tensor], alpha: float = 1.0) -> Params:
+    """a + alpha b."""
+    return map_params(lambda x, y: torch.add(x, y, alpha=alpha), a, b)
+
+
+def scale(a: Mapping[str, Tensor], c: float) -> Params:
+    """c a."""
+    return map_params(lambda x: x * c, a)
+
+
+def zeros_like(a: Mapping[str, Tensor]) -> Params:
+    """A zero of the same shapes."""
+    return map_params(torch.zeros_like, a)
+
+
+def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    """Inner product, accumulated in float64."""
+    return math.fsum(float(torch.sum(x.double() * b[name].double())) for name, x in a.items())
+
+
+def norm(a: Mapping[str, Tensor]) -> float:
+    """Euclidean norm over all parameters together."""
+    return math.sqrt(dot(a, a))
+
+
+def size(a: Mapping[str, Tensor]) -> int:
+    """Number of scalars d."""
+    return sum(x.numel() for x in a.values())
+
+
+def finite(a: Mapping[str, Tensor]) -> bool:
+    """True if no entry is NaN or infinite."""
+    return all(bool(torch.isfinite(x).all()) for x in a.values())
+
+
+def randn_like(a: Mapping[str, Tensor], generator: torch.Generator) -> Params:
+    """Standard normal of the same shapes; the draw depends on the generator alone, not on the device."""
+    return {
+        name: torch.randn(x.shape, generator=generator, dtype=x.dtype, device=generator.device).to(x.device)
+        for name, x in a.items()
+    }
+
+
+def flatten(a: Mapping[str, Tensor]) -> Tensor:
+    """One vector [d], in the mapping's order."""
+    return torch.cat([x.reshape(-1) for x in a.values()])
+
+
+def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> Params:
+    """Inverse of `flatten`."""
+    pieces = vector.split([x.numel() for x in like.values()])
+    return {name: piece.view_as(x) for (name, x), piece in zip(like.items(), pieces, strict=True)}
+
+
+def call(model: nn.Module, params: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The model's logits at the given parameter values: a tensor, or the `.logits` of what forward returns.
+
+    Raises:
+        ModelError: If forward fails or returns neither.
+    """
+    try:
+        out = torch.func.functional_call(model, dict(params), args, kwargs) if params else model(*args, **kwargs)
+    except Exception as error:
+        shapes = [tuple(a.shape) for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        raise ModelError(
+            f"{type(error).__name__} from the model's forward on inputs of shape {shapes}: {error}",
+            "a forward that accepts one batch of the loader",
+            "Pass unpack=lambda batch: (inputs, targets) if the batch is laid out differently.",
+        ) from error
+    return logits(out)
+
+
+def logits(out: Any) -> Tensor:
+    """The logits in what a forward returned."""
+    out = getattr(out, "logits", out)
+    if not isinstance(out, Tensor):
+        raise ModelError(
+            f"a forward that returned {type(out).__name__}",
+            "a tensor of logits, or an object with .logits",
+            "Wrap the model so that forward returns its logits.",
+        )
+    return out

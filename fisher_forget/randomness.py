@@ -1,0 +1,23 @@
+"""The global random states belong to the user: they are the same after a call as before it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Restore the global states of Python, NumPy and torch, whatever a user's data set or model draws."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global state is what we protect
+    devices = list(range(torch.cuda.device_count()))
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
