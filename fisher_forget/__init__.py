@@ -1,8 +1,8 @@
 """Fisher forgetting on PyTorch: a trained model forgets training samples without being retrained.
 
-    from fisher_forget import forget
-    result = forget(model, retain_loader, forget_idx)
-    result.model, print(result)
+from fisher_forget import forget
+result = forget(model, retain_loader, forget_idx)
+result.model, print(result)
 """
 
 from fisher_forget.curvature import Curvature, estimate_curvature

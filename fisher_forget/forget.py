@@ -7,30 +7,33 @@ import platform
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset
 
 from fisher_forget import params as P
-from fisher_forget.checks import check_model
+from fisher_forget.checks import check_model, check_options
 from fisher_forget.curvature.estimate import Structure, estimate_curvature
 from fisher_forget.curvature.kinds import Kind
 from fisher_forget.curvature.operator import Curvature
 from fisher_forget.data.batches import Unpack
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.data.split import resolve as resolve_split
-from fisher_forget.errors import FisherForgetWarning
+from fisher_forget.errors import ConfigError, FisherForgetWarning
 from fisher_forget.likelihood import Likelihood
 from fisher_forget.likelihood import resolve as resolve_likelihood
 from fisher_forget.newton import NewtonStep, Solver, newton_step
 from fisher_forget.noise import EXPONENT, NoiseDraw, noise_step
 from fisher_forget.objective import Objective
 from fisher_forget.randomness import preserved_rng
+
+BUFFER_BATCH = 256  # samples per batch, at least, for BatchNorm statistics
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class ForgetResult:
         losses: Mean loss in nats: retain_before, retain_after, forget_before, forget_after.
         buffers_refreshed: Whether BatchNorm statistics were recomputed on the retained data.
         seconds: Wall time of each stage.
+        weight_decay: Of the training objective.
         seed: Of every random choice.
         versions: Of this package, torch and Python.
     """
@@ -62,8 +66,31 @@ class ForgetResult:
     losses: dict[str, float]
     buffers_refreshed: bool
     seconds: dict[str, float]
+    weight_decay: float
     seed: int
     versions: dict[str, str]
+
+    def with_noise(self, scale: float, *, seed: int = 0, exponent: float = EXPONENT) -> nn.Module:
+        """The Newton-corrected model with another noise draw, from the same curvature: for sweeps.
+
+        Args:
+            scale: s; 0 gives the model without noise.
+            seed: Of the draw.
+            exponent: p.
+        """
+        drawn = noise_step(
+            None,
+            self.split,
+            self.curvature,
+            self.newton.params,
+            noise=scale,
+            damping=_noise_damping(self.newton, self.weight_decay),
+            exponent=exponent,
+            seed=seed,
+        )
+        scrubbed = P.load(self.model, P.add(self.newton.params, drawn.params)).eval()
+        refresh_buffers(scrubbed, self.split)
+        return scrubbed
 
     def __str__(self) -> str:
         n, loss = self.newton, self.losses
@@ -83,10 +110,8 @@ class ForgetResult:
         else:
             lines.append("  newton     no step stayed within the budget: the weights are unchanged")
         if not n.at_minimum:
-            lines.append(
-                f"  note       the model is not at a minimum of its objective (stationarity {n.stationarity:.2g} > 0.5); "
-                + ("the motion without forgetting was subtracted" if n.drift_removed else "the step also goes on training")
-            )
+            done = "the motion without forgetting was subtracted" if n.drift_removed else "the step also trains on"
+            lines.append(f"  note       not at a minimum of the objective (stationarity {n.stationarity:.2g}): {done}")
         if self.noise is None:
             lines.append("  noise      none")
         else:
@@ -212,11 +237,24 @@ def forget(
         37
     """
     with preserved_rng():
+        check_options(
+            weight_decay=weight_decay,
+            draws=draws,
+            steps=steps,
+            damping=damping,
+            solver=solver,
+            drift=drift,
+            budget=budget,
+            noise=noise,
+            noise_budget=noise_budget,
+            exponent=exponent,
+            seed=seed,
+        )
         likelihood = resolve_likelihood(likelihood)
         check_model(model)
         split = resolve_split(retain_loader, forget_idx, unpack=unpack)
         home = next(model.parameters()).device
-        working = model if device is None else copy.deepcopy(model).to(device)
+        working = model if device is None else _on(model, device)
         seconds: dict[str, float] = {}
         clock = time.perf_counter()
 
@@ -260,14 +298,13 @@ def forget(
         clock = time.perf_counter()
         drawn = None
         if noise is not None:
-            last = newton.damping if newton.accepted else 1.0
             drawn = noise_step(
                 objective,
                 split,
                 curvature,
                 newton.params,
                 noise=noise,
-                damping=last + weight_decay,
+                damping=_noise_damping(newton, weight_decay),
                 budget=noise_budget,
                 exponent=exponent,
                 seed=seed,
@@ -297,30 +334,54 @@ def forget(
         losses=losses,
         buffers_refreshed=refreshed,
         seconds=seconds,
+        weight_decay=weight_decay,
         seed=seed,
         versions=versions(),
     )
 
 
+def _on(model: nn.Module, device: torch.device | str) -> nn.Module:
+    """A copy of the model on a device."""
+    try:
+        return copy.deepcopy(model).to(device)
+    except (RuntimeError, AssertionError, TypeError) as error:  # unknown, not built in, or full
+        raise ConfigError(f"device={device!r}: {error}", "a device that torch can use here", "Try 'cpu'.") from error
+
+
+def _noise_damping(newton: NewtonStep, weight_decay: float) -> float:
+    """The noise is damped as the last Newton sub-step was, so that it is as wide where that step was blind."""
+    return (newton.damping if newton.accepted else 1.0) + weight_decay
+
+
 def refresh_buffers(model: nn.Module, split: Split) -> bool:
     """Recompute BatchNorm's running statistics on the retained data, in place: they hold the forgotten data, too.
 
+    As in training, a layer normalises by the statistics of its batch; here batches are drawn at random from all
+    retained samples, since in a data set sorted by class neighbours are alike, and each counts by its size.
+
     Returns:
-        Whether there was anything to do.
+        Whether there was anything to do, and samples to do it with: a single one has no variance.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    if not norms:
+    order = np.random.default_rng(0).permutation(split.retain)
+    if not norms or len(order) < 2:
         return False
+    batches = max(1, len(order) // max(split.batch_size, BUFFER_BATCH))
+    walk = replace(split, batch_size=-(-len(order) // batches))
+    seen = 0
     momenta = [m.momentum for m in norms]
     for m in norms:
         m.reset_running_stats()
-        m.momentum = None  # cumulative mean over all batches
         m.train()
     with torch.no_grad():
-        for batch in split.batches("retain"):
-            if len(batch) > 1:
-                batch = batch.on(model)
-                P.call(model, {}, batch.args, batch.kwargs)
+        for batch in walk.batches(order):
+            if len(batch) < 2:
+                continue
+            seen += len(batch)
+            for m in norms:
+                m.momentum = len(batch) / seen  # a running mean over all samples so far
+            batch = batch.on(model)
+            P.call(model, {}, batch.args, batch.kwargs)
     for m, momentum in zip(norms, momenta, strict=True):
         m.momentum = momentum
         m.eval()

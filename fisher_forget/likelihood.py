@@ -11,10 +11,12 @@ every sample n. Random columns are drawn sample after sample from one stream, so
 
 from __future__ import annotations
 
+import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -93,7 +95,7 @@ def _finite(outputs: Tensor) -> None:
 
 
 def _signs(outputs: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    """Random signs [draws, *outputs]. `rand` consumes one number per entry, so any split of the batch gives the same."""
+    """Random signs [draws, *outputs]. `rand` consumes one number an entry, so any split of the batch gives the same."""
     u = torch.rand(len(outputs), draws, *outputs.shape[1:], generator=generator, device=generator.device)
     return ((u < 0.5).to(outputs.dtype) * 2 - 1).to(outputs.device).transpose(0, 1)
 
@@ -107,16 +109,15 @@ def _masked(value: Tensor, mask: Tensor | None) -> Tensor:
     return value if mask is None else value * mask
 
 
-def _positions(outputs: Tensor, from_dim: int) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """Every index into outputs[0]'s leading dims, with a zero tensor shaped like the outputs to fill."""
-    shape = outputs.shape[1:from_dim] if from_dim >= 0 else outputs.shape[1 : outputs.dim() + from_dim]
-    for index in torch.cartesian_prod(*[torch.arange(s) for s in shape]).reshape(-1, max(len(shape), 1)).tolist():
-        yield tuple(index[: len(shape)]), torch.zeros_like(outputs)
+def _positions(outputs: Tensor, last: int) -> Iterator[tuple[Any, Tensor]]:
+    """Every index into the dims 1 ... last - 1, for all samples, with a zero tensor like the outputs to fill."""
+    for index in itertools.product(*(range(size) for size in outputs.shape[1:last])):
+        yield (slice(None), *index), torch.zeros_like(outputs)
 
 
 @dataclass(frozen=True)
 class Categorical(Likelihood):
-    """Softmax classification. Outputs are logits [B, ..., C]; targets are classes [B, ...] or probabilities [B, ..., C].
+    """Softmax classification. Outputs are logits [B, ..., C]; targets classes [B, ...] or probabilities [B, ..., C].
 
     With p = softmax(f): l = -sum_c y_c log p_c, r = p - y, H = diag(p) - p p^T.
 
@@ -130,7 +131,9 @@ class Categorical(Likelihood):
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         if outputs.dim() < 2:
-            raise DataError(f"logits of shape {tuple(outputs.shape)}", "[batch, ..., classes]", "Return one row a sample.")
+            raise DataError(
+                f"logits of shape {tuple(outputs.shape)}", "[batch, ..., classes]", "Return one row a sample."
+            )
         classes = outputs.shape[-1]
         if targets.is_floating_point():
             if targets.shape != outputs.shape:
@@ -214,25 +217,25 @@ class Categorical(Likelihood):
             if outputs.dim() == 2:
                 yield column
                 continue
-            for index, zero in _positions(outputs, -1):
-                zero[(slice(None), *index)] = column[(slice(None), *index)]
+            for at, zero in _positions(outputs, -1):
+                zero[at] = column[at]
                 yield zero
 
     def column_count(self, outputs: Tensor) -> int:
-        return (outputs.shape[-1] - 1) * (outputs[0, ..., 0].numel())
+        return (outputs.shape[-1] - 1) * math.prod(outputs.shape[1:-1])
 
     def sketch(self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None) -> Tensor:
         # sum_y sqrt(p_y) xi_y (e_y - p): one backward pass, no variance on diagonal terms of a single class
         p = outputs.softmax(-1)
         weighted = p.sqrt() * _signs(outputs, draws, generator)
-        return _masked(weighted - p * weighted.sum(-1, keepdim=True), self.mask(outputs, targets)) / draws**0.5
+        return _masked(weighted - p * weighted.sum(-1, keepdim=True), self.mask(outputs, targets)) / math.sqrt(draws)
 
     def sampled(self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None) -> Tensor:
         p = outputs.softmax(-1)
         u = _uniform(outputs, draws, generator, outputs.shape[:-1])
         y = (p.double().cumsum(-1) < u.unsqueeze(-1)).sum(-1).clamp_(max=outputs.shape[-1] - 1)
         score = p - F.one_hot(y, outputs.shape[-1]).to(outputs.dtype)
-        return _masked(score, self.mask(outputs, targets)) / draws**0.5
+        return _masked(score, self.mask(outputs, targets)) / math.sqrt(draws)
 
     def kl(self, p: Tensor, q: Tensor, targets: Tensor | None = None) -> Tensor:
         logp, logq = p.double().log_softmax(-1), q.double().log_softmax(-1)
@@ -264,7 +267,7 @@ class Bernoulli(Likelihood):
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         _same_shape(outputs, targets, "bernoulli")
-        if bool((targets < 0).any()) or bool((targets > 1).any()):
+        if not bool(((targets >= 0) & (targets <= 1)).all()):  # NaN fails, too
             raise DataError(
                 f"targets from {float(targets.min()):g} to {float(targets.max()):g}",
                 "labels in [0, 1]",
@@ -292,16 +295,18 @@ class Bernoulli(Likelihood):
 
     def sketch(self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None) -> Tensor:
         p = outputs.sigmoid()
-        return (p * (1 - p)).sqrt() * _signs(outputs, draws, generator) / draws**0.5
+        return (p * (1 - p)).sqrt() * _signs(outputs, draws, generator) / math.sqrt(draws)
 
     def sampled(self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None) -> Tensor:
         p = outputs.sigmoid()
         y = (_uniform(outputs, draws, generator, outputs.shape) < p.double()).to(p.dtype)
-        return (p - y) / draws**0.5
+        return (p - y) / math.sqrt(draws)
 
     def kl(self, p: Tensor, q: Tensor, targets: Tensor | None = None) -> Tensor:
         p, q = p.double(), q.double()
-        each = p.sigmoid() * (F.logsigmoid(p) - F.logsigmoid(q)) + (-p).sigmoid() * (F.logsigmoid(-p) - F.logsigmoid(-q))
+        each = p.sigmoid() * (F.logsigmoid(p) - F.logsigmoid(q)) + (-p).sigmoid() * (
+            F.logsigmoid(-p) - F.logsigmoid(-q)
+        )
         return each.reshape(len(p), -1).sum(1).clamp_(min=0.0)
 
     def output_curvature(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -330,6 +335,11 @@ class Gaussian(Likelihood):
         if not self.sigma > 0:
             raise ConfigError(f"sigma={self.sigma}", "a positive standard deviation", "Pass Gaussian(sigma=...).")
 
+    @property
+    def variance(self) -> float:
+        """sigma^2."""
+        return self.sigma * self.sigma
+
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         _same_shape(outputs, targets, "gaussian")
         if not bool(torch.isfinite(targets).all()):
@@ -337,13 +347,13 @@ class Gaussian(Likelihood):
         _finite(outputs)
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return ((outputs - targets).square() / (2 * self.sigma**2)).reshape(len(outputs), -1).sum(1)
+        return ((outputs - targets).square() / (2 * self.variance)).reshape(len(outputs), -1).sum(1)
 
     def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return (outputs - targets) / self.sigma**2
+        return (outputs - targets) / self.variance
 
     def hessian_product(self, outputs: Tensor, vector: Tensor, targets: Tensor | None = None) -> Tensor:
-        return vector / self.sigma**2
+        return vector / self.variance
 
     def columns(self, outputs: Tensor, targets: Tensor | None = None) -> Iterator[Tensor]:
         yield from _coordinates(torch.full_like(outputs, 1 / self.sigma))
@@ -352,18 +362,18 @@ class Gaussian(Likelihood):
         return outputs[0].numel()
 
     def sketch(self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None) -> Tensor:
-        return _signs(outputs, draws, generator) / (self.sigma * draws**0.5)
+        return _signs(outputs, draws, generator) / (self.sigma * math.sqrt(draws))
 
     def sampled(self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None) -> Tensor:
         u = _uniform(outputs, draws, generator, outputs.shape)
         z = torch.special.ndtri(u.clamp(1e-12, 1 - 1e-12)).to(outputs.dtype)
-        return -z / (self.sigma * draws**0.5)
+        return -z / (self.sigma * math.sqrt(draws))
 
     def kl(self, p: Tensor, q: Tensor, targets: Tensor | None = None) -> Tensor:
-        return ((p.double() - q.double()).square() / (2 * self.sigma**2)).reshape(len(p), -1).sum(1)
+        return ((p.double() - q.double()).square() / (2 * self.variance)).reshape(len(p), -1).sum(1)
 
     def output_curvature(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
-        return torch.full((len(outputs),), outputs[0].numel() / self.sigma**2, device=outputs.device)
+        return torch.full((len(outputs),), outputs[0].numel() / self.variance, device=outputs.device)
 
     def scores(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return (outputs - targets).double().square().reshape(len(outputs), -1).sum(1)
@@ -380,8 +390,8 @@ def _same_shape(outputs: Tensor, targets: Tensor, name: str) -> None:
 
 def _coordinates(weight: Tensor) -> Iterator[Tensor]:
     """Columns of a diagonal H^{1/2}: one coordinate of every sample at a time."""
-    for index, zero in _positions(weight, weight.dim()):
-        zero[(slice(None), *index)] = weight[(slice(None), *index)]
+    for at, zero in _positions(weight, weight.dim()):
+        zero[at] = weight[at]
         yield zero
 
 
@@ -392,6 +402,6 @@ def resolve(likelihood: Likelihood | str) -> Likelihood:
     """A likelihood from its name, or itself."""
     if isinstance(likelihood, Likelihood):
         return likelihood
-    if likelihood not in LIKELIHOODS:
+    if not isinstance(likelihood, str) or likelihood not in LIKELIHOODS:
         raise ConfigError(f"likelihood={likelihood!r}", f"one of {sorted(LIKELIHOODS)}", "Pass a name or an instance.")
     return LIKELIHOODS[likelihood]()

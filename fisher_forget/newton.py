@@ -41,8 +41,9 @@ STATIONARY = 0.5  # squared gradient norm over its sampling variance; converged 
 POOL = 4000  # candidates among which the working set is re-chosen
 TIMES = (125.0, 250.0, 500.0, 1000.0, 1000.0, 1000.0)  # sub-steps of steps="auto"; 1000 and more can diverge alone
 STILL = 0.02  # stop when a sub-step moves the forget set's predictions by less than this share of the whole motion
-DAMPINGS = tuple(10.0 ** (-k / 2) for k in range(0, 13))  # 1 ... 1e-6, for damping="auto" with a single step
+DAMPINGS = tuple(10.0 ** (-k / 2) for k in range(13))  # 1 ... 1e-6, for damping="auto" with a single step
 REJECTIONS = 3
+QUICK, EXACT = (10, 0.05), (200, 1e-9)  # conjugate-gradient products and tolerance: along the flow, for a given damping
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def newton_step(
         curvature,
         weight_decay=weight_decay,
         direct=direct,
-        hold_back=chooses,
+        literal=not chooses,
         working_set=working_set,
         seed=seed,
         progress=progress,
@@ -202,17 +203,18 @@ class _Flow:
         *,
         weight_decay: float,
         direct: bool,
-        hold_back: bool,
+        literal: bool,
         working_set: int,
         seed: int,
         progress: bool,
     ) -> None:
         self.objective, self.split, self.curvature = objective, split, curvature
-        self.weight_decay, self.direct, self.working_set, self.progress = weight_decay, direct, working_set, progress
+        self.weight_decay, self.direct, self.literal = weight_decay, direct, literal
+        self.working_set, self.progress = working_set, progress
         self.theta: Params = dict(objective.start)
         self.path: list[SubStep] = []
         rng = np.random.default_rng(seed)
-        self.held = _some(split.retain, min(len(split.retain) // 10, 1000) if hold_back else 0, rng)
+        self.held = _some(split.retain, 0 if literal else min(len(split.retain) // 10, 1000), rng)
         self.shown = _some(split.forget, 512, rng)  # forget samples whose predictions are watched
         self.sample = _some(split.indices("all"), 512, rng)  # for the gradient's sampling variance
 
@@ -294,7 +296,14 @@ class _Flow:
             delta, iterations, residual = damped.power(b, -1), 0, 0.0
         else:
             product = here.ggn
-            solved = conjugate_gradient(lambda v: P.add(product(v), v, total), b, lambda r: damped.power(r, -1))
+            iterations, tolerance = EXACT if self.literal else QUICK
+            solved = conjugate_gradient(
+                lambda v: P.add(product(v), v, total),
+                b,
+                lambda r: damped.power(r, -1),
+                iterations=iterations,
+                tolerance=tolerance,
+            )
             delta, iterations, residual = solved.x, solved.iterations, solved.residual
         theta = P.add(here.at, delta)
         loss = moved = math.nan

@@ -51,7 +51,9 @@ class NoiseDraw:
     budget: float = math.nan
 
 
-def draw_noise(curvature: Curvature, like: Params, scale: float, generator: torch.Generator, exponent: float = EXPONENT) -> Params:
+def draw_noise(
+    curvature: Curvature, like: Params, scale: float, generator: torch.Generator, exponent: float = EXPONENT
+) -> Params:
     r"""One draw of s (B + tau I)^-p xi: Gaussian with covariance s^2 (B + tau I)^-2p.
 
     Args:
@@ -141,7 +143,7 @@ def _quadratic(curvature: Curvature, directions: list[Params]) -> float:
 
 
 def noise_step(
-    objective: Objective,
+    objective: Objective | None,
     split: Split,
     curvature: Curvature,
     at: Params,
@@ -155,7 +157,7 @@ def noise_step(
     """Calibrate (where `noise="auto"`) and draw.
 
     Args:
-        objective: Losses.
+        objective: Losses; needed only to calibrate.
         split: Gives the retained samples.
         curvature: Not yet damped.
         at: Parameters that the noise is added to.
@@ -170,6 +172,7 @@ def noise_step(
     damped = curvature.damped(damping)
     rise = allowed = math.nan
     if noise == "auto":
+        assert objective is not None
         scale, rise, allowed = calibrate_noise(
             objective, split, damped, at, budget=budget, exponent=exponent, seed=seed + 1
         )

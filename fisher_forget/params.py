@@ -30,7 +30,7 @@ def trainable(model: nn.Module, subset: str | tuple[str, ...] | None = None) -> 
         ModelError: If nothing is left.
     """
     patterns = (subset,) if isinstance(subset, str) else subset
-    every = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    every: Params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     found = {
         name: p for name, p in every.items() if patterns is None or any(fnmatchcase(name, pat) for pat in patterns)
     }

@@ -131,6 +131,18 @@ def write_json(path: str | Path, obj: object) -> None:
     _write(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        StorageError: If it is missing or damaged.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{path}: {error}", "a JSON file written by a finished run", AGAIN) from error
+
+
 def ensure_folder(path: str | Path) -> Path:
     """The folder, made if need be.
 

@@ -137,7 +137,7 @@ def train(
             if not math.isfinite(value := loss.item()):
                 raise _diverged(f"the loss {value} at step {step + 1} of {total}")
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             bar.set_postfix_str(f"loss {value:.4f}", refresh=False)
             bar.update()
@@ -145,31 +145,6 @@ def train(
         raise _diverged("NaN or infinite weights after training")
     twin.zero_grad(set_to_none=True)
     return twin.eval()
-
-
-def predict(model: nn.Module, inputs_or_dataset: Tensor | TensorDataset, batch_size: int = 512) -> Tensor:
-    """The model's outputs [N, ...] in eval mode, without gradients, on the model's device.
-
-    Every module gets back the mode it had.
-
-    Args:
-        model: Any module whose forward takes one tensor.
-        inputs_or_dataset: Inputs [N, ...], or a data set whose first tensor they are.
-        batch_size: Samples per forward call.
-    """
-    inputs = inputs_or_dataset if isinstance(inputs_or_dataset, Tensor) else inputs_or_dataset.tensors[0]
-    weight = next((p for p in model.parameters() if p.is_floating_point()), inputs)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            # at least one call, so that no samples give an empty tensor of the right shape
-            pieces = [inputs[i : i + batch_size] for i in range(0, max(len(inputs), 1), batch_size)]
-            dtype = weight.dtype if inputs.is_floating_point() else inputs.dtype
-            return torch.cat([call(model, {}, (piece.to(weight.device, dtype),), {}) for piece in pieces])
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:

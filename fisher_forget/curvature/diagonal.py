@@ -71,4 +71,3 @@ class DiagonalSum:
     def result(self, count: float) -> Diagonal:
         """The mean over `count` scored positions."""
         return Diagonal({name: total / count for name, total in self.sums.items()})
-

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -41,7 +41,7 @@ class Accumulator(Protocol):
     def result(self, count: float) -> Curvature: ...
 
 
-STRUCTURES: dict[str, type[Accumulator]] = {"ekfac": EkfacSum, "diagonal": DiagonalSum, "dense": DenseSum}
+STRUCTURES: dict[str, Callable[[Tape], Accumulator]] = {"ekfac": EkfacSum, "diagonal": DiagonalSum, "dense": DenseSum}
 
 
 def estimate_curvature(

@@ -206,7 +206,7 @@ class EkfacSum:
             parts.append((layout.names, Kronecker(eigenvalues={KEY: total / count}, layout=layout, row=row, col=col)))
         if self.rest:
             parts.append((tuple(self.rest), Diagonal({name: total / count for name, total in self.rest.items()})))
-        return BlockDiagonal(tuple(parts))
+        return BlockDiagonal(tuple(parts), tuple(self.params))
 
 
 def _plus(total: Tensor | None, value: Tensor) -> Tensor:

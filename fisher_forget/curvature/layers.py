@@ -10,7 +10,6 @@ A rule is never trusted blindly: `tape.Tape` compares each with autograd on a fe
 from __future__ import annotations
 
 import itertools
-from abc import ABC
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -18,11 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
 LARGEST_SIDE = 8192  # a side with more rows keeps the standard basis: its eigendecomposition would cost O(side^3)
 
 
-class Rule(ABC):
+class Rule:
     """One kind of layer. Tensors `a` (layer input) and `g` (gradient at its output) lead with the samples."""
 
     def __init__(self, module: Any) -> None:
@@ -224,7 +222,9 @@ class BatchNormRule(ElementwiseRule):
     def normalised(self, a: Tensor) -> Tensor:
         m = self.module
         shape = (1, -1) + (1,) * (a.dim() - 2)
-        return (a - m.running_mean.view(shape)) * (m.running_var.view(shape) + m.eps).rsqrt()
+        mean: Tensor = m.running_mean.view(shape)
+        deviation: Tensor = (m.running_var.view(shape) + m.eps).sqrt()
+        return (a - mean) / deviation
 
 
 RULES: dict[type[nn.Module], type[Rule]] = {

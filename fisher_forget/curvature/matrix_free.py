@@ -102,7 +102,9 @@ def conjugate_gradient(
     start = rz
     if start <= 0:
         return Solution(x, 0, 0.0)
-    for iteration in range(1, iterations + 1):
+    iteration = 0
+    while iteration < iterations:
+        iteration += 1
         ap = product(p)
         curvature = P.dot(p, ap)
         if not curvature > 0:

@@ -102,9 +102,11 @@ class BlockDiagonal(Curvature):
 
     Attributes:
         parts: (names, operator) pairs.
+        order: All names, in the model's order.
     """
 
     parts: tuple[tuple[tuple[str, ...], Curvature], ...]
+    order: tuple[str, ...]
 
     def power(self, v: Mapping[str, Tensor], p: float) -> Params:
         out: Params = {}
@@ -116,7 +118,8 @@ class BlockDiagonal(Curvature):
         return replace(self, parts=tuple((names, part.damped(tau)) for names, part in self.parts))
 
     def diagonal(self) -> Params:
-        return {name: value for _, part in self.parts for name, value in part.diagonal().items()}
+        found = {name: value for _, part in self.parts for name, value in part.diagonal().items()}
+        return {name: found[name] for name in self.order}
 
     def trace(self) -> float:
         return math.fsum(part.trace() for _, part in self.parts)
@@ -128,4 +131,5 @@ class BlockDiagonal(Curvature):
 def symmetric_basis(covariance: Tensor) -> Tensor:
     """Orthonormal eigenvectors [k, k] of a symmetric matrix, computed in float64 where that is cheap."""
     exact = covariance.double() if len(covariance) <= 512 else covariance
-    return torch.linalg.eigh((exact + exact.T) / 2)[1].to(covariance.dtype)
+    basis: Tensor = torch.linalg.eigh((exact + exact.T) / 2)[1]
+    return basis.to(covariance.dtype)

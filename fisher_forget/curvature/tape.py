@@ -142,7 +142,7 @@ class Group:
 def _lead(x: Tensor, size: int) -> Tensor:
     """Give a tensor a leading sample dimension: [B T, ...] becomes [B, T, ...] (checked by the verification)."""
     if x.dim() and len(x) != size and len(x) % size == 0:
-        return x.unflatten(0, (size, -1))
+        return x.reshape(size, -1, *x.shape[1:])
     return x
 
 
@@ -184,7 +184,7 @@ class Tape:
         self.stray = tuple(name for name in self.params if name not in covered)
 
     def _widen(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """A layer fed once for the whole batch (position ids [1, T]) is fed once per sample, so gradients stay apart."""
+        """A layer fed once for the whole batch (position ids [1, T]) is fed once a sample: gradients stay apart."""
         if self._recording and args and isinstance(args[0], Tensor) and self._size > 1:
             x = args[0]
             if x.dim() > 1 and len(x) == 1:
@@ -227,8 +227,9 @@ class Tape:
 
         def one(args: tuple[Any, ...], kwargs: dict[str, Any], v: Tensor) -> Params:
             args, kwargs = _batched((args, kwargs))
-            _, pull = torch.func.vjp(lambda theta: outputs(theta, args, kwargs)[0], stray)
-            return pull(v)[0]  # type: ignore[no-any-return]
+            pull: Any = torch.func.vjp(lambda theta: outputs(theta, args, kwargs)[0], stray)[1]
+            gradient: Params = pull(v)[0]
+            return gradient
 
         if self._vectorised:
             try:
@@ -237,12 +238,13 @@ class Tape:
                     (batch.args, batch.kwargs),
                 )
                 with torch.no_grad():
-                    return torch.func.vmap(one, in_dims=(*dims, 0))(batch.args, batch.kwargs, column)  # type: ignore[no-any-return]
+                    each: Params = torch.func.vmap(one, in_dims=(*dims, 0))(batch.args, batch.kwargs, column)
+                    return each
             except (RuntimeError, ModelError):
                 self._vectorised = False  # data-dependent control flow: the loop below is slower and always right
         with torch.no_grad():
-            each = [one(*_unbatched(b), column[i]) for i, b in enumerate(batch.chunks(1))]
-        return {name: torch.stack([e[name] for e in each]) for name in stray}
+            rows = [one(*_unbatched(b), column[i]) for i, b in enumerate(batch.chunks(1))]
+        return {name: torch.stack([row[name] for row in rows]) for name in stray}
 
     def verify(self, batch: Batch) -> None:
         """Compare with autograd, one sample at a time, and move what disagrees to the fallback.
@@ -265,7 +267,12 @@ class Tape:
                     "Call model.eval(), and remove what mixes samples (batch statistics) or draws random numbers.",
                 )
             grads = torch.autograd.grad(out[0], list(self.params.values()), column[index], allow_unused=True)
-            reference.append({n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(self.params.items(), grads, strict=True)})
+            reference.append(
+                {
+                    n: torch.zeros_like(p) if g is None else g
+                    for (n, p), g in zip(self.params.items(), grads, strict=True)
+                }
+            )
         stray = set(self.stray)
         self.stray = ()
         try:
@@ -275,7 +282,11 @@ class Tape:
         for name in self.params:
             truth = torch.stack([r[name] for r in reference])
             size = max(float(truth.abs().max()), 1e-12)
-            if name not in found or found[name].shape != truth.shape or float((found[name] - truth).abs().max()) > TOLERANCE * size:
+            if (
+                name not in found
+                or found[name].shape != truth.shape
+                or float((found[name] - truth).abs().max()) > TOLERANCE * size
+            ):
                 stray.add(name)
         self._drop(stray)
 

@@ -1,1 +1,1 @@
-"""Data: who is retained and forgotten (`split`), what a batch is (`batches`), and the recipes' data sets (`datasets`)."""
+"""Data: who is retained and forgotten (`split`), what a batch is (`batches`), the recipes' data (`datasets`)."""

@@ -47,15 +47,13 @@ class Batch:
 
     def chunks(self, size: int) -> Iterator[Batch]:
         """Cut into pieces of at most `size` samples."""
-        total = len(self)
-        for start in range(0, total, size):
-            rows = slice(start, start + size)
-            yield self.map(lambda x, rows=rows: x[rows] if x.dim() and len(x) == total else x)
+        for start in range(0, len(self), size):
+            yield self.take(slice(start, start + size))
 
-    def take(self, rows: Tensor) -> Batch:
-        """The samples at `rows`."""
+    def take(self, rows: slice) -> Batch:
+        """The samples of a slice; tensors that do not lead with the batch go along whole."""
         total = len(self)
-        return self.map(lambda x: x[rows.to(x.device)] if x.dim() and len(x) == total else x)
+        return self.map(lambda x: x[rows] if x.dim() and len(x) == total else x)
 
 
 def default_unpack(batch: Any) -> tuple[Any, Any]:
@@ -101,15 +99,24 @@ def make_batch(raw: Any, unpack: Unpack | None = None) -> Batch:
             "unpack(batch) to return (inputs, targets)",
             "Correct the function given as unpack=.",
         ) from error
-    targets = torch.as_tensor(targets)
+    try:
+        targets = torch.as_tensor(targets)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"targets of type {type(targets).__name__} that are not numbers ({error})",
+            "a tensor, an array or numbers",
+            "Map the labels to numbers in the data set, or pass unpack=lambda batch: (inputs, targets).",
+        ) from error
+    if not (targets.is_floating_point() or targets.is_complex()):
+        targets = targets.long()  # cross-entropy takes no other integers
     if targets.dim() == 0:
         targets = targets[None]
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
     if hasattr(inputs, "keys") and hasattr(inputs, "items"):
-        args, kwargs = (), dict(inputs.items())
-    elif isinstance(inputs, (tuple, list)):
-        args, kwargs = tuple(inputs), {}
+        kwargs = dict(inputs.items())
     else:
-        args, kwargs = (inputs,), {}
+        args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     lengths = {len(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()}
     if len(targets) not in lengths:
         raise DataError(

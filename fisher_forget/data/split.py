@@ -17,9 +17,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler, Subset, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
 from torch.utils.data import SubsetRandomSampler as IndexSampler
-from torch.utils.data import default_collate
 
 from fisher_forget.data.batches import Batch, Unpack, make_batch
 from fisher_forget.errors import FisherForgetWarning, SplitError
@@ -90,7 +97,8 @@ class Split:
         every = self.indices("all")
         probe = every[np.unique(np.linspace(0, len(every) - 1, 16).astype(int))]
         for leaf in pytree.tree_leaves([self.base[int(i)] for i in probe]):
-            digest.update(leaf.detach().cpu().numpy().tobytes() if isinstance(leaf, Tensor) else repr(leaf).encode())
+            array = leaf.detach().cpu().numpy() if isinstance(leaf, Tensor) else leaf
+            digest.update(array.tobytes() if isinstance(array, np.ndarray) else repr(array).encode())
         return digest.hexdigest()[:16]
 
 
@@ -124,6 +132,7 @@ def resolve(
     base, members = _unnest(data)
     if loader is not None:
         members = _sampled(loader, members)
+    members = np.unique(members)
     forget = _validated(forget_idx, len(base), allow_empty)
     retain = np.setdiff1d(members, forget)
     if not len(retain):
@@ -139,19 +148,25 @@ def resolve(
 
 
 def _unnest(data: Any) -> tuple[Any, Indices]:
-    """The base of nested `Subset`s, and which of its samples they hold."""
+    """The base of nested `Subset`s, and which of its samples they hold, in their order."""
     members = np.arange(len(data))
     while isinstance(data, Subset):
         members = np.asarray(data.indices, dtype=np.int64)[members]
         data = data.dataset
-    return data, np.unique(members).astype(np.int64)
+    return data, members.astype(np.int64)
 
 
 def _sampled(loader: DataLoader[Any], members: Indices) -> Indices:
-    sampler = loader.sampler
+    """The members that the loader yields: a sampler counts positions in the loader's own data set."""
+    if loader.batch_sampler is None:
+        raise SplitError(
+            "a loader with batch_size=None, whose data set yields whole batches",
+            "a loader whose data set yields single samples",
+            "Give the loader a data set of single samples and a batch_size.",
+        )
+    sampler = getattr(loader.batch_sampler, "sampler", loader.batch_sampler)
     if isinstance(sampler, IndexSampler):
-        full = np.arange(len(members)) if not isinstance(loader.dataset, Subset) else members
-        return np.unique(full[np.asarray(list(sampler.indices), dtype=np.int64)])
+        return members[np.asarray(list(sampler.indices), dtype=np.int64)]
     plain = isinstance(sampler, SequentialSampler) or (isinstance(sampler, RandomSampler) and not sampler.replacement)
     if not plain:
         warnings.warn(
@@ -171,7 +186,12 @@ def _sampled(loader: DataLoader[Any], members: Indices) -> Indices:
 
 def _validated(forget_idx: Any, total: int, allow_empty: bool) -> Indices:
     where = f"indices into the training data set of {total} samples"
-    raw = forget_idx.detach().cpu().numpy() if isinstance(forget_idx, Tensor) else np.asarray(list(forget_idx))
+    try:
+        raw = forget_idx.detach().cpu().numpy() if isinstance(forget_idx, Tensor) else np.asarray(list(forget_idx))
+    except (TypeError, ValueError) as error:  # a bare number, or lists of different lengths
+        raise SplitError(
+            f"forget_idx of type {type(forget_idx).__name__} ({error})", where, "Pass a flat list of int."
+        ) from error
     if raw.size == 0:
         if allow_empty:
             return np.zeros(0, dtype=np.int64)
@@ -198,8 +218,7 @@ def _warn_if_random(base: Any, retain: Indices) -> None:
     """Two reads of the same samples must agree, or every pass would see other data."""
     for index in retain[:4]:
         first, second = pytree.tree_leaves(base[int(index)]), pytree.tree_leaves(base[int(index)])
-        pairs = zip(first, second, strict=False)
-        if any(isinstance(a, Tensor) and not torch.equal(a, b) for a, b in pairs):
+        if any(_differ(a, b) for a, b in zip(first, second, strict=False)):
             warnings.warn(
                 f"Sample {index} differs between two reads: the data set augments at random, so each pass sees other "
                 "data. Pass the training data set without its augmentation.",
@@ -207,3 +226,11 @@ def _warn_if_random(base: Any, retain: Indices) -> None:
                 stacklevel=4,
             )
             return
+
+
+def _differ(first: Any, second: Any) -> bool:
+    """Whether two reads of an array differ; NaN equals NaN, or broken data would pass for augmented."""
+    if not isinstance(first, (Tensor, np.ndarray)):
+        return False
+    same = first.shape == second.shape and ((first == second) | ((first != first) & (second != second))).all()
+    return not bool(same)

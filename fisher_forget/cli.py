@@ -1,0 +1,64 @@
+"""The command line: fisher-forget run | sweep | plot CONFIG [--key value ...]."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from fisher_forget.config import RunConfig, SweepConfig, load_config
+from fisher_forget.errors import FisherForgetError
+
+COMMANDS = {
+    "run": "train, forget, retrain, compare, and write a report",
+    "sweep": "the same with a sweep over noise scales",
+    "plot": "draw the plots of a finished run again",
+}
+EXIT_ERROR = 2  # something given was wrong; the message says what to do
+EXIT_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `fisher-forget`.
+
+    Returns:
+        0 on success, 2 for a mistake in what was given, 130 when interrupted.
+    """
+    parser = argparse.ArgumentParser(
+        prog="fisher-forget",
+        description="A trained model forgets training samples; the result is compared with retrained models.",
+        epilog="Any key of the configuration can be overridden: --training.epochs 5 --seeds '[0, 1]'. "
+        "Exit codes: 0 done, 2 mistake in what was given, 130 interrupted (start again to go on).",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, help_text in COMMANDS.items():
+        command = commands.add_parser(name, help=help_text, description=help_text)
+        command.add_argument("config", help="YAML file, such as configs/digits.yaml")
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    chosen, overrides = parser.parse_known_args(arguments)
+    try:
+        _dispatch(chosen.command, chosen.config, overrides)
+    except FisherForgetError as error:
+        if chosen.debug:
+            raise
+        print(f"fisher-forget: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print("fisher-forget: interrupted; start it again to go on where it was", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def _dispatch(command: str, path: str, overrides: list[str]) -> None:
+    from fisher_forget import recipe  # imports torch and matplotlib: --help stays quick
+
+    if command == "plot":
+        for drawn in recipe.redraw(load_config(path, overrides, SweepConfig)):  # reads both kinds of file
+            print(drawn)
+        return
+    config = load_config(path, overrides, SweepConfig if command == "sweep" else RunConfig)
+    print(f"Report: {recipe.run(config)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

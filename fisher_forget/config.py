@@ -1,0 +1,237 @@
+"""One typed schema for YAML files and command-line flags: one YAML, one run."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from fisher_forget.checks import check_options
+from fisher_forget.curvature.estimate import Structure
+from fisher_forget.curvature.kinds import Kind
+from fisher_forget.errors import ConfigError
+from fisher_forget.newton import Solver
+from fisher_forget.training import TrainSettings
+
+KEY = "config"  # jsonargparse nests the schema under one argument
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Which data set.
+
+    Attributes:
+        name: "digits", "mnist", "cifar10", "breast_cancer" or "diabetes".
+        root: Folder that holds it; default the environment variable FISHER_FORGET_DATA.
+        max_train: Most training samples, class by class in proportion; all by default.
+        max_test: Most test samples.
+    """
+
+    name: str = "digits"
+    root: str | None = None
+    max_train: int | None = None
+    max_test: int | None = None
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which model.
+
+    Attributes:
+        name: "linear", "mlp", "cnn", "all_cnn" or "resnet18".
+        options: Its options, such as {width: 16}.
+    """
+
+    name: str = "cnn"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ForgetSet:
+    """Which training samples to forget.
+
+    Attributes:
+        name: Title in reports and name of the folder.
+        kind: "class" (all of one), "samples" (some of one class), "random" (some of all), "indices".
+        label: The class, for "class" and "samples".
+        count: How many, for "samples" and "random".
+        indices: For "indices".
+        seed: Of the choice.
+    """
+
+    name: str
+    kind: Literal["class", "samples", "random", "indices"]
+    label: int | None = None
+    count: int | None = None
+    indices: list[int] = field(default_factory=list)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ForgetSettings:
+    """Options of `forget`, with the same names, meanings and defaults.
+
+    Attributes:
+        weight_decay: By default the one that the model is trained with.
+        structure: Curvature structure.
+        kind: Curvature kind.
+        draws: Columns a sample of the random kinds.
+        steps: Newton sub-steps.
+        damping: Of each sub-step.
+        solver: Of the linear system.
+        drift: Subtract the motion without forgetting.
+        budget: Allowed rise of the held-back retained loss by the Newton step, nats.
+        noise: Scale, "auto", or null for none.
+        noise_budget: Allowed rise of the retained loss by the noise, nats.
+        exponent: Of the noise.
+        subset: Patterns of the parameters that may move.
+    """
+
+    weight_decay: float | None = None
+    structure: Structure = "ekfac"
+    kind: Kind = "auto"
+    draws: int = 1
+    steps: int | Literal["auto"] = "auto"
+    damping: float | Literal["auto"] = "auto"
+    solver: Solver = "auto"
+    drift: bool | Literal["auto"] = "auto"
+    budget: float | None = None
+    noise: float | Literal["auto"] | None = "auto"
+    noise_budget: float | None = None
+    exponent: float = 0.25
+    subset: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for name in ("structure", "kind", "subset"):
+            options.pop(name)
+        check_options(**options | {"weight_decay": self.weight_decay or 0.0})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Train, forget, retrain, compare.
+
+    Attributes:
+        name: Of the run; results go to <out>/<name>/.
+        data: Data set.
+        model: Architecture.
+        training: Of the original and the retrained models.
+        likelihood: "categorical", "bernoulli" or "gaussian".
+        forget_sets: What to forget, one after the other.
+        forget: Options of the method.
+        seeds: One original model, scrubbed once, for each.
+        retrained: Number of models retrained without each forget set.
+        jobs: Worker processes for training.
+        out: Parent folder of the results.
+        progress: Show progress bars.
+    """
+
+    name: str
+    forget_sets: list[ForgetSet]
+    data: DataSettings = DataSettings()
+    model: ModelSettings = field(default_factory=ModelSettings)
+    training: TrainSettings = field(default_factory=TrainSettings)
+    likelihood: Literal["categorical", "bernoulli", "gaussian"] = "categorical"
+    forget: ForgetSettings = ForgetSettings()
+    seeds: list[int] = field(default_factory=lambda: [0])
+    retrained: int = 5
+    jobs: int = 1
+    out: str = "runs"
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.retrained < 2:
+            raise ConfigError(f"retrained: {self.retrained}", "at least 2: the floor needs a pair", "Raise it.")
+        if not self.seeds or not self.forget_sets:
+            raise ConfigError("no seeds or no forget_sets", "at least one of each", "Add one to the configuration.")
+        names = [s.name for s in self.forget_sets]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"forget_sets named {names}", "a different name for each", "Rename one.")
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise ConfigError(f"the name {self.name!r}", "a folder name", "Use letters, digits and hyphens.")
+
+
+@dataclass(frozen=True)
+class SweepConfig(RunConfig):
+    """A run with a sweep over noise for every forget set and seed.
+
+    Attributes:
+        scales: Noise scales s.
+        draws: Noise draws for each scale.
+    """
+
+    scales: list[float] = field(default_factory=lambda: [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1])
+    draws: int = 3
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[RunConfig] = RunConfig) -> RunConfig:
+    """Read a YAML file and apply `--key value` flags.
+
+    Args:
+        path: The file.
+        overrides: Such as ["--training.epochs", "5"].
+        kind: `RunConfig` or `SweepConfig`.
+
+    Raises:
+        ConfigError: An unknown key (with its place and the nearest right name), a wrong type, an unreadable file.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}", "a readable YAML file", "Correct the path.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: {error}", "valid YAML", "Correct the file at that place.") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holding {type(content).__name__}", "keys and values", "See configs/digits.yaml.")
+    _known(content, kind, str(path))
+    flags = [f"--{KEY}.{flag[2:]}" if flag.startswith("--") else flag for flag in overrides]
+    for flag in overrides:
+        if flag.startswith("--"):
+            _known(_nested(flag[2:].split("=")[0]), kind, "the command line")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument(f"--{KEY}", type=kind)
+    try:
+        # the file first, then the flags over it
+        parsed = parser.parse_args([f"--{KEY}={json.dumps(content)}", *flags])
+        return typing.cast(RunConfig, parser.instantiate_classes(parsed)[KEY])
+    except ArgumentError as error:
+        message = " ".join(str(error).replace(f"{KEY}.", "").split())
+        raise ConfigError(f"{path}: {message}", "values of the documented types", "Correct that key.") from error
+
+
+def _nested(key: str) -> dict[str, Any]:
+    """`a.b` as {"a": {"b": None}}."""
+    first, _, rest = key.partition(".")
+    return {first: _nested(rest) if rest else None}
+
+
+def _known(content: Mapping[str, Any], kind: Any, place: str) -> None:
+    """Refuse unknown keys before any type is looked at, with the nearest right name."""
+    hints = typing.get_type_hints(kind)
+    for key, value in content.items():
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
+            fix = f"Did you mean {near[0]!r}?" if near else "Remove it, or see the documentation of the schema."
+            raise ConfigError(f"the unknown key {key!r} in {place}", f"one of {sorted(hints)}", fix)
+        inner = hints[key]
+        if dataclasses.is_dataclass(inner) and isinstance(value, Mapping):
+            _known(value, inner, f"{place} at {key!r}")
+        item = typing.get_args(inner)[0] if typing.get_origin(inner) is list else None
+        if dataclasses.is_dataclass(item) and isinstance(value, list):
+            for index, entry in enumerate(value):
+                if isinstance(entry, Mapping):
+                    _known(entry, item, f"{place} at {key}[{index}]")
+
+
+def to_plain(config: RunConfig) -> dict[str, Any]:
+    """The resolved configuration as plain values, as written beside the results."""
+    return dataclasses.asdict(config)

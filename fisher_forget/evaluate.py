@@ -1,0 +1,239 @@
+r"""Scores of a scrubbed model against models retrained without the forgotten data.
+
+    KL(part)   = mean over members i and samples n of KL(retrained_i(x_n) || model(x_n))            [nats]
+    floor      = the same between two different retrained models, mean over ordered pairs           [nats]
+    gap_closed = (KL_original - KL_scrubbed) / (KL_original - floor)
+
+The target of every score is the retrained value: a KL below the floor is not better, gap_closed above 1 neither.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from fisher_forget import params as P
+from fisher_forget.data.batches import Unpack
+from fisher_forget.data.split import Split
+from fisher_forget.data.split import resolve as resolve_split
+from fisher_forget.errors import DataError, NumericalError
+from fisher_forget.likelihood import Likelihood
+from fisher_forget.likelihood import resolve as resolve_likelihood
+
+Outputs = Mapping[str, Tensor]  # part -> outputs [N, ...]
+
+
+@dataclass(frozen=True)
+class PartScores:
+    """Scores on one part of the data ("forget", "retain", "test", ...).
+
+    Attributes:
+        samples: N.
+        kl_original: KL(retrained || original), mean over members, nats.
+        kl_scrubbed: KL(retrained || scrubbed), mean over members, nats.
+        kl_scrubbed_std: Its standard deviation over the retrained members.
+        floor: KL between two retrained models, nats; the target of kl_scrubbed.
+        floor_std: Standard deviation over members of a member's mean KL to the others.
+        gap_closed: See the module; `None` where the original is already within the floor's spread.
+        score_original: Quality of the original (accuracy, or squared error for regression).
+        score_scrubbed: Quality of the scrubbed model.
+        score_retrained: Mean quality of the retrained models: the target of score_scrubbed.
+        score_retrained_std: Its standard deviation over members.
+    """
+
+    samples: int
+    kl_original: float
+    kl_scrubbed: float
+    kl_scrubbed_std: float
+    floor: float
+    floor_std: float
+    gap_closed: float | None
+    score_original: float
+    score_scrubbed: float
+    score_retrained: float
+    score_retrained_std: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of one scrubbed model, part by part.
+
+    Attributes:
+        parts: Scores by part.
+        members: Number of retrained models.
+        score_name: What the score_* numbers are.
+    """
+
+    parts: dict[str, PartScores]
+    members: int
+    score_name: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers for a JSON file."""
+        return {
+            "members": self.members,
+            "score_name": self.score_name,
+            "parts": {name: asdict(part) for name, part in self.parts.items()},
+        }
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row a part."""
+        rows = pd.DataFrame.from_dict({name: asdict(part) for name, part in self.parts.items()}, orient="index")
+        return rows.rename_axis("part").reset_index()
+
+
+class Reference:
+    """The retrained models' outputs, computed once, that scrubbed models are held against.
+
+    Args:
+        original: The model before forgetting.
+        retrained: Models trained without the forgotten data; at least two.
+        parts: Data sets by name: "forget", "retain", "test", ...
+        likelihood: Name or instance.
+        unpack: As for `forget`.
+
+    Raises:
+        DataError: If there are fewer than two retrained models.
+    """
+
+    def __init__(
+        self,
+        original: nn.Module,
+        retrained: Sequence[nn.Module],
+        parts: Mapping[str, Dataset[Any]],
+        likelihood: Likelihood | str = "categorical",
+        *,
+        unpack: Unpack | None = None,
+    ) -> None:
+        self.likelihood = resolve_likelihood(likelihood)
+        self._splits = {name: resolve_split(part, [], unpack=unpack, allow_empty=True) for name, part in parts.items()}
+        self.targets = {name: predict(original, split)[1] for name, split in self._splits.items()}
+        self.original = self.outputs(original)
+        self.retrained = tuple(self.outputs(model) for model in retrained)
+
+    def outputs(self, model: nn.Module) -> dict[str, Tensor]:
+        """Part -> outputs of a model."""
+        return {name: predict(model, split)[0] for name, split in self._splits.items()}
+
+    def evaluate(self, model: nn.Module) -> Evaluation:
+        """Scores of a scrubbed model."""
+        return evaluate(self.likelihood, self.targets, self.original, self.outputs(model), self.retrained)
+
+
+def predict(model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
+    """Outputs [N, ...] of the model in eval mode and targets [N, ...] of all samples of a split, on the CPU."""
+    twin = copy.deepcopy(model).eval()
+    outputs, targets = [], []
+    with torch.no_grad():
+        for batch in split.batches("all"):
+            outputs.append(P.call(twin, {}, (placed := batch.on(twin)).args, placed.kwargs).cpu())
+            targets.append(batch.targets)
+    return torch.cat(outputs), torch.cat(targets)
+
+
+def mean_kl(likelihood: Likelihood, p: Tensor, q: Tensor, targets: Tensor) -> float:
+    """Mean over samples of KL(p || q), nats.
+
+    Raises:
+        DataError: If the outputs do not describe the same samples and labels.
+        NumericalError: If outputs are not finite.
+    """
+    if p.shape != q.shape or len(p) != len(targets):
+        raise DataError(
+            f"outputs of shapes {tuple(p.shape)} and {tuple(q.shape)} for {len(targets)} targets",
+            "outputs of the same samples over the same labels",
+            "Predict both models on the same data set, and keep every class in the retrained models.",
+        )
+    if not bool(torch.isfinite(p).all() and torch.isfinite(q).all()):
+        raise NumericalError("outputs that are NaN or infinite", "finite outputs", "Check the model that made them.")
+    return float(likelihood.kl(p, q, targets).mean())
+
+
+def gap_closed(kl_original: float, kl: float, floor: float, floor_std: float) -> float | None:
+    """(KL_original - KL) / (KL_original - floor), or `None` where the original is within the floor's spread."""
+    if not kl_original > floor + floor_std:
+        return None
+    return (kl_original - kl) / (kl_original - floor)
+
+
+def evaluate(
+    likelihood: Likelihood,
+    targets: Mapping[str, Tensor],
+    original: Outputs,
+    scrubbed: Outputs,
+    retrained: Sequence[Outputs],
+) -> Evaluation:
+    """Score outputs that were computed once.
+
+    Args:
+        likelihood: Gives KL and score.
+        targets: Part -> targets [N, ...].
+        original: Part -> outputs of the model before forgetting.
+        scrubbed: Part -> outputs after.
+        retrained: One such mapping for each retrained model; at least two, since the floor needs a pair.
+
+    Raises:
+        DataError: If there are fewer than two retrained models, or shapes do not match.
+        NumericalError: If outputs are not finite.
+    """
+    if len(retrained) < 2:
+        raise DataError(
+            f"{len(retrained)} retrained model(s)", "at least 2, whose mutual KL is the floor", "Retrain more seeds."
+        )
+    parts = {}
+    for part, y in targets.items():
+        members = [r[part] for r in retrained]
+        to_original = [mean_kl(likelihood, m, original[part], y) for m in members]
+        to_scrubbed = [mean_kl(likelihood, m, scrubbed[part], y) for m in members]
+        pairs = [[mean_kl(likelihood, a, b, y) for b in members if b is not a] for a in members]
+        floors = [float(np.mean(row)) for row in pairs]
+        scores = [_score(likelihood, m, y) for m in members]
+        floor, floor_std = float(np.mean(floors)), float(np.std(floors, ddof=1))
+        parts[part] = PartScores(
+            samples=len(y),
+            kl_original=float(np.mean(to_original)),
+            kl_scrubbed=float(np.mean(to_scrubbed)),
+            kl_scrubbed_std=float(np.std(to_scrubbed, ddof=1)),
+            floor=floor,
+            floor_std=floor_std,
+            gap_closed=gap_closed(float(np.mean(to_original)), float(np.mean(to_scrubbed)), floor, floor_std),
+            score_original=_score(likelihood, original[part], y),
+            score_scrubbed=_score(likelihood, scrubbed[part], y),
+            score_retrained=float(np.mean(scores)),
+            score_retrained_std=float(np.std(scores, ddof=1)),
+        )
+    return Evaluation(parts, len(retrained), likelihood.score_name)
+
+
+def _score(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> float:
+    return float(likelihood.scores(outputs, targets).mean()) if len(targets) else math.nan
+
+
+def summarise(evaluations: Sequence[Evaluation]) -> dict[str, dict[str, dict[str, float | int | None]]]:
+    """Mean and standard deviation over seeds: part -> score -> {mean, std, n}; undefined values are left out of n."""
+    summary: dict[str, dict[str, dict[str, float | int | None]]] = {}
+    for part in evaluations[0].parts:
+        columns: dict[str, list[float]] = {}
+        for evaluation in evaluations:
+            for key, value in asdict(evaluation.parts[part]).items():
+                columns.setdefault(key, [])
+                if value is not None:
+                    columns[key].append(float(value))
+        summary[part] = {
+            key: {
+                "mean": float(np.mean(values)) if values else None,
+                "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+                "n": len(values),
+            }
+            for key, values in columns.items()
+        }
+    return summary

@@ -1,0 +1,287 @@
+"""A run: train, forget, retrain, compare, report. What is finished is stored, so a killed run goes on where it was."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from matplotlib.axes import Axes
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from fisher_forget import storage
+from fisher_forget.config import ForgetSet, RunConfig, SweepConfig, to_plain
+from fisher_forget.data.datasets import DataBundle, load_dataset
+from fisher_forget.data.split import Indices
+from fisher_forget.ensemble import RetrainedEnsemble, retrain_ensemble
+from fisher_forget.errors import ConfigError
+from fisher_forget.evaluate import Evaluation, Reference, summarise
+from fisher_forget.forget import ForgetResult, forget, versions
+from fisher_forget.models import build_model
+from fisher_forget.report import html, plots, tables
+from fisher_forget.sweep import SweepTable, sweep
+from fisher_forget.training import train
+
+RETRAINED_SEEDS = 1000  # seeds of the retrained models start here: none is an original's
+
+
+@dataclass(frozen=True)
+class Case:
+    """One forget set of a run: the models with and without it.
+
+    Attributes:
+        settings: Which samples.
+        forget: Their indices, sorted.
+        folder: Of its results.
+        references: One a seed: the original of that seed, held against the shared retrained models.
+        originals: One a seed.
+        retrained: Trained without the forget set.
+    """
+
+    settings: ForgetSet
+    forget: Indices
+    folder: Path
+    references: tuple[Reference, ...]
+    originals: RetrainedEnsemble
+    retrained: RetrainedEnsemble
+
+
+def run(config: RunConfig) -> Path:
+    """Carry out a run, and a sweep where the configuration is a `SweepConfig`.
+
+    Returns:
+        The report's path; beside it lie config.yaml, metrics.json, the plots, the weights, and for a sweep its table.
+
+    Raises:
+        ConfigError, DataError, StorageError: Before anything is trained.
+    """
+    folder = storage.ensure_folder(Path(config.out) / config.name)
+    data = load_dataset(
+        config.data.name, config.data.root, max_train=config.data.max_train, max_test=config.data.max_test
+    )
+    chosen = {s.name: choose(s, data) for s in config.forget_sets}  # all are checked before any work
+    (folder / "config.yaml").write_text(yaml.safe_dump(to_plain(config), sort_keys=False))
+    figures: dict[str, Path] = {}
+    cases = []
+    for settings in config.forget_sets:
+        case = prepare_case(config, data, settings, chosen[settings.name], folder)
+        results, evaluations = zip(*(_forget(config, data, case, i) for i in range(len(config.seeds))), strict=True)
+        described = _describe(config, case, results, evaluations)
+        cases.append(described)
+        figures[f"{settings.name}: KL"] = _save(plots.plot_parts(described), case.folder / "kl")
+        figures[f"{settings.name}: scores"] = _save(plots.plot_scores(described), case.folder / "scores")
+        if isinstance(config, SweepConfig):
+            table = sweep(
+                results[0], case.references[0], config.scales, seeds=range(config.draws), progress=config.progress
+            )
+            save_sweep(table, case.folder / "sweep")
+            figures[f"{settings.name}: trade-off"] = _save(plots.plot_tradeoff(table), case.folder / "tradeoff")
+            figures[f"{settings.name}: noise"] = _save(plots.plot_noise(table), case.folder / "noise")
+    metrics = {
+        "schema": 1,
+        "name": config.name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": f"fisher-forget {'sweep' if isinstance(config, SweepConfig) else 'run'} {folder / 'config.yaml'}",
+        "config": to_plain(config),
+        "environment": versions() | {"threads": torch.get_num_threads(), "processor": _processor()},
+        "cases": cases,
+    }
+    storage.write_json(folder / "metrics.json", metrics)
+    print(tables.console(metrics))
+    return html.write_report(metrics, figures, folder)
+
+
+def choose(settings: ForgetSet, data: DataBundle) -> Indices:
+    """The indices that a forget set names.
+
+    Raises:
+        ConfigError: If label, count or indices do not fit the data.
+    """
+    targets = data.train.tensors[1].numpy()
+    where = f"forget set {settings.name!r}"
+    if settings.kind == "indices":
+        wanted = np.asarray(settings.indices, dtype=np.int64)
+        if not len(wanted) or wanted.min() < 0 or wanted.max() >= len(targets):
+            raise ConfigError(
+                f"{where} with {len(wanted)} indices", f"indices from 0 to {len(targets) - 1}", "Correct."
+            )
+        return np.unique(wanted)
+    candidates = np.arange(len(targets))
+    if settings.kind in ("class", "samples"):
+        candidates = np.flatnonzero(targets.reshape(len(targets), -1)[:, 0] == settings.label)
+        if settings.label is None or not len(candidates):
+            raise ConfigError(
+                f"{where} with label {settings.label}",
+                f"one of {sorted(set(targets.ravel().tolist()))[:20]}",
+                "Set label.",
+            )
+    if settings.kind == "class":
+        return candidates
+    if settings.count is None or not 0 < settings.count < len(candidates):
+        raise ConfigError(f"{where} with count {settings.count}", f"1 to {len(candidates) - 1} samples", "Set count.")
+    return np.sort(np.random.default_rng(settings.seed).choice(candidates, settings.count, replace=False))
+
+
+def train_one(config: RunConfig, data: DataBundle, indices: Indices | None, seed: int) -> nn.Module:
+    """The model of one seed, trained on all or some of the data."""
+    return train(
+        _untrained(config, data, seed),
+        data.train,
+        config.training,
+        seed=seed,
+        indices=indices,
+        likelihood=config.likelihood,
+        progress=False,
+    )
+
+
+def prepare_case(config: RunConfig, data: DataBundle, settings: ForgetSet, chosen: Indices, folder: Path) -> Case:
+    """Originals and retrained models of a forget set, trained or loaded."""
+    slug = "".join(c if c.isalnum() else "-" for c in settings.name).strip("-")
+    retain = np.setdiff1d(np.arange(len(data.train)), chosen)
+    template = _untrained(config, data, 0)
+    basis = (config.data, config.model, config.training, config.likelihood, data.train.tensors)
+
+    def ensemble(seeds: list[int], indices: Indices | None, place: Path, title: str) -> RetrainedEnsemble:
+        return retrain_ensemble(
+            partial(train_one, config, data, indices),
+            seeds,
+            template=template,
+            folder=place,
+            fingerprint=storage.fingerprint(*basis, indices),
+            jobs=config.jobs,
+            progress=config.progress,
+            description=title,
+        )
+
+    originals = ensemble(config.seeds, None, folder / "original", "train")
+    members = [RETRAINED_SEEDS + i for i in range(config.retrained)]
+    retrained = ensemble(members, retain, folder / slug / "retrained", f"retrain without {settings.name}")
+    parts = _parts(data, chosen, retain)
+    references = tuple(Reference(m, retrained.models, parts, config.likelihood) for m in originals.models)
+    return Case(settings, chosen, storage.ensure_folder(folder / slug), references, originals, retrained)
+
+
+def _untrained(config: RunConfig, data: DataBundle, seed: int) -> nn.Module:
+    inputs, targets = data.train.tensors
+    outputs = len(data.classes) or targets.shape[-1]
+    return build_model(config.model.name, tuple(inputs.shape[1:]), outputs, seed=seed, **config.model.options)
+
+
+def _parts(data: DataBundle, chosen: Indices, retain: Indices) -> dict[str, TensorDataset]:
+    """Forget, retain and test data; test data of the classes that are left, where a whole class is forgotten."""
+    inputs, targets = data.train.tensors
+    parts = {
+        "forget": TensorDataset(inputs[chosen], targets[chosen]),
+        "retain": TensorDataset(inputs[retain], targets[retain]),
+        "test": data.test,
+    }
+    if data.classes:
+        left = torch.isin(data.test.tensors[1], targets[retain])
+        if not bool(left.all()):
+            parts["test, retained classes"] = TensorDataset(data.test.tensors[0][left], data.test.tensors[1][left])
+    return parts
+
+
+def _forget(config: RunConfig, data: DataBundle, case: Case, index: int) -> tuple[ForgetResult, Evaluation]:
+    seed = config.seeds[index]
+    options = asdict(config.forget)
+    if options["weight_decay"] is None:
+        options["weight_decay"] = config.training.weight_decay
+    if options["subset"] is not None:
+        options["subset"] = tuple(options["subset"])
+    result = forget(
+        case.originals.models[index],
+        data.train,
+        case.forget,
+        likelihood=config.likelihood,
+        seed=seed,
+        progress=config.progress,
+        **options,
+    )
+    evaluation = case.references[index].evaluate(result.model)
+    place = storage.ensure_folder(case.folder / f"seed-{seed}")
+    storage.save_model(place / "scrubbed.safetensors", result.model, {"seed": str(seed), "case": case.settings.name})
+    (place / "result.txt").write_text(f"{result}\n")
+    return result, evaluation
+
+
+def _describe(
+    config: RunConfig, case: Case, results: tuple[ForgetResult, ...], evaluations: tuple[Evaluation, ...]
+) -> dict[str, Any]:
+    return {
+        "name": case.settings.name,
+        "forgotten": len(case.forget),
+        "retained": len(results[0].split.retain),
+        "members": len(case.retrained.models),
+        "score_name": evaluations[0].score_name,
+        "seconds": {
+            "train_original": float(np.mean(case.originals.seconds)),
+            "retrain_one": float(np.mean(case.retrained.seconds)),
+            "forget": float(np.mean([sum(r.seconds.values()) for r in results])),
+        },
+        "runs": [
+            {
+                "seed": seed,
+                "folder": f"{case.folder.name}/seed-{seed}",
+                "forget": result.summary(),
+                "evaluation": evaluation.to_dict(),
+            }
+            for seed, result, evaluation in zip(config.seeds, results, evaluations, strict=True)
+        ],
+        "summary": summarise(evaluations),
+    }
+
+
+def save_sweep(table: SweepTable, stem: Path) -> None:
+    """<stem>.csv with the rows and <stem>.json with rows and marks."""
+    table.to_pandas().to_csv(stem.with_suffix(".csv"), index=False)
+    storage.write_json(stem.with_suffix(".json"), asdict(table))
+
+
+def load_sweep(path: Path) -> SweepTable:
+    """Inverse of `save_sweep`, from the JSON file."""
+    content: Mapping[str, Any] = storage.read_json(path)
+    nan = float("nan")
+    rows = tuple({key: nan if value is None else value for key, value in row.items()} for row in content["rows"])
+    return SweepTable(rows, content["marks"], content["score_name"])
+
+
+def redraw(config: RunConfig) -> list[Path]:
+    """Draw the plots of a finished run again, from its stored numbers.
+
+    Raises:
+        StorageError: If the run has not finished.
+    """
+    folder = Path(config.out) / config.name
+    metrics = storage.read_json(folder / "metrics.json")
+    drawn = []
+    for case in metrics["cases"]:
+        place = folder / Path(case["runs"][0]["folder"]).parent
+        drawn += [_save(plots.plot_parts(case), place / "kl"), _save(plots.plot_scores(case), place / "scores")]
+        if (place / "sweep.json").exists():
+            table = load_sweep(place / "sweep.json")
+            drawn += [
+                _save(plots.plot_tradeoff(table), place / "tradeoff"),
+                _save(plots.plot_noise(table), place / "noise"),
+            ]
+    return drawn
+
+
+def _save(ax: Axes, stem: Path) -> Path:
+    return plots.save_figure(ax.figure, stem)[1]
+
+
+def _processor() -> str:
+    return f"{platform.machine()}, {os.cpu_count()} cores" + (
+        f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    )

@@ -1,0 +1,20 @@
+"""Where the description of metrics.json is, and how to read it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+METRICS_SCHEMA_PATH = Path(__file__).with_name("metrics.schema.json")
+
+
+def load_schema() -> dict[str, Any]:
+    """The JSON Schema (2020-12) of metrics.json: every field with its meaning and unit.
+
+    Example:
+        >>> load_schema()["properties"]["schema"]["const"]
+        1
+    """
+    schema: dict[str, Any] = json.loads(METRICS_SCHEMA_PATH.read_text(encoding="utf-8"))
+    return schema

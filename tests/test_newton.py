@@ -1,0 +1,250 @@
+"""Newton laws: closed-form retraining, controls without forgetting, the flow's guards."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from scipy.optimize import minimize
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from fisher_forget import Categorical, Gaussian, NumericalError, estimate_curvature, forget, newton_step
+from fisher_forget.curvature.diagonal import Diagonal
+from fisher_forget.curvature.matrix_free import GgnProduct, conjugate_gradient
+from fisher_forget.data.split import resolve
+from fisher_forget.objective import Objective
+from fisher_forget.params import add, flatten, norm, randn_like, unflatten
+
+DECAY = 0.01
+
+
+def ridge(x: Tensor, y: Tensor, decay: float) -> nn.Linear:
+    """Closed-form minimiser of (1/n) sum |y - Wx - b|^2 / 2 + (decay/2) |(W, b)|^2."""
+    ones = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
+    w = torch.linalg.solve(
+        ones.T @ ones / len(x) + decay * torch.eye(ones.shape[1], dtype=x.dtype), ones.T @ y / len(x)
+    )
+    model = nn.Linear(x.shape[1], y.shape[1]).double()
+    with torch.no_grad():
+        model.weight.copy_(w[:-1].T)
+        model.bias.copy_(w[-1])
+    return model.eval()
+
+
+def regression() -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 5, generator=g, dtype=torch.float64)
+    return x, x @ torch.randn(5, 2, generator=g, dtype=torch.float64) + 0.3 * torch.randn(60, 2, generator=g).double()
+
+
+def softmax_minimiser(model: nn.Module, x: Tensor, y: Tensor, decay: float) -> nn.Module:
+    """SciPy's minimiser of the mean cross-entropy + (decay/2)|w|^2, to a gradient of 1e-10."""
+    like = oracle.start(model)
+
+    def value(w: np.ndarray) -> tuple[float, np.ndarray]:
+        flat = torch.from_numpy(w).requires_grad_()
+        out = torch.func.functional_call(model, unflatten(flat, like), (x,))
+        loss = Categorical().losses(out, y).mean() + decay / 2 * flat.square().sum()
+        return float(loss), torch.autograd.grad(loss, flat)[0].numpy()
+
+    found = minimize(value, flatten(like).numpy(), jac=True, method="BFGS", options={"gtol": 1e-10, "maxiter": 2000})
+    with torch.no_grad():
+        for p, v in zip(model.parameters(), unflatten(torch.from_numpy(found.x), like).values(), strict=True):
+            p.copy_(v)
+    return model
+
+
+class TestRidge:
+    @pytest.mark.parametrize("solver", ["direct", "cg"])
+    def test_one_newton_step_equals_retraining(self, solver: str) -> None:
+        x, y = regression()
+        gone = np.array([3, 17, 20, 41, 59])
+        kept = np.setdiff1d(np.arange(60), gone)
+        result = forget(
+            ridge(x, y, DECAY),
+            TensorDataset(x, y),
+            gone,
+            likelihood=Gaussian(),
+            structure="dense",
+            steps=1,
+            damping=0.0,
+            solver=solver,
+            weight_decay=DECAY,
+            noise=None,
+            progress=False,
+        )
+        retrained = ridge(x[kept], y[kept], DECAY)
+        for found, truth in zip(result.model.parameters(), retrained.parameters(), strict=True):
+            assert float((found - truth).abs().max()) < 1e-8
+        assert result.newton.at_minimum
+
+    def test_the_default_call_comes_close(self) -> None:
+        x, y = regression()
+        gone = np.arange(10)
+        original, retrained = ridge(x, y, DECAY), ridge(x[10:], y[10:], DECAY)
+        result = forget(
+            original, TensorDataset(x, y), gone, likelihood="gaussian", weight_decay=DECAY, noise=None, progress=False
+        )
+        before = norm(add(oracle.start(original), oracle.start(retrained), -1))
+        after = norm(add(oracle.start(result.model), oracle.start(retrained), -1))
+        assert after < 0.05 * before
+
+
+@pytest.mark.parametrize(("steps", "residual"), [(1, 1e-3), (2, 1e-6), (3, 1e-11)])
+def test_logistic_regression_converges_quadratically_to_the_retrained_minimum(steps: int, residual: float) -> None:
+    g = torch.Generator().manual_seed(1)
+    x, y = torch.randn(300, 3, generator=g, dtype=torch.float64), torch.randint(0, 3, (300,), generator=g)
+    torch.manual_seed(0)
+    model = softmax_minimiser(nn.Linear(3, 3).double(), x, y, DECAY).eval()
+    result = forget(
+        model,
+        TensorDataset(x, y),
+        range(6),
+        structure="dense",
+        steps=steps,
+        damping=0.0,
+        weight_decay=DECAY,
+        noise=None,
+        solver="cg",
+        progress=False,
+    )
+    scrubbed = Objective(result.model, Categorical())
+    gradient = scrubbed.gradient(result.split.batches("retain"), scrubbed.start).mean()
+    assert norm(add(gradient, scrubbed.start, DECAY)) < residual
+
+
+class TestControls:
+    def flow(self, model: nn.Module, data: TensorDataset, idx: list[int], **options: object) -> object:
+        split = resolve(data, idx, allow_empty=True)
+        curvature = estimate_curvature(model, split)
+        return newton_step(Objective(model, Categorical()), split, curvature, weight_decay=DECAY, **options)
+
+    def data(self) -> tuple[nn.Module, TensorDataset]:
+        g = torch.Generator().manual_seed(2)
+        x, y = torch.randn(70, 4, generator=g, dtype=torch.float64), torch.randint(0, 3, (70,), generator=g)
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double().eval(), TensorDataset(x, y)
+
+    def test_nothing_to_forget_changes_nothing_when_the_drift_is_removed(self) -> None:
+        """Far from a minimum: the plain flow would train on, the force minus the full gradient is exactly zero."""
+        model, data = self.data()
+        step = self.flow(model, data, [])
+        assert not step.at_minimum
+        assert step.drift_removed
+        assert step.norm == 0.0
+        assert self.flow(model, data, [], drift=False).norm > 0.1
+
+    def test_nothing_to_forget_changes_nothing_at_a_minimum(self) -> None:
+        model, data = self.data()
+        model = softmax_minimiser(model, *data.tensors, DECAY)
+        step = self.flow(model, data, [])
+        assert step.at_minimum
+        assert not step.drift_removed
+        assert step.norm < 1e-6
+
+    def test_stationarity_tells_trained_from_untrained(self) -> None:
+        model, data = self.data()
+        before = self.flow(model, data, [0, 1]).stationarity
+        after = self.flow(softmax_minimiser(model, *data.tensors, DECAY), data, [0, 1]).stationarity
+        assert before > 0.5 > 1e-3 > after
+
+    def test_a_step_outside_the_budget_is_never_returned(self) -> None:
+        model, data = self.data()
+        step = self.flow(model, data, [0, 1], drift=False, budget=-10.0)
+        assert step.norm == 0.0
+        assert not step.accepted
+        assert len(step.path) == 3  # it was shortened before giving up
+        dampings = [s.damping for s in step.path]
+        assert dampings == sorted(dampings)
+
+    def test_the_held_back_loss_stays_within_the_budget(self) -> None:
+        model, data = self.data()
+        for budget in (1e-4, 1e-2):
+            step = self.flow(model, data, list(range(20)), drift=False, budget=budget)
+            assert all(s.loss <= step.loss_before + budget for s in step.accepted)
+
+    def test_single_step_takes_the_smallest_damping_within_the_budget(self) -> None:
+        model, data = self.data()
+        model = softmax_minimiser(model, *data.tensors, DECAY)
+        step = self.flow(model, data, list(range(20)), steps=1)
+        trials = [s for s in step.path if not s.accepted]
+        good = [s.damping for s in trials if s.loss <= step.loss_before + step.budget]
+        assert step.damping == min(good)
+        assert len(step.accepted) == 1
+
+    def test_a_given_damping_that_explodes_is_an_error(self) -> None:
+        _, data = self.data()
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+        objective = Objective(model, Categorical())
+        blind = Diagonal(eigenvalues={name: torch.zeros_like(p) for name, p in objective.start.items()})
+        with pytest.raises(NumericalError, match="left the finite numbers"):
+            newton_step(objective, resolve(data, [0, 1]), blind, steps=1, damping=1e-35, solver="direct", drift=False)
+
+
+class TestGgnProduct:
+    @pytest.mark.parametrize("size", [2, 64])
+    def test_equals_the_dense_ggn(self, size: int) -> None:
+        from test_curvature import prepared
+
+        for name in ("residual", "sequence", "patched"):
+            model, data = prepared(name)
+            truth = oracle.ggn(model, *data.tensors, Categorical())
+            objective = Objective(model, Categorical())
+            split = resolve(torch.utils.data.DataLoader(data, batch_size=size), [], allow_empty=True)
+            count = float(Categorical().counts(data.tensors[1]).sum())
+            product = objective.ggn(split.batches("all"), objective.start, count)
+            v = randn_like(objective.start, torch.Generator().manual_seed(0))
+            assert torch.allclose(flatten(product(v)), truth @ flatten(v), rtol=1e-8, atol=1e-10)
+            assert isinstance(product, GgnProduct)
+
+
+class TestConjugateGradient:
+    def system(self) -> tuple[Tensor, dict[str, Tensor]]:
+        g = torch.Generator().manual_seed(0)
+        a = torch.randn(12, 12, generator=g, dtype=torch.float64)
+        return a @ a.T + 0.1 * torch.eye(12, dtype=torch.float64), {"x": torch.randn(12, generator=g).double()}
+
+    def test_solves(self) -> None:
+        a, b = self.system()
+        found = conjugate_gradient(lambda v: {"x": a @ v["x"]}, b, dict, iterations=40, tolerance=1e-12)
+        assert torch.allclose(found.x["x"], torch.linalg.solve(a, b["x"]), rtol=1e-8)
+        assert found.residual < 1e-11
+
+    def test_a_perfect_preconditioner_needs_one_product(self) -> None:
+        a, b = self.system()
+        found = conjugate_gradient(
+            lambda v: {"x": a @ v["x"]}, b, lambda r: {"x": torch.linalg.solve(a, r["x"])}, tolerance=1e-8
+        )
+        assert found.iterations == 1
+
+    def test_an_indefinite_operator_is_refused(self) -> None:
+        _, b = self.system()
+        with pytest.raises(NumericalError, match="positive definite"):
+            conjugate_gradient(lambda v: {"x": -v["x"]}, b, dict)
+
+
+def test_variance_reduction_is_exact_when_every_sample_is_in_the_working_set() -> None:
+    g = torch.Generator().manual_seed(4)
+    x, y = torch.randn(200, 4, generator=g, dtype=torch.float64), torch.randint(0, 3, (200,), generator=g)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double().eval()
+    split = resolve(TensorDataset(x, y), range(30))
+    curvature = estimate_curvature(model, split)
+
+    def weights(working_set: int) -> Tensor:
+        objective = Objective(model, Categorical())
+        step = newton_step(
+            objective, split, curvature, weight_decay=DECAY, steps=3, damping=1.0, drift=True, working_set=working_set
+        )
+        return flatten(step.params)
+
+    all_samples, many, few = weights(170), weights(169), weights(20)
+    start = flatten(oracle.start(model))
+    assert float((all_samples - many).norm() / (all_samples - start).norm()) < 0.05
+    assert float((all_samples - few).norm()) > float((all_samples - many).norm())
+    assert math.isfinite(float(few.norm()))
