@@ -17,10 +17,13 @@ from fisher_forget.errors import (
     SplitError,
     StorageError,
 )
+from fisher_forget.evaluate import Evaluation, Reference
 from fisher_forget.forget import ForgetResult, forget
 from fisher_forget.likelihood import Bernoulli, Categorical, Gaussian, Likelihood
 from fisher_forget.newton import NewtonStep, newton_step
 from fisher_forget.noise import NoiseDraw, calibrate_noise, draw_noise
+from fisher_forget.report.plots import plot_tradeoff
+from fisher_forget.sweep import SweepTable, sweep
 
 __all__ = [
     "Bernoulli",
@@ -29,6 +32,7 @@ __all__ = [
     "Curvature",
     "CurvatureError",
     "DataError",
+    "Evaluation",
     "FisherForgetError",
     "FisherForgetWarning",
     "ForgetResult",
@@ -38,11 +42,15 @@ __all__ = [
     "NewtonStep",
     "NoiseDraw",
     "NumericalError",
+    "Reference",
     "SplitError",
     "StorageError",
+    "SweepTable",
     "calibrate_noise",
     "draw_noise",
     "estimate_curvature",
     "forget",
     "newton_step",
+    "plot_tradeoff",
+    "sweep",
 ]

@@ -50,13 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(command: str, path: str, overrides: list[str]) -> None:
-    from fisher_forget import recipe  # imports torch and matplotlib: --help stays quick
+    kind = RunConfig if command == "run" else SweepConfig  # which reads both kinds of file
+    config = load_config(path, overrides, kind)
+    from fisher_forget import recipe  # imports matplotlib: --help and the messages about mistakes stay quick
 
     if command == "plot":
-        for drawn in recipe.redraw(load_config(path, overrides, SweepConfig)):  # reads both kinds of file
+        for drawn in recipe.redraw(config):
             print(drawn)
         return
-    config = load_config(path, overrides, SweepConfig if command == "sweep" else RunConfig)
     print(f"Report: {recipe.run(config)}")
 
 

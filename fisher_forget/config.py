@@ -153,6 +153,8 @@ class RunConfig:
             raise ConfigError(f"retrained: {self.retrained}", "at least 2: the floor needs a pair", "Raise it.")
         if not self.seeds or not self.forget_sets:
             raise ConfigError("no seeds or no forget_sets", "at least one of each", "Add one to the configuration.")
+        if min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"seeds: {self.seeds}", "different numbers of at least 0", "Correct the seeds.")
         names = [s.name for s in self.forget_sets]
         if len(set(names)) < len(names):
             raise ConfigError(f"forget_sets named {names}", "a different name for each", "Rename one.")
@@ -193,6 +195,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[RunC
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holding {type(content).__name__}", "keys and values", "See configs/digits.yaml.")
     _known(content, kind, str(path))
+    content = {key: value for key, value in content.items() if value is not None}  # an empty section: its defaults
     flags = [f"--{KEY}.{flag[2:]}" if flag.startswith("--") else flag for flag in overrides]
     for flag in overrides:
         if flag.startswith("--"):
@@ -201,9 +204,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[RunC
     parser.add_argument(f"--{KEY}", type=kind)
     try:
         # the file first, then the flags over it
-        parsed = parser.parse_args([f"--{KEY}={json.dumps(content)}", *flags])
+        parsed = parser.parse_args([f"--{KEY}={json.dumps(content, default=str)}", *flags])
         return typing.cast(RunConfig, parser.instantiate_classes(parsed)[KEY])
-    except ArgumentError as error:
+    except (ArgumentError, TypeError) as error:  # the parser unpacks a section before it looks at its type
         message = " ".join(str(error).replace(f"{KEY}.", "").split())
         raise ConfigError(f"{path}: {message}", "values of the documented types", "Correct that key.") from error
 
@@ -223,6 +226,8 @@ def _known(content: Mapping[str, Any], kind: Any, place: str) -> None:
             fix = f"Did you mean {near[0]!r}?" if near else "Remove it, or see the documentation of the schema."
             raise ConfigError(f"the unknown key {key!r} in {place}", f"one of {sorted(hints)}", fix)
         inner = hints[key]
+        if dataclasses.is_dataclass(inner) and not isinstance(value, Mapping | None):
+            raise ConfigError(f"{place} with {key}: {value!r}", "keys and values below it", f"Correct {key!r}.")
         if dataclasses.is_dataclass(inner) and isinstance(value, Mapping):
             _known(value, inner, f"{place} at {key!r}")
         item = typing.get_args(inner)[0] if typing.get_origin(inner) is list else None

@@ -33,7 +33,7 @@ from fisher_forget.noise import EXPONENT, NoiseDraw, noise_step
 from fisher_forget.objective import Objective
 from fisher_forget.randomness import preserved_rng
 
-BUFFER_BATCH = 256  # samples per batch, at least, for BatchNorm statistics
+BUFFER_BATCH = 64  # samples per batch, at least, for BatchNorm statistics
 
 
 @dataclass(frozen=True)

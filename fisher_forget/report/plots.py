@@ -17,12 +17,14 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
+from numpy.typing import NDArray
 
 from fisher_forget.errors import DataError, StorageError
 from fisher_forget.report.tables import Case, estimate, part_label, parts_of, score_scale
@@ -33,13 +35,22 @@ STYLES: dict[str, dict[str, Any]] = {
     "original": {"color": VERMILLION, "marker": "s"},
     "scrubbed": {"color": BLUE, "marker": "o"},
     "retrained": {"color": GREEN, "marker": "D"},
-    "newton": {"color": ORANGE, "marker": "^"},
+    "newton": {
+        "color": ORANGE,
+        "marker": "^",
+        "fillstyle": "none",
+        "markeredgewidth": 2.2,
+    },  # hollow, as it lies on others
 }
-LABELS = {"original": "original", "newton": "Newton, no noise", "retrained": "retrained (target)"}
+LABELS = {"original": "original", "newton": "Newton, no noise", "retrained": "retrained: target"}
 EXPONENT_MARKERS = ("o", "v", "P", "X")
-SIZE = (5.4, 3.9)  # inches: two fit side by side on a desktop page, one stays legible on a phone
+SIZE = (4.9, 3.8)  # inches: two fit side by side on a desktop page, one stays legible on a phone
 DPI = 150
+NAMED = 5  # noise scales written beside their points
 SHADE = "cividis"  # grows monotonically in grey, too
+
+Array = NDArray[np.float64]
+Point = tuple[float, float]
 _EDGE = {"markeredgecolor": "white", "markeredgewidth": 0.8}
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -48,16 +59,16 @@ class SweepTable(Protocol):
     """What the figures need of a sweep over noise scales.
 
     Attributes:
-        marks: "original", "retrained" (whose kl_* is the floor), "newton" (without noise) and "retrained_std", each with
-            kl_forget, kl_retain, kl_test in nats and score_forget, score_retain, score_test.
+        marks: "original", "retrained" (whose kl_* is the floor), "newton" (without noise) and "retrained_std", each
+            with kl_forget, kl_retain, kl_test in nats and score_forget, score_retain, score_test.
         score_name: What the scores are.
     """
 
     @property
-    def marks(self) -> Mapping[str, Mapping[str, float]]: ...  # noqa: D102
+    def marks(self) -> Mapping[str, Mapping[str, float]]: ...
 
     @property
-    def score_name(self) -> str: ...  # noqa: D102
+    def score_name(self) -> str: ...
 
     def to_pandas(self) -> pd.DataFrame:
         """One row a draw: scale, exponent, seed, kl_*, score_*, gap_closed."""
@@ -78,14 +89,13 @@ def plot_tradeoff(table: SweepTable, ax: Axes | None = None) -> Axes:
     factor, unit = score_scale(table.score_name)
     points = _over_seeds(frame, ["score_test", "kl_forget"])
     shade = _shades(points["scale"])
-    xs, ys = points["score_test"] * factor, points["kl_forget"]
 
-    _floor(ax, "y", table.marks["retrained"]["kl_forget"], table.marks["retrained_std"]["kl_forget"])
     colors = [shade(s) for s in frame["scale"]]
-    ax.scatter(frame["score_test"] * factor, frame["kl_forget"], s=9, c=colors, alpha=0.35, linewidths=0, zorder=2)
+    ax.scatter(frame["score_test"] * factor, frame["kl_forget"], s=12, c=colors, alpha=0.4, linewidths=0, zorder=2)
+    busy = [*zip(frame["score_test"] * factor, frame["kl_forget"], strict=True)]
     for (exponent, rows), marker in zip(points.groupby("exponent"), _markers(points), strict=True):
         several = points["exponent"].nunique() > 1
-        label = f"scrubbed, noise s · B^-{exponent:g}" if several else "scrubbed, one point per noise scale s"
+        label = f"scrubbed, p = {exponent:g}" if several else "scrubbed, by noise s"
         x, y = rows["score_test"].to_numpy() * factor, rows["kl_forget"].to_numpy()
         ax.plot(x, y, color=GREY, linewidth=1, zorder=3)
         dx, dy = rows["score_test_std"].to_numpy() * factor, rows["kl_forget_std"].to_numpy()
@@ -93,30 +103,29 @@ def plot_tradeoff(table: SweepTable, ax: Axes | None = None) -> Axes:
         for i, (scale, size) in enumerate(zip(rows["scale"], np.linspace(5, 9, len(rows)), strict=True)):
             style = {"color": shade(scale), "marker": marker, "markersize": size, **_EDGE}
             ax.plot(x[i : i + 1], y[i : i + 1], linestyle="none", zorder=4, **style)
-        ax.plot([], [], color=GREY, marker=marker, markerfacecolor=BLUE, markersize=6, linewidth=1, label=label)
+        middle = shade(rows["scale"].median())
+        ax.plot([], [], color=GREY, marker=marker, markerfacecolor=middle, markersize=7, linewidth=1, label=label)
+        busy += _along(x[:-1], y[:-1], x[1:], y[1:]) + _along(x - dx, y, x + dx, y) + _along(x, y - dy, x, y + dy)
     for name, label in LABELS.items():
         mark, spread = table.marks[name], table.marks["retrained_std"] if name == "retrained" else {}
-        ax.errorbar(
-            [mark["score_test"] * factor],
-            [mark["kl_forget"]],
-            xerr=_bar(spread.get("score_test", math.nan) * factor),
-            yerr=_bar(spread.get("kl_forget", math.nan)),
-            linestyle="none",
-            markersize=9,
-            label=label,
-            zorder=5,
-            **{**_EDGE, "markeredgecolor": "black"},
-            **STYLES[name],
-        )
+        at = [mark["score_test"] * factor], [mark["kl_forget"]]
+        bars = _bar(spread.get("score_test", math.nan) * factor), _bar(spread.get("kl_forget", math.nan))
+        ax.errorbar(*at, xerr=bars[0], yerr=bars[1], fmt="none", ecolor="black", elinewidth=1, capsize=2, zorder=5)
+        style = {"markeredgecolor": "black", "markersize": 9, **STYLES[name]}
+        if name == "newton":
+            style["markeredgecolor"] = style["color"]
+        ax.plot(*at, linestyle="none", label=label, zorder=5, **style)
+    floor, spread_of_floor = (table.marks[name]["kl_forget"] for name in ("retrained", "retrained_std"))
+    _floor(ax, floor, spread_of_floor)
 
-    marks = [table.marks[name] for name in LABELS]
-    _log_limits(ax, "y", [*frame["kl_forget"], *(m["kl_forget"] for m in marks)])
-    _linear_limits(ax, "x", [*frame["score_test"] * factor, *(m["score_test"] * factor for m in marks)], unit)
+    marks = [(table.marks[name]["score_test"] * factor, table.marks[name]["kl_forget"]) for name in LABELS]
+    _log_limits(ax, "y", [*frame["kl_forget"], *(y for _, y in marks)])
+    _linear_limits(ax, [*frame["score_test"] * factor, *(x for x, _ in marks)], unit)
     ax.set_xlabel(_with_unit(f"{table.score_name} on test data", unit))
-    ax.set_ylabel("KL(retrained ‖ scrubbed) on forgotten data (nats)")
+    ax.set_ylabel("KL(retrained ‖ scrubbed)\non forgotten data (nats)")
     _finish(ax, legend_columns=2)
-    taken = [(m["score_test"] * factor, m["kl_forget"]) for m in marks]
-    _annotate(ax, list(zip(xs, ys, strict=True)), [f"s = {_short(s)}" for s in points["scale"]], taken)
+    centres = list(zip(points["score_test"] * factor, points["kl_forget"], strict=True))
+    _annotate(ax, centres, [f"s = {_short(s, digits=2)}" for s in points["scale"]], marks, busy)
     return ax
 
 
@@ -132,24 +141,24 @@ def plot_noise(table: SweepTable, ax: Axes | None = None) -> Axes:
     if frame.empty:
         raise DataError("noise scales that are all zero", "scales above zero", "Sweep over positive scales.")
     points = _over_seeds(frame, ["kl_forget", "kl_retain"])
-    parts = {"forget": (BLUE, "-", "////"), "retain": (VERMILLION, "--", "....")}
+    parts = {"forget": (BLUE, "-", "////"), "retain": (VERMILLION, "--", "\\\\\\\\")}
     values = list(frame["kl_forget"]) + list(frame["kl_retain"])
     for part, (color, line, hatch) in parts.items():
         for (exponent, rows), marker in zip(points.groupby("exponent"), _markers(points), strict=True):
             several = points["exponent"].nunique() > 1
-            label = part_label(part) + (f", s · B^-{exponent:g}" if several else "")
+            label = part_label(part) + (f", p = {exponent:g}" if several else "")
             x, y, std = (rows[c].to_numpy() for c in ("scale", f"kl_{part}", f"kl_{part}_std"))
             low, high = np.maximum(y - std, y * 1e-3), y + std  # a logarithmic axis has no zero
-            ax.fill_between(x, low, high, facecolor=color, edgecolor=color, alpha=0.18, hatch=hatch, linewidth=0)
-            style = {"color": color, "linestyle": line, "marker": marker, "markersize": 5, **_EDGE}
-            ax.plot(x, y, label=label, linewidth=1.6, zorder=4, **style)
+            ax.fill_between(x, low, high, zorder=1, **_band(color, hatch))
+            symbol: dict[str, Any] = {"marker": marker, "markersize": 6, **_EDGE}
+            ax.plot(x, y, label=label, color=color, linestyle=line, linewidth=1.6, zorder=4, **symbol)
         floor = table.marks["retrained"][f"kl_{part}"]
         values.append(floor)
         ax.axhline(floor, color=color, linestyle=":", linewidth=1.4, label=f"floor, {part_label(part)}", zorder=2)
     ax.set_xscale("log")
     _log_limits(ax, "x", frame["scale"].to_list(), margin=0.05)
     _log_limits(ax, "y", values)
-    ax.set_xlabel("noise scale s (weights are moved by s · B^-p · ξ; no unit)")
+    ax.set_xlabel("noise scale s, in w + s · B⁻ᵖ ξ (no unit)")
     ax.set_ylabel("KL(retrained ‖ scrubbed) (nats)")
     _finish(ax, legend_columns=2)
     return ax
@@ -163,9 +172,7 @@ def plot_parts(case: Case, ax: Axes | None = None) -> Axes:
     """
     ax = _axes(ax)
     keys = {"original": "kl_original", "scrubbed": "kl_scrubbed", "retrained": "floor"}
-    _dumbbells(ax, case, keys, 1.0, "floor: between retrained models")
-    means = [estimate(case, part, key).mean for part in parts_of(case) for key in keys.values()]
-    _log_limits(ax, "x", means)
+    _log_limits(ax, "x", _dumbbells(ax, case, keys, 1.0, "floor: target"))
     ax.set_xlabel("KL(retrained ‖ model) (nats)")
     _finish(ax, legend_columns=3)
     return ax
@@ -180,19 +187,17 @@ def plot_scores(case: Case, ax: Axes | None = None) -> Axes:
     ax = _axes(ax)
     factor, unit = score_scale(case["score_name"])
     keys = {name: f"score_{name}" for name in ("original", "scrubbed", "retrained")}
-    _dumbbells(ax, case, keys, factor, LABELS["retrained"])
-    means = [factor * estimate(case, part, key).mean for part in parts_of(case) for key in keys.values()]
-    _linear_limits(ax, "x", means, unit)
+    _linear_limits(ax, _dumbbells(ax, case, keys, factor, LABELS["retrained"]), unit)
     ax.set_xlabel(_with_unit(case["score_name"], unit))
     _finish(ax, legend_columns=3)
     return ax
 
 
-def save_figure(figure: Figure, stem: Path) -> tuple[Path, Path]:
+def save_figure(figure: Figure | SubFigure, stem: Path) -> tuple[Path, Path]:
     """Write <stem>.png and <stem>.svg; the SVG is the same to the byte for the same figure.
 
     Args:
-        figure: Any.
+        figure: Any; of a part of a figure, the whole is written.
         stem: Path without an ending; its folder is made if need be.
 
     Returns:
@@ -201,6 +206,7 @@ def save_figure(figure: Figure, stem: Path) -> tuple[Path, Path]:
     Raises:
         StorageError: If the files cannot be written.
     """
+    root = _root(figure)
     stem = Path(stem)
     folder = ensure_folder(stem.parent)
     paths = folder / f"{stem.name}.png", folder / f"{stem.name}.svg"  # with_suffix would cut "a.b" short
@@ -208,7 +214,7 @@ def save_figure(figure: Figure, stem: Path) -> tuple[Path, Path]:
         for path in paths:
             ending: Literal["png", "svg"] = "png" if path.suffix == ".png" else "svg"
             buffer = io.BytesIO()
-            figure.savefig(buffer, format=ending, dpi=DPI, metadata={"Date": None} if ending == "svg" else None)
+            root.savefig(buffer, format=ending, dpi=DPI, metadata={"Date": None} if ending == "svg" else None)
             try:
                 path.write_bytes(buffer.getvalue())
             except OSError as error:
@@ -253,40 +259,55 @@ def _shades(scales: pd.Series[float]) -> Any:
     return lambda scale: colors(0.85 * (1 - float(norm(max(scale, low)))))  # the last sixth is too pale on white
 
 
-def _dumbbells(ax: Axes, case: Case, keys: Mapping[str, str], factor: float, target: str) -> None:
-    """A row a part: an arrow from the original's value to the scrubbed one, and the target as a bar with its spread."""
+def _dumbbells(ax: Axes, case: Case, keys: Mapping[str, str], factor: float, target: str) -> list[float]:
+    """A row a part: a line from the original's value to the scrubbed one, and the target as a bar with its spread.
+
+    Returns:
+        Every value that the axis must show.
+    """
     parts = parts_of(case)
+    color = STYLES["retrained"]["color"]
+    shown: list[float] = []
     for row, part in enumerate(parts):
         values = {name: estimate(case, part, key) for name, key in keys.items()}
-        before, after = (factor * values[name].mean for name in ("original", "scrubbed"))
-        goal, spread = factor * values["retrained"].mean, factor * values["retrained"].std
-        color = STYLES["retrained"]["color"]
-        if math.isfinite(goal):
-            width = 2 * spread if math.isfinite(spread) else 0.0
-            band = {"facecolor": color, "alpha": 0.22, "edgecolor": color, "hatch": "////", "linewidth": 0}
-            ax.add_patch(Rectangle((goal - width / 2, row - 0.32), width, 0.64, zorder=1, **band))
-            label = target if row == 0 else None
-            ax.plot([goal, goal], [row - 0.32, row + 0.32], color=color, linewidth=2.4, zorder=2, label=label)
+        before, after, goal = (factor * values[name].mean for name in ("original", "scrubbed", "retrained"))
+        spread = factor * values["retrained"].std
         if math.isfinite(before) and math.isfinite(after):
             ax.plot([before, after], [row, row], color=GREY, linewidth=1, zorder=2)
-        for name in ("original", "scrubbed"):
+        for name, mean in (("original", before), ("scrubbed", after)):
             error = _bar(factor * values[name].std)
-            style = {"linestyle": "none", "markersize": 8, "capsize": 3, "elinewidth": 1, **_EDGE, **STYLES[name]}
-            label = name if row == 0 else None
-            ax.errorbar([factor * values[name].mean], [row], xerr=error, zorder=4, label=label, **style)
+            ax.errorbar([mean], [row], xerr=error, fmt="none", ecolor=STYLES[name]["color"], capsize=3, zorder=4)
+            style = {"linestyle": "none", "markersize": 9, **_EDGE, **STYLES[name]}
+            ax.plot([mean], [row], zorder=5, label=name if row == 0 else None, **style)
+        if math.isfinite(goal):
+            low, high = (goal - spread, goal + spread) if math.isfinite(spread) else (goal, goal)
+            if factor == 100:
+                low, high = max(low, 0.0), min(high, 100.0)
+            ax.add_patch(Rectangle((low, row - 0.32), high - low, 0.64, zorder=1, **_band(color)))
+            shown += [low, high]
+        label = f"{target} ± std" if row == 0 else None
+        ax.plot([goal, goal], [row - 0.32, row + 0.32], color=color, linewidth=2.4, zorder=3, label=label)
+        shown += [before, after, goal, after + factor * values["scrubbed"].std]
     ax.set_yticks(range(len(parts)), [part_label(part).replace(", ", ",\n") for part in parts])
     ax.set_ylim(len(parts) - 0.4, -0.6)  # the first part on top
+    return shown
 
 
 def _bar(std: float) -> list[float] | None:
     return [std] if math.isfinite(std) else None
 
 
-def _floor(ax: Axes, axis: Literal["y"], floor: float, std: float) -> None:
+def _band(color: str, hatch: str = "////") -> dict[str, Any]:
+    """A light area with a hatch; opaque, because the SVG would give face and hatch one opacity and so one colour."""
+    red, green, blue = mpl.colors.to_rgb(color)
+    face, lines = (tuple(1 - share * (1 - c) for c in (red, green, blue)) for share in (0.2, 0.5))
+    return {"facecolor": face, "edgecolor": lines, "hatch": hatch, "linewidth": 0}
+
+
+def _floor(ax: Axes, floor: float, std: float) -> None:
     color = STYLES["retrained"]["color"]
     if math.isfinite(std) and std > 0:
-        band = {"facecolor": color, "edgecolor": color, "alpha": 0.2, "hatch": "////", "linewidth": 0}
-        ax.axhspan(max(floor - std, floor * 1e-3), floor + std, zorder=1, **band)
+        ax.axhspan(max(floor - std, floor * 1e-3), floor + std, zorder=1, **_band(color))
     ax.axhline(floor, color=color, linestyle="--", linewidth=1.4, label="floor ± std", zorder=1)
 
 
@@ -298,9 +319,15 @@ def _finish(ax: Axes, legend_columns: int) -> None:
     ax.spines[["left", "bottom"]].set_color(GREY)
     ax.tick_params(which="both", labelsize=9, color=GREY)
     ax.tick_params(which="minor", length=2)
-    root = _root(ax)
+    root = _root(ax.figure)
     ax.legend(
-        loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=legend_columns, frameon=False, fontsize=9, handlelength=1.8
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.18),
+        ncols=legend_columns,
+        frameon=False,
+        fontsize=9,
+        handlelength=1.6,
+        columnspacing=1.2,
     )
     root.draw_without_rendering()
 
@@ -319,90 +346,130 @@ def _log_limits(ax: Axes, axis: Literal["x", "y"], values: Sequence[float], marg
         ax.set_yscale("log", nonpositive="clip")
         ax.set_ylim(10 ** (low - pad), 10 ** (high + pad))
     which = ax.xaxis if axis == "x" else ax.yaxis
-    which.set_major_locator(LogLocator(numticks=8))
-    which.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    narrow = high - low < 1.5  # decades, of which some other ticks must then be named, too
+    which.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,), numticks=8))
+    wide = low < -3.3 or high > 4
+    which.set_major_formatter(FuncFormatter(lambda value, _: _power(value) if wide else _short(value)))
     which.set_minor_formatter(NullFormatter())
 
 
-def _linear_limits(ax: Axes, axis: Literal["x"], values: Sequence[float], unit: str) -> None:
+def _linear_limits(ax: Axes, values: Sequence[float], unit: str) -> None:
     shown = [v for v in values if math.isfinite(v)] or [0.0, 1.0]
     low, high = min(shown), max(shown)
     pad = 0.06 * (high - low) if high > low else max(1.0 if unit else 0.1 * abs(high), 1e-3)
     ax.set_xlim(low - pad, high + pad)
     if unit == "%":  # no tick at an accuracy that cannot be
-        ticks = [t for t in ax.get_xticks() if max(low - pad, 0) <= t <= min(high + pad, 100)]
-        ax.set_xticks(ticks)
+        ax.set_xticks([t for t in ax.get_xticks() if max(low - pad, 0) <= t <= min(high + pad, 100)])
 
 
-def _short(value: float) -> str:
-    """A number on an axis or at a point, without mathematics, whose fonts an SVG page may lack."""
+def _short(value: float, digits: int = 3) -> str:
+    """A number without mathematics, whose fonts the reader of an SVG may lack.
+
+    Example:
+        >>> _short(0.05), _short(2.24e-5, digits=2), _short(1e-5)
+        ('0.05', '2.2·10⁻⁵', '10⁻⁵')
+    """
     if value == 0 or 1e-3 <= abs(value) < 1e4:
-        return f"{value:.3g}"
-    exponent = math.floor(math.log10(abs(value)) + 1e-9)
-    mantissa = value / 10**exponent
-    power = f"10{str(exponent).translate(_SUPERSCRIPTS)}"
-    return power if abs(mantissa - 1) < 0.005 else f"{mantissa:.2g}·{power}"
+        return f"{value:.{digits}g}"
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    power = _power(10.0 ** int(exponent))
+    return power if float(mantissa) == 1 else f"{float(mantissa):g}·{power}"
+
+
+def _power(value: float) -> str:
+    """A power of ten on an axis of many decades."""
+    exponent = round(math.log10(value)) if value > 0 else 0
+    return f"{value:g}" if exponent in (0, 1) else f"10{str(exponent).translate(_SUPERSCRIPTS)}"
 
 
 def _with_unit(text: str, unit: str) -> str:
     return f"{text} ({unit})" if unit else text
 
 
-def _root(ax: Axes) -> Figure:
-    figure: Figure | SubFigure | None = ax.figure
+def _root(figure: Figure | SubFigure) -> Figure:
     while isinstance(figure, SubFigure):
         figure = figure.figure
-    assert figure is not None, "axes that were removed from their figure"
     return figure
 
 
-def _annotate(
-    ax: Axes, points: Sequence[tuple[float, float]], texts: Sequence[str], taken: Sequence[tuple[float, float]]
-) -> None:
-    """Write texts beside points where they cover neither a point, nor a mark, nor each other, nor leave the axes.
+def _along(x0: Array, y0: Array, x1: Array, y1: Array, steps: int = 40) -> list[tuple[float, float]]:
+    """Points along straight lines of a chart, where no text should be."""
+    t = np.linspace(0.0, 1.0, steps)[:, None]
+    tiny = 1e-12  # a bar that reaches below zero has no logarithm
+    log_y = (1 - t) * np.log(np.maximum(y0, tiny)) + t * np.log(np.maximum(y1, tiny))
+    return list(zip(((1 - t) * x0 + t * x1).ravel(), np.exp(log_y).ravel(), strict=True))
+
+
+def _annotate(ax: Axes, points: list[Point], texts: list[str], marks: list[Point], busy: list[Point]) -> None:
+    """Write up to `NAMED` texts beside points, where they cover nothing and no other point is nearer.
 
     Ends first, then halves, quarters, ...: a text without a free place is left out, so that the extremes keep theirs.
-    The layout must be final.
+    One that finds none beside its point stands farther off, with a line to it. The layout must be final.
+
+    Args:
+        ax: The axes.
+        points: What to name, in data coordinates.
+        texts: One a point.
+        marks: Other symbols.
+        busy: Points of lines and small dots.
     """
-    root = _root(ax)
-    renderer = FigureCanvasAgg(root).get_renderer() if not hasattr(root.canvas, "get_renderer") else None
-    renderer = renderer or root.canvas.get_renderer()  # type: ignore[attr-defined]
-    pixels = root.dpi / 72
-    to_pixels = ax.transData.transform
-    inside = ax.get_window_extent(renderer)
-    blocked = [Bbox.from_extents(*(to_pixels(p) - 5 * pixels), *(to_pixels(p) + 5 * pixels)) for p in [*points, *taken]]
-    for i in _ends_first(len(points))[:7]:
-        for dx, dy, ha, va in _PLACES:
+    width, height = _root(ax.figure).bbox.size
+    renderer = RendererAgg(width, height, _root(ax.figure).dpi)  # type: ignore[no-untyped-call]  # measures for any canvas
+    unit = _root(ax.figure).dpi / 72  # pixels in a point
+    centres = ax.transData.transform(points)
+    around = 5 * unit * np.array([(np.cos(a), np.sin(a)) for a in np.linspace(0, 2 * np.pi, 12)])
+    symbols = (ax.transData.transform([*points, *marks])[:, None] + around).reshape(-1, 2)
+    covered = np.concatenate([symbols, ax.transData.transform(busy)])
+    inside = ax.get_window_extent(renderer).padded(-2 * unit)
+    boxes: list[Bbox] = []
+    for i in _ends_first(len(points)):
+        for distance, angle in _PLACES:
+            dx, dy = distance * math.cos(math.radians(angle)), distance * math.sin(math.radians(angle))
             text = ax.annotate(
                 texts[i],
                 points[i],
                 xytext=(dx, dy),
                 textcoords="offset points",
-                ha=ha,
-                va=va,
+                ha="center" if abs(dx) < 1 else "left" if dx > 0 else "right",
+                va="center" if abs(dy) < 1 else "bottom" if dy > 0 else "top",
                 fontsize=8,
                 color="#222222",
                 zorder=6,
+                arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6} if distance > 12 else None,
             )
-            box = text.get_window_extent(renderer)
-            free = inside.containsx(box.x0) and inside.containsx(box.x1)
-            free = free and inside.containsy(box.y0) and inside.containsy(box.y1)
-            if free and not any(box.overlaps(other) for other in blocked):
-                blocked.append(box)
+            text.update_positions(renderer)
+            box = Text.get_window_extent(text, renderer).padded(unit)  # the words alone, without the line to them
+            fits = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
+            fits = fits and not any(box.overlaps(other) for other in boxes) and not _contains(box, covered)
+            others = np.delete(centres, i, axis=0)
+            if distance > 12:  # the line must not seem to end at another point
+                line = centres[i] + np.linspace(0, 1, 12)[:, None] * np.array([dx, dy]) * unit
+                clear = all(_distances(Bbox([at, at]), others).min(initial=np.inf) > 6 * unit for at in line)
+            else:
+                clear = _distances(box, others).min(initial=np.inf) > _distances(box, centres)[i]
+            if fits and clear:
+                boxes.append(box)
                 break
             text.remove()
+        if len(boxes) == NAMED:
+            break
 
 
-_PLACES = (
-    (9, 0, "left", "center"),
-    (-9, 0, "right", "center"),
-    (7, 7, "left", "bottom"),
-    (-7, 7, "right", "bottom"),
-    (7, -7, "left", "top"),
-    (-7, -7, "right", "top"),
-    (0, 10, "center", "bottom"),
-    (0, -10, "center", "top"),
-)
+# (distance in points, direction in degrees); beyond 12 points with a line
+_PLACES = [(9, a) for a in (0, 180, 45, 135, 315, 225, 90, 270)] + [
+    (d, a) for d in (22, 34, 48) for a in (90, 60, 120, 30, 150, 0, 180, 270, 300, 240, 330, 210)
+]
+
+
+def _contains(box: Bbox, at: Array) -> bool:
+    x, y = at.T
+    return bool(((box.x0 <= x) & (x <= box.x1) & (box.y0 <= y) & (y <= box.y1)).any())
+
+
+def _distances(box: Bbox, at: Array) -> Array:
+    x, y = at.T
+    distances: Array = np.hypot(x - np.clip(x, box.x0, box.x1), y - np.clip(y, box.y0, box.y1))
+    return distances
 
 
 def _ends_first(count: int) -> list[int]:

@@ -131,11 +131,11 @@ def spread_note(case: Case) -> str:
 
 
 def number(value: float | None) -> str:
-    """Three significant digits.
+    """Three significant digits from 1 on, two below.
 
     Example:
         >>> [number(v) for v in (12.345, 0.5, 0.0001234, 20000.0, 0.0, None)]
-        ['12.3', '0.500', '1.2e-04', '2.0e+04', '0', '–']
+        ['12.3', '0.50', '1.2e-04', '2.0e+04', '0', '–']
     """
     if value is None or math.isnan(value):
         return MISSING
@@ -158,7 +158,7 @@ def plus_minus(mean: float, std: float) -> str:
     if not _plain(mean):
         return f"{number(mean)} ± {std:.0e}"
     decimals = _decimals(mean) if mean else 2
-    if std > 0:  # one digit of the spread must survive the rounding
+    if std > 1e-9 * abs(mean):  # one digit of a spread that is not rounding error must survive
         decimals = min(max(decimals, -math.floor(math.log10(std))), decimals + 2)
     return f"{mean:.{decimals}f} ± {std:.{decimals}f}"
 
@@ -168,7 +168,8 @@ def _plain(value: float) -> bool:
 
 
 def _decimals(value: float) -> int:
-    return max(0, 2 - math.floor(math.log10(abs(value))))
+    power = math.floor(math.log10(abs(value)))
+    return max(0, (2 if power >= 0 else 1) - power)
 
 
 def score(value: Estimate, score_name: str, *, unit: bool = False) -> str:
@@ -196,7 +197,12 @@ def gap(case: Case, part: str) -> str:
     if not math.isfinite(value.mean):
         return MISSING
     seeds = len(case["runs"])
-    return f"{_percent(value.mean)} %" + (f" ({value.n} of {seeds} seeds)" if value.n < seeds else "")
+    return _share(value.mean) + (f" ({value.n} of {seeds} seeds)" if value.n < seeds else "")
+
+
+def _share(closed: float) -> str:
+    """A gap that more than doubled says no more than that: its size is mostly that of the gap it is divided by."""
+    return f"{_percent(closed)} %" if closed >= -1 else "< -100 %"
 
 
 def _percent(share: float) -> int:
@@ -220,6 +226,8 @@ def sentence(case: Case) -> str:
         return f"{text}, and the original was already within that: there was no gap to close."
     if closed.mean >= 1:
         return f"{text}: the gap is closed."
+    if closed.mean < -1:
+        return f"{text}: the gap more than doubled."
     if closed.mean < 0:
         return f"{text}: the gap grew by {-_percent(closed.mean)} %."
     return f"{text}: {_percent(closed.mean)} % of the gap is closed."
@@ -275,7 +283,8 @@ def timing(case: Case) -> str | None:
     spent, once = _number(seconds.get("forget")), _number(seconds.get("retrain_one"))
     if not (math.isfinite(spent) and math.isfinite(once)):
         return None
-    return f"Forgetting took {number(spent)} s; retraining once takes {number(once)} s."
+    shown = [f"{t:.1f} s" if t >= 0.1 else f"{1000 * t:.0f} ms" for t in (spent, once)]
+    return f"Forgetting took {shown[0]}; retraining once takes {shown[1]}."
 
 
 def case_table(case: Case) -> pd.DataFrame:
@@ -368,8 +377,9 @@ def console(metrics: Mapping[str, Any]) -> str:
 def _console_case(case: Case) -> str:
     seeds, members = len(case["runs"]), case["members"]
     title = (
-        f"{case['name']}: {verdict(case).word}. {case['forgotten']:,} samples forgotten, {case['retained']:,} retained; "
-        f"{seeds} seed{'s' * (seeds > 1)} against {members} retrained models."
+        f"{case['name']}: {verdict(case).word}. "
+        f"{case['forgotten']:,} samples forgotten, {case['retained']:,} retained; {seeds} seed{'s' * (seeds > 1)} "
+        f"against {members} retrained models."
     )
     said = [title, *(f"  {line}" for line in (sentence(case), cost(case), timing(case)) if line)]
     lines = [line for text in said for line in textwrap.wrap(text, WIDTH, subsequent_indent="  ")]
@@ -390,7 +400,7 @@ def _console_table(case: Case, width: int) -> list[str]:
                 number(estimate(case, part, "kl_original").mean),
                 plus_minus(after.mean, after.std),
                 number(estimate(case, part, "floor").mean),
-                f"{_percent(closed.mean)} %" if math.isfinite(closed.mean) else MISSING,
+                _share(closed.mean) if math.isfinite(closed.mean) else MISSING,
                 *(score(value, name) for value in means),
             ]
         )
@@ -404,5 +414,5 @@ def _console_table(case: Case, width: int) -> list[str]:
     group = sum(widths[1:5]) + 3 * 2
     top = " " * left + f"{kl:<{group}}"[:group] + "  " + score_title[: width - left - group - 2]
     undefined = any(estimate(case, part, "gap_closed").n == 0 for part in parts_of(case))
-    note = [f"closed {MISSING}: {UNDEFINED}"] if undefined else []
+    note = [f'closed "{MISSING}" is {UNDEFINED}'] if undefined else []
     return [top, *("  ".join(_align(row, widths)).rstrip() for row in [heads, *rows]), *note]

@@ -1,0 +1,280 @@
+"""One YAML, one run: files, flags over them, messages about mistakes, and exit codes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fisher_forget import cli, forget
+from fisher_forget.config import (
+    ForgetSet,
+    ForgetSettings,
+    RunConfig,
+    SweepConfig,
+    load_config,
+    to_plain,
+)
+from fisher_forget.errors import ConfigError
+from fisher_forget.training import TrainSettings
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+LEAST = {"name": "least", "forget_sets": [{"name": "some", "kind": "random", "count": 2}]}
+
+
+@pytest.fixture
+def written(tmp_path):
+    """written(content): the path of a YAML file."""
+
+    def write(content=LEAST):
+        path = tmp_path / "run.yaml"
+        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+        return path
+
+    return write
+
+
+class TestLoad:
+    @pytest.mark.parametrize(("name", "kind"), [("digits", RunConfig), ("digits_sweep", SweepConfig)])
+    def test_holds_what_the_file_says(self, name, kind):
+        config = load_config(CONFIGS / f"{name}.yaml", kind=kind)
+        assert type(config) is kind
+        assert isinstance(config.training, TrainSettings)
+        assert isinstance(config.forget, ForgetSettings)
+        assert all(isinstance(entry, ForgetSet) for entry in config.forget_sets)
+
+        def within(said, held):
+            if isinstance(said, dict):
+                return all(within(value, held[key]) for key, value in said.items())
+            if isinstance(said, list):
+                return len(said) == len(held) and all(map(within, said, held))
+            return said == held
+
+        assert within(yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()), to_plain(config))
+
+    @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+    def test_every_shipped_file(self, path):
+        assert load_config(path, kind=SweepConfig).name
+
+    def test_defaults(self, written):
+        config = load_config(written())
+        assert config == RunConfig("least", [ForgetSet("some", "random", count=2)])
+        assert config.forget.noise == "auto"
+
+    def test_frozen(self, written):
+        config = load_config(written())
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            config.name = "other"
+
+    @pytest.mark.parametrize("kind", [RunConfig, SweepConfig])
+    def test_there_and_back(self, written, kind):
+        """What is written beside the results is the same run again."""
+        first = load_config(
+            written(), ["--forget.noise", "null", "--seeds", "[4, 2]", "--model.options.width", "8"], kind
+        )
+        assert load_config(written(to_plain(first)), kind=kind) == first
+        assert json.loads(json.dumps(to_plain(first))) == to_plain(first)
+
+    def test_numbers_without_a_dot(self, written):
+        """YAML 1.1 reads 1e-3 as text."""
+        config = load_config(written(yaml.safe_dump(LEAST) + "training: {lr: 1e-3}\nforget: {noise: 2e-3}\n"))
+        assert (config.training.lr, config.forget.noise) == (1e-3, 2e-3)
+
+    def test_empty_section(self, written):
+        assert load_config(written(yaml.safe_dump(LEAST) + "training:\n")).training == TrainSettings()
+
+    def test_forget_settings_are_forgets_options(self):
+        options = forget.__kwdefaults__
+        for field in dataclasses.fields(ForgetSettings):
+            default = None if field.name == "weight_decay" else options[field.name]
+            assert field.default == default, field.name
+
+
+class TestFlags:
+    @pytest.mark.parametrize(
+        ("flags", "value"),
+        [
+            (["--training.epochs", "5"], lambda c: c.training.epochs == 5),
+            (["--training.epochs=5"], lambda c: c.training.epochs == 5),
+            (["--training.epochs", "5", "--training.epochs", "6"], lambda c: c.training.epochs == 6),
+            (["--training", "{epochs: 5}"], lambda c: (c.training.epochs, c.training.optimizer) == (5, "sgd")),
+            (["--seeds", "[7, 8]"], lambda c: c.seeds == [7, 8]),
+            (["--model.options.width", "4"], lambda c: c.model.options["width"] == 4),
+            (["--data.max_train", "100"], lambda c: c.data.max_train == 100),
+            (["--progress", "false"], lambda c: c.progress is False),
+            (["--forget.noise", "null"], lambda c: c.forget.noise is None),
+            (["--forget.noise", "0.5"], lambda c: c.forget.noise == 0.5),
+            (["--forget.steps", "3"], lambda c: c.forget.steps == 3),
+            (["--forget.drift", "false"], lambda c: c.forget.drift is False),
+            (["--forget.subset", "[head.*]"], lambda c: c.forget.subset == ["head.*"]),
+            (["--name", "another run"], lambda c: c.name == "another run"),
+            (["--forget_sets", "[{name: a, kind: indices, indices: [1]}]"], lambda c: c.forget_sets[0].indices == [1]),
+        ],
+        ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+    )
+    def test_override_the_file(self, flags, value):
+        plain = load_config(CONFIGS / "digits.yaml")
+        changed = load_config(CONFIGS / "digits.yaml", flags)
+        assert value(changed)
+        assert not value(plain)
+        top = flags[0][2:].split("=")[0].split(".")[0]
+        rest = {key: value for key, value in to_plain(plain).items() if key != top}
+        assert {key: value for key, value in to_plain(changed).items() if key != top} == rest
+
+    def test_through_the_command_line(self, monkeypatch, written, capsys):
+        seen = []
+        monkeypatch.setattr("fisher_forget.recipe.run", lambda config: seen.append(config) or Path("report.html"))
+        assert (
+            cli.main(["run", str(written()), "--training.epochs", "2", "--retrained=3", "--forget.noise", "null"]) == 0
+        )
+        assert cli.main(["sweep", str(written()), "--scales", "[0.5]"]) == 0
+        assert (seen[0].training.epochs, seen[0].retrained, seen[0].forget.noise) == (2, 3, None)
+        assert type(seen[0]) is RunConfig
+        assert seen[1].scales == [0.5]
+        assert capsys.readouterr().out == "Report: report.html\nReport: report.html\n"
+
+
+class TestUnknownKeys:
+    """The message names the place and the nearest right name."""
+
+    @pytest.mark.parametrize(
+        ("content", "words"),
+        [
+            ({"retraind": 5}, ("'retraind'", "run.yaml", "'retrained'?")),
+            ({"training": {"epoch": 5}}, ("'epoch'", "run.yaml at 'training'", "'epochs'?")),
+            ({"forget": {"nois": 5}}, ("'nois'", "run.yaml at 'forget'", "'noise'?")),
+            ({"forget_sets": [LEAST["forget_sets"][0], {"lable": 3}]}, ("'lable'", "forget_sets[1]", "'label'?")),
+            ({"zzz": 1}, ("'zzz'", "one of ['data', 'forget'", "Remove it")),
+            ({"scales": [1.0]}, ("'scales'",)),
+            ({1: 2}, ("key 1",)),
+        ],
+    )
+    def test_in_the_file(self, written, content, words):
+        with pytest.raises(ConfigError) as caught:
+            load_config(written(LEAST | content))
+        for word in words:
+            assert word in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("flags", "words"),
+        [
+            (["--retraind", "5"], ("'retraind'", "the command line", "'retrained'?")),
+            (["--training.epoch=5"], ("'epoch'", "the command line at 'training'", "'epochs'?")),
+            (["--seeds", "[1]", "--trainin.epochs", "5"], ("'trainin'", "'training'?")),
+            (["--config.name", "x"], ("'config'",)),
+            (["--scales", "[1]"], ("'scales'",)),
+        ],
+    )
+    def test_among_the_flags(self, written, flags, words):
+        with pytest.raises(ConfigError) as caught:
+            load_config(written(), flags)
+        for word in words:
+            assert word in str(caught.value)
+
+    def test_a_sweep_knows_more(self, written):
+        assert load_config(written(LEAST | {"draws": 7}), kind=SweepConfig).draws == 7
+
+
+class TestWrongValues:
+    @pytest.mark.parametrize(
+        ("content", "word"),
+        [
+            ({"training": 3}, "training: 3"),
+            ({"training": {"lr": "fast"}}, "training.lr"),
+            ({"training": {"lr": -1.0}}, "lr"),
+            ({"model": "cnn"}, "'model'"),
+            ({"seeds": 3}, "seeds"),
+            ({"seeds": []}, "at least one"),
+            ({"seeds": [0, 0]}, "different"),
+            ({"seeds": [-1]}, "at least 0"),
+            ({"forget_sets": {}}, "forget_sets"),
+            ({"forget_sets": [3]}, "forget_sets"),
+            ({"forget_sets": []}, "at least one"),
+            ({"forget_sets": [{"kind": "random"}]}, "name"),
+            ({"forget_sets": LEAST["forget_sets"] * 2}, "different name"),
+            ({"name": 3}, "name"),
+            ({"name": ".hidden"}, "folder name"),
+            ({"name": "a/b"}, "folder name"),
+            ({"retrained": 1}, "at least 2"),
+            ({"forget": {"steps": 0}}, "steps=0"),
+            ({"forget": {"damping": -1.0}}, "damping=-1.0"),
+            ({"forget": {"kind": "hessian"}}, "forget.kind"),
+        ],
+    )
+    def test_refused(self, written, content, word):
+        with pytest.raises(ConfigError) as caught:
+            load_config(written(LEAST | content))
+        assert word in str(caught.value)
+        assert caught.value.fix
+
+    @pytest.mark.parametrize(
+        "flags",
+        [["stray"], ["-x", "3"], ["--", "x"], ["--training", "3"], ["--training.epochs"], ["--training.epochs", "1.5"]],
+    )
+    def test_flags(self, written, flags):
+        with pytest.raises(ConfigError):
+            load_config(written(), flags)
+
+    def test_nothing_in_a_file_is_executed(self, written, tmp_path):
+        with pytest.raises(ConfigError, match="valid YAML"):
+            load_config(written(f"name: !!python/object/apply:os.mkdir [{tmp_path / 'made'}]"))
+        assert not (tmp_path / "made").exists()
+
+
+class TestExitCodes:
+    @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["sweep", "--help"], ["plot", "--help"]])
+    def test_help(self, arguments, capsys):
+        with pytest.raises(SystemExit) as left:
+            cli.main(arguments)
+        assert left.value.code == 0
+        out = capsys.readouterr().out
+        assert "fisher-forget" in out
+        assert all(name in out for name in (cli.COMMANDS if arguments == ["--help"] else ["config", "--debug"]))
+
+    @pytest.mark.parametrize("arguments", [[], ["runn", "x.yaml"], ["run"]])
+    def test_usage(self, arguments, capsys):
+        with pytest.raises(SystemExit) as left:
+            cli.main(arguments)
+        assert left.value.code == 2
+        assert "usage: fisher-forget" in capsys.readouterr().err
+
+    def test_mistake(self, written, capsys):
+        assert cli.main(["run", str(written("nope: 1"))]) == cli.EXIT_ERROR == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.startswith("fisher-forget: Got the unknown key 'nope'")
+
+    def test_interrupted(self, monkeypatch, written, capsys):
+        def interrupt(config):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("fisher_forget.recipe.run", interrupt)
+        assert cli.main(["run", str(written())]) == cli.EXIT_INTERRUPTED == 130
+        assert "start it again" in capsys.readouterr().err
+
+    def test_a_bug_is_not_a_mistake(self, monkeypatch, written):
+        def fail(config):
+            raise RuntimeError("a bug")
+
+        monkeypatch.setattr("fisher_forget.recipe.run", fail)
+        with pytest.raises(RuntimeError, match="a bug"):
+            cli.main(["run", str(written())])
+
+    def test_plot_of_a_run_that_was_never_made(self, written, tmp_path, capsys):
+        assert cli.main(["plot", str(written()), "--out", str(tmp_path / "runs")]) == 2
+        assert "metrics.json" in capsys.readouterr().err
+
+    def test_as_a_program(self, written):
+        """The installed entry point: message on stderr, nothing on stdout, no traceback."""
+        program = Path(sys.executable).parent / "fisher-forget"
+        command = [str(program)] if program.exists() else [sys.executable, "-m", "fisher_forget.cli"]
+        done = subprocess.run([*command, "run", str(written("nope: 1"))], capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert done.stdout == ""
+        assert done.stderr.startswith("fisher-forget: Got the unknown key 'nope'")
+        assert "Traceback" not in done.stderr

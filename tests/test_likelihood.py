@@ -1,0 +1,333 @@
+"""Likelihoods against autograd in float64, against distributions of SciPy and torch, and against their own chunks.
+
+Random columns are tested with a fixed seed: a test that passes goes on passing. The stated false-alarm rates say how
+likely a *correct* implementation would have been to fail at the seed that was picked first.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from fisher_forget.errors import ConfigError
+from fisher_forget.likelihood import LIKELIHOODS, Bernoulli, Categorical, Gaussian, Likelihood, resolve
+
+SIGMAS = 5.0  # standard errors; two-sided normal tail 5.7e-7 for each entry looked at
+FLOAT64 = {"rtol": 1e-9, "atol": 1e-12}
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def classes(*shape: int, count: int, ignored: tuple[tuple[int, ...], ...] = ()) -> Tensor:
+    targets = torch.randint(0, count, shape, generator=torch.Generator().manual_seed(1))
+    for at in ignored:
+        targets[at] = -100
+    return targets
+
+
+def fractions(*shape: int) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+# name: likelihood, outputs, targets
+CASES: dict[str, tuple[Likelihood, Tensor, Tensor]] = {
+    "classes": (Categorical(), 2 * randn(4, 5), classes(4, count=5)),
+    "two classes": (Categorical(), 2 * randn(3, 2), classes(3, count=2)),
+    "probabilities": (Categorical(), randn(3, 4), randn(3, 4, seed=1).softmax(-1)),
+    "sequences": (Categorical(), randn(3, 4, 3), classes(3, 4, count=3)),
+    "padded": (Categorical(), randn(3, 4, 3), classes(3, 4, count=3, ignored=((0, 3), (1, 0), (1, 1), (2, 2)))),
+    "all padding": (Categorical(), randn(2, 2, 3), classes(2, 2, count=3, ignored=((0, 0), (0, 1)))),
+    "padded with a class": (Categorical(ignore_index=1), randn(3, 4, 3), classes(3, 4, count=3)),
+    "images of classes": (Categorical(), randn(2, 2, 2, 3), classes(2, 2, 2, count=3, ignored=((1, 0, 1),))),
+    "sequences of probabilities": (Categorical(), randn(2, 3, 3), randn(2, 3, 3, seed=1).softmax(-1)),
+    "confident": (Categorical(), torch.tensor([[50.0, -50, 0], [-50, 50, 50], [0, 0, -50]]).double(), torch.arange(3)),
+    "labels": (Bernoulli(), 2 * randn(4, 3), (fractions(4, 3) < 0.5).double()),
+    "soft labels": (Bernoulli(), randn(3, 2), fractions(3, 2)),
+    "boolean labels": (Bernoulli(), randn(3, 2), fractions(3, 2) < 0.5),
+    "sequences of labels": (Bernoulli(), randn(2, 3, 2), (fractions(2, 3, 2) < 0.5).double()),
+    "confident labels": (Bernoulli(), torch.tensor([[50.0, -50], [-50, 0]]).double(), torch.eye(2).double()),
+    "means": (Gaussian(), randn(4, 3), randn(4, 3, seed=1)),
+    "narrow means": (Gaussian(0.2), randn(4, 1), randn(4, 1, seed=1)),
+    "sequences of means": (Gaussian(3.0), randn(2, 3, 2), randn(2, 3, 2, seed=1)),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request) -> tuple[Likelihood, Tensor, Tensor]:
+    return CASES[request.param]
+
+
+def plain_loss(likelihood: Likelihood, f: Tensor, y: Tensor) -> Tensor:
+    """-log p(y | f) of one sample, written from the definition; constants as documented."""
+    if isinstance(likelihood, Gaussian):
+        return ((y - f) ** 2).sum() / (2 * likelihood.sigma**2)
+    if isinstance(likelihood, Bernoulli):
+        y = y.double()
+        return (y * torch.log1p(torch.exp(-f)) + (1 - y) * torch.log1p(torch.exp(f))).sum()
+    f = f.reshape(-1, f.shape[-1])
+    logp = f - torch.logsumexp(f, -1, keepdim=True)
+    if y.is_floating_point():
+        return -(y.reshape(f.shape) * logp).sum()
+    total = f.new_zeros(())
+    for row, label in zip(logp, y.reshape(-1).tolist(), strict=True):
+        if label != likelihood.ignore_index:
+            total = total - row[label]
+    return total
+
+
+def hessians(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> list[Tensor]:
+    """Autograd's Hessian [d, d] of each sample's loss."""
+    found = []
+    for f, y in zip(outputs, targets, strict=True):
+        h = torch.autograd.functional.hessian(lambda f, y=y: plain_loss(likelihood, f, y), f)
+        found.append(h.reshape(f.numel(), f.numel()))
+    return found
+
+
+def moments(columns: Tensor) -> Tensor:
+    """sum_k S_k S_k^T of columns [K, B, ...]: [B, d, d]."""
+    flat = columns.flatten(2)
+    return torch.einsum("kbi,kbj->bij", flat, flat)
+
+
+class TestDerivatives:
+    def test_losses(self, case):
+        likelihood, outputs, targets = case
+        truth = torch.stack([plain_loss(likelihood, f, y) for f, y in zip(outputs, targets, strict=True)])
+        found = likelihood.losses(outputs, targets)
+        assert found.shape == (len(outputs),)
+        torch.testing.assert_close(found, truth, **FLOAT64)
+
+    def test_residual_is_the_gradient(self, case):
+        likelihood, outputs, targets = case
+        leaf = outputs.clone().requires_grad_()
+        (truth,) = torch.autograd.grad(likelihood.losses(leaf, targets).sum(), leaf)
+        torch.testing.assert_close(likelihood.residual(outputs, targets), truth, **FLOAT64)
+
+    def test_hessian_product(self, case):
+        likelihood, outputs, targets = case
+        vector = randn(*outputs.shape, seed=3)
+        found = likelihood.hessian_product(outputs, vector, targets)
+        for h, v, hv in zip(hessians(likelihood, outputs, targets), vector, found, strict=True):
+            torch.testing.assert_close(hv.flatten(), h @ v.flatten(), **FLOAT64)
+
+    def test_columns(self, case):
+        likelihood, outputs, targets = case
+        columns = torch.stack(list(likelihood.columns(outputs, targets)))
+        assert len(columns) == likelihood.column_count(outputs)
+        assert columns.shape[1:] == outputs.shape
+        torch.testing.assert_close(moments(columns), torch.stack(hessians(likelihood, outputs, targets)), **FLOAT64)
+
+    def test_output_curvature_is_the_trace(self, case):
+        likelihood, outputs, targets = case
+        truth = torch.stack([h.trace() for h in hessians(likelihood, outputs, targets)])
+        found = likelihood.output_curvature(outputs, targets).double()
+        torch.testing.assert_close(found, truth, rtol=1e-6, atol=1e-12)
+
+    def test_one_column_fewer_than_classes(self):
+        assert Categorical().column_count(randn(2, 7)) == 6
+        assert Categorical().column_count(randn(2, 5, 7)) == 30
+        assert Bernoulli().column_count(randn(2, 7)) == Gaussian().column_count(randn(2, 7)) == 7
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_extreme_logits_stay_finite(self, dtype):
+        for f in itertools.product((-50.0, 0.0, 50.0), repeat=3):
+            outputs = torch.tensor([f], dtype=dtype)
+            for likelihood, targets in ((Categorical(), torch.tensor([1])), (Bernoulli(), torch.tensor([[1.0, 0, 1]]))):
+                everything = [
+                    likelihood.losses(outputs, targets.to(dtype) if targets.is_floating_point() else targets),
+                    likelihood.residual(outputs, targets),
+                    *likelihood.columns(outputs, targets),
+                    likelihood.sketch(outputs, 2, torch.Generator(), targets),
+                    likelihood.sampled(outputs, 2, torch.Generator(), targets),
+                    likelihood.kl(outputs, -outputs),
+                ]
+                assert all(bool(torch.isfinite(t).all()) for t in everything), f
+                exact = moments(torch.stack(list(likelihood.columns(outputs, targets))))
+                truth = torch.stack(hessians(likelihood, outputs.double(), targets))
+                torch.testing.assert_close(exact.double(), truth, rtol=1e-5, atol=1e-7)
+
+
+RANDOM = ("classes", "two classes", "padded", "labels", "sequences of labels", "means", "narrow means")
+
+
+class TestRandomColumns:
+    @pytest.mark.parametrize("name", RANDOM)
+    @pytest.mark.parametrize("kind", ["sketch", "sampled"])
+    def test_unbiased(self, name, kind):
+        """The mean of S S^T over draws is H, entry by entry.
+
+        At most 3 x 12 x 13 / 2 = 234 different entries a case at 5 standard errors: a false-alarm rate below 1.4e-4 a
+        case under normality, 2e-3 for all 14. An entry without variance (a sign squared) must be right to rounding.
+        """
+        likelihood, outputs, targets = CASES[name]
+        draws = 20_000
+        drawn = getattr(likelihood, kind)(outputs, draws, torch.Generator().manual_seed(5), targets)
+        assert drawn.shape == (draws, *outputs.shape)
+        flat = drawn.flatten(2) * math.sqrt(draws)  # every draw alone
+        truth = torch.stack(hessians(likelihood, outputs, targets))
+        mean = torch.einsum("kbi,kbj->bij", flat, flat) / draws
+        square = torch.einsum("kbi,kbj->bij", flat**2, flat**2) / draws
+        error = ((square - mean**2).clamp(min=0) / draws).sqrt()
+        excess = (mean - truth).abs() - SIGMAS * error
+        assert float(excess.max()) < 1e-6, float(excess.max())
+
+    def test_the_check_above_can_fail(self):
+        """A sketch whose mean is 5 % too large is noticed at this number of draws."""
+        likelihood, outputs, targets = CASES["classes"]
+        flat = 1.025 * likelihood.sampled(outputs, 20_000, torch.Generator().manual_seed(5), targets) * 20_000**0.5
+        mean, square = torch.einsum("kbi,kbi->bi", flat, flat) / 20_000, (flat**4).mean(0)
+        error = ((square - mean**2) / 20_000).sqrt()
+        truth = torch.stack([h.diagonal() for h in hessians(likelihood, outputs, targets)])
+        assert float(((mean - truth).abs() - SIGMAS * error).max()) > 0
+
+    def test_variance_of_the_sketch(self):
+        """Var[(S^T j)^2] = 2 F^2 - 2 sum_y b_y^4 with b_y = sqrt(p_y) d ln p_y, for any direction j of one sample.
+
+        Sixteen sign patterns exhaust the distribution, so nothing is random here but the order they come in: each is
+        seen, and the mean over the *different* columns is exact.
+        """
+        logits, j = 2 * randn(1, 4), randn(4, seed=4)
+        p = logits.softmax(-1)[0]
+        b = p.sqrt() * (j - p @ j)  # d ln p_y / dw for f = f_0 + w j
+        fisher = float((b**2).sum())
+        drawn = Categorical().sketch(logits, 400, torch.Generator().manual_seed(0), None)[:, 0] * 20
+        patterns = torch.unique((drawn @ torch.eye(4).double()).round(decimals=10), dim=0)
+        assert len(patterns) == 16  # a miss of any in 400 draws has probability 16 (15/16)^400 = 1e-10
+        squares = (patterns @ j) ** 2
+        assert float(squares.mean()) == pytest.approx(fisher, rel=1e-8)
+        assert float(squares.var(unbiased=False)) == pytest.approx(2 * fisher**2 - 2 * float((b**4).sum()), rel=1e-7)
+
+    def test_sampled_labels_follow_the_model(self):
+        """Chi-square of label frequencies; false-alarm rate 1e-6."""
+        logits = torch.tensor([[2.0, 0.0, -1.0, 0.5]]).double()
+        scores = Categorical().sampled(logits, 50_000, torch.Generator().manual_seed(0), None)[:, 0] * 50_000**0.5
+        labels = (logits.softmax(-1) - scores).argmax(-1)
+        seen = torch.bincount(labels, minlength=4).numpy()
+        assert stats.chisquare(seen, 50_000 * logits.softmax(-1)[0].numpy()).pvalue > 1e-6
+
+    def test_gaussian_scores_are_normal(self):
+        """Kolmogorov-Smirnov against N(0, 1/sigma^2); false-alarm rate 1e-6."""
+        scores = Gaussian(0.5).sampled(torch.zeros(1, 1), 20_000, torch.Generator().manual_seed(0), None) * 20_000**0.5
+        assert stats.kstest(scores.flatten().double().numpy(), stats.norm(scale=2).cdf).pvalue > 1e-6
+
+    @pytest.mark.parametrize("name", CASES)
+    @pytest.mark.parametrize("kind", ["sketch", "sampled"])
+    @pytest.mark.parametrize("size", [1, 2])
+    def test_the_batch_size_does_not_matter(self, name, kind, size):
+        likelihood, outputs, targets = CASES[name]
+        draw = getattr(likelihood, kind)
+        whole = draw(outputs, 3, torch.Generator().manual_seed(7), targets)
+        generator = torch.Generator().manual_seed(7)
+        chunks = zip(outputs.split(size), targets.split(size), strict=True)
+        parts = torch.cat([draw(f, 3, generator, y) for f, y in chunks], 1)
+        assert torch.equal(whole, parts)
+        other = draw(outputs, 3, torch.Generator().manual_seed(8), targets)
+        assert not torch.equal(whole, other)
+
+    @pytest.mark.parametrize("kind", ["sketch", "sampled"])
+    def test_nothing_at_ignored_positions(self, kind):
+        likelihood, outputs, targets = CASES["padded"]
+        drawn = getattr(likelihood, kind)(outputs, 4, torch.Generator(), targets)
+        at_rest = (drawn == 0).all(-1)
+        assert torch.equal(at_rest, (targets == -100).expand_as(at_rest))
+
+
+class TestKl:
+    def test_categorical(self):
+        p, q = 3 * randn(5, 4), 3 * randn(5, 4, seed=1)
+        truth = torch.distributions.kl_divergence(
+            torch.distributions.Categorical(logits=p), torch.distributions.Categorical(logits=q)
+        )
+        torch.testing.assert_close(Categorical().kl(p, q), truth, **FLOAT64)
+        entropy = [stats.entropy(a, b) for a, b in zip(p.softmax(-1).numpy(), q.softmax(-1).numpy(), strict=True)]
+        assert Categorical().kl(p, q).tolist() == pytest.approx(entropy)
+
+    def test_bernoulli_sums_over_labels(self):
+        p, q = 3 * randn(5, 4), 3 * randn(5, 4, seed=1)
+        truth = torch.distributions.kl_divergence(
+            torch.distributions.Bernoulli(logits=p), torch.distributions.Bernoulli(logits=q)
+        )
+        torch.testing.assert_close(Bernoulli().kl(p, q), truth.sum(1), rtol=1e-7, atol=1e-9)
+
+    def test_gaussian_sums_over_outputs(self):
+        p, q = randn(5, 4), randn(5, 4, seed=1)
+        normal = torch.distributions.Normal
+        truth = torch.distributions.kl_divergence(normal(p, 0.7), normal(q, 0.7))
+        torch.testing.assert_close(Gaussian(0.7).kl(p, q), truth.sum(1), **FLOAT64)
+
+    def test_sequences_average_over_scored_positions(self):
+        likelihood, p, targets = CASES["padded"]
+        q = randn(*p.shape, seed=1)
+        each = Categorical().kl(p.reshape(-1, 3), q.reshape(-1, 3)).view(3, 4)
+        scored = (targets != -100).double()
+        torch.testing.assert_close(likelihood.kl(p, q, targets), (each * scored).sum(1) / scored.sum(1), **FLOAT64)
+        torch.testing.assert_close(likelihood.kl(p, q), each.mean(1), **FLOAT64)
+
+    def test_none_scored(self):
+        likelihood, p, targets = CASES["all padding"]
+        assert likelihood.kl(p, -p, targets)[0] == 0
+
+    def test_between_equals_is_zero_and_otherwise_positive(self, case):
+        likelihood, outputs, _ = case
+        assert torch.equal(likelihood.kl(outputs, outputs.clone()), torch.zeros(len(outputs), dtype=torch.float64))
+        assert bool((likelihood.kl(outputs, outputs + randn(*outputs.shape, seed=9)) > 0).all())
+
+    def test_float64_whatever_comes_in(self):
+        for likelihood in (Categorical(), Bernoulli(), Gaussian()):
+            assert likelihood.kl(torch.zeros(2, 3), torch.ones(2, 3)).dtype == torch.float64
+
+    def test_curvature_is_its_second_order(self, case):
+        """KL(f || f + e v) = e^2/2 v^T H v + O(e^3), times the scored positions."""
+        likelihood, outputs, targets = case
+        v, e = randn(*outputs.shape, seed=6), 1e-4
+        quadratic = (v * likelihood.hessian_product(outputs, v, targets)).flatten(1).sum(1)
+        kl = likelihood.kl(outputs, outputs + e * v, targets)
+        if isinstance(likelihood, Categorical):
+            kl = kl * likelihood.counts(targets).clamp(min=1)
+        torch.testing.assert_close(2 * kl / e**2, quadratic, rtol=2e-3, atol=1e-6)
+
+
+class TestCountsAndScores:
+    def test_counts(self):
+        likelihood, _, targets = CASES["padded"]
+        assert likelihood.counts(targets).tolist() == [3, 2, 3]
+        assert Categorical().counts(CASES["sequences of probabilities"][2]).tolist() == [3, 3]
+        assert Categorical().counts(torch.tensor([0, 1, -100])).tolist() == [1, 1, 0]
+        for likelihood in (Bernoulli(), Gaussian()):
+            assert likelihood.counts(torch.zeros(3, 4)).tolist() == [1, 1, 1]
+
+    def test_scores(self):
+        likelihood, outputs, targets = CASES["padded"]
+        right = ((outputs.argmax(-1) == targets) & (targets != -100)).sum(1)
+        torch.testing.assert_close(likelihood.scores(outputs, targets), right / torch.tensor([3.0, 2, 3]).double())
+        assert Bernoulli().scores(torch.tensor([[1.0, -1.0]]), torch.tensor([[1.0, 1.0]])).tolist() == [0.5]
+        assert Gaussian().scores(torch.tensor([[1.0, -1.0]]), torch.tensor([[0.0, 1.0]])).tolist() == [5.0]
+
+    def test_checks_pass(self, case):
+        likelihood, outputs, targets = case
+        likelihood.check(outputs, targets)
+
+
+class TestResolve:
+    def test_names_and_instances(self):
+        for name, kind in LIKELIHOODS.items():
+            assert type(resolve(name)) is kind
+        assert resolve(mine := Gaussian(2.0)) is mine
+
+    @pytest.mark.parametrize("sigma", [0.0, -1.0, float("nan")])
+    def test_sigma(self, sigma):
+        with pytest.raises(ConfigError, match="positive"):
+            Gaussian(sigma)
+
+    @pytest.mark.parametrize("what", ["normal", Gaussian, None, ["gaussian"]])
+    def test_unknown(self, what):
+        with pytest.raises(ConfigError, match="gaussian"):
+            resolve(what)

@@ -1,0 +1,640 @@
+from __future__ import annotations
+
+import base64
+import copy
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+import fisher_forget.evaluate as evaluate
+from fisher_forget.errors import DataError, StorageError
+from fisher_forget.forget import forget
+from fisher_forget.report import plots, tables
+from fisher_forget.report.html import write_report
+from fisher_forget.report.schema import METRICS_SCHEMA_PATH, load_schema
+
+# kl_original, kl_scrubbed, floor, score_original, score_scrubbed, score_retrained
+CLASS_3 = {
+    "forget": (12.3, 1.2, 0.55, 1.0, 0.021, 0.0),
+    "retain": (0.011, 0.0042, 0.0021, 1.0, 0.998, 1.0),
+    "test": (1.31, 0.18, 0.094, 0.972, 0.871, 0.876),
+    "test, retained classes": (0.048, 0.029, 0.022, 0.968, 0.966, 0.969),
+}
+RANDOM = {
+    "forget": (0.021, 0.019, 0.02, 0.99, 0.968, 0.965),
+    "retain": (0.0024, 0.0022, 0.0021, 1.0, 1.0, 1.0),
+    "test": (0.022, 0.021, 0.0205, 0.968, 0.966, 0.967),
+}
+
+
+def part_scores(numbers: tuple[float, ...], samples: int, jitter: float) -> evaluate.PartScores:
+    kl_original, kl_scrubbed, floor, *scores = numbers
+    kl_scrubbed *= 1 + jitter
+    return evaluate.PartScores(
+        samples=samples,
+        kl_original=kl_original,
+        kl_scrubbed=kl_scrubbed,
+        kl_scrubbed_std=0.2 * kl_scrubbed,
+        floor=floor,
+        floor_std=0.1 * floor,
+        gap_closed=evaluate.gap_closed(kl_original, kl_scrubbed, floor, 0.1 * floor),
+        score_original=scores[0],
+        score_scrubbed=scores[1],
+        score_retrained=scores[2],
+        score_retrained_std=0.004,
+    )
+
+
+def summary_of_forget(seed: int) -> dict[str, Any]:
+    return {
+        "forgotten": 146,
+        "retained": 1291,
+        "curvature": {"structure": "ekfac", "kind": "exact"},
+        "newton": {
+            "substeps": 6,
+            "rejected": seed,
+            "damping": 0.001,
+            "norm": 3.21,
+            "gradient_norm": 0.087,
+            "stationarity": 0.21,
+            "at_minimum": True,
+            "drift_removed": False,
+            "held_back": 258,
+            "budget": 0.0031,
+        },
+        "noise": {"scale": 2.4e-4, "exponent": 0.25, "damping": 1.5e-3, "norm": 0.31, "rise": 9.8e-5, "budget": 1e-4},
+        "losses": {"retain_before": 4.4e-3, "retain_after": 6.1e-3, "forget_before": 3.9e-3, "forget_after": 7.62},
+        "buffers_refreshed": False,
+        "seconds": {"curvature": 0.4, "newton": 1.7, "noise": 0.2, "check": 0.1},
+        "seed": seed,
+        "versions": {"fisher_forget": "0.1.0", "torch": "2.9.1", "python": "3.11.9"},
+    }
+
+
+def make_case(name: str, numbers: dict[str, tuple[float, ...]], seeds: int = 3) -> dict[str, Any]:
+    sizes = {"forget": 146, "retain": 1291, "test": 360, "test, retained classes": 323}
+    evaluations = [
+        evaluate.Evaluation(
+            {part: part_scores(values, sizes[part], 0.05 * (seed - 1)) for part, values in numbers.items()},
+            5,
+            "accuracy",
+        )
+        for seed in range(seeds)
+    ]
+    return {
+        "name": name,
+        "forgotten": 146,
+        "retained": 1291,
+        "members": 5,
+        "score_name": "accuracy",
+        "seconds": {"train_original": 3.1, "retrain_one": 2.9, "forget": 2.4},
+        "runs": [
+            {
+                "seed": seed,
+                "folder": f"{name.replace(' ', '-')}/seed-{seed}",
+                "forget": summary_of_forget(seed),
+                "evaluation": evaluation.to_dict(),
+            }
+            for seed, evaluation in enumerate(evaluations)
+        ],
+        "summary": evaluate.summarise(evaluations),
+    }
+
+
+def make_metrics(*cases: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "name": "digits",
+        "created": "2026-03-01T12:00:00+00:00",
+        "command": "fisher-forget run configs/digits.yaml",
+        "config": {
+            "data": {"name": "digits", "test_share": 0.2},
+            "model": {"name": "mlp", "hidden": [64, 64]},
+            "training": {"epochs": 60, "lr": 0.1, "weight_decay": 5e-4},
+            "forget": {"steps": "auto", "noise": None},
+        },
+        "environment": {
+            "fisher_forget": "0.1.0",
+            "torch": "2.9.1",
+            "python": "3.11.9",
+            "threads": 2,
+            "processor": "a processor",
+        },
+        "cases": list(cases),
+    }
+
+
+class Table:
+    """A made-up sweep: KL on the forgotten data falls with the scale, then the model is ruined."""
+
+    score_name = "accuracy"
+    columns = ("kl_forget", "kl_retain", "kl_test", "score_forget", "score_retain", "score_test")
+    marks = {  # noqa: RUF012 (what a protocol's reader never changes)
+        "original": dict(zip(columns, (12.3, 0.011, 1.31, 1.0, 1.0, 0.972), strict=True)),
+        "newton": dict(zip(columns, (1.2, 0.0042, 0.18, 0.02, 0.998, 0.871), strict=True)),
+        "retrained": dict(zip(columns, (0.55, 0.0021, 0.094, 0.0, 1.0, 0.876), strict=True)),
+        "retrained_std": dict(zip(columns, (0.06, 3e-4, 0.01, 0.0, 0.0, 0.004), strict=True)),
+    }
+
+    def __init__(self, scales: tuple[float, ...] | None = None, exponents: tuple[float, ...] = (0.25,), seeds: int = 4):
+        self.scales = tuple(np.logspace(-5, -1.5, 11)) if scales is None else scales
+        self.exponents, self.seeds = exponents, seeds
+
+    def to_pandas(self) -> pd.DataFrame:
+        rng = np.random.default_rng(0)
+        rows = []
+        for exponent, scale, seed in itertools.product(self.exponents, self.scales, range(self.seeds)):
+            strength = scale / 1e-3 * (1 if exponent == 0.25 else 4)
+            wobble = 1 + 0.15 * rng.standard_normal()
+            rows.append(
+                {
+                    "scale": scale,
+                    "exponent": exponent,
+                    "seed": seed,
+                    "kl_forget": (1.2 / (1 + 0.6 * strength**0.7) + 0.3 * strength) * wobble,
+                    "kl_retain": (0.0042 + 0.02 * strength**1.6) * wobble,
+                    "kl_test": 0.18 + 0.05 * strength,
+                    "score_forget": 0.02,
+                    "score_retain": max(0.1, 0.998 - 0.02 * strength),
+                    "score_test": max(0.1, 0.871 - 0.03 * strength * wobble),
+                    "gap_closed": 0.9,
+                }
+            )
+        return pd.DataFrame(rows)
+
+
+@pytest.fixture
+def metrics() -> dict[str, Any]:
+    return make_metrics(make_case("class 3", CLASS_3), make_case("random 100", RANDOM, seeds=1))
+
+
+@pytest.fixture
+def case(metrics: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = metrics["cases"][0]
+    return found
+
+
+# the schema
+
+
+def test_the_schema_accepts_a_run_and_is_itself_valid(metrics):
+    jsonschema.Draft202012Validator.check_schema(load_schema())
+    jsonschema.validate(metrics, load_schema())
+    assert json.loads(METRICS_SCHEMA_PATH.read_text()) == load_schema()
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("schema",), 2),
+        (("cases",), []),
+        (("cases", 0, "forgotten"), -1),
+        (("cases", 0, "members"), 1),
+        (("cases", 0, "summary", "forget", "floor", "mean"), "0.55"),
+        (("cases", 0, "runs", 0, "evaluation", "parts", "test", "unheard_of"), 1.0),
+        (("cases", 0, "runs", 0, "forget", "noise", "scale"), -1.0),
+        (("environment", "torch"), None),
+    ],
+)
+def test_the_schema_rejects_what_is_wrong(metrics, path, value):
+    place = metrics
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = value
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(metrics, load_schema())
+
+
+def test_the_schema_knows_every_score_and_describes_every_field():
+    schema = load_schema()
+    fields = {f.name for f in dataclasses.fields(evaluate.PartScores)}
+    assert set(schema["$defs"]["part"]["properties"]) == fields == set(schema["$defs"]["part"]["required"])
+    assert set(schema["$defs"]["part_summary"]["properties"]) == fields
+
+    def undescribed(node: Any, path: str) -> list[str]:
+        if not isinstance(node, dict):
+            return []
+        found = []
+        for name, field in node.get("properties", {}).items():
+            found += [f"{path}/{name}"] if "description" not in field else []
+            found += undescribed(field, f"{path}/{name}")
+        return found + undescribed(node.get("items"), path) + undescribed(node.get("additionalProperties"), path)
+
+    assert undescribed(schema, "") == []
+    assert [p for name, node in schema["$defs"].items() for p in undescribed(node, name)] == []
+
+
+def test_the_schema_accepts_the_summary_that_forget_writes(metrics):
+    x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    data = torch.utils.data.TensorDataset(x, (x[:, 0] > 0).long())
+    torch.manual_seed(0)
+    result = forget(torch.nn.Linear(3, 2).eval(), torch.utils.data.DataLoader(data), [0, 5], drift=True, progress=False)
+    summary = json.loads(json.dumps(result.summary()), parse_constant=lambda _: None)
+    metrics["cases"][0]["runs"][0]["forget"] = summary
+    jsonschema.validate(metrics, load_schema())
+    assert "ekfac" in str(tables.runs_table(metrics["cases"][0]).iloc[0])
+
+
+# tables
+
+
+def test_the_table_holds_each_part_with_its_spread(case):
+    frame = tables.case_table(case)
+    assert frame["part"].tolist() == ["forgotten data", "retained data", "test data", "test, retained classes"]
+    forgotten = frame.iloc[0]
+    assert forgotten["samples"] == "146"
+    # over the seeds: 1.2 * (0.95, 1, 1.05); the floor over the members: 10 % of it
+    assert forgotten["KL scrubbed (nats)"] == "1.20 ± 0.06"
+    assert forgotten["floor (nats)"] == "0.55 ± 0.06"
+    assert forgotten["gap closed"] == "94 %"
+    assert forgotten["accuracy scrubbed (%)"] == "2.1 ± 0.0"
+    assert forgotten["accuracy retrained (%)"] == "0.0 ± 0.4"
+
+
+def test_one_seed_shows_the_spread_over_retrained_models():
+    case = make_case("one", CLASS_3, seeds=1)  # scrubbed 1.2 * 0.95, its spread over members 20 % of that
+    assert tables.case_table(case)["KL scrubbed (nats)"][0] == "1.14 ± 0.23"
+    assert "over the 5 retrained models" in tables.spread_note(case)
+
+
+def test_an_undefined_gap_is_said_to_be_so(metrics):
+    case = metrics["cases"][1]
+    assert tables.case_table(case)["gap closed"].tolist()[0] == tables.UNDEFINED
+    assert "no gap to close" in tables.sentence(case)
+    assert tables.verdict(case).word == "no gap"
+    assert tables.UNDEFINED in tables.console(metrics)
+
+
+def test_a_gap_undefined_in_some_seeds_names_their_number(case):
+    case["summary"]["forget"]["gap_closed"] = {"mean": 0.9, "std": None, "n": 1}
+    assert tables.gap(case, "forget") == "90 % (1 of 3 seeds)"
+
+
+@pytest.mark.parametrize(
+    ("scrubbed", "kept", "word", "said"),
+    [
+        (0.58, 0.969, "matches retraining", "of the gap is closed"),
+        (0.4, 0.969, "matches retraining", ": the gap is closed."),
+        (1.2, 0.969, "close", "94 % of the gap is closed."),
+        (4.0, 0.969, "partly closed", "71 % of the gap is closed."),
+        (9.0, 0.969, "hardly closed", "28 % of the gap is closed."),
+        (
+            14.0,
+            0.969,
+            "worse",
+            "rose from 12.3 to 14.0 nats; two retrained models differ by 0.55: the gap grew by 14 %.",
+        ),
+        (40.0, 0.969, "worse", "the gap more than doubled."),
+        (1.2, 0.9, "costly", "94 % of the gap is closed."),
+    ],
+)
+def test_the_verdict_follows_from_the_numbers(scrubbed, kept, word, said):
+    numbers = copy.deepcopy(CLASS_3)
+    numbers["forget"] = (12.3, scrubbed, *CLASS_3["forget"][2:])
+    numbers["test, retained classes"] = (*CLASS_3["test, retained classes"][:4], kept, 0.969)
+    case = make_case("class 3", numbers)
+    assert tables.verdict(case).word == word
+    assert said in tables.sentence(case)
+    lost = tables.cost(case)
+    assert (lost is not None) == (word == "costly")
+    assert lost is None or "6.9 points below the retrained models on the test, retained classes" in lost
+
+
+def test_a_squared_error_is_not_a_percentage_and_small_is_good():
+    numbers = {"forget": (1.0, 0.2, 0.1, 0.5, 2.0, 2.1), "test": (0.3, 0.2, 0.1, 1.0, 1.5, 1.0)}
+    case = make_case("houses", numbers)
+    case["score_name"] = "squared error"
+    assert "squared error scrubbed" in tables.case_table(case).columns
+    assert "0.50 above the retrained models on the test data" in str(tables.cost(case))
+    assert "%" not in plots.plot_scores(case).get_xlabel()
+
+
+def test_missing_numbers_are_dashes(metrics, tmp_path):
+    for key in ("kl_scrubbed", "gap_closed", "score_scrubbed"):
+        metrics["cases"][0]["summary"]["forget"][key] = {"mean": None, "std": None, "n": 3}
+    assert tables.verdict(metrics["cases"][0]).word == "not measured"
+    row = tables.case_table(metrics["cases"][0]).iloc[0]
+    assert row["KL scrubbed (nats)"] == row["gap closed"] == row["accuracy scrubbed (%)"] == "–"
+    assert "nan" not in tables.console(metrics)
+    text = _Page(write_report(metrics, {}, tmp_path)).text
+    assert re.search(r"\b(nan|None)\b", text) is None
+    plots.plot_parts(metrics["cases"][0])
+
+
+def test_a_case_without_a_score_is_refused(case):
+    del case["summary"]["forget"]["floor"]
+    with pytest.raises(DataError, match="summary / forget / floor"):
+        tables.case_table(case)
+
+
+def test_markdown_escapes_and_aligns():
+    frame = pd.DataFrame({"part": ["a|b", None], "KL": ["1.0\n± 0.1", float("nan")]})
+    lines = tables.to_markdown(frame).splitlines()
+    assert lines[1] == "| :--- | --------: |"
+    assert lines[2] == "| a\\|b | 1.0 ± 0.1 |"
+    assert lines[3] == "| –    |         – |"
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_the_console_fits_a_terminal(metrics):
+    long = make_case("a case whose name " + "goes on and on " * 12, CLASS_3)
+    summary = long["summary"]
+    long["summary"] = {
+        f"{part} {'and much more ' * 4 if part != 'forget' else ''}".strip(): summary[part] for part in summary
+    }
+    for scale in (1e-6, 1e6):
+        wide = make_case("wide", {p: (*(scale * v for v in values[:3]), *values[3:]) for p, values in CLASS_3.items()})
+        text = tables.console(make_metrics(*metrics["cases"], long, wide))
+        assert max(map(len, text.splitlines())) <= 100
+    assert "class 3: close." in text
+    assert re.search(r"forget +12\.3 +1\.20 ± 0\.06 +0\.55 +94 % +100\.0 +2\.1 +0\.0", text)
+    assert tables.CAVEAT in text
+
+
+# figures
+
+
+def _line(ax: Axes, label: str) -> tuple[np.ndarray, np.ndarray]:
+    (line,) = [line for line in ax.lines if line.get_label() == label]
+    return np.asarray(line.get_xdata(), float), np.asarray(line.get_ydata(), float)
+
+
+def test_the_tradeoff_shows_the_marks_and_the_floor_where_they_are():
+    table = Table()
+    ax = plots.plot_tradeoff(table)
+    assert "(%)" in ax.get_xlabel()
+    assert "(nats)" in ax.get_ylabel()
+    assert ax.get_yscale() == "log"
+    for name, label in plots.LABELS.items():
+        x, y = _line(ax, label)
+        assert (x.item(), y.item()) == (100 * table.marks[name]["score_test"], table.marks[name]["kl_forget"])
+    assert set(_line(ax, "floor ± std")[1]) == {0.55}
+    band = next(p for p in ax.patches if p.get_hatch())
+    assert band.get_extents().transformed(ax.transData.inverted()).intervaly == pytest.approx([0.49, 0.61])
+
+
+def test_the_tradeoff_has_a_point_a_scale_at_the_mean_over_seeds():
+    table = Table(scales=(1e-2, 1e-4, 1e-3))
+    ax = plots.plot_tradeoff(table)
+    path = next(line for line in ax.lines if len(line.get_xdata()) == 3 and line.get_marker() == "None")
+    means = table.to_pandas().groupby("scale")[["score_test", "kl_forget"]].mean()  # in order of scale
+    assert path.get_xdata() == pytest.approx(100 * means["score_test"].to_numpy())
+    assert path.get_ydata() == pytest.approx(means["kl_forget"].to_numpy())
+    assert len(ax.collections[0].get_offsets()) == 12  # the single draws
+
+
+@pytest.mark.parametrize("table", [Table(), Table(exponents=(0.25, 0.5)), Table(scales=(0.0, 1e-3), seeds=1)])
+def test_no_text_of_the_tradeoff_covers_another(table):
+    ax = plots.plot_tradeoff(table)
+    figure = ax.figure
+    figure.draw_without_rendering()
+    renderer = figure.canvas.get_renderer()
+    boxes = []
+    for text in ax.texts:
+        text.update_positions(renderer)
+        boxes.append(super(type(text), text).get_window_extent(renderer))
+    assert len(boxes) >= 2
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    rest = [ax.xaxis.label, ax.yaxis.label, ax.get_legend(), *ax.get_xticklabels(), *ax.get_yticklabels()]
+    shown = [r.get_window_extent(renderer) for r in rest if r.get_visible()]
+    shown = [b for b in shown if b.width > 0 and b.height > 0]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes + shown[:3], 2))
+    page = figure.bbox.padded(1)
+    assert all(page.x0 <= b.x0 and b.x1 <= page.x1 and page.y0 <= b.y0 and b.y1 <= page.y1 for b in boxes + shown[:3])
+
+
+def test_the_noise_figure_shows_means_and_floors():
+    table = Table()
+    ax = plots.plot_noise(table)
+    assert ax.get_xscale() == ax.get_yscale() == "log"
+    assert "no unit" in ax.get_xlabel()
+    assert "(nats)" in ax.get_ylabel()
+    means = table.to_pandas().groupby("scale")[["kl_forget", "kl_retain"]].mean()
+    for part, label in (("forget", "forgotten data"), ("retain", "retained data")):
+        x, y = _line(ax, label)
+        assert x == pytest.approx(means.index.to_numpy())
+        assert y == pytest.approx(means[f"kl_{part}"].to_numpy())
+        assert set(_line(ax, f"floor, {label}")[1]) == {table.marks["retrained"][f"kl_{part}"]}
+    assert len(ax.collections) == 2  # the bands
+
+
+def test_a_sweep_that_cannot_be_drawn_is_refused():
+    with pytest.raises(DataError, match="all zero"):
+        plots.plot_noise(Table(scales=(0.0,)))
+    with pytest.raises(DataError, match="without draws"):
+        plots.plot_tradeoff(Table(scales=()))
+
+
+@pytest.mark.parametrize(
+    ("plot", "factor", "first", "unit"),
+    [(plots.plot_parts, 1, "kl", "(nats)"), (plots.plot_scores, 100, "score", "(%)")],
+)
+def test_the_figures_by_part_show_every_value(case, plot, factor, first, unit):
+    ax = plot(case)
+    assert unit in ax.get_xlabel()
+    assert ax.get_xscale() == ("log" if first == "kl" else "linear")
+    assert [t.get_text().replace("\n", " ") for t in ax.get_yticklabels()] == tables.case_table(case)["part"].tolist()
+    drawn: dict[str, Axes] = {
+        (line.get_marker(), *map(float, (line.get_xdata()[0], line.get_ydata()[0]))) for line in ax.lines
+    }
+    for row, part in enumerate(CLASS_3):
+        for name, marker in (("original", "s"), ("scrubbed", "o")):
+            assert (marker, factor * tables.estimate(case, part, f"{first}_{name}").mean, float(row)) in drawn
+        target = factor * tables.estimate(case, part, "floor" if first == "kl" else "score_retrained").mean
+        assert ("None", target, row - 0.32) in drawn
+    assert ax.yaxis_inverted()
+
+
+def test_figures_can_share_a_figure_of_the_users(case):
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    assert plots.plot_parts(case, left) is left
+    assert plots.plot_tradeoff(Table(), right) is right
+
+
+def test_files_are_the_same_to_the_byte_in_every_process(case, tmp_path):
+    before = dict(mpl.rcParams)
+    png, svg = plots.save_figure(plots.plot_parts(case).figure, tmp_path / "a" / "parts.1")
+    assert (png.name, svg.name) == ("parts.1.png", "parts.1.svg")
+    assert dict(mpl.rcParams) == before
+    assert "<text" in svg.read_text()
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import test_report as t; from pathlib import Path;"
+        "t.plots.save_figure(t.plots.plot_parts(t.make_case('class 3', t.CLASS_3)).figure, Path(sys.argv[2]))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path / "b")], check=True)
+    assert (tmp_path / "b.svg").read_bytes() == svg.read_bytes()
+    again = plots.save_figure(plots.plot_tradeoff(Table()).figure, tmp_path / "c")[1].read_bytes()
+    assert again == plots.save_figure(plots.plot_tradeoff(Table()).figure, tmp_path / "d")[1].read_bytes()
+
+
+def test_figures_leave_no_trace_in_pyplot(case):
+    import matplotlib.pyplot as plt
+
+    before = plt.get_fignums()
+    plots.plot_scores(case)
+    plots.plot_noise(Table())
+    assert plt.get_fignums() == before
+
+
+# the page
+
+
+class _Page(HTMLParser):
+    """What a browser would read: text, references and ids."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.words: list[str] = []
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.references: list[str] = []
+        self.feed(self.source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(str(value))
+            if name in {"src", "href", "xlink:href", "srcset", "action", "data", "poster"}:
+                self.references.append(str(value))
+
+    def handle_data(self, data: str) -> None:
+        if self.tags[-1:] not in (["style"], ["script"]):
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+@pytest.fixture
+def figures(case, tmp_path) -> dict[str, Path]:
+    drawn: dict[str, Axes] = {
+        "KL": plots.plot_parts(case),
+        "scores": plots.plot_scores(case),
+        "trade-off": plots.plot_tradeoff(Table()),
+    }
+    return {f"class 3: {kind}": plots.save_figure(ax.figure, tmp_path / kind)[1] for kind, ax in drawn.items()}
+
+
+def test_the_page_asks_for_nothing_over_a_network(metrics, figures, tmp_path):
+    page = _Page(write_report(metrics, figures, tmp_path / "new"))
+    assert all(r.startswith("#") or r == "data:," for r in page.references)
+    assert re.search(r"(src|href|action)\s*=\s*[\"']?\s*(https?:)?//", page.source) is None
+    assert re.search(r"url\(\s*[\"']?(?!#)|@import", page.source) is None
+    namespaces = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert set(re.findall(r"https?://[^\"'<> ]+", page.source)) <= namespaces
+    assert "default-src 'none'" in page.source
+    script = re.search(r"<script>(.*)</script>", page.source, re.DOTALL)
+    assert script is not None
+    allowed = base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()
+    assert f"script-src 'sha256-{allowed}'" in page.source  # or tables would not sort
+
+
+def test_the_page_gives_the_answer_first_and_then_everything_else(metrics, figures, tmp_path):
+    page = _Page(write_report(metrics, figures, tmp_path))
+    text = page.text
+    order = ["94 % of the gap is closed", "An estimate, not a certificate", "1.20 ± 0.06", "no (ε, δ) guarantee"]
+    assert [text.index(words) for words in order] == sorted(text.index(words) for words in order)
+    for words in ("fell from 12.3 to 1.20 nats", "0.55 ± 0.06", "96.6", "training.weight_decay", "0.0005", "64, 64"):
+        assert words in text
+    assert metrics["command"] in text
+    assert "1 March 2026, 12:00 UTC" in text
+    assert page.tags.count("svg") == 3
+    assert (
+        "light dots are single draws" in text[text.index("class 3, part by part") : text.index("random 100, part by")]
+    )
+    assert len(page.ids) == len(set(page.ids))
+    used = set(re.findall(r"url\(#([^)]+)\)", page.source)) | {r[1:] for r in page.references if r.startswith("#")}
+    assert used <= set(page.ids)
+
+
+def test_the_page_is_the_same_for_the_same_numbers(metrics, figures, tmp_path):
+    first = write_report(metrics, figures, tmp_path).read_bytes()
+    assert write_report(metrics, figures, tmp_path).read_bytes() == first
+
+
+def test_names_cannot_become_markup(metrics, tmp_path):
+    evil = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
+    metrics["cases"][0]["name"] = metrics["name"] = metrics["config"]["data"]["name"] = evil
+    page = _Page(write_report(metrics, {}, tmp_path))
+    assert page.tags.count("script") == 1
+    assert "img" not in page.tags
+    assert page.text.count(evil) >= 3
+
+
+def test_a_hostile_figure_is_disarmed_and_a_broken_one_refused(metrics, tmp_path):
+    bad = tmp_path / "bad.svg"
+    bad.write_text(
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" onload="x()">'
+        '<style>@import url(https://e.org/a.css); *{fill:red}</style><script>x()</script><image href="https://e.org/b"/>'
+        '<rect id="r" style="fill: url(https://e.org/c)" clip-path="url(#r)"/><use xlink:href="https://e.org/d"/></svg>'
+    )
+    page = _Page(write_report(metrics, {"A figure of mine": bad}, tmp_path))
+    assert "e.org" not in page.source
+    assert "onload" not in page.source
+    assert page.tags.count("script") == 1
+    assert 'clip-path="url(#f0-r)"' in page.source
+    assert "#f0-svg *{fill:red}" in page.source
+    assert "A figure of mine" in page.text
+    bad.write_text("not an SVG file")
+    with pytest.raises(StorageError, match="an SVG file"):
+        write_report(metrics, {"x": bad}, tmp_path)
+    with pytest.raises(StorageError, match="missing"):
+        write_report(metrics, {"x": tmp_path / "missing.svg"}, tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on PATH")
+@pytest.mark.parametrize("width", [375, 1280])
+def test_the_page_fits_its_window_and_sorts(metrics, figures, tmp_path, width):
+    """In an iframe of the given width, because a headless window has a smallest one."""
+    report = write_report(metrics, figures, tmp_path)
+    probe = (
+        "<script>addEventListener('load', () => {"
+        "const page = document.documentElement, button = document.querySelectorAll('th button')[1];"
+        "const cells = () => [...button.closest('table').tBodies[0].rows].map(r => r.cells[1].textContent);"
+        "button.click(); const up = cells(); button.click();"
+        "document.title = JSON.stringify({wide: page.scrollWidth, shown: page.clientWidth, up, down: cells()});"
+        "parent.document.title = document.title; });</script></body>"
+    )
+    # the probe is a script that the page's policy would refuse
+    source = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", report.read_text(encoding="utf-8"))
+    inner = source.replace("</body>", probe).replace("&", "&amp;").replace('"', "&quot;")
+    frame = tmp_path / "frame.html"
+    frame.write_text(f'<meta charset="utf-8"><iframe width="{width}" height="900" srcdoc="{inner}"></iframe>', "utf-8")
+    flags = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync --hide-scrollbars --virtual-time-budget=3000 --dump-dom"
+    )
+    command = ["chromium", *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", frame.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    found = json.loads(re.search(r"<title>(.*?)</title>", dom)[1])  # type: ignore[index]
+    assert found["wide"] <= found["shown"]
+    assert found["up"] == ["146", "323", "360", "1,291"]
+    assert found["down"] == found["up"][::-1]
+
+
+def test_numbers_of_no_size_are_readable():
+    assert tables.number(math.inf) == "∞"
+    assert tables.plus_minus(3e-5, 1e-5) == "3.0e-05 ± 1e-05"
+    assert tables.plus_minus(0.0, 0.25) == "0.00 ± 0.25"
