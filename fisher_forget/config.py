@@ -74,6 +74,11 @@ class ForgetSet:
     indices: list[int] = field(default_factory=list)
     seed: int = 0
 
+    @property
+    def slug(self) -> str:
+        """Name of its folder."""
+        return "".join(c if c.isalnum() else "-" for c in self.name).strip("-")
+
 
 @dataclass(frozen=True)
 class ForgetSettings:
@@ -156,7 +161,7 @@ class RunConfig:
         if min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"seeds: {self.seeds}", "different numbers of at least 0", "Correct the seeds.")
         names = [s.name for s in self.forget_sets]
-        if len(set(names)) < len(names):
+        if len({s.slug for s in self.forget_sets}) < len(names):
             raise ConfigError(f"forget_sets named {names}", "a different name for each", "Rename one.")
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ConfigError(f"the name {self.name!r}", "a folder name", "Use letters, digits and hyphens.")
@@ -205,7 +210,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[RunC
     try:
         # the file first, then the flags over it
         parsed = parser.parse_args([f"--{KEY}={json.dumps(content, default=str)}", *flags])
-        return typing.cast(RunConfig, parser.instantiate_classes(parsed)[KEY])
+        return typing.cast(RunConfig, parser.instantiate(parsed)[KEY])
     except (ArgumentError, TypeError) as error:  # the parser unpacks a section before it looks at its type
         message = " ".join(str(error).replace(f"{KEY}.", "").split())
         raise ConfigError(f"{path}: {message}", "values of the documented types", "Correct that key.") from error

@@ -366,8 +366,8 @@ class Gaussian(Likelihood):
 
     def sampled(self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None) -> Tensor:
         u = _uniform(outputs, draws, generator, outputs.shape)
-        z = torch.special.ndtri(u.clamp(1e-12, 1 - 1e-12)).to(outputs.dtype)
-        return -z / (self.sigma * math.sqrt(draws))
+        z: Tensor = torch.special.ndtri(u.clamp(1e-12, 1 - 1e-12))
+        return -z.to(outputs.dtype) / (self.sigma * math.sqrt(draws))
 
     def kl(self, p: Tensor, q: Tensor, targets: Tensor | None = None) -> Tensor:
         return ((p.double() - q.double()).square() / (2 * self.variance)).reshape(len(p), -1).sum(1)

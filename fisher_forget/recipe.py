@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import yaml
@@ -146,7 +148,6 @@ def train_one(config: RunConfig, data: DataBundle, indices: Indices | None, seed
 
 def prepare_case(config: RunConfig, data: DataBundle, settings: ForgetSet, chosen: Indices, folder: Path) -> Case:
     """Originals and retrained models of a forget set, trained or loaded."""
-    slug = "".join(c if c.isalnum() else "-" for c in settings.name).strip("-")
     retain = np.setdiff1d(np.arange(len(data.train)), chosen)
     template = _untrained(config, data, 0)
     basis = (config.data, config.model, config.training, config.likelihood, data.train.tensors)
@@ -164,11 +165,12 @@ def prepare_case(config: RunConfig, data: DataBundle, settings: ForgetSet, chose
         )
 
     originals = ensemble(config.seeds, None, folder / "original", "train")
-    members = [RETRAINED_SEEDS + i for i in range(config.retrained)]
-    retrained = ensemble(members, retain, folder / slug / "retrained", f"retrain without {settings.name}")
+    free = (seed for seed in itertools.count(RETRAINED_SEEDS) if seed not in config.seeds)
+    members = list(itertools.islice(free, config.retrained))
+    retrained = ensemble(members, retain, folder / settings.slug / "retrained", f"retrain without {settings.name}")
     parts = _parts(data, chosen, retain)
     references = tuple(Reference(m, retrained.models, parts, config.likelihood) for m in originals.models)
-    return Case(settings, chosen, storage.ensure_folder(folder / slug), references, originals, retrained)
+    return Case(settings, chosen, storage.ensure_folder(folder / settings.slug), references, originals, retrained)
 
 
 def _untrained(config: RunConfig, data: DataBundle, seed: int) -> nn.Module:
@@ -278,7 +280,9 @@ def redraw(config: RunConfig) -> list[Path]:
 
 
 def _save(ax: Axes, stem: Path) -> Path:
-    return plots.save_figure(ax.figure, stem)[1]
+    _, svg = plots.save_figure(ax.figure, stem)
+    plt.close("all")
+    return svg
 
 
 def _processor() -> str:

@@ -1,4 +1,4 @@
-"""Independent float64 oracles: dense GGN and empirical Fisher by brute force, without any of the package's curvature."""
+"""Independent float64 oracles: dense GGN and empirical Fisher by brute force, without the package's curvature."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def ggn(model: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihood, *, empir
             return torch.func.functional_call(model, unflatten(w, like), (x[n : n + 1],))[0]
 
         f = outputs(flat).detach()
-        jacobian = torch.autograd.functional.jacobian(lambda w: outputs(w).reshape(-1), flat)  # noqa: B023
+        jacobian = torch.autograd.functional.jacobian(lambda w: outputs(w).reshape(-1), flat)
 
         def loss(v: Tensor, n: int = n, f: Tensor = f) -> Tensor:
             return likelihood.losses(v.reshape(f.shape)[None], y[n : n + 1]).sum()

@@ -486,12 +486,15 @@ def test_files_are_the_same_to_the_byte_in_every_process(case, tmp_path):
     assert again == plots.save_figure(plots.plot_tradeoff(Table()).figure, tmp_path / "d")[1].read_bytes()
 
 
-def test_figures_leave_no_trace_in_pyplot(case):
+def test_a_new_figure_is_one_that_notebooks_show_and_given_axes_open_none(case):
     import matplotlib.pyplot as plt
 
     before = plt.get_fignums()
-    plots.plot_scores(case)
-    plots.plot_noise(Table())
+    new = plots.plot_parts(case)
+    assert len(plt.get_fignums()) == len(before) + 1
+    plots.plot_parts(case, ax=new)
+    assert len(plt.get_fignums()) == len(before) + 1
+    plt.close(new.figure)
     assert plt.get_fignums() == before
 
 

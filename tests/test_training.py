@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from fisher_forget import training
-from fisher_forget.errors import ConfigError, DataError, ModelError, NumericalError
+from fisher_forget.errors import ConfigError, DataError, NumericalError
 from fisher_forget.models import build_model
-from fisher_forget.training import SCHEDULES, TrainSettings, augmented, predict, train
+from fisher_forget.training import SCHEDULES, TrainSettings, augmented, train
 
 FAST = TrainSettings(epochs=3, batch_size=16, lr=0.05)
 
@@ -93,7 +93,7 @@ class TestTraining:
         settings = TrainSettings(epochs=15, batch_size=16, lr=0.03, optimizer=optimizer, schedule=schedule)
         result = train(build_model("mlp", (4,), 3, seed=0, hidden=(16,)), blobs, settings, seed=0, progress=False)
         assert not any(m.training for m in result.modules())
-        assert (predict(result, blobs).argmax(1) == blobs.tensors[1]).double().mean() > 0.9
+        assert (result(blobs.tensors[0]).argmax(1) == blobs.tensors[1]).double().mean() > 0.9
 
     def test_learns_regression(self):
         inputs = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
@@ -186,35 +186,6 @@ class TestAugmentation:
         image = torch.rand(1, 8, 8)
         moved = augmented(image.expand(500, 1, 8, 8), torch.Generator().manual_seed(0))
         assert not any(torch.equal(x, image.flip(2)) for x in moved)
-
-
-class TestPredict:
-    def test_equals_one_forward_in_eval_mode(self, blobs):
-        model = dropout_net().train()
-        model[1].eval()
-        outputs = predict(model, blobs, batch_size=7)
-        assert [m.training for m in model] == [True, False, True, True, True]
-        assert not outputs.requires_grad
-        torch.testing.assert_close(outputs, copy.deepcopy(model).eval()(blobs.tensors[0]))
-        assert torch.equal(outputs, predict(model, blobs.tensors[0], batch_size=7))
-
-    def test_buffers_and_modes_survive_an_error(self):
-        model = dropout_net().train()
-        before = copy.deepcopy(model)
-        with pytest.raises(ModelError):
-            predict(model, torch.zeros(3, 9))
-        assert same(model, before)
-        assert all(m.training for m in model)
-
-    def test_no_samples_give_no_rows(self):
-        assert predict(nn.Linear(4, 3), torch.zeros(0, 4)).shape == (0, 3)
-
-    def test_reads_the_logits_of_an_output_object(self):
-        class Wrapped(nn.Module):
-            def forward(self, x):
-                return type("Output", (), {"logits": x * 2})()
-
-        assert predict(Wrapped(), torch.ones(2, 3)).tolist() == [[2, 2, 2]] * 2
 
 
 class TestRefusals:

@@ -254,6 +254,13 @@ class Tape:
         """
         probe = next(batch.chunks(PROBE))
         record = self.run(probe)
+        if record.outputs.dim() == 0 or len(record.outputs) != len(probe) or not record.outputs.requires_grad:
+            shape = f"outputs of shape {tuple(record.outputs.shape)} for {len(probe)} samples"
+            raise ModelError(
+                shape if record.outputs.requires_grad else f"{shape}, cut off from the parameters",
+                "one output a sample, differentiable with respect to the parameters",
+                "Return the logits themselves, one row a sample, without detach() or no_grad().",
+            )
         generator = torch.Generator().manual_seed(0)
         column = P.randn_like({"": record.outputs}, generator)[""]
         reference: list[Params] = []

@@ -1,7 +1,7 @@
 """Figures: what forgetting gained and what it cost, always beside the retrained models.
 
-Every function draws into the axes it is given, or into those of a new figure that pyplot does not know (so that nothing
-has to be closed), and returns the axes. Colours are Okabe and Ito's; marker shapes, hatches and line styles say the
+Every function draws into the axes it is given, or into a new pyplot figure (so that notebooks show it), and returns the
+axes. Colours are Okabe and Ito's; marker shapes, hatches and line styles say the
 same again for a print in grey. Text stays text in the SVG, and numbers on the axes are plain text, not mathematics.
 """
 
@@ -14,19 +14,17 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import matplotlib as mpl
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Rectangle
-from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-from matplotlib.transforms import Bbox
-from numpy.typing import NDArray
 
 from fisher_forget.errors import DataError, StorageError
+from fisher_forget.report.annotate import along, annotate, whole_figure
 from fisher_forget.report.tables import Case, estimate, part_label, parts_of, score_scale
 from fisher_forget.storage import ensure_folder
 
@@ -46,11 +44,8 @@ LABELS = {"original": "original", "newton": "Newton, no noise", "retrained": "re
 EXPONENT_MARKERS = ("o", "v", "P", "X")
 SIZE = (4.9, 3.8)  # inches: two fit side by side on a desktop page, one stays legible on a phone
 DPI = 150
-NAMED = 5  # noise scales written beside their points
 SHADE = "cividis"  # grows monotonically in grey, too
 
-Array = NDArray[np.float64]
-Point = tuple[float, float]
 _EDGE = {"markeredgecolor": "white", "markeredgewidth": 0.8}
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -105,7 +100,7 @@ def plot_tradeoff(table: SweepTable, ax: Axes | None = None) -> Axes:
             ax.plot(x[i : i + 1], y[i : i + 1], linestyle="none", zorder=4, **style)
         middle = shade(rows["scale"].median())
         ax.plot([], [], color=GREY, marker=marker, markerfacecolor=middle, markersize=7, linewidth=1, label=label)
-        busy += _along(x[:-1], y[:-1], x[1:], y[1:]) + _along(x - dx, y, x + dx, y) + _along(x, y - dy, x, y + dy)
+        busy += along(x[:-1], y[:-1], x[1:], y[1:]) + along(x - dx, y, x + dx, y) + along(x, y - dy, x, y + dy)
     for name, label in LABELS.items():
         mark, spread = table.marks[name], table.marks["retrained_std"] if name == "retrained" else {}
         at = [mark["score_test"] * factor], [mark["kl_forget"]]
@@ -125,7 +120,7 @@ def plot_tradeoff(table: SweepTable, ax: Axes | None = None) -> Axes:
     ax.set_ylabel("KL(retrained ‖ scrubbed)\non forgotten data (nats)")
     _finish(ax, legend_columns=2)
     centres = list(zip(points["score_test"] * factor, points["kl_forget"], strict=True))
-    _annotate(ax, centres, [f"s = {_short(s, digits=2)}" for s in points["scale"]], marks, busy)
+    annotate(ax, centres, [f"s = {_short(s, digits=2)}" for s in points["scale"]], marks, busy)
     return ax
 
 
@@ -206,7 +201,7 @@ def save_figure(figure: Figure | SubFigure, stem: Path) -> tuple[Path, Path]:
     Raises:
         StorageError: If the files cannot be written.
     """
-    root = _root(figure)
+    root = whole_figure(figure)
     stem = Path(stem)
     folder = ensure_folder(stem.parent)
     paths = folder / f"{stem.name}.png", folder / f"{stem.name}.svg"  # with_suffix would cut "a.b" short
@@ -226,9 +221,7 @@ def save_figure(figure: Figure | SubFigure, stem: Path) -> tuple[Path, Path]:
 def _axes(ax: Axes | None) -> Axes:
     if ax is not None:
         return ax
-    figure = Figure(figsize=SIZE, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure.add_subplot()
+    return plt.figure(figsize=SIZE, layout="constrained").add_subplot()
 
 
 def _frame(table: SweepTable) -> pd.DataFrame:
@@ -319,7 +312,7 @@ def _finish(ax: Axes, legend_columns: int) -> None:
     ax.spines[["left", "bottom"]].set_color(GREY)
     ax.tick_params(which="both", labelsize=9, color=GREY)
     ax.tick_params(which="minor", length=2)
-    root = _root(ax.figure)
+    root = whole_figure(ax.figure)
     ax.legend(
         loc="upper center",
         bbox_to_anchor=(0.5, -0.18),
@@ -384,106 +377,3 @@ def _power(value: float) -> str:
 
 def _with_unit(text: str, unit: str) -> str:
     return f"{text} ({unit})" if unit else text
-
-
-def _root(figure: Figure | SubFigure) -> Figure:
-    while isinstance(figure, SubFigure):
-        figure = figure.figure
-    return figure
-
-
-def _along(x0: Array, y0: Array, x1: Array, y1: Array, steps: int = 40) -> list[tuple[float, float]]:
-    """Points along straight lines of a chart, where no text should be."""
-    t = np.linspace(0.0, 1.0, steps)[:, None]
-    tiny = 1e-12  # a bar that reaches below zero has no logarithm
-    log_y = (1 - t) * np.log(np.maximum(y0, tiny)) + t * np.log(np.maximum(y1, tiny))
-    return list(zip(((1 - t) * x0 + t * x1).ravel(), np.exp(log_y).ravel(), strict=True))
-
-
-def _annotate(ax: Axes, points: list[Point], texts: list[str], marks: list[Point], busy: list[Point]) -> None:
-    """Write up to `NAMED` texts beside points, where they cover nothing and no other point is nearer.
-
-    Ends first, then halves, quarters, ...: a text without a free place is left out, so that the extremes keep theirs.
-    One that finds none beside its point stands farther off, with a line to it. The layout must be final.
-
-    Args:
-        ax: The axes.
-        points: What to name, in data coordinates.
-        texts: One a point.
-        marks: Other symbols.
-        busy: Points of lines and small dots.
-    """
-    width, height = _root(ax.figure).bbox.size
-    renderer = RendererAgg(width, height, _root(ax.figure).dpi)  # type: ignore[no-untyped-call]  # measures for any canvas
-    unit = _root(ax.figure).dpi / 72  # pixels in a point
-    centres = ax.transData.transform(points)
-    around = 5 * unit * np.array([(np.cos(a), np.sin(a)) for a in np.linspace(0, 2 * np.pi, 12)])
-    symbols = (ax.transData.transform([*points, *marks])[:, None] + around).reshape(-1, 2)
-    covered = np.concatenate([symbols, ax.transData.transform(busy)])
-    inside = ax.get_window_extent(renderer).padded(-2 * unit)
-    boxes: list[Bbox] = []
-    for i in _ends_first(len(points)):
-        for distance, angle in _PLACES:
-            dx, dy = distance * math.cos(math.radians(angle)), distance * math.sin(math.radians(angle))
-            text = ax.annotate(
-                texts[i],
-                points[i],
-                xytext=(dx, dy),
-                textcoords="offset points",
-                ha="center" if abs(dx) < 1 else "left" if dx > 0 else "right",
-                va="center" if abs(dy) < 1 else "bottom" if dy > 0 else "top",
-                fontsize=8,
-                color="#222222",
-                zorder=6,
-                arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6} if distance > 12 else None,
-            )
-            text.update_positions(renderer)
-            box = Text.get_window_extent(text, renderer).padded(unit)  # the words alone, without the line to them
-            fits = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
-            fits = fits and not any(box.overlaps(other) for other in boxes) and not _contains(box, covered)
-            others = np.delete(centres, i, axis=0)
-            if distance > 12:  # the line must not seem to end at another point
-                line = centres[i] + np.linspace(0, 1, 12)[:, None] * np.array([dx, dy]) * unit
-                clear = all(_distances(Bbox([at, at]), others).min(initial=np.inf) > 6 * unit for at in line)
-            else:
-                clear = _distances(box, others).min(initial=np.inf) > _distances(box, centres)[i]
-            if fits and clear:
-                boxes.append(box)
-                break
-            text.remove()
-        if len(boxes) == NAMED:
-            break
-
-
-# (distance in points, direction in degrees); beyond 12 points with a line
-_PLACES = [(9, a) for a in (0, 180, 45, 135, 315, 225, 90, 270)] + [
-    (d, a) for d in (22, 34, 48) for a in (90, 60, 120, 30, 150, 0, 180, 270, 300, 240, 330, 210)
-]
-
-
-def _contains(box: Bbox, at: Array) -> bool:
-    x, y = at.T
-    return bool(((box.x0 <= x) & (x <= box.x1) & (box.y0 <= y) & (y <= box.y1)).any())
-
-
-def _distances(box: Bbox, at: Array) -> Array:
-    x, y = at.T
-    distances: Array = np.hypot(x - np.clip(x, box.x0, box.x1), y - np.clip(y, box.y0, box.y1))
-    return distances
-
-
-def _ends_first(count: int) -> list[int]:
-    """0, last, middle, quarters, ...
-
-    Example:
-        >>> _ends_first(5)
-        [0, 4, 2, 1, 3]
-    """
-    order = [0, count - 1] if count > 1 else [0]
-    parts = 2
-    while len(order) < count:
-        order += [i for k in range(1, parts, 2) if (i := round(k * (count - 1) / parts)) not in order]
-        parts *= 2
-        if parts > 4 * count:
-            order += [i for i in range(count) if i not in order]
-    return order

@@ -1,0 +1,123 @@
+"""Where to write beside the points of a chart: a text covers nothing, and no other point is nearer to it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import RendererAgg
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
+from numpy.typing import NDArray
+
+NAMED = 5  # points written beside
+GREY = "#595959"
+
+Array = NDArray[np.float64]
+Point = tuple[float, float]
+
+
+def whole_figure(figure: Figure | SubFigure) -> Figure:
+    """The figure that a part of it belongs to."""
+    while isinstance(figure, SubFigure):
+        figure = figure.figure
+    return figure
+
+
+def along(x0: Array, y0: Array, x1: Array, y1: Array, steps: int = 40) -> list[tuple[float, float]]:
+    """Points along straight lines of a chart, where no text should be."""
+    t = np.linspace(0.0, 1.0, steps)[:, None]
+    tiny = 1e-12  # a bar that reaches below zero has no logarithm
+    log_y = (1 - t) * np.log(np.maximum(y0, tiny)) + t * np.log(np.maximum(y1, tiny))
+    return list(zip(((1 - t) * x0 + t * x1).ravel(), np.exp(log_y).ravel(), strict=True))
+
+
+def annotate(ax: Axes, points: list[Point], texts: list[str], marks: list[Point], busy: list[Point]) -> None:
+    """Write up to `NAMED` texts beside points, where they cover nothing and no other point is nearer.
+
+    Ends first, then halves, quarters, ...: a text without a free place is left out, so that the extremes keep theirs.
+    One that finds none beside its point stands farther off, with a line to it. The layout must be final.
+
+    Args:
+        ax: The axes.
+        points: What to name, in data coordinates.
+        texts: One a point.
+        marks: Other symbols.
+        busy: Points of lines and small dots.
+    """
+    width, height = whole_figure(ax.figure).bbox.size
+    renderer = RendererAgg(width, height, whole_figure(ax.figure).dpi)  # type: ignore[no-untyped-call]  # measures for any canvas
+    unit = whole_figure(ax.figure).dpi / 72  # pixels in a point
+    centres = ax.transData.transform(points)
+    around = 5 * unit * np.array([(np.cos(a), np.sin(a)) for a in np.linspace(0, 2 * np.pi, 12)])
+    symbols = (ax.transData.transform([*points, *marks])[:, None] + around).reshape(-1, 2)
+    covered = np.concatenate([symbols, ax.transData.transform(busy)])
+    inside = ax.get_window_extent(renderer).padded(-2 * unit)
+    boxes: list[Bbox] = []
+    for i in _ends_first(len(points)):
+        for distance, angle in _PLACES:
+            dx, dy = distance * math.cos(math.radians(angle)), distance * math.sin(math.radians(angle))
+            text = ax.annotate(
+                texts[i],
+                points[i],
+                xytext=(dx, dy),
+                textcoords="offset points",
+                ha="center" if abs(dx) < 1 else "left" if dx > 0 else "right",
+                va="center" if abs(dy) < 1 else "bottom" if dy > 0 else "top",
+                fontsize=8,
+                color="#222222",
+                zorder=6,
+                arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6} if distance > 12 else None,
+            )
+            text.update_positions(renderer)
+            box = Text.get_window_extent(text, renderer).padded(unit)  # the words alone, without the line to them
+            fits = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
+            fits = fits and not any(box.overlaps(other) for other in boxes) and not _contains(box, covered)
+            others = np.delete(centres, i, axis=0)
+            if distance > 12:  # the line must not seem to end at another point
+                line = centres[i] + np.linspace(0, 1, 12)[:, None] * np.array([dx, dy]) * unit
+                clear = all(_distances(Bbox([at, at]), others).min(initial=np.inf) > 6 * unit for at in line)
+            else:
+                clear = _distances(box, others).min(initial=np.inf) > _distances(box, centres)[i]
+            if fits and clear:
+                boxes.append(box)
+                break
+            text.remove()
+        if len(boxes) == NAMED:
+            break
+
+
+# (distance in points, direction in degrees); beyond 12 points with a line
+_PLACES = [(9, a) for a in (0, 180, 45, 135, 315, 225, 90, 270)] + [
+    (d, a) for d in (22, 34, 48) for a in (90, 60, 120, 30, 150, 0, 180, 270, 300, 240, 330, 210)
+]
+
+
+def _contains(box: Bbox, at: Array) -> bool:
+    x, y = at.T
+    return bool(((box.x0 <= x) & (x <= box.x1) & (box.y0 <= y) & (y <= box.y1)).any())
+
+
+def _distances(box: Bbox, at: Array) -> Array:
+    x, y = at.T
+    distances: Array = np.hypot(x - np.clip(x, box.x0, box.x1), y - np.clip(y, box.y0, box.y1))
+    return distances
+
+
+def _ends_first(count: int) -> list[int]:
+    """0, last, middle, quarters, ...
+
+    Example:
+        >>> _ends_first(5)
+        [0, 4, 2, 1, 3]
+    """
+    order = [0, count - 1] if count > 1 else [0]
+    parts = 2
+    while len(order) < count:
+        order += [i for k in range(1, parts, 2) if (i := round(k * (count - 1) / parts)) not in order]
+        parts *= 2
+        if parts > 4 * count:
+            order += [i for i in range(count) if i not in order]
+    return order

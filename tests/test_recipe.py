@@ -1,0 +1,158 @@
+"""A whole run, from the command line to the report, in small; and that a killed run goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import nbformat
+import numpy as np
+import pytest
+import yaml
+from nbclient import NotebookClient
+
+from fisher_forget import ConfigError, ensemble
+from fisher_forget.cli import main
+from fisher_forget.config import ForgetSet
+from fisher_forget.data.datasets import load_dataset
+from fisher_forget.recipe import choose, load_sweep
+from fisher_forget.report.schema import load_schema
+
+ROOT = Path(__file__).parent.parent
+
+
+def write(folder: Path, **changes: object) -> str:
+    content = {
+        "name": "small",
+        "data": {"name": "digits", "max_train": 200, "max_test": 60},
+        "model": {"name": "mlp", "options": {"hidden": [16]}},
+        "training": {"epochs": 25, "lr": 0.1, "weight_decay": 0.001},
+        "forget_sets": [
+            {"name": "class 3", "kind": "class", "label": 3},
+            {"name": "ten", "kind": "random", "count": 10},
+        ],
+        "seeds": [0, 1],
+        "retrained": 2,
+        "out": str(folder),
+        "progress": False,
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(content | changes))
+    return str(path)
+
+
+@pytest.mark.filterwarnings("ignore::fisher_forget.errors.FisherForgetWarning")
+class TestRun:
+    def test_writes_everything(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["run", write(tmp_path)]) == 0
+        folder = tmp_path / "small"
+        assert f"Report: {folder / 'report.html'}" in capsys.readouterr().out
+        metrics = json.loads((folder / "metrics.json").read_text())
+        jsonschema.validate(metrics, load_schema())
+        forgotten = metrics["cases"][0]
+        assert forgotten["runs"][0]["forget"]["forgotten"] == forgotten["forgotten"] > 0
+        assert set(forgotten["summary"]) == {"forget", "retain", "test", "test, retained classes"}
+        assert set(metrics["cases"][1]["summary"]) == {"forget", "retain", "test"}
+        for name in ("kl.png", "kl.svg", "scores.png", "seed-0/scrubbed.safetensors", "seed-1/result.txt"):
+            assert (folder / "class-3" / name).stat().st_size > 0
+        resolved = yaml.safe_load((folder / "config.yaml").read_text())
+        assert resolved["training"]["batch_size"] == 64  # defaults are written out
+
+    def test_is_reproducible_from_its_resolved_configuration(self, tmp_path: Path) -> None:
+        main(["run", write(tmp_path)])
+        first = json.loads((tmp_path / "small" / "metrics.json").read_text())
+        main(["run", str(tmp_path / "small" / "config.yaml"), "--out", str(tmp_path / "again")])
+        second = json.loads((tmp_path / "again" / "small" / "metrics.json").read_text())
+        for a, b in zip(first["cases"], second["cases"], strict=True):
+            assert a["summary"] == b["summary"]
+
+    def test_a_killed_run_goes_on_and_trains_only_what_is_missing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = write(tmp_path)
+        trained: list[int] = []
+        real = ensemble._member
+
+        def counted(train_fn: object, seed: int, *rest: object, **options: object) -> object:
+            if len(trained) == 3:
+                raise KeyboardInterrupt
+            trained.append(seed)
+            return real(train_fn, seed, *rest, **options)
+
+        monkeypatch.setattr(ensemble, "_member", counted)
+        assert main(["run", path]) == 130
+        assert "start it again" in capsys.readouterr().err
+        monkeypatch.setattr(
+            ensemble, "_member", lambda f, seed, *r, **o: trained.append(seed) or real(f, seed, *r, **o)
+        )
+        assert main(["run", path]) == 0
+        assert sorted(trained) == [0, 1, 1000, 1000, 1001, 1001]  # none twice: two forget sets share two seeds
+
+    def test_sweep_and_plot(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        path = write(tmp_path, scales=[1e-3, 1e-1], draws=2, seeds=[0])
+        assert main(["sweep", path]) == 0
+        place = tmp_path / "small" / "class-3"
+        table = load_sweep(place / "sweep.json")
+        assert len(table.to_pandas()) == 4
+        assert (tmp_path / "small" / "report.html").read_text().count("<svg") == 8  # four figures a forget set
+        before = (place / "tradeoff.svg").read_bytes()
+        (place / "tradeoff.svg").unlink()
+        capsys.readouterr()
+        assert main(["plot", path]) == 0
+        assert str(place / "tradeoff.svg") in capsys.readouterr().out
+        assert (place / "tradeoff.svg").read_bytes() == before
+
+    def test_plot_needs_a_finished_run(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["plot", write(tmp_path)]) == 2
+        assert "metrics.json" in capsys.readouterr().err
+
+
+class TestChoose:
+    def test_kinds(self) -> None:
+        data = load_dataset("digits", max_train=200)
+        y = data.train.tensors[1].numpy()
+        assert set(y[choose(ForgetSet("a", "class", label=3), data)]) == {3}
+        some = choose(ForgetSet("b", "samples", label=5, count=7), data)
+        assert len(some) == 7
+        assert set(y[some]) == {5}
+        assert len(choose(ForgetSet("c", "random", count=9, seed=1), data)) == 9
+        assert choose(ForgetSet("d", "indices", indices=[5, 2, 5]), data).tolist() == [2, 5]
+        assert not np.array_equal(
+            choose(ForgetSet("e", "random", count=9, seed=1), data), choose(ForgetSet("e", "random", count=9), data)
+        )
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            ForgetSet("a", "class"),
+            ForgetSet("a", "class", label=77),
+            ForgetSet("a", "samples", label=3),
+            ForgetSet("a", "samples", label=3, count=9999),
+            ForgetSet("a", "indices", indices=[-1]),
+        ],
+    )
+    def test_refusals(self, wrong: ForgetSet) -> None:
+        with pytest.raises(ConfigError, match="forget set 'a'"):
+            choose(wrong, load_dataset("digits", max_train=200))
+
+
+def test_quickstart_notebook_runs_as_committed(tmp_path: Path) -> None:
+    notebook = nbformat.read(ROOT / "notebooks" / "quickstart.ipynb", as_version=4)
+    committed = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(cell.outputs or cell is committed[-1] for cell in committed), "commit the notebook with its outputs"
+    NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    printed = [str(cell.outputs) for cell in notebook.cells if cell.cell_type == "code"]
+    assert "Forgot 60 samples" in printed[1]
+    assert "gap_closed" in printed[2]
+    assert "image/png" in printed[4]
+
+
+def test_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (ROOT / "README.md").read_text()
+    (block,) = [part.split("```")[0] for part in readme.split("```python")[1:]]
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {})
+    assert (tmp_path / "scrubbed.pt").exists()
