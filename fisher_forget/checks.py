@@ -37,7 +37,12 @@ def check_model(model: nn.Module) -> None:
             "float32 or float64: curvature spans more orders of magnitude than half precision holds",
             "Call model.float() first, and model.half() on the result.",
         )
-    broken = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
+    broken = [
+        name
+        for name, p in model.named_parameters()
+        # the sum is one quick pass; only where it is not finite (it may have overflowed) is every entry looked at
+        if not bool(torch.isfinite(p.detach().sum())) and not bool(torch.isfinite(p).all())
+    ]
     if broken:
         raise ModelError(
             f"NaN or infinite weights in {', '.join(broken[:4])}",

@@ -23,7 +23,7 @@ from fisher_forget.data.batches import Batch
 from fisher_forget.errors import ModelError
 from fisher_forget.params import Params
 
-PROBE = 3  # samples on which rules are compared with autograd
+WEIGHTS = (1.0, -0.6180339887)  # of the two samples on which rules are compared with autograd
 PIECE_BYTES = 4 << 20  # per-sample gradients formed at once; about the size of the outer cache
 TOLERANCE = 1e-3  # relative, float32; a wrong rule is wrong by its own size
 
@@ -247,69 +247,67 @@ class Tape:
         return {name: torch.stack([row[name] for row in rows]) for name in stray}
 
     def verify(self, batch: Batch) -> None:
-        """Compare with autograd, one sample at a time, and move what disagrees to the fallback.
+        """Compare with autograd on two samples, and move what disagrees to the fallback.
+
+        One weighted backward pass sum_n c_n <v_n, f_n> is held against sum_n c_n M_n, with M_n the rules' per-sample
+        gradients for columns v_n: random v and unequal c make a wrong rule, and a right sum wrongly split, disagree.
 
         Raises:
-            ModelError: If a sample's output depends on the others in its batch.
+            ModelError: If outputs are not one differentiable row a sample, or depend on the others in the batch.
         """
-        probe = next(batch.chunks(PROBE))
+        probe = next(batch.chunks(len(WEIGHTS)))
         record = self.run(probe)
-        if record.outputs.dim() == 0 or len(record.outputs) != len(probe) or not record.outputs.requires_grad:
-            shape = f"outputs of shape {tuple(record.outputs.shape)} for {len(probe)} samples"
+        outputs = record.outputs
+        if outputs.dim() == 0 or len(outputs) != len(probe) or not outputs.requires_grad:
+            shape = f"outputs of shape {tuple(outputs.shape)} for {len(probe)} samples"
             raise ModelError(
-                shape if record.outputs.requires_grad else f"{shape}, cut off from the parameters",
+                shape if outputs.requires_grad else f"{shape}, cut off from the parameters",
                 "one output a sample, differentiable with respect to the parameters",
                 "Return the logits themselves, one row a sample, without detach() or no_grad().",
             )
-        generator = torch.Generator().manual_seed(0)
-        column = P.randn_like({"": record.outputs}, generator)[""]
-        reference: list[Params] = []
-        for index, single in enumerate(probe.chunks(1)):
-            out = P.call(self.model, {}, single.args, single.kwargs)
-            scale = max(float(record.outputs.detach().abs().max()), 1e-3)
-            if float((out[0] - record.outputs[index]).detach().abs().max()) > TOLERANCE * scale:
-                raise ModelError(
-                    "a model whose output for a sample depends on the other samples of its batch, or on chance",
-                    "one output a sample, the same at every call",
-                    "Call model.eval(), and remove what mixes samples (batch statistics) or draws random numbers.",
-                )
-            grads = torch.autograd.grad(out[0], list(self.params.values()), column[index], allow_unused=True)
-            reference.append(
-                {
-                    n: torch.zeros_like(p) if g is None else g
-                    for (n, p), g in zip(self.params.items(), grads, strict=True)
-                }
-            )
+        self._check_independence(probe, outputs.detach())
+        column = P.randn_like({"": outputs}, torch.Generator().manual_seed(0))[""]
+        weights = outputs.new_tensor(WEIGHTS[: len(probe)])
+        weighted = column * weights.view(-1, *(1,) * (outputs.dim() - 1))
+        found = self._by_rules(record, column, weights)
+        truth = torch.autograd.grad(outputs, list(self.params.values()), weighted, allow_unused=True)
         stray = set(self.stray)
-        self.stray = ()
-        try:
-            found = self._checked(record, column)
-        finally:
-            self.stray = tuple(stray)
-        for name in self.params:
-            truth = torch.stack([r[name] for r in reference])
-            size = max(float(truth.abs().max()), 1e-12)
-            if (
-                name not in found
-                or found[name].shape != truth.shape
-                or float((found[name] - truth).abs().max()) > TOLERANCE * size
-            ):
+        for (name, p), g in zip(self.params.items(), truth, strict=True):
+            expected = torch.zeros_like(p) if g is None else g
+            value = found.get(name, torch.zeros_like(p))
+            if value.shape != p.shape:
+                stray.add(name)
+                continue
+            error = torch.linalg.vector_norm(value - expected)
+            if not float(error) <= TOLERANCE * float(torch.linalg.vector_norm(expected)):
                 stray.add(name)
         self._drop(stray)
 
-    def _checked(self, record: Record, column: Tensor) -> Params:
-        """Rule gradients of the probe; a rule that fails outright contributes a shape that matches nothing."""
+    def _check_independence(self, probe: Batch, outputs: Tensor) -> None:
+        """Every sample alone must give what it gives in the batch."""
+        tolerance = TOLERANCE * max(float(outputs.abs().max()), 1e-3)
+        with torch.no_grad():
+            for index, single in enumerate(probe.chunks(1)):
+                alone = P.call(self.model, {}, single.args, single.kwargs)[0]
+                if float((alone - outputs[index]).abs().max()) > tolerance:
+                    raise ModelError(
+                        "a model whose output for a sample depends on the other samples of its batch, or on chance",
+                        "one output a sample, the same at every call",
+                        "Call model.eval(), and remove what mixes samples (batch statistics) or draws random numbers.",
+                    )
+
+    def _by_rules(self, record: Record, column: Tensor, weights: Tensor) -> Params:
+        """sum_n c_n M_n; a rule that fails outright contributes a shape that matches nothing."""
         total: Params = {}
         for use, g in zip(record.uses, record.pull(column), strict=True):
             try:
                 found = use.block.per_sample(use.a, g) if g is not None else {}
+                summed = {name: torch.tensordot(weights, value, 1) for name, value in found.items()}
             except (RuntimeError, ValueError, IndexError):
-                found = {name: torch.zeros(()) for name in use.block.names.values()}
-            for name, value in found.items():
-                total[name] = total[name] + value if name in total else value
-        for name, p in self.params.items():
-            if name not in total:
-                total[name] = p.new_zeros(len(record.batch), *p.shape)
+                summed = {name: torch.full((0,), 0.0) for name in use.block.names.values()}
+            for name, value in summed.items():
+                same = name in total and total[name].shape == value.shape
+                total[name] = total[name] + value if same else value
         return total
 
     def _drop(self, stray: set[str]) -> None:
