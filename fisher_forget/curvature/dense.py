@@ -43,10 +43,50 @@ class Dense(Spectral):
         return (self.basis * self.spectrum()[KEY]) @ self.basis.T
 
 
-def from_matrix(matrix: Tensor, like: Params) -> Dense:
-    """Eigendecompose a symmetric positive semi-definite matrix [d, d]."""
+def from_matrix(matrix: Tensor, like: Params, *, signed: bool = False) -> Dense:
+    """Eigendecompose a symmetric matrix [d, d].
+
+    Args:
+        matrix: B.
+        like: Parameters that give names, order and shapes.
+        signed: Whether it may be indefinite. If not, negative eigenvalues are rounding errors and become 0.
+
+    Raises:
+        CurvatureError: If a matrix that is not `signed` has a negative eigenvalue beyond rounding.
+    """
     eigenvalues, basis = torch.linalg.eigh((matrix + matrix.T) / 2)
-    return Dense(eigenvalues={KEY: eigenvalues.clamp(min=0)}, basis=basis, like=like)
+    largest, smallest = float(eigenvalues.abs().max()), float(eigenvalues.min())
+    eps = torch.finfo(matrix.dtype).eps
+    # a sum of squares is semi-definite; differences of such sums lose more digits, hence the square root
+    rounding = (len(matrix) * eps if signed else eps**0.5) * largest
+    if not signed and smallest < -rounding:
+        raise CurvatureError(
+            f"a matrix with the eigenvalue {smallest:.3g} beside {largest:.3g}",
+            "a positive semi-definite one",
+            "Pass signed=True if it may be indefinite.",
+        )
+    return Dense(
+        eigenvalues={KEY: eigenvalues.where((eigenvalues >= 0) | (eigenvalues < -rounding), 0.0)},
+        basis=basis,
+        like=like,
+        signed=signed,
+    )
+
+
+def check_size(like: Params) -> int:
+    """The number of parameters d.
+
+    Raises:
+        CurvatureError: If the model is too large for a d x d matrix.
+    """
+    d = size(like)
+    if d > LARGEST:
+        raise CurvatureError(
+            f"a dense curvature of {d:,} parameters ({d * d * 4 / 2**30:.0f} GiB)",
+            f"at most {LARGEST:,} parameters",
+            "Use structure='ekfac', 'matrix_free' or 'diagonal', or choose fewer parameters with subset=.",
+        )
+    return d
 
 
 class DenseSum:
@@ -60,13 +100,7 @@ class DenseSum:
 
     def __init__(self, tape: Tape) -> None:
         self.like = {name: p.detach() for name, p in tape.params.items()}
-        d = size(self.like)
-        if d > LARGEST:
-            raise CurvatureError(
-                f"a dense curvature of {d:,} parameters ({d * d * 4 / 2**30:.0f} GiB)",
-                f"at most {LARGEST:,} parameters",
-                "Use structure='ekfac' or 'diagonal', or choose fewer parameters with subset=.",
-            )
+        d = check_size(self.like)
         first = next(iter(self.like.values()))
         self.sums = torch.zeros(d, d, dtype=first.dtype, device=first.device)
 

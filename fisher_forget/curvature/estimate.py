@@ -101,7 +101,8 @@ def estimate_curvature(
     kind = kinds.choose(kind, likelihood.column_count(tape.run(next(first.chunks(1))).outputs))
     total = STRUCTURES[structure](tape)
     count = 0.0
-    for pass_index in range(total.passes):
+    pass_index = 0
+    while pass_index < total.passes:  # a structure may find that it needs fewer
         generator = torch.Generator().manual_seed(seed)
         steps = bar(split.batches(part), split.steps(part), f"curvature {pass_index + 1}/{total.passes}", progress)
         for batch in steps:
@@ -113,6 +114,7 @@ def estimate_curvature(
                 for column, last in _with_last(kinds.columns(kind, likelihood, outputs, targets, draws, generator)):
                     total.add(record, column, record.pull(column), last)
         total.end_pass()
+        pass_index += 1
     return total.result(max(count, 1.0))
 
 

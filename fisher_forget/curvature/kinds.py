@@ -2,11 +2,12 @@
 
 Every kind yields columns S of the outputs' shape with sum_k E[S_k S_k^T] = H_n per sample, or r_n r_n^T for the
 empirical Fisher, which is *not* the Fisher (Kunstner et al. 2019, arXiv:1905.12558) and vanishes at interpolation.
+The Hessian has a second part, sum_k r_nk d^2 f_nk / dw^2, that no column can carry: it is known by products only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, get_args
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from fisher_forget.errors import CurvatureError
 from fisher_forget.likelihood import Likelihood
 
-Kind = Literal["auto", "exact", "sketch", "sampled", "empirical"]
+Kind = Literal["auto", "exact", "sketch", "sampled", "empirical", "hessian"]
 EXACT_UP_TO = 16  # "auto": exact where that needs no more columns than this, else one sketch
 
 
@@ -52,3 +53,30 @@ def columns(
         yield from likelihood.sampled(outputs, draws, generator, targets)
     else:
         yield likelihood.residual(outputs, targets)
+
+
+def weight(
+    kind: Kind, likelihood: Likelihood, outputs: Tensor, targets: Tensor, draws: int, generator: torch.Generator
+) -> Callable[[Tensor], Tensor]:
+    """u_n -> H_n u_n on tensors of the outputs' shape, sum_k S_nk <S_nk, u_n> where the kind has columns of its own.
+
+    Args:
+        kind: Any but "hessian", which does not pass through the outputs alone.
+        likelihood: Gives H_n or the columns.
+        outputs: Detached outputs [N, ...].
+        targets: Targets [N, ...].
+        draws: Columns of the random kinds.
+        generator: Stream of the random kinds, consumed sample after sample: the same columns as those of `columns`.
+    """
+    if kind == "exact":
+        return lambda u: likelihood.hessian_product(outputs, u, targets)
+    every = list(columns(kind, likelihood, outputs, targets, draws, generator))
+
+    def product(u: Tensor) -> Tensor:
+        total = torch.zeros_like(u)
+        for s in every:
+            inner = (s * u).reshape(len(u), -1).sum(1)
+            total += s * inner.view(-1, *[1] * (u.dim() - 1))
+        return total
+
+    return product

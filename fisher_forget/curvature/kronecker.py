@@ -21,10 +21,13 @@ from torch import Tensor
 from fisher_forget.curvature.diagonal import Diagonal
 from fisher_forget.curvature.layers import MatrixRule
 from fisher_forget.curvature.operator import BlockDiagonal, Spectral, symmetric_basis
-from fisher_forget.curvature.tape import Group, Record, Tape
+from fisher_forget.curvature.tape import PIECE_BYTES, Group, Record, Tape
 from fisher_forget.params import Params
 
 KEY = "matrix"
+REPLAY_BYTES = 256 << 20  # layer inputs and output gradients kept from the first pass for the second
+
+Step = tuple[Record, Tensor, Sequence[Tensor | None], bool]
 
 
 @dataclass(frozen=True)
@@ -58,90 +61,107 @@ class Kronecker(Spectral):
     Attributes:
         layout: The layer's matrix.
         row: Q_row [O, O] or `None`.
-        col: Q_col [I, I] or `None`.
+        col: Q_col [I, I].
     """
 
     layout: Matrix
     row: Tensor | None
-    col: Tensor | None
+    col: Tensor
 
     def rotate(self, v: Mapping[str, Tensor]) -> Params:
         return {KEY: turn(self.layout.join(v), self.row, self.col)}
 
     def unrotate(self, z: Mapping[str, Tensor]) -> Params:
         m = z[KEY] if self.row is None else self.row @ z[KEY]
-        return self.layout.part(m if self.col is None else m @ self.col.T)
+        return self.layout.part(m @ self.col.T)
 
     def diagonal(self) -> Params:
         m = self.spectrum()[KEY]
         m = m if self.row is None else self.row.square() @ m
-        return self.layout.part(m if self.col is None else m @ self.col.square().T)
+        return self.layout.part(m @ self.col.square().T)
 
 
-def turn(matrix: Tensor, row: Tensor | None, col: Tensor | None) -> Tensor:
+def turn(matrix: Tensor, row: Tensor | None, col: Tensor) -> Tensor:
     """Q_row^T M Q_col."""
-    m = matrix if row is None else row.T @ matrix
-    return m if col is None else m @ col
+    return (matrix if row is None else row.T @ matrix) @ col
 
 
 class EkfacSum:
-    """Accumulates the second moments in a first pass over the data and Lambda in a second."""
+    """Accumulates the sides' second moments in a first pass over the data and Lambda in a second.
 
-    passes = 2
+    Where all layer inputs and output gradients of the first pass fit `REPLAY_BYTES`, the second is a replay of them:
+    no forward or backward pass is repeated.
+    """
 
     def __init__(self, tape: Tape) -> None:
+        self.passes = 2
         self.params = {name: p.detach() for name, p in tape.params.items()}
         self.layouts: dict[str, Matrix] = {}
-        self.moments: dict[str, list[Tensor | None]] = {}
-        self.bases: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+        self.moments: dict[str, tuple[Tensor | None, Tensor]] = {}
+        self.bases: dict[str, tuple[Tensor | None, Tensor]] = {}
         self.lambdas: Params = {}
         self.rest: Params = {name: torch.zeros_like(p) for name, p in self.params.items()}
         self._pending: dict[str, tuple[Tensor, Tensor]] = {}
         self._pass = 0
+        self._replay: list[Step] | None = []
+        self._bytes = 0
 
     def add(self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool) -> None:
         if self._pass == 0:
             self._add_moments(record, grads, last)
+            self._remember(record, column, grads, last)
         else:
             self._add_lambdas(record, column, grads, last)
 
     def end_pass(self) -> None:
-        """After the first pass: eigendecompose the sides, and make room for Lambda."""
+        """After the first pass: eigendecompose the sides, make room for Lambda, and replay what was remembered."""
         self._pass += 1
         if self._pass > 1:
             return
         for weight, (row, col) in self.moments.items():
-            self.bases[weight] = (
-                None if row is None else symmetric_basis(row),
-                None if col is None else symmetric_basis(col),
-            )
+            self.bases[weight] = (None if row is None else symmetric_basis(row), symmetric_basis(col))
             layout = self.layouts[weight]
             self.lambdas[weight] = torch.zeros_like(layout.join(self.params))
             for name in layout.names:
                 self.rest.pop(name, None)
+        self.moments.clear()
+        if self._replay is not None:
+            self.passes = 1
+            for step in self._replay:
+                self._add_lambdas(*step)
+            self._replay.clear()
+
+    def _remember(self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool) -> None:
+        if self._replay is None:
+            return
+        known = {use.a.data_ptr() for step in self._replay[-1:] for use in step[0].uses}
+        tensors = [g for g in grads if g is not None] + [u.a for u in record.uses if u.a.data_ptr() not in known]
+        self._bytes += sum(t.numel() * t.element_size() for t in tensors)
+        if self._bytes > REPLAY_BYTES:
+            self._replay = None
+            return
+        self._replay.append((record.without_graph(), column, grads, last))
 
     def _add_moments(self, record: Record, grads: Sequence[Tensor | None], last: bool) -> None:
         for group in record.groups():
             layout = self._layout(group)
             if layout is None:
                 continue
-            moment = self.moments.setdefault(layout.weight, [None, None])
+            if layout.weight not in self.moments:
+                rows, columns = layout.join(self.params).shape
+                new = self.params[layout.weight].new_zeros
+                has_row = all(u.block.rule.has_row_basis() for u in group.uses if isinstance(u.block.rule, MatrixRule))
+                self.moments[layout.weight] = (new(rows, rows) if has_row else None, new(columns, columns))
+            row, col = self.moments[layout.weight]
             for call in group.calls:
                 use, g = record.uses[call], grads[call]
                 rule = use.block.rule
                 if g is None or not isinstance(rule, MatrixRule):
                     continue
-                row = rule.row_covariance(use.a, g)
-                moment[0] = row if moment[0] is None else moment[0].add_(row) if row is not None else moment[0]
+                if row is not None:
+                    rule.add_row_moment(row, use.a, g)
                 if last:
-                    moment[1] = _plus(moment[1], self._column(rule, layout, use.a, g))
-
-    def _column(self, rule: MatrixRule, layout: Matrix, a: Tensor, g: Tensor) -> Tensor:
-        cov, total, count = rule.column_covariance(a, g)
-        if layout.bias is None:
-            return cov
-        corner = total.new_full((1,), count)
-        return torch.cat([torch.cat([cov, total[:, None]], 1), torch.cat([total, corner])[None]], 0)
+                    rule.add_column_moment(col, use.a, g)
 
     def _layout(self, group: Group) -> Matrix | None:
         """Weight and bias share a matrix where every call of the group uses both; else the weight stands alone."""
@@ -162,7 +182,7 @@ class EkfacSum:
             if layout is None or layout.weight not in self.bases:
                 self._square(group, grads, ())
                 continue
-            row, col = self.bases[layout.weight]
+            row = self.bases[layout.weight][0]
             thin = group.rank_one(grads)
             if thin is not None and set(layout.names) == set(group.names):
                 a, g = thin
@@ -172,9 +192,7 @@ class EkfacSum:
                 else:
                     self._pending[layout.weight] = (a, g * g)
                 continue
-            for piece in group.pieces(grads):
-                if all(name in piece for name in layout.names):
-                    self.lambdas[layout.weight] += turn(layout.join(piece), row, col).square().sum(0)
+            self._add_shared(layout, group, grads)
             self._square(group, grads, layout.names)
         if record.tape.stray:
             for name, value in record.tape.functional(record.batch, column).items():
@@ -183,10 +201,35 @@ class EkfacSum:
             for weight, (a, squares) in self._pending.items():
                 if self.layouts[weight].bias is not None:
                     a = torch.cat([a, a.new_ones(len(a), 1)], 1)
-                col = self.bases[weight][1]
-                a = a if col is None else a @ col
+                a = a @ self.bases[weight][1]
                 self.lambdas[weight].addmm_(squares.T, a * a)
             self._pending.clear()
+
+    def _add_shared(self, layout: Matrix, group: Group, grads: Sequence[Tensor | None]) -> None:
+        """Lambda of a layer at several positions: rotate these, or the per-sample matrices where that costs less."""
+        row, col = self.bases[layout.weight]
+        use, g = group.uses[0], grads[group.calls[0]]
+        rule = use.block.rule
+        rows, columns = self.lambdas[layout.weight].shape
+        if len(group.calls) == 1 and g is not None and isinstance(rule, MatrixRule):
+            positions = rule.position_count(g)
+            by_positions = positions * (columns**2 + (0 if row is None else rows**2))
+            by_matrix = rows * columns * (columns + (0 if row is None else rows))
+            if by_positions < by_matrix and rule.positions(use.a[:1], g[:1]) is not None:
+                step = max(1, PIECE_BYTES // (4 * max(rows * columns, positions * columns)))
+                for start in range(0, len(g), step):
+                    seen = rule.positions(use.a[start : start + step], g[start : start + step])
+                    assert seen is not None
+                    x, y = seen
+                    turned = x @ col[: x.shape[-1]]
+                    if layout.bias is not None:
+                        turned += col[-1]  # the constant 1 below each input
+                    y = y if row is None else y @ row
+                    self.lambdas[layout.weight] += (y.transpose(1, 2) @ turned).square_().sum(0)
+                return
+        for piece in group.pieces(grads):
+            if all(name in piece for name in layout.names):
+                self.lambdas[layout.weight] += turn(layout.join(piece), row, col).square_().sum(0)
 
     def _square(self, group: Group, grads: Sequence[Tensor | None], done: tuple[str, ...]) -> None:
         """The exact diagonal of the group's other parameters."""
@@ -207,7 +250,3 @@ class EkfacSum:
         if self.rest:
             parts.append((tuple(self.rest), Diagonal({name: total / count for name, total in self.rest.items()})))
         return BlockDiagonal(tuple(parts), tuple(self.params))
-
-
-def _plus(total: Tensor | None, value: Tensor) -> Tensor:
-    return value if total is None else total.add_(value)

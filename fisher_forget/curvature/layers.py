@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+PATCH_BYTES = 64 << 20  # patches formed at once
 LARGEST_SIDE = 8192  # a side with more rows keeps the standard basis: its eigendecomposition would cost O(side^3)
 
 
@@ -43,16 +44,39 @@ class MatrixRule(Rule):
         return matrix.reshape(*matrix.shape[:-2], *self.module.weight.shape)
 
     def positions(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Inputs [N, R, I] and output gradients [N, R, O], or `None` if M_n is cheaper to form directly."""
+        """Inputs [N, R, I] and output gradients [N, R, O], where M_n = sum_r g_nr a_nr^T; `None` if there are none."""
         return None
 
-    def row_covariance(self, a: Tensor, g: Tensor) -> Tensor | None:
-        """Second moment of the rows' side [O, O], summed over samples and positions; `None` keeps the basis I."""
+    def position_count(self, g: Tensor) -> int:
+        """R."""
+        return g[0].numel() // int(self.to_matrix(self.module.weight).shape[0])
+
+    def add_row_moment(self, total: Tensor, a: Tensor, g: Tensor) -> None:
+        """Add sum_nr g g^T to the upper triangle of `total` [O, O]."""
         raise NotImplementedError
 
-    def column_covariance(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Second moment [I, I], sum [I] and number of the columns' side (the sum serves the bias)."""
+    def add_column_moment(self, total: Tensor, a: Tensor, g: Tensor) -> None:
+        """Add sum_nr a a^T to the upper triangle of `total` [I, I]; with a 1 below each a where it is [I+1, I+1]."""
         raise NotImplementedError
+
+    def has_row_basis(self) -> bool:
+        """Whether the rows' side has a basis of its own; else it keeps the standard one."""
+        return int(self.to_matrix(self.module.weight).shape[0]) <= LARGEST_SIDE
+
+
+def add_gram(total: Tensor, rows: Tensor) -> None:
+    """Add rows^T rows to the upper triangle of `total`: blocks right of the diagonal, two thirds of the products.
+
+    `total` may have one more row and column than `rows` has columns: the vectors then end in a 1.
+    """
+    size = rows.shape[1]
+    step = max(64, size // 4)
+    for start in range(0, size, step):
+        stop = min(start + step, size)
+        total[start:stop, start:size].addmm_(rows[:, start:stop].T, rows[:, start:])
+    if len(total) > size:
+        total[:size, size] += rows.sum(0)
+        total[size, size] += len(rows)
 
 
 class LinearRule(MatrixRule):
@@ -61,13 +85,11 @@ class LinearRule(MatrixRule):
     def positions(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         return a.reshape(len(a), -1, a.shape[-1]), g.reshape(len(g), -1, g.shape[-1])
 
-    def row_covariance(self, a: Tensor, g: Tensor) -> Tensor | None:
-        rows = g.reshape(-1, g.shape[-1])
-        return rows.T @ rows if rows.shape[1] <= LARGEST_SIDE else None
+    def add_row_moment(self, total: Tensor, a: Tensor, g: Tensor) -> None:
+        add_gram(total, g.reshape(-1, g.shape[-1]))
 
-    def column_covariance(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor, float]:
-        rows = a.reshape(-1, a.shape[-1])
-        return rows.T @ rows, rows.sum(0), len(rows)
+    def add_column_moment(self, total: Tensor, a: Tensor, g: Tensor) -> None:
+        add_gram(total, a.reshape(-1, a.shape[-1]))
 
     def per_sample(self, a: Tensor, g: Tensor) -> dict[str, Tensor]:
         x, y = self.positions(a, g)
@@ -123,41 +145,121 @@ class ConvRule(MatrixRule):
 
     def per_sample(self, a: Tensor, g: Tensor) -> dict[str, Tensor]:
         m, n, groups = self.module, len(a), self.module.groups
-        out: dict[str, Tensor] = {}
         y = g.flatten(2).reshape(n * groups, m.out_channels // groups, -1)
         parts = []
         for x in self.offsets(a, g.shape[2:]):
             if groups > 1:
                 x = x.unflatten(-1, (groups, -1)).transpose(1, 2).flatten(0, 1)
             parts.append(y @ x)
-        weight = torch.stack(parts, 1).unflatten(0, (n, groups))  # [N, G, K, O/G, C/G]
-        weight = weight.permute(0, 1, 3, 4, 2).flatten(1, 2)
-        out["weight"] = weight.unflatten(-1, m.kernel_size)
+        weight = torch.stack(parts, 1)  # [N G, K, O/G, C/G]
+        if groups > 1:
+            weight = weight.unflatten(0, (n, groups)).transpose(1, 2).flatten(2, 3)
+        weight = weight.permute(0, 2, 3, 1)  # a view: squares and sums do not mind the layout
+        out = {"weight": weight.unflatten(-1, m.kernel_size)}
         if m.bias is not None:
             out["bias"] = g.flatten(2).sum(-1)
         return out
 
-    def row_covariance(self, a: Tensor, g: Tensor) -> Tensor | None:
-        rows = g.flatten(2).transpose(1, 2).flatten(0, 1)
-        return rows.T @ rows if rows.shape[1] <= LARGEST_SIDE else None
+    def positions(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor] | None:
+        if self.module.groups > 1:
+            return None
+        return self._patches(a, g.shape[2:]), g.flatten(2).transpose(1, 2)
 
-    def column_covariance(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor, float]:
-        rows = torch.stack(list(self.offsets(a, g.shape[2:])), -1).flatten(0, 1)  # [N R, C, K]
-        if self.module.groups > 1:  # the groups share one covariance: any orthonormal basis serves
-            rows = rows.unflatten(1, (self.module.groups, -1)).flatten(0, 1)
-        rows = rows.flatten(1)
-        return rows.T @ rows, rows.sum(0), len(rows)
+    def _patches(self, a: Tensor, spatial: torch.Size) -> Tensor:
+        """What each output position sees: [N, R, C K]."""
+        return torch.stack(list(self.offsets(a, spatial)), -1).flatten(2)
+
+    def add_row_moment(self, total: Tensor, a: Tensor, g: Tensor) -> None:
+        add_gram(total, g.flatten(2).transpose(1, 2).flatten(0, 1))
+
+    def add_column_moment(self, total: Tensor, a: Tensor, g: Tensor) -> None:
+        m = self.module
+        if isinstance(m, nn.Conv2d) and m.groups == 1 and m.stride == (1, 1) and m.kernel_size != (1, 1):
+            self._add_shifts(total, a, g.shape[2:])
+            return
+        step = max(1, PATCH_BYTES // max(4 * m.weight[0].numel() * m.groups * g[0, 0].numel(), 1))
+        for start in range(0, len(a), step):
+            rows = self._patches(a[start : start + step], g.shape[2:]).flatten(0, 1)
+            if m.groups > 1:  # the groups share one moment: any orthonormal basis serves
+                rows = rows.unflatten(1, (m.groups, -1)).flatten(0, 1)
+            add_gram(total, rows)
+
+    def _add_shifts(self, total: Tensor, a: Tensor, spatial: torch.Size) -> None:
+        """Second moment of the patches from autocorrelations, without forming a patch.
+
+        At stride 1 the block of the kernel offsets o and o' is sum_q x[q] x[q + o' - o]^T over the window of o. Over
+        *all* q it depends on d = o' - o alone: K (2K - 1) shifts in two dimensions instead of K^4 pairs, and all of
+        them are the weight gradient of one convolution of the image with itself. What a window leaves out at the
+        borders is subtracted: strips of the same, a few pixels wide.
+        """
+        m = self.module
+        (kh, kw), (dh, dw), (h, w) = m.kernel_size, m.dilation, spatial
+        if m.padding_mode == "zeros" and not isinstance(m.padding, str):
+            (ph, pw), x = m.padding, a
+        else:
+            (ph, pw), x = (0, 0), self._padded(a)
+        height, width = x.shape[2:]
+        wide = F.pad(x, ((kw - 1) * dw, (kw - 1) * dw, 0, (kh - 1) * dh))
+        cache: dict[tuple[int, int, int, int], Tensor | float] = {}
+
+        def shifts(r0: int, r1: int, c0: int, c1: int) -> Tensor | float:
+            """sum of x[q] x[q + d]^T over rows r0:r1 and columns c0:c1 of q: [C, C, kh, 2 kw - 1]."""
+            if r0 >= r1 or c0 >= c1:
+                return 0.0
+            key = (r0, r1, c0, c1)
+            if key not in cache:
+                cache[key] = torch.ops.aten.convolution_backward(
+                    x[:, :, r0:r1, c0:c1].contiguous(),
+                    wide[:, :, r0 : r1 + (kh - 1) * dh, c0 : c1 + 2 * (kw - 1) * dw].contiguous(),
+                    x.new_empty(x.shape[1], x.shape[1], kh, 2 * kw - 1),
+                    None,
+                    [1, 1],
+                    [0, 0],
+                    [dh, dw],
+                    False,
+                    [0, 0],
+                    1,
+                    [False, True, False],
+                )[1]
+            return cache[key]
+
+        channels = x.shape[1]
+        block = total[: channels * kh * kw, : channels * kh * kw].view(channels, kh, kw, channels, kh, kw)
+        sums = x.sum(0)
+        for i, j in itertools.product(range(kh), range(kw)):
+            top, bottom = max(0, i * dh - ph), min(height, i * dh - ph + h)
+            left, right = max(0, j * dw - pw), min(width, j * dw - pw + w)
+            inside = shifts(0, height, 0, width)
+            for r0, r1 in ((0, top), (bottom, height)):
+                inside = inside - shifts(r0, r1, 0, width)
+                for c0, c1 in ((0, left), (right, width)):
+                    inside = inside + shifts(r0, r1, c0, c1)
+            for c0, c1 in ((0, left), (right, width)):
+                inside = inside - shifts(0, height, c0, c1)
+            assert isinstance(inside, Tensor)
+            for u, v in itertools.product(range(i, kh), range(kw)):
+                if (u, v) < (i, j):
+                    continue
+                pair = inside[:, :, u - i, v - j + kw - 1]
+                block[:, i, j, :, u, v] += pair
+                if (u, v) != (i, j):
+                    block[:, u, v, :, i, j] += pair.T
+            if len(total) > channels * kh * kw:
+                total[: channels * kh * kw, -1].view(channels, kh, kw)[:, i, j] += sums[:, top:bottom, left:right].sum(
+                    (1, 2)
+                )
+        if len(total) > channels * kh * kw:
+            total[-1, -1] += len(x) * h * w
 
 
 class EmbeddingRule(MatrixRule):
     """nn.Embedding: the weight as [V, D]; its rows' side is one-hot, so it keeps the standard basis."""
 
-    def row_covariance(self, a: Tensor, g: Tensor) -> Tensor | None:
-        return None
+    def has_row_basis(self) -> bool:
+        return False
 
-    def column_covariance(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor, float]:
-        rows = g.reshape(-1, g.shape[-1])
-        return rows.T @ rows, rows.sum(0), len(rows)
+    def add_column_moment(self, total: Tensor, a: Tensor, g: Tensor) -> None:
+        add_gram(total, g.reshape(-1, g.shape[-1]))
 
     def per_sample(self, a: Tensor, g: Tensor) -> dict[str, Tensor]:
         n, (vocabulary, width) = len(a), self.module.weight.shape

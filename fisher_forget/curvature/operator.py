@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -18,8 +18,30 @@ from fisher_forget.errors import CurvatureError
 from fisher_forget.params import Params
 
 
+@dataclass(frozen=True)
+class Info:
+    """Where a curvature comes from.
+
+    Attributes:
+        count: Scored positions that the mean is over.
+        kind: Resolved: never "auto".
+        structure: Its name; "pattern: name, ..." for mixed blocks.
+    """
+
+    count: float
+    kind: str
+    structure: str
+
+
+@dataclass(frozen=True)
 class Curvature(ABC):
-    """B + tau I: the mean over samples of the output-weighted J_n^T H_n J_n, in nats, plus damping."""
+    """B + tau I: the mean over samples of the output-weighted J_n^T H_n J_n, in nats, plus damping.
+
+    Attributes:
+        info: What it was estimated from; `None` for an operator that was put together by hand.
+    """
+
+    info: Info | None = field(default=None, kw_only=True)
 
     @abstractmethod
     def power(self, v: Mapping[str, Tensor], p: float) -> Params:
@@ -30,7 +52,8 @@ class Curvature(ABC):
             p: Exponent: 1 product, -1 Newton, -1/4 noise of Golatkar et al. 2020, Prop. 4.
 
         Raises:
-            CurvatureError: If p < 0 and the operator is singular.
+            CurvatureError: If p < 0 and the operator is singular, or p is negative or fractional and it is indefinite
+                (only a Hessian can be); the message then says which damping is enough.
         """
 
     @abstractmethod
@@ -47,7 +70,15 @@ class Curvature(ABC):
 
     @abstractmethod
     def logdet(self) -> float:
-        """ln det(B + tau I); -inf where singular."""
+        """ln det(B + tau I); -inf where singular.
+
+        Raises:
+            CurvatureError: If the operator is indefinite.
+        """
+
+    def nbytes(self) -> int:
+        """Bytes of the tensors that it holds."""
+        return _nbytes(self)
 
 
 @dataclass(frozen=True)
@@ -55,12 +86,14 @@ class Spectral(Curvature):
     """An operator known by an orthonormal basis and its eigenvalues: B = Q diag(eigenvalues) Q^T.
 
     Attributes:
-        eigenvalues: One tensor per coordinate block, >= 0, without damping.
+        eigenvalues: One tensor per coordinate block, without damping.
         tau: Damping.
+        signed: Whether negative eigenvalues are real. If not, B is semi-definite and they are rounding errors: 0.
     """
 
     eigenvalues: Params
     tau: float = 0.0
+    signed: bool = field(default=False, kw_only=True)
 
     @abstractmethod
     def rotate(self, v: Mapping[str, Tensor]) -> Params:
@@ -72,28 +105,25 @@ class Spectral(Curvature):
 
     def spectrum(self) -> Params:
         """Eigenvalues of B + tau I."""
-        return {key: value.clamp(min=0) + self.tau for key, value in self.eigenvalues.items()}
+        floor = -math.inf if self.signed else 0.0
+        return {key: value.clamp(min=floor) + self.tau for key, value in self.eigenvalues.items()}
 
     def power(self, v: Mapping[str, Tensor], p: float) -> Params:
         spectrum = self.spectrum()
-        if p < 0 and any(float(s.min()) <= 0 for s in spectrum.values() if s.numel()):
-            raise CurvatureError(
-                f"power {p} of a singular curvature",
-                "strictly positive eigenvalues",
-                "Damp it first: curvature.damped(tau) with tau > 0.",
-            )
+        if needs_definite(p):
+            check_definite(_smallest(spectrum), f"power {p:g}", singular=p < 0)
         return self.unrotate({key: z * spectrum[key].pow(p) for key, z in self.rotate(v).items()})
 
     def damped(self, tau: float) -> Self:
-        if tau < 0:
-            raise CurvatureError(f"damping {tau}", "tau >= 0", "Pass a non-negative damping.")
-        return replace(self, tau=self.tau + tau)
+        return replace(self, tau=self.tau + checked_damping(tau))
 
     def trace(self) -> float:
         return math.fsum(float(s.double().sum()) for s in self.spectrum().values())
 
     def logdet(self) -> float:
-        return math.fsum(float(s.double().log().sum()) for s in self.spectrum().values())
+        spectrum = self.spectrum()
+        check_definite(_smallest(spectrum), "logdet")
+        return math.fsum(float(s.double().log().sum()) for s in spectrum.values())
 
 
 @dataclass(frozen=True)
@@ -129,7 +159,65 @@ class BlockDiagonal(Curvature):
 
 
 def symmetric_basis(covariance: Tensor) -> Tensor:
-    """Orthonormal eigenvectors [k, k] of a symmetric matrix, computed in float64 where that is cheap."""
+    """Orthonormal eigenvectors [k, k] of a matrix given by its upper triangle, in float64 where that is cheap."""
     exact = covariance.double() if len(covariance) <= 512 else covariance
-    basis: Tensor = torch.linalg.eigh((exact + exact.T) / 2)[1]
+    basis: Tensor = torch.linalg.eigh(exact, UPLO="U")[1]
     return basis.to(covariance.dtype)
+
+
+def checked_damping(tau: float) -> float:
+    """The damping itself.
+
+    Raises:
+        CurvatureError: If it is negative or not a number.
+    """
+    if not tau >= 0:
+        raise CurvatureError(f"damping {tau}", "tau >= 0", "Pass a non-negative damping.")
+    return tau
+
+
+def needs_definite(p: float) -> bool:
+    """Whether x^p makes trouble for some x <= 0."""
+    return p < 0 or p != int(p)
+
+
+def check_definite(smallest: float, what: str, *, singular: bool = False) -> None:
+    """Refuse an operation on an operator whose smallest eigenvalue is too small for it.
+
+    Args:
+        smallest: Smallest eigenvalue, damping included.
+        what: The operation, for the message.
+        singular: Refuse 0, too.
+
+    Raises:
+        CurvatureError: With a damping that is enough.
+    """
+    if smallest < 0:
+        raise CurvatureError(
+            f"{what} of an indefinite curvature, smallest eigenvalue {smallest:.4g}",
+            "a positive definite one: away from a minimum a Hessian also curves downwards",
+            f"Damp it first: curvature.damped(tau) with tau >= {-1.01 * smallest:.4g}; or use kind='exact'.",
+        )
+    if singular and smallest == 0:
+        raise CurvatureError(
+            f"{what} of a singular curvature",
+            "strictly positive eigenvalues",
+            "Damp it first: curvature.damped(tau) with tau > 0.",
+        )
+
+
+def _smallest(spectrum: Params) -> float:
+    return min((float(s.min()) for s in spectrum.values() if s.numel()), default=math.inf)
+
+
+def _nbytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        return sum(_nbytes(v) for v in value.values())
+    if isinstance(value, tuple):
+        return sum(_nbytes(v) for v in value)
+    if is_dataclass(value):
+        return sum(_nbytes(getattr(value, f.name)) for f in fields(value))
+    own = getattr(value, "nbytes", 0)  # a product that keeps graphs
+    return own if isinstance(own, int) else 0

@@ -34,7 +34,7 @@ class Use:
 
     block: Block
     a: Tensor
-    edge: GradientEdge
+    edge: GradientEdge | None
     version: int
 
 
@@ -65,9 +65,14 @@ class Record:
         """Gradients of <column, outputs> at the output of every recorded layer call."""
         if not self.uses:
             return []
-        edges = [use.edge for use in self.uses]
+        edges = [use.edge for use in self.uses if use.edge is not None]
         grads = torch.autograd.grad(self.outputs, edges, column, retain_graph=True, allow_unused=True)
         return [None if g is None else _lead(g, len(self.batch)) for g in grads]
+
+    def without_graph(self) -> Record:
+        """The same layer inputs without the graph that holds every activation, for a replay of known gradients."""
+        uses = [Use(use.block, use.a, None, use.version) for use in self.uses]
+        return Record(self.tape, self.batch, self.outputs.detach(), uses)
 
     def groups(self) -> list[Group]:
         """Layer calls that share parameters, together: the per-sample gradients of a tensor add over its uses."""

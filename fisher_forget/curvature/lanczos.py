@@ -1,0 +1,101 @@
+"""Lanczos tridiagonalisation with full reorthogonalisation: extreme eigenpairs, f(A) v, and traces of f(A)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fisher_forget.errors import NumericalError
+
+FlatProduct = Callable[[Tensor], Tensor]
+
+
+class Lanczos:
+    """Orthonormal rows Q [m, d] of a Krylov space of a symmetric A, and T = Q A Q^T, tridiagonal [m, m].
+
+    Full reorthogonalisation, two Gram-Schmidt passes a step: without it rounding brings back copies of eigenvalues that
+    were found already (Golub & Van Loan, Matrix Computations, section 10.3).
+
+    Args:
+        product: v [d] -> A v [d].
+        start: First direction [d], of any length.
+        steps: Most rows; memory for them is reserved at once.
+        generator: Where the space is exhausted, go on in a random direction from here. Without one, stop there.
+
+    Attributes:
+        length: |start|.
+        rows: m so far.
+        exhausted: Whether Q spans an invariant subspace, so that T knows all that A does to it.
+        residual: Coupling of the last row to what is not in Q; 0 where exhausted.
+    """
+
+    def __init__(
+        self, product: FlatProduct, start: Tensor, steps: int, generator: torch.Generator | None = None
+    ) -> None:
+        self.length = float(start.double().norm())
+        self.exhausted = self.length == 0.0
+        self.residual = 0.0
+        self.rows = 0
+        self._product, self._generator = product, generator
+        self._basis = start.new_empty(min(steps, len(start)), len(start))
+        self._next = start / (self.length or 1.0)
+        self._alpha: list[float] = []
+        self._beta: list[float] = []
+        self._scale = 0.0
+
+    @property
+    def basis(self) -> Tensor:
+        """Q [m, d]."""
+        return self._basis[: self.rows]
+
+    def extend(self) -> bool:
+        """Take one product more; False if nothing is left to explore, or no row is left.
+
+        Raises:
+            NumericalError: If the product is not finite.
+        """
+        if self.exhausted or self.rows == len(self._basis):
+            return False
+        q, m = self._next, self.rows
+        if m:
+            self._beta.append(self.residual)
+        self._basis[m] = q
+        self.rows = m + 1
+        w = self._product(q)
+        self._alpha.append(float(w.double() @ q.double()))
+        w = self._orthogonal(w)
+        self.residual = float(w.double().norm())
+        self._scale = max(self._scale, abs(self._alpha[-1]), self.residual)
+        if not self._scale < float("inf"):
+            raise NumericalError("a curvature product that is not finite", "finite weights and data", "Check for NaN.")
+        if self.residual > len(q) ** 0.5 * 8 * torch.finfo(q.dtype).eps * self._scale:
+            self._next = w / self.residual
+            return True
+        self.residual = 0.0
+        self.exhausted = self._generator is None or self.rows == len(q)
+        if not self.exhausted:
+            fresh = torch.randn(len(q), generator=self._generator, dtype=q.dtype).to(q.device)
+            fresh = self._orthogonal(fresh)
+            self._next = fresh / fresh.norm()
+        return True
+
+    def _orthogonal(self, w: Tensor) -> Tensor:
+        for _ in range(2):
+            w = w - self.basis.T @ (self.basis @ w)
+        return w
+
+    def eigh(self) -> tuple[Tensor, Tensor]:
+        """Ascending eigenvalues [m] and eigenvectors [m, m] of T, float64 on the CPU."""
+        t = torch.diag(torch.tensor(self._alpha, dtype=torch.float64))
+        if self._beta:
+            b = torch.tensor(self._beta, dtype=torch.float64)
+            t = t + torch.diag(b, 1) + torch.diag(b, -1)
+        values, vectors = torch.linalg.eigh(t)
+        return values, vectors
+
+
+def rademacher(size: int, like: Tensor, generator: torch.Generator) -> Tensor:
+    """Random signs [size] on the device and of the type of `like`; the draw does not depend on the device."""
+    return (torch.randint(0, 2, (size,), generator=generator) * 2 - 1).to(like)
