@@ -51,9 +51,7 @@ class DiagonalSum:
                 else:
                     self._pending[key] = (a, g * g, group.uses[0].block.names)
                 continue
-            for piece in group.pieces(grads):
-                for name, value in piece.items():
-                    self.sums[name] += value.square().sum(0)
+            group.add_squares(self.sums, grads)
         if record.tape.stray:
             for name, value in record.tape.functional(record.batch, column).items():
                 self.sums[name] += value.square().sum(0)

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from fisher_forget.curvature.diagonal import Diagonal
-from fisher_forget.curvature.layers import MatrixRule
+from fisher_forget.curvature.layers import PATCH_BYTES, MatrixRule, add_squared_products
 from fisher_forget.curvature.operator import BlockDiagonal, Spectral, symmetric_basis
-from fisher_forget.curvature.tape import PIECE_BYTES, Group, Record, Tape
+from fisher_forget.curvature.tape import Group, Record, Tape
 from fisher_forget.params import Params
 
 KEY = "matrix"
@@ -216,7 +216,7 @@ class EkfacSum:
             by_positions = positions * (columns**2 + (0 if row is None else rows**2))
             by_matrix = rows * columns * (columns + (0 if row is None else rows))
             if by_positions < by_matrix and rule.positions(use.a[:1], g[:1]) is not None:
-                step = max(1, PIECE_BYTES // (4 * max(rows * columns, positions * columns)))
+                step = max(1, PATCH_BYTES // (4 * positions * columns))
                 for start in range(0, len(g), step):
                     seen = rule.positions(use.a[start : start + step], g[start : start + step])
                     assert seen is not None
@@ -225,7 +225,7 @@ class EkfacSum:
                     if layout.bias is not None:
                         turned += col[-1]  # the constant 1 below each input
                     y = y if row is None else y @ row
-                    self.lambdas[layout.weight] += (y.transpose(1, 2) @ turned).square_().sum(0)
+                    add_squared_products(self.lambdas[layout.weight], y.transpose(1, 2), turned)
                 return
         for piece in group.pieces(grads):
             if all(name in piece for name in layout.names):
@@ -234,6 +234,9 @@ class EkfacSum:
     def _square(self, group: Group, grads: Sequence[Tensor | None], done: tuple[str, ...]) -> None:
         """The exact diagonal of the group's other parameters."""
         if set(group.names) <= set(done):
+            return
+        if not done:
+            group.add_squares(self.rest, grads)
             return
         for piece in group.pieces(grads):
             for name, value in piece.items():

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-PATCH_BYTES = 64 << 20  # patches formed at once
+PIECE_BYTES = 2 << 20  # per-sample gradients formed at once; about the size of the cores' own caches
+LOOP_FROM = 512  # output positions from which a convolution's own weight-gradient kernel serves each sample
+PATCH_BYTES = 16 << 20  # patches formed at once
 LARGEST_SIDE = 8192  # a side with more rows keeps the standard basis: its eigendecomposition would cost O(side^3)
 
 
@@ -30,6 +32,14 @@ class Rule:
     def per_sample(self, a: Tensor, g: Tensor) -> dict[str, Tensor]:
         """Gradients [N, *shape] by local parameter name."""
         raise NotImplementedError
+
+    def add_squares(self, totals: dict[str, Tensor], a: Tensor, g: Tensor) -> None:
+        """Add sum_n of the squared per-sample gradients, run by run of samples, to the totals asked for."""
+        step = max(1, PIECE_BYTES // (4 * sum(total.numel() for total in totals.values())))
+        for start in range(0, len(g), step):
+            for name, value in self.per_sample(a[start : start + step], g[start : start + step]).items():
+                if name in totals:
+                    totals[name] += value.square().sum(0)
 
 
 class MatrixRule(Rule):
@@ -62,6 +72,16 @@ class MatrixRule(Rule):
     def has_row_basis(self) -> bool:
         """Whether the rows' side has a basis of its own; else it keeps the standard one."""
         return int(self.to_matrix(self.module.weight).shape[0]) <= LARGEST_SIDE
+
+
+def add_squared_products(total: Tensor, y: Tensor, x: Tensor) -> None:
+    """Add sum_n (y_n x_n)^2 to `total` [O, I], for y [N, O, R] and x [N, R, I], in pieces that stay in the cache."""
+    rows = max(1, min(len(total), PIECE_BYTES // (4 * total.shape[1])))
+    step = max(1, PIECE_BYTES // (4 * rows * total.shape[1]))
+    for top in range(0, len(total), rows):
+        for start in range(0, len(y), step):
+            piece = y[start : start + step, top : top + rows] @ x[start : start + step]
+            total[top : top + rows] += piece.square_().sum(0)
 
 
 def add_gram(total: Tensor, rows: Tensor) -> None:
@@ -97,6 +117,13 @@ class LinearRule(MatrixRule):
         if self.module.bias is not None:
             out["bias"] = y.sum(1)
         return out
+
+    def add_squares(self, totals: dict[str, Tensor], a: Tensor, g: Tensor) -> None:
+        x, y = self.positions(a, g)
+        if "weight" in totals:
+            add_squared_products(self.to_matrix(totals["weight"]), y.transpose(1, 2), x)
+        if "bias" in totals:
+            totals["bias"] += y.sum(1).square().sum(0)
 
 
 class TransposedLinearRule(LinearRule):
@@ -145,6 +172,10 @@ class ConvRule(MatrixRule):
 
     def per_sample(self, a: Tensor, g: Tensor) -> dict[str, Tensor]:
         m, n, groups = self.module, len(a), self.module.groups
+        out = {} if m.bias is None else {"bias": g.flatten(2).sum(-1)}
+        if g[0, 0].numel() >= LOOP_FROM and m.padding_mode == "zeros" and not isinstance(m.padding, str):
+            out["weight"] = torch.stack([self._weight_gradient(a[i : i + 1], g[i : i + 1]) for i in range(n)])
+            return out
         y = g.flatten(2).reshape(n * groups, m.out_channels // groups, -1)
         parts = []
         for x in self.offsets(a, g.shape[2:]):
@@ -155,10 +186,29 @@ class ConvRule(MatrixRule):
         if groups > 1:
             weight = weight.unflatten(0, (n, groups)).transpose(1, 2).flatten(2, 3)
         weight = weight.permute(0, 2, 3, 1)  # a view: squares and sums do not mind the layout
-        out = {"weight": weight.unflatten(-1, m.kernel_size)}
-        if m.bias is not None:
-            out["bias"] = g.flatten(2).sum(-1)
+        out["weight"] = weight.unflatten(-1, m.kernel_size)
         return out
+
+    def add_squares(self, totals: dict[str, Tensor], a: Tensor, g: Tensor) -> None:
+        m = self.module
+        if m.groups > 1 or g[0, 0].numel() >= LOOP_FROM or "weight" not in totals:
+            super().add_squares(totals, a, g)
+            return
+        y = g.flatten(2)
+        squares = g.new_zeros(m.weight[0, 0].numel(), m.out_channels, m.in_channels)  # offset by offset
+        for total, x in zip(squares, self.offsets(a, g.shape[2:]), strict=True):
+            add_squared_products(total, y, x)
+        totals["weight"] += squares.permute(1, 2, 0).view_as(totals["weight"])
+        if "bias" in totals:
+            totals["bias"] += y.sum(-1).square().sum(0)
+
+    def _weight_gradient(self, a: Tensor, g: Tensor) -> Tensor:
+        """The library's own kernel on one sample: best where one sample's image is large."""
+        m, d = self.module, self._spatial()
+        gradient: Tensor = torch.ops.aten.convolution_backward(
+            g, a, m.weight, None, m.stride, m.padding, m.dilation, False, [0] * d, m.groups, [False, True, False]
+        )[1]
+        return gradient
 
     def positions(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.module.groups > 1:

@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fisher_forget import params as P
-from fisher_forget.curvature.layers import LinearRule, Rule, rule_for
+from fisher_forget.curvature.layers import PIECE_BYTES, LinearRule, Rule, rule_for
 from fisher_forget.data.batches import Batch
 from fisher_forget.errors import ModelError
 from fisher_forget.params import Params
 
 WEIGHTS = (1.0, -0.6180339887)  # of the two samples on which rules are compared with autograd
-PIECE_BYTES = 4 << 20  # per-sample gradients formed at once; about the size of the outer cache
 TOLERANCE = 1e-3  # relative, float32; a wrong rule is wrong by its own size
 
 
@@ -135,6 +134,16 @@ class Group:
             for name, value in use.block.per_sample(use.a[rows], g[rows]).items():
                 total[name] = total[name] + value if name in total else value
         return total
+
+    def add_squares(self, totals: Params, grads: Sequence[Tensor | None]) -> None:
+        """Add sum_n of squared per-sample gradients to the totals of this group's parameters."""
+        use, g = self.uses[0], grads[self.calls[0]]
+        if len(self.calls) == 1 and g is not None:
+            use.block.rule.add_squares({local: totals[name] for local, name in use.block.names.items()}, use.a, g)
+            return
+        for piece in self.pieces(grads):
+            for name, value in piece.items():
+                totals[name] += value.square().sum(0)
 
     def pieces(self, grads: Sequence[Tensor | None]) -> Iterator[Params]:
         """`per_sample` over runs of samples short enough that the gradients stay in cache."""
@@ -276,6 +285,7 @@ class Tape:
         weighted = column * weights.view(-1, *(1,) * (outputs.dim() - 1))
         found = self._by_rules(record, column, weights)
         truth = torch.autograd.grad(outputs, list(self.params.values()), weighted, allow_unused=True)
+        found = {name: value.detach() for name, value in found.items()}
         stray = set(self.stray)
         for (name, p), g in zip(self.params.items(), truth, strict=True):
             expected = torch.zeros_like(p) if g is None else g
