@@ -1,6 +1,16 @@
 """Curvature of the retained loss: kinds (what is back-propagated) x structures (what is accumulated)."""
 
-from fisher_forget.curvature.estimate import estimate_curvature
+from fisher_forget.curvature.additive import merged, without
+from fisher_forget.curvature.estimate import estimate_curvature, support_table
 from fisher_forget.curvature.operator import Curvature
+from fisher_forget.curvature.persist import load_curvature, save_curvature
 
-__all__ = ["Curvature", "estimate_curvature"]
+__all__ = [
+    "Curvature",
+    "estimate_curvature",
+    "load_curvature",
+    "merged",
+    "save_curvature",
+    "support_table",
+    "without",
+]

@@ -1,47 +1,112 @@
-"""estimate_curvature(): walks the data once per pass, and feeds a structure the columns that a kind yields."""
+"""estimate_curvature(): one name for every kind of curvature in every structure."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, Protocol, get_args
+import glob
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from numbers import Integral
+from typing import Any, Literal, cast, get_args, overload
 
-import torch
-from torch import Tensor, nn
+import numpy as np
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from fisher_forget.checks import check_model
-from fisher_forget.curvature import kinds
-from fisher_forget.curvature.dense import DenseSum
+from fisher_forget.curvature import cost, hessian, kinds, mixed
+from fisher_forget.curvature.cost import Estimate
+from fisher_forget.curvature.dense import DenseSum, check_size
 from fisher_forget.curvature.diagonal import DiagonalSum
-from fisher_forget.curvature.kinds import Kind
+from fisher_forget.curvature.kinds import EXACT_UP_TO, Kind
 from fisher_forget.curvature.kronecker import EkfacSum
-from fisher_forget.curvature.operator import Curvature
-from fisher_forget.curvature.tape import Record, Tape
-from fisher_forget.data.batches import Batch
+from fisher_forget.curvature.low_rank import most_products, top_eigenpairs
+from fisher_forget.curvature.matrix_free import MatrixFree
+from fisher_forget.curvature.operator import Curvature, Info
+from fisher_forget.curvature.tape import Tape
+from fisher_forget.curvature.walk import Accumulator, Walk, default_memory
 from fisher_forget.data.split import Indices, Part, Split, resolve
-from fisher_forget.errors import CurvatureError
+from fisher_forget.errors import CurvatureError, SplitError
 from fisher_forget.likelihood import Likelihood
 from fisher_forget.likelihood import resolve as resolve_likelihood
-from fisher_forget.params import size
-from fisher_forget.progress import bar
+from fisher_forget.params import detached, size, trainable
 
-Structure = Literal["ekfac", "diagonal", "dense"]
-MEMORY = 256 << 20  # bytes of recorded activations and per-sample gradients at a time
+Structure = Literal["ekfac", "diagonal", "dense", "low_rank", "matrix_free"]
+ACCUMULATORS: dict[str, Callable[[Tape], Accumulator]] = {
+    "ekfac": EkfacSum,
+    "diagonal": DiagonalSum,
+    "dense": DenseSum,
+}
+
+SUPPORT: dict[tuple[str, str], str | None] = {
+    (kind, structure): None for kind in get_args(Kind) if kind != "auto" for structure in get_args(Structure)
+}
+"""Whether a kind (resolved) can be held in a structure: `None`, or the reason why not."""
+
+SUPPORT["hessian", "ekfac"] = (
+    "Kronecker factors are second moments of layer gradients, and the Hessian is no sum of such squares; use "
+    "kind='exact' or 'sketch', or structure='diagonal', 'dense' or 'matrix_free'."
+)
+SUPPORT["hessian", "low_rank"] = (
+    "The largest eigenpairs beside a non-negative rest describe a semi-definite operator, and a Hessian may be "
+    "indefinite; use kind='exact', or structure='matrix_free' or 'dense'."
+)
+
+RANK = 32
 
 
-class Accumulator(Protocol):
-    """What a structure gathers from the columns."""
+def support_table() -> str:
+    """`SUPPORT` as a Markdown table, kinds down and structures across, with the reasons as notes below."""
+    reasons = list(dict.fromkeys(reason for reason in SUPPORT.values() if reason))
+    structures = list(dict.fromkeys(structure for _, structure in SUPPORT))
+    lines = ["| kind | " + " | ".join(structures) + " |", "|---" * (len(structures) + 1) + "|"]
+    for kind in dict.fromkeys(kind for kind, _ in SUPPORT):
+        cells = [SUPPORT[kind, structure] for structure in structures]
+        marks = ["yes" if cell is None else f"no ({reasons.index(cell) + 1})" for cell in cells]
+        lines.append(f"| {kind} | " + " | ".join(marks) + " |")
+    return "\n".join([*lines, "", *(f"{i}. {reason}" for i, reason in enumerate(reasons, 1))])
 
-    passes: int
 
-    def add(self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool) -> None: ...
+@overload
+def estimate_curvature(
+    model: nn.Module,
+    data: Split | DataLoader[Any] | Dataset[Any],
+    likelihood: Likelihood | str = ...,
+    *,
+    structure: Structure | Mapping[str, Structure] = ...,
+    kind: Kind = ...,
+    draws: int = ...,
+    part: Part | Indices = ...,
+    subset: str | tuple[str, ...] | None = ...,
+    seed: int = ...,
+    rank: int = ...,
+    preconditioner: Curvature | None = ...,
+    max_samples: int | None = ...,
+    memory: int | None = ...,
+    progress: bool = ...,
+    dry_run: Literal[False] = ...,
+) -> Curvature: ...
 
-    def end_pass(self) -> None: ...
 
-    def result(self, count: float) -> Curvature: ...
-
-
-STRUCTURES: dict[str, Callable[[Tape], Accumulator]] = {"ekfac": EkfacSum, "diagonal": DiagonalSum, "dense": DenseSum}
+@overload
+def estimate_curvature(
+    model: nn.Module,
+    data: Split | DataLoader[Any] | Dataset[Any],
+    likelihood: Likelihood | str = ...,
+    *,
+    structure: Structure | Mapping[str, Structure] = ...,
+    kind: Kind = ...,
+    draws: int = ...,
+    part: Part | Indices = ...,
+    subset: str | tuple[str, ...] | None = ...,
+    seed: int = ...,
+    rank: int = ...,
+    preconditioner: Curvature | None = ...,
+    max_samples: int | None = ...,
+    memory: int | None = ...,
+    progress: bool = ...,
+    dry_run: Literal[True],
+) -> Estimate: ...
 
 
 def estimate_curvature(
@@ -49,37 +114,54 @@ def estimate_curvature(
     data: Split | DataLoader[Any] | Dataset[Any],
     likelihood: Likelihood | str = "categorical",
     *,
-    structure: Structure = "ekfac",
+    structure: Structure | Mapping[str, Structure] = "ekfac",
     kind: Kind = "auto",
     draws: int = 1,
     part: Part | Indices = "retain",
     subset: str | tuple[str, ...] | None = None,
     seed: int = 0,
-    memory: int = MEMORY,
+    rank: int = RANK,
+    preconditioner: Curvature | None = None,
+    max_samples: int | None = None,
+    memory: int | None = None,
     progress: bool = False,
-) -> Curvature:
+    dry_run: bool = False,
+) -> Curvature | Estimate:
     r"""Per-sample curvature of the mean loss, B = (1/N) sum_n J_n^T H_n J_n, without weight decay or damping.
 
     J_n is the Jacobian of sample n's outputs with respect to the parameters and H_n the output Hessian of its loss;
-    N counts samples, or scored positions where a sample has several. For the empirical kind H_n is r_n r_n^T.
+    N counts samples, or scored positions where a sample has several. For the empirical kind H_n is r_n r_n^T; the
+    Hessian adds sum_k r_nk d^2 f_nk / dw^2, which can make it indefinite. `support_table` says what goes with what.
 
     Args:
         model: In eval mode, float32 or float64. It is copied and never touched.
         data: A `Split`, or a loader or data set whose samples all count.
         likelihood: Name or instance.
-        structure: `"ekfac"` (Kronecker basis, exact diagonal in it), `"diagonal"`, or `"dense"` (small models).
+        structure: `"ekfac"` (Kronecker basis, exact diagonal in it), `"diagonal"`, `"dense"` (small models),
+            `"low_rank"` (largest eigenpairs and the mean of the rest), `"matrix_free"` (exact products over the data
+            at every use). Or structures by shell pattern of parameter names, first match wins:
+            `{"conv*": "diagonal", "*": "ekfac"}`; blocks of different patterns are taken as uncorrelated.
         kind: `"exact"`, `"sketch"` (one random column per draw, unbiased), `"sampled"` (Monte-Carlo labels),
-            `"empirical"` (true labels), or `"auto"`: exact where that needs at most 16 columns, else sketch.
-        draws: Columns a sample for `sketch` and `sampled`.
+            `"empirical"` (true labels), `"hessian"`, or `"auto"`: exact where that needs at most 16 columns or no
+            columns at all (low_rank, matrix_free), else sketch.
+        draws: Columns a sample for `sketch` and `sampled`. For the diagonal of a Hessian, the Rademacher probes z of
+            the estimate z * Hz: entry i has the variance sum_{j != i} H_ij^2 / draws, so take hundreds.
         part: `"retain"`, `"forget"`, `"all"`, or indices.
         subset: Shell patterns of parameter names; `None` takes every parameter with requires_grad.
-        seed: Of the random kinds. The result does not depend on the batch size.
-        memory: Bytes that recorded activations may take at a time.
+        seed: Of everything random. The result does not depend on the batch size.
+        rank: Eigenpairs of low_rank.
+        preconditioner: For inverses of matrix_free: any curvature of the same parameters, without damping.
+        max_samples: Walk through so many samples only, a uniform draw without replacement; the mean is over these.
+        memory: Bytes that recorded tensors may take at a time. Default: a quarter of the available memory, at most
+            256 MiB. matrix_free and low_rank keep their graphs where all of them fit, which makes products faster.
         progress: Show a progress bar.
+        dry_run: Time a few samples, and return the predicted cost instead of the curvature.
 
     Raises:
         ModelError, DataError, NumericalError: If model or data cannot be used; the message says what to do.
-        CurvatureError: If kind or structure is unknown, or the structure does not fit the model.
+        SplitError: If the part has no samples.
+        CurvatureError: If an option is out of range, kind and structure do not go together, a pattern matches nothing
+            or a parameter no pattern, or the structure does not fit the model.
 
     Example:
         >>> import torch
@@ -87,49 +169,137 @@ def estimate_curvature(
         >>> B = estimate_curvature(torch.nn.Linear(3, 2).eval(), data, structure="diagonal")
         >>> sorted(B.diagonal())
         ['bias', 'weight']
+        >>> B.info
+        Info(count=3.0, kind='exact', structure='diagonal')
     """
-    if structure not in get_args(Structure):
-        raise CurvatureError(f"structure={structure!r}", f"one of {get_args(Structure)}", "Pass one of these names.")
-    if draws < 1:
-        raise CurvatureError(f"draws={draws}", "at least 1", "Pass draws=1 or more.")
-    split = data if isinstance(data, Split) else resolve(data, [], allow_empty=True)
-    likelihood = resolve_likelihood(likelihood)
+    begun = time.perf_counter()
+    _check_structure(structure, kind)
+    for name, value in (("draws", draws), ("rank", rank), ("max_samples", max_samples), ("memory", memory)):
+        optional = value is None and name in ("max_samples", "memory")
+        if not optional and (not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1):
+            raise CurvatureError(f"{name}={value!r}", "a whole number of at least 1", f"Pass {name}=1 or more.")
     check_model(model)
+    split = data if isinstance(data, Split) else resolve(data, [], allow_empty=True)
+    chosen = _chosen(split, part, max_samples, seed)
+    likelihood = resolve_likelihood(likelihood)
+    if isinstance(structure, Mapping):
+        names = list(trainable(model, subset))
+        groups = mixed.assign(structure, names)
+        one = cast(Any, estimate_curvature)  # each with its own walk: the same samples and random columns
+        found = [
+            one(
+                model,
+                split,
+                likelihood,
+                structure=own,
+                kind=kind,
+                draws=draws,
+                part=chosen,
+                subset=tuple(glob.escape(name) for name in members),
+                seed=seed,
+                rank=rank,
+                preconditioner=preconditioner,
+                memory=memory,
+                progress=progress,
+                dry_run=dry_run,
+            )
+            for own, members in groups
+        ]
+        if dry_run:
+            return cast(Estimate, sum(found[1:], found[0]))
+        info = replace(found[0].info, structure=mixed.label(structure))
+        return replace(mixed.join(groups, found, names), info=info)
     tape = Tape(model, subset)
-    first = next(split.batches(part)).on(tape.model)
+    first = next(split.batches(chosen)).on(tape.model)
     tape.verify(first)
-    kind = kinds.choose(kind, likelihood.column_count(tape.run(next(first.chunks(1))).outputs))
-    total = STRUCTURES[structure](tape)
-    count = 0.0
-    pass_index = 0
-    while pass_index < total.passes:  # a structure may find that it needs fewer
-        generator = torch.Generator().manual_seed(seed)
-        steps = bar(split.batches(part), split.steps(part), f"curvature {pass_index + 1}/{total.passes}", progress)
-        for batch in steps:
-            for record in _records(tape, batch.on(tape.model), memory):
-                outputs, targets = record.outputs.detach(), record.batch.targets
-                likelihood.check(outputs, targets)
-                if pass_index == 0:
-                    count += float(likelihood.counts(targets).double().sum())
-                for column, last in _with_last(kinds.columns(kind, likelihood, outputs, targets, draws, generator)):
-                    total.add(record, column, record.pull(column), last)
-        total.end_pass()
-        pass_index += 1
-    return total.result(max(count, 1.0))
+    outputs = tape.run(next(first.chunks(1))).outputs
+    exact_columns = likelihood.column_count(outputs)
+    by_products = structure in ("low_rank", "matrix_free")
+    kind = kinds.choose(kind, 0 if by_products else exact_columns)
+    if memory is None:
+        memory = default_memory(outputs.device)
+    walk = Walk(tape, split, chosen, likelihood, kind, draws, seed, memory, progress)
+    # the trace of many exact columns costs as many backward passes; one random column a sample is unbiased
+    tracing = replace(walk, kind="sketch") if kind == "exact" and exact_columns > EXACT_UP_TO else walk
+    if dry_run:
+        columns = {"exact": exact_columns, "empirical": 1}.get(kind, draws)
+        prepared = time.perf_counter() - begun
+        predicted = _predict(walk, tracing, structure, rank, preconditioner, columns)
+        return replace(predicted, seconds=predicted.seconds + prepared)
+    curvature, count = _estimate(walk, tracing, structure, rank, preconditioner)
+    return replace(curvature, info=Info(count, kind, structure))
 
 
-def _records(tape: Tape, batch: Batch, memory: int) -> Iterator[Record]:
-    """Forward passes over chunks whose recorded tensors fit the memory."""
-    probe = tape.run(next(batch.chunks(1)))
-    recorded = sum(u.a.numel() * u.a.element_size() for u in probe.uses) * 4  # inputs, outputs, gradients, graph
-    stray = size({name: tape.params[name] for name in tape.stray}) * 8
-    yield from (tape.run(chunk) for chunk in batch.chunks(max(1, memory // max(recorded + stray, 1))))
+def _estimate(
+    walk: Walk, tracing: Walk, structure: str, rank: int, preconditioner: Curvature | None
+) -> tuple[Curvature, float]:
+    """The curvature, and the scored positions that it is the mean over."""
+    signed = walk.kind == "hessian"
+    if structure in ACCUMULATORS and not signed:
+        return walk.estimate(ACCUMULATORS[structure](walk.tape))
+    like = detached(walk.tape.params)
+    if structure == "low_rank":  # the trace first, before the product keeps its graphs
+        trace = tracing.estimate(DiagonalSum(walk.tape))[0].trace()
+        product = walk.product()
+        estimated = tracing is not walk
+        found = top_eigenpairs(product, like, rank, trace, seed=walk.seed, trace_estimated=estimated)
+        return found, product.count
+    product = walk.product()
+    if structure == "dense":
+        return hessian.dense(product, like), product.count
+    if structure == "diagonal":
+        return hessian.diagonal(product, like, walk.draws, walk.seed), product.count
+    operator = MatrixFree(product=product, like=like, signed=signed, preconditioner=preconditioner, seed=walk.seed)
+    return operator, product.count
 
 
-def _with_last(columns: Iterator[Tensor]) -> Iterator[tuple[Tensor, bool]]:
-    """Each column, and whether it is the chunk's last."""
-    held = next(columns, None)
-    while held is not None:
-        following = next(columns, None)
-        yield held, following is None
-        held = following
+def _predict(
+    walk: Walk, tracing: Walk, structure: str, rank: int, preconditioner: Curvature | None, columns: int
+) -> Estimate:
+    """What `_estimate` would cost."""
+    if structure in ACCUMULATORS and walk.kind != "hessian":
+        return cost.of_columns(walk, ACCUMULATORS[structure], columns)
+    d = size(walk.tape.params)
+    each = next(iter(walk.tape.params.values())).element_size()
+    if structure == "dense":
+        check_size(walk.tape.params)
+        predicted = cost.of_products(walk, d, (d * d + 2 * d) * each)
+        return replace(
+            predicted,
+            seconds=predicted.seconds + cost.eigh_seconds(walk, d),
+            bytes_peak=predicted.bytes_peak + 3 * d * d * each,
+        )
+    if structure == "diagonal":
+        return cost.of_products(walk, walk.draws, d * each)
+    if structure == "matrix_free":
+        own = d * each + (preconditioner.nbytes() if preconditioner is not None else 0)
+        predicted = cost.of_products(walk, 0, own)
+        return replace(predicted, bytes_result=own + cost.kept_bytes(walk))
+    rank, most = min(rank, d), most_products(rank, d)
+    predicted = cost.of_products(walk, most, (d * rank + rank + d) * each, vectors=most)
+    trace = cost.of_columns(tracing, DiagonalSum, columns if tracing is walk else tracing.draws)
+    both = predicted + trace
+    return replace(both, bytes_result=predicted.bytes_result, columns=trace.columns)
+
+
+def _check_structure(structure: Structure | Mapping[str, Structure], kind: Kind) -> None:
+    """Refuse unknown names and cells of `SUPPORT` that have a reason."""
+    if isinstance(structure, Mapping) and not structure:
+        raise CurvatureError("an empty structure=", "at least one pattern", "Pass {'*': 'ekfac'}, say.")
+    kinds.choose(kind, 0)
+    for name in structure.values() if isinstance(structure, Mapping) else (structure,):
+        if name not in get_args(Structure):
+            known = get_args(Structure)
+            raise CurvatureError(f"structure={name!r}", f"one of {known}", "Pass one of these names.")
+        if kind != "auto" and (reason := SUPPORT[kind, name]) is not None:
+            raise CurvatureError(f"kind={kind!r} with structure={name!r}", "a supported pair", reason)
+
+
+def _chosen(split: Split, part: Part | Indices, max_samples: int | None, seed: int) -> Indices:
+    """Indices of the samples to walk through."""
+    every = split.indices(part) if isinstance(part, str) else part
+    if not len(every):
+        raise SplitError(f"part={part!r} of {split}, without samples", "at least one sample", "Choose another part.")
+    if max_samples is None or max_samples >= len(every):
+        return every
+    return np.sort(np.random.default_rng(seed).choice(every, max_samples, replace=False))

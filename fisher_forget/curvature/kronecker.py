@@ -20,8 +20,9 @@ from torch import Tensor
 
 from fisher_forget.curvature.diagonal import Diagonal
 from fisher_forget.curvature.layers import PATCH_BYTES, MatrixRule, add_squared_products
-from fisher_forget.curvature.operator import BlockDiagonal, Spectral, symmetric_basis
+from fisher_forget.curvature.operator import BlockDiagonal, Curvature, Spectral, symmetric_basis
 from fisher_forget.curvature.tape import Group, Record, Tape
+from fisher_forget.errors import CurvatureError
 from fisher_forget.params import Params
 
 KEY = "matrix"
@@ -93,7 +94,8 @@ class EkfacSum:
     no forward or backward pass is repeated.
     """
 
-    def __init__(self, tape: Tape) -> None:
+    def __init__(self, tape: Tape, basis: Curvature | None = None) -> None:
+        """Start from nothing, or from the eigenbases of an EKFAC of the same model: one pass, and sums that add."""
         self.passes = 2
         self.params = {name: p.detach() for name, p in tape.params.items()}
         self.layouts: dict[str, Matrix] = {}
@@ -105,6 +107,18 @@ class EkfacSum:
         self._pass = 0
         self._replay: list[Step] | None = []
         self._bytes = 0
+        if basis is not None:
+            self._adopt(basis)
+
+    def _adopt(self, basis: Curvature) -> None:
+        for _, part in basis.parts if isinstance(basis, BlockDiagonal) else ():
+            if isinstance(part, Kronecker):
+                self.layouts[part.layout.weight] = part.layout
+                self.bases[part.layout.weight] = part.row, part.col
+        if not self.bases or any(name not in self.params for name in self.bases):
+            raise CurvatureError("basis= without EKFAC blocks of this model", "an EKFAC of it", "Estimate one first.")
+        self._pass, self.passes = 1, 1
+        self._make_room()
 
     def add(self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool) -> None:
         if self._pass == 0:
@@ -120,16 +134,20 @@ class EkfacSum:
             return
         for weight, (row, col) in self.moments.items():
             self.bases[weight] = (None if row is None else symmetric_basis(row), symmetric_basis(col))
-            layout = self.layouts[weight]
-            self.lambdas[weight] = torch.zeros_like(layout.join(self.params))
-            for name in layout.names:
-                self.rest.pop(name, None)
         self.moments.clear()
+        self._make_room()
         if self._replay is not None:
             self.passes = 1
             for step in self._replay:
                 self._add_lambdas(*step)
             self._replay.clear()
+
+    def _make_room(self) -> None:
+        for weight in self.bases:
+            layout = self.layouts[weight]
+            self.lambdas[weight] = torch.zeros_like(layout.join(self.params))
+            for name in layout.names:
+                self.rest.pop(name, None)
 
     def _remember(self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool) -> None:
         if self._replay is None:

@@ -1,4 +1,4 @@
-"""Lanczos tridiagonalisation with full reorthogonalisation: extreme eigenpairs, f(A) v, and traces of f(A)."""
+"""What products v -> A v alone tell about a symmetric A: Krylov spaces, the diagonal, the matrix itself."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from fisher_forget.errors import NumericalError
+from fisher_forget.params import Params, flatten, unflatten
 
+Product = Callable[[Params], Params]
 FlatProduct = Callable[[Tensor], Tensor]
 
 
@@ -21,7 +23,7 @@ class Lanczos:
     Args:
         product: v [d] -> A v [d].
         start: First direction [d], of any length.
-        steps: Most rows; memory for them is reserved at once.
+        steps: Most rows.
         generator: Where the space is exhausted, go on in a random direction from here. Without one, stop there.
 
     Attributes:
@@ -39,7 +41,8 @@ class Lanczos:
         self.residual = 0.0
         self.rows = 0
         self._product, self._generator = product, generator
-        self._basis = start.new_empty(min(steps, len(start)), len(start))
+        self._most = min(steps, len(start))
+        self._basis = start.new_empty(min(16, self._most), len(start))
         self._next = start / (self.length or 1.0)
         self._alpha: list[float] = []
         self._beta: list[float] = []
@@ -56,9 +59,12 @@ class Lanczos:
         Raises:
             NumericalError: If the product is not finite.
         """
-        if self.exhausted or self.rows == len(self._basis):
+        if self.exhausted or self.rows == self._most:
             return False
         q, m = self._next, self.rows
+        if m == len(self._basis):
+            room = self._basis.new_empty(min(2 * m, self._most) - m, len(q))
+            self._basis = torch.cat([self._basis, room])
         if m:
             self._beta.append(self.residual)
         self._basis[m] = q
@@ -96,6 +102,35 @@ class Lanczos:
         return values, vectors
 
 
+def flat(product: Product, like: Params) -> FlatProduct:
+    """The product on vectors [d], in the order of `like`."""
+    return lambda x: flatten(product(unflatten(x, like)))
+
+
 def rademacher(size: int, like: Tensor, generator: torch.Generator) -> Tensor:
     """Random signs [size] on the device and of the type of `like`; the draw does not depend on the device."""
     return (torch.randint(0, 2, (size,), generator=generator) * 2 - 1).to(like)
+
+
+def matrix(product: FlatProduct, like: Tensor) -> Tensor:
+    """A [d, d] by d products; `like` [d] gives type and device."""
+    unit = torch.zeros_like(like)
+    rows = unit.new_empty(len(unit), len(unit))
+    for i in range(len(unit)):
+        unit[i] = 1.0
+        rows[i] = product(unit)
+        unit[i] = 0.0
+    return rows
+
+
+def hutchinson(product: FlatProduct, like: Tensor, probes: int, seed: int) -> Tensor:
+    """Unbiased estimate [d] of A's diagonal: the mean of z * (A z) over random signs z (Bekas et al. 2007).
+
+    Entry i has the variance sum_{j != i} A_ij^2 / probes, their sum 2 sum_{i != j} A_ij^2 / probes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    total = torch.zeros_like(like)
+    for _ in range(probes):
+        z = rademacher(len(like), like, generator)
+        total += z * product(z)
+    return total / probes

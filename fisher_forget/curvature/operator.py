@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Self
 
@@ -158,8 +160,25 @@ class BlockDiagonal(Curvature):
         return math.fsum(part.logdet() for _, part in self.parts)
 
 
+_REHEARSAL: ContextVar[list[int] | None] = ContextVar("rehearsal", default=None)
+
+
+@contextmanager
+def rehearsal() -> Iterator[list[int]]:
+    """Inside, `symmetric_basis` returns its argument at once and notes the side: for timing all the rest."""
+    sides: list[int] = []
+    token = _REHEARSAL.set(sides)
+    try:
+        yield sides
+    finally:
+        _REHEARSAL.reset(token)
+
+
 def symmetric_basis(covariance: Tensor) -> Tensor:
     """Orthonormal eigenvectors [k, k] of a matrix given by its upper triangle, in float64 where that is cheap."""
+    if (sides := _REHEARSAL.get()) is not None:
+        sides.append(len(covariance))
+        return covariance
     exact = covariance.double() if len(covariance) <= 512 else covariance
     basis: Tensor = torch.linalg.eigh(exact, UPLO="U")[1]
     return basis.to(covariance.dtype)

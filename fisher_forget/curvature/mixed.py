@@ -1,0 +1,59 @@
+"""Mixed blocks: each group of parameters has a structure of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from fisher_forget.curvature.operator import BlockDiagonal, Curvature
+from fisher_forget.errors import CurvatureError
+
+Group = tuple[str, tuple[str, ...]]  # structure, names
+
+
+def assign(structures: Mapping[str, str], names: Sequence[str]) -> list[Group]:
+    """Give each parameter the structure of the first shell pattern that matches its name; one group per pattern.
+
+    Args:
+        structures: Structures by pattern, in order: {"conv*": "diagonal", "*": "ekfac"}.
+        names: All parameters.
+
+    Raises:
+        CurvatureError: If a pattern takes no parameter, or a parameter is left over.
+    """
+    left = list(names)
+    groups: list[Group] = []
+    for pattern, structure in structures.items():
+        found = tuple(name for name in left if fnmatchcase(name, pattern))
+        if not found:
+            taken = any(fnmatchcase(name, pattern) for name in names)
+            raise CurvatureError(
+                f"the pattern {pattern!r} in structure=, " + ("all taken by earlier ones" if taken else "of nothing"),
+                f"patterns that each match some of {left or list(names)}",
+                "The first match wins: put special patterns before general ones." if taken else "Correct the pattern.",
+            )
+        groups.append((structure, found))
+        left = [name for name in left if name not in found]
+    if left:
+        raise CurvatureError(
+            f"no pattern in structure= for {left[:5]}" + (" and others" if len(left) > 5 else ""),
+            "a structure for every parameter",
+            "Add a last pattern '*', or leave parameters out with subset=.",
+        )
+    return groups
+
+
+def join(groups: Sequence[Group], found: Sequence[Curvature], names: Sequence[str]) -> BlockDiagonal:
+    """The groups' operators side by side, those that consist of blocks themselves taken apart."""
+    parts: list[tuple[tuple[str, ...], Curvature]] = []
+    for (_, own), curvature in zip(groups, found, strict=True):
+        if isinstance(curvature, BlockDiagonal):
+            parts.extend(curvature.parts)
+        else:
+            parts.append((own, curvature))
+    return BlockDiagonal(tuple(parts), tuple(names))
+
+
+def label(structures: Mapping[str, str]) -> str:
+    """The patterns as one line."""
+    return ", ".join(f"{pattern}: {structure}" for pattern, structure in structures.items())

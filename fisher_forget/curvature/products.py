@@ -1,0 +1,132 @@
+"""Exact curvature products over a data set, v -> B v, from graphs that are kept or rebuilt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fisher_forget import params as P
+from fisher_forget.data.batches import Batch
+from fisher_forget.likelihood import Likelihood
+from fisher_forget.params import Params
+
+Chunk = Callable[[Mapping[str, Tensor]], Params]  # v -> sum over some samples, keyed by the parameters they use
+
+
+class GgnChunk:
+    r"""v -> sum_n J_n^T H_n J_n v over some samples, on the graph of one forward and backward pass.
+
+    J v comes from differentiating u -> J^T u (Pearlmutter's R-operator by double backward), so each product costs
+    about one training pass over the samples and works for every layer that autograd can differentiate twice.
+
+    Args:
+        outputs: The model's, with their graph.
+        live: Its parameters, the leaves of the graph.
+        weight: u_n -> H_n u_n.
+    """
+
+    def __init__(self, outputs: Tensor, live: Params, weight: Callable[[Tensor], Tensor]) -> None:
+        self._outputs, self._weight = outputs, weight
+        self._u = torch.zeros_like(outputs, requires_grad=True)
+        leaves = list(live.values())
+        grads = torch.autograd.grad(outputs, leaves, self._u, create_graph=True, allow_unused=True)
+        pairs = zip(live.items(), grads, strict=True)
+        self._used = {name: (p, g) for (name, p), g in pairs if g is not None}
+
+    def __call__(self, v: Mapping[str, Tensor]) -> Params:
+        """Keyed by the parameters that the samples use."""
+        leaves, grads = [p for p, _ in self._used.values()], [g for _, g in self._used.values()]
+        (jv,) = torch.autograd.grad(grads, self._u, [v[name] for name in self._used], retain_graph=True)
+        back = torch.autograd.grad(self._outputs, leaves, self._weight(jv), retain_graph=True)
+        return dict(zip(self._used, back, strict=True))
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Graphs on, without the fused attention kernels, which can't be differentiated twice."""
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def summed(chunks: Iterable[Chunk], v: Mapping[str, Tensor], count: float) -> Params:
+    """(1/count) sum over the chunks of what they make of v."""
+    total = {name: torch.zeros_like(x) for name, x in v.items()}
+    for chunk in chunks:
+        for name, value in chunk(v).items():
+            total[name] += value
+    return P.scale(total, 1 / count)
+
+
+class DataProduct:
+    """v -> B v over a data set: the graphs are kept where all of them fit the memory, else rebuilt chunk by chunk.
+
+    Args:
+        batches: The same samples at every call, on the model's device.
+        build: Makes the chunk of some samples; a random kind draws its columns from the generator, the same each time.
+        live: The parameters.
+        likelihood: Counts the scored positions.
+        samples: How many samples `batches` yields.
+        memory: Bytes that graphs may take at a time.
+        seed: Of the generator.
+        keep: Overrides the choice.
+
+    Attributes:
+        count: Scored positions that the mean is over.
+        kept: Whether all graphs are kept.
+        nbytes: Bytes of the kept graphs, as measured on one sample.
+    """
+
+    def __init__(
+        self,
+        batches: Callable[[], Iterator[Batch]],
+        build: Callable[[Batch, torch.Generator], Chunk],
+        live: Params,
+        likelihood: Likelihood,
+        *,
+        samples: int,
+        memory: int,
+        seed: int = 0,
+        keep: bool | None = None,
+    ) -> None:
+        self._batches, self._build, self._seed = batches, build, seed
+        self.sample_bytes = self._measure(next(batches()), live)
+        self._step = max(1, memory // self.sample_bytes)
+        self.kept = samples <= self._step if keep is None else keep
+        self.nbytes = self.sample_bytes * samples if self.kept else 0
+        counts = (float(likelihood.counts(batch.targets).double().sum()) for batch in batches())
+        self.count = max(math.fsum(counts), 1.0)
+        self._chunks = list(self._built()) if self.kept else None
+
+    def __call__(self, v: Mapping[str, Tensor]) -> Params:
+        """B v."""
+        return summed(self._built() if self._chunks is None else self._chunks, v, self.count)
+
+    def _built(self) -> Iterator[Chunk]:
+        generator = torch.Generator().manual_seed(self._seed)
+        for batch in self._batches():
+            for piece in batch.chunks(self._step):
+                with twice_differentiable():
+                    chunk = self._build(piece, generator)
+                yield chunk
+
+    def _measure(self, batch: Batch, live: Params) -> int:
+        """Bytes that autograd saves for one sample, without the parameters themselves."""
+        own = {p.untyped_storage().data_ptr() for p in live.values()}
+        saved: dict[int, int] = {}
+
+        def pack(x: Tensor) -> Tensor:
+            storage = x.untyped_storage()
+            if storage.data_ptr() not in own:
+                at = storage.data_ptr()
+                saved[at] = max(saved.get(at, 0), x.numel() * x.element_size())
+            return x
+
+        single, generator = next(batch.chunks(1)), torch.Generator().manual_seed(0)
+        with twice_differentiable(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            self._build(single, generator)
+        return max(sum(saved.values()), 1)
