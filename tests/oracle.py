@@ -1,4 +1,4 @@
-"""Independent float64 oracles: dense GGN and empirical Fisher by brute force, without the package's curvature."""
+"""Independent float64 oracles: dense GGN, Fisher and Hessian by brute force, without the package's curvature."""
 
 from __future__ import annotations
 
@@ -37,6 +37,32 @@ def ggn(model: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihood, *, empir
             middle = torch.autograd.functional.hessian(loss, f.reshape(-1))
         total += jacobian.T @ middle @ jacobian
     return total / float(likelihood.counts(y).sum())
+
+
+def from_columns(model: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihood, columns: Tensor) -> Tensor:
+    """(1 / scored positions) sum_nk (J_n^T s_nk)(J_n^T s_nk)^T [d, d] for columns [K, N, ...]."""
+    like = start(model)
+    flat = flatten(like)
+    total = flat.new_zeros(len(flat), len(flat))
+    for n in range(len(x)):
+
+        def outputs(w: Tensor, n: int = n) -> Tensor:
+            return torch.func.functional_call(model, unflatten(w, like), (x[n : n + 1],)).reshape(-1)
+
+        pulled = columns[:, n].reshape(len(columns), -1) @ torch.autograd.functional.jacobian(outputs, flat)
+        total += pulled.T @ pulled
+    return total / float(likelihood.counts(y).sum())
+
+
+def hessian(model: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihood) -> Tensor:
+    """Hessian of the mean loss [d, d]."""
+    like = start(model)
+
+    def loss(w: Tensor) -> Tensor:
+        outputs = torch.func.functional_call(model, unflatten(w, like), (x,))
+        return likelihood.losses(outputs, y).sum() / float(likelihood.counts(y).sum())
+
+    return torch.autograd.functional.hessian(loss, flatten(like))
 
 
 def power(matrix: Tensor, p: float) -> Tensor:

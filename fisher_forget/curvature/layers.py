@@ -206,7 +206,7 @@ class ConvRule(MatrixRule):
         """The library's own kernel on one sample: best where one sample's image is large."""
         m, d = self.module, self._spatial()
         gradient: Tensor = torch.ops.aten.convolution_backward(
-            g, a, m.weight, None, m.stride, m.padding, m.dilation, False, [0] * d, m.groups, [False, True, False]
+            g, a, m.weight.detach(), None, m.stride, m.padding, m.dilation, False, [0] * d, m.groups, [False, True, False]
         )[1]
         return gradient
 
