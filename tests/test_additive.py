@@ -73,7 +73,7 @@ class TestDisk:
         save_curvature(tmp_path / "c.safetensors", curvature, model, split)
         again = load_curvature(tmp_path / "c.safetensors", model, split)
         assert again.info == curvature.info
-        assert same(again, curvature, 1e-15)
+        assert same(again, curvature, 1e-13)
         assert again.logdet() == curvature.logdet()
 
     def test_another_model_or_other_data_are_refused(self, tmp_path: Path) -> None:
@@ -121,4 +121,6 @@ def test_float32_sums_do_not_drift() -> None:
     for structure in ("diagonal", "ekfac"):
         found = estimate_curvature(model, split, structure=structure, part=million)
         assert found.info.count == 1e6
-        assert found.trace() == pytest.approx(float(exact.sum()), rel=1e-4)
+        assert found.trace() == pytest.approx(float(exact.sum()), rel=1e-5)
+        if structure == "diagonal":
+            assert torch.allclose(flatten(found.diagonal()).double(), exact, rtol=3e-5)

@@ -8,8 +8,9 @@ from test_curvature import MODELS, blocks, prepared
 from torch import nn
 
 from fisher_forget import estimate_curvature
+from fisher_forget.curvature.convolution import ConvRule
 from fisher_forget.curvature.kronecker import Kronecker
-from fisher_forget.curvature.layers import ConvRule, LinearRule, add_gram, add_squared_products
+from fisher_forget.curvature.layers import LinearRule, add_gram, add_squared_products
 
 
 def symmetric(upper: torch.Tensor) -> torch.Tensor:
@@ -68,7 +69,7 @@ def test_convolution_moments_equal_those_of_unfolded_patches(options: dict[str, 
     channels, kernel = module.weight.shape[1], module.weight.shape[2:]
     rows = []
     for group in range(module.groups):
-        unit = torch.eye(size - bias, dtype=torch.float64).view(-1, channels, *kernel)
+        unit = torch.eye(size - bias, dtype=torch.float64).view(-1, *kernel, channels).movedim(-1, 1)
         seen = nn.Conv2d(channels, len(unit), **{"kernel_size": 3, **options, "groups": 1}, bias=False).double()
         seen.weight.data = unit
         part = x[:, group * channels : (group + 1) * channels]

@@ -81,6 +81,7 @@ def estimate_curvature(
     seed: int = ...,
     rank: int = ...,
     preconditioner: Curvature | None = ...,
+    basis: Curvature | None = ...,
     max_samples: int | None = ...,
     memory: int | None = ...,
     progress: bool = ...,
@@ -102,6 +103,7 @@ def estimate_curvature(
     seed: int = ...,
     rank: int = ...,
     preconditioner: Curvature | None = ...,
+    basis: Curvature | None = ...,
     max_samples: int | None = ...,
     memory: int | None = ...,
     progress: bool = ...,
@@ -122,6 +124,7 @@ def estimate_curvature(
     seed: int = 0,
     rank: int = RANK,
     preconditioner: Curvature | None = None,
+    basis: Curvature | None = None,
     max_samples: int | None = None,
     memory: int | None = None,
     progress: bool = False,
@@ -151,6 +154,8 @@ def estimate_curvature(
         seed: Of everything random. The result does not depend on the batch size.
         rank: Eigenpairs of low_rank.
         preconditioner: For inverses of matrix_free: any curvature of the same parameters, without damping.
+        basis: For ekfac: take the eigenbases of this EKFAC of the same model instead of estimating new ones. One pass
+            is then enough, and the two add up (`merged`, `without`).
         max_samples: Walk through so many samples only, a uniform draw without replacement; the mean is over these.
         memory: Bytes that recorded tensors may take at a time. Default: a quarter of the available memory, at most
             256 MiB. matrix_free and low_rank keep their graphs where all of them fit, which makes products faster.
@@ -198,6 +203,7 @@ def estimate_curvature(
                 seed=seed,
                 rank=rank,
                 preconditioner=preconditioner,
+                basis=basis if own == "ekfac" else None,
                 memory=memory,
                 progress=progress,
                 dry_run=dry_run,
@@ -227,7 +233,12 @@ def estimate_curvature(
         prepared = time.perf_counter() - begun
         predicted = _predict(walk, tracing, structure, rank, preconditioner, columns)
         return replace(predicted, seconds=predicted.seconds + prepared)
-    curvature, count = _estimate(walk, tracing, structure, rank, preconditioner)
+    if basis is not None:
+        if structure != "ekfac":
+            raise CurvatureError(f"basis= with structure={structure!r}", "structure='ekfac'", "Leave basis= out.")
+        curvature, count = walk.estimate(EkfacSum(tape, basis))
+    else:
+        curvature, count = _estimate(walk, tracing, structure, rank, preconditioner)
     return replace(curvature, info=Info(count, kind, structure))
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fisher_forget.curvature.diagonal import Diagonal
+from fisher_forget.curvature.diagonal import Diagonal, Settling
 from fisher_forget.curvature.layers import PATCH_BYTES, MatrixRule, add_squared_products
 from fisher_forget.curvature.operator import BlockDiagonal, Curvature, Spectral, symmetric_basis
 from fisher_forget.curvature.tape import Group, Record, Tape
@@ -112,10 +112,10 @@ class EkfacSum:
 
     def _adopt(self, basis: Curvature) -> None:
         for _, part in basis.parts if isinstance(basis, BlockDiagonal) else ():
-            if isinstance(part, Kronecker):
+            if isinstance(part, Kronecker) and part.layout.weight in self.params:
                 self.layouts[part.layout.weight] = part.layout
                 self.bases[part.layout.weight] = part.row, part.col
-        if not self.bases or any(name not in self.params for name in self.bases):
+        if not self.bases:
             raise CurvatureError("basis= without EKFAC blocks of this model", "an EKFAC of it", "Estimate one first.")
         self._pass, self.passes = 1, 1
         self._make_room()
@@ -148,6 +148,7 @@ class EkfacSum:
             self.lambdas[weight] = torch.zeros_like(layout.join(self.params))
             for name in layout.names:
                 self.rest.pop(name, None)
+        self._settling = Settling(self.lambdas), Settling(self.rest)
 
     def _remember(self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool) -> None:
         if self._replay is None:
@@ -222,6 +223,8 @@ class EkfacSum:
                 a = a @ self.bases[weight][1]
                 self.lambdas[weight].addmm_(squares.T, a * a)
             self._pending.clear()
+            for settling in self._settling:
+                settling.end_chunk()
 
     def _add_shared(self, layout: Matrix, group: Group, grads: Sequence[Tensor | None]) -> None:
         """Lambda of a layer at several positions: rotate these, or the per-sample matrices where that costs less."""
@@ -230,24 +233,41 @@ class EkfacSum:
         rule = use.block.rule
         rows, columns = self.lambdas[layout.weight].shape
         if len(group.calls) == 1 and g is not None and isinstance(rule, MatrixRule):
-            positions = rule.position_count(g)
-            by_positions = positions * (columns**2 + (0 if row is None else rows**2))
+            count = rule.position_count(g)
+            by_positions = count * (columns**2 + (0 if row is None else rows**2))
             by_matrix = rows * columns * (columns + (0 if row is None else rows))
             if by_positions < by_matrix and rule.positions(use.a[:1], g[:1]) is not None:
-                step = max(1, PATCH_BYTES // (4 * positions * columns))
-                for start in range(0, len(g), step):
-                    seen = rule.positions(use.a[start : start + step], g[start : start + step])
-                    assert seen is not None
-                    x, y = seen
-                    turned = x @ col[: x.shape[-1]]
-                    if layout.bias is not None:
-                        turned += col[-1]  # the constant 1 below each input
-                    y = y if row is None else y @ row
-                    add_squared_products(self.lambdas[layout.weight], y.transpose(1, 2), turned)
-                return
+                self._turn_positions(layout, rule, use.a, g, max(1, PATCH_BYTES // (4 * count * columns)))
+            else:
+                self._turn_matrices(layout, rule, use.a, g, max(1, PATCH_BYTES // (4 * rows * columns)))
+            return
         for piece in group.pieces(grads):
             if all(name in piece for name in layout.names):
                 self.lambdas[layout.weight] += turn(layout.join(piece), row, col).square_().sum(0)
+
+    def _turn_positions(self, layout: Matrix, rule: MatrixRule, a: Tensor, g: Tensor, step: int) -> None:
+        row, col = self.bases[layout.weight]
+        for start in range(0, len(g), step):
+            seen = rule.positions(a[start : start + step], g[start : start + step])
+            assert seen is not None
+            x, y = seen
+            turned = x @ col[: x.shape[-1]]
+            if layout.bias is not None:
+                turned += col[-1]  # the constant 1 below each input
+            y = y if row is None else y @ row
+            add_squared_products(self.lambdas[layout.weight], y.transpose(1, 2), turned)
+
+    def _turn_matrices(self, layout: Matrix, rule: MatrixRule, a: Tensor, g: Tensor, step: int) -> None:
+        row, col = self.bases[layout.weight]
+        for start in range(0, len(g), step):
+            found = rule.per_sample(a[start : start + step], g[start : start + step])
+            m = rule.to_matrix(found["weight"])
+            m = m if row is None else row.T @ m
+            turned = m @ col[: m.shape[-1]]
+            if layout.bias is not None:
+                b = found["bias"] if row is None else found["bias"] @ row
+                turned.addcmul_(b.unsqueeze(-1), col[-1])
+            self.lambdas[layout.weight] += turned.square_().sum(0)
 
     def _square(self, group: Group, grads: Sequence[Tensor | None], done: tuple[str, ...]) -> None:
         """The exact diagonal of the group's other parameters."""
@@ -264,10 +284,11 @@ class EkfacSum:
     def result(self, count: float) -> BlockDiagonal:
         """The mean over `count` scored positions."""
         parts: list[tuple[tuple[str, ...], Spectral]] = []
-        for weight, total in self.lambdas.items():
+        lambdas, rest = (settling.mean(count) for settling in self._settling)
+        for weight, eigenvalues in lambdas.items():
             row, col = self.bases[weight]
             layout = self.layouts[weight]
-            parts.append((layout.names, Kronecker(eigenvalues={KEY: total / count}, layout=layout, row=row, col=col)))
-        if self.rest:
-            parts.append((tuple(self.rest), Diagonal({name: total / count for name, total in self.rest.items()})))
+            parts.append((layout.names, Kronecker(eigenvalues={KEY: eigenvalues}, layout=layout, row=row, col=col)))
+        if rest:
+            parts.append((tuple(rest), Diagonal(rest)))
         return BlockDiagonal(tuple(parts), tuple(self.params))

@@ -14,9 +14,10 @@ from fisher_forget import storage
 from fisher_forget.curvature.dense import Dense
 from fisher_forget.curvature.diagonal import Diagonal
 from fisher_forget.curvature.kronecker import Kronecker, Matrix
-from fisher_forget.curvature.layers import MatrixRule, rule_for
+from fisher_forget.curvature.layers import MatrixRule
 from fisher_forget.curvature.low_rank import LowRank
 from fisher_forget.curvature.operator import BlockDiagonal, Curvature, Info
+from fisher_forget.curvature.rules import rule_for
 from fisher_forget.data.split import Split
 from fisher_forget.errors import CurvatureError, StorageError
 from fisher_forget.params import Params
