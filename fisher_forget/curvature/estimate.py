@@ -216,8 +216,7 @@ def estimate_curvature(
         return replace(mixed.join(groups, found, names), info=info)
     tape = Tape(model, subset)
     first = next(split.batches(chosen)).on(tape.model)
-    tape.verify(first)
-    outputs = tape.run(next(first.chunks(1))).outputs
+    outputs = tape.verify(first).outputs
     exact_columns = likelihood.column_count(outputs)
     by_products = structure in ("low_rank", "matrix_free")
     kind = kinds.choose(kind, 0 if by_products else exact_columns)

@@ -180,7 +180,10 @@ def symmetric_basis(covariance: Tensor) -> Tensor:
         sides.append(len(covariance))
         return covariance
     exact = covariance.double() if len(covariance) <= 512 else covariance
-    basis: Tensor = torch.linalg.eigh(exact, UPLO="U")[1]
+    try:
+        basis: Tensor = torch.linalg.eigh(exact, UPLO="U")[1]
+    except RuntimeError:  # LinAlgError: single precision may not converge where the rank is low (dead pixels)
+        basis = torch.linalg.eigh(covariance.double(), UPLO="U")[1]
     return basis.to(covariance.dtype)
 
 

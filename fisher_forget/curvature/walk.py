@@ -76,11 +76,12 @@ class Walk:
         """Feed all columns of all samples to a structure, once per pass; returns the scored positions."""
         count = 0.0
         pass_index = 0
+        steps: dict[tuple[torch.Size, ...], int] = {}
         while pass_index < total.passes:  # a structure may find that it needs fewer
             generator = torch.Generator().manual_seed(self.seed)
             label = f"curvature {pass_index + 1}/{total.passes}"
             for batch in bar(self.batches(), self.split.steps(self.chosen), label, self.progress):
-                for record in self._records(batch):
+                for record in self._records(batch, steps):
                     outputs, targets = record.outputs.detach(), record.batch.targets
                     self.likelihood.check(outputs, targets)
                     if pass_index == 0:
@@ -130,10 +131,12 @@ class Walk:
         recorded = sum(u.a.numel() * u.a.element_size() for u in probe.uses) * 4
         return max(recorded + size({name: self.tape.params[name] for name in self.tape.stray}) * 8, 1)
 
-    def _records(self, batch: Batch) -> Iterator[Record]:
-        """Forward passes over chunks whose recorded tensors fit the memory."""
-        step = max(1, self.memory // self.recorded_bytes(batch))
-        yield from (self.tape.run(chunk) for chunk in batch.chunks(step))
+    def _records(self, batch: Batch, steps: dict[tuple[torch.Size, ...], int]) -> Iterator[Record]:
+        """Forward passes over chunks whose recorded tensors fit the memory; `steps` remembers sizes by sample shape."""
+        shape = batch.sample_shapes()
+        if shape not in steps:
+            steps[shape] = max(1, self.memory // self.recorded_bytes(batch))
+        yield from (self.tape.run(chunk) for chunk in batch.chunks(steps[shape]))
 
 
 def default_memory(device: torch.device) -> int:

@@ -50,6 +50,10 @@ class Batch:
         for start in range(0, len(self), size):
             yield self.take(slice(start, start + size))
 
+    def sample_shapes(self) -> tuple[torch.Size, ...]:
+        """Shapes of one sample's tensors."""
+        return tuple(x.shape[1:] for x in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor))
+
     def take(self, rows: slice) -> Batch:
         """The samples of a slice; tensors that do not lead with the batch go along whole."""
         total = len(self)
