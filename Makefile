@@ -1,6 +1,10 @@
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
+# Installed without their dependencies: BackPACK names torchvision, which is not needed here and must match torch.
+PEERS := backpack-for-pytorch curvlinops-for-pytorch einconv einops jaxtyping linear_operator opt-einsum unfoldNd \
+	wadler-lindig
+BENCH ?=
 
 .PHONY: help install demo test lint bench clean
 
@@ -26,6 +30,10 @@ lint: install ## Formatting, lint, types and import contracts
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+bench: install ## Time, memory and error beside BackPACK and curvlinops; BENCH="--quick --only mlp" for less
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt --no-deps $(PEERS)
+	$(VENV)/bin/python -m benchmarks.bench $(BENCH)
 
 clean: ## Remove the environment and all results
 	rm -rf $(VENV) runs build dist *.egg-info

@@ -164,7 +164,7 @@ def targets(likelihood: Likelihood) -> Tensor:
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap over layers without a batching rule
-@settings(deadline=None, max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=50, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(problem=problems())
 def test_exact_curvature_is_the_oracle(problem: Problem) -> None:
     model, data = problem.model, torch.utils.data.TensorDataset(problem.x, problem.y)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fisher_forget.curvature.layers import PATCH_BYTES, MatrixRule, add_gram, add_squared_products
 
+SHIFTS_FROM = 64  # output positions from which the autocorrelation is faster than forming patches
 LOOP_FROM = 512  # output positions from which the convolution's own weight-gradient kernel serves each sample
 
 
@@ -129,7 +130,8 @@ class ConvRule(MatrixRule):
 
     def add_column_moment(self, total: Tensor, a: Tensor, g: Tensor) -> None:
         m = self.module
-        if isinstance(m, nn.Conv2d) and m.groups == 1 and m.stride == (1, 1) and m.kernel_size != (1, 1):
+        plain = isinstance(m, nn.Conv2d) and m.groups == 1 and m.stride == (1, 1) and m.kernel_size != (1, 1)
+        if plain and g[0, 0].numel() >= SHIFTS_FROM:
             self._add_shifts(total, a, g.shape[2:])
             return
         for x, _ in self._chunks(a, g):
