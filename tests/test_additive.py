@@ -10,7 +10,7 @@ import torch
 from test_curvature import prepared
 
 from fisher_forget import CurvatureError, StorageError, estimate_curvature
-from fisher_forget.curvature import load_curvature, merged, save_curvature, without
+from fisher_forget.curvature import load_curvature, merged, save_curvature, with_prior, without
 from fisher_forget.curvature.operator import Curvature
 from fisher_forget.data.split import resolve
 from fisher_forget.params import flatten, randn_like
@@ -124,3 +124,44 @@ def test_float32_sums_do_not_drift() -> None:
         assert found.trace() == pytest.approx(float(exact.sum()), rel=1e-5)
         if structure == "diagonal":
             assert torch.allclose(flatten(found.diagonal()).double(), exact, rtol=3e-5)
+
+
+class TestPrior:
+    def precision(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        return {n: torch.rand(p.shape, generator=generator, dtype=p.dtype) for n, p in model.named_parameters()}
+
+    @pytest.mark.parametrize("structure", ["diagonal", "dense"])
+    def test_adds_to_the_diagonal_exactly(self, structure: str) -> None:
+        model, data = prepared("residual")
+        curvature = estimate_curvature(model, data, structure=structure).damped(0.2)
+        precision = self.precision(model)
+        found = with_prior(curvature, precision)
+        v = randn_like(curvature.diagonal(), torch.Generator().manual_seed(1))
+        expected = flatten(curvature.power(v, 1.0)) + flatten(precision) * flatten(v)
+        assert torch.allclose(flatten(found.power(v, 1.0)), expected, rtol=1e-9)
+
+    def test_decay_on_some_layers_of_an_ekfac(self) -> None:
+        model, data = prepared("residual")
+        curvature = estimate_curvature(model, data)
+        found = with_prior(curvature, {"head.weight": 0.3, "head.bias": 0.3, "norm.weight": torch.full((4,), 0.1)})
+        difference = {n: d - curvature.diagonal()[n] for n, d in found.diagonal().items()}
+        for name, value in difference.items():
+            expected = {"head.weight": 0.3, "head.bias": 0.3, "norm.weight": 0.1}.get(name, 0.0)
+            assert torch.allclose(value, torch.full_like(value, expected), atol=1e-12)
+
+    def test_equal_precisions_are_weight_decay(self) -> None:
+        model, data = prepared("mlp")
+        for structure in ("diagonal", "dense", "ekfac"):
+            curvature = estimate_curvature(model, data, structure=structure)
+            assert same(with_prior(curvature, dict.fromkeys(curvature.diagonal(), 0.7)), curvature.damped(0.7))
+
+    def test_refusals(self) -> None:
+        model, data = prepared("mlp")
+        curvature = estimate_curvature(model, data)
+        with pytest.raises(CurvatureError, match="differ within"):
+            with_prior(curvature, {"0.weight": 0.3})
+        with pytest.raises(CurvatureError, match="nope"):
+            with_prior(curvature, {"nope": 0.3})
+        with pytest.raises(CurvatureError, match="negative"):
+            with_prior(curvature, {"0.weight": -0.3})

@@ -1,6 +1,6 @@
 """Curvature of the retained loss: kinds (what is back-propagated) x structures (what is accumulated)."""
 
-from fisher_forget.curvature.additive import merged, without
+from fisher_forget.curvature.additive import merged, with_prior, without
 from fisher_forget.curvature.estimate import estimate_curvature, support_table
 from fisher_forget.curvature.operator import Curvature
 from fisher_forget.curvature.persist import load_curvature, save_curvature
@@ -12,5 +12,6 @@ __all__ = [
     "merged",
     "save_curvature",
     "support_table",
+    "with_prior",
     "without",
 ]

@@ -1,10 +1,12 @@
-"""Sums over samples add up: the curvature of two data sets together, or of one without a part of it (downdate)."""
+"""Curvatures add up: of two data sets together, of one without a part of it (downdate), and of a prior."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from fisher_forget.curvature.dense import Dense, from_matrix
 from fisher_forget.curvature.diagonal import Diagonal
@@ -88,7 +90,56 @@ def _mix(a: Curvature, b: Curvature, x: float, y: float) -> Curvature:
     return replace(a, eigenvalues={key: x * value + y * b.eigenvalues[key] for key, value in a.eigenvalues.items()})
 
 
-def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
     return a is b or (a.shape == b.shape and bool(torch.equal(a, b)))
+
+
+def with_prior(curvature: Curvature, precision: Mapping[str, Tensor | float]) -> Curvature:
+    """Add the curvature of a Gaussian prior on the weights, B + diag(precision), as what it is: not per sample.
+
+    Weight decay of strength wd on all parameters is `curvature.damped(wd)`; this is for decay on some of them, or for
+    precisions of their own.
+
+    Args:
+        curvature: Diagonal, dense, or blocks; an EKFAC block only where the precision is one number for its weight and
+            bias, since other precisions have no closed form in its basis.
+        precision: By parameter name, a number or a tensor of the parameter's shape, >= 0; missing names get 0.
+
+    Raises:
+        CurvatureError: If a name is unknown, a precision negative, or the structure can't hold it.
+    """
+    names = list(curvature.diagonal()) if not isinstance(curvature, BlockDiagonal) else list(curvature.order)
+    unknown = [name for name in precision if name not in names]
+    if unknown or any(float(torch.as_tensor(value).min()) < 0 for value in precision.values()):
+        raise CurvatureError(
+            f"a prior on {unknown}" if unknown else "a negative precision",
+            f"non-negative precisions for some of {names[:6]}",
+            "Correct the prior.",
+        )
+    if isinstance(curvature, BlockDiagonal):
+        parts = [
+            (own, with_prior(part, {n: precision[n] for n in own if n in precision})) for own, part in curvature.parts
+        ]
+        return replace(curvature, parts=tuple(parts))
+    if isinstance(curvature, Diagonal):
+        found = {n: value + precision.get(n, 0.0) for n, value in curvature.eigenvalues.items()}
+        return replace(curvature, eigenvalues=found)
+    like = curvature.like if isinstance(curvature, Dense) else curvature.diagonal()
+    each = [
+        torch.as_tensor(precision.get(n, 0.0), dtype=p.dtype, device=p.device).expand(p.shape) for n, p in like.items()
+    ]
+    full = torch.cat([value.reshape(-1) for value in each])
+    if isinstance(curvature, Dense):
+        plain = replace(curvature, tau=0.0).matrix()
+        return replace(
+            from_matrix(plain + full.diag(), like, signed=curvature.signed), tau=curvature.tau, info=curvature.info
+        )
+    if bool((full == full[0]).all()):
+        return curvature.damped(float(full[0]))
+    raise CurvatureError(
+        f"precisions that differ within a {type(curvature).__name__}",
+        "one number for all its parameters",
+        "Use structure='diagonal' or 'dense', or blocks: structure={'*bias': 'diagonal', '*': 'ekfac'}.",
+    )

@@ -84,7 +84,14 @@ class ConvRule(MatrixRule):
 
     def add_squares(self, totals: dict[str, Tensor], a: Tensor, g: Tensor) -> None:
         m = self.module
-        if m.groups > 1 or self._loops(g) or "weight" not in totals:
+        if "weight" in totals and self._loops(g):
+            for i in range(len(g)):
+                gradient = self._weight_gradient(a[i : i + 1], g[i : i + 1])
+                totals["weight"].addcmul_(gradient, gradient)
+            if "bias" in totals:
+                totals["bias"] += g.flatten(2).sum(-1).square().sum(0)
+            return
+        if m.groups > 1 or "weight" not in totals:
             super().add_squares(totals, a, g)
             return
         squares = torch.zeros_like(self.to_matrix(totals["weight"]), memory_format=torch.contiguous_format)
