@@ -85,6 +85,8 @@ class Likelihood(ABC):
 
 
 def _finite(outputs: Tensor) -> None:
+    if bool(torch.isfinite(outputs.detach().sum())):  # one quick pass; only an infinite sum asks for a closer look
+        return
     if not bool(torch.isfinite(outputs).all()):
         bad = int((~torch.isfinite(outputs.detach()).flatten(1).all(1)).sum())
         raise NumericalError(
@@ -94,10 +96,11 @@ def _finite(outputs: Tensor) -> None:
         )
 
 
-def _signs(outputs: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    """Random signs [draws, *outputs]. `rand` consumes one number an entry, so any split of the batch gives the same."""
-    u = torch.rand(len(outputs), draws, *outputs.shape[1:], generator=generator, device=generator.device)
-    return ((u < 0.5).to(outputs.dtype) * 2 - 1).to(outputs.device).transpose(0, 1)
+def _signed(magnitude: Tensor, draws: int, generator: torch.Generator) -> Tensor:
+    """Magnitudes with random signs [draws, *outputs]. `rand` consumes one number an entry, so batches may be split."""
+    size = (len(magnitude), draws, *magnitude.shape[1:])
+    u = torch.rand(size, generator=generator, device=generator.device).sub_(0.5).to(magnitude)
+    return torch.copysign(magnitude, u.transpose(0, 1))
 
 
 def _uniform(outputs: Tensor, draws: int, generator: torch.Generator, shape: torch.Size) -> Tensor:
@@ -227,8 +230,9 @@ class Categorical(Likelihood):
     def sketch(self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None) -> Tensor:
         # sum_y sqrt(p_y) xi_y (e_y - p): one backward pass, no variance on diagonal terms of a single class
         p = outputs.softmax(-1)
-        weighted = p.sqrt() * _signs(outputs, draws, generator)
-        return _masked(weighted - p * weighted.sum(-1, keepdim=True), self.mask(outputs, targets)) / math.sqrt(draws)
+        weighted = _signed((p / draws).sqrt(), draws, generator)
+        centred = torch.addcmul(weighted, p, weighted.sum(-1, keepdim=True), value=-1)
+        return _masked(centred, self.mask(outputs, targets))
 
     def sampled(self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None) -> Tensor:
         p = outputs.softmax(-1)
@@ -295,7 +299,7 @@ class Bernoulli(Likelihood):
 
     def sketch(self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None) -> Tensor:
         p = outputs.sigmoid()
-        return (p * (1 - p)).sqrt() * _signs(outputs, draws, generator) / math.sqrt(draws)
+        return _signed((p * (1 - p) / draws).sqrt(), draws, generator)
 
     def sampled(self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None) -> Tensor:
         p = outputs.sigmoid()
@@ -362,7 +366,7 @@ class Gaussian(Likelihood):
         return outputs[0].numel()
 
     def sketch(self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None) -> Tensor:
-        return _signs(outputs, draws, generator) / (self.sigma * math.sqrt(draws))
+        return _signed(torch.full_like(outputs, 1 / (self.sigma * math.sqrt(draws))), draws, generator)
 
     def sampled(self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None) -> Tensor:
         u = _uniform(outputs, draws, generator, outputs.shape)

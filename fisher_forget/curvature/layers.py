@@ -30,6 +30,11 @@ class Rule:
         """Gradients [N, *shape] by local parameter name."""
         raise NotImplementedError
 
+    def added(self, found: dict[str, Tensor], a: Tensor, g: Tensor) -> dict[str, Tensor]:
+        """`per_sample` on top of the gradients found for other uses of the same parameters."""
+        own = self.per_sample(a, g)
+        return {name: found[name] + value if name in found else value for name, value in own.items()}
+
     def add_squares(self, totals: dict[str, Tensor], a: Tensor, g: Tensor) -> None:
         """Add sum_n of the squared per-sample gradients, run by run of samples, to the totals asked for."""
         step = max(1, PIECE_BYTES // (4 * sum(total.numel() for total in totals.values())))
@@ -147,13 +152,20 @@ class EmbeddingRule(MatrixRule):
         add_gram(total, g.reshape(-1, g.shape[-1]))
 
     def per_sample(self, a: Tensor, g: Tensor) -> dict[str, Tensor]:
+        return self.added({"weight": g.new_zeros(len(a), *self.module.weight.shape)}, a, g)
+
+    def added(self, found: dict[str, Tensor], a: Tensor, g: Tensor) -> dict[str, Tensor]:
+        if "weight" not in found:
+            return self.per_sample(a, g)
         n, (vocabulary, width) = len(a), self.module.weight.shape
         index = a.reshape(n, -1) + torch.arange(n, device=a.device)[:, None] * vocabulary
         g = g.reshape(-1, width)
         if self.module.padding_idx is not None:
             g = g * (a.reshape(-1, 1) != self.module.padding_idx)
-        out = g.new_zeros(n * vocabulary, width).index_add_(0, index.reshape(-1), g)
-        return {"weight": out.view(n, vocabulary, width)}
+        # a tied output layer has formed the whole matrix already: only the rows that were seen change
+        return {
+            "weight": found["weight"].view(-1, width).index_add_(0, index.reshape(-1), g).view(n, vocabulary, width)
+        }
 
 
 class ElementwiseRule(Rule):

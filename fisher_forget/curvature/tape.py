@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fisher_forget import params as P
-from fisher_forget.curvature.layers import PIECE_BYTES, LinearRule, Rule
+from fisher_forget.curvature.layers import PIECE_BYTES, EmbeddingRule, LinearRule, Rule
 from fisher_forget.curvature.rules import rule_for
 from fisher_forget.data.batches import Batch
 from fisher_forget.errors import ModelError
@@ -128,12 +128,15 @@ class Group:
     def per_sample(self, grads: Sequence[Tensor | None], rows: slice) -> Params:
         """Per-sample gradients [rows, *shape] of this group's parameters."""
         total: Params = {}
-        for call in self.calls:
+        # embeddings last: they add a few rows to the matrix that a tied layer has formed
+        for call in sorted(self.calls, key=lambda i: isinstance(self.record.uses[i].block.rule, EmbeddingRule)):
             use, g = self.record.uses[call], grads[call]
             if g is None:
                 continue
-            for name, value in use.block.per_sample(use.a[rows], g[rows]).items():
-                total[name] = total[name] + value if name in total else value
+            names = use.block.names
+            found = {local: total[name] for local, name in names.items() if name in total}
+            added = use.block.rule.added(found, use.a[rows], g[rows])
+            total |= {names[local]: value for local, value in added.items() if local in names}
         return total
 
     def add_squares(self, totals: Params, grads: Sequence[Tensor | None]) -> None:
@@ -144,7 +147,10 @@ class Group:
             return
         for piece in self.pieces(grads):
             for name, value in piece.items():
-                totals[name] += value.square().sum(0)
+                if len(value) == 1:
+                    totals[name].addcmul_(value[0], value[0])
+                else:
+                    totals[name] += value.square().sum(0)
 
     def pieces(self, grads: Sequence[Tensor | None]) -> Iterator[Params]:
         """`per_sample` over runs of samples short enough that the gradients stay in cache."""
