@@ -203,7 +203,7 @@ class TestWrongValues:
             ({"retrained": 1}, "at least 2"),
             ({"forget": {"steps": 0}}, "steps=0"),
             ({"forget": {"damping": -1.0}}, "damping=-1.0"),
-            ({"forget": {"kind": "hessian"}}, "forget.kind"),
+            ({"forget": {"kind": "curvy"}}, "forget.kind"),
         ],
     )
     def test_refused(self, written, content, word):
