@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -684,3 +685,8 @@ def test_float32_sums_do_not_drift() -> None:
             reference.add(record, column, grads, last)
     expected = flatten(reference.result(5000).diagonal())
     assert float(((found - expected).abs() / expected).max()) < 1e-4
+
+
+def test_the_documentation_shows_the_table_that_the_code_has() -> None:
+    page = Path(__file__).parent.parent / "docs" / "curvature.md"
+    assert support_table() in page.read_text()
