@@ -97,10 +97,18 @@ def _finite(outputs: Tensor) -> None:
 
 
 def _signed(magnitude: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    """Magnitudes with random signs [draws, *outputs]. `rand` consumes one number an entry, so batches may be split."""
-    size = (len(magnitude), draws, *magnitude.shape[1:])
-    u = torch.rand(size, generator=generator, device=generator.device).sub_(0.5).to(magnitude)
-    return torch.copysign(magnitude, u.transpose(0, 1))
+    """Magnitudes / sqrt(draws) with random signs [draws, *outputs].
+
+    A sample's signs are the bits of its own random words, so batches may be split, and 64 signs cost one draw.
+    """
+    n, entries = len(magnitude), magnitude[:1].numel()
+    words = torch.empty(n, draws, -(-entries // 64), dtype=torch.int64, device=generator.device)
+    words = words.random_(-(2**63), None, generator=generator).to(magnitude.device)
+    shifts = torch.arange(32, dtype=torch.int32, device=magnitude.device)
+    bits = words.view(torch.int32).unsqueeze(-1) << shifts  # each bit in turn becomes the sign
+    signs = bits.flatten(2)[..., :entries].transpose(0, 1).to(magnitude.dtype)
+    signed = torch.copysign(magnitude.reshape(n, entries), signs).view(draws, *magnitude.shape)
+    return signed if draws == 1 else signed / math.sqrt(draws)
 
 
 def _uniform(outputs: Tensor, draws: int, generator: torch.Generator, shape: torch.Size) -> Tensor:
@@ -230,8 +238,8 @@ class Categorical(Likelihood):
     def sketch(self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None) -> Tensor:
         # sum_y sqrt(p_y) xi_y (e_y - p): one backward pass, no variance on diagonal terms of a single class
         p = outputs.softmax(-1)
-        weighted = _signed((p / draws).sqrt(), draws, generator)
-        centred = torch.addcmul(weighted, p, weighted.sum(-1, keepdim=True), value=-1)
+        weighted = _signed(p.sqrt(), draws, generator)
+        centred = weighted.addcmul_(p, weighted.sum(-1, keepdim=True), value=-1)
         return _masked(centred, self.mask(outputs, targets))
 
     def sampled(self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None) -> Tensor:
@@ -299,7 +307,7 @@ class Bernoulli(Likelihood):
 
     def sketch(self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None) -> Tensor:
         p = outputs.sigmoid()
-        return _signed((p * (1 - p) / draws).sqrt(), draws, generator)
+        return _signed((p * (1 - p)).sqrt(), draws, generator)
 
     def sampled(self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None) -> Tensor:
         p = outputs.sigmoid()
@@ -366,7 +374,7 @@ class Gaussian(Likelihood):
         return outputs[0].numel()
 
     def sketch(self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None) -> Tensor:
-        return _signed(torch.full_like(outputs, 1 / (self.sigma * math.sqrt(draws))), draws, generator)
+        return _signed(torch.full_like(outputs, 1 / self.sigma), draws, generator)
 
     def sampled(self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None) -> Tensor:
         u = _uniform(outputs, draws, generator, outputs.shape)

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from fisher_forget.curvature.layers import PATCH_BYTES, MatrixRule, add_gram, add_squared_products
 
 SHIFTS_FROM = 64  # output positions from which the autocorrelation is faster than forming patches
-LOOP_FROM = 512  # output positions from which the convolution's own weight-gradient kernel serves each sample
+LOOP_FROM = 512  # output positions from which the convolution's own weight-gradient kernel serves each sample,
+LOOP_ABOVE = 64  # if its matrix has more columns than this: images of few channels are faster as patches
 
 
 class ConvRule(MatrixRule):
@@ -80,9 +81,14 @@ class ConvRule(MatrixRule):
 
     def _loops(self, g: Tensor) -> bool:
         m = self.module
-        return g[0, 0].numel() >= LOOP_FROM and m.padding_mode == "zeros" and not isinstance(m.padding, str)
+        large = g[0, 0].numel() >= LOOP_FROM and m.weight[0].numel() > LOOP_ABOVE
+        return large and m.padding_mode == "zeros" and not isinstance(m.padding, str)
 
-    def add_squares(self, totals: dict[str, Tensor], a: Tensor, g: Tensor) -> None:
+    def shared(self, a: Tensor, g: Tensor) -> Tensor | None:
+        """The patches [N, R, K C]."""
+        return None if self._loops(g) or self.module.groups > 1 else self.patches(a, g.shape[2:])
+
+    def add_squares(self, totals: dict[str, Tensor], a: Tensor, g: Tensor, shared: Tensor | None = None) -> None:
         m = self.module
         if "weight" in totals and self._loops(g):
             for i in range(len(g)):
@@ -95,7 +101,7 @@ class ConvRule(MatrixRule):
             super().add_squares(totals, a, g)
             return
         squares = torch.zeros_like(self.to_matrix(totals["weight"]), memory_format=torch.contiguous_format)
-        for x, y in self._chunks(a, g):
+        for x, y in self._chunks(a, g) if shared is None else [(shared, g.flatten(2))]:
             add_squared_products(squares, y, x)
         totals["weight"] += self.from_matrix(squares)
         if "bias" in totals:

@@ -77,7 +77,7 @@ def of_columns(walk: Walk, build: Callable[[Tape], Accumulator], columns: int) -
     seconds = _extrapolate(run, walk) + sum(eigh_seconds(walk, side) for side in sides)
     d, each = size(walk.tape.params), _itemsize(walk)
     recorded = walk.recorded_bytes(next(walk.batches()))
-    peak = d * each + max(recorded, min(recorded * min(walk.split.batch_size, samples), walk.memory))
+    peak = d * each + max(recorded, min(recorded * min(walk.split.batch_size, samples), walk.memory, CHUNK))
     if isinstance(total, DenseSum):
         bytes_result = (d * d + 2 * d) * each
         seconds += eigh_seconds(walk, d)

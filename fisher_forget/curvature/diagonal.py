@@ -91,7 +91,7 @@ class DiagonalSum:
                 else:
                     self._pending[key] = (a, g * g, group.uses[0].block.names)
                 continue
-            group.add_squares(self.sums, grads)
+            group.add_squares(self.sums, grads, more=not last)
         if record.tape.stray:
             for name, value in record.tape.functional(record.batch, column).items():
                 self.sums[name] += value.square().sum(0)

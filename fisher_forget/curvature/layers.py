@@ -35,7 +35,11 @@ class Rule:
         own = self.per_sample(a, g)
         return {name: found[name] + value if name in found else value for name, value in own.items()}
 
-    def add_squares(self, totals: dict[str, Tensor], a: Tensor, g: Tensor) -> None:
+    def shared(self, a: Tensor, g: Tensor) -> Tensor | None:
+        """What `add_squares` makes of the inputs, the same for every column; `None` if nothing worth keeping."""
+        return None
+
+    def add_squares(self, totals: dict[str, Tensor], a: Tensor, g: Tensor, shared: Tensor | None = None) -> None:
         """Add sum_n of the squared per-sample gradients, run by run of samples, to the totals asked for."""
         step = max(1, PIECE_BYTES // (4 * sum(total.numel() for total in totals.values())))
         for start in range(0, len(g), step):
@@ -120,7 +124,7 @@ class LinearRule(MatrixRule):
             out["bias"] = y.sum(1)
         return out
 
-    def add_squares(self, totals: dict[str, Tensor], a: Tensor, g: Tensor) -> None:
+    def add_squares(self, totals: dict[str, Tensor], a: Tensor, g: Tensor, shared: Tensor | None = None) -> None:
         x, y = self.positions(a, g)
         if "weight" in totals:
             add_squared_products(self.to_matrix(totals["weight"]), y.transpose(1, 2), x)

@@ -108,6 +108,7 @@ class Group:
     record: Record
     calls: list[int]
     names: dict[str, None]
+    _shared: Tensor | None = None
 
     def merge(self, other: Group) -> Group:
         self.calls = sorted({*self.calls, *other.calls})
@@ -139,11 +140,20 @@ class Group:
             total |= {names[local]: value for local, value in added.items() if local in names}
         return total
 
-    def add_squares(self, totals: Params, grads: Sequence[Tensor | None]) -> None:
-        """Add sum_n of squared per-sample gradients to the totals of this group's parameters."""
+    def add_squares(self, totals: Params, grads: Sequence[Tensor | None], more: bool = False) -> None:
+        """Add sum_n of squared per-sample gradients to the totals of this group's parameters.
+
+        Args:
+            totals: By canonical name.
+            grads: What `Record.pull` returned.
+            more: Other columns of the same samples follow: keep what they share.
+        """
         use, g = self.uses[0], grads[self.calls[0]]
         if len(self.calls) == 1 and g is not None:
-            use.block.rule.add_squares({local: totals[name] for local, name in use.block.names.items()}, use.a, g)
+            if more and self._shared is None:
+                self._shared = use.block.rule.shared(use.a, g)
+            wanted = {local: totals[name] for local, name in use.block.names.items()}
+            use.block.rule.add_squares(wanted, use.a, g, self._shared)
             return
         for piece in self.pieces(grads):
             for name, value in piece.items():

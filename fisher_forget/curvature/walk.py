@@ -22,7 +22,8 @@ from fisher_forget.likelihood import Likelihood
 from fisher_forget.params import call, size
 from fisher_forget.progress import bar
 
-MOST = 256 << 20  # bytes of recorded tensors at a time: larger chunks are no faster
+MOST = 256 << 20  # bytes of recorded tensors and kept graphs, unless told otherwise
+CHUNK = 128 << 20  # bytes of recorded tensors at a time: larger chunks are no faster
 SHARE = 4  # of the available memory, one part in so many
 
 
@@ -126,16 +127,23 @@ class Walk:
         )
 
     def recorded_bytes(self, batch: Batch) -> int:
-        """Bytes that one sample's recorded tensors take: inputs, outputs, gradients, graph; stray parameters' rows."""
+        """Bytes that one sample's recorded tensors take: inputs, outputs, gradients, graph; stray parameters' rows.
+
+        Where several columns follow each other, also what layers keep for all of them.
+        """
         probe = self.tape.run(next(batch.chunks(1)))
         recorded = sum(u.a.numel() * u.a.element_size() for u in probe.uses) * 4
+        if self.draws > 1 or self.kind == "exact":
+            for use, g in zip(probe.uses, probe.pull(torch.ones_like(probe.outputs)), strict=True):
+                shared = None if g is None else use.block.rule.shared(use.a, g)
+                recorded += 0 if shared is None else shared.numel() * shared.element_size()
         return max(recorded + size({name: self.tape.params[name] for name in self.tape.stray}) * 8, 1)
 
     def _records(self, batch: Batch, steps: dict[tuple[torch.Size, ...], int]) -> Iterator[Record]:
         """Forward passes over chunks whose recorded tensors fit the memory; `steps` remembers sizes by sample shape."""
         shape = batch.sample_shapes()
         if shape not in steps:
-            steps[shape] = max(1, self.memory // self.recorded_bytes(batch))
+            steps[shape] = max(1, min(self.memory, CHUNK) // self.recorded_bytes(batch))
         yield from (self.tape.run(chunk) for chunk in batch.chunks(steps[shape]))
 
 
