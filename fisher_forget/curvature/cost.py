@@ -12,7 +12,7 @@ from fisher_forget.curvature.dense import DenseSum
 from fisher_forget.curvature.kronecker import REPLAY_BYTES, EkfacSum
 from fisher_forget.curvature.operator import rehearsal
 from fisher_forget.curvature.tape import Tape
-from fisher_forget.curvature.walk import Accumulator, Walk
+from fisher_forget.curvature.walk import CHUNK, Accumulator, Walk
 from fisher_forget.params import flatten, randn_like, size
 
 FEW = 8  # samples of the first look
