@@ -12,7 +12,7 @@ from fisher_forget.curvature.dense import DenseSum
 from fisher_forget.curvature.kronecker import REPLAY_BYTES, EkfacSum
 from fisher_forget.curvature.operator import rehearsal
 from fisher_forget.curvature.tape import Tape
-from fisher_forget.curvature.walk import CHUNK, Accumulator, Walk
+from fisher_forget.curvature.walk import Accumulator, Walk
 from fisher_forget.params import flatten, randn_like, size
 
 FEW = 8  # samples of the first look
@@ -77,7 +77,7 @@ def of_columns(walk: Walk, build: Callable[[Tape], Accumulator], columns: int) -
     seconds = _extrapolate(run, walk) + sum(eigh_seconds(walk, side) for side in sides)
     d, each = size(walk.tape.params), _itemsize(walk)
     recorded = walk.recorded_bytes(next(walk.batches()))
-    peak = d * each + max(recorded, min(recorded * min(walk.split.batch_size, samples), walk.memory, CHUNK))
+    peak = d * each + max(recorded, min(recorded * min(walk.split.batch_size, samples), walk.chunk_bytes))
     if isinstance(total, DenseSum):
         bytes_result = (d * d + 2 * d) * each
         seconds += eigh_seconds(walk, d)

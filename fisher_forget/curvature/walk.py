@@ -22,8 +22,8 @@ from fisher_forget.likelihood import Likelihood
 from fisher_forget.params import call, size
 from fisher_forget.progress import bar
 
-MOST = 256 << 20  # bytes of recorded tensors and kept graphs, unless told otherwise
-CHUNK = 128 << 20  # bytes of recorded tensors at a time: larger chunks are no faster
+MOST = 256 << 20  # bytes of recorded tensors at a time: larger chunks are no faster
+REUSED = 128 << 20  # the same where several columns read them: smaller ones are faster then
 SHARE = 4  # of the available memory, one part in so many
 
 
@@ -126,6 +126,16 @@ class Walk:
             keep=keep,
         )
 
+    @property
+    def _several(self) -> bool:
+        """Whether a sample has more than one column."""
+        return self.draws > 1 or self.kind == "exact"
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of recorded tensors at a time."""
+        return min(self.memory, REUSED) if self._several else self.memory
+
     def recorded_bytes(self, batch: Batch) -> int:
         """Bytes that one sample's recorded tensors take: inputs, outputs, gradients, graph; stray parameters' rows.
 
@@ -133,7 +143,7 @@ class Walk:
         """
         probe = self.tape.run(next(batch.chunks(1)))
         recorded = sum(u.a.numel() * u.a.element_size() for u in probe.uses) * 4
-        if self.draws > 1 or self.kind == "exact":
+        if self._several:
             for use, g in zip(probe.uses, probe.pull(torch.ones_like(probe.outputs)), strict=True):
                 shared = None if g is None else use.block.rule.shared(use.a, g)
                 recorded += 0 if shared is None else shared.numel() * shared.element_size()
@@ -143,7 +153,7 @@ class Walk:
         """Forward passes over chunks whose recorded tensors fit the memory; `steps` remembers sizes by sample shape."""
         shape = batch.sample_shapes()
         if shape not in steps:
-            steps[shape] = max(1, min(self.memory, CHUNK) // self.recorded_bytes(batch))
+            steps[shape] = max(1, self.chunk_bytes // self.recorded_bytes(batch))
         yield from (self.tape.run(chunk) for chunk in batch.chunks(steps[shape]))
 
 
