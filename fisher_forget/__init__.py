@@ -18,14 +18,18 @@ from fisher_forget.errors import (
     StorageError,
 )
 from fisher_forget.evaluate import Evaluation, Reference
-from fisher_forget.forget import ForgetResult, forget
+from fisher_forget.forget import forget
 from fisher_forget.likelihood import Bernoulli, Categorical, Gaussian, Likelihood
 from fisher_forget.newton import NewtonStep, newton_step
-from fisher_forget.noise import NoiseDraw, calibrate_noise, draw_noise
+from fisher_forget.noise import NoiseDraw, NoiseTarget, calibrate_noise, draw_noise
+from fisher_forget.prepare import Prepared, prepare
 from fisher_forget.report.plots import plot_tradeoff
+from fisher_forget.result import ForgetResult
 from fisher_forget.sweep import SweepTable, sweep
+from fisher_forget.variants import VARIANTS, Variant, paper_forget, reference_code_forget
 
 __all__ = [
+    "VARIANTS",
     "Bernoulli",
     "Categorical",
     "ConfigError",
@@ -41,16 +45,22 @@ __all__ = [
     "ModelError",
     "NewtonStep",
     "NoiseDraw",
+    "NoiseTarget",
     "NumericalError",
+    "Prepared",
     "Reference",
     "SplitError",
     "StorageError",
     "SweepTable",
+    "Variant",
     "calibrate_noise",
     "draw_noise",
     "estimate_curvature",
     "forget",
     "newton_step",
+    "paper_forget",
     "plot_tradeoff",
+    "prepare",
+    "reference_code_forget",
     "sweep",
 ]

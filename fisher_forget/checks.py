@@ -67,7 +67,6 @@ def check_options(
     drift: Any,
     budget: Any,
     noise: Any,
-    noise_budget: Any,
     exponent: Any,
     seed: Any = 0,
 ) -> None:
@@ -77,6 +76,7 @@ def check_options(
         ConfigError: For the first option that is out of range or of a wrong type.
     """
     number, positive = "a finite number of at least 0", "a finite number above 0"
+    noises = "'auto', a NoiseTarget or None"
     for name, value, good, expected in (
         ("weight_decay", weight_decay, _number(weight_decay), number),
         ("draws", draws, _whole(draws, 1), "a whole number of at least 1"),
@@ -86,13 +86,7 @@ def check_options(
         ("solver", solver, solver in ("auto", "cg", "direct"), "'auto', 'cg' or 'direct'"),
         ("drift", drift, drift == "auto" or isinstance(drift, bool), "True, False or 'auto'"),
         ("budget", budget, budget is None or budget == math.inf or _number(budget), "nats of at least 0, or None"),
-        ("noise", noise, noise is None or noise == "auto" or _number(noise), f"{number}, 'auto' or None"),
-        (
-            "noise_budget",
-            noise_budget,
-            noise_budget is None or (_number(noise_budget) and noise_budget > 0),
-            "a finite number of nats above 0, or None (noise=None adds no noise)",
-        ),
+        ("noise", noise, noise in (None, "auto") or _target(noise) or _number(noise), f"{number}, {noises}"),
         ("exponent", exponent, _number(exponent), number),
         ("seed", seed, _whole(seed, 0), "a whole number of at least 0"),
     ):
@@ -107,6 +101,11 @@ def _number(value: Any) -> bool:
         return 0 <= float(value) < math.inf
     except (TypeError, ValueError):
         return False
+
+
+def _target(value: Any) -> bool:
+    """Whether it is a `NoiseTarget`, which checks itself; its module builds on this one."""
+    return type(value).__name__ == "NoiseTarget"
 
 
 def _whole(value: Any, least: int) -> bool:

@@ -19,6 +19,7 @@ from fisher_forget.curvature.estimate import Structure
 from fisher_forget.curvature.kinds import Kind
 from fisher_forget.errors import ConfigError
 from fisher_forget.newton import Solver
+from fisher_forget.noise import NoiseTarget
 from fisher_forget.training import TrainSettings
 
 KEY = "config"  # jsonargparse nests the schema under one argument
@@ -94,8 +95,7 @@ class ForgetSettings:
         solver: Of the linear system.
         drift: Subtract the motion without forgetting.
         budget: Allowed rise of the held-back retained loss by the Newton step, nats.
-        noise: Scale, "auto", or null for none.
-        noise_budget: Allowed rise of the retained loss by the noise, nats.
+        noise: Scale; or what it is to reach, such as {loss: 0.01} (see `NoiseTarget`); or "auto"; or null for none.
         exponent: Of the noise.
         subset: Patterns of the parameters that may move.
     """
@@ -109,8 +109,7 @@ class ForgetSettings:
     solver: Solver = "auto"
     drift: bool | Literal["auto"] = "auto"
     budget: float | None = None
-    noise: float | Literal["auto"] | None = "auto"
-    noise_budget: float | None = None
+    noise: float | Literal["auto"] | NoiseTarget | None = "auto"
     exponent: float = 0.25
     subset: list[str] | None = None
 
@@ -136,6 +135,7 @@ class RunConfig:
         seeds: One original model, scrubbed once, for each.
         retrained: Number of models retrained without each forget set.
         jobs: Worker processes for training.
+        reference_variant: Also score the public code of Golatkar et al. 2020, at the best of twelve scales.
         out: Parent folder of the results.
         progress: Show progress bars.
     """
@@ -150,6 +150,7 @@ class RunConfig:
     seeds: list[int] = field(default_factory=lambda: [0])
     retrained: int = 5
     jobs: int = 1
+    reference_variant: bool = False
     out: str = "runs"
     progress: bool = True
 
@@ -163,6 +164,12 @@ class RunConfig:
         names = [s.name for s in self.forget_sets]
         if len({s.slug for s in self.forget_sets}) < len(names):
             raise ConfigError(f"forget_sets named {names}", "a different name for each", "Rename one.")
+        if self.reference_variant and self.likelihood != "categorical":
+            raise ConfigError(
+                f"reference_variant with the likelihood {self.likelihood!r}",
+                "'categorical': the public code sums over the classes of a softmax",
+                "Leave reference_variant out.",
+            )
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ConfigError(f"the name {self.name!r}", "a folder name", "Use letters, digits and hyphens.")
 
@@ -211,7 +218,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[RunC
         # the file first, then the flags over it
         parsed = parser.parse_args([f"--{KEY}={json.dumps(content, default=str)}", *flags])
         return typing.cast(RunConfig, parser.instantiate(parsed)[KEY])
-    except (ArgumentError, TypeError) as error:  # the parser unpacks a section before it looks at its type
+    except ConfigError:
+        raise
+    except (ArgumentError, TypeError, ValueError) as error:  # the parser unpacks a section before it looks at its type
         message = " ".join(str(error).replace(f"{KEY}.", "").split())
         raise ConfigError(f"{path}: {message}", "values of the documented types", "Correct that key.") from error
 
@@ -235,6 +244,9 @@ def _known(content: Mapping[str, Any], kind: Any, place: str) -> None:
             raise ConfigError(f"{place} with {key}: {value!r}", "keys and values below it", f"Correct {key!r}.")
         if dataclasses.is_dataclass(inner) and isinstance(value, Mapping):
             _known(value, inner, f"{place} at {key!r}")
+        for choice in typing.get_args(inner):
+            if dataclasses.is_dataclass(choice) and isinstance(value, Mapping):  # one of several types
+                _known(value, choice, f"{place} at {key!r}")
         item = typing.get_args(inner)[0] if typing.get_origin(inner) is list else None
         if dataclasses.is_dataclass(item) and isinstance(value, list):
             for index, entry in enumerate(value):

@@ -9,9 +9,9 @@ Only retained samples with output curvature contribute to the GGN, so products r
 with the largest tr H_n, re-chosen at every sub-step; the gradient is computed in full once and then updated by its
 change on the working set (variance reduction).
 
-A network that is not at a minimum of its objective would go on training under this flow. Then the gradient of the
-full objective at the start, g_D, is subtracted from the force: the flow of grad L_r(w) - g_D is zero for an empty
-forget set and equals the plain flow at a minimum (Golatkar et al. 2020, arXiv:1911.04933, Prop. 3 has both terms).
+A network that is not at a minimum of its objective would go on training under this flow. Then the motion of the same
+flow over *all* samples is subtracted, w + (flow on L_r) - (flow on L_D): zero for an empty forget set, equal to the
+plain flow at a minimum, and for one step the difference d_A - d_r of Golatkar et al. 2020 (arXiv:1911.04933), Prop. 3.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,14 +27,14 @@ from torch import Tensor
 
 from fisher_forget import params as P
 from fisher_forget.curvature.dense import Dense
-from fisher_forget.curvature.estimate import estimate_curvature
-from fisher_forget.curvature.matrix_free import GgnProduct, conjugate_gradient
+from fisher_forget.curvature.matrix_free import GgnProduct, Solution, conjugate_gradient
 from fisher_forget.curvature.operator import Curvature
-from fisher_forget.data.split import Indices, Split
-from fisher_forget.errors import ConfigError, NumericalError
-from fisher_forget.objective import Objective
+from fisher_forget.data.split import Indices, Split, some
+from fisher_forget.errors import ConfigError, CurvatureError, NumericalError
+from fisher_forget.objective import Gradient, Objective
 from fisher_forget.params import Params
 from fisher_forget.progress import bar
+from fisher_forget.snapshot import Snapshot, take_snapshot
 
 Solver = Literal["auto", "cg", "direct"]
 STATIONARY = 0.5  # squared gradient norm over its sampling variance; converged digits models measure 0.17-0.27
@@ -42,7 +42,8 @@ POOL = 4000  # candidates among which the working set is re-chosen
 TIMES = (125.0, 250.0, 500.0, 1000.0, 1000.0, 1000.0)  # sub-steps of steps="auto"; 1000 and more can diverge alone
 STILL = 0.02  # stop when a sub-step moves the forget set's predictions by less than this share of the whole motion
 DAMPINGS = tuple(10.0 ** (-k / 2) for k in range(13))  # 1 ... 1e-6, for damping="auto" with a single step
-REJECTIONS = 3
+REJECTIONS = 5
+SHORT, STRICT = 4, 0.001  # sub-steps and budget (nats) of a network that is still being trained: its loss need not rise
 QUICK, EXACT = (10, 0.05), (200, 1e-9)  # conjugate-gradient products and tolerance: along the flow, for a given damping
 
 
@@ -55,7 +56,7 @@ class SubStep:
         iterations: Conjugate-gradient products; 0 where the curvature was inverted directly.
         residual: Relative residual of the linear system.
         norm: Length of the step.
-        loss: Mean loss on the held-back retained samples afterwards, nats (NaN where none were held back).
+        loss: Mean loss on the the watched retained samples afterwards, nats (NaN where none are).
         moved: KL(before || after) of the forget set's predictions, nats.
         accepted: Whether it stayed within the budget.
     """
@@ -81,7 +82,7 @@ class NewtonStep:
         at_minimum: Whether the given model was near a minimum of its training objective.
         drift_removed: Whether the motion without forgetting was subtracted.
         path: Every sub-step tried, in order.
-        held_back: Number of retained samples held back from the curvature to watch the loss.
+        held_back: Number of retained samples on which the loss is watched.
         loss_before: Mean loss on them before, nats.
         budget: By how much it was allowed to rise, nats.
         seconds: Wall time.
@@ -122,6 +123,7 @@ def newton_step(
     drift: bool | Literal["auto"] = "auto",
     budget: float | None = None,
     working_set: int = 600,
+    snapshot: Snapshot | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> NewtonStep:
@@ -135,13 +137,16 @@ def newton_step(
         curvature: Estimate at the original parameters, without damping: preconditioner, or B itself.
         weight_decay: wd of the training objective, mean loss + (wd/2)|w|^2.
         steps: Number of sub-steps, or "auto": times 125 to 1,000 up to a horizon of 3,875, fewer when the forget
-            set's predictions stop moving, shortened when the held-back loss leaves the budget. 1 is the textbook step.
+            set's predictions stop moving, shortened when the retained loss leaves the budget, and only the first four
+            where the drift is subtracted. 1 is the textbook step.
         damping: tau of each sub-step for a given number of steps; "auto" takes the smallest of 13 values whose first
             step stays within the budget.
         solver: "cg" on exact GGN products, "direct" inverse of `curvature`, or "auto": direct if it is dense, else cg.
         drift: Subtract the motion that happens without forgetting; "auto" where the model is not at a minimum.
-        budget: How far the mean loss on held-back retained samples may rise, nats; default max(0.01, 10 % of it).
+        budget: How far the mean loss on some retained samples may rise, nats; default max(0.01, 10 % of it), and 0.001
+            where the drift is subtracted.
         working_set: Retained samples that enter the products and the gradient's change.
+        snapshot: Of the same model and data, where there is one; else one is taken.
         seed: Chooses the held-back samples.
         progress: Show progress bars.
 
@@ -156,84 +161,179 @@ def newton_step(
     if not weight_decay >= 0:
         raise ConfigError(f"weight_decay={weight_decay}", "a non-negative number", "Pass the one used in training.")
     direct = solver == "direct" or (solver == "auto" and isinstance(curvature, Dense))
-    chooses = steps == "auto" or damping == "auto"
-    flow = _Flow(
+    literal = steps != "auto" and damping != "auto"
+    snapshot = snapshot or take_snapshot(objective, split, seed=seed, progress=progress)
+    retained = snapshot.retained(split, objective.gradient(split.batches("forget"), objective.start))
+    stationarity = _stationarity(snapshot, objective, weight_decay)
+    removed = stationarity >= STATIONARY if drift == "auto" else drift
+
+    def flow(own: Split, sums: Gradient) -> _Flow:
+        spread = snapshot.spread_of(own.retain)
+        options: dict[str, Any] = {"direct": direct, "literal": literal, "working_set": working_set}
+        return _Flow(objective, own, curvature, sums, spread, weight_decay=weight_decay, **options)
+
+    rng = np.random.default_rng(seed)
+    everyone = replace(split, retain=split.indices("all"), forget=split.forget[:0])
+    correction = _Correction(
         objective,
         split,
-        curvature,
-        weight_decay=weight_decay,
-        direct=direct,
-        literal=not chooses,
-        working_set=working_set,
-        seed=seed,
+        flow(split, retained),
+        flow(everyone, snapshot.total) if removed else None,
+        held=some(split.retain, 0 if literal else min(len(split.retain) // 10, 1000), rng),
+        shown=some(split.forget, 512, rng),
+        budget=STRICT if budget is None and removed else budget,
         progress=progress,
     )
-    flow.begin(drift, budget)
     if steps == "auto":
-        flow.follow(list(TIMES) if damping == "auto" else [1 / damping] * len(TIMES))
-        return flow.result(time.perf_counter() - begun)
-    tau = flow.choose_damping() if damping == "auto" else float(damping)
-    for _ in range(steps if tau is not None else 0):
-        if not flow.advance(tau or 0.0) and damping != "auto":
-            raise NumericalError(
-                f"a Newton step at damping {tau:g} that left the finite numbers",
-                "finite weights and losses",
-                "Use a larger damping, or damping='auto'.",
-            )
-    return flow.result(time.perf_counter() - begun)
+        times = TIMES[:SHORT] if removed else TIMES
+        correction.follow(list(times) if damping == "auto" else [1 / damping] * len(times))
+    else:
+        tau = correction.choose_damping() if damping == "auto" else float(damping)
+        for _ in range(steps if tau is not None else 0):
+            if not correction.advance(tau or 0.0) and damping != "auto":
+                raise NumericalError(
+                    f"a Newton step at damping {tau:g} that left the finite numbers",
+                    "finite weights and losses",
+                    "Use a larger damping, or damping='auto'.",
+                )
+    return NewtonStep(
+        params=correction.theta,
+        norm=P.norm(P.add(correction.theta, objective.start, -1)),
+        gradient_norm=P.norm(P.add(retained.mean(), objective.start, weight_decay)),
+        stationarity=stationarity,
+        at_minimum=stationarity < STATIONARY,
+        drift_removed=removed,
+        path=tuple(correction.path),
+        held_back=len(correction.held),
+        loss_before=correction.loss_before,
+        budget=correction.allowed,
+        seconds=time.perf_counter() - begun,
+    )
 
 
-@dataclass(frozen=True)
-class _Linear:
-    """The objective around the current weights: the force, and the operator of the step."""
-
-    at: Params
-    force: Params
-    ggn: GgnProduct | None
+def _stationarity(snapshot: Snapshot, objective: Objective, weight_decay: float) -> float:
+    """|grad L_D + wd w|^2 over the sampling variance of the mean gradient."""
+    full = P.add(snapshot.total.mean(), objective.start, weight_decay)
+    return P.dot(full, full) / snapshot.variance if snapshot.variance > 0 else 0.0
 
 
 class _Flow:
-    """Where the weights are, and what is known about the gradient there."""
+    """The gradient flow of the mean loss over some samples plus weight decay, followed by backward-Euler steps.
+
+    Args:
+        objective: Losses.
+        split: Its retained samples are those of the flow.
+        curvature: Preconditioner, or B itself.
+        sums: Gradient sums of the samples at the start.
+        spread: tr H_n of each sample at the start.
+        weight_decay: wd.
+        direct: Invert `curvature` itself.
+        literal: Solve to the end: the damping was given.
+        working_set: Samples that enter the products.
+    """
 
     def __init__(
         self,
         objective: Objective,
         split: Split,
         curvature: Curvature,
+        sums: Gradient,
+        spread: Tensor,
         *,
         weight_decay: float,
         direct: bool,
         literal: bool,
         working_set: int,
-        seed: int,
-        progress: bool,
     ) -> None:
-        self.objective, self.split, self.curvature = objective, split, curvature
-        self.weight_decay, self.direct, self.literal = weight_decay, direct, literal
-        self.working_set, self.progress = working_set, progress
-        self.theta: Params = dict(objective.start)
-        self.path: list[SubStep] = []
-        rng = np.random.default_rng(seed)
-        self.held = _some(split.retain, 0 if literal else min(len(split.retain) // 10, 1000), rng)
-        self.shown = _some(split.forget, 512, rng)  # forget samples whose predictions are watched
-        self.sample = _some(split.indices("all"), 512, rng)  # for the gradient's sampling variance
+        self.objective, self.split, self.curvature, self.sums = objective, split, curvature, sums
+        self.weight_decay, self.direct, self.literal, self.working_set = weight_decay, direct, literal, working_set
+        order = np.argsort(-spread.numpy(), kind="stable")
+        self.pool = split.retain[order[: max(POOL, working_set)]]
+        self.at: Params = dict(objective.start)
+        self.moved = False
+        self._linear: tuple[Params, GgnProduct | None] | None = None
 
-    def begin(self, drift: bool | Literal["auto"], budget: float | None) -> None:
-        """One pass over all data: the gradient in full, and where the output curvature is."""
-        spread: list[Tensor] = []
-        batches = bar(self.split.batches("retain"), self.split.steps("retain"), "retained gradient", self.progress)
-        self.retained = self.objective.gradient(batches, self.theta, spread)
-        everything = self.retained + self.objective.gradient(self.split.batches("forget"), self.theta)
-        full = self._with_decay(everything.mean(), self.theta)
-        self.gradient_norm = P.norm(self._with_decay(self.retained.mean(), self.theta))
-        self.stationarity = self._stationarity(full, everything.count)
-        self.tilted = self.stationarity >= STATIONARY if drift == "auto" else drift
-        self.offset = full if self.tilted else P.zeros_like(full)
-        usable = ~np.isin(self.split.retain, self.held)
-        order = np.argsort(-torch.cat(spread).numpy()[usable], kind="stable")
-        self.pool = self.split.retain[usable][order[: max(POOL, self.working_set)]]
-        self.loss_before = self.objective.mean_loss(self.split.batches(self.held), self.theta)
-        self.budget = budget if budget is not None else max(0.01, 0.1 * self.loss_before)
+    def move(self, at: Params) -> None:
+        """Go there."""
+        self.at, self.moved, self._linear = at, True, None
+
+    def solve(self, tau: float) -> Solution:
+        """delta of (B + (wd + tau) I) delta = -(grad L + wd w), by the curvature itself or by conjugate gradients.
+
+        Raises:
+            CurvatureError: If the curvature is a Hessian that needs more damping.
+            NumericalError: If numbers overflow.
+        """
+        if self._linear is None:
+            self._linear = self._linearise()
+        force, ggn = self._linear
+        total = tau + self.weight_decay
+        damped, b = self.curvature.damped(total), P.scale(force, -1)
+        if ggn is None:
+            return Solution(damped.power(b, -1), 0, 0.0)
+        product = ggn
+        iterations, tolerance = EXACT if self.literal else QUICK
+        return conjugate_gradient(
+            lambda v: P.add(product(v), v, total),
+            b,
+            lambda r: damped.power(r, -1),
+            iterations=iterations,
+            tolerance=tolerance,
+        )
+
+    def _linearise(self) -> tuple[Params, GgnProduct | None]:
+        """Force grad L(w) + wd w, and GGN, at the current weights."""
+        chosen = self._working_set() if len(self.pool) > self.working_set else self.pool
+        if not self.moved:
+            gradient = self.sums.mean()
+        elif len(self.split.retain) <= self.working_set:
+            gradient = self.objective.gradient(self.split.batches("retain"), self.at).mean()
+        else:  # variance reduction: only samples with output curvature change their gradient
+            here = self.objective.gradient(self.split.batches(chosen), self.at)
+            before = self.objective.gradient(self.split.batches(chosen), self.objective.start)
+            gradient = P.scale(P.add(self.sums.sums, (here - before).sums), 1 / self.sums.count)
+        force = P.add(gradient, self.at, self.weight_decay)
+        if self.direct:
+            return force, None
+        return force, self.objective.ggn(self.split.batches(chosen), self.at, self.sums.count)
+
+    def _working_set(self) -> Indices:
+        """The pool's samples with the largest output curvature at the current weights."""
+        likelihood = self.objective.likelihood
+        outputs = self.objective.forward(self.split.batches(self.pool), self.at)
+        spread = torch.cat([likelihood.output_curvature(f, y).cpu() for f, y in outputs]).numpy()
+        return np.sort(self.pool[np.argsort(-spread, kind="stable")[: self.working_set]])
+
+
+@dataclass
+class _Correction:
+    """Where the weights are, and whether they may go on.
+
+    Attributes:
+        objective: Losses.
+        split: Data.
+        flow: On the retained samples.
+        still: On all samples, whose motion is subtracted; `None` at a minimum, where there is none.
+        held: Retained samples on which the loss is watched.
+        shown: Forget samples whose predictions are watched.
+        budget: Allowed rise of the loss on the held samples, nats.
+        progress: Show progress bars.
+    """
+
+    objective: Objective
+    split: Split
+    flow: _Flow
+    still: _Flow | None
+    held: Indices
+    shown: Indices
+    budget: float | None
+    progress: bool
+
+    def __post_init__(self) -> None:
+        self.theta: Params = dict(self.objective.start)
+        self.path: list[SubStep] = []
+        self.loss_before = self._loss(self.theta)
+        self.allowed = self.budget if self.budget is not None else max(0.01, 0.1 * self.loss_before)
         self.first = self.last = self._forget_outputs(self.theta)
 
     def follow(self, times: list[float]) -> None:
@@ -249,98 +349,58 @@ class _Flow:
             if taken >= 3 and self.path[-1].moved <= STILL * self._moved(self.first, self.last):
                 return
 
-    def advance(self, tau: float) -> bool:
-        """One sub-step from the current weights; they move only if it stays within the budget."""
-        step, theta, outputs = self._try(self._linearise(), tau)
-        self.path.append(step)
-        if step.accepted:
+    def advance(self, tau: float, *, trial: bool = False) -> bool:
+        """One sub-step from the current weights; they move only if it stays within the budget, and is no trial."""
+        step, ends, theta, outputs = self._try(tau)
+        self.path.append(replace(step, accepted=step.accepted and not trial))
+        if step.accepted and not trial:
             self.theta, self.last = theta, outputs
+            for flow, end in ends:
+                flow.move(end)
         return step.accepted
 
     def choose_damping(self) -> float | None:
         """The smallest of `DAMPINGS`, on the way down, whose step stays within the budget; `None` if there is none."""
-        best, here = None, self._linearise()
+        best = None
         for tau in bar(DAMPINGS, len(DAMPINGS), "damping", self.progress):
-            step, _, _ = self._try(here, tau)
-            self.path.append(replace(step, accepted=False))  # a trial
-            if not step.accepted:
+            if self.advance(tau, trial=True):
+                best = tau
+            elif best is not None or not math.isnan(self.path[-1].norm):
                 break
-            best = tau
         return best
 
-    def _linearise(self) -> _Linear:
-        """Force grad L_r(w) + wd w - offset and GGN at the current weights."""
-        moved = self.theta is not None and len(self.path) > 0
-        chosen = self._working_set() if len(self.pool) > self.working_set else self.pool
-        small = len(self.split.retain) <= self.working_set + len(self.held)
-        if not moved:
-            gradient = self.retained.mean()
-        elif small:
-            gradient = self.objective.gradient(self.split.batches("retain"), self.theta).mean()
-        else:  # variance reduction: only samples with output curvature change their gradient
-            here = self.objective.gradient(self.split.batches(chosen), self.theta)
-            before = self.objective.gradient(self.split.batches(chosen), self.objective.start)
-            change = P.add(here.sums, before.sums, -1)
-            gradient = P.scale(P.add(self.retained.sums, change), 1 / self.retained.count)
-        force = P.add(self._with_decay(gradient, self.theta), self.offset, -1)
-        ggn = None
-        if not self.direct:
-            ggn = self.objective.ggn(self.split.batches(chosen), self.theta, self.retained.count)
-        return _Linear(self.theta, force, ggn)
+    def _try(self, tau: float) -> tuple[SubStep, list[tuple[_Flow, Params]], Params, list[Tensor]]:
+        """Solve the step and look at the retained loss and the forget set's predictions where it leads.
 
-    def _try(self, here: _Linear, tau: float) -> tuple[SubStep, Params, list[Tensor]]:
-        """Solve the step and look at the retained loss and the forget set's predictions where it leads."""
-        total = tau + self.weight_decay
-        damped, b = self.curvature.damped(total), P.scale(here.force, -1)
-        if here.ggn is None:
-            delta, iterations, residual = damped.power(b, -1), 0, 0.0
-        else:
-            product = here.ggn
-            iterations, tolerance = EXACT if self.literal else QUICK
-            solved = conjugate_gradient(
-                lambda v: P.add(product(v), v, total),
-                b,
-                lambda r: damped.power(r, -1),
-                iterations=iterations,
-                tolerance=tolerance,
-            )
-            delta, iterations, residual = solved.x, solved.iterations, solved.residual
-        theta = P.add(here.at, delta)
-        loss = moved = math.nan
-        outputs: list[Tensor] = []
-        accepted = P.finite(theta)
-        if accepted:
-            try:
-                loss = self.objective.mean_loss(self.split.batches(self.held), theta)
-                outputs = self._forget_outputs(theta)
-                moved = self._moved(self.last, outputs)
-                accepted = not len(self.held) or loss <= self.loss_before + self.budget
-            except NumericalError:
-                accepted = False
-        return SubStep(tau, iterations, residual, P.norm(delta), loss, moved, accepted), theta, outputs
+        Both flows must be sound for their difference to mean something: neither may raise the loss.
+        """
+        refused = SubStep(tau, 0, math.inf, math.nan, math.nan, math.nan, False)
+        try:
+            solved = self.flow.solve(tau)
+            ends = [(self.flow, P.add(self.flow.at, solved.x))]
+            theta = ends[0][1]
+            if self.still is not None:
+                ends.append((self.still, P.add(self.still.at, self.still.solve(tau).x)))
+                theta = P.add(P.add(theta, ends[1][1], -1), self.objective.start)
+        except (CurvatureError, NumericalError):
+            if self.flow.literal:
+                raise
+            return refused, [], self.theta, []
+        step = SubStep(tau, solved.iterations, solved.residual, P.norm(solved.x), math.nan, math.nan, False)
+        try:
+            if not P.finite(theta):
+                return step, ends, theta, []
+            loss = self._loss(theta)
+            outputs = self._forget_outputs(theta)
+            worst = max([loss, *(self._loss(end) for _, end in ends if end is not theta)])
+        except NumericalError:
+            return step, ends, theta, []
+        within = not len(self.held) or worst <= self.loss_before + self.allowed
+        moved = self._moved(self.last, outputs)
+        return replace(step, loss=loss, moved=moved, accepted=within), ends, theta, outputs
 
-    def _working_set(self) -> Indices:
-        """The pool's samples with the largest output curvature at the current weights."""
-        likelihood = self.objective.likelihood
-        outputs = self.objective.forward(self.split.batches(self.pool), self.theta)
-        spread = torch.cat([likelihood.output_curvature(f, y).cpu() for f, y in outputs]).numpy()
-        return np.sort(self.pool[np.argsort(-spread, kind="stable")[: self.working_set]])
-
-    def _with_decay(self, gradient: Params, at: Params) -> Params:
-        return P.add(gradient, at, self.weight_decay)
-
-    def _stationarity(self, full: Params, count: float) -> float:
-        """|grad L_D + wd w|^2 N / tr(E), E the second moment of single-sample gradients (the empirical Fisher)."""
-        fisher = estimate_curvature(
-            self.objective.twin(),
-            self.split,
-            self.objective.likelihood,
-            structure="diagonal",
-            kind="empirical",
-            part=self.sample,
-        )
-        noise = fisher.trace() / count
-        return P.dot(full, full) / noise if noise > 0 else 0.0
+    def _loss(self, at: Params) -> float:
+        return self.objective.mean_loss(self.split.batches(self.held), at)
 
     def _forget_outputs(self, at: Params) -> list[Tensor]:
         return [f for f, _ in self.objective.forward(self.split.batches(self.shown), at)]
@@ -351,24 +411,3 @@ class _Flow:
             return 0.0
         kl = [self.objective.likelihood.kl(p, q) for p, q in zip(before, after, strict=True)]
         return float(torch.cat(kl).mean())
-
-    def result(self, seconds: float) -> NewtonStep:
-        """What was done."""
-        return NewtonStep(
-            params=self.theta,
-            norm=P.norm(P.add(self.theta, self.objective.start, -1)),
-            gradient_norm=self.gradient_norm,
-            stationarity=self.stationarity,
-            at_minimum=self.stationarity < STATIONARY,
-            drift_removed=self.tilted,
-            path=tuple(self.path),
-            held_back=len(self.held),
-            loss_before=self.loss_before,
-            budget=self.budget,
-            seconds=seconds,
-        )
-
-
-def _some(indices: Indices, few: int, rng: np.random.Generator) -> Indices:
-    """At most `few` of the indices, sorted."""
-    return indices if len(indices) <= few else np.sort(rng.choice(indices, few, replace=False))

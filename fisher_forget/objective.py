@@ -32,6 +32,9 @@ class Gradient:
     def __add__(self, other: Gradient) -> Gradient:
         return Gradient(P.add(self.sums, other.sums), self.loss + other.loss, self.count + other.count)
 
+    def __sub__(self, other: Gradient) -> Gradient:
+        return Gradient(P.add(self.sums, other.sums, -1), self.loss - other.loss, self.count - other.count)
+
     def mean(self) -> Params:
         """Gradient of the mean loss."""
         return P.scale(self.sums, 1 / max(self.count, 1.0))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import platform
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -25,15 +25,20 @@ from fisher_forget.config import ForgetSet, RunConfig, SweepConfig, to_plain
 from fisher_forget.data.datasets import DataBundle, load_dataset
 from fisher_forget.data.split import Indices
 from fisher_forget.ensemble import RetrainedEnsemble, retrain_ensemble
-from fisher_forget.errors import ConfigError
+from fisher_forget.errors import ConfigError, NumericalError
 from fisher_forget.evaluate import Evaluation, Reference, summarise
-from fisher_forget.forget import ForgetResult, forget, versions
+from fisher_forget.forget import forget
 from fisher_forget.models import build_model
 from fisher_forget.report import html, plots, tables
+from fisher_forget.result import ForgetResult, versions
 from fisher_forget.sweep import SweepTable, sweep
 from fisher_forget.training import train
+from fisher_forget.variants import reference_code_forget
 
 RETRAINED_SEEDS = 1000  # seeds of the retrained models start here: none is an original's
+# of the reference code, whose default is 3e-6: from noise that does nothing to noise that destroys the model
+ALPHAS = tuple(np.logspace(-9, -4, 12).tolist())
+SCORE_LOSS = 0.01  # of retained training accuracy, that the reference code may cost
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,9 @@ def run(config: RunConfig) -> Path:
     for settings in config.forget_sets:
         case = prepare_case(config, data, settings, chosen[settings.name], folder)
         results, evaluations = zip(*(_forget(config, data, case, i) for i in range(len(config.seeds))), strict=True)
-        described = _describe(config, case, results, evaluations)
+        compared = range(len(config.seeds)) if config.reference_variant else ()
+        rivals = [_reference_code(config, data, case, i) for i in compared]
+        described = _describe(config, case, results, evaluations, rivals)
         cases.append(described)
         figures[f"{settings.name}: KL"] = _save(plots.plot_parts(described), case.folder / "kl")
         figures[f"{settings.name}: scores"] = _save(plots.plot_scores(described), case.folder / "scores")
@@ -196,7 +203,7 @@ def _parts(data: DataBundle, chosen: Indices, retain: Indices) -> dict[str, Tens
 
 def _forget(config: RunConfig, data: DataBundle, case: Case, index: int) -> tuple[ForgetResult, Evaluation]:
     seed = config.seeds[index]
-    options = asdict(config.forget)
+    options = {f.name: getattr(config.forget, f.name) for f in fields(config.forget)}
     if options["weight_decay"] is None:
         options["weight_decay"] = config.training.weight_decay
     if options["subset"] is not None:
@@ -217,10 +224,53 @@ def _forget(config: RunConfig, data: DataBundle, case: Case, index: int) -> tupl
     return result, evaluation
 
 
+def _reference_code(config: RunConfig, data: DataBundle, case: Case, index: int) -> tuple[float, Evaluation]:
+    """The public code of Golatkar et al. 2020 on one original model: (alpha, scores) at its `best_scale` of twelve."""
+    variant = reference_code_forget(
+        case.originals.models[index],
+        data.train,
+        case.forget,
+        likelihood=config.likelihood,
+        seed=config.seeds[index],
+        progress=config.progress,
+    )
+    scored = []
+    for alpha in ALPHAS:
+        try:
+            scored.append((alpha, case.references[index].evaluate(variant.model(alpha))))
+        except NumericalError:  # so destroyed that its outputs overflow
+            continue
+    return best_scale(scored)
+
+
+def best_scale(scored: Sequence[tuple[float, Evaluation]]) -> tuple[float, Evaluation]:
+    """The scale with the smallest KL on the forget set among those that cost at most a point of retained accuracy.
+
+    Where all of them cost more, the one that costs least. The choice looks at the retrained models, which no method
+    may: it is made in favour of the method that is compared with, whose scale nothing else determines.
+
+    Args:
+        scored: (scale, scores) pairs, with the parts "forget" and "retain".
+    """
+
+    def loss(pair: tuple[float, Evaluation]) -> float:
+        retain = pair[1].parts["retain"]
+        return retain.score_original - retain.score_scrubbed
+
+    kept = [pair for pair in scored if loss(pair) <= SCORE_LOSS + 1e-9]  # 1 - 0.99 rounds up
+    if not kept:
+        return min(scored, key=loss)
+    return min(kept, key=lambda pair: pair[1].parts["forget"].kl_scrubbed)
+
+
 def _describe(
-    config: RunConfig, case: Case, results: tuple[ForgetResult, ...], evaluations: tuple[Evaluation, ...]
+    config: RunConfig,
+    case: Case,
+    results: tuple[ForgetResult, ...],
+    evaluations: tuple[Evaluation, ...],
+    rivals: Sequence[tuple[float, Evaluation]],
 ) -> dict[str, Any]:
-    return {
+    described: dict[str, Any] = {
         "name": case.settings.name,
         "forgotten": len(case.forget),
         "retained": len(results[0].split.retain),
@@ -242,6 +292,11 @@ def _describe(
         ],
         "summary": summarise(evaluations),
     }
+    if rivals:
+        described["reference_code"] = summarise([evaluation for _, evaluation in rivals])
+        for run, (alpha, evaluation) in zip(described["runs"], rivals, strict=True):
+            run["reference_code"] = {"alpha": alpha, "evaluation": evaluation.to_dict()}
+    return described
 
 
 def save_sweep(table: SweepTable, stem: Path) -> None:

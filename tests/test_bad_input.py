@@ -21,7 +21,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from fisher_forget import forget
+from fisher_forget import NoiseTarget, forget
 from fisher_forget.cli import main
 from fisher_forget.errors import (
     ConfigError,
@@ -308,7 +308,8 @@ class TestOptions:
             (ConfigError, {"noise": float("inf")}),
             (ConfigError, {"noise": "some"}),
             (ConfigError, {"noise": True}),
-            (ConfigError, {"noise_budget": 0.0, "noise": "auto"}),
+            (ConfigError, {"noise": {"loss": 0.1}}),
+            (ConfigError, {"noise": NoiseTarget}),
             (ConfigError, {"weight_decay": -1}),
             (ConfigError, {"weight_decay": "5e-4"}),
             (ConfigError, {"weight_decay": None}),

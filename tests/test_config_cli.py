@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fisher_forget import cli, forget
+from fisher_forget import NoiseTarget, cli, forget
 from fisher_forget.config import (
     ForgetSet,
     ForgetSettings,
@@ -85,6 +85,26 @@ class TestLoad:
         config = load_config(written(yaml.safe_dump(LEAST) + "training: {lr: 1e-3}\nforget: {noise: 2e-3}\n"))
         assert (config.training.lr, config.forget.noise) == (1e-3, 2e-3)
 
+    @pytest.mark.parametrize(
+        ("noise", "value"),
+        [
+            (0.5, 0.5),
+            ("auto", "auto"),
+            (None, None),
+            ({"loss": 0.01}, NoiseTarget(loss=0.01)),
+            ({"information": 100, "error": "1e-3"}, NoiseTarget(information=100.0, error=1e-3)),
+            ({"trade_off": 1.0, "loss": None}, NoiseTarget(trade_off=1.0)),
+            ({}, NoiseTarget()),
+        ],
+        ids=str,
+    )
+    def test_noise_is_a_number_a_word_or_a_target(self, written, noise, value):
+        config = load_config(written(LEAST | {"forget": {"noise": noise}}))
+        assert config.forget.noise == value
+        assert load_config(written(to_plain(config))) == config  # as written beside the results
+        over = load_config(written(LEAST | {"forget": {"noise": {"loss": 0.2}}}), ["--forget.noise.loss", "0.3"])
+        assert over.forget.noise == NoiseTarget(loss=0.3)
+
     def test_empty_section(self, written):
         assert load_config(written(yaml.safe_dump(LEAST) + "training:\n")).training == TrainSettings()
 
@@ -109,6 +129,8 @@ class TestFlags:
             (["--progress", "false"], lambda c: c.progress is False),
             (["--forget.noise", "null"], lambda c: c.forget.noise is None),
             (["--forget.noise", "0.5"], lambda c: c.forget.noise == 0.5),
+            (["--forget.noise", "{loss: 0.5}"], lambda c: c.forget.noise == NoiseTarget(loss=0.5)),
+            (["--forget.noise.accuracy", "0.5"], lambda c: c.forget.noise == NoiseTarget(accuracy=0.5)),
             (["--forget.steps", "3"], lambda c: c.forget.steps == 3),
             (["--forget.drift", "false"], lambda c: c.forget.drift is False),
             (["--forget.subset", "[head.*]"], lambda c: c.forget.subset == ["head.*"]),
@@ -148,6 +170,8 @@ class TestUnknownKeys:
             ({"retraind": 5}, ("'retraind'", "run.yaml", "'retrained'?")),
             ({"training": {"epoch": 5}}, ("'epoch'", "run.yaml at 'training'", "'epochs'?")),
             ({"forget": {"nois": 5}}, ("'nois'", "run.yaml at 'forget'", "'noise'?")),
+            ({"forget": {"noise": {"los": 5}}}, ("'los'", "at 'forget' at 'noise'", "'loss'?")),
+            ({"forget": {"noise": {"information": 1.0, "lambda": 2}}}, ("'lambda'", "'trade_off'")),
             ({"forget_sets": [LEAST["forget_sets"][0], {"lable": 3}]}, ("'lable'", "forget_sets[1]", "'label'?")),
             ({"zzz": 1}, ("'zzz'", "one of ['data', 'forget'", "Remove it")),
             ({"scales": [1.0]}, ("'scales'",)),
@@ -164,6 +188,7 @@ class TestUnknownKeys:
         ("flags", "words"),
         [
             (["--retraind", "5"], ("'retraind'", "the command line", "'retrained'?")),
+            (["--forget.noise.acuracy", "5"], ("'acuracy'", "'accuracy'?")),
             (["--training.epoch=5"], ("'epoch'", "the command line at 'training'", "'epochs'?")),
             (["--seeds", "[1]", "--trainin.epochs", "5"], ("'trainin'", "'training'?")),
             (["--config.name", "x"], ("'config'",)),
@@ -203,6 +228,11 @@ class TestWrongValues:
             ({"retrained": 1}, "at least 2"),
             ({"forget": {"steps": 0}}, "steps=0"),
             ({"forget": {"damping": -1.0}}, "damping=-1.0"),
+            ({"forget": {"noise": -1.0}}, "noise=-1.0"),
+            ({"forget": {"noise": "some"}}, "forget.noise"),
+            ({"forget": {"noise": {"loss": "much"}}}, "forget.noise"),
+            ({"forget": {"noise": {"loss": -1.0}}}, "the noise target loss=-1.0"),
+            ({"forget": {"noise": {"loss": 0.1, "accuracy": 0.1}}}, "at most one of loss, accuracy"),
             ({"forget": {"kind": "curvy"}}, "forget.kind"),
         ],
     )

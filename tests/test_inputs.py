@@ -237,7 +237,7 @@ class TestResult:
     def test_complete(self, automatic):
         assert [f.name for f in dataclasses.fields(automatic) if getattr(automatic, f.name) is None] == []
         assert automatic.versions.keys() == {"fisher_forget", "torch", "python"}
-        assert automatic.seconds.keys() == {"curvature", "newton", "noise", "check"}
+        assert automatic.seconds.keys() == {"curvature", "gradient", "newton", "noise", "check"}
         assert all(value >= 0 for value in automatic.seconds.values())
         assert automatic.losses.keys() == {"retain_before", "retain_after", "forget_before", "forget_after"}
         assert automatic.newton.at_minimum
@@ -516,7 +516,7 @@ class TestLikelihoods:
         data = TensorDataset(X, TARGETS[likelihood][0].float())
         result = forget(model, data, IDX, likelihood=likelihood, drift=True, progress=False)
         assert all(math.isfinite(value) for value in result.losses.values())
-        assert result.noise.rise <= result.noise.budget
+        assert result.noise.rise <= result.noise.target.loss
 
 
 class Headed(nn.Module):

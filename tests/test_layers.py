@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import oracle
 import pytest
 import torch
 from test_curvature import MODELS, blocks, prepared
+from test_structures import claim, obeys
 from torch import nn
+from torch.utils.data import TensorDataset
 
-from fisher_forget import estimate_curvature
+from fisher_forget import Categorical, estimate_curvature
 from fisher_forget.curvature.convolution import ConvRule
 from fisher_forget.curvature.kronecker import Kronecker
 from fisher_forget.curvature.layers import LinearRule, add_gram, add_squared_products
+from fisher_forget.curvature.tape import Tape
+from fisher_forget.data.split import resolve
 
 
 def symmetric(upper: torch.Tensor) -> torch.Tensor:
@@ -81,6 +86,61 @@ def test_convolution_moments_equal_those_of_unfolded_patches(
     if bias:
         patches = torch.cat([patches, torch.ones(len(patches), 1, dtype=torch.float64)], 1)
     assert torch.allclose(symmetric(total), patches.T @ patches)
+
+
+class Volume(nn.Module):
+    """Conv3d, and RMSNorm over the channels of every position."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(2, 4, **{"kernel_size": 2, **options})
+        self.norm = nn.RMSNorm(4)
+        self.head = nn.Linear(4, 3)
+        nn.init.uniform_(self.norm.weight, 0.5, 2.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        positions = torch.tanh(self.conv(x)).flatten(2).transpose(1, 2)
+        return self.head(torch.tanh(self.norm(positions)).mean(1))
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "ekfac"])
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"stride": 2, "padding": 1},
+        {"stride": (1, 2, 1), "padding": (0, 1, 1), "kernel_size": (2, 1, 3)},
+        {"groups": 2, "padding": 1, "bias": False},
+        {"groups": 2, "stride": (2, 1, 2)},
+        {"padding": "same", "dilation": 2, "padding_mode": "circular"},
+    ],
+)
+def test_volumes_and_rms_norm(options: dict[str, object], kind: str, structure: str) -> None:
+    """All methods of the curvature, by the layers' rules alone, against the dense oracle."""
+    torch.manual_seed(0)
+    model = Volume(**options).double().eval()
+    data = TensorDataset(torch.randn(6, 2, 3, 4, 3, dtype=torch.float64), torch.randint(0, 3, (6,)))
+    tape = Tape(model)
+    tape.verify(next(resolve(data, [], allow_empty=True).batches("all")))
+    assert tape.stray == ()
+    like = oracle.start(model)
+    truth = oracle.ggn(model, *data.tensors, Categorical(), empirical=kind == "empirical")
+    found = estimate_curvature(model, data, structure=structure, kind=kind)
+    expected = claim(found, truth, like)
+    obeys(found.damped(0.03), expected + 0.03 * torch.eye(len(expected)), like)
+
+
+def test_rms_norm_over_several_dimensions() -> None:
+    torch.manual_seed(0)
+    layers = (nn.RMSNorm((3, 4)), nn.Tanh(), nn.RMSNorm(4, elementwise_affine=False), nn.Flatten(), nn.Linear(12, 3))
+    model = nn.Sequential(*layers).double().eval()
+    data = TensorDataset(torch.randn(6, 3, 4, dtype=torch.float64), torch.randint(0, 3, (6,)))
+    truth = oracle.ggn(model, *data.tensors, Categorical())
+    for structure in ("diagonal", "ekfac"):
+        found = estimate_curvature(model, data, structure=structure)
+        expected = claim(found, truth, oracle.start(model))
+        obeys(found.damped(0.03), expected + 0.03 * torch.eye(len(expected)), oracle.start(model))
 
 
 @pytest.mark.parametrize("kind", ["exact", "empirical"])

@@ -12,7 +12,7 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from fisher_forget import Categorical, Gaussian, NumericalError, estimate_curvature, forget, newton_step
+from fisher_forget import Categorical, CurvatureError, Gaussian, NumericalError, estimate_curvature, forget, newton_step
 from fisher_forget.curvature.diagonal import Diagonal
 from fisher_forget.curvature.matrix_free import GgnProduct, conjugate_gradient
 from fisher_forget.data.split import resolve
@@ -157,7 +157,7 @@ class TestControls:
         step = self.flow(model, data, [0, 1], drift=False, budget=-10.0)
         assert step.norm == 0.0
         assert not step.accepted
-        assert len(step.path) == 3  # it was shortened before giving up
+        assert len(step.path) == 5  # it was shortened before giving up
         dampings = [s.damping for s in step.path]
         assert dampings == sorted(dampings)
 
@@ -248,3 +248,17 @@ def test_variance_reduction_is_exact_when_every_sample_is_in_the_working_set() -
     assert float((all_samples - many).norm() / (all_samples - start).norm()) < 0.05
     assert float((all_samples - few).norm()) > float((all_samples - many).norm())
     assert math.isfinite(float(few.norm()))
+
+
+def test_an_indefinite_hessian_is_damped_or_refused() -> None:
+    """Away from a minimum a Hessian curves downwards: "auto" finds a damping that is enough, a given one may not be."""
+    x, y = regression()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)).double().eval()
+    data = TensorDataset(x, y / 3)
+    options = {"likelihood": "gaussian", "structure": "dense", "kind": "hessian", "noise": None, "progress": False}
+    found = forget(model, data, [1, 2], steps=1, drift=True, budget=math.inf, **options)
+    assert found.newton.accepted
+    with pytest.raises(CurvatureError, match="indefinite"):
+        forget(model, data, [1, 2], steps=1, damping=0.0, drift=True, **options)

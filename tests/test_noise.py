@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+import re
+import sys
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import oracle
 import pytest
 import torch
+from scipy.optimize import minimize_scalar
 from test_curvature import prepared
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
-from fisher_forget import Categorical, ConfigError, calibrate_noise, draw_noise, estimate_curvature, forget
-from fisher_forget.data.split import resolve
+from fisher_forget import (
+    Categorical,
+    ConfigError,
+    Curvature,
+    Gaussian,
+    NoiseTarget,
+    NumericalError,
+    calibrate_noise,
+    draw_noise,
+    estimate_curvature,
+    forget,
+    newton_step,
+    noise,
+)
+from fisher_forget.curvature.diagonal import Diagonal
+from fisher_forget.curvature.low_rank import LowRank
+from fisher_forget.data.split import Split, resolve
+from fisher_forget.noise import power_trace
 from fisher_forget.objective import Objective
-from fisher_forget.params import add, flatten, norm, unflatten
+from fisher_forget.params import add, flatten, norm, size, unflatten
 
 DRAWS = 6000
 
@@ -67,39 +90,269 @@ def test_the_exponent_is_the_minimiser_of_the_forgetting_lagrangian() -> None:
         assert lagrangian(sigma + 0.02 * float(sigma.trace()) / len(b) * (a @ a.T) / len(b)) > lagrangian(sigma)
 
 
-class TestCalibration:
-    def pieces(self) -> tuple[Objective, object, object]:
+STRUCTURES = ["diagonal", "ekfac", "dense", "low_rank", "matrix_free", {"0.*": "dense", "*": "ekfac"}]
+
+
+class TestPowerTrace:
+    @pytest.mark.parametrize("structure", STRUCTURES, ids=str)
+    @pytest.mark.parametrize("p", [0.5, -0.5, 1.0, -1.0, 0.0])
+    def test_equals_the_eigenvalues_of_the_matrix(
+        self, structure: object, p: float, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of products alone an estimate, within 5 standard errors (2 sum_{i != j} A_ij^2 / probes)^1/2 (Hutchinson)."""
         model, data = prepared("mlp")
-        split = resolve(data, [], allow_empty=True)
-        return Objective(model, Categorical()), split, estimate_curvature(model, split).damped(0.05)
+        plain = estimate_curvature(model, data, structure=structure)
+        damped, like = plain.damped(0.05), oracle.start(model)
+        values, vectors = torch.linalg.eigh(dense(plain, like, 1.0))
+        if structure == "matrix_free":
+            monkeypatch.setattr(noise, "PROBES", 50)
+        for factor in (values.clamp(min=0), None):
+            each = (values.clamp(min=0) + 0.05) ** p * (1.0 if factor is None else factor)
+            matrix = vectors * each @ vectors.T
+            off = (matrix - matrix.diag().diag()).square().sum()
+            slack = 5 * float((2 * off / 50).sqrt()) if structure == "matrix_free" else 0.0
+            found = power_trace(damped, like, p, times_curvature=factor is not None)
+            assert found == pytest.approx(float(each.sum()), rel=1e-6, abs=slack)
 
+    def test_the_probes_are_seeded(self) -> None:
+        model, data = prepared("mlp")
+        damped, like = estimate_curvature(model, data, structure="matrix_free").damped(0.05), oracle.start(model)
+        one, again, other = (power_trace(damped, like, 0.5, seed=seed) for seed in (3, 3, 4))
+        assert one == again != other
+
+    def test_single_precision_is_summed_in_double(self) -> None:
+        values = torch.rand(200_000, generator=torch.Generator().manual_seed(0))
+        found = power_trace(Diagonal({"w": values}, tau=1e-3), {"w": values}, -0.5, times_curvature=True)
+        expected = values.numpy().astype(np.float64)
+        assert found == pytest.approx(float((expected / np.sqrt(expected + 1e-3)).sum()), rel=1e-12)
+
+    def test_all_eigenpairs_of_a_low_rank_leave_no_rest(self) -> None:
+        like = {"w": torch.zeros(2, dtype=torch.float64)}
+        full = LowRank(basis=torch.eye(2).double(), eigenvalues=torch.tensor([4.0, 1.0]).double(), delta=0.0, like=like)
+        assert power_trace(full, like, -0.5, times_curvature=True) == 3.0
+
+
+class TestTarget:
+    @pytest.mark.parametrize(
+        ("options", "word"),
+        [
+            ({"loss": 0.1, "accuracy": 0.1}, "at most one of loss, accuracy"),
+            ({"information": 1.0, "trade_off": 1.0}, "at most one"),
+            ({"loss": 0.0}, "noise=None"),
+            ({"loss": -1.0}, "loss=-1.0"),
+            ({"loss": "much"}, "loss='much'"),
+            ({"loss": True}, "loss=True"),
+            ({"loss": float("inf")}, "finite"),
+            ({"accuracy": 1.0}, "between 0 and 1"),
+            ({"accuracy": 5}, "between 0 and 1"),
+            ({"information": float("nan")}, "information=nan"),
+            ({"trade_off": [1.0]}, "trade_off"),
+            ({"error": 0.0}, "error=0.0"),
+        ],
+        ids=str,
+    )
+    def test_refused(self, options: dict[str, Any], word: str) -> None:
+        with pytest.raises(ConfigError, match=re.escape(word)) as caught:
+            NoiseTarget(**options)
+        assert caught.value.fix
+
+    def test_kind(self) -> None:
+        assert [NoiseTarget(**{kind: 0.5}).kind for kind in noise.KINDS] == list(noise.KINDS)
+        assert NoiseTarget(error=0.1).kind == "loss"
+
+    def test_a_squared_error_is_no_accuracy(self) -> None:
+        objective, split, operator = ridge()
+        with pytest.raises(ConfigError, match="squared error"):
+            calibrate_noise(objective, split, operator, objective.start, target=NoiseTarget(accuracy=0.1))
+        data = TensorDataset(torch.zeros(9, 2), torch.zeros(9, 1))
+        with pytest.raises(ConfigError, match="squared error"):  # before any work
+            forget(nn.Linear(2, 1), data, [0], likelihood="gaussian", noise=NoiseTarget(accuracy=0.1), progress=False)
+
+
+def pieces(structure: object = "ekfac") -> tuple[Objective, Split, Curvature]:
+    model, data = prepared("mlp")
+    split = resolve(data, [], allow_empty=True)
+    return Objective(model, Categorical()), split, estimate_curvature(model, split, structure=structure).damped(0.05)
+
+
+def ridge(structure: str = "dense") -> tuple[Objective, Split, Curvature]:
+    """Least squares at its minimum: the loss is exactly quadratic, with the GGN as its matrix."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(80, 5, generator=g, dtype=torch.float64) * torch.tensor([3.0, 1.0, 0.3, 0.1, 0.03]).double()
+    y = torch.randn(80, 2, generator=g, dtype=torch.float64)
+    model = nn.Linear(5, 2, bias=False).double().eval()
+    with torch.no_grad():
+        model.weight.copy_(torch.linalg.lstsq(x, y).solution.T)
+    split = resolve(TensorDataset(x, y), [], allow_empty=True)
+    curvature = estimate_curvature(model, split, Gaussian(0.5), structure=structure).damped(0.02)
+    return Objective(model, Gaussian(0.5)), split, curvature
+
+
+def measured(objective: Objective, split: Split, operator: Curvature, scale: float, seed: int) -> tuple[float, float]:
+    """Rise of the loss and drop of the accuracy, again, without the search."""
+    generator = torch.Generator().manual_seed(seed)
+    (batch,) = split.batches("retain")
+
+    def means(at: dict[str, Tensor]) -> tuple[float, float]:
+        outputs = torch.func.functional_call(objective.model, at, batch.args)
+        hit = (outputs.argmax(-1) == batch.targets).double().mean()
+        return float(nn.functional.cross_entropy(outputs, batch.targets)), float(hit)
+
+    loss, score = means(objective.start)
+    noisy = [
+        means(add(objective.start, draw_noise(operator, objective.start, scale, generator))) for _ in range(noise.DRAWS)
+    ]
+    return np.mean([x for x, _ in noisy]) - loss, score - np.mean([y for _, y in noisy])
+
+
+class TestCalibration:
     @pytest.mark.parametrize("budget", [1e-4, 1e-2, 0.3])
-    def test_the_rise_meets_the_budget_from_below(self, budget: float) -> None:
-        objective, split, operator = self.pieces()
-        scale, rise, allowed = calibrate_noise(objective, split, operator, objective.start, budget=budget, seed=3)
-        assert allowed == budget
-        assert 0.85 * budget < rise <= budget
-        generator = torch.Generator().manual_seed(3)  # measured again, independently of the search
-        before = objective.mean_loss(split.batches("retain"), objective.start)
-        rises = [
-            objective.mean_loss(
-                split.batches("retain"), add(objective.start, draw_noise(operator, objective.start, scale, generator))
-            )
-            - before
-            for _ in range(4)
-        ]
-        assert np.mean(rises) == pytest.approx(rise)
+    @pytest.mark.parametrize("structure", STRUCTURES, ids=str)
+    def test_the_rise_meets_the_loss_from_below(self, budget: float, structure: object) -> None:
+        objective, split, operator = pieces(structure)
+        found = calibrate_noise(objective, split, operator, objective.start, target=NoiseTarget(loss=budget), seed=3)
+        assert found.target == NoiseTarget(loss=budget)
+        assert found.rise <= budget < measured(objective, split, operator, 1.03 * found.scale, 3)[0]
+        rise, drop = measured(objective, split, operator, found.scale, 3)
+        assert rise == pytest.approx(found.rise)
+        assert drop == pytest.approx(found.drop)
 
-    def test_a_larger_budget_gives_a_larger_scale(self) -> None:
-        objective, split, operator = self.pieces()
-        scales = [calibrate_noise(objective, split, operator, objective.start, budget=b)[0] for b in (1e-4, 1e-3, 1e-2)]
+    def test_by_default_a_share_of_the_loss(self) -> None:
+        objective, split, operator = pieces()
+        found = calibrate_noise(objective, split, operator, objective.start)
+        loss = objective.mean_loss(split.batches("retain"), objective.start)
+        assert found.target.loss == max(0.001, 0.02 * loss)
+        again = calibrate_noise(objective, split, operator, objective.start, target=found.target)
+        assert (again.scale, again.rise, again.drop) == (found.scale, found.rise, found.drop)
+        assert np.isnan(again.information)  # nobody knows the error
+
+    @pytest.mark.parametrize("allowed", [0.05, 0.2])
+    def test_the_drop_meets_the_accuracy_from_below(self, allowed: float) -> None:
+        objective, split, operator = pieces()
+        labels = torch.cat([f.argmax(-1) for f, _ in objective.forward(split.batches("retain"), objective.start)])
+        (batch,) = split.batches("retain")
+        split = resolve(TensorDataset(*batch.args, labels), [], allow_empty=True)  # which the model gets all right
+        found = calibrate_noise(
+            objective, split, operator, objective.start, target=NoiseTarget(accuracy=allowed), seed=3
+        )
+        rise, drop = measured(objective, split, operator, found.scale, 3)
+        assert drop == pytest.approx(found.drop)
+        assert rise == pytest.approx(found.rise)
+        assert found.drop <= allowed
+        assert found.scale > 0
+        assert measured(objective, split, operator, 1.03 * found.scale, 3)[1] > allowed  # the largest that does
+
+    def test_an_accuracy_that_noise_cannot_reach(self) -> None:
+        objective, split, operator = pieces()
+        with pytest.raises(ConfigError, match=r"accuracy=0\.99, within which"):
+            calibrate_noise(objective, split, operator, objective.start, target=NoiseTarget(accuracy=0.99))
+
+    def test_the_search_ends_below_from_either_side(self) -> None:
+        assert noise._largest(lambda s: False, 1.0, NoiseTarget()) == 0.0
+        assert 0.97 < noise._largest(lambda s: s <= 1.0, 1e4, NoiseTarget()) <= 1.0
+        assert 0.97 < noise._largest(lambda s: s <= 1.0, 1e-4, NoiseTarget()) <= 1.0
+
+    def test_a_larger_loss_gives_a_larger_scale(self) -> None:
+        objective, split, operator = pieces()
+        scales = [
+            calibrate_noise(objective, split, operator, objective.start, target=NoiseTarget(loss=b)).scale
+            for b in (1e-4, 1e-3, 1e-2)
+        ]
         assert scales == sorted(scales)
         assert scales[0] > 0
 
-    def test_a_budget_of_nothing_is_refused(self) -> None:
-        objective, split, operator = self.pieces()
-        with pytest.raises(ConfigError, match="noise=None"):
-            calibrate_noise(objective, split, operator, objective.start, budget=0.0)
+    @pytest.mark.parametrize("structure", ["dense", "matrix_free"])
+    @pytest.mark.parametrize("exponent", [0.25, 0.5])
+    def test_the_rise_of_a_quadratic_loss(
+        self, structure: str, exponent: float, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """E[rise] = s^2/2 tr(A), A = B (B + tau)^-2p; the mean over R draws has the variance s^4/2 tr(A^2) / R."""
+        monkeypatch.setattr(noise, "DRAWS", 400)
+        objective, split, operator = ridge(structure)
+        b = oracle.ggn(objective.twin(), *split.base.tensors, objective.likelihood)
+        shape = b @ oracle.power(b + 0.02 * torch.eye(len(b)).double(), -2 * exponent)
+        target = NoiseTarget(loss=0.01)
+        found = calibrate_noise(objective, split, operator, objective.start, target=target, exponent=exponent)
+        expected = found.scale**2 / 2 * float(shape.trace())
+        spread = found.scale**2 * float((shape @ shape).trace() / 2 / noise.DRAWS) ** 0.5
+        assert 0.0096 < found.rise <= 0.01
+        assert abs(expected - found.rise) < 5 * spread
+        assert found.drop == pytest.approx(2 * 0.5**2 * found.rise)  # the squared error is the loss times 2 sigma^2
+
+    @pytest.mark.parametrize("structure", STRUCTURES, ids=str)
+    @pytest.mark.parametrize("exponent", [0.25, 0.5])
+    def test_information(self, structure: object, exponent: float, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Against the KL between the two Gaussians, averaged over the error's covariance sigma_h^2 I."""
+        objective, split, operator = pieces(structure)
+        if structure == "matrix_free":  # as exact as the others: its probes are the coordinates
+            monkeypatch.setattr(noise, "power_trace", exactly)
+        target = NoiseTarget(information=40.0, error=0.02)
+        found = calibrate_noise(objective, split, operator, objective.start, target=target, exponent=exponent, seed=3)
+        sigma = found.scale**2 * dense(operator, objective.start, -2 * exponent)
+        assert 0.02**2 / 2 * float(torch.linalg.inv(sigma).trace()) == pytest.approx(40.0)
+        assert 40.0 * (1 - 1e-12) < found.information <= 40.0
+        if exponent == noise.EXPONENT:
+            assert (found.rise, found.drop) == pytest.approx(measured(objective, split, operator, found.scale, 3))
+
+    def test_information_halves_when_the_scale_grows_by_the_root_of_two(self) -> None:
+        objective, split, operator = pieces()
+        one, two = (
+            calibrate_noise(objective, split, operator, objective.start, target=NoiseTarget(information=i), error=0.1)
+            for i in (2.0, 1.0)
+        )
+        assert two.scale == pytest.approx(2**0.5 * one.scale)
+        assert noise.information(2**0.5, 0.3, 7.0) == pytest.approx(noise.information(1.0, 0.3, 7.0) / 2)
+        assert noise.information(0.0, 0.3, 7.0) == float("inf")
+
+    @pytest.mark.parametrize("structure", ["diagonal", "ekfac", "dense", "low_rank", "matrix_free"])
+    @pytest.mark.parametrize("exponent", [0.25, 0.5])
+    def test_the_trade_off_is_the_minimum_of_the_lagrangian(
+        self, structure: str, exponent: float, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        objective, split, operator = pieces(structure)
+        if structure == "matrix_free":
+            monkeypatch.setattr(noise, "power_trace", exactly)
+        b = dense(operator, objective.start, 1.0)
+        shape, plain = oracle.power(b, -2 * exponent), b - 0.05 * torch.eye(len(b)).double()
+
+        def lagrangian(log: float) -> float:
+            sigma = np.exp(2 * log) * shape
+            return float((plain @ sigma).trace() / 2 + 0.3 * 0.02**2 / 2 * torch.linalg.inv(sigma).trace())
+
+        target = NoiseTarget(trade_off=0.3, error=0.02)
+        found = calibrate_noise(objective, split, operator, objective.start, target=target, exponent=exponent)
+        least = minimize_scalar(lagrangian, bounds=(-10, 3), method="bounded", options={"xatol": 1e-8})
+        assert np.log(found.scale) == pytest.approx(least.x, abs=1e-5)
+
+    def test_the_papers_scale(self) -> None:
+        """s = (lambda sigma_h^2)^1/4 at p = 1/4 without damping (Golatkar et al. 2020, Prop. 4)."""
+        objective, split, _ = ridge()
+        curvature = estimate_curvature(objective.twin(), split, Gaussian(0.5), structure="dense")
+        target = NoiseTarget(trade_off=0.2, error=0.03)
+        found = calibrate_noise(objective, split, curvature, objective.start, target=target)
+        assert found.scale == pytest.approx((0.2 * 0.03**2) ** 0.25)
+
+    @pytest.mark.parametrize("kind", ["information", "trade_off"])
+    def test_an_error_is_needed(self, kind: str) -> None:
+        objective, split, operator = pieces()
+        with pytest.raises(ConfigError, match=re.escape("NoiseTarget(..., error=...)")):
+            calibrate_noise(objective, split, operator, objective.start, target=NoiseTarget(**{kind: 1.0}))
+        own = NoiseTarget(**{kind: 1.0}, error=0.1)
+        found = calibrate_noise(objective, split, operator, objective.start, target=own, error=9.0)
+        assert found.error == 0.1  # the target's goes first
+
+    def test_without_curvature_there_is_no_trade_off(self) -> None:
+        objective, split, _ = pieces()
+        flat = Diagonal({name: torch.zeros_like(p) for name, p in objective.start.items()}).damped(0.1)
+        with pytest.raises(NumericalError, match="curvature of zero"):
+            calibrate_noise(objective, split, flat, objective.start, target=NoiseTarget(trade_off=1.0, error=0.1))
+
+
+def exactly(operator: Any, like: dict[str, Tensor], p: float, times_curvature: bool = False, **_: object) -> float:
+    """What `power_trace` estimates for an operator that only has products."""
+    found = dense(operator, like, p)
+    plain = dense(operator, like, 1.0) - operator.tau * torch.eye(len(found)).double()
+    return float((plain @ found if times_curvature else found).trace())
 
 
 def test_draws_depend_on_the_generator_alone() -> None:
@@ -120,3 +373,54 @@ def test_forget_adds_exactly_the_noise_it_reports() -> None:
     assert norm(add(moved, result.noise.params, -1)) < 1e-12
     assert result.noise.norm == pytest.approx(norm(result.noise.params))
     assert result.noise.scale == 0.05
+
+
+@pytest.mark.parametrize(
+    "target", [None, {"loss": 0.01}, {"accuracy": 0.02}, {"information": 100.0}, {"trade_off": 1e-3}], ids=str
+)
+def test_forget_reports_what_its_noise_does(target: dict[str, float] | None) -> None:
+    model, data = prepared("mlp")
+    wanted: Any = "auto" if target is None else NoiseTarget(**target)
+    result = forget(model, data, [0, 1], steps=2, damping=0.1, drift=False, noise=wanted, progress=False)
+    z, step = result.noise, result.newton.accepted[-1]
+    assert z is not None
+    assert z.error == pytest.approx(step.norm / size(result.newton.params) ** 0.5)
+    assert z.information == pytest.approx(result.information(z.scale))
+    assert z.information == pytest.approx(4 * result.information(2 * z.scale, error=None))
+    assert result.information(z.scale, error=2 * z.error) == pytest.approx(4 * z.information)
+    if target is None:
+        assert z.target.loss >= 0.001
+        assert 0 < z.rise <= z.target.loss
+    else:
+        assert z.target == wanted
+    summary = result.summary()["noise"]
+    assert {k: v for k, v in summary["target"].items() if v is not None} == (target or {"loss": z.target.loss})
+    assert summary["information"] == z.information
+    line = next(line for line in str(result).splitlines() if line.startswith("  noise"))
+    reached = f"drop {z.drop:.1e}" if z.target.accuracy else f"loss {z.rise:+.1e}"
+    assert f"; {z.target.kind} {getattr(z.target, z.target.kind):.2g}: {reached}, bound " in line
+    assert len(line) <= 120
+
+
+def test_a_given_scale_has_no_target() -> None:
+    model, data = prepared("mlp")
+    result = forget(model, data, [0, 1], steps=1, damping=1.0, drift=True, noise=0.05, progress=False)
+    z = result.noise
+    assert z.target is None
+    assert np.isnan(z.rise)
+    assert z.information == pytest.approx(result.information(0.05))
+    assert f"bound {z.information:.2g} nats" in str(result)
+
+
+@pytest.mark.parametrize("kind", ["information", "trade_off"])
+def test_without_a_step_there_is_no_estimate_of_its_error(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = prepared("mlp")
+    module = sys.modules["fisher_forget.forget"]  # whose name in the package is that of the function
+    monkeypatch.setattr(module, "newton_step", lambda *a, **o: replace(newton_step(*a, **o), path=()))
+    options: dict[str, Any] = {"steps": 1, "damping": 1.0, "drift": True, "progress": False}
+    result = forget(model, data, [0, 1], noise="auto", **options)
+    assert np.isnan([result.noise.error, result.noise.information, result.information(1.0)]).all()
+    assert result.noise.rise > 0
+    assert "bound" not in next(line for line in str(result).splitlines() if line.startswith("  noise"))
+    with pytest.raises(ConfigError, match="no step was taken"):
+        forget(model, data, [0, 1], noise=NoiseTarget(**{kind: 1.0}), **options)

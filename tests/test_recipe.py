@@ -16,7 +16,8 @@ from fisher_forget import ConfigError, ensemble
 from fisher_forget.cli import main
 from fisher_forget.config import ForgetSet
 from fisher_forget.data.datasets import load_dataset
-from fisher_forget.recipe import choose, load_sweep
+from fisher_forget.evaluate import Evaluation, PartScores
+from fisher_forget.recipe import ALPHAS, best_scale, choose, load_sweep
 from fisher_forget.report.schema import load_schema
 
 ROOT = Path(__file__).parent.parent
@@ -50,6 +51,7 @@ class TestRun:
         assert f"Report: {folder / 'report.html'}" in capsys.readouterr().out
         metrics = json.loads((folder / "metrics.json").read_text())
         jsonschema.validate(metrics, load_schema())
+        assert "reference_code" not in str(metrics["cases"])
         forgotten = metrics["cases"][0]
         assert forgotten["runs"][0]["forget"]["forgotten"] == forgotten["forgotten"] > 0
         assert set(forgotten["summary"]) == {"forget", "retain", "test", "test, retained classes"}
@@ -90,11 +92,16 @@ class TestRun:
         assert sorted(trained) == [0, 1, 1000, 1000, 1001, 1001]  # none twice: two forget sets share two seeds
 
     def test_sweep_and_plot(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        path = write(tmp_path, scales=[1e-3, 1e-1], draws=2, seeds=[0])
+        path = write(tmp_path, scales=[1e-3, 1e-1], draws=2, seeds=[0], forget={"noise": {"accuracy": 0.05}})
         assert main(["sweep", path]) == 0
+        metrics = json.loads((tmp_path / "small" / "metrics.json").read_text())
+        jsonschema.validate(metrics, load_schema())
+        noise = metrics["cases"][0]["runs"][0]["forget"]["noise"]
+        assert noise["drop"] <= noise["target"]["accuracy"] == 0.05
         place = tmp_path / "small" / "class-3"
         table = load_sweep(place / "sweep.json")
         assert len(table.to_pandas()) == 4
+        assert table.frontier()["draws"].tolist() == [2, 2]
         assert (tmp_path / "small" / "report.html").read_text().count("<svg") == 8  # four figures a forget set
         before = (place / "tradeoff.svg").read_bytes()
         (place / "tradeoff.svg").unlink()
@@ -103,9 +110,53 @@ class TestRun:
         assert str(place / "tradeoff.svg") in capsys.readouterr().out
         assert (place / "tradeoff.svg").read_bytes() == before
 
+    def test_reference_variant(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["run", write(tmp_path, reference_variant=True, seeds=[0])]) == 0
+        printed = capsys.readouterr().out
+        assert printed.count("\n  reference code ") == 2  # a row for each forget set
+        assert printed.count("best of twelve scales") == 2
+        metrics = json.loads((tmp_path / "small" / "metrics.json").read_text())
+        jsonschema.validate(metrics, load_schema())
+        for case in metrics["cases"]:
+            assert set(case["reference_code"]) == set(case["summary"])
+            found = case["runs"][0]["reference_code"]
+            assert found["alpha"] in ALPHAS
+            for part, scores in found["evaluation"]["parts"].items():
+                own = case["runs"][0]["evaluation"]["parts"][part]
+                for key in ("kl_original", "floor", "score_original", "score_retrained"):  # the same yardstick
+                    assert scores[key] == own[key]
+                assert scores["kl_scrubbed"] != own["kl_scrubbed"]
+                assert case["reference_code"][part]["kl_scrubbed"]["mean"] == scores["kl_scrubbed"]
+        page = (tmp_path / "small" / "report.html").read_text()
+        assert page.count("KL reference code (nats)") == 2
+        assert "Golatkar" in page
+
+    def test_reference_variant_needs_classes(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["run", write(tmp_path, reference_variant=True, likelihood="gaussian")]) == 2
+        assert "reference_variant" in capsys.readouterr().err
+
     def test_plot_needs_a_finished_run(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["plot", write(tmp_path)]) == 2
         assert "metrics.json" in capsys.readouterr().err
+
+
+def scored(scale: float, kl: float, retained: float) -> tuple[float, Evaluation]:
+    """Of an original that has 0.99 on the retained data."""
+
+    def part(score: float) -> PartScores:
+        return PartScores(9, 5.0, kl, 0.1, 0.2, 0.1, None, 0.99, score, 0.99, 0.0)
+
+    return scale, Evaluation({"forget": part(0.0), "retain": part(retained)}, 2, "accuracy")
+
+
+class TestBestScale:
+    def test_smallest_kl_among_those_that_cost_a_point_at_most(self) -> None:
+        tried = [scored(1, 4.0, 0.99), scored(2, 3.0, 0.98), scored(3, 2.0, 0.979), scored(4, 3.5, 0.985)]
+        assert best_scale(tried) == tried[1]
+
+    def test_else_the_smallest_cost(self) -> None:
+        tried = [scored(1, 4.0, 0.9), scored(2, 3.0, 0.95), scored(3, 2.0, 0.1)]
+        assert best_scale(tried) == tried[1]
 
 
 class TestChoose:
@@ -152,7 +203,10 @@ def test_quickstart_notebook_runs_as_committed(tmp_path: Path) -> None:
 
 def test_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readme = (ROOT / "README.md").read_text()
-    (block,) = [part.split("```")[0] for part in readme.split("```python")[1:]]
+    blocks = [part.split("```")[0] for part in readme.split("```python")[1:]]
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "README.md", "exec"), {})
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
     assert (tmp_path / "scrubbed.pt").exists()
+    assert (tmp_path / "runs" / "deletions" / "requests.json").exists()

@@ -80,7 +80,17 @@ def summary_of_forget(seed: int) -> dict[str, Any]:
             "held_back": 258,
             "budget": 0.0031,
         },
-        "noise": {"scale": 2.4e-4, "exponent": 0.25, "damping": 1.5e-3, "norm": 0.31, "rise": 9.8e-5, "budget": 1e-4},
+        "noise": {
+            "scale": 2.4e-4,
+            "exponent": 0.25,
+            "damping": 1.5e-3,
+            "norm": 0.31,
+            "rise": 9.8e-5,
+            "drop": 0.0,
+            "information": 310.0,
+            "error": 2e-3,
+            "target": {"loss": 1e-4, "accuracy": None, "information": None, "trade_off": None, "error": None},
+        },
         "losses": {"retain_before": 4.4e-3, "retain_after": 6.1e-3, "forget_before": 3.9e-3, "forget_after": 7.62},
         "buffers_refreshed": False,
         "seconds": {"curvature": 0.4, "newton": 1.7, "noise": 0.2, "check": 0.1},
@@ -352,6 +362,24 @@ def test_markdown_escapes_and_aligns():
     assert lines[2] == "| a\\|b | 1.0 ± 0.1 |"
     assert lines[3] == "| –    |         – |"
     assert len({len(line) for line in lines}) == 1
+
+
+def test_the_reference_code_beside_the_method(metrics):
+    for case in metrics["cases"]:
+        other = {
+            part: (*v[:1], 10 * v[1], *v[2:4], 0.5, *v[5:]) for part, v in CLASS_3.items() if part in case["summary"]
+        }
+        rival = make_case(case["name"], other, len(case["runs"]))
+        case["reference_code"] = rival["summary"]
+        for run, evaluated in zip(case["runs"], rival["runs"], strict=True):
+            run["reference_code"] = {"alpha": 3e-6, "evaluation": evaluated["evaluation"]}
+    jsonschema.validate(metrics, load_schema())
+    frame = tables.case_table(metrics["cases"][0])
+    assert frame["KL reference code (nats)"][0].startswith("12.0")
+    assert frame["accuracy reference code (%)"][0].startswith("50.0")
+    text = tables.console(metrics)
+    assert max(map(len, text.splitlines())) <= tables.WIDTH
+    assert "reference code: on forget, at the best of twelve scales; accuracy (%) on retain 50.0; test 50.0" in text
 
 
 def test_the_console_fits_a_terminal(metrics):

@@ -87,6 +87,18 @@ class Split:
         """The same split with fewer retained samples."""
         return replace(self, retain=retain)
 
+    def forgetting(self, forget_idx: Sequence[int] | Indices | Tensor | range) -> Split:
+        """The same data with these samples forgotten, too; naming one twice over several requests is no error.
+
+        Raises:
+            SplitError: As for `resolve`.
+        """
+        wanted = np.union1d(_validated(forget_idx, len(self.base), False), self.forget)  # type: ignore[arg-type]
+        retain = np.setdiff1d(self.retain, wanted)
+        if not len(retain):
+            raise SplitError("requests that leave no retained sample", "at least one", "Train a new model instead.")
+        return replace(self, retain=retain, forget=wanted)
+
     def __repr__(self) -> str:
         return f"Split({len(self.retain)} retained, {len(self.forget)} forgotten)"
 
@@ -145,6 +157,13 @@ def resolve(
     if loader is None:
         return Split(base, retain, forget, unpack=unpack)
     return Split(base, retain, forget, loader.batch_size or 256, loader.collate_fn, loader.num_workers, unpack)
+
+
+def some(indices: Indices, few: int, seed: int | np.random.Generator) -> Indices:
+    """At most `few` of the indices, drawn at random, sorted."""
+    if len(indices) <= few:
+        return indices
+    return np.sort(np.random.default_rng(seed).choice(indices, few, replace=False))
 
 
 def _unnest(data: Any) -> tuple[Any, Indices]:

@@ -135,6 +135,7 @@ def _case(case: Case, figures: list[_Figure]) -> dict[str, Any]:
         "figures": figures,
         "table": tables.case_table(case),
         "spread": tables.spread_note(case),
+        "rival": tables.reference_code(case) is not None,
         "runs": tables.runs_table(case),
         "moving": sum(not run["forget"]["newton"]["at_minimum"] for run in runs),
         "refreshed": any(run["forget"]["buffers_refreshed"] for run in runs),

@@ -287,8 +287,15 @@ def timing(case: Case) -> str | None:
     return f"Forgetting took {shown[0]}; retraining once takes {shown[1]}."
 
 
+def reference_code(case: Case) -> Case | None:
+    """The case with the scores of the public code in place of the scrubbed model's; `None` where it was not run."""
+    return {**case, "summary": case["reference_code"]} if "reference_code" in case else None
+
+
 def case_table(case: Case) -> pd.DataFrame:
     """One row a part of the data, in words: KL in nats, scores in % where they are accuracies.
+
+    With two more columns where the reference code was run.
 
     Raises:
         DataError: If the case lacks a score.
@@ -297,6 +304,7 @@ def case_table(case: Case) -> pd.DataFrame:
     unit = score_scale(name)[1]
     title = f"{name} {{}} ({unit})" if unit else f"{name} {{}}"
     rows = []
+    rival = reference_code(case)
     for part in parts_of(case):
         values = {key: estimate(case, part, key) for key in ("kl_original", "kl_scrubbed", "floor")}
         scores = {key: estimate(case, part, f"score_{key}") for key in ("original", "scrubbed", "retrained")}
@@ -312,6 +320,10 @@ def case_table(case: Case) -> pd.DataFrame:
                 **{title.format(key): score(value, name) for key, value in scores.items()},
             }
         )
+        if rival:
+            other = estimate(rival, part, "kl_scrubbed")
+            rows[-1]["KL reference code (nats)"] = plus_minus(other.mean, other.std)
+            rows[-1][title.format("reference code")] = score(estimate(rival, part, "score_scrubbed"), name)
     return pd.DataFrame(rows)
 
 
@@ -390,20 +402,10 @@ def _console_table(case: Case, width: int) -> list[str]:
     name = case["score_name"]
     unit = score_scale(name)[1]
     heads = ["", "original", "scrubbed", "floor", "closed", "original", "scrubbed", "retrained"]
-    rows = []
-    for part in parts_of(case):
-        after, closed = estimate(case, part, "kl_scrubbed"), estimate(case, part, "gap_closed")
-        means = [Estimate(estimate(case, part, f"score_{k}").mean, math.nan, 1) for k in heads[-3:]]
-        rows.append(
-            [
-                part,
-                number(estimate(case, part, "kl_original").mean),
-                plus_minus(after.mean, after.std),
-                number(estimate(case, part, "floor").mean),
-                _share(closed.mean) if math.isfinite(closed.mean) else MISSING,
-                *(score(value, name) for value in means),
-            ]
-        )
+    rows = [_console_row(case, part, part) for part in parts_of(case)]
+    rival = reference_code(case)
+    if rival:
+        rows.append(_console_row(rival, "forget", "reference code"))
     widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
     widths[0] = min(widths[0], max(8, width - sum(widths[1:]) - 2 * (len(widths) - 1)))
     for row in rows:
@@ -415,4 +417,24 @@ def _console_table(case: Case, width: int) -> list[str]:
     top = " " * left + f"{kl:<{group}}"[:group] + "  " + score_title[: width - left - group - 2]
     undefined = any(estimate(case, part, "gap_closed").n == 0 for part in parts_of(case))
     note = [f'closed "{MISSING}" is {UNDEFINED}'] if undefined else []
+    if rival:
+        kept = [f"{part} {_mean_score(rival, part, 'scrubbed')}" for part in parts_of(rival) if part != "forget"]
+        text = f"reference code: on forget, at the best of twelve scales; {score_title} on {'; '.join(kept)}"
+        note += textwrap.wrap(text, width, subsequent_indent="  ")
     return [top, *("  ".join(_align(row, widths)).rstrip() for row in [heads, *rows]), *note]
+
+
+def _console_row(case: Case, part: str, label: str) -> list[str]:
+    after, closed = estimate(case, part, "kl_scrubbed"), estimate(case, part, "gap_closed")
+    return [
+        label,
+        number(estimate(case, part, "kl_original").mean),
+        plus_minus(after.mean, after.std),
+        number(estimate(case, part, "floor").mean),
+        _share(closed.mean) if math.isfinite(closed.mean) else MISSING,
+        *(_mean_score(case, part, key) for key in ("original", "scrubbed", "retrained")),
+    ]
+
+
+def _mean_score(case: Case, part: str, key: str) -> str:
+    return score(estimate(case, part, f"score_{key}")._replace(std=math.nan), case["score_name"])

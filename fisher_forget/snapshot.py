@@ -1,0 +1,110 @@
+"""What one pass over all the data tells at the original weights, and what is left of it without the forget set.
+
+Everything here is a sum over samples: the retained part follows by taking the forget set's part away, at a cost that
+grows with the forget set and not with the data (`prepare` keeps the sums for that).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fisher_forget import params as P
+from fisher_forget import storage
+from fisher_forget.curvature.estimate import estimate_curvature
+from fisher_forget.data.split import Indices, Split, some
+from fisher_forget.errors import StorageError
+from fisher_forget.objective import Gradient, Objective
+from fisher_forget.progress import bar
+
+FORMAT = "1"
+SAMPLED = 512  # samples for the gradient's sampling variance
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Sums at the original weights over all samples, retained and forgotten.
+
+    Attributes:
+        total: Gradient, loss and count of all samples, without weight decay.
+        samples: Their indices, sorted.
+        spread: tr H_n of each, in that order: where the output curvature is.
+        variance: tr E / N, with E the empirical Fisher on some samples: the sampling variance of the mean gradient.
+    """
+
+    total: Gradient
+    samples: Indices
+    spread: Tensor
+    variance: float
+
+    def retained(self, split: Split, forgotten: Gradient) -> Gradient:
+        """The sums of the retained samples.
+
+        Raises:
+            StorageError: If the snapshot was taken of other samples than the split has.
+        """
+        if not np.array_equal(self.samples, split.indices("all")):
+            raise StorageError(
+                f"a snapshot of {len(self.samples):,} samples for {split}", "the same samples", "Take a new snapshot."
+            )
+        return self.total - forgotten
+
+    def spread_of(self, indices: Indices) -> Tensor:
+        """tr H_n of some of the samples: [len(indices)]."""
+        return self.spread[torch.from_numpy(np.searchsorted(self.samples, indices))]
+
+
+def take_snapshot(objective: Objective, split: Split, *, seed: int = 0, progress: bool = False) -> Snapshot:
+    """One pass over the data, forward and backward.
+
+    Args:
+        objective: Losses at the original parameters.
+        split: All of its samples count.
+        seed: Chooses the samples for the sampling variance.
+        progress: Show a progress bar.
+
+    Raises:
+        NumericalError: If a loss or gradient is not finite.
+    """
+    every = split.indices("all")
+    spread: list[Tensor] = []
+    batches = bar(split.batches(every), split.steps(every), "gradient", progress)
+    total = objective.gradient(batches, objective.start, spread)
+    few = some(every, SAMPLED, seed)
+    fisher = estimate_curvature(
+        objective.twin(), split, objective.likelihood, structure="diagonal", kind="empirical", part=few
+    )
+    return Snapshot(total, every, torch.cat(spread), fisher.trace() / total.count)
+
+
+def save_snapshot(path: str | Path, snapshot: Snapshot, fingerprint: str) -> None:
+    """Write a snapshot, with a fingerprint of the model and the data that it was taken of.
+
+    Raises:
+        StorageError: If the file cannot be written.
+    """
+    tensors = {f"gradient/{name}": value for name, value in snapshot.total.sums.items()}
+    tensors |= {"samples": torch.from_numpy(snapshot.samples), "spread": snapshot.spread}
+    numbers = {"loss": snapshot.total.loss, "count": snapshot.total.count, "variance": snapshot.variance}
+    storage.save_tensors(path, tensors, {"format": FORMAT, "fingerprint": fingerprint, "numbers": json.dumps(numbers)})
+
+
+def load_snapshot(path: str | Path, objective: Objective, fingerprint: str) -> Snapshot:
+    """Read a snapshot back.
+
+    Raises:
+        StorageError: If the file is missing or damaged, of another format, or made for another model or other data.
+    """
+    tensors, metadata = storage.load_tensors(path)
+    for key, expected in (("format", FORMAT), ("fingerprint", fingerprint)):
+        if metadata.get(key) != expected:
+            raise StorageError(f"{path} with {key} {metadata.get(key)}", f"{key} {expected}", "Name another folder.")
+    numbers = json.loads(metadata["numbers"])
+    sums: P.Params = {name: tensors[f"gradient/{name}"].to(p.device) for name, p in objective.start.items()}
+    total = Gradient(sums, numbers["loss"], numbers["count"])
+    return Snapshot(total, tensors["samples"].numpy(), tensors["spread"], numbers["variance"])

@@ -1,0 +1,182 @@
+"""Deletion requests from prepared sums: the same result as from the start, accumulated, kept on disk."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from fisher_forget import SplitError, StorageError, forget, prepare
+from fisher_forget import params as P
+from fisher_forget.snapshot import load_snapshot
+from fisher_forget.training import TrainSettings, train
+
+WD = 0.01
+# by name, because the package exports the functions of the same names
+PREPARE, FORGET = (importlib.import_module(f"fisher_forget.{name}") for name in ("prepare", "forget"))
+QUIET = {"noise": None, "drift": False}
+
+
+@pytest.fixture(scope="module")
+def data() -> TensorDataset:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(240, 1, 6, 6, generator=g)
+    return TensorDataset(x, (x[:, 0, :3].sum((1, 2)) > x[:, 0, 3:].sum((1, 2))).long() + (x[:, 0, 0, 0] > 1).long())
+
+
+@pytest.fixture(scope="module")
+def model(data: TensorDataset) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3))
+    return train(net, data, TrainSettings(epochs=200, lr=0.05, weight_decay=WD), seed=0, progress=False)
+
+
+def weights(model: nn.Module) -> P.Params:
+    return P.detached(dict(model.named_parameters()))
+
+
+def distance(a: nn.Module, b: nn.Module, start: nn.Module) -> float:
+    """Difference of two results over the length of the step."""
+    step = P.add(weights(a), weights(start), -1)
+    return P.norm(P.add(weights(a), weights(b), -1)) / P.norm(step)
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "dense", "ekfac", "low_rank"])
+def test_literal_step_equals_the_one_off_call(model: nn.Module, data: TensorDataset, structure: str) -> None:
+    """Inverting the curvature itself: sums less a part are the sums of the rest; EKFAC keeps its old eigenbasis."""
+    idx = list(range(0, 30, 3))
+    options = {"steps": 1, "damping": 0.1, "solver": "direct", **QUIET}
+    shared = {"structure": structure, "weight_decay": WD, "max_samples": None, "progress": False}
+    prepared = prepare(model, data, **shared).forget(idx, **options)
+    plain = forget(model, data, idx, **shared, **options)
+    tolerance = {"ekfac": 0.1, "low_rank": 1e-3}.get(structure, 1e-4)
+    assert distance(plain.model, prepared.model, model) <= tolerance
+
+
+def test_the_flow_is_the_same(model: nn.Module, data: TensorDataset) -> None:
+    """Preconditioned by another basis, the flow ends at the same place up to the solver's tolerance."""
+    idx = list(range(12))
+    prepared = prepare(model, data, weight_decay=WD, progress=False).forget(idx, **QUIET)
+    plain = forget(model, data, idx, weight_decay=WD, progress=False, **QUIET)
+    assert [s.damping for s in plain.newton.path] == [s.damping for s in prepared.newton.path]
+    assert distance(plain.model, prepared.model, model) <= 0.1
+
+
+def test_requests_accumulate_in_any_order(model: nn.Module, data: TensorDataset) -> None:
+    def request(*sets: list[int]) -> nn.Module:
+        prepared = prepare(model, data, structure="diagonal", weight_decay=WD, progress=False)
+        return [prepared.forget(s, **QUIET) for s in sets][-1].model
+
+    a, b = [1, 5, 9], [2, 5, 77]
+    once = request([1, 2, 5, 9, 77])
+    for other in (request(a, b), request(b, a)):
+        assert all(torch.equal(x, y) for x, y in zip(once.parameters(), other.parameters(), strict=True))
+
+
+def test_its_cost_grows_with_the_forget_set_only(
+    model: nn.Module, data: TensorDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted, not timed: a literal step reads the forget set a few times and what losses are shown for."""
+
+    class Counting(TensorDataset):
+        reads = 0
+
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
+            Counting.reads += 1
+            return super().__getitem__(index)
+
+    shown = 8
+    monkeypatch.setattr(FORGET, "LOSS_SAMPLES", shown)
+    prepared = prepare(
+        model, Counting(*data.tensors), structure="diagonal", weight_decay=WD, max_samples=None, progress=False
+    )
+    assert Counting.reads >= 2 * len(data)
+    for few in ([3, 4], [10, 11, 12, 13]):
+        Counting.reads = 0
+        prepared.forget(few, steps=1, damping=0.1, solver="direct", **QUIET)
+        assert Counting.reads <= 7 * len(prepared.forgotten) + 2 * shown
+
+
+class TestOnDisk:
+    def test_a_second_process_goes_on(self, model: nn.Module, data: TensorDataset, tmp_path: Path) -> None:
+        first = prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
+        literal = {"steps": 1, "damping": 0.1, "solver": "direct", **QUIET}
+        first.forget([3, 8], **literal)
+        again = prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
+        assert again.forgotten.tolist() == [3, 8]
+        later, straight = again.forget([5], **literal), first.forget([5], **literal)
+        assert distance(straight.model, later.model, model) <= 1e-5
+        assert again.requests == [[3, 8], [5]]
+
+    def test_nothing_is_computed_twice(
+        self, model: nn.Module, data: TensorDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
+        monkeypatch.setattr(PREPARE, "take_snapshot", None)
+        monkeypatch.setattr(PREPARE, "estimate_curvature", None)
+        prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
+
+    def test_a_killed_call_goes_on(
+        self, model: nn.Module, data: TensorDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def killed(*args: object, **kwargs: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(PREPARE, "take_snapshot", killed)
+            with pytest.raises(KeyboardInterrupt):
+                prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
+        assert (tmp_path / "curvature.safetensors").exists()
+        found = prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
+        whole = prepare(model, data, weight_decay=WD, progress=False)
+        for name, value in whole.snapshot.total.sums.items():
+            assert torch.equal(found.snapshot.total.sums[name], value)
+
+    def test_a_killed_request_has_forgotten_nothing(
+        self, model: nn.Module, data: TensorDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def killed(*args: object, **kwargs: object) -> None:
+            raise KeyboardInterrupt
+
+        prepared = prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
+        with monkeypatch.context() as patched:
+            patched.setattr(PREPARE, "scrub", killed)
+            with pytest.raises(KeyboardInterrupt):
+                prepared.forget([4], **QUIET)
+        assert not len(prepared.forgotten)
+        assert not len(prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False).forgotten)
+
+    def test_another_model_data_or_option_is_refused(
+        self, model: nn.Module, data: TensorDataset, tmp_path: Path
+    ) -> None:
+        prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
+        other = P.load(model, P.map_params(lambda p: p + 0.1, weights(model))).eval()
+        fewer = TensorDataset(*(t[:-1] for t in data.tensors))
+        for bad in ((other, data, WD), (model, fewer, WD), (model, data, 2 * WD)):
+            with pytest.raises(StorageError, match="another model, other data or other options"):
+                prepare(bad[0], bad[1], weight_decay=bad[2], folder=tmp_path, progress=False)
+
+    def test_a_damaged_file_is_refused(self, model: nn.Module, data: TensorDataset, tmp_path: Path) -> None:
+        prepared = prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
+        path = tmp_path / "snapshot.safetensors"
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 0xFF
+        path.write_bytes(bytes(content))
+        assert prepared.store is not None
+        with pytest.raises(StorageError, match="checksum"):
+            load_snapshot(path, prepared.objective, prepared.store.mark)
+
+
+def test_bad_requests(model: nn.Module, data: TensorDataset) -> None:
+    prepared = prepare(model, data, structure="diagonal", weight_decay=WD, progress=False)
+    for bad, match in (([], "empty"), ([240], "index 240"), ([-1], "negative"), ([1, 1], "repeats")):
+        with pytest.raises(SplitError, match=match):
+            prepared.forget(bad, **QUIET)
+    prepared.forget(range(239), steps=1, damping=1.0, solver="direct", **QUIET)
+    with pytest.raises(SplitError, match="no retained sample"):
+        prepared.forget([239], **QUIET)
