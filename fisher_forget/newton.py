@@ -141,7 +141,8 @@ def newton_step(
             where the drift is subtracted. 1 is the textbook step.
         damping: tau of each sub-step for a given number of steps; "auto" takes the smallest of 13 values whose first
             step stays within the budget.
-        solver: "cg" on exact GGN products, "direct" inverse of `curvature`, or "auto": direct if it is dense, else cg.
+        solver: "cg" on exact GGN products, "direct" inverse of `curvature`, which stays that of the start
+            at every sub-step, or "auto": direct if it is dense, else cg.
         drift: Subtract the motion that happens without forgetting; "auto" where the model is not at a minimum.
         budget: How far the mean loss on some retained samples may rise, nats; default max(0.01, 10 % of it), and 0.001
             where the drift is subtracted.

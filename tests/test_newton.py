@@ -9,12 +9,14 @@ import oracle
 import pytest
 import torch
 from scipy.optimize import minimize
+from sklearn.linear_model import LogisticRegression, Ridge
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from fisher_forget import Categorical, CurvatureError, Gaussian, NumericalError, estimate_curvature, forget, newton_step
 from fisher_forget.curvature.diagonal import Diagonal
 from fisher_forget.curvature.matrix_free import GgnProduct, conjugate_gradient
+from fisher_forget.data.datasets import load_dataset
 from fisher_forget.data.split import resolve
 from fisher_forget.objective import Objective
 from fisher_forget.params import add, flatten, norm, randn_like, unflatten
@@ -262,3 +264,59 @@ def test_an_indefinite_hessian_is_damped_or_refused() -> None:
     assert found.newton.accepted
     with pytest.raises(CurvatureError, match="indefinite"):
         forget(model, data, [1, 2], steps=1, damping=0.0, drift=True, **options)
+
+
+class TestLinearModels:
+    """scikit-learn's data and solvers: what retraining would give, in closed form or to the optimiser's last digit."""
+
+    def test_ridge_regression_on_diabetes(self) -> None:
+        x, y = (t.double() for t in load_dataset("diabetes").train.tensors)
+        kept = np.arange(50, len(x))
+        model = ridge(x, y, DECAY)
+        result = forget(
+            model,
+            TensorDataset(x, y),
+            range(50),
+            likelihood="gaussian",
+            weight_decay=DECAY,
+            structure="dense",
+            steps=1,
+            damping=0.0,
+            noise=None,
+            progress=False,
+        )
+        ones = np.hstack([x[kept].numpy(), np.ones((len(kept), 1))])
+        retrained = Ridge(alpha=DECAY * len(kept), fit_intercept=False).fit(ones, y[kept].numpy()).coef_.ravel()
+        found = np.append(result.model.weight.detach().numpy(), result.model.bias.detach().numpy())
+        np.testing.assert_allclose(found, retrained, rtol=0, atol=1e-6)
+        assert np.abs(found - np.append(model.weight.detach().numpy(), model.bias.detach().numpy())).max() > 1e-3
+
+    @pytest.mark.parametrize(("gone", "steps"), [(10, 2), (40, 2)])
+    def test_logistic_regression_on_breast_cancer(self, gone: int, steps: int) -> None:
+        x, y = load_dataset("breast_cancer").train.tensors
+        x = x.double()
+        kept = np.arange(gone, len(x))
+        torch_model = softmax_minimiser(nn.Linear(30, 2).double(), x, y, DECAY).eval()
+        result = forget(
+            torch_model,
+            TensorDataset(x, y),
+            range(gone),
+            weight_decay=DECAY,
+            structure="dense",
+            solver="cg",  # the GGN anew at every step; "direct" keeps the curvature of the start
+            steps=steps,
+            damping=0.0,
+            noise=None,
+            progress=False,
+        )
+        w = {name: p.detach().requires_grad_() for name, p in result.model.named_parameters()}
+        loss = Categorical().losses(torch.func.functional_call(result.model, w, (x[kept],)), y[kept]).mean()
+        loss = loss + DECAY / 2 * sum(p.square().sum() for p in w.values())
+        residual = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(w.values()))]).norm()
+        assert float(residual) <= 1e-6
+        # softmax over two classes with decay wd is a logistic regression of the difference with decay wd / 2
+        ones = np.hstack([x[kept].numpy(), np.ones((len(kept), 1))])
+        theirs = LogisticRegression(C=2 / (DECAY * len(kept)), fit_intercept=False, tol=1e-10, max_iter=10_000)
+        theirs.fit(ones, y[kept].numpy())
+        ours = torch.cat([w["weight"], w["bias"][:, None]], 1)
+        np.testing.assert_allclose((ours[1] - ours[0]).detach().numpy(), theirs.coef_[0], atol=1e-4)
