@@ -110,18 +110,18 @@ def forget(
         37
     """
     with preserved_rng():
-        check_options(
-            weight_decay=weight_decay,
-            draws=draws,
-            steps=steps,
-            damping=damping,
-            solver=solver,
-            drift=drift,
-            budget=budget,
-            noise=noise,
-            exponent=exponent,
-            seed=seed,
-        )
+        options: dict[str, Any] = {
+            "steps": steps,
+            "damping": damping,
+            "solver": solver,
+            "drift": drift,
+            "budget": budget,
+            "noise": noise,
+            "exponent": exponent,
+            "seed": seed,
+            "weight_decay": weight_decay,
+        }
+        check_options(draws=draws, **options)
         likelihood = resolve_likelihood(likelihood)
         if isinstance(noise, NoiseTarget):
             noise.check(likelihood)
@@ -157,16 +157,8 @@ def forget(
             curvature,
             snapshot,
             seconds=seconds,
-            weight_decay=weight_decay,
-            steps=steps,
-            damping=damping,
-            solver=solver,
-            drift=drift,
-            budget=budget,
-            noise=noise,
-            exponent=exponent,
-            seed=seed,
             progress=progress,
+            **options,
         )
     return replace(result, model=result.model.to(home))
 

@@ -1,7 +1,8 @@
 """prepare(): deletion requests that cost what they delete.
 
 One pass over all data is made once: the gradient, the output curvature of every sample, the curvature. A request takes
-the forget set's part away from each, and then needs the forget set and a few thousand retained samples only.
+the forget set's part away from each, and then needs the forget set and a few thousand retained samples only (20,000
+where BatchNorm statistics are recomputed).
 
 Every request starts at the original weights with all samples forgotten so far, so that requests accumulate: forgetting
 A, then B, is forgetting A and B at once, in any order.
@@ -110,18 +111,18 @@ class Prepared:
             StorageError: If the request cannot be recorded.
         """
         with preserved_rng():
-            check_options(
-                weight_decay=self.settings.weight_decay,
-                draws=self.settings.draws,
-                steps=steps,
-                damping=damping,
-                solver=solver,
-                drift=drift,
-                budget=budget,
-                noise=noise,
-                exponent=exponent,
-                seed=self.settings.seed,
-            )
+            options: dict[str, Any] = {
+                "steps": steps,
+                "damping": damping,
+                "solver": solver,
+                "drift": drift,
+                "budget": budget,
+                "noise": noise,
+                "exponent": exponent,
+                "seed": self.settings.seed,
+                "weight_decay": self.settings.weight_decay,
+            }
+            check_options(draws=self.settings.draws, **options)
             if isinstance(noise, NoiseTarget):
                 noise.check(self.settings.likelihood)
             split = self.split.forgetting(forget_idx)
@@ -134,16 +135,8 @@ class Prepared:
                 curvature,
                 self.snapshot,
                 seconds={"curvature": perf_counter() - begun},
-                weight_decay=self.settings.weight_decay,
-                steps=steps,
-                damping=damping,
-                solver=solver,
-                drift=drift,
-                budget=budget,
-                noise=noise,
-                exponent=exponent,
-                seed=self.settings.seed,
                 progress=progress,
+                **options,
             )
         requests = [*self.requests, np.setdiff1d(split.forget, self.split.forget).tolist()]
         if self.store is not None:

@@ -35,7 +35,8 @@ class ForgetResult:
         kind: Of the curvature.
         newton: The Newton correction.
         noise: The noise drawn, or `None`.
-        losses: Mean loss in nats: retain_before, retain_after, forget_before, forget_after.
+        losses: Mean loss in nats, of 2,000 samples of each part at most: retain_before, retain_after, forget_before,
+            forget_after.
         buffers_refreshed: Whether BatchNorm statistics were recomputed on the retained data.
         seconds: Wall time of each stage.
         weight_decay: Of the training objective.
