@@ -74,7 +74,8 @@ def forget(
         likelihood: "categorical", "bernoulli", "gaussian", or an instance.
         weight_decay: wd of the training objective, mean loss + (wd/2)|w|^2 (the `weight_decay` of SGD).
         structure: Curvature structure, see `estimate_curvature`.
-        kind: Curvature kind, see `estimate_curvature`.
+        kind: Curvature kind, see `estimate_curvature`; where max_samples="auto" leaves samples out, "auto" is one
+            sketched column a sample, since the curvature is an estimate for a preconditioner then.
         draws: Columns a sample of the random kinds.
         max_samples: Retained samples that the curvature is estimated on; `None` for all. "auto" is 2,000 where it
             only preconditions and shapes the noise, and all where it is inverted itself (solver="direct").
@@ -132,14 +133,16 @@ def forget(
         seconds: dict[str, float] = {}
         clock = time.perf_counter()
 
+        part = curvature_samples(split, max_samples, structure, solver, seed)
+        sketched = kind == "auto" and max_samples == "auto" and len(part) < len(split.retain)
         curvature = estimate_curvature(
             working,
             split,
             likelihood,
             structure=structure,
-            kind=kind,
+            kind="sketch" if sketched else kind,
             draws=draws,
-            part=curvature_samples(split, max_samples, structure, solver, seed),
+            part=part,
             subset=subset,
             seed=seed,
             progress=progress,

@@ -9,9 +9,10 @@ Only retained samples with output curvature contribute to the GGN, so products r
 with the largest tr H_n, re-chosen at every sub-step; the gradient is computed in full once and then updated by its
 change on the working set (variance reduction).
 
-A network that is not at a minimum of its objective would go on training under this flow. Then the motion of the same
-flow over *all* samples is subtracted, w + (flow on L_r) - (flow on L_D): zero for an empty forget set, equal to the
-plain flow at a minimum, and for one step the difference d_A - d_r of Golatkar et al. 2020 (arXiv:1911.04933), Prop. 3.
+A network that is not at a minimum of its objective would go on training under this flow. Then the part of the force
+that is not owed to the forget set is subtracted, so that the flow starts with grad L_r - grad L_D, taken where a step
+of the flow over *all* samples leads: it stands still for an empty forget set, equals the plain one at a minimum, and
+one step is the difference of d_A and d_r in Prop. 3 of Golatkar et al. 2020 (arXiv:1911.04933).
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ TIMES = (125.0, 250.0, 500.0, 1000.0, 1000.0, 1000.0)  # sub-steps of steps="aut
 STILL = 0.02  # stop when a sub-step moves the forget set's predictions by less than this share of the whole motion
 DAMPINGS = tuple(10.0 ** (-k / 2) for k in range(13))  # 1 ... 1e-6, for damping="auto" with a single step
 REJECTIONS = 5
-SHORT, STRICT = 4, 0.001  # sub-steps and budget (nats) of a network that is still being trained: its loss need not rise
+# sub-steps and budget (nats) of a network that is still being trained: its loss need not rise
+DRIFTING, STRICT = (60.0, 60.0, 125.0, 250.0, 500.0), 0.002
+AHEAD = 125.0  # time of the step over all samples that leads to where the forget set's gradient is taken
 QUICK, EXACT = (10, 0.05), (200, 1e-9)  # conjugate-gradient products and tolerance: along the flow, for a given damping
 
 
@@ -80,7 +83,7 @@ class NewtonStep:
         gradient_norm: |grad L_r(w) + wd w| at the start.
         stationarity: |grad L_D + wd w|^2 over the sampling variance of the mean gradient; below 0.5 is a minimum.
         at_minimum: Whether the given model was near a minimum of its training objective.
-        drift_removed: Whether the motion without forgetting was subtracted.
+        drift_removed: Whether the force that is not owed to the forget set was subtracted.
         path: Every sub-step tried, in order.
         held_back: Number of retained samples on which the loss is watched.
         loss_before: Mean loss on them before, nats.
@@ -137,14 +140,14 @@ def newton_step(
         curvature: Estimate at the original parameters, without damping: preconditioner, or B itself.
         weight_decay: wd of the training objective, mean loss + (wd/2)|w|^2.
         steps: Number of sub-steps, or "auto": times 125 to 1,000 up to a horizon of 3,875, fewer when the forget
-            set's predictions stop moving, shortened when the retained loss leaves the budget, and only the first four
-            where the drift is subtracted. 1 is the textbook step.
+            set's predictions stop moving, shortened when the retained loss leaves the budget; times 60 to 500 up to
+            995 where the drift is subtracted. 1 is the textbook step.
         damping: tau of each sub-step for a given number of steps; "auto" takes the smallest of 13 values whose first
             step stays within the budget.
         solver: "cg" on exact GGN products, "direct" inverse of `curvature`, which stays that of the start
             at every sub-step, or "auto": direct if it is dense, else cg.
-        drift: Subtract the motion that happens without forgetting; "auto" where the model is not at a minimum.
-        budget: How far the mean loss on some retained samples may rise, nats; default max(0.01, 10 % of it), and 0.001
+        drift: Subtract the force that is not owed to the forget set; "auto" where the model is not at a minimum.
+        budget: How far the mean loss on some retained samples may rise, nats; default max(0.01, 10 % of it), and 0.002
             where the drift is subtracted.
         working_set: Retained samples that enter the products and the gradient's change.
         snapshot: Of the same model and data, where there is one; else one is taken.
@@ -174,19 +177,20 @@ def newton_step(
         return _Flow(objective, own, curvature, sums, spread, weight_decay=weight_decay, **options)
 
     rng = np.random.default_rng(seed)
-    everyone = replace(split, retain=split.indices("all"), forget=split.forget[:0])
     correction = _Correction(
         objective,
         split,
         flow(split, retained),
-        flow(everyone, snapshot.total) if removed else None,
         held=some(split.retain, 0 if literal else min(len(split.retain) // 10, 1000), rng),
         shown=some(split.forget, 512, rng),
         budget=STRICT if budget is None and removed else budget,
         progress=progress,
     )
+    if removed:
+        everyone = replace(split, retain=split.indices("all"), forget=split.forget[:0])
+        correction.remove_drift(flow(everyone, snapshot.total))
     if steps == "auto":
-        times = TIMES[:SHORT] if removed else TIMES
+        times = DRIFTING if removed else TIMES
         correction.follow(list(times) if damping == "auto" else [1 / damping] * len(times))
     else:
         tau = correction.choose_damping() if damping == "auto" else float(damping)
@@ -252,6 +256,7 @@ class _Flow:
         self.pool = split.retain[order[: max(POOL, working_set)]]
         self.at: Params = dict(objective.start)
         self.moved = False
+        self.drift: Params | None = None  # subtracted from the force
         self._linear: tuple[Params, GgnProduct | None] | None = None
 
     def move(self, at: Params) -> None:
@@ -259,7 +264,7 @@ class _Flow:
         self.at, self.moved, self._linear = at, True, None
 
     def solve(self, tau: float) -> Solution:
-        """delta of (B + (wd + tau) I) delta = -(grad L + wd w), by the curvature itself or by conjugate gradients.
+        """delta of (B + (wd + tau) I) delta = -(grad L + wd w - drift), by the curvature itself or conjugate gradients.
 
         Raises:
             CurvatureError: If the curvature is a Hessian that needs more damping.
@@ -283,7 +288,7 @@ class _Flow:
         )
 
     def _linearise(self) -> tuple[Params, GgnProduct | None]:
-        """Force grad L(w) + wd w, and GGN, at the current weights."""
+        """Force grad L(w) + wd w - drift, and GGN, at the current weights."""
         chosen = self._working_set() if len(self.pool) > self.working_set else self.pool
         if not self.moved:
             gradient = self.sums.mean()
@@ -294,6 +299,8 @@ class _Flow:
             before = self.objective.gradient(self.split.batches(chosen), self.objective.start)
             gradient = P.scale(P.add(self.sums.sums, (here - before).sums), 1 / self.sums.count)
         force = P.add(gradient, self.at, self.weight_decay)
+        if self.drift is not None:
+            force = P.add(force, self.drift, -1)
         if self.direct:
             return force, None
         return force, self.objective.ggn(self.split.batches(chosen), self.at, self.sums.count)
@@ -314,7 +321,6 @@ class _Correction:
         objective: Losses.
         split: Data.
         flow: On the retained samples.
-        still: On all samples, whose motion is subtracted; `None` at a minimum, where there is none.
         held: Retained samples on which the loss is watched.
         shown: Forget samples whose predictions are watched.
         budget: Allowed rise of the loss on the held samples, nats.
@@ -324,7 +330,6 @@ class _Correction:
     objective: Objective
     split: Split
     flow: _Flow
-    still: _Flow | None
     held: Indices
     shown: Indices
     budget: float | None
@@ -336,6 +341,28 @@ class _Correction:
         self.loss_before = self._loss(self.theta)
         self.allowed = self.budget if self.budget is not None else max(0.01, 0.1 * self.loss_before)
         self.first = self.last = self._forget_outputs(self.theta)
+
+    def remove_drift(self, everyone: _Flow) -> None:
+        r"""Leave of the force only what is owed to the forget set, at w_D where a step of the flow over all leads.
+
+        At the start, F = grad L_r(w_D) - grad L_D(w_D) = (m/n_r) (grad L_D(w_D) - grad L_f(w_D)), of which
+        grad L_D(w_D) = -(tau delta + wd w_D) by the step's own equation. The step is shortened like any other; a given
+        damping means the textbook step, which does not look ahead: F = grad L_r(w) - grad L_D(w).
+        """
+        objective, wd = self.objective, self.flow.weight_decay
+        full, ahead = everyone.sums.mean(), self.theta
+        for tau in () if self.flow.literal else tuple(4**k / AHEAD for k in range(REJECTIONS)):
+            try:
+                delta = everyone.solve(tau).x
+                end = P.add(self.theta, delta)
+                if P.finite(end) and not self._loss(end) > self.loss_before + self.allowed:
+                    full, ahead = P.scale(P.add(P.scale(delta, tau), end, wd), -1), end
+                    break
+            except (CurvatureError, NumericalError):
+                continue
+        forgotten = objective.gradient(self.split.batches("forget"), ahead)
+        owed = P.scale(P.add(P.scale(full, forgotten.count), forgotten.sums, -1), 1 / self.flow.sums.count)
+        self.flow.drift = P.add(P.add(self.flow.sums.mean(), self.theta, wd), owed, -1)
 
     def follow(self, times: list[float]) -> None:
         """Adaptive sub-steps: shortened on rejection, ended when the forget set's predictions stand still."""
@@ -352,12 +379,11 @@ class _Correction:
 
     def advance(self, tau: float, *, trial: bool = False) -> bool:
         """One sub-step from the current weights; they move only if it stays within the budget, and is no trial."""
-        step, ends, theta, outputs = self._try(tau)
+        step, theta, outputs = self._try(tau)
         self.path.append(replace(step, accepted=step.accepted and not trial))
         if step.accepted and not trial:
             self.theta, self.last = theta, outputs
-            for flow, end in ends:
-                flow.move(end)
+            self.flow.move(theta)
         return step.accepted
 
     def choose_damping(self) -> float | None:
@@ -370,35 +396,24 @@ class _Correction:
                 break
         return best
 
-    def _try(self, tau: float) -> tuple[SubStep, list[tuple[_Flow, Params]], Params, list[Tensor]]:
-        """Solve the step and look at the retained loss and the forget set's predictions where it leads.
-
-        Both flows must be sound for their difference to mean something: neither may raise the loss.
-        """
-        refused = SubStep(tau, 0, math.inf, math.nan, math.nan, math.nan, False)
+    def _try(self, tau: float) -> tuple[SubStep, Params, list[Tensor]]:
+        """Solve the step and look at the retained loss and the forget set's predictions where it leads."""
         try:
             solved = self.flow.solve(tau)
-            ends = [(self.flow, P.add(self.flow.at, solved.x))]
-            theta = ends[0][1]
-            if self.still is not None:
-                ends.append((self.still, P.add(self.still.at, self.still.solve(tau).x)))
-                theta = P.add(P.add(theta, ends[1][1], -1), self.objective.start)
         except (CurvatureError, NumericalError):
             if self.flow.literal:
                 raise
-            return refused, [], self.theta, []
+            return SubStep(tau, 0, math.inf, math.nan, math.nan, math.nan, False), self.theta, []
+        theta = P.add(self.theta, solved.x)
         step = SubStep(tau, solved.iterations, solved.residual, P.norm(solved.x), math.nan, math.nan, False)
         try:
             if not P.finite(theta):
-                return step, ends, theta, []
-            loss = self._loss(theta)
-            outputs = self._forget_outputs(theta)
-            worst = max([loss, *(self._loss(end) for _, end in ends if end is not theta)])
+                return step, theta, []
+            loss, outputs = self._loss(theta), self._forget_outputs(theta)
         except NumericalError:
-            return step, ends, theta, []
-        within = not len(self.held) or worst <= self.loss_before + self.allowed
-        moved = self._moved(self.last, outputs)
-        return replace(step, loss=loss, moved=moved, accepted=within), ends, theta, outputs
+            return step, theta, []
+        within = not len(self.held) or loss <= self.loss_before + self.allowed
+        return replace(step, loss=loss, moved=self._moved(self.last, outputs), accepted=within), theta, outputs
 
     def _loss(self, at: Params) -> float:
         return self.objective.mean_loss(self.split.batches(self.held), at)
