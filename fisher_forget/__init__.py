@@ -17,7 +17,7 @@ from fisher_forget.errors import (
     SplitError,
     StorageError,
 )
-from fisher_forget.evaluate import Evaluation, Reference
+from fisher_forget.evaluate.closeness import Closeness, Reference
 from fisher_forget.forget import forget
 from fisher_forget.likelihood import Bernoulli, Categorical, Gaussian, Likelihood
 from fisher_forget.newton import NewtonStep, newton_step
@@ -32,11 +32,11 @@ __all__ = [
     "VARIANTS",
     "Bernoulli",
     "Categorical",
+    "Closeness",
     "ConfigError",
     "Curvature",
     "CurvatureError",
     "DataError",
-    "Evaluation",
     "FisherForgetError",
     "FisherForgetWarning",
     "ForgetResult",

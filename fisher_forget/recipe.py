@@ -26,7 +26,7 @@ from fisher_forget.data.datasets import DataBundle, load_dataset
 from fisher_forget.data.split import Indices
 from fisher_forget.ensemble import RetrainedEnsemble, retrain_ensemble
 from fisher_forget.errors import ConfigError, NumericalError
-from fisher_forget.evaluate import Evaluation, Reference, summarise
+from fisher_forget.evaluate.closeness import Closeness, Reference, summarise
 from fisher_forget.forget import forget
 from fisher_forget.models import build_model
 from fisher_forget.report import html, plots, tables
@@ -157,7 +157,7 @@ def prepare_case(config: RunConfig, data: DataBundle, settings: ForgetSet, chose
     """Originals and retrained models of a forget set, trained or loaded."""
     retain = np.setdiff1d(np.arange(len(data.train)), chosen)
     template = _untrained(config, data, 0)
-    basis = (config.data, config.model, config.training, config.likelihood, data.train.tensors)
+    basis = (config.model, config.training, config.likelihood, data.train.tensors)  # wherever the data came from
 
     def ensemble(seeds: list[int], indices: Indices | None, place: Path, title: str) -> RetrainedEnsemble:
         return retrain_ensemble(
@@ -201,7 +201,7 @@ def _parts(data: DataBundle, chosen: Indices, retain: Indices) -> dict[str, Tens
     return parts
 
 
-def _forget(config: RunConfig, data: DataBundle, case: Case, index: int) -> tuple[ForgetResult, Evaluation]:
+def _forget(config: RunConfig, data: DataBundle, case: Case, index: int) -> tuple[ForgetResult, Closeness]:
     seed = config.seeds[index]
     options = {f.name: getattr(config.forget, f.name) for f in fields(config.forget)}
     if options["weight_decay"] is None:
@@ -217,14 +217,14 @@ def _forget(config: RunConfig, data: DataBundle, case: Case, index: int) -> tupl
         progress=config.progress,
         **options,
     )
-    evaluation = case.references[index].evaluate(result.model)
+    evaluation = case.references[index].closeness(result.model)
     place = storage.ensure_folder(case.folder / f"seed-{seed}")
     storage.save_model(place / "scrubbed.safetensors", result.model, {"seed": str(seed), "case": case.settings.name})
     (place / "result.txt").write_text(f"{result}\n")
     return result, evaluation
 
 
-def _reference_code(config: RunConfig, data: DataBundle, case: Case, index: int) -> tuple[float, Evaluation]:
+def _reference_code(config: RunConfig, data: DataBundle, case: Case, index: int) -> tuple[float, Closeness]:
     """The public code of Golatkar et al. 2020 on one original model: (alpha, scores) at its `best_scale` of twelve."""
     variant = reference_code_forget(
         case.originals.models[index],
@@ -237,13 +237,13 @@ def _reference_code(config: RunConfig, data: DataBundle, case: Case, index: int)
     scored = []
     for alpha in ALPHAS:
         try:
-            scored.append((alpha, case.references[index].evaluate(variant.model(alpha))))
+            scored.append((alpha, case.references[index].closeness(variant.model(alpha))))
         except NumericalError:  # so destroyed that its outputs overflow
             continue
     return best_scale(scored)
 
 
-def best_scale(scored: Sequence[tuple[float, Evaluation]]) -> tuple[float, Evaluation]:
+def best_scale(scored: Sequence[tuple[float, Closeness]]) -> tuple[float, Closeness]:
     """The scale with the smallest KL on the forget set among those that cost at most a point of retained accuracy.
 
     Where all of them cost more, the one that costs least. The choice looks at the retrained models, which no method
@@ -253,7 +253,7 @@ def best_scale(scored: Sequence[tuple[float, Evaluation]]) -> tuple[float, Evalu
         scored: (scale, scores) pairs, with the parts "forget" and "retain".
     """
 
-    def loss(pair: tuple[float, Evaluation]) -> float:
+    def loss(pair: tuple[float, Closeness]) -> float:
         retain = pair[1].parts["retain"]
         return retain.score_original - retain.score_scrubbed
 
@@ -267,8 +267,8 @@ def _describe(
     config: RunConfig,
     case: Case,
     results: tuple[ForgetResult, ...],
-    evaluations: tuple[Evaluation, ...],
-    rivals: Sequence[tuple[float, Evaluation]],
+    evaluations: tuple[Closeness, ...],
+    rivals: Sequence[tuple[float, Closeness]],
 ) -> dict[str, Any]:
     described: dict[str, Any] = {
         "name": case.settings.name,

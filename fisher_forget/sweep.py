@@ -10,7 +10,7 @@ import pandas as pd
 from scipy.stats import t as student
 
 from fisher_forget.errors import ConfigError
-from fisher_forget.evaluate import Evaluation, Outputs, Reference, evaluate
+from fisher_forget.evaluate.closeness import Closeness, Outputs, Reference, closeness
 from fisher_forget.noise import EXPONENT
 from fisher_forget.progress import bar
 from fisher_forget.result import ForgetResult
@@ -117,8 +117,8 @@ def _plain(values: pd.Series[float]) -> dict[str, float]:
     return {str(name): float(value) for name, value in values.items()}
 
 
-def _scored(reference: Reference, outputs: Outputs) -> Evaluation:
-    return evaluate(reference.likelihood, reference.targets, reference.original, outputs, reference.retrained)
+def _scored(reference: Reference, outputs: Outputs) -> Closeness:
+    return closeness(reference.likelihood, reference.targets, reference.original, outputs, reference.retrained)
 
 
 def _losses(reference: Reference, outputs: Outputs) -> dict[str, float]:
@@ -131,6 +131,6 @@ def _losses(reference: Reference, outputs: Outputs) -> dict[str, float]:
     return {f"loss_{part}": float(loss / count) for part, (loss, count) in sums.items()}
 
 
-def _columns(evaluation: Evaluation, kl: str, score: str) -> dict[str, float]:
+def _columns(evaluation: Closeness, kl: str, score: str) -> dict[str, float]:
     parts = {part: asdict(evaluation.parts[part]) for part in PARTS}
     return {f"kl_{part}": parts[part][kl] for part in PARTS} | {f"score_{part}": parts[part][score] for part in PARTS}

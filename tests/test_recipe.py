@@ -16,7 +16,7 @@ from fisher_forget import ConfigError, ensemble
 from fisher_forget.cli import main
 from fisher_forget.config import ForgetSet
 from fisher_forget.data.datasets import load_dataset
-from fisher_forget.evaluate import Evaluation, PartScores
+from fisher_forget.evaluate.closeness import Closeness, PartScores
 from fisher_forget.recipe import ALPHAS, best_scale, choose, load_sweep
 from fisher_forget.report.schema import load_schema
 
@@ -140,13 +140,13 @@ class TestRun:
         assert "metrics.json" in capsys.readouterr().err
 
 
-def scored(scale: float, kl: float, retained: float) -> tuple[float, Evaluation]:
+def scored(scale: float, kl: float, retained: float) -> tuple[float, Closeness]:
     """Of an original that has 0.99 on the retained data."""
 
     def part(score: float) -> PartScores:
         return PartScores(9, 5.0, kl, 0.1, 0.2, 0.1, None, 0.99, score, 0.99, 0.0)
 
-    return scale, Evaluation({"forget": part(0.0), "retain": part(retained)}, 2, "accuracy")
+    return scale, Closeness({"forget": part(0.0), "retain": part(retained)}, 2, "accuracy")
 
 
 class TestBestScale:

@@ -24,7 +24,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-import fisher_forget.evaluate as evaluate
+import fisher_forget.evaluate.closeness as evaluate
 from fisher_forget.errors import DataError, StorageError
 from fisher_forget.forget import forget
 from fisher_forget.report import plots, tables
@@ -102,7 +102,7 @@ def summary_of_forget(seed: int) -> dict[str, Any]:
 def make_case(name: str, numbers: dict[str, tuple[float, ...]], seeds: int = 3) -> dict[str, Any]:
     sizes = {"forget": 146, "retain": 1291, "test": 360, "test, retained classes": 323}
     evaluations = [
-        evaluate.Evaluation(
+        evaluate.Closeness(
             {part: part_scores(values, sizes[part], 0.05 * (seed - 1)) for part, values in numbers.items()},
             5,
             "accuracy",

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from fisher_forget import Categorical, ConfigError, DataError, NumericalError, Reference, forget, sweep
-from fisher_forget.evaluate import evaluate, gap_closed, mean_kl, summarise
+from fisher_forget.evaluate.closeness import closeness, gap_closed, mean_kl, summarise
 
 
 def outputs(seed: int, n: int = 6) -> torch.Tensor:
@@ -24,7 +24,7 @@ class TestEvaluate:
     def test_equals_scipy_number_by_number(self) -> None:
         y = torch.randint(0, 4, (6,), generator=torch.Generator().manual_seed(9))
         original, scrubbed, members = outputs(0), outputs(1), [outputs(s) for s in (2, 3, 4)]
-        found = evaluate(
+        found = closeness(
             Categorical(), {"forget": y}, {"forget": original}, {"forget": scrubbed}, [{"forget": m} for m in members]
         ).parts["forget"]
 
@@ -47,7 +47,7 @@ class TestEvaluate:
         y = torch.zeros(6, dtype=torch.long)
         members = [outputs(s) for s in range(2, 8)]
         far = outputs(0) * 8
-        held_out = evaluate(Categorical(), {"a": y}, {"a": far}, {"a": far}, [{"a": m} for m in members]).parts["a"]
+        held_out = closeness(Categorical(), {"a": y}, {"a": far}, {"a": far}, [{"a": m} for m in members]).parts["a"]
         assert held_out.gap_closed == pytest.approx(0.0)
         assert gap_closed(12.0, 0.5, 0.5, 0.1) == pytest.approx(1.0)
         assert gap_closed(12.0, 0.25, 0.5, 0.1) > 1.0
@@ -60,7 +60,7 @@ class TestEvaluate:
     def test_refusals(self) -> None:
         y = torch.zeros(6, dtype=torch.long)
         with pytest.raises(DataError, match="at least 2"):
-            evaluate(Categorical(), {"a": y}, {"a": outputs(0)}, {"a": outputs(1)}, [{"a": outputs(2)}])
+            closeness(Categorical(), {"a": y}, {"a": outputs(0)}, {"a": outputs(1)}, [{"a": outputs(2)}])
         with pytest.raises(DataError, match="same samples"):
             mean_kl(Categorical(), outputs(0), outputs(1)[:, :3], y)
         with pytest.raises(NumericalError, match="NaN"):
@@ -69,8 +69,8 @@ class TestEvaluate:
     def test_summary_leaves_undefined_gaps_out(self) -> None:
         y = torch.zeros(6, dtype=torch.long)
         members = [{"a": outputs(s)} for s in (2, 3, 4)]
-        far = evaluate(Categorical(), {"a": y}, {"a": outputs(0) * 20}, {"a": outputs(1)}, members)
-        near = evaluate(Categorical(), {"a": y}, members[0], {"a": outputs(1)}, members)
+        far = closeness(Categorical(), {"a": y}, {"a": outputs(0) * 20}, {"a": outputs(1)}, members)
+        near = closeness(Categorical(), {"a": y}, members[0], {"a": outputs(1)}, members)
         assert near.parts["a"].gap_closed is None
         summary = summarise([far, near])["a"]
         assert summary["gap_closed"]["n"] == 1
@@ -100,7 +100,7 @@ class TestSweep:
         kl = frame.groupby("scale").kl_retain.mean()
         assert kl[10.0] > kl[0.1]  # more noise, farther away
         assert table.marks["original"]["kl_forget"] == pytest.approx(
-            reference.evaluate(model).parts["forget"].kl_original
+            reference.closeness(model).parts["forget"].kl_original
         )
         again = sweep(result, reference, [0.0, 0.1, 10.0], seeds=range(2), progress=False)
         assert again.to_pandas().equals(frame)

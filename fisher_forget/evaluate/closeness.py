@@ -64,7 +64,7 @@ class PartScores:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Closeness:
     """Scores of one scrubbed model, part by part.
 
     Attributes:
@@ -124,9 +124,9 @@ class Reference:
         """Part -> outputs of a model."""
         return {name: predict(model, split)[0] for name, split in self._splits.items()}
 
-    def evaluate(self, model: nn.Module) -> Evaluation:
+    def closeness(self, model: nn.Module) -> Closeness:
         """Scores of a scrubbed model."""
-        return evaluate(self.likelihood, self.targets, self.original, self.outputs(model), self.retrained)
+        return closeness(self.likelihood, self.targets, self.original, self.outputs(model), self.retrained)
 
 
 def predict(model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
@@ -165,13 +165,13 @@ def gap_closed(kl_original: float, kl: float, floor: float, floor_std: float) ->
     return (kl_original - kl) / (kl_original - floor)
 
 
-def evaluate(
+def closeness(
     likelihood: Likelihood,
     targets: Mapping[str, Tensor],
     original: Outputs,
     scrubbed: Outputs,
     retrained: Sequence[Outputs],
-) -> Evaluation:
+) -> Closeness:
     """Score outputs that were computed once.
 
     Args:
@@ -211,14 +211,14 @@ def evaluate(
             score_retrained=float(np.mean(scores)),
             score_retrained_std=float(np.std(scores, ddof=1)),
         )
-    return Evaluation(parts, len(retrained), likelihood.score_name)
+    return Closeness(parts, len(retrained), likelihood.score_name)
 
 
 def _score(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> float:
     return float(likelihood.scores(outputs, targets).mean()) if len(targets) else math.nan
 
 
-def summarise(evaluations: Sequence[Evaluation]) -> dict[str, dict[str, dict[str, float | int | None]]]:
+def summarise(evaluations: Sequence[Closeness]) -> dict[str, dict[str, dict[str, float | int | None]]]:
     """Mean and standard deviation over seeds: part -> score -> {mean, std, n}; undefined values are left out of n."""
     summary: dict[str, dict[str, dict[str, float | int | None]]] = {}
     for part in evaluations[0].parts:

@@ -1,0 +1,1 @@
+"""Published unlearning methods under one protocol, one file each, to compare with."""
