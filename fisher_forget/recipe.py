@@ -24,7 +24,7 @@ from fisher_forget import storage
 from fisher_forget.config import ForgetSet, RunConfig, SweepConfig, to_plain
 from fisher_forget.data.datasets import DataBundle, load_dataset
 from fisher_forget.data.split import Indices
-from fisher_forget.ensemble import RetrainedEnsemble, retrain_ensemble
+from fisher_forget.ensemble import Members, train_members
 from fisher_forget.errors import ConfigError, NumericalError
 from fisher_forget.evaluate.closeness import Closeness, Reference, summarise
 from fisher_forget.forget import forget
@@ -58,8 +58,8 @@ class Case:
     forget: Indices
     folder: Path
     references: tuple[Reference, ...]
-    originals: RetrainedEnsemble
-    retrained: RetrainedEnsemble
+    originals: Members
+    retrained: Members
 
 
 def run(config: RunConfig) -> Path:
@@ -143,7 +143,7 @@ def choose(settings: ForgetSet, data: DataBundle) -> Indices:
 def train_one(config: RunConfig, data: DataBundle, indices: Indices | None, seed: int) -> nn.Module:
     """The model of one seed, trained on all or some of the data."""
     return train(
-        _untrained(config, data, seed),
+        untrained(config, data, seed),
         data.train,
         config.training,
         seed=seed,
@@ -156,11 +156,11 @@ def train_one(config: RunConfig, data: DataBundle, indices: Indices | None, seed
 def prepare_case(config: RunConfig, data: DataBundle, settings: ForgetSet, chosen: Indices, folder: Path) -> Case:
     """Originals and retrained models of a forget set, trained or loaded."""
     retain = np.setdiff1d(np.arange(len(data.train)), chosen)
-    template = _untrained(config, data, 0)
+    template = untrained(config, data, 0)
     basis = (config.model, config.training, config.likelihood, data.train.tensors)  # wherever the data came from
 
-    def ensemble(seeds: list[int], indices: Indices | None, place: Path, title: str) -> RetrainedEnsemble:
-        return retrain_ensemble(
+    def ensemble(seeds: list[int], indices: Indices | None, place: Path, title: str) -> Members:
+        return train_members(
             partial(train_one, config, data, indices),
             seeds,
             template=template,
@@ -175,18 +175,19 @@ def prepare_case(config: RunConfig, data: DataBundle, settings: ForgetSet, chose
     free = (seed for seed in itertools.count(RETRAINED_SEEDS) if seed not in config.seeds)
     members = list(itertools.islice(free, config.retrained))
     retrained = ensemble(members, retain, folder / settings.slug / "retrained", f"retrain without {settings.name}")
-    parts = _parts(data, chosen, retain)
-    references = tuple(Reference(m, retrained.models, parts, config.likelihood) for m in originals.models)
+    named = parts(data, chosen, retain)
+    references = tuple(Reference(m, retrained.models, named, config.likelihood) for m in originals.models)
     return Case(settings, chosen, storage.ensure_folder(folder / settings.slug), references, originals, retrained)
 
 
-def _untrained(config: RunConfig, data: DataBundle, seed: int) -> nn.Module:
+def untrained(config: RunConfig, data: DataBundle, seed: int) -> nn.Module:
+    """The model of one seed before training."""
     inputs, targets = data.train.tensors
     outputs = len(data.classes) or targets.shape[-1]
     return build_model(config.model.name, tuple(inputs.shape[1:]), outputs, seed=seed, **config.model.options)
 
 
-def _parts(data: DataBundle, chosen: Indices, retain: Indices) -> dict[str, TensorDataset]:
+def parts(data: DataBundle, chosen: Indices, retain: Indices) -> dict[str, TensorDataset]:
     """Forget, retain and test data; test data of the classes that are left, where a whole class is forgotten."""
     inputs, targets = data.train.tensors
     parts = {

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from fisher_forget.ensemble import retrain_ensemble
+from fisher_forget.ensemble import train_members
 from fisher_forget.errors import ConfigError, FisherForgetWarning, StorageError
 from fisher_forget.storage import read_metadata
 from fisher_forget.training import TrainSettings, train
@@ -40,7 +40,7 @@ class Recorder:
 
 
 def run(train_fn, seeds=(0, 1, 2), **options):
-    return retrain_ensemble(train_fn, seeds, template=TEMPLATE, progress=False, **options)
+    return train_members(train_fn, seeds, template=TEMPLATE, progress=False, **options)
 
 
 def same(a, b) -> bool:
@@ -91,7 +91,7 @@ class TestMembers:
         assert torch.get_num_threads() == before
 
     def test_progress_shows_what_is_done(self, capsys):
-        retrain_ensemble(fit, (0, 1), template=TEMPLATE, description="oracles")
+        train_members(fit, (0, 1), template=TEMPLATE, description="oracles")
         assert "oracles" in capsys.readouterr().err
         run(fit)
         assert capsys.readouterr().err == ""

@@ -9,7 +9,6 @@ The target of every score is the retrained value: a KL below the floor is not be
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,10 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from fisher_forget import params as P
 from fisher_forget.data.batches import Unpack
-from fisher_forget.data.split import Split
 from fisher_forget.data.split import resolve as resolve_split
+from fisher_forget.ensemble import predict
 from fisher_forget.errors import DataError, NumericalError
 from fisher_forget.likelihood import Likelihood
 from fisher_forget.likelihood import resolve as resolve_likelihood
@@ -127,17 +125,6 @@ class Reference:
     def closeness(self, model: nn.Module) -> Closeness:
         """Scores of a scrubbed model."""
         return closeness(self.likelihood, self.targets, self.original, self.outputs(model), self.retrained)
-
-
-def predict(model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
-    """Outputs [N, ...] of the model in eval mode and targets [N, ...] of all samples of a split, on the CPU."""
-    twin = copy.deepcopy(model).eval()
-    outputs, targets = [], []
-    with torch.no_grad():
-        for batch in split.batches("all"):
-            outputs.append(P.call(twin, {}, (placed := batch.on(twin)).args, placed.kwargs).cpu())
-            targets.append(batch.targets)
-    return torch.cat(outputs), torch.cat(targets)
 
 
 def mean_kl(likelihood: Likelihood, p: Tensor, q: Tensor, targets: Tensor) -> float:

@@ -51,7 +51,9 @@ _REFERENCE = re.compile(r"url\(\s*['\"]?#([^'\")]+)['\"]?\s*\)")
 
 
 @dataclass(frozen=True)
-class _Figure:
+class Figure:
+    """A figure of a page and its caption."""
+
     caption: str
     svg: Markup
 
@@ -80,14 +82,8 @@ def write_report(metrics: Mapping[str, Any], figures: Mapping[str, Path], folder
         DataError: If a case lacks a score.
         StorageError: If a figure cannot be read or the page cannot be written.
     """
-    path = ensure_folder(folder) / "report.html"
     page = render(metrics, figures)
-    try:
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        fix = "Check the folder and its space."
-        raise StorageError(f"{path}: {error}", "a file that can be written", fix) from error
-    return path
+    return write_html(ensure_folder(folder) / "report.html", page)
 
 
 def render(metrics: Mapping[str, Any], figures: Mapping[str, Path]) -> str:
@@ -97,15 +93,9 @@ def render(metrics: Mapping[str, Any], figures: Mapping[str, Path]) -> str:
         DataError: If a case lacks a score.
         StorageError: If a figure cannot be read.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,  # always, because the ending .j2 tells jinja2 nothing
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     placed = _place(metrics["cases"], figures)
-    return environment.get_template("page.html.j2").render(
+    return render_template(
+        "report.html.j2",
         metrics=metrics,
         created=_when(metrics["created"]),
         thresholds=tables,
@@ -113,12 +103,40 @@ def render(metrics: Mapping[str, Any], figures: Mapping[str, Path]) -> str:
         figures=placed.get(None, []),
         settings=list(_flat(metrics["config"])),
         caveat=tables.CAVEAT,
-        script=Markup(SORT_SCRIPT),
-        script_hash=base64.b64encode(hashlib.sha256(SORT_SCRIPT.encode()).digest()).decode(),
     )
 
 
-def _case(case: Case, figures: list[_Figure]) -> dict[str, Any]:
+def render_template(template: str, **values: Any) -> str:
+    """A page of this folder's templates, with the script that sorts tables and the policy that allows nothing else."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,  # always, because the ending .j2 tells jinja2 nothing
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(
+        script=Markup(SORT_SCRIPT),
+        script_hash=base64.b64encode(hashlib.sha256(SORT_SCRIPT.encode()).digest()).decode(),
+        **values,
+    )
+
+
+def write_html(path: Path, page: str) -> Path:
+    """Write a page.
+
+    Raises:
+        StorageError: If it cannot be written.
+    """
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        fix = "Check the folder and its space."
+        raise StorageError(f"{path}: {error}", "a file that can be written", fix) from error
+    return path
+
+
+def _case(case: Case, figures: list[Figure]) -> dict[str, Any]:
     """What the template needs of a case."""
     runs = case["runs"]
     return {
@@ -193,9 +211,9 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]
             yield f"{prefix}{key}", tables.MISSING if value is None else text
 
 
-def _place(cases: list[Case], figures: Mapping[str, Path]) -> dict[int | None, list[_Figure]]:
+def _place(cases: list[Case], figures: Mapping[str, Path]) -> dict[int | None, list[Figure]]:
     """Figures by the position of their case; `None` for those of the whole run."""
-    placed: dict[int | None, list[_Figure]] = {}
+    placed: dict[int | None, list[Figure]] = {}
     longest_first = sorted(range(len(cases)), key=lambda i: -len(cases[i]["name"]))
     for count, (key, path) in enumerate(figures.items()):
         position = next((i for i in longest_first if key.startswith(f"{cases[i]['name']}: ")), None)
@@ -203,11 +221,11 @@ def _place(cases: list[Case], figures: Mapping[str, Path]) -> dict[int | None, l
         if position is None and len(cases) == 1:
             position = 0
         caption = CAPTIONS.get(kind, kind)
-        placed.setdefault(position, []).append(_Figure(caption, _inline(path, f"f{count}-", caption)))
+        placed.setdefault(position, []).append(Figure(caption, inline(path, f"f{count}-", caption)))
     return placed
 
 
-def _inline(path: Path, prefix: str, title: str) -> Markup:
+def inline(path: Path, prefix: str, title: str) -> Markup:
     """An SVG file as an element of the page: ids made unique, its style kept to itself, nothing loaded or run.
 
     Raises:

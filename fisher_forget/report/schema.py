@@ -1,4 +1,4 @@
-"""Where the description of metrics.json is, and how to read it."""
+"""Where the descriptions of metrics.json and evaluation.json are, and how to read them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+EVALUATION_SCHEMA_PATH = Path(__file__).with_name("evaluation.schema.json")
 METRICS_SCHEMA_PATH = Path(__file__).with_name("metrics.schema.json")
 
 
@@ -17,4 +18,15 @@ def load_schema() -> dict[str, Any]:
         1
     """
     schema: dict[str, Any] = json.loads(METRICS_SCHEMA_PATH.read_text(encoding="utf-8"))
+    return schema
+
+
+def evaluation_schema() -> dict[str, Any]:
+    """The JSON Schema (2020-12) of each table in evaluation.json.
+
+    Example:
+        >>> evaluation_schema()["properties"]["schema"]["const"]
+        1
+    """
+    schema: dict[str, Any] = json.loads(EVALUATION_SCHEMA_PATH.read_text(encoding="utf-8"))
     return schema

@@ -1,0 +1,110 @@
+"""`fisher-forget evaluate`: a finished run held against its retrained models, metric by metric, method by method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from fisher_forget import recipe, storage
+from fisher_forget.baselines.finetune import FineTune
+from fisher_forget.config import RunConfig
+from fisher_forget.data.datasets import DataBundle, load_dataset
+from fisher_forget.data.split import resolve as resolve_split
+from fisher_forget.ensemble import RetrainedEnsemble
+from fisher_forget.errors import StorageError
+from fisher_forget.evaluate.evaluation import Evaluation, evaluate
+from fisher_forget.recipe import Case
+from fisher_forget.report import evaluation as page
+from fisher_forget.variants import reference_code_forget
+
+OURS, TUNED, NOISED = "default", "fine-tuning", "diagonal Fisher (public code)"
+
+
+def assess(config: RunConfig) -> Path:
+    """Evaluate every forget set of a finished run: the default, fine-tuning, the public code where the run has it.
+
+    Returns:
+        The page's path; beside it lies evaluation.json, and a Markdown table in every forget set's folder.
+
+    Raises:
+        StorageError: If the run has not finished.
+    """
+    folder = Path(config.out) / config.name
+    metrics = storage.read_json(folder / "metrics.json")
+    data = load_dataset(
+        config.data.name, config.data.root, max_train=config.data.max_train, max_test=config.data.max_test
+    )
+    found: dict[str, Evaluation] = {}
+    for settings, described in zip(config.forget_sets, metrics["cases"], strict=True):
+        case = recipe.prepare_case(config, data, settings, recipe.choose(settings, data), folder)
+        alphas = [run["reference_code"]["alpha"] for run in described["runs"] if "reference_code" in run]
+        found[settings.name] = _assess(config, data, case, alphas)
+        (case.folder / "evaluation.md").write_text(found[settings.name].to_markdown() + "\n")
+    storage.write_json(folder / "evaluation.json", {name: table.to_dict() for name, table in found.items()})
+    return page.write_page(config.name, found, folder)
+
+
+def _assess(config: RunConfig, data: DataBundle, case: Case, alphas: list[float]) -> Evaluation:
+    originals = case.originals.models
+    retain = np.setdiff1d(np.arange(len(data.train)), case.forget)
+    split = resolve_split(data.train, case.forget)
+    ensemble = RetrainedEnsemble(
+        case.originals,
+        case.retrained,
+        case.forget,
+        case.folder,
+        storage.fingerprint(config.model, config.training, config.likelihood, data.train.tensors, case.forget),
+    )
+    methods: dict[str, list[nn.Module]] = {OURS: _scrubbed(config, case)}
+    methods[TUNED] = [_fine_tuned(config, case, data, i) for i in range(len(originals))]
+    if alphas:
+        methods[NOISED] = [_noised(config, data, case, i, alpha) for i, alpha in enumerate(alphas)]
+    table: Evaluation | None = None
+    for name, models in methods.items():
+        scored = evaluate(
+            models,
+            ensemble,
+            recipe.parts(data, case.forget, retain),
+            method=name,
+            likelihood=config.likelihood,
+            split=split,
+            teacher=recipe.untrained(config, data, seed=case.retrained.seeds[-1] + 1),
+        )
+        table = scored if table is None else table + scored
+    assert table is not None
+    return table
+
+
+def _scrubbed(config: RunConfig, case: Case) -> list[nn.Module]:
+    """The models that the run has scrubbed."""
+    found = []
+    for seed, original in zip(config.seeds, case.originals.models, strict=True):
+        path = case.folder / f"seed-{seed}" / "scrubbed.safetensors"
+        if not path.exists():
+            raise StorageError(f"no {path}", "a finished run", "Run `fisher-forget run` with this configuration first.")
+        found.append(storage.load_model(path, original))
+    return found
+
+
+def _fine_tuned(config: RunConfig, case: Case, data: DataBundle, index: int) -> nn.Module:
+    method = FineTune(
+        epochs=max(1, round(0.1 * config.training.epochs)),
+        weight_decay=config.training.weight_decay,
+        likelihood=config.likelihood,
+        seed=config.seeds[index],
+    )
+    return method.unlearn(case.originals.models[index], resolve_split(data.train, case.forget)).model
+
+
+def _noised(config: RunConfig, data: DataBundle, case: Case, index: int, alpha: float) -> nn.Module:
+    variant = reference_code_forget(
+        case.originals.models[index],
+        data.train,
+        case.forget,
+        likelihood=config.likelihood,
+        seed=config.seeds[index],
+        progress=config.progress,
+    )
+    return variant.model(alpha)

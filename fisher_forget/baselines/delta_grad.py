@@ -1,0 +1,267 @@
+r"""DeltaGrad: replay the training without the forgotten samples, with gradients corrected from those of the first run.
+
+Training by gradient descent is recorded: weights w_t and gradients grad L_t of every batch t. The replay knows the
+gradients of the forgotten samples exactly and guesses those of the others from the recorded ones,
+
+    w <- w - lr / (n_t - m_t) [n_t (B_t (w - w_t) + grad L_t(w_t)) - sum_{forgotten in t} grad l_i(w)] - lr wd w
+
+with n_t samples in a batch, m_t of them forgotten, and B_t a limited-memory BFGS approximation of the Hessian from
+steps whose gradient is computed in full: the first j_0 and then every T_0-th. Wu, Dobriban and Davidson 2020
+(arXiv:2006.14755); compact form of B_t from Byrd, Nocedal and Schnabel 1994 (Mathematical Programming 63, 129-156).
+
+The weight decay is exact in every step. A pair that shows no positive curvature, as networks have them, does not enter
+B_t; a step without any pair is computed in full.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fisher_forget import params as P
+from fisher_forget.baselines.protocol import Unlearned
+from fisher_forget.checks import check_model
+from fisher_forget.data.split import Indices, Split
+from fisher_forget.errors import ConfigError, ModelError, NumericalError, SplitError
+from fisher_forget.likelihood import Likelihood, resolve
+from fisher_forget.objective import Gradient, Objective
+from fisher_forget.params import Params
+from fisher_forget.randomness import preserved_rng
+
+MEMORY = 4 << 30
+CONVEX = 1e-6  # least cosine between a change of weights and one of gradients that tells of a curvature
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Plain gradient descent, the training that DeltaGrad can replay. BatchNorm and Dropout stay in eval mode.
+
+    Attributes:
+        epochs: Passes over the data.
+        lr: Learning rate, constant.
+        batch_size: Samples per step at most.
+        weight_decay: wd of the objective.
+        likelihood: Name or instance.
+        seed: Of the order of the samples.
+        memory: Bytes that recorded weights and gradients may take.
+
+    Raises:
+        ConfigError: If a value is out of range.
+    """
+
+    epochs: int = 50
+    lr: float = 0.1
+    batch_size: int = 512
+    weight_decay: float = 0.0005
+    likelihood: Likelihood | str = "categorical"
+    seed: int = 0
+    memory: int = MEMORY
+
+    def __post_init__(self) -> None:
+        for name, good, expected in (
+            ("epochs", self.epochs >= 1, "a number of at least 1"),
+            ("lr", 0 < self.lr < math.inf, "a number above 0"),
+            ("batch_size", self.batch_size >= 1, "a number of at least 1"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "a number of at least 0"),
+        ):
+            if not good:
+                raise ConfigError(f"{name}={getattr(self, name)!r}", expected, "Correct the plan.")
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """A recorded training.
+
+    Attributes:
+        model: The trained model, in eval mode.
+        plan: How it was trained.
+        samples: Indices of all samples, sorted.
+        batches: Indices of each step's samples.
+        weights: Each step's weights before it [d].
+        gradients: Each step's gradient of the batch's mean loss there, without weight decay [d].
+        counts: Each step's scored positions, which that mean is over.
+    """
+
+    model: nn.Module = field(repr=False)
+    plan: Plan
+    samples: Indices = field(repr=False)
+    batches: tuple[Indices, ...] = field(repr=False)
+    weights: tuple[Tensor, ...] = field(repr=False)
+    gradients: tuple[Tensor, ...] = field(repr=False)
+    counts: tuple[float, ...] = field(repr=False)
+
+
+def record(model: nn.Module, split: Split, plan: Plan) -> Trajectory:
+    """Train a copy of the model on all samples of the split, retained and forgotten, and keep the way.
+
+    Args:
+        model: At its initial weights, in eval mode; untouched.
+        split: Gives the data.
+        plan: How to train.
+
+    Raises:
+        ConfigError: If the recorded tensors would not fit the memory.
+        NumericalError: If the training diverges.
+    """
+    check_model(model)
+    with preserved_rng():
+        objective = Objective(model, resolve(plan.likelihood))
+        every, at = split.indices("all"), objective.start
+        per_epoch = -(-len(every) // plan.batch_size)
+        needed = 2 * plan.epochs * per_epoch * sum(x.numel() * x.element_size() for x in at.values())
+        if needed > plan.memory:
+            raise ConfigError(
+                f"{plan.epochs * per_epoch:,} steps whose weights and gradients need {needed / 2**30:,.1f} GiB",
+                f"at most memory={plan.memory} bytes",
+                "Raise `memory` or `batch_size`, or lower `epochs`.",
+            )
+        rng = np.random.default_rng(plan.seed)
+        steps: list[tuple[Indices, Tensor, Tensor, float]] = []
+        for _ in range(plan.epochs):
+            for rows in np.array_split(rng.permutation(every), per_epoch):
+                chosen = np.sort(rows)
+                found = objective.gradient(split.batches(chosen), at)
+                steps.append((chosen, P.flatten(at), P.flatten(found.mean()), found.count))
+                at = _step(at, found.mean(), plan)
+    batches, weights, gradients, counts = zip(*steps, strict=True)
+    return Trajectory(P.load(model, at).eval(), plan, every, batches, weights, gradients, counts)
+
+
+@dataclass(frozen=True)
+class DeltaGrad:
+    """Replay of a recorded training without the forgotten samples.
+
+    Attributes:
+        trajectory: What `record` returned for the model that is to forget.
+        period: T_0, steps from one full gradient to the next.
+        burn_in: j_0, steps with full gradients at the start.
+        history: Pairs in B_t.
+        seed: Nothing is random here.
+
+    Raises:
+        ConfigError: If a value is out of range.
+    """
+
+    name: ClassVar[str] = "deltagrad"
+    grid: ClassVar[dict[str, tuple[Any, ...]]] = {"period": (2, 5, 10), "burn_in": (10, 20)}
+
+    trajectory: Trajectory | None = field(default=None, compare=False)
+    period: int = 5
+    burn_in: int = 20
+    history: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("period", 1), ("burn_in", 0), ("history", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r}", f"a number of at least {least}", "Correct the method's settings."
+                )
+
+    def unlearn(self, model: nn.Module, split: Split) -> Unlearned:
+        """Forget `split.forget`; the given model is untouched.
+
+        Raises:
+            ConfigError: Without a trajectory.
+            ModelError: If the trajectory does not end at the given model.
+            SplitError: If the split has other samples than the trajectory.
+            NumericalError: If the replay diverges.
+        """
+        begun = time.perf_counter()
+        check_model(model)
+        trajectory = self._checked(model, split)
+        plan = trajectory.plan
+        with preserved_rng():
+            objective = Objective(model, resolve(plan.likelihood))
+            at, gradients = P.unflatten(trajectory.weights[0], objective.start), 0
+            pairs: deque[tuple[Tensor, Tensor]] = deque(maxlen=self.history)
+            steps = zip(trajectory.batches, trajectory.weights, trajectory.gradients, trajectory.counts, strict=True)
+            for number, (rows, before, known, count) in enumerate(steps):
+                gone = np.intersect1d(rows, split.forget)
+                kept = np.setdiff1d(rows, split.forget)
+                if not len(kept):  # training without the forgotten samples would not have had this batch
+                    continue
+                away = P.flatten(at) - before
+                forgotten = objective.gradient(split.batches(gone), at)
+                gradients += len(gone)
+                late = number >= self.burn_in and (number - self.burn_in) % self.period != 0
+                if late and (pairs or not bool(away.any())):
+                    guess = P.unflatten(known + lbfgs_product(pairs, away), at)
+                    gradient = (Gradient(P.scale(guess, count), 0.0, count) - forgotten).mean()
+                else:
+                    retained = objective.gradient(split.batches(kept), at)
+                    gradients += len(kept)
+                    gradient = retained.mean()
+                    change = P.flatten((retained + forgotten).mean()) - known
+                    if _convex(away, change):
+                        pairs.append((away, change))
+                at = _step(at, gradient, plan)
+        return Unlearned(P.load(model, at).eval(), time.perf_counter() - begun, gradients / len(split.retain))
+
+    def _checked(self, model: nn.Module, split: Split) -> Trajectory:
+        if self.trajectory is None:
+            raise ConfigError(
+                "no trajectory",
+                "the recorded training of the model that is to forget",
+                "Train with delta_grad.record(), and pass DeltaGrad(trajectory=...).",
+            )
+        own, end = P.trainable(model), P.trainable(self.trajectory.model)
+        if own.keys() != end.keys() or not all(torch.equal(p, end[name]) for name, p in own.items()):
+            raise ModelError(
+                "a model whose weights are not those that the trajectory ends with",
+                "trajectory.model",
+                "Pass that model, or record its training.",
+            )
+        if not np.array_equal(self.trajectory.samples, split.indices("all")):
+            raise SplitError(
+                f"{split} for a trajectory of {len(self.trajectory.samples):,} samples",
+                "the samples that were trained on",
+                "Pass a split of the same data.",
+            )
+        return self.trajectory
+
+
+def lbfgs_product(pairs: Sequence[tuple[Tensor, Tensor]], v: Tensor) -> Tensor:
+    r"""B v, where B is what BFGS updates make of sigma I, pair after pair; zero without pairs.
+
+    Columns S and Y, sigma = y^T s / s^T s of the last pair, D the diagonal and L what is below it of S^T Y:
+
+        B = sigma I - [sigma S, Y] [[sigma S^T S, L], [L^T, -D]]^-1 [sigma S, Y]^T
+
+    Args:
+        pairs: (s, y), changes of weights and of gradients [d], oldest first, with s^T y > 0.
+        v: [d].
+    """
+    if not pairs:
+        return torch.zeros_like(v)
+    s, y = (torch.stack(column, 1).double() for column in zip(*pairs, strict=True))
+    sigma = (s[:, -1] @ y[:, -1]) / (s[:, -1] @ s[:, -1])
+    across = s.T @ y
+    below = across.tril(-1)
+    middle = torch.cat([torch.cat([sigma * s.T @ s, below], 1), torch.cat([below.T, -across.diag().diag()], 1)])
+    sides = torch.cat([sigma * s, y], 1)
+    wide = v.double()
+    product: Tensor = sigma * wide - sides @ torch.linalg.solve(middle, sides.T @ wide)
+    return product.to(v.dtype)
+
+
+def _convex(s: Tensor, y: Tensor) -> bool:
+    """Whether a pair tells of a positive curvature."""
+    s, y = s.double(), y.double()
+    return bool(s @ y > CONVEX * s.norm() * y.norm())
+
+
+def _step(at: Params, gradient: Params, plan: Plan) -> Params:
+    """w - lr (gradient + wd w)."""
+    after = P.add(at, P.add(gradient, at, plan.weight_decay), -plan.lr)
+    if not P.finite(after):
+        raise NumericalError("weights that are not finite", "a descent that converges", "Lower the plan's lr.")
+    return after

@@ -1,0 +1,103 @@
+r"""Selective Synaptic Dampening: shrink the weights that the forgotten samples need far more than all samples do.
+
+    w_i <- w_i min(lambda I_D,i / I_f,i, 1)    where I_f,i > alpha I_D,i
+
+I_f and I_D are the diagonals of the empirical Fisher of D_f and of all of D, (1/N) sum_n (dl_n / dw_i)^2. Nothing is
+trained. Foster, Schoepf and Brintrup 2024 (arXiv:2308.07707).
+
+Their public code squares the gradient of a *batch's* mean loss. Where gradients cancel within a batch, which at a
+minimum is what they do over D, that is no estimate of the formula above: its size depends on the batch size.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fisher_forget import params as P
+from fisher_forget.baselines.descent import shuffled
+from fisher_forget.baselines.protocol import Unlearned
+from fisher_forget.checks import check_model
+from fisher_forget.curvature.estimate import estimate_curvature
+from fisher_forget.data.split import Indices, Split
+from fisher_forget.errors import ConfigError
+from fisher_forget.likelihood import Likelihood, resolve
+from fisher_forget.objective import Objective
+from fisher_forget.params import Params
+from fisher_forget.randomness import preserved_rng
+
+
+@dataclass(frozen=True)
+class Ssd:
+    """Selective Synaptic Dampening.
+
+    Attributes:
+        alpha: How many times more important for D_f than for D a weight must be.
+        lam: lambda, how strongly such a weight is dampened.
+        importance: "sample" squares the gradient of every sample; "batch" that of every batch, as the public code does.
+        batch_size: Of importance="batch".
+        likelihood: Name or instance.
+        seed: Of the batches of importance="batch".
+
+    Raises:
+        ConfigError: If a value is out of range.
+    """
+
+    name: ClassVar[str] = "ssd"
+    grid: ClassVar[dict[str, tuple[Any, ...]]] = {"alpha": (2.0, 5.0, 10.0, 30.0, 100.0), "lam": (0.1, 0.5, 1.0)}
+
+    alpha: float = 10.0
+    lam: float = 1.0
+    importance: Literal["sample", "batch"] = "sample"
+    batch_size: int = 128
+    likelihood: Likelihood | str = "categorical"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, good, expected in (
+            ("alpha", 0 <= self.alpha < math.inf, "a number of at least 0"),
+            ("lam", 0 <= self.lam < math.inf, "a number of at least 0"),
+            ("importance", self.importance in ("sample", "batch"), "'sample' or 'batch'"),
+            ("batch_size", self.batch_size >= 1, "a number of at least 1"),
+        ):
+            if not good:
+                raise ConfigError(f"{name}={getattr(self, name)!r}", expected, "Correct the method's settings.")
+
+    def unlearn(self, model: nn.Module, split: Split) -> Unlearned:
+        """Forget `split.forget`; the given model is untouched."""
+        begun = time.perf_counter()
+        check_model(model)
+        likelihood = resolve(self.likelihood)
+        measure = sample_importance if self.importance == "sample" else self._batch_importance
+        start = P.detached(P.trainable(model))
+        with preserved_rng():
+            everyone = measure(model, split, likelihood, split.indices("all"))
+            forgotten = measure(model, split, likelihood, split.forget) if len(split.forget) else P.zeros_like(start)
+        final = P.map_params(self._dampened, start, everyone, forgotten)
+        passes = (len(split.retain) + 2 * len(split.forget)) / len(split.retain)
+        return Unlearned(P.load(model, final).eval(), time.perf_counter() - begun, passes)
+
+    def _dampened(self, w: Tensor, everyone: Tensor, forgotten: Tensor) -> Tensor:
+        shrunk = w * (self.lam * everyone / forgotten).clamp(max=1)
+        return torch.where(forgotten > self.alpha * everyone, shrunk, w)
+
+    def _batch_importance(self, model: nn.Module, split: Split, likelihood: Likelihood, chosen: Indices) -> Params:
+        """Mean over random batches of the squared gradient of the batch's mean loss."""
+        objective = Objective(model, likelihood)
+        total, batches = P.zeros_like(objective.start), 0
+        for batch in shuffled(split, chosen, self.batch_size, np.random.default_rng(self.seed)):
+            gradient = objective.gradient([batch], objective.start).mean()
+            total, batches = P.add(total, P.map_params(torch.square, gradient)), batches + 1
+        return P.scale(total, 1 / batches)
+
+
+def sample_importance(model: nn.Module, split: Split, likelihood: Likelihood, chosen: Indices) -> Params:
+    """Diagonal of the empirical Fisher: squared gradients of the chosen samples, summed, per scored position."""
+    found = estimate_curvature(model, split, likelihood, structure="diagonal", kind="empirical", part=chosen)
+    return found.diagonal()

@@ -1,0 +1,189 @@
+r"""UNSIR: impair with noise that the model gets most wrong for what is forgotten, then repair on retained samples.
+
+    noise:   x <- Adam step down  -loss(f_w(x), y) + penalty |x|^2,   x from N(0, I), y the target of a sample of D_f
+    impair:  w <- Adam step down  the mean loss of (x, y), shown `copies` times each, mixed with part of D_r
+    repair:  w <- Adam step down  the mean loss of the same part of D_r
+
+Tarun et al. 2023 (arXiv:2111.08947) forget whole classes, with 256 noise inputs for each. Here the noise inputs share
+the targets of samples drawn from D_f: the same where D_f is one class, and in its proportions where it is not. The
+public code labels the noise of every class as class 0 and optimises it in training mode; here it keeps its target, and
+the model is in eval mode.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fisher_forget.baselines.descent import Descent, Loss, descend, each, mean_loss, require, shuffled
+from fisher_forget.baselines.protocol import Unlearned
+from fisher_forget.data.batches import Batch
+from fisher_forget.data.split import Indices, Split, some
+from fisher_forget.errors import ConfigError
+from fisher_forget.likelihood import Likelihood, resolve
+from fisher_forget.randomness import preserved_rng
+
+
+@dataclass(frozen=True)
+class Unsir:
+    """Error-maximising noise, impair, repair.
+
+    Attributes:
+        noises: Number of noise inputs.
+        steps: Adam steps that make them.
+        noise_lr: Learning rate of these steps, in units of the inputs.
+        penalty: Of |x|^2, nats per squared unit of the inputs.
+        copies: How often each noise input is shown in an impair epoch.
+        share: Of D_r that is used, drawn once.
+        impair_epochs: Passes over noise and the part of D_r.
+        impair_lr: Learning rate of Adam.
+        repair_epochs: Passes over the part of D_r.
+        repair_lr: Learning rate of Adam.
+        batch_size: Samples per step.
+        likelihood: Name or instance.
+        seed: Of everything random.
+
+    Raises:
+        ConfigError: If a value is out of range.
+    """
+
+    name: ClassVar[str] = "unsir"
+    grid: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "impair_lr": (0.0005, 0.002, 0.02),
+        "repair_lr": (0.0005, 0.002, 0.01),
+        "copies": (1, 20),
+    }
+
+    noises: int = 256
+    steps: int = 40
+    noise_lr: float = 0.1
+    penalty: float = 0.1
+    copies: int = 20
+    share: float = 0.2
+    impair_epochs: int = 1
+    impair_lr: float = 0.02
+    repair_epochs: int = 1
+    repair_lr: float = 0.01
+    batch_size: int = 256
+    likelihood: Likelihood | str = "categorical"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("noises", "copies", "batch_size"):
+            require(name, getattr(self, name), getattr(self, name) >= 1, "a number of at least 1")
+        require("steps", self.steps, self.steps >= 0, "a number of at least 0")
+        require("noise_lr", self.noise_lr, self.noise_lr > 0, "a positive learning rate")
+        require("penalty", self.penalty, self.penalty >= 0, "a penalty of at least 0")
+        require("share", self.share, 0 < self.share <= 1, "a share above 0, at most 1")
+
+    def unlearn(self, model: nn.Module, split: Split) -> Unlearned:
+        """Forget `split.forget`; the given model is untouched.
+
+        Raises:
+            ConfigError: If the inputs hold no floating-point tensor that could be noise, or the shapes of the samples
+                differ.
+        """
+        begun = time.perf_counter()
+        likelihood = resolve(self.likelihood)
+        kept = some(split.retain, max(1, round(self.share * len(split.retain))), self.seed)
+        noises = self.noises if len(split.forget) else 0
+        noise = self.noise(model, split, likelihood) if noises else None
+
+        def impair(_: int, rng: np.random.Generator) -> Iterator[Loss]:
+            order = rng.permutation(np.concatenate([np.repeat(-1 - np.arange(noises), self.copies), kept]))
+            for rows in np.array_split(order, -(-len(order) // self.batch_size)):
+                yield partial(_mixed_loss, likelihood, split, noise, rows)
+
+        def repair(_: int, rng: np.random.Generator) -> Iterator[Loss]:
+            retained = shuffled(split, kept, self.batch_size, rng)
+            yield from each(retained, lambda m, b: mean_loss(m, likelihood, b))
+
+        settings = Descent(self.impair_epochs, self.impair_lr, optimizer="adam")
+        impaired = descend(model, settings, impair, seed=self.seed)
+        settings = Descent(self.repair_epochs, self.repair_lr, optimizer="adam")
+        found = descend(impaired, settings, repair, seed=self.seed + 1)
+        shown = self.impair_epochs * (noises * self.copies + len(kept)) + self.repair_epochs * len(kept)
+        passes = (self.steps * noises + shown) / len(split.retain)
+        return Unlearned(found, time.perf_counter() - begun, passes)
+
+    def noise(self, model: nn.Module, split: Split, likelihood: Likelihood) -> Batch:
+        """Noise inputs [noises, ...] and the targets they are to be as wrong for as they can.
+
+        Floating-point inputs are noise; others (masks, say) are those of the samples of D_f.
+        """
+        rows = np.random.default_rng(self.seed).choice(split.forget, self.noises)
+        twin = copy.deepcopy(model).eval().requires_grad_(False)
+        with preserved_rng():
+            batch = next(replace(split, batch_size=len(rows)).batches(rows)).on(twin)
+        generator = torch.Generator().manual_seed(self.seed)
+        inputs, structure = pytree.tree_flatten((batch.args, batch.kwargs))
+        noisy = [i for i, x in enumerate(inputs) if _leads(x, len(batch)) and x.is_floating_point()]
+        if not noisy:
+            raise ConfigError(
+                f"{self.name} for inputs without a floating-point tensor",
+                "inputs that can be optimised by their gradient",
+                "Choose another method: token ids cannot be moved a little.",
+            )
+        for i in noisy:
+            drawn = torch.randn(inputs[i].shape, generator=generator, dtype=inputs[i].dtype)
+            inputs[i] = drawn.to(inputs[i].device).requires_grad_()
+        args, kwargs = pytree.tree_unflatten(inputs, structure)
+        batch = replace(batch, args=args, kwargs=kwargs)
+        leaves = [inputs[i] for i in noisy]
+        optimizer = torch.optim.Adam(leaves, lr=self.noise_lr)
+        with torch.enable_grad():
+            for _ in range(self.steps):
+                size = torch.stack([x.square().sum() for x in leaves]).sum() / len(batch)
+                optimizer.zero_grad()
+                (self.penalty * size - mean_loss(twin, likelihood, batch)).backward()
+                optimizer.step()
+        return batch.map(Tensor.detach)
+
+
+def _mixed_loss(likelihood: Likelihood, split: Split, noise: Batch | None, rows: Indices, model: nn.Module) -> Tensor:
+    """Mean loss of one batch of retained samples (rows from 0) and noise inputs (rows below 0: -1 is the first)."""
+    parts = []
+    if noise is not None and (rows < 0).any():
+        parts.append(_rows(noise, -1 - rows[rows < 0]))
+    if (rows >= 0).any():
+        retained = rows[rows >= 0]
+        parts.append(next(replace(split, batch_size=len(retained)).batches(retained)).on(model))
+    return mean_loss(model, likelihood, parts[0] if len(parts) == 1 else _joined(*parts))
+
+
+def _rows(batch: Batch, rows: Indices) -> Batch:
+    total, at = len(batch), torch.from_numpy(rows)
+    return batch.map(lambda x: x[at.to(x.device)] if _leads(x, total) else x)
+
+
+def _leads(x: Any, total: int) -> bool:
+    """Whether this is a tensor whose first dimension counts samples."""
+    return isinstance(x, Tensor) and x.dim() > 0 and len(x) == total
+
+
+def _joined(first: Batch, second: Batch) -> Batch:
+    """One batch of both; tensors that do not lead with the batch are those of the first."""
+    a, structure = pytree.tree_flatten((first.args, first.kwargs, first.targets))
+    b = pytree.tree_leaves((second.args, second.kwargs, second.targets))
+
+    def join(x: Any, y: Any) -> Any:
+        return torch.cat([x, y]) if _leads(x, len(first)) and _leads(y, len(second)) else x
+
+    try:
+        joined = [join(x, y) for x, y in zip(a, b, strict=True)]
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"unsir for batches whose samples differ in shape ({error})",
+            "samples of one shape, so that noise and retained ones fit in a batch",
+            "Pad all samples to one length, or choose another method.",
+        ) from error
+    return Batch(*pytree.tree_unflatten(joined, structure))

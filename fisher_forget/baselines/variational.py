@@ -1,0 +1,145 @@
+r"""Variational forgetting: noise as wide in every filter as the retained loss allows, learned by gradient descent.
+
+    Sigma* = argmin E_{n ~ N(0, Sigma)} L_r(w + n) - lambda ln|Sigma|,    w <- w + n
+
+Sigma is diagonal, with one log-variance a filter (a slice along the first dimension of a weight of two dimensions or
+more), from 0.005 times the variance of its weights and never above e^-3. Where the loss is quadratic with curvature B
+the variance of a filter of k weights becomes 2 lambda k / tr(B of the filter). One-dimensional parameters get no noise.
+Golatkar et al. 2020 (arXiv:1911.04933), section on variational forgetting and public code.
+
+The code draws noise at the outputs of layers (local reparameterisation), which needs to know every kind of layer. Here
+weights are drawn in pairs w + n, w - n, whose first-order effects on the loss cancel. The code's learned prior on each
+layer, which keeps flat directions finite, is left out: the limit e^-3 does that.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fisher_forget import params as P
+from fisher_forget.baselines.descent import shuffled
+from fisher_forget.baselines.protocol import Unlearned
+from fisher_forget.checks import check_model
+from fisher_forget.data.split import Split
+from fisher_forget.errors import ConfigError, ModelError, NumericalError
+from fisher_forget.likelihood import Likelihood, resolve
+from fisher_forget.objective import Objective
+from fisher_forget.params import Params
+from fisher_forget.randomness import preserved_rng
+
+START, LIMIT = 0.005, -3.0  # share of a filter's variance to start from; largest log-variance
+SMALLEST = 1e-8  # added to a filter's variance, which may be 0
+
+
+@dataclass(frozen=True)
+class Variational:
+    """Variational forgetting.
+
+    Attributes:
+        trade_off: lambda, nats of loss per nat of ln|Sigma|.
+        epochs: Passes over D_r.
+        lr: Adam's, of the log-variances.
+        batch_size: Samples per step.
+        likelihood: Name or instance.
+        seed: Of the order of the samples and of the noise.
+
+    Raises:
+        ConfigError: If a value is out of range.
+    """
+
+    name: ClassVar[str] = "variational"
+    grid: ClassVar[dict[str, tuple[Any, ...]]] = {"trade_off": (1e-8, 1e-7, 1e-6, 1e-5, 1e-4)}
+
+    trade_off: float = 1e-6
+    epochs: int = 10
+    lr: float = 0.1
+    batch_size: int = 128
+    likelihood: Likelihood | str = "categorical"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, good, expected in (
+            ("trade_off", 0 < self.trade_off < math.inf, "a number above 0"),
+            ("epochs", self.epochs >= 0, "a number of at least 0"),
+            ("lr", 0 < self.lr < math.inf, "a number above 0"),
+            ("batch_size", self.batch_size >= 1, "a number of at least 1"),
+        ):
+            if not good:
+                raise ConfigError(f"{name}={getattr(self, name)!r}", expected, "Correct the method's settings.")
+
+    def unlearn(self, model: nn.Module, split: Split) -> Unlearned:
+        """Forget `split.forget`; the given model is untouched.
+
+        Raises:
+            ModelError: If no parameter has filters.
+            NumericalError: If a loss is not finite.
+        """
+        begun = time.perf_counter()
+        check_model(model)
+        with preserved_rng():
+            objective = Objective(model, resolve(self.likelihood))
+            generator = torch.Generator().manual_seed(self.seed)
+            found = self.log_variances(objective, split, generator)
+            final = objective.start | _noisy(objective.start, found, generator)[0]
+        return Unlearned(P.load(model, final).eval(), time.perf_counter() - begun, 2.0 * self.epochs)
+
+    def log_variances(self, objective: Objective, split: Split, generator: torch.Generator) -> Params:
+        """ln of the variance of every filter [filters, 1, ...], for the weights that have filters.
+
+        Args:
+            objective: Losses.
+            split: Its retained samples count.
+            generator: Of the noise.
+        """
+        logs = {name: _start(w).requires_grad_() for name, w in objective.start.items() if w.dim() > 1}
+        if not logs:
+            raise ModelError(
+                "a model without a weight of two dimensions or more",
+                "filters that noise can be added to",
+                "Use forget().",
+            )
+        optimizer, rng = torch.optim.Adam(logs.values(), self.lr), np.random.default_rng(self.seed)
+        for _ in range(self.epochs):
+            for batch in shuffled(split, split.retain, self.batch_size, rng):
+                batch = batch.on(objective.model)
+                count = objective.likelihood.counts(batch.targets).sum().clamp(min=1)
+                with torch.enable_grad():
+                    pair = _noisy(objective.start, logs, generator)
+                    outputs = [objective.outputs(batch, objective.start | noisy) for noisy in pair]
+                    losses = [objective.likelihood.losses(f, batch.targets).sum() / count for f in outputs]
+                    spread = [x.sum() * (objective.start[name].numel() / x.numel()) for name, x in logs.items()]
+                    value = (losses[0] + losses[1]) / 2 - self.trade_off * torch.stack(spread).sum()
+                    grads = torch.autograd.grad(value, list(logs.values()))
+                if not math.isfinite(float(value.detach())):
+                    raise NumericalError(
+                        f"the objective {float(value.detach())}", "finite losses under noise", "Lower trade_off or lr."
+                    )
+                for x, g in zip(logs.values(), grads, strict=True):
+                    x.grad = g
+                optimizer.step()
+                with torch.no_grad():
+                    for x in logs.values():
+                        x.clamp_(max=LIMIT)
+        return P.detached(logs)
+
+
+def _start(w: Tensor) -> Tensor:
+    """First guess: a share of the variance of each filter's weights."""
+    filters = w.detach().flatten(1)
+    variance = filters.var(1) if filters.shape[1] > 1 else filters.square()[:, 0]
+    return (START * variance + SMALLEST).log().clamp(max=LIMIT).view(-1, *[1] * (w.dim() - 1))
+
+
+def _noisy(start: Params, logs: Params, generator: torch.Generator) -> tuple[Params, Params]:
+    """(w + n, w - n) for the weights with filters, differentiable in the log-variances."""
+    weights = {name: start[name] for name in logs}
+    xi = P.randn_like(weights, generator)
+    noise = {name: (x / 2).exp() * xi[name] for name, x in logs.items()}
+    return P.add(weights, noise), P.add(weights, noise, -1)

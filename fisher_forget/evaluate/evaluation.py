@@ -1,0 +1,280 @@
+"""evaluate(): every metric of a scrubbed model beside the original's and what retrained models score themselves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from fisher_forget.data.batches import Unpack
+from fisher_forget.data.split import Split
+from fisher_forget.data.split import resolve as resolve_split
+from fisher_forget.ensemble import RetrainedEnsemble, predict
+from fisher_forget.errors import ConfigError, DataError, NumericalError
+from fisher_forget.evaluate.intervals import t_interval
+from fisher_forget.evaluate.metrics import METRICS, Context, Metric, Subject
+from fisher_forget.evaluate.verdict import INDISTINGUISHABLE, NOT_FORGOTTEN, OVER_FORGOTTEN, UNDECIDED, verdict
+from fisher_forget.likelihood import Likelihood
+from fisher_forget.likelihood import resolve as resolve_likelihood
+from fisher_forget.result import ForgetResult
+
+OTHERS = 10  # retrained models that a retrained model is compared with at most, for the target of a pair metric
+COSTLY = ("relearn",)  # trains; only where asked for by name
+FALSE_ALARM = 0.05  # that a retrained model fails any of the rows
+UNDEFINED = "undefined"
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of one model on one part of the data.
+
+    Attributes:
+        method: "original", "retrained, left out", or the name of a method.
+        metric: Key of `METRICS`.
+        part: Of the data.
+        unit: Of the numbers below.
+        value: Mean over the method's models.
+        models: How many these are.
+        low: Lower end of the 95 % confidence interval of `value` over them; NaN for a single one.
+        high: Upper end.
+        target: Mean over the retrained models of what they score themselves.
+        target_low: Lower end of the interval where as many further retrained models would have their mean; the
+            intervals of all rows of a method hold together with 95 % (Bonferroni).
+        target_high: Upper end.
+        label: "not forgotten", "indistinguishable from retrained", "over-forgotten", "undecided" (see `verdict`) or
+            "undefined" where a value is not finite.
+        reason: Why, and how many models would tell more.
+    """
+
+    method: str
+    metric: str
+    part: str
+    unit: str
+    value: float
+    models: int
+    low: float
+    high: float
+    target: float
+    target_low: float
+    target_high: float
+    label: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A tidy table of scores.
+
+    Attributes:
+        scores: One row a method, metric and part.
+        retrained: Number of retrained models.
+        left_out: Metrics that could not be computed, and why.
+    """
+
+    scores: tuple[Score, ...]
+    retrained: int
+    left_out: dict[str, str]
+
+    def __add__(self, other: Evaluation) -> Evaluation:
+        """The rows of both; those of the second that the first has, too, are dropped."""
+        known = {(s.method, s.metric, s.part) for s in self.scores}
+        fresh = tuple(s for s in other.scores if (s.method, s.metric, s.part) not in known)
+        return Evaluation(self.scores + fresh, min(self.retrained, other.retrained), self.left_out | other.left_out)
+
+    def get(self, metric: str, part: str = "forget", method: str | None = None) -> Score:
+        """One row.
+
+        Raises:
+            ConfigError: If there is no such row.
+        """
+        for score in self.scores:
+            if (score.metric, score.part) == (metric, part) and method in (None, score.method):
+                return score
+        raise ConfigError(f"no score {metric!r} on {part!r} of {method!r}", "a row of the table", "See to_pandas().")
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row a score, with the columns of `Score`."""
+        return pd.DataFrame([asdict(s) for s in self.scores], columns=[f.name for f in fields(Score)])
+
+    def to_markdown(self) -> str:
+        """Metrics down, methods across; the target with its 95 % prediction interval first."""
+        methods = list(dict.fromkeys(s.method for s in self.scores))
+        lines = [
+            f"| metric | part | retrained (95 % of new ones) | {' | '.join(methods)} |",
+            "|---" * (3 + len(methods)) + "|",
+        ]
+        for metric, part in dict.fromkeys((s.metric, s.part) for s in self.scores):
+            row = {s.method: s for s in self.scores if (s.metric, s.part) == (metric, part)}
+            first = next(iter(row.values()))
+            unit = f", {first.unit}" if first.unit else ""
+            target = f"{first.target:.3g} ({first.target_low:.3g} ... {first.target_high:.3g})"
+            cells = [f"{row[m].value:.3g} {MARKS[row[m].label]}" if m in row else "" for m in methods]
+            lines.append(f"| {metric}{unit} | {part} | {target} | {' | '.join(cells)} |")
+        lines += [
+            "",
+            "; ".join(f"{mark} {label}" for label, mark in MARKS.items()) + f"; {self.retrained} retrained models.",
+        ]
+        lines += [f"Left out: {name}, since {why}." for name, why in self.left_out.items()]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a JSON file, see `report/evaluation.schema.json`; NaN is null."""
+        rows = [
+            {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(s).items()}
+            for s in self.scores
+        ]
+        return {"schema": 1, "retrained": self.retrained, "left_out": self.left_out, "scores": rows}
+
+
+MARKS = {NOT_FORGOTTEN: "−", INDISTINGUISHABLE: "=", OVER_FORGOTTEN: "+", UNDECIDED: "≈", UNDEFINED: ""}
+MEANING = {
+    INDISTINGUISHABLE: "shown to be as retrained",
+    UNDECIDED: "not told apart from retrained, more models would tell",
+    NOT_FORGOTTEN: "not forgotten",
+    OVER_FORGOTTEN: "over-forgotten",
+}
+
+
+def evaluate(
+    scrubbed: ForgetResult | nn.Module | Sequence[ForgetResult | nn.Module],
+    ensemble: RetrainedEnsemble,
+    data: Mapping[str, Dataset[Any]],
+    *,
+    method: str = "scrubbed",
+    likelihood: Likelihood | str = "categorical",
+    split: Split | None = None,
+    teacher: nn.Module | None = None,
+    metrics: Iterable[str] | None = None,
+    held_out: int = 1,
+    unpack: Unpack | None = None,
+    seed: int = 0,
+) -> Evaluation:
+    """How close to retrained, metric by metric, with targets and verdicts.
+
+    The last `held_out` retrained models are scored like scrubbed ones, as a control that must pass, and take no part
+    in the targets.
+
+    Args:
+        scrubbed: One result or model, or several (one an original or a draw).
+        ensemble: Models trained with and without the forget set.
+        data: Data sets by name; "forget", "retain" and "test" are what membership attacks read.
+        method: Name of the rows.
+        likelihood: Name or instance.
+        split: The training data, for metrics that differentiate or train.
+        teacher: A model with random weights, for ZRF.
+        metrics: Names; by default all of `METRICS` but those that train.
+        held_out: Retrained models left out as a control.
+        unpack: As for `forget`.
+        seed: Of subsamples.
+
+    Raises:
+        ConfigError: Unknown metrics.
+        DataError: Fewer than three retrained models in the reference, other shapes, or another forget set.
+        NumericalError: Outputs that are not finite.
+    """
+    kind = resolve_likelihood(likelihood)
+    chosen = [name for name in METRICS if name not in COSTLY] if metrics is None else list(metrics)
+    if unknown := [name for name in chosen if name not in METRICS]:
+        raise ConfigError(f"the metrics {unknown}", f"some of {list(METRICS)}", "Correct the names.")
+    given = list(scrubbed) if isinstance(scrubbed, Sequence) else [scrubbed]
+    for result in given:
+        if isinstance(result, ForgetResult) and not np.array_equal(result.split.forget, ensemble.forget):
+            raise DataError(
+                f"a result that forgot {len(result.split.forget)} samples", "the forget set of the ensemble",
+                "Retrain the ensemble without these samples.",
+            )  # fmt: skip
+    models = [r.model if isinstance(r, ForgetResult) else r for r in given]
+    reference = len(ensemble.retrained.models) - held_out
+    if reference < 3 or held_out < 0:
+        raise DataError(
+            f"{len(ensemble.retrained.models)} retrained models, {held_out} of them held out",
+            "at least 3 in the reference: a spread needs them",
+            "Retrain more seeds.",
+        )
+    originals, retrained, targets = ensemble.outputs(data, unpack=unpack)
+    splits = {name: resolve_split(part, [], unpack=unpack, allow_empty=True) for name, part in data.items()}
+    outputs = [{name: predict(model, splits[name])[0] for name in splits} for model in models]
+    _check(outputs, retrained, targets)
+
+    def subjects(stacked: Mapping[str, Tensor], members: Sequence[nn.Module]) -> list[Subject]:
+        return [Subject({name: x[i] for name, x in stacked.items()}, model) for i, model in enumerate(members)]
+
+    before = subjects(originals, ensemble.originals.models)
+    every = subjects(retrained, ensemble.retrained.models)
+    ones, control = every[:reference], every[reference:]
+    groups = {
+        "original": before,
+        method: [Subject(o, m) for o, m in zip(outputs, models, strict=True)],
+        **({"retrained, left out": control} if control else {}),
+    }
+    blank = None if teacher is None or "forget" not in splits else predict(teacher, splits["forget"])[0]
+    context = Context(kind, targets, before[0], split, blank, seed)
+    left_out = {name: why for name in chosen if (why := METRICS[name].missing(context))}
+    rows = [
+        (m, part) for m in map(METRICS.__getitem__, chosen) if m.name not in left_out for part in m.parts or targets
+    ]
+    level = 1 - FALSE_ALARM / max(len(rows), 1)
+    scores = [score for metric, part in rows for score in _scored(metric, part, groups, ones, context, level)]
+    return Evaluation(tuple(scores), reference, left_out)
+
+
+def _scored(
+    metric: Metric,
+    part: str,
+    groups: Mapping[str, Sequence[Subject]],
+    ones: Sequence[Subject],
+    context: Context,
+    level: float,
+) -> list[Score]:
+    """The rows of one metric on one part."""
+    own = [_value(metric, a, _others(ones, i), part, context) for i, a in enumerate(ones)]
+    values = {method: [_value(metric, a, ones, part, context) for a in group] for method, group in groups.items()}
+    target, rows = float(np.mean(own)), []
+    for method, found in values.items():
+        common = method, metric.name, part, metric.unit
+        if not np.isfinite([*found, *own]).all():
+            rows.append(Score(*common, math.nan, len(found), *(math.nan,) * 5, UNDEFINED, "A value is not finite."))
+            continue
+        # where the score is not defined for the original itself, such as the direction of no step, any side is off
+        before = [v for v in values["original"] if math.isfinite(v)] or found
+        judged, interval = verdict(found, own, original=before, level=level), t_interval(found)
+        ends = interval.low, interval.high, target, judged.low, judged.high
+        rows.append(Score(*common, interval.value, len(found), *ends, judged.label, judged.reason))
+    return rows
+
+
+def _value(metric: Metric, a: Subject, others: Sequence[Subject], part: str, context: Context) -> float:
+    if metric.solo is not None:
+        return metric.solo(a, part, context)
+    assert metric.pair is not None
+    return float(np.mean([metric.pair(a, b, part, context) for b in others]))
+
+
+def _others(ones: Sequence[Subject], index: int) -> list[Subject]:
+    """The next few members after one, in a ring: every member is compared with, and is compared, equally often."""
+    count = min(OTHERS, len(ones) - 1)
+    return [ones[(index + k) % len(ones)] for k in range(1, count + 1)]
+
+
+def _check(
+    outputs: Sequence[Mapping[str, Tensor]], retrained: Mapping[str, Tensor], targets: Mapping[str, Tensor]
+) -> None:
+    for part, members in retrained.items():
+        expected = tuple(members.shape[1:])
+        for found in outputs:
+            if tuple(found[part].shape) != expected or len(found[part]) != len(targets[part]):
+                raise DataError(
+                    f"outputs of shape {tuple(found[part].shape)} on {part!r}, {expected} of the retrained models",
+                    "the same samples and labels",
+                    "Keep every class in the retrained models, and predict on the same data.",
+                )
+        for what, tensor in (("scrubbed", torch.stack([o[part] for o in outputs])), ("retrained", members)):
+            if not bool(torch.isfinite(tensor).all()):
+                raise NumericalError(f"NaN or infinite outputs of a {what} model on {part!r}", "finite", "Check it.")

@@ -1,0 +1,281 @@
+r"""What noisy weights, and the outputs they compute, can still say about the forgotten samples, in nats.
+
+Noise makes a model a draw from the law N(h, s^2 K) with K = (B + tau I)^-2p. With a second law N(h', s0^2 K) of the
+same shape around a model that never saw D_f, h' a retrained one, and r = s^2 / s0^2,
+
+    KL = 1/2 [ |(B + tau I)^p (h - h')|^2 / s0^2 + d (r - 1 - ln r) ]                                   weights
+    KL = 1/2 [ df^T (J K J^T)^-1 df / s0^2       + c (r - 1 - ln r) ]                                   outputs of x
+
+since both log-determinants are those of K. J [c, d] is the Jacobian of the c outputs of a query x, df [c] the
+difference of their means. Outputs are a function of the weights, so in the linearised model they say no more than
+these (data-processing inequality). Golatkar et al. 2020 (arXiv:1911.04933, Prop. 2; arXiv:2003.02960, section 4);
+their public code leaves the 1/2 out, and keeps only the diagonal of J K J^T.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from fisher_forget import params as P
+from fisher_forget.curvature.operator import Curvature
+from fisher_forget.curvature.products import twice_differentiable
+from fisher_forget.data.batches import Batch
+from fisher_forget.data.split import Indices, Part, Split
+from fisher_forget.errors import ConfigError, ModelError, SplitError
+from fisher_forget.noise import EXPONENT
+from fisher_forget.params import Params
+from fisher_forget.result import ForgetResult
+
+Covariance = Literal["full", "diagonal"]
+
+
+@dataclass(frozen=True)
+class NoiseLaw:
+    """The law of noisy weights, N(mean, s^2 (B + tau I)^-2p).
+
+    Attributes:
+        mean: h, in units of the weights; parameters that it does not name are fixed.
+        curvature: Already damped: B + tau I.
+        scale: s.
+        exponent: p.
+    """
+
+    mean: Params
+    curvature: Curvature
+    scale: float
+    exponent: float = EXPONENT
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale < math.inf:
+            raise ConfigError(
+                f"a noise scale of {self.scale}",
+                "a finite number above 0",
+                "Without noise the weights say everything: compare the models themselves.",
+            )
+
+    @classmethod
+    def of(cls, result: ForgetResult) -> NoiseLaw:
+        """The law that the scrubbed weights of a result were drawn from.
+
+        Raises:
+            ConfigError: If no noise was added.
+        """
+        z = result.noise
+        if z is None:
+            raise ConfigError("a result without noise", "noise that was drawn", "Call forget with noise='auto'.")
+        return cls(result.newton.params, result.curvature.damped(z.damping), z.scale, z.exponent)
+
+    def at(self, mean: nn.Module | Mapping[str, Tensor], scale: float | None = None) -> Self:
+        """The law of the same shape around other weights: a retrained model's, say.
+
+        Args:
+            mean: A model, or its named parameters.
+            scale: s; the same by default.
+
+        Raises:
+            ModelError: If names or shapes do not match.
+        """
+        found = dict(mean.named_parameters()) if isinstance(mean, nn.Module) else mean
+        odd = [name for name, p in self.mean.items() if name not in found or found[name].shape != p.shape]
+        if odd:
+            raise ModelError(
+                f"weights that differ in {', '.join(odd[:4])}",
+                "parameters of the same names and shapes",
+                "Compare models of the same architecture.",
+            )
+        moved = {name: found[name].detach().to(p, copy=True) for name, p in self.mean.items()}
+        return replace(self, mean=moved, scale=self.scale if scale is None else scale)
+
+
+def information_in_weights(result: ForgetResult, *, error: float | None = None) -> float:
+    """Local forgetting bound of a result, nats: the expected KL to the same noise around the exact Newton step.
+
+    It rests on a guess of that step's error. Against a retrained model nothing is guessed:
+    `gaussian_kl(law, law.at(retrained))` with `law = NoiseLaw.of(result)`.
+
+    Args:
+        result: Of `forget`.
+        error: sigma_h, in units of the weights; by default the result's own estimate.
+
+    Returns:
+        Infinity where no noise was added; NaN where no Newton step was taken and no error is given.
+    """
+    if result.noise is None:
+        return math.inf
+    return result.information(result.noise.scale, exponent=result.noise.exponent, error=error)
+
+
+def gaussian_kl(law: NoiseLaw, reference: NoiseLaw) -> float:
+    """KL(law || reference) between laws of one shape, exact for every structure of curvature, nats.
+
+    Args:
+        law: N(h, s^2 K), of the scrubbed weights.
+        reference: N(h', s0^2 K), made by `law.at(...)`.
+
+    Raises:
+        ConfigError: If the laws do not share curvature and exponent.
+    """
+    _check_shared(law, reference)
+    whitened = law.curvature.power(P.add(law.mean, reference.mean, -1.0), law.exponent)
+    return P.dot(whitened, whitened) / (2 * reference.scale**2) + P.size(law.mean) * _spread(law, reference)
+
+
+def information_in_outputs(
+    model: nn.Module,
+    law: NoiseLaw,
+    reference: NoiseLaw,
+    split: Split,
+    part: Part | Indices = "forget",
+    *,
+    covariance: Covariance = "full",
+    linearised: bool = False,
+    draws: int | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """KL between the outputs of both laws for each sample queried on its own, nats: [N], float64.
+
+    Outputs are logits or means, all positions of a sequence together, whether scored or not. They are taken as
+    Gaussian, with the covariance s^2 J K J^T of the model linearised at the law's mean.
+
+    Args:
+        model: Gives architecture, buffers and all parameters that the laws do not name; untouched, used in eval mode.
+        law: Of the scrubbed weights.
+        reference: Made by `law.at(...)`.
+        split: Gives the queries.
+        part: `"forget"`, `"retain"`, `"all"`, or indices.
+        covariance: `"full"`, or `"diagonal"` as published: outputs as if they were independent. Several outputs that
+            move together then count several times, even beyond what the weights say.
+        linearised: Take J (h - h') for the difference of the mean outputs, so that they never say more than the
+            weights; by default the true one, f(h) - f(h').
+        draws: `None` is exact and takes one gradient and one power of the curvature for every output of every sample.
+            A number of draws takes for each one power and about one training pass over all samples, and estimates
+            J K J^T from them; the mean difference's part is then unbiased, with the relative standard deviation
+            (2 / (draws - c - 3))^1/2 for c outputs, 1 where the covariance is diagonal.
+        seed: Of the draws.
+
+    Returns:
+        Infinity where an output that the noise does not move differs.
+
+    Raises:
+        ConfigError: If the laws do not share curvature and exponent, or an option is out of range.
+        SplitError: If the part has no samples.
+    """
+    _check_shared(law, reference)
+    if covariance not in ("full", "diagonal"):
+        raise ConfigError(f"covariance={covariance!r}", "'full' or 'diagonal'", "Pass one of these.")
+    batches = list(split.batches(part))
+    if not batches:
+        raise SplitError(f"part={part!r} of {split}, without samples", "at least one sample", "Choose another part.")
+    device = next(iter(law.mean.values())).device
+    twin = copy.deepcopy(model).to(device).eval().requires_grad_()  # outputs have a graph, whatever the laws name
+    batches = [batch.on(twin) for batch in batches]
+    shifts = [_shift(twin, law, reference, batch, linearised) for batch in batches]
+    if draws is None:
+        grams = [_exact(twin, law, batch) for batch in batches]
+    else:
+        _check_draws(draws, max(shift.shape[1] for shift in shifts) if covariance == "full" else 1)
+        grams = _sampled(twin, law, batches, draws, seed)
+    tiny = torch.finfo(next(iter(law.mean.values())).dtype).eps
+    found = []
+    for shift, gram in zip(shifts, grams, strict=True):
+        independent = torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1))
+        quadratic, rank = _mahalanobis(shift, gram if covariance == "full" else independent, tiny)
+        if draws is not None:  # E[G_drawn^-1] = draws / (draws - c - 1) G^-1
+            quadratic = quadratic * (draws - 1 - (rank if covariance == "full" else 1)) / draws
+        found.append(quadratic / (2 * reference.scale**2) + rank * _spread(law, reference))
+    return torch.cat(found).cpu()
+
+
+def _spread(law: NoiseLaw, reference: NoiseLaw) -> float:
+    """(r - 1 - ln r) / 2 of one coordinate, nats."""
+    excess = (law.scale / reference.scale) ** 2 - 1
+    return (excess - math.log1p(excess)) / 2
+
+
+def _exact(model: nn.Module, law: NoiseLaw, batch: Batch) -> Tensor:
+    """J K J^T of each sample [B, c, c], float64, as M M^T with the rows (B + tau I)^-p J_k of M."""
+    leaves = {name: p.detach().clone().requires_grad_() for name, p in law.mean.items()}
+    found = []
+    for one in batch.chunks(1):
+        with torch.enable_grad():
+            outputs = P.call(model, leaves, one.args, one.kwargs).reshape(-1)
+        rows = []
+        for output in outputs:
+            grads = torch.autograd.grad(
+                output, list(leaves.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            row = law.curvature.power(dict(zip(leaves, grads, strict=True)), -law.exponent)
+            rows.append(P.flatten(row).double())
+        root = torch.stack(rows)
+        found.append(root @ root.T)
+    return torch.stack(found)
+
+
+def _sampled(model: nn.Module, law: NoiseLaw, batches: list[Batch], draws: int, seed: int) -> list[Tensor]:
+    """Mean over draws of y y^T with y = J K^1/2 xi, for each batch [B, c, c], float64."""
+    generator = torch.Generator().manual_seed(seed)
+    totals: list[Tensor] = []
+    for _ in range(draws):
+        noise = law.curvature.power(P.randn_like(law.mean, generator), -law.exponent)
+        moved = [_pushed(model, law, noise, batch) for batch in batches]
+        squares = [y[:, :, None] * y[:, None, :] / draws for y in moved]
+        totals = [a + b for a, b in zip(totals, squares, strict=True)] if totals else squares
+    return totals
+
+
+def _pushed(model: nn.Module, law: NoiseLaw, direction: Params, batch: Batch) -> Tensor:
+    """J v [B, c], float64: the derivative of u -> J^T u, for any layer that can be differentiated twice."""
+    leaves = {name: p.detach().clone().requires_grad_() for name, p in law.mean.items()}
+    with twice_differentiable():
+        outputs = P.call(model, leaves, batch.args, batch.kwargs)
+        u = torch.zeros_like(outputs, requires_grad=True)
+        grads = torch.autograd.grad(outputs, list(leaves.values()), u, create_graph=True, allow_unused=True)
+        used = {name: g for name, g in zip(leaves, grads, strict=True) if g is not None}
+        if not used:
+            return outputs.new_zeros(len(batch), outputs[0].numel(), dtype=torch.float64)
+        moved = torch.autograd.grad(list(used.values()), u, [direction[name] for name in used])[0]
+    return moved.reshape(len(batch), -1).double()
+
+
+def _shift(model: nn.Module, law: NoiseLaw, reference: NoiseLaw, batch: Batch, linearised: bool) -> Tensor:
+    """Difference of the mean outputs [B, c], float64."""
+    if linearised:
+        return _pushed(model, law, P.add(law.mean, reference.mean, -1.0), batch)
+    with torch.no_grad():
+        one, other = (P.call(model, at, batch.args, batch.kwargs).double() for at in (law.mean, reference.mean))
+    return (one - other).reshape(len(batch), -1)
+
+
+def _mahalanobis(shift: Tensor, gram: Tensor, tiny: float) -> tuple[Tensor, Tensor]:
+    """(df^T G^-1 df [B], rank of G [B]); infinite where df leaves the range of G by more than rounding."""
+    values, vectors = torch.linalg.eigh(gram)
+    along = (vectors.mT @ shift[..., None]).squeeze(-1)
+    seen = values > 10 * shift.shape[1] * tiny * values[:, -1:]
+    beyond = along.masked_fill(seen, 0.0).norm(dim=1) > tiny**0.5 * shift.norm(dim=1)
+    quadratic = (along.square() / values).masked_fill(~seen, 0.0).sum(1)
+    return quadratic.masked_fill(beyond, math.inf), seen.double().sum(1)
+
+
+def _check_draws(draws: int, outputs: int) -> None:
+    if isinstance(draws, bool) or not isinstance(draws, int) or draws < outputs + 2:
+        raise ConfigError(
+            f"draws={draws!r} for a covariance of {outputs} outputs",
+            f"a whole number of at least {outputs + 2}",
+            "Take more draws, covariance='diagonal', or draws=None.",
+        )
+
+
+def _check_shared(law: NoiseLaw, reference: NoiseLaw) -> None:
+    if law.curvature is not reference.curvature or law.exponent != reference.exponent:
+        raise ConfigError(
+            "laws of different curvature or exponent",
+            "two laws of one shape",
+            "Make the second from the first: law.at(retrained).",
+        )

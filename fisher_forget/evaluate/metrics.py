@@ -1,0 +1,254 @@
+r"""Every metric that `evaluate` reports: name, unit, definition, source, and how it is computed from stored outputs.
+
+Two forms. A *solo* metric is a number of one model, r(model); a *pair* metric compares a model with one retrained model
+and is averaged over these. The target of either is what retrained models score themselves: r of each, and for pairs of
+each against others. Nothing is read against 0 or 0.5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fisher_forget.data.split import Split
+from fisher_forget.evaluate import divergence, relearn, weights
+from fisher_forget.evaluate.composite import zrf
+from fisher_forget.evaluate.membership import attack_features, population_attack
+from fisher_forget.likelihood import Categorical, Likelihood
+
+MEMBERSHIP_SAMPLES = 1000  # of retained and test data each, that a membership attack is fitted on
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model as the metrics see it.
+
+    Attributes:
+        outputs: Part -> outputs [N, ...].
+        model: The model itself, for metrics that need more than outputs.
+    """
+
+    outputs: Mapping[str, Tensor]
+    model: nn.Module | None = None
+
+
+@dataclass(frozen=True)
+class Context:
+    """What is the same for all subjects.
+
+    Attributes:
+        likelihood: Of the outputs.
+        targets: Part -> targets [N, ...].
+        original: The model before forgetting.
+        split: The training data, for metrics that train or differentiate; `None` leaves them out.
+        teacher: Outputs on the forget set of a model with random weights, for ZRF; `None` leaves it out.
+        seed: Of subsamples.
+    """
+
+    likelihood: Likelihood
+    targets: Mapping[str, Tensor]
+    original: Subject
+    split: Split | None = None
+    teacher: Tensor | None = None
+    seed: int = 0
+
+
+Solo = Callable[[Subject, str, Context], float]
+Pair = Callable[[Subject, Subject, str, Context], float]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric.
+
+    Attributes:
+        name: Key in tables.
+        unit: "nats", "%", ...
+        definition: One line.
+        formula: Its formula.
+        source: Where it comes from.
+        solo: Number of a model; or
+        pair: number of a model and a retrained one.
+        parts: Parts of the data it is computed on; empty for all.
+        needs: What it needs besides outputs: "model", "split", "teacher", "categorical".
+    """
+
+    name: str
+    unit: str
+    definition: str
+    formula: str
+    source: str
+    solo: Solo | None = None
+    pair: Pair | None = None
+    parts: tuple[str, ...] = ()
+    needs: frozenset[str] = field(default_factory=frozenset)
+
+    def missing(self, context: Context) -> str | None:
+        """Why it cannot be computed here, or `None`."""
+        if "categorical" in self.needs and not isinstance(context.likelihood, Categorical):
+            return "it is defined for class probabilities only"
+        if "split" in self.needs and context.split is None:
+            return "it needs the training data: pass split="
+        if "teacher" in self.needs and context.teacher is None:
+            return "it needs a model with random weights: pass teacher="
+        if "membership" in self.needs and not {"forget", "retain", "test"} <= set(context.targets):
+            return "it needs the parts forget, retain and test"
+        return None
+
+
+def _kl(a: Subject, b: Subject, part: str, context: Context) -> float:
+    return float(context.likelihood.kl(b.outputs[part], a.outputs[part], context.targets[part]).mean())
+
+
+def _kl_reverse(a: Subject, b: Subject, part: str, context: Context) -> float:
+    return _kl(b, a, part, context)
+
+
+def _mean(fn: Callable[[Tensor, Tensor], Tensor], factor: float = 1.0) -> Pair:
+    return lambda a, b, part, context: factor * float(fn(b.outputs[part], a.outputs[part]).double().mean())
+
+
+def _activation_distance(p: Tensor, q: Tensor) -> Tensor:
+    return (p.double().softmax(-1) - q.double().softmax(-1)).abs().sum(-1)
+
+
+def _score(a: Subject, part: str, context: Context) -> float:
+    value = float(context.likelihood.scores(a.outputs[part], context.targets[part]).mean())
+    return 100 * value if context.likelihood.score_name == "accuracy" else value
+
+
+def _loss(a: Subject, part: str, context: Context) -> float:
+    targets = context.targets[part]
+    total = context.likelihood.losses(a.outputs[part], targets).double().sum()
+    return float(total / context.likelihood.counts(targets).double().sum())
+
+
+def _entropy(a: Subject, part: str, context: Context) -> float:
+    logp = a.outputs[part].double().log_softmax(-1)
+    return float(-(logp.exp() * logp).sum(-1).mean())
+
+
+def _called_members(feature: str) -> Solo:
+    def solo(a: Subject, part: str, context: Context) -> float:
+        generator = torch.Generator().manual_seed(context.seed)
+        features = {}
+        for name in ("retain", "test", "forget"):
+            outputs, targets = a.outputs[name], context.targets[name]
+            if name != "forget":
+                few = torch.randperm(len(targets), generator=generator)[:MEMBERSHIP_SAMPLES]
+                outputs, targets = outputs[few], targets[few]
+            features[name] = attack_features(outputs, targets)
+        return 100 * population_attack(features["retain"], features["test"], features["forget"], feature).called_members
+
+    return solo
+
+
+def _zrf(a: Subject, part: str, context: Context) -> float:
+    assert context.teacher is not None
+    return zrf(a.outputs["forget"], context.teacher)
+
+
+def _weight_distance(a: Subject, b: Subject, part: str, context: Context) -> float:
+    return weights.weight_distance(_model(a), _model(b))
+
+
+def _cosine(a: Subject, b: Subject, part: str, context: Context) -> float:
+    return weights.step_cosine(_model(context.original), _model(a), [_model(b)])
+
+
+def _efficacy(a: Subject, part: str, context: Context) -> float:
+    assert context.split is not None
+    return weights.efficacy(_model(a), context.split, context.likelihood)
+
+
+def _relearn(a: Subject, part: str, context: Context) -> float:
+    assert context.split is not None
+    return float(relearn.relearn_time(_model(a), context.split, _model(context.original), context.likelihood).epochs)
+
+
+def _model(a: Subject) -> nn.Module:
+    assert a.model is not None
+    return a.model
+
+
+GOLATKAR = "Golatkar et al. 2020, arXiv:1911.04933"
+CLASSES = frozenset({"categorical"})
+ATTACK = frozenset({"categorical", "membership"})
+FORGET = ("forget",)
+TABLE = (
+    Metric(
+        "kl", "nats", "how badly the model stands in for a retrained one",
+        "mean_n KL(p_retrained(x_n) || p(x_n))", GOLATKAR, pair=_kl,
+    ),
+    Metric(
+        "kl_reverse", "nats", "the same in the other direction",
+        "mean_n KL(p(x_n) || p_retrained(x_n))", GOLATKAR, pair=_kl_reverse,
+    ),
+    Metric(
+        "jensen_shannon", "bits", "symmetric divergence between 0 and 1",
+        "mean_n JS_2(p(x_n), p_retrained(x_n))", "Lin 1991, doi:10.1109/18.61115",
+        pair=_mean(divergence.jensen_shannon), needs=CLASSES,
+    ),
+    Metric(
+        "total_variation", "%", "largest difference in the probability of any event",
+        "mean_n |p(x_n) - p_retrained(x_n)|_1 / 2", "textbook",
+        pair=_mean(divergence.total_variation, 100.0), needs=CLASSES,
+    ),
+    Metric(
+        "agreement", "%", "samples on which both predict the same class",
+        "mean_n [argmax p(x_n) = argmax p_retrained(x_n)]", "textbook",
+        pair=_mean(divergence.agreement, 100.0), needs=CLASSES,
+    ),
+    Metric(
+        "activation_distance", "", "distance of the predicted probabilities",
+        "mean_n |p(x_n) - p_retrained(x_n)|_1", GOLATKAR,
+        pair=_mean(_activation_distance), needs=CLASSES,
+    ),
+    Metric(
+        "score", "%", "accuracy, or squared error for regression",
+        "mean_n [argmax p(x_n) = y_n]", "textbook", solo=_score,
+    ),
+    Metric("loss", "nats", "mean loss", "mean_n -log p(y_n | x_n)", "textbook", solo=_loss),
+    Metric(
+        "entropy", "nats", "how unsure the predictions are",
+        "mean_n -sum_c p_c(x_n) log p_c(x_n)", "textbook", solo=_entropy, needs=CLASSES,
+    ),
+    Metric(
+        "membership_entropy", "%", "forgotten samples that an attack on the entropy takes for training samples",
+        "SVC(C=3, rbf) on the entropy, fitted on retained against test samples", GOLATKAR,
+        solo=_called_members("svc"), parts=FORGET, needs=ATTACK,
+    ),
+    Metric(
+        "membership_features", "%", "the same for an attack on loss, confidence, entropy and modified entropy together",
+        "logistic regression on four features", "Song & Mittal 2021, arXiv:2003.10595",
+        solo=_called_members("all"), parts=FORGET, needs=ATTACK,
+    ),
+    Metric(
+        "zrf", "", "zero retrain forgetting: likeness to a model that has learned nothing",
+        "1 - mean_n JS_2(p(x_n), p_random(x_n))", "Chundawat et al. 2023, arXiv:2205.08096",
+        solo=_zrf, parts=FORGET, needs=CLASSES | {"teacher"},
+    ),
+    Metric(
+        "weight_distance", "", "distance of the weights to a retrained model's",
+        "|w - w_retrained|", "textbook", pair=_weight_distance, parts=FORGET, needs=frozenset({"model"}),
+    ),
+    Metric(
+        "step_cosine", "", "direction of the step against the retrained model's",
+        "cos(w - w_original, w_retrained - w_original)", GOLATKAR,
+        pair=_cosine, parts=FORGET, needs=frozenset({"model"}),
+    ),
+    Metric(
+        "efficacy", "1/nats", "inverse information that the forget set still exerts on the weights",
+        "1 / tr F_empirical(w; D_f)", "Becker & Liebig 2022, arXiv:2208.10836",
+        solo=_efficacy, parts=FORGET, needs=frozenset({"model", "split"}),
+    ),
+    Metric(
+        "relearn", "epochs", "how soon training on all data finds the original loss on the forget set again",
+        "epochs of 500 samples at lr 0.01 until L_f(w) <= L_f(w_original); at most 100", GOLATKAR,
+        solo=_relearn, parts=FORGET, needs=frozenset({"model", "split"}),
+    ),
+)  # fmt: skip
+METRICS: dict[str, Metric] = {m.name: m for m in TABLE}

@@ -1,0 +1,259 @@
+r"""How quickly a model learns the forgotten samples again: what it still knows, it learns fast.
+
+    w <- w - lr (gradient of the mean loss of a batch + wd w)
+
+on the full data D, until the forgotten samples are as good as they were before forgetting. The target of every count
+is that of a retrained model: fewer means traces are left, more means the model was pushed too far.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from fisher_forget import params as P
+from fisher_forget.data.batches import Batch
+from fisher_forget.data.split import Split
+from fisher_forget.errors import ConfigError, NumericalError, SplitError
+from fisher_forget.likelihood import Likelihood
+from fisher_forget.likelihood import resolve as resolve_likelihood
+from fisher_forget.objective import Objective
+from fisher_forget.params import Params
+from fisher_forget.randomness import preserved_rng
+
+Measure = Callable[[Objective, Params], float]
+
+
+@dataclass(frozen=True)
+class RelearnTime:
+    """Epochs until the forget loss is back.
+
+    Attributes:
+        epochs: Epochs taken; where the target was not reached, the cap, and the true number is larger.
+        reached: Whether the loss came down to the target.
+        target: Mean loss of D_f to come down to, nats.
+        losses: Mean loss of D_f before the first epoch and after each [epochs + 1], nats.
+    """
+
+    epochs: int
+    reached: bool
+    target: float
+    losses: tuple[float, ...]
+
+    @property
+    def published(self) -> int:
+        """The number as Golatkar et al. count it: the check that is passed counts, too, so 1 means no training."""
+        return self.epochs + 1
+
+
+@dataclass(frozen=True)
+class RelearnSteps:
+    """Steps until the forget accuracy is back.
+
+    Attributes:
+        steps: Batches taken; where the target was not reached, the cap, and the true number is larger.
+        reached: Whether the accuracy came up to the target.
+        target: Accuracy on D_f to come up to, a share.
+        accuracies: Accuracy on D_f before the first step and after each [steps + 1].
+    """
+
+    steps: int
+    reached: bool
+    target: float
+    accuracies: tuple[float, ...]
+
+
+def relearn_time(
+    model: nn.Module,
+    split: Split,
+    original: nn.Module | float,
+    likelihood: Likelihood | str = "categorical",
+    *,
+    samples: int = 500,
+    batch_size: int = 128,
+    lr: float = 0.01,
+    weight_decay: float = 0.0,
+    max_epochs: int = 100,
+    seed: int = 0,
+) -> RelearnTime:
+    """Epochs of SGD on D until the mean loss of D_f is at most the original model's.
+
+    The protocol of Golatkar et al. 2020 (arXiv:1911.04933): an epoch is `samples` samples drawn with replacement from
+    all data, forgotten samples included, and the loss is checked before each. Statistics of BatchNorm stay as they
+    are and nothing is dropped out, so the count depends on the seed alone.
+
+    Args:
+        model: Scrubbed or retrained; untouched. Parameters without `requires_grad` stay frozen.
+        split: Gives D and D_f.
+        original: The model before forgetting, or its mean loss of D_f, nats per scored position.
+        likelihood: Name or instance.
+        samples: Samples an epoch.
+        batch_size: Samples a step; the last batch of an epoch may be smaller.
+        lr: Learning rate, constant, without momentum.
+        weight_decay: L2 coefficient.
+        max_epochs: Cap.
+        seed: Of the draws.
+
+    Raises:
+        ConfigError: If an option is out of range.
+        SplitError: If nothing is forgotten.
+        NumericalError: If learning diverges.
+    """
+    _check(samples=samples, batch_size=batch_size, lr=lr, weight_decay=weight_decay, max_epochs=max_epochs, seed=seed)
+    likelihood = resolve_likelihood(likelihood)
+    _check_forget(split)
+    with preserved_rng():
+        target = _measured(original, likelihood, lambda objective, at: _loss(objective, at, split))
+        losses = _learn(
+            Objective(model, likelihood),
+            _epochs(split, samples, batch_size, np.random.default_rng(seed)),
+            lambda objective, at: _loss(objective, at, split),
+            lambda loss: loss <= target,
+            lr=lr,
+            weight_decay=weight_decay,
+            cap=max_epochs,
+        )
+    return RelearnTime(len(losses) - 1, losses[-1] <= target, target, losses)
+
+
+def relearn_steps(
+    model: nn.Module,
+    split: Split,
+    original: nn.Module | float,
+    likelihood: Likelihood | str = "categorical",
+    *,
+    margin: float = 0.05,
+    batch_size: int = 128,
+    lr: float = 0.01,
+    weight_decay: float = 0.0,
+    max_steps: int = 1000,
+    seed: int = 0,
+) -> RelearnSteps:
+    """Steps of SGD on D until the accuracy on D_f is at least (1 - margin) of the original model's.
+
+    What the Anamnesis index compares: steps of the unlearned over those of the retrained model (Chundawat et al. 2023,
+    arXiv:2201.05629). The accuracy is checked before each
+    step; batches come from passes over all data in random order.
+
+    Args:
+        model: Scrubbed or retrained; untouched. Parameters without `requires_grad` stay frozen.
+        split: Gives D and D_f.
+        original: The model before forgetting, or its accuracy on D_f as a share.
+        likelihood: Name or instance; one that scores by an accuracy.
+        margin: Share of the original accuracy that may be missing.
+        batch_size: Samples a step; the last batch of a pass may be smaller.
+        lr: Learning rate, constant, without momentum.
+        weight_decay: L2 coefficient.
+        max_steps: Cap.
+        seed: Of the order.
+
+    Raises:
+        ConfigError: If an option is out of range, or the likelihood has no accuracy.
+        SplitError: If nothing is forgotten.
+        NumericalError: If learning diverges.
+    """
+    _check(batch_size=batch_size, lr=lr, weight_decay=weight_decay, max_steps=max_steps, seed=seed)
+    likelihood = resolve_likelihood(likelihood)
+    if "accuracy" not in likelihood.score_name:
+        raise ConfigError(
+            f"a likelihood scored by {likelihood.score_name}",
+            "one that scores by an accuracy",
+            "Use relearn_time, which compares losses.",
+        )
+    if not 0 <= margin < 1:
+        raise ConfigError(f"margin={margin!r}", "a share in [0, 1)", "Pass margin=0.05, as the authors do.")
+    _check_forget(split)
+    with preserved_rng():
+        whole = _measured(original, likelihood, lambda objective, at: _score(objective, at, split))
+        target = (1 - margin) * whole
+        accuracies = _learn(
+            Objective(model, likelihood),
+            _steps(split, batch_size, np.random.default_rng(seed)),
+            lambda objective, at: _score(objective, at, split),
+            lambda accuracy: accuracy >= target,
+            lr=lr,
+            weight_decay=weight_decay,
+            cap=max_steps,
+        )
+    return RelearnSteps(len(accuracies) - 1, accuracies[-1] >= target, target, accuracies)
+
+
+def _learn(
+    objective: Objective,
+    rounds: Iterator[Iterator[Batch]],
+    measure: Measure,
+    done: Callable[[float], bool],
+    *,
+    lr: float,
+    weight_decay: float,
+    cap: int,
+) -> tuple[float, ...]:
+    """What is measured before the first round and after each, until it is done or `cap` rounds are over."""
+    at = objective.start
+    values = [measure(objective, at)]
+    try:
+        while not done(values[-1]) and len(values) <= cap:
+            for batch in next(rounds):
+                gradient = objective.gradient([batch], at).mean()
+                at = P.add(P.scale(at, 1 - lr * weight_decay), gradient, -lr)
+            values.append(measure(objective, at))
+    except NumericalError as error:
+        raise NumericalError(
+            f"{error.got}, in round {len(values)} of learning again at lr={lr:g}", "finite numbers", "Lower lr."
+        ) from error
+    return tuple(values)
+
+
+def _epochs(split: Split, samples: int, batch_size: int, rng: np.random.Generator) -> Iterator[Iterator[Batch]]:
+    every, walk = split.indices("all"), replace(split, batch_size=batch_size)
+    while True:
+        yield walk.batches(rng.choice(every, samples, replace=True))
+
+
+def _steps(split: Split, batch_size: int, rng: np.random.Generator) -> Iterator[Iterator[Batch]]:
+    every, walk = split.indices("all"), replace(split, batch_size=batch_size)
+    while True:
+        for batch in walk.batches(rng.permutation(every)):
+            yield iter([batch])
+
+
+def _loss(objective: Objective, at: Params, split: Split) -> float:
+    return objective.mean_loss(split.batches("forget"), at)
+
+
+def _score(objective: Objective, at: Params, split: Split) -> float:
+    each = [objective.likelihood.scores(f, y).cpu() for f, y in objective.forward(split.batches("forget"), at)]
+    return float(np.concatenate(each).mean())
+
+
+def _measured(original: nn.Module | float, likelihood: Likelihood, measure: Measure) -> float:
+    """The measure of the original model, or the number itself."""
+    if isinstance(original, nn.Module):
+        objective = Objective(copy.deepcopy(original).requires_grad_(), likelihood)  # it may be frozen
+        return measure(objective, objective.start)
+    if isinstance(original, bool) or not isinstance(original, Real) or not math.isfinite(original):
+        raise ConfigError(
+            f"original={original!r}", "the original model, or its value as a finite number", "Pass the model."
+        )
+    return float(original)
+
+
+def _check_forget(split: Split) -> None:
+    if not len(split.forget):
+        raise SplitError(f"{split}", "forgotten samples to learn again", "Name at least one sample to forget.")
+
+
+def _check(**options: Any) -> None:
+    for name, value in options.items():
+        real, zero = name in ("lr", "weight_decay"), name in ("weight_decay", "max_epochs", "max_steps", "seed")
+        typed = isinstance(value, Real if real else Integral) and not isinstance(value, bool)
+        if not typed or not 0 <= float(value) < math.inf or (value == 0 and not zero):
+            expected = f"a {'finite' if real else 'whole'} number {'of at least' if zero else 'above'} 0"
+            raise ConfigError(f"{name}={value!r}", expected, f"Correct {name}, or leave it at its default.")

@@ -1,0 +1,324 @@
+r"""Was it forgotten? A two-sided verdict on one score of a scrubbed model, held against retrained models.
+
+Both too little and too much forgetting are failures: a model that does worse on the forgotten samples than any
+retrained one gives them away, too. So the scores r_1..r_M of M retrained models are the target, and two questions are
+asked of the score x of the scrubbed model. The r_i are taken as independent and roughly normal, N(mu, sigma^2) with
+estimates rbar, s: fair for a mean over many samples, not for a rate near 0 or 1 on few.
+
+1. *Is it different?* x is outside the interval where a further retrained model lies with probability 95 %,
+   rbar ± t_{M-1, 0.975} s sqrt(1 + 1/M). This rejects a perfect scrub in 5 % of cases, for every M.
+2. *Is it the same?* Not to be rejected proves nothing: with few models everything passes. x is equivalent if
+   |x - mu| >= margin is rejected at 5 % (Schuirmann 1987). For a margin in the score's unit, two one-sided tests:
+   |x - rbar| + t_{M-1, 0.95} s / sqrt(M) < margin. The default margin, 2 sigma, has to be estimated, and to put 2 s
+   for it would pass up to 17 % of models at 2 sigma; instead |x - rbar| sqrt(M) / s must be below the 5 %
+   quantile of the noncentral t at 2 sqrt(M), which is exact (Wellek 2010, Testing Statistical Hypotheses of
+   Equivalence and Noninferiority).
+
+Several values x_1..x_K are those of K *independent* originals, each scrubbed, and their mean is judged: s^2 / M becomes
+s_x^2 / K + s^2 / M with Welch's degrees of freedom (1947), and "a further retrained model" the mean of K. Both tests
+are approximate then: in simulations with K and M from 2 to 20 they are wrong in 2 to 8 % of cases. Scrubs of one
+original share its seed: average them to one value. Of 20 scores one rejects a perfect scrub: for n scores judged
+together, pass level = 1 - 0.05 / n.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from scipy import stats
+
+from fisher_forget.errors import ConfigError, DataError, NumericalError
+from fisher_forget.evaluate.intervals import Array, Values, check_level, finite_vector
+
+NOT_FORGOTTEN = "not forgotten"
+INDISTINGUISHABLE = "indistinguishable from retrained"
+OVER_FORGOTTEN = "over-forgotten"
+UNDECIDED = "undecided"
+
+MARGIN = 2.0  # standard deviations of the retrained models
+POWER = 0.8
+MOST = 1000  # retrained models beyond which nobody will go
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one score says about forgetting. All but rates and counts is in the unit of the score.
+
+    Attributes:
+        label: "not forgotten", "indistinguishable from retrained", "over-forgotten" or "undecided".
+        value: Mean score of the scrubbed models.
+        target: Mean score of the retrained models.
+        low: Lower end of the interval for (the mean of as many) further retrained models.
+        high: Its upper end.
+        p_value: Of "it is a retrained model", two-sided; NaN where the retrained models do not differ at all.
+        margin: Distance from the retrained mean that still counts as the same.
+        power: Probability that a truly retrained model would have been shown to be the same.
+        models_needed: Retrained models that would show with a power of 80 % that a score at this distance is the same;
+            `None` if it is not within the margin, or more than 1000 are needed.
+        reason: One sentence.
+    """
+
+    label: str
+    value: float
+    target: float
+    low: float
+    high: float
+    p_value: float
+    margin: float
+    power: float
+    models_needed: int | None
+    reason: str
+
+    def __str__(self) -> str:
+        where = f"{self.value:.4g}, retrained {self.target:.4g} [{self.low:.4g}, {self.high:.4g}]"
+        return f"{self.label}: {where}, p = {self.p_value:.2g}. {self.reason}"
+
+
+@dataclass(frozen=True)
+class _Design:
+    """Sizes and spreads, in standard deviations of the retrained models: what both tests need to know.
+
+    Attributes:
+        models: M.
+        runs: K.
+        ratio: s_x / s; irrelevant for K = 1, where x is judged as it is.
+        margin: In standard deviations.
+        estimated: The margin is a multiple of the estimated s, not given in the unit of the score.
+        level: Of both tests.
+    """
+
+    models: int
+    runs: int
+    ratio: float
+    margin: float
+    estimated: bool
+    level: float
+
+    @property
+    def error(self) -> float:
+        """Standard error of xbar - rbar about E[x] - mu; for K = 1, of x - rbar about x - mu."""
+        return math.sqrt(1 / self.models + self._own)
+
+    @property
+    def novelty(self) -> float:
+        """Standard deviation of xbar - rbar where every x is a retrained model."""
+        return math.sqrt(1 + 1 / self.models) if self.runs == 1 else self.error
+
+    @property
+    def df(self) -> float:
+        """Degrees of freedom, Welch's for K > 1."""
+        if self.runs == 1:
+            return self.models - 1
+        parts = (1 / self.models) ** 2 / (self.models - 1) + self._own**2 / (self.runs - 1)
+        return self.error**4 / parts
+
+    @property
+    def limit(self) -> float:
+        """|xbar - rbar| from which on it is different."""
+        return float(stats.t.ppf((1 + self.level) / 2, self.df)) * self.novelty
+
+    @property
+    def bound(self) -> float:
+        """|xbar - rbar| up to which it is the same; not positive where nothing can be."""
+        if self.estimated:  # s has M - 1 degrees of freedom whatever K is
+            return _noncentral(1 - self.level, self.models - 1, self.margin / self.error) * self.error
+        return self.margin - float(stats.t.ppf(self.level, self.df)) * self.error
+
+    @property
+    def _own(self) -> float:
+        return self.ratio**2 / self.runs if self.runs > 1 else 0.0
+
+    def power(self, distance: float | None) -> float:
+        """Probability that "the same" is shown at |E[x] - mu| = distance; `None` for a truly retrained model."""
+        bound = self.bound
+        if bound <= 0:
+            return 0.0
+        if distance is None:
+            return 2 * float(stats.t.cdf(bound / self.novelty, self.df)) - 1
+        df = self.models - 1 if self.estimated else self.df
+        shift, reach = distance / self.error, bound / self.error
+        low, high = np.nan_to_num(stats.nct.cdf([-reach, reach], df, shift))  # NaN where it underflows
+        return max(0.0, float(high - low))
+
+
+def verdict(
+    values: Values,
+    retrained: Values,
+    *,
+    original: Values,
+    margin: float | None = None,
+    level: float = 0.95,
+) -> Verdict:
+    """Judge one score of a scrubbed model (see the module).
+
+    Different, between the retrained models and the original or beyond the original: "not forgotten". Different, on the
+    side away from the original: "over-forgotten". Not different, and equivalent: "indistinguishable from retrained".
+    Neither: "undecided". Where the original itself is no different there was nothing to forget that this score can see;
+    a scrubbed model that is different is then "over-forgotten", since the scrub alone moved it.
+
+    Args:
+        values: The score of the scrubbed model, or of K scrubbed models of independent originals [K].
+        retrained: Scores of independently retrained models [M], M >= 2.
+        original: The score of the original, or of the K originals.
+        margin: Distance that still counts as the same, in the unit of the score; by default two standard deviations of
+            the retrained models.
+        level: 1 - false-alarm rate, of each of the two tests.
+
+    Raises:
+        ConfigError: If the margin is not positive or the level not between 0 and 1.
+        DataError: If there are fewer than two retrained models, or no value.
+        NumericalError: If a score is NaN or infinite.
+    """
+    x, r, o = (
+        finite_vector(values, "values"),
+        finite_vector(retrained, "retrained"),
+        finite_vector(original, "original"),
+    )
+    _check(r, margin, level)
+    value, target, std = float(x.mean()), float(r.mean()), float(r.std(ddof=1))
+    if std <= 1e-12 * float(np.abs(r).max()):  # rounding of equal numbers leaves a trace
+        return _without_spread(value, target, float(o.mean()), margin)
+
+    def design(sample: Array) -> _Design:
+        ratio = float(sample.std(ddof=1)) / std if len(sample) > 1 else 1.0
+        return _Design(len(r), len(sample), ratio, MARGIN if margin is None else margin / std, margin is None, level)
+
+    plan = design(x)
+    gap, before = (value - target) / std, (float(o.mean()) - target) / std
+    visible = abs(before) > design(o).limit
+    different, same = abs(gap) > plan.limit, abs(gap) <= plan.bound
+    needed = _needed(plan, abs(gap))
+    if different:
+        label, reason = _different(gap, before if visible else 0.0)
+        reason += " The difference is within the given margin." if same else ""
+    elif same:
+        label, reason = INDISTINGUISHABLE, "A difference beyond the margin is ruled out."
+    else:
+        label = UNDECIDED
+        reason = "Neither difference nor equivalence is shown: "
+        if abs(gap) < plan.margin:
+            reason += f"at this distance it needs {f'about {needed}' if needed else f'over {MOST}'} retrained models."
+        else:
+            reason += "beyond the margin, more retrained models will rather show a difference."
+    return Verdict(
+        label,
+        value,
+        target,
+        low=target - plan.limit * std,
+        high=target + plan.limit * std,
+        p_value=float(2 * stats.t.sf(abs(gap) / plan.novelty, plan.df)),
+        margin=plan.margin * std,
+        power=plan.power(None),
+        models_needed=needed,
+        reason=reason if visible else f"{reason} Nothing to forget is visible in this score.",
+    )
+
+
+def equivalence_power(
+    models: int, margin: float = MARGIN, distance: float | None = None, *, known: bool = False, level: float = 0.95
+) -> float:
+    """Probability that the second test shows one scrubbed model to be the same as `models` retrained ones.
+
+    Args:
+        models: M >= 2.
+        margin: In standard deviations of the retrained models.
+        distance: Of the scrubbed model from the retrained mean, likewise; `None` for a model that is itself a retrained
+            one, and so at a random distance.
+        known: The margin is given in the unit of the score, so that only the mean has to be estimated.
+        level: Of the test.
+
+    Raises:
+        ConfigError: If an argument is out of range.
+    """
+    check_level(level)
+    if models < 2 or not margin > 0 or (distance is not None and distance < 0):
+        raise ConfigError(
+            f"models={models}, margin={margin}, distance={distance}",
+            "at least two models, a positive margin and no negative distance",
+            "Give margin and distance in standard deviations of the retrained models.",
+        )
+    return _Design(models, 1, 1.0, margin, not known, level).power(distance)
+
+
+def models_needed(
+    margin: float = MARGIN,
+    distance: float | None = None,
+    *,
+    power: float = POWER,
+    known: bool = False,
+    level: float = 0.95,
+) -> int | None:
+    """Least number of retrained models at which `equivalence_power` reaches `power`; `None` if 1000 do not.
+
+    Args:
+        margin: As for `equivalence_power`.
+        distance: As for `equivalence_power`.
+        power: Wanted probability.
+        known: As for `equivalence_power`.
+        level: Of the test.
+
+    Raises:
+        ConfigError: If an argument is out of range.
+    """
+    check_level(power)
+    equivalence_power(2, margin, distance, known=known, level=level)
+    return _needed(_Design(2, 1, 1.0, margin, not known, level), distance, power)
+
+
+@lru_cache(maxsize=4096)  # slow, and the same for all scores of as many models
+def _noncentral(probability: float, df: int, shift: float) -> float:
+    return float(stats.nct.ppf(probability, df, shift))
+
+
+def _needed(plan: _Design, distance: float | None, power: float = POWER) -> int | None:
+    """Bisection: the power grows with the number of retrained models."""
+
+    def reached(models: int) -> bool:
+        return _Design(models, plan.runs, plan.ratio, plan.margin, plan.estimated, plan.level).power(distance) >= power
+
+    low, high = 1, MOST
+    if not reached(high):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if reached(middle) else (middle, high)
+    return high
+
+
+def _different(gap: float, before: float) -> tuple[str, str]:
+    """Label and reason of a score off the retrained ones; `before` is the original's, 0 where it is not off."""
+    if gap * before > 0:
+        return NOT_FORGOTTEN, "No retrained model scores like this, and the original lies on the same side."
+    if before:
+        return OVER_FORGOTTEN, "No retrained model scores like this, and the original lies on the other side."
+    return OVER_FORGOTTEN, "No retrained model scores like this, but the original does: scrubbing led away."
+
+
+def _without_spread(value: float, target: float, original: float, margin: float | None) -> Verdict:
+    """All retrained models score the same: without a spread there is no test, only a margin if one was given."""
+    tolerance = 1e-12 * abs(target) if margin is None else margin
+    gap, before = value - target, original - target
+    reason = "All retrained models score the same, so only a margin can judge."
+    if abs(gap) <= tolerance:
+        label = INDISTINGUISHABLE
+    elif margin is None:
+        label, reason = UNDECIDED, f"{reason} Give one in the unit of the score."
+    else:
+        label, side = _different(gap, before if abs(before) > tolerance else 0.0)
+        reason = f"{side} {reason}"
+    if abs(before) <= tolerance:
+        reason += " Nothing to forget is visible in this score."
+    return Verdict(label, value, target, target, target, math.nan, margin or 0.0, math.nan, None, reason)
+
+
+def _check(retrained: Array, margin: float | None, level: float) -> None:
+    check_level(level)
+    if len(retrained) < 2:
+        raise DataError("one retrained model", "at least 2, whose spread is the yardstick", "Retrain more seeds.")
+    if margin is not None and not margin > 0:
+        raise ConfigError(f"margin={margin}", "a positive number in the unit of the score", "Leave it out for 2 std.")
+    if margin is not None and not math.isfinite(margin):
+        raise NumericalError("an infinite margin", "a finite one", "Leave it out for 2 std.")

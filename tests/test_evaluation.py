@@ -1,0 +1,205 @@
+"""The whole evaluation, on an ensemble of small models that are really trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+from conftest import WEIGHT_DECAY, blobs_data, seeded, small_net
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from fisher_forget import ConfigError, DataError, NumericalError, forget
+from fisher_forget.data.split import resolve
+from fisher_forget.ensemble import RetrainedEnsemble
+from fisher_forget.evaluate.evaluation import Evaluation, evaluate
+from fisher_forget.evaluate.metrics import METRICS
+from fisher_forget.report.evaluation import distance, plot_scores, wide, write_page
+from fisher_forget.report.schema import evaluation_schema
+from fisher_forget.training import TrainSettings, train
+
+DATA = blobs_data(240, seed=1)
+TEST = blobs_data(150, seed=2)
+IDX = np.flatnonzero(DATA.tensors[1].numpy() == 2)
+KEEP = np.setdiff1d(np.arange(240), IDX)
+PARTS = {
+    "forget": TensorDataset(*(t[IDX] for t in DATA.tensors)),
+    "retain": TensorDataset(*(t[KEEP] for t in DATA.tensors)),
+    "test": TEST,
+}
+SETTINGS = TrainSettings(epochs=60, batch_size=60, lr=0.3, weight_decay=WEIGHT_DECAY)
+
+
+def fit(indices, seed) -> nn.Module:
+    return train(seeded(small_net, int(seed)), DATA, SETTINGS, seed=int(seed), indices=indices, progress=False)
+
+
+@pytest.fixture(scope="module")
+def ensemble() -> RetrainedEnsemble:
+    options = {"template": seeded(small_net), "seeds": range(100, 109), "original_seeds": (0, 1), "progress": False}
+    return RetrainedEnsemble.fit(fit, DATA, IDX, **options)
+
+
+@pytest.fixture(scope="module")
+def table(ensemble) -> Evaluation:
+    scrubbed = [
+        forget(m, DATA, IDX, weight_decay=WEIGHT_DECAY, drift=False, noise=None, progress=False)
+        for m in ensemble.originals.models
+    ]
+    return evaluate(scrubbed, ensemble, PARTS, split=resolve(DATA, IDX), teacher=seeded(small_net, 77))
+
+
+class TestTable:
+    def test_every_metric_part_and_method_has_a_row(self, table):
+        expected = {
+            (method, m.name, part)
+            for method in ("original", "scrubbed", "retrained, left out")
+            for m in METRICS.values()
+            for part in m.parts or PARTS
+            if m.name != "relearn"
+        }
+        assert {(s.method, s.metric, s.part) for s in table.scores} == expected
+        assert table.left_out == {}
+
+    def test_the_original_fails_and_the_control_passes(self, table):
+        for metric in ("score", "loss"):
+            assert table.get(metric, method="original").label == "not forgotten"
+        control = [s for s in table.scores if s.method == "retrained, left out"]
+        assert not [s for s in control if s.label in ("not forgotten", "over-forgotten")]
+
+    def test_kl_against_numpy(self, table, ensemble):
+        x = DATA.tensors[0][IDX]
+        with torch.no_grad():
+            members = [m(x).double().softmax(1).numpy() for m in ensemble.retrained.models[:8]]
+            own = ensemble.originals.models
+            originals = [m(x).double().softmax(1).numpy() for m in own]
+        expected = np.mean([[(p * np.log(p / q)).sum(1).mean() for p in members] for q in originals])
+        assert table.get("kl", method="original").value == pytest.approx(expected, rel=1e-5)
+        pairs = [(p * np.log(p / q)).sum(1).mean() for q in members for p in members if p is not q]
+        assert table.get("kl").target == pytest.approx(np.mean(pairs), rel=1e-5)
+
+    def test_accuracy_in_per_cent(self, table, ensemble):
+        x, y = TEST.tensors
+        expected = np.mean([(m(x).argmax(1) == y).double().mean().item() for m in ensemble.originals.models])
+        assert table.get("score", "test", "original").value == pytest.approx(100 * expected)
+
+    def test_direction_of_no_step_is_undefined(self, table):
+        assert table.get("step_cosine", method="original").label == "undefined"
+        assert math.isfinite(table.get("step_cosine", method="scrubbed").value)
+
+    def test_schema(self, table):
+        content = json.loads(json.dumps(table.to_dict(), allow_nan=False))
+        jsonschema.validate(content, evaluation_schema())
+        content["scores"][0].pop("target")
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(content, evaluation_schema())
+
+    def test_readouts(self, table):
+        frame = table.to_pandas()
+        assert len(frame) == len(table.scores)
+        markdown = table.to_markdown()
+        assert markdown.count("\n| kl, nats |") == 3
+        assert "not forgotten" in markdown
+
+    def test_addition_keeps_one_row_each(self, table):
+        renamed = tuple(dataclasses.replace(s, method="b") for s in table.scores if s.method == "scrubbed")
+        both = table + Evaluation(renamed + table.scores[:3], table.retrained, {})
+        assert len(both.scores) == len(table.scores) + len(renamed)
+
+    def test_a_row_that_is_not_there(self, table):
+        with pytest.raises(ConfigError):
+            table.get("nothing")
+
+
+class TestCosts:
+    def test_relearning_only_where_asked_for(self, ensemble):
+        model = ensemble.retrained.models[-1]
+        found = evaluate(model, ensemble, PARTS, split=resolve(DATA, IDX), metrics=["relearn"])
+        assert {s.metric for s in found.scores} == {"relearn"}
+        assert found.get("relearn", method="original").value == 0
+
+    def test_what_is_missing_is_said(self, ensemble):
+        found = evaluate(ensemble.retrained.models[0], ensemble, {"forget": PARTS["forget"]}, metrics=["zrf", "kl"])
+        assert list(found.left_out) == ["zrf"]
+
+
+class TestEnsemble:
+    def test_outputs_are_computed_once(self, tmp_path, monkeypatch):
+        calls = []
+        import fisher_forget.ensemble as module
+
+        real = module.predict
+        monkeypatch.setattr(module, "predict", lambda *a: calls.append(1) or real(*a))
+        options = {"template": seeded(small_net), "seeds": (100, 101), "folder": tmp_path, "progress": False}
+        first = RetrainedEnsemble.fit(fit, DATA, IDX, **options).outputs(PARTS)
+        count = len(calls)
+        again = RetrainedEnsemble.fit(lambda *a: 1 / 0, DATA, IDX, **options).outputs(PARTS)
+        assert len(calls) == count == 9
+        assert all(torch.equal(a[p], b[p]) for a, b in zip(first, again, strict=True) for p in PARTS)
+        RetrainedEnsemble.fit(fit, DATA, IDX, **options).outputs({"test": DATA})
+        assert len(calls) > count
+
+    def test_another_forget_set_is_trained_anew(self, tmp_path):
+        options = {"template": seeded(small_net), "seeds": (100,), "folder": tmp_path, "progress": False}
+        RetrainedEnsemble.fit(fit, DATA, IDX, **options)
+        with pytest.warns(match="trained anew"):
+            other = RetrainedEnsemble.fit(fit, DATA, IDX[:5], **options)
+        assert torch.equal(other.retrained.models[0][0].weight, fit(np.setdiff1d(range(240), IDX[:5]), 100)[0].weight)
+
+    def test_unknown_backend(self):
+        with pytest.raises(ConfigError, match="backend"):
+            RetrainedEnsemble.fit(fit, DATA, IDX, template=small_net(), backend="carrier pigeon", progress=False)
+
+
+class TestBadInput:
+    def test_too_few_models(self, ensemble):
+        few = dataclasses.replace(
+            ensemble, retrained=dataclasses.replace(ensemble.retrained, models=ensemble.retrained.models[:3])
+        )
+        with pytest.raises(DataError, match="3 retrained"):
+            evaluate(few.retrained.models[0], few, PARTS)
+
+    def test_other_labels(self, ensemble):
+        with pytest.raises(DataError, match="outputs of shape"):
+            evaluate(nn.Linear(4, 4), ensemble, PARTS)
+
+    def test_nan(self, ensemble):
+        broken = seeded(small_net)
+        nn.init.constant_(broken[0].weight, math.nan)
+        with pytest.raises(NumericalError, match="scrubbed"):
+            evaluate(broken, ensemble, PARTS)
+
+    def test_another_forget_set(self, ensemble):
+        options = {"drift": False, "noise": None, "progress": False, "weight_decay": WEIGHT_DECAY}
+        result = forget(ensemble.originals.models[0], DATA, IDX[:5], **options)
+        with pytest.raises(DataError, match="forgot 5"):
+            evaluate(result, ensemble, PARTS)
+
+    def test_unknown_metric(self, ensemble):
+        with pytest.raises(ConfigError, match="klll"):
+            evaluate(seeded(small_net), ensemble, PARTS, metrics=["klll"])
+
+
+class TestPage:
+    def test_page_has_every_row(self, table, tmp_path):
+        page = write_page("run", {"all of class 2": table}, tmp_path).read_text()
+        for metric, part in {(s.metric, s.part) for s in table.scores}:
+            assert f">{metric}" in page
+            assert f">{part}</td>" in page
+        assert "http://" not in page.replace("http://www.w3.org", "")
+
+    def test_wide_table_and_plot(self, table):
+        assert len(wide(table)) == len({(s.metric, s.part) for s in table.scores})
+        ax = plot_scores(table)
+        assert ax.get_xlabel()
+        assert len(ax.collections) >= 3
+
+    def test_distance(self, table):
+        score = dataclasses.replace(table.scores[0], value=3.0, target=1.0, target_low=0.0, target_high=2.0)
+        assert distance(score) == 2.0
+        assert distance(dataclasses.replace(score, target_low=1.0, target_high=1.0)) == 30.0
