@@ -6,6 +6,7 @@ result.model, print(result)
 """
 
 from fisher_forget.curvature import Curvature, estimate_curvature
+from fisher_forget.ensemble import RetrainedEnsemble
 from fisher_forget.errors import (
     ConfigError,
     CurvatureError,
@@ -18,6 +19,7 @@ from fisher_forget.errors import (
     StorageError,
 )
 from fisher_forget.evaluate.closeness import Closeness, Reference
+from fisher_forget.evaluate.evaluation import Evaluation, evaluate
 from fisher_forget.forget import forget
 from fisher_forget.likelihood import Bernoulli, Categorical, Gaussian, Likelihood
 from fisher_forget.newton import NewtonStep, newton_step
@@ -37,6 +39,7 @@ __all__ = [
     "Curvature",
     "CurvatureError",
     "DataError",
+    "Evaluation",
     "FisherForgetError",
     "FisherForgetWarning",
     "ForgetResult",
@@ -49,6 +52,7 @@ __all__ = [
     "NumericalError",
     "Prepared",
     "Reference",
+    "RetrainedEnsemble",
     "SplitError",
     "StorageError",
     "SweepTable",
@@ -56,6 +60,7 @@ __all__ = [
     "calibrate_noise",
     "draw_noise",
     "estimate_curvature",
+    "evaluate",
     "forget",
     "newton_step",
     "paper_forget",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import jsonschema
 import numpy as np
@@ -39,6 +40,10 @@ def fit(indices, seed) -> nn.Module:
     return train(seeded(small_net, int(seed)), DATA, SETTINGS, seed=int(seed), indices=indices, progress=False)
 
 
+def scrubbed_of(model):
+    return forget(model, DATA, IDX, weight_decay=WEIGHT_DECAY, drift=False, noise=None, progress=False)
+
+
 @pytest.fixture(scope="module")
 def ensemble() -> RetrainedEnsemble:
     options = {"template": seeded(small_net), "seeds": range(100, 109), "original_seeds": (0, 1), "progress": False}
@@ -47,10 +52,7 @@ def ensemble() -> RetrainedEnsemble:
 
 @pytest.fixture(scope="module")
 def table(ensemble) -> Evaluation:
-    scrubbed = [
-        forget(m, DATA, IDX, weight_decay=WEIGHT_DECAY, drift=False, noise=None, progress=False)
-        for m in ensemble.originals.models
-    ]
+    scrubbed = [scrubbed_of(m) for m in ensemble.originals.models]
     return evaluate(scrubbed, ensemble, PARTS, split=resolve(DATA, IDX), teacher=seeded(small_net, 77))
 
 
@@ -87,6 +89,14 @@ class TestTable:
         x, y = TEST.tensors
         expected = np.mean([(m(x).argmax(1) == y).double().mean().item() for m in ensemble.originals.models])
         assert table.get("score", "test", "original").value == pytest.approx(100 * expected)
+
+    def test_each_scrub_is_held_against_its_own_original(self, table, ensemble):
+        alone = [
+            evaluate(scrubbed_of(m), dataclasses.replace(ensemble, originals=one), PARTS, metrics=["step_cosine"])
+            for m, one in ((m, dataclasses.replace(ensemble.originals, models=(m,))) for m in ensemble.originals.models)
+        ]
+        expected = np.mean([a.get("step_cosine", method="scrubbed").value for a in alone])
+        assert table.get("step_cosine", method="scrubbed").value == pytest.approx(expected)
 
     def test_direction_of_no_step_is_undefined(self, table):
         assert table.get("step_cosine", method="original").label == "undefined"
@@ -203,3 +213,12 @@ class TestPage:
         score = dataclasses.replace(table.scores[0], value=3.0, target=1.0, target_low=0.0, target_high=2.0)
         assert distance(score) == 2.0
         assert distance(dataclasses.replace(score, target_low=1.0, target_high=1.0)) == 30.0
+
+
+class TestDocs:
+    def test_every_metric_is_defined(self):
+        text = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
+        for metric in METRICS.values():
+            row = next(line for line in text.splitlines() if line.startswith(f"| `{metric.name}` |"))
+            assert metric.definition in row
+            assert metric.source in row

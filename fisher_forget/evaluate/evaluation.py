@@ -29,6 +29,7 @@ OTHERS = 10  # retrained models that a retrained model is compared with at most,
 COSTLY = ("relearn",)  # trains; only where asked for by name
 FALSE_ALARM = 0.05  # that a retrained model fails any of the rows
 UNDEFINED = "undefined"
+ENOUGH = {"%": 1.0, "epochs": 1.0}  # a difference that counts where all retrained models score the same
 
 
 @dataclass(frozen=True)
@@ -203,19 +204,24 @@ def evaluate(
     outputs = [{name: predict(model, splits[name])[0] for name in splits} for model in models]
     _check(outputs, retrained, targets)
 
-    def subjects(stacked: Mapping[str, Tensor], members: Sequence[nn.Module]) -> list[Subject]:
-        return [Subject({name: x[i] for name, x in stacked.items()}, model) for i, model in enumerate(members)]
+    sources = ensemble.originals.models
+    own = sources if len(sources) == len(models) else sources[:1] * len(models)
 
-    before = subjects(originals, ensemble.originals.models)
-    every = subjects(retrained, ensemble.retrained.models)
+    def subjects(
+        stacked: Mapping[str, Tensor], members: Sequence[nn.Module], made_from: Sequence[nn.Module]
+    ) -> list[Subject]:
+        pairs = zip(members, made_from, strict=True)
+        return [Subject({part: x[i] for part, x in stacked.items()}, *pair) for i, pair in enumerate(pairs)]
+
+    every = subjects(retrained, ensemble.retrained.models, sources[:1] * len(ensemble.retrained.models))
     ones, control = every[:reference], every[reference:]
     groups = {
-        "original": before,
-        method: [Subject(o, m) for o, m in zip(outputs, models, strict=True)],
+        "original": subjects(originals, sources, sources),
+        method: [Subject(o, m, source) for o, m, source in zip(outputs, models, own, strict=True)],
         **({"retrained, left out": control} if control else {}),
     }
     blank = None if teacher is None or "forget" not in splits else predict(teacher, splits["forget"])[0]
-    context = Context(kind, targets, before[0], split, blank, seed)
+    context = Context(kind, targets, split, blank, seed)
     left_out = {name: why for name in chosen if (why := METRICS[name].missing(context))}
     rows = [
         (m, part) for m in map(METRICS.__getitem__, chosen) if m.name not in left_out for part in m.parts or targets
@@ -244,7 +250,8 @@ def _scored(
             continue
         # where the score is not defined for the original itself, such as the direction of no step, any side is off
         before = [v for v in values["original"] if math.isfinite(v)] or found
-        judged, interval = verdict(found, own, original=before, level=level), t_interval(found)
+        margin = ENOUGH.get(metric.unit) if np.ptp(own) == 0 else None  # without a spread only a margin can judge
+        judged, interval = verdict(found, own, original=before, margin=margin, level=level), t_interval(found)
         ends = interval.low, interval.high, target, judged.low, judged.high
         rows.append(Score(*common, interval.value, len(found), *ends, judged.label, judged.reason))
     return rows

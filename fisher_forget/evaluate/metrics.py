@@ -29,10 +29,12 @@ class Subject:
     Attributes:
         outputs: Part -> outputs [N, ...].
         model: The model itself, for metrics that need more than outputs.
+        original: The model it was made from; of a retrained one, any model trained on everything.
     """
 
     outputs: Mapping[str, Tensor]
     model: nn.Module | None = None
+    original: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,6 @@ class Context:
     Attributes:
         likelihood: Of the outputs.
         targets: Part -> targets [N, ...].
-        original: The model before forgetting.
         split: The training data, for metrics that train or differentiate; `None` leaves them out.
         teacher: Outputs on the forget set of a model with random weights, for ZRF; `None` leaves it out.
         seed: Of subsamples.
@@ -50,7 +51,6 @@ class Context:
 
     likelihood: Likelihood
     targets: Mapping[str, Tensor]
-    original: Subject
     split: Split | None = None
     teacher: Tensor | None = None
     seed: int = 0
@@ -156,7 +156,7 @@ def _weight_distance(a: Subject, b: Subject, part: str, context: Context) -> flo
 
 
 def _cosine(a: Subject, b: Subject, part: str, context: Context) -> float:
-    return weights.step_cosine(_model(context.original), _model(a), [_model(b)])
+    return weights.step_cosine(_original(a), _model(a), [_model(b)])
 
 
 def _efficacy(a: Subject, part: str, context: Context) -> float:
@@ -166,7 +166,12 @@ def _efficacy(a: Subject, part: str, context: Context) -> float:
 
 def _relearn(a: Subject, part: str, context: Context) -> float:
     assert context.split is not None
-    return float(relearn.relearn_time(_model(a), context.split, _model(context.original), context.likelihood).epochs)
+    return float(relearn.relearn_time(_model(a), context.split, _original(a), context.likelihood).epochs)
+
+
+def _original(a: Subject) -> nn.Module:
+    assert a.original is not None
+    return a.original
 
 
 def _model(a: Subject) -> nn.Module:

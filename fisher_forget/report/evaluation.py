@@ -57,9 +57,8 @@ def write_page(name: str, tables: Mapping[str, Evaluation], folder: Path) -> Pat
     )
     command = f"fisher-forget evaluate {folder / 'config.yaml'}"
     legend = "; ".join(f"{MARKS[label]} {meaning}" for label, meaning in MEANING.items())
-    page = render_template(
-        "evaluation.html.j2", legend=legend, name=name, cases=cases, definitions=definitions, command=command
-    )
+    values = {"legend": legend, "run": name, "cases": cases, "definitions": definitions, "command": command}
+    page = render_template("evaluation.html.j2", **values)
     return write_html(folder / "evaluation.html", page)
 
 
