@@ -1,1 +1,55 @@
-"""Published unlearning methods under one protocol, one file each, to compare with."""
+"""Published unlearning methods under one protocol, one file each, to compare with.
+
+`METHODS` maps names to classes; to add your own, write a frozen dataclass that satisfies `Unlearner` and
+`METHODS["mine"] = Mine`. Exact unlearning by sharding, which needs its own training, is `sisa.SISA`.
+"""
+
+from fisher_forget.baselines.bad_teacher import BadTeacher
+from fisher_forget.baselines.catastrophic import CFk, EUk
+from fisher_forget.baselines.delta_grad import DeltaGrad
+from fisher_forget.baselines.finetune import FineTune
+from fisher_forget.baselines.fisher import FisherForget, GolatkarCode, GolatkarPaper
+from fisher_forget.baselines.influence import Lissa, WoodFisher
+from fisher_forget.baselines.l1_sparse import L1Sparse
+from fisher_forget.baselines.neg_grad import NegGrad, NegGradPlus
+from fisher_forget.baselines.ntk import Ntk, NtkFisher
+from fisher_forget.baselines.protocol import Unlearned, Unlearner
+from fisher_forget.baselines.random_labels import Amnesiac, RandomLabels
+from fisher_forget.baselines.retrain import Retrain
+from fisher_forget.baselines.salun import SalUn
+from fisher_forget.baselines.scrub import Scrub
+from fisher_forget.baselines.sisa import SISA
+from fisher_forget.baselines.ssd import Ssd
+from fisher_forget.baselines.unsir import Unsir
+from fisher_forget.baselines.variational import Variational
+
+METHODS: dict[str, type[Unlearner]] = {
+    method.name: method
+    for method in (
+        FisherForget,
+        Retrain,
+        FineTune,
+        NegGrad,
+        NegGradPlus,
+        RandomLabels,
+        Amnesiac,
+        BadTeacher,
+        Scrub,
+        SalUn,
+        Ssd,
+        Ntk,
+        NtkFisher,
+        WoodFisher,
+        Lissa,
+        L1Sparse,
+        CFk,
+        EUk,
+        Unsir,
+        Variational,
+        DeltaGrad,
+        GolatkarPaper,
+        GolatkarCode,
+    )
+}
+
+__all__ = ["METHODS", "SISA", "Unlearned", "Unlearner"]

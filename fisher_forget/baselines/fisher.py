@@ -1,4 +1,5 @@
-r"""Fisher forgetting as a method to compare: the package's own `forget`, and the two published forms.
+r"""Fisher forgetting as a method to compare: the package's own `forget`, and the two published forms
+(Golatkar et al. 2020, arXiv:1911.04933, and its public code).
 
 The work is counted as it happens: a forward pass of a sample is a third of a sample gradient, a backward pass from its
 outputs two thirds. A product with the curvature is two backward passes over a graph that is kept.
