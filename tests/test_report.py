@@ -24,8 +24,8 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-import fisher_forget.evaluate.closeness as evaluate
 from fisher_forget.errors import DataError, StorageError
+from fisher_forget.evaluate import closeness as evaluate
 from fisher_forget.forget import forget
 from fisher_forget.report import plots, tables
 from fisher_forget.report.html import write_report
