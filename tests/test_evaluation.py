@@ -208,6 +208,8 @@ class TestPage:
         ax = plot_scores(table)
         assert ax.get_xlabel()
         assert len(ax.collections) >= 3
+        rows = sum(s.method == "original" and s.label != "undefined" for s in table.scores)
+        assert len(ax.collections[0].get_offsets()) == rows == sum(s.method == "original" for s in table.scores) - 1
 
     def test_distance(self, table):
         score = dataclasses.replace(table.scores[0], value=3.0, target=1.0, target_low=0.0, target_high=2.0)

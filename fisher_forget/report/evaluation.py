@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from fisher_forget.evaluate.evaluation import MARKS, MEANING, Evaluation, Score
+from fisher_forget.evaluate.evaluation import MARKS, MEANING, UNDEFINED, Evaluation, Score
 from fisher_forget.evaluate.metrics import METRICS
 from fisher_forget.report.html import Figure, inline, render_template, write_html
 from fisher_forget.report.plots import BLUE, GREEN, GREY, ORANGE, VERMILLION, save_figure
@@ -66,7 +66,7 @@ def sentence(table: Evaluation) -> str:
     """How many scores of each method a retrained model could have."""
     parts = []
     for method in methods(table):
-        rows = [s for s in table.scores if s.method == method]
+        rows = [s for s in table.scores if s.method == method and s.label != UNDEFINED]
         inside = sum(within(s) for s in rows)
         parts.append(f"{method}: {inside} of {len(rows)}")
     return "Scores that a retrained model could have. " + "; ".join(parts) + "."
@@ -108,7 +108,7 @@ def plot_scores(table: Evaluation, ax: Axes | None = None) -> Axes:
     place = {key: len(keys) - 1 - i for i, key in enumerate(keys)}
     names = methods(table)
     for (marker, colour), method in zip(STYLES * (1 + len(names) // len(STYLES)), names, strict=False):
-        rows = [s for s in table.scores if s.method == method]
+        rows = [s for s in table.scores if s.method == method and s.label != UNDEFINED]
         x = np.array([distance(s) for s in rows])
         shift = 0.24 * (names.index(method) / max(len(names) - 1, 1) - 0.5)
         y = np.array([place[s.metric, s.part] for s in rows]) - shift
