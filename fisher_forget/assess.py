@@ -61,20 +61,14 @@ def _assess(config: RunConfig, data: DataBundle, case: Case, alphas: list[float]
     methods[TUNED] = [_fine_tuned(config, case, data, i) for i in range(len(originals))]
     if alphas:
         methods[NOISED] = [_noised(config, data, case, i, alpha) for i, alpha in enumerate(alphas)]
-    table: Evaluation | None = None
-    for name, models in methods.items():
-        scored = evaluate(
-            models,
-            ensemble,
-            recipe.parts(data, case.forget, retain),
-            method=name,
-            likelihood=config.likelihood,
-            split=split,
-            teacher=recipe.untrained(config, data, seed=case.retrained.seeds[-1] + 1),
-        )
-        table = scored if table is None else table + scored
-    assert table is not None
-    return table
+    return evaluate(
+        methods,
+        ensemble,
+        recipe.parts(data, case.forget, retain),
+        likelihood=config.likelihood,
+        split=split,
+        teacher=recipe.untrained(config, data, seed=case.retrained.seeds[-1] + 1),
+    )
 
 
 def _scrubbed(config: RunConfig, case: Case) -> list[nn.Module]:

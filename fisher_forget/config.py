@@ -93,7 +93,7 @@ class ForgetSettings:
         steps: Newton sub-steps.
         damping: Of each sub-step.
         solver: Of the linear system.
-        drift: Subtract the motion without forgetting.
+        drift: Subtract the force that is not owed to the forget set.
         budget: Allowed rise of the held-back retained loss by the Newton step, nats.
         noise: Scale; or what it is to reach, such as {loss: 0.01} (see `NoiseTarget`); or "auto"; or null for none.
         exponent: Of the noise.

@@ -116,10 +116,15 @@ class TestTable:
         assert markdown.count("\n| kl, nats |") == 3
         assert "not forgotten" in markdown
 
-    def test_addition_keeps_one_row_each(self, table):
-        renamed = tuple(dataclasses.replace(s, method="b") for s in table.scores if s.method == "scrubbed")
-        both = table + Evaluation(renamed + table.scores[:3], table.retrained, {})
+    def test_several_methods_keep_one_row_each(self, table, ensemble):
+        models = ensemble.originals.models
+        options = {"split": resolve(DATA, IDX), "teacher": seeded(small_net, 77)}
+        both = evaluate({"scrubbed": [scrubbed_of(m) for m in models], "b": models}, ensemble, PARTS, **options)
+        renamed = [s for s in both.scores if s.method == "b"]
         assert len(both.scores) == len(table.scores) + len(renamed)
+        same = zip([s for s in both.scores if s.method != "b"], table.scores, strict=True)
+        assert all(a == b for a, b in same if a.label != "undefined")
+        assert both.get("kl", method="b").value == both.get("kl", method="original").value
 
     def test_a_row_that_is_not_there(self, table):
         with pytest.raises(ConfigError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -26,6 +27,7 @@ from fisher_forget.likelihood import resolve as resolve_likelihood
 from fisher_forget.result import ForgetResult
 
 OTHERS = 10  # retrained models that a retrained model is compared with at most, for the target of a pair metric
+Scrubbed = ForgetResult | nn.Module
 COSTLY = ("relearn",)  # trains; only where asked for by name
 FALSE_ALARM = 0.05  # that a retrained model fails any of the rows
 UNDEFINED = "undefined"
@@ -83,12 +85,6 @@ class Evaluation:
     retrained: int
     left_out: dict[str, str]
 
-    def __add__(self, other: Evaluation) -> Evaluation:
-        """The rows of both; those of the second that the first has, too, are dropped."""
-        known = {(s.method, s.metric, s.part) for s in self.scores}
-        fresh = tuple(s for s in other.scores if (s.method, s.metric, s.part) not in known)
-        return Evaluation(self.scores + fresh, min(self.retrained, other.retrained), self.left_out | other.left_out)
-
     def get(self, metric: str, part: str = "forget", method: str | None = None) -> Score:
         """One row.
 
@@ -144,11 +140,10 @@ MEANING = {
 
 
 def evaluate(
-    scrubbed: ForgetResult | nn.Module | Sequence[ForgetResult | nn.Module],
+    scrubbed: Scrubbed | Sequence[Scrubbed] | Mapping[str, Scrubbed | Sequence[Scrubbed]],
     ensemble: RetrainedEnsemble,
     data: Mapping[str, Dataset[Any]],
     *,
-    method: str = "scrubbed",
     likelihood: Likelihood | str = "categorical",
     split: Split | None = None,
     teacher: nn.Module | None = None,
@@ -163,10 +158,10 @@ def evaluate(
     in the targets.
 
     Args:
-        scrubbed: One result or model, or several (one an original or a draw).
+        scrubbed: One result or model, or several, one for each of the ensemble's originals; or those of several methods
+            by name.
         ensemble: Models trained with and without the forget set.
         data: Data sets by name; "forget", "retain" and "test" are what membership attacks read.
-        method: Name of the rows.
         likelihood: Name or instance.
         split: The training data, for metrics that differentiate or train.
         teacher: A model with random weights, for ZRF.
@@ -184,14 +179,8 @@ def evaluate(
     chosen = [name for name in METRICS if name not in COSTLY] if metrics is None else list(metrics)
     if unknown := [name for name in chosen if name not in METRICS]:
         raise ConfigError(f"the metrics {unknown}", f"some of {list(METRICS)}", "Correct the names.")
-    given = list(scrubbed) if isinstance(scrubbed, Sequence) else [scrubbed]
-    for result in given:
-        if isinstance(result, ForgetResult) and not np.array_equal(result.split.forget, ensemble.forget):
-            raise DataError(
-                f"a result that forgot {len(result.split.forget)} samples", "the forget set of the ensemble",
-                "Retrain the ensemble without these samples.",
-            )  # fmt: skip
-    models = [r.model if isinstance(r, ForgetResult) else r for r in given]
+    given = scrubbed if isinstance(scrubbed, Mapping) else {"scrubbed": scrubbed}
+    methods = {name: _models(results, ensemble) for name, results in given.items()}
     reference = len(ensemble.retrained.models) - held_out
     if reference < 3 or held_out < 0:
         raise DataError(
@@ -201,11 +190,12 @@ def evaluate(
         )
     originals, retrained, targets = ensemble.outputs(data, unpack=unpack)
     splits = {name: resolve_split(part, [], unpack=unpack, allow_empty=True) for name, part in data.items()}
-    outputs = [{name: predict(model, splits[name])[0] for name in splits} for model in models]
-    _check(outputs, retrained, targets)
-
+    outputs = {
+        method: [{part: predict(model, splits[part])[0] for part in splits} for model in models]
+        for method, models in methods.items()
+    }
+    _check(list(itertools.chain.from_iterable(outputs.values())), retrained, targets)
     sources = ensemble.originals.models
-    own = sources if len(sources) == len(models) else sources[:1] * len(models)
 
     def subjects(
         stacked: Mapping[str, Tensor], members: Sequence[nn.Module], made_from: Sequence[nn.Module]
@@ -215,11 +205,12 @@ def evaluate(
 
     every = subjects(retrained, ensemble.retrained.models, sources[:1] * len(ensemble.retrained.models))
     ones, control = every[:reference], every[reference:]
-    groups = {
-        "original": subjects(originals, sources, sources),
-        method: [Subject(o, m, source) for o, m, source in zip(outputs, models, own, strict=True)],
-        **({"retrained, left out": control} if control else {}),
-    }
+    groups = {"original": subjects(originals, sources, sources)}
+    for method, models in methods.items():
+        own = sources if len(sources) == len(models) else sources[:1] * len(models)
+        groups[method] = [Subject(*each) for each in zip(outputs[method], models, own, strict=True)]
+    if control:
+        groups["retrained, left out"] = control
     blank = None if teacher is None or "forget" not in splits else predict(teacher, splits["forget"])[0]
     context = Context(kind, targets, split, blank, seed)
     left_out = {name: why for name in chosen if (why := METRICS[name].missing(context))}
@@ -229,6 +220,19 @@ def evaluate(
     level = 1 - FALSE_ALARM / max(len(rows), 1)
     scores = [score for metric, part in rows for score in _scored(metric, part, groups, ones, context, level)]
     return Evaluation(tuple(scores), reference, left_out)
+
+
+def _models(given: Scrubbed | Sequence[Scrubbed], ensemble: RetrainedEnsemble) -> list[nn.Module]:
+    """The models of one method, which must have forgotten what the ensemble was trained without."""
+    results = list(given) if isinstance(given, Sequence) else [given]
+    for result in results:
+        if isinstance(result, ForgetResult) and not np.array_equal(result.split.forget, ensemble.forget):
+            raise DataError(
+                f"a result that forgot {len(result.split.forget)} samples",
+                "the forget set of the ensemble",
+                "Retrain the ensemble without these samples.",
+            )
+    return [r.model if isinstance(r, ForgetResult) else r for r in results]
 
 
 def _scored(

@@ -28,13 +28,13 @@ class Subject:
 
     Attributes:
         outputs: Part -> outputs [N, ...].
-        model: The model itself, for metrics that need more than outputs.
+        model: The model itself.
         original: The model it was made from; of a retrained one, any model trained on everything.
     """
 
     outputs: Mapping[str, Tensor]
-    model: nn.Module | None = None
-    original: nn.Module | None = None
+    model: nn.Module
+    original: nn.Module
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Metric:
         solo: Number of a model; or
         pair: number of a model and a retrained one.
         parts: Parts of the data it is computed on; empty for all.
-        needs: What it needs besides outputs: "model", "split", "teacher", "categorical".
+        needs: What it needs besides outputs: "categorical", "membership", "split", "teacher"; see `missing`.
     """
 
     name: str
@@ -109,10 +109,6 @@ def _kl_reverse(a: Subject, b: Subject, part: str, context: Context) -> float:
 
 def _mean(fn: Callable[[Tensor, Tensor], Tensor], factor: float = 1.0) -> Pair:
     return lambda a, b, part, context: factor * float(fn(b.outputs[part], a.outputs[part]).double().mean())
-
-
-def _activation_distance(p: Tensor, q: Tensor) -> Tensor:
-    return (p.double().softmax(-1) - q.double().softmax(-1)).abs().sum(-1)
 
 
 def _score(a: Subject, part: str, context: Context) -> float:
@@ -152,31 +148,21 @@ def _zrf(a: Subject, part: str, context: Context) -> float:
 
 
 def _weight_distance(a: Subject, b: Subject, part: str, context: Context) -> float:
-    return weights.weight_distance(_model(a), _model(b))
+    return weights.weight_distance(a.model, b.model)
 
 
 def _cosine(a: Subject, b: Subject, part: str, context: Context) -> float:
-    return weights.step_cosine(_original(a), _model(a), [_model(b)])
+    return weights.step_cosine(a.original, a.model, [b.model])
 
 
 def _efficacy(a: Subject, part: str, context: Context) -> float:
     assert context.split is not None
-    return weights.efficacy(_model(a), context.split, context.likelihood)
+    return weights.efficacy(a.model, context.split, context.likelihood)
 
 
 def _relearn(a: Subject, part: str, context: Context) -> float:
     assert context.split is not None
-    return float(relearn.relearn_time(_model(a), context.split, _original(a), context.likelihood).epochs)
-
-
-def _original(a: Subject) -> nn.Module:
-    assert a.original is not None
-    return a.original
-
-
-def _model(a: Subject) -> nn.Module:
-    assert a.model is not None
-    return a.model
+    return float(relearn.relearn_time(a.model, context.split, a.original, context.likelihood).epochs)
 
 
 GOLATKAR = "Golatkar et al. 2020, arXiv:1911.04933"
@@ -210,7 +196,7 @@ TABLE = (
     Metric(
         "activation_distance", "", "distance of the predicted probabilities",
         "mean_n |p(x_n) - p_retrained(x_n)|_1", GOLATKAR,
-        pair=_mean(_activation_distance), needs=CLASSES,
+        pair=_mean(divergence.total_variation, 2.0), needs=CLASSES,
     ),
     Metric(
         "score", "%", "accuracy, or squared error for regression",
@@ -238,22 +224,22 @@ TABLE = (
     ),
     Metric(
         "weight_distance", "", "distance of the weights to a retrained model's",
-        "|w - w_retrained|", "textbook", pair=_weight_distance, parts=FORGET, needs=frozenset({"model"}),
+        "|w - w_retrained|", "textbook", pair=_weight_distance, parts=FORGET,
     ),
     Metric(
         "step_cosine", "", "direction of the step against the retrained model's",
         "cos(w - w_original, w_retrained - w_original)", GOLATKAR,
-        pair=_cosine, parts=FORGET, needs=frozenset({"model"}),
+        pair=_cosine, parts=FORGET,
     ),
     Metric(
         "efficacy", "1/nats", "inverse information that the forget set still exerts on the weights",
         "1 / tr F_empirical(w; D_f)", "Becker & Liebig 2022, arXiv:2208.10836",
-        solo=_efficacy, parts=FORGET, needs=frozenset({"model", "split"}),
+        solo=_efficacy, parts=FORGET, needs=frozenset({"split"}),
     ),
     Metric(
         "relearn", "epochs", "how soon training on all data finds the original loss on the forget set again",
         "epochs of 500 samples at lr 0.01 until L_f(w) <= L_f(w_original); at most 100", GOLATKAR,
-        solo=_relearn, parts=FORGET, needs=frozenset({"model", "split"}),
+        solo=_relearn, parts=FORGET, needs=frozenset({"split"}),
     ),
 )  # fmt: skip
 METRICS: dict[str, Metric] = {m.name: m for m in TABLE}

@@ -20,6 +20,7 @@ from fisher_forget import params as P
 from fisher_forget.curvature import estimate_curvature
 from fisher_forget.data.split import Split
 from fisher_forget.errors import ConfigError, ModelError
+from fisher_forget.evaluate import composite
 from fisher_forget.likelihood import Likelihood
 from fisher_forget.params import Params
 
@@ -92,8 +93,7 @@ def efficacy(model: nn.Module, split: Split, likelihood: Likelihood | str = "cat
         SplitError: If nothing is forgotten.
     """
     fisher = estimate_curvature(model, split, likelihood, structure="diagonal", kind="empirical", part="forget")
-    trace = fisher.trace()
-    return 1 / trace if trace else math.inf
+    return composite.efficacy(fisher.trace())
 
 
 def _parameters(model: nn.Module) -> Params:
