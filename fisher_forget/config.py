@@ -66,6 +66,7 @@ class ForgetSet:
         count: How many, for "samples" and "random".
         indices: For "indices".
         seed: Of the choice.
+        retrained: Models retrained without it; by default as many as the run has for each.
     """
 
     name: str
@@ -74,6 +75,7 @@ class ForgetSet:
     count: int | None = None
     indices: list[int] = field(default_factory=list)
     seed: int = 0
+    retrained: int | None = None
 
     @property
     def slug(self) -> str:
@@ -155,8 +157,9 @@ class RunConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        if self.retrained < 2:
-            raise ConfigError(f"retrained: {self.retrained}", "at least 2: the floor needs a pair", "Raise it.")
+        fewest = min([self.retrained, *(s.retrained for s in self.forget_sets if s.retrained is not None)])
+        if fewest < 2:
+            raise ConfigError(f"retrained: {fewest}", "at least 2: the floor needs a pair", "Raise it.")
         if not self.seeds or not self.forget_sets:
             raise ConfigError("no seeds or no forget_sets", "at least one of each", "Add one to the configuration.")
         if min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):

@@ -173,7 +173,7 @@ def prepare_case(config: RunConfig, data: DataBundle, settings: ForgetSet, chose
 
     originals = ensemble(config.seeds, None, folder / "original", "train")
     free = (seed for seed in itertools.count(RETRAINED_SEEDS) if seed not in config.seeds)
-    members = list(itertools.islice(free, config.retrained))
+    members = list(itertools.islice(free, settings.retrained or config.retrained))
     retrained = ensemble(members, retain, folder / settings.slug / "retrained", f"retrain without {settings.name}")
     named = parts(data, chosen, retain)
     references = tuple(Reference(m, retrained.models, named, config.likelihood) for m in originals.models)

@@ -50,6 +50,8 @@ class TrainSettings:
         optimizer: "sgd" or "adam".
         schedule: "onecycle", "cosine" or "constant", step by step.
         augment: Shift images at random, and flip those with three channels.
+        channels_last: Keep images and convolutions in that memory layout while training: the same mathematics, up to
+            twice as fast on a CPU.
 
     Raises:
         ConfigError: If a value is out of range or a name unknown.
@@ -63,6 +65,7 @@ class TrainSettings:
     optimizer: Literal["sgd", "adam"] = "sgd"
     schedule: Literal["onecycle", "cosine", "constant"] = "cosine"
     augment: bool = False
+    channels_last: bool = False
 
     def __post_init__(self) -> None:
         for name, good, expected in (
@@ -113,9 +116,12 @@ def train(
     kind = likelihoods.resolve(likelihood)
     inputs, targets = _pair(data)
     chosen = _rows(indices, len(targets))
-    if settings.augment and inputs.dim() != 4:
-        raise ConfigError(f"augment=True for inputs {tuple(inputs.shape)}", "images [N, C, H, W]", "Set augment=False.")
+    for name in ("augment", "channels_last"):
+        if getattr(settings, name) and inputs.dim() != 4:
+            raise ConfigError(f"{name}=True for inputs {tuple(inputs.shape)}", "images [N, C, H, W]", f"Unset {name}.")
     twin = copy.deepcopy(model).train()
+    if settings.channels_last:
+        twin = twin.to(memory_format=torch.channels_last)
     weights = list(trainable(twin).values())
     device, dtype = weights[0].device, weights[0].dtype
     optimizer = _optimizer(weights, settings)
@@ -130,6 +136,8 @@ def train(
                 order = chosen[torch.randperm(len(chosen), generator=generator)].tensor_split(per_epoch)
             rows = order[step % per_epoch]
             images = augmented(inputs[rows], generator) if settings.augment else inputs[rows]
+            if settings.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
             batch = make_batch((images, targets[rows])).to(device, dtype)
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * SCHEDULES[settings.schedule](step / total)
@@ -144,7 +152,7 @@ def train(
     if not finite(dict(twin.named_parameters())):
         raise _diverged("NaN or infinite weights after training")
     twin.zero_grad(set_to_none=True)
-    return twin.eval()
+    return (twin.to(memory_format=torch.contiguous_format) if settings.channels_last else twin).eval()
 
 
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
