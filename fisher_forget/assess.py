@@ -10,7 +10,7 @@ from torch import nn
 from fisher_forget import recipe, storage
 from fisher_forget.baselines.finetune import FineTune
 from fisher_forget.config import RunConfig
-from fisher_forget.data.datasets import DataBundle, load_dataset
+from fisher_forget.data.datasets import load_dataset
 from fisher_forget.data.split import resolve as resolve_split
 from fisher_forget.ensemble import RetrainedEnsemble
 from fisher_forget.errors import StorageError
@@ -38,16 +38,16 @@ def assess(config: RunConfig) -> Path:
     )
     found: dict[str, Evaluation] = {}
     for settings, described in zip(config.forget_sets, metrics["cases"], strict=True):
-        case = recipe.prepare_case(config, data, settings, recipe.choose(settings, data), folder)
+        case = recipe.prepare_case(config, data, settings, folder)
         alphas = [run["reference_code"]["alpha"] for run in described["runs"] if "reference_code" in run]
-        found[settings.name] = _assess(config, data, case, alphas)
+        found[settings.name] = _assess(config, case, alphas)
         (case.folder / "evaluation.md").write_text(found[settings.name].to_markdown() + "\n")
     storage.write_json(folder / "evaluation.json", {name: table.to_dict() for name, table in found.items()})
     return page.write_page(config.name, found, folder)
 
 
-def _assess(config: RunConfig, data: DataBundle, case: Case, alphas: list[float]) -> Evaluation:
-    originals = case.originals.models
+def _assess(config: RunConfig, case: Case, alphas: list[float]) -> Evaluation:
+    originals, data = case.originals.models, case.data
     retain = np.setdiff1d(np.arange(len(data.train)), case.forget)
     split = resolve_split(data.train, case.forget)
     ensemble = RetrainedEnsemble(
@@ -58,9 +58,9 @@ def _assess(config: RunConfig, data: DataBundle, case: Case, alphas: list[float]
         storage.fingerprint(config.model, config.training, config.likelihood, data.train.tensors, case.forget),
     )
     methods: dict[str, list[nn.Module]] = {OURS: _scrubbed(config, case)}
-    methods[TUNED] = [_fine_tuned(config, case, data, i) for i in range(len(originals))]
+    methods[TUNED] = [_fine_tuned(config, case, i) for i in range(len(originals))]
     if alphas:
-        methods[NOISED] = [_noised(config, data, case, i, alpha) for i, alpha in enumerate(alphas)]
+        methods[NOISED] = [_noised(config, case, i, alpha) for i, alpha in enumerate(alphas)]
     return evaluate(
         methods,
         ensemble,
@@ -82,20 +82,20 @@ def _scrubbed(config: RunConfig, case: Case) -> list[nn.Module]:
     return found
 
 
-def _fine_tuned(config: RunConfig, case: Case, data: DataBundle, index: int) -> nn.Module:
+def _fine_tuned(config: RunConfig, case: Case, index: int) -> nn.Module:
     method = FineTune(
         epochs=max(1, round(0.1 * config.training.epochs)),
         weight_decay=config.training.weight_decay,
         likelihood=config.likelihood,
         seed=config.seeds[index],
     )
-    return method.unlearn(case.originals.models[index], resolve_split(data.train, case.forget)).model
+    return method.unlearn(case.originals.models[index], resolve_split(case.data.train, case.forget)).model
 
 
-def _noised(config: RunConfig, data: DataBundle, case: Case, index: int, alpha: float) -> nn.Module:
+def _noised(config: RunConfig, case: Case, index: int, alpha: float) -> nn.Module:
     variant = reference_code_forget(
         case.originals.models[index],
-        data.train,
+        case.data.train,
         case.forget,
         likelihood=config.likelihood,
         seed=config.seeds[index],

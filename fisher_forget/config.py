@@ -61,16 +61,18 @@ class ForgetSet:
 
     Attributes:
         name: Title in reports and name of the folder.
-        kind: "class" (all of one), "samples" (some of one class), "random" (some of all), "indices".
+        kind: "class" (all of one), "samples" (some of one class), "random" (some of all), "mislabelled" (some of all,
+            whose labels are made wrong before the original models are trained), "memorised" (those that a model gets
+            right only if it was trained on them), "indices".
         label: The class, for "class" and "samples".
-        count: How many, for "samples" and "random".
+        count: How many, for all kinds but "class" and "indices".
         indices: For "indices".
         seed: Of the choice.
         retrained: Models retrained without it; by default as many as the run has for each.
     """
 
     name: str
-    kind: Literal["class", "samples", "random", "indices"]
+    kind: Literal["class", "samples", "random", "mislabelled", "memorised", "indices"]
     label: int | None = None
     count: int | None = None
     indices: list[int] = field(default_factory=list)
@@ -188,6 +190,34 @@ class SweepConfig(RunConfig):
 
     scales: list[float] = field(default_factory=lambda: [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1])
     draws: int = 3
+
+
+@dataclass(frozen=True)
+class CompareConfig(RunConfig):
+    """Methods x seeds x forget sets.
+
+    Attributes:
+        methods: Names in `fisher_forget.baselines.METHODS`, or "package.module:Class" of your own; all by default.
+        trials: Settings that each method may try, its defaults first, the others drawn from its grid.
+        validation: Share of the test data that the settings are chosen on, and that no score is computed on.
+        shards: Of SISA, which stands beside the methods; 0 leaves it out.
+    """
+
+    methods: list[str] = field(default_factory=list)
+    trials: int = 6
+    validation: float = 0.5
+    shards: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, good, expected in (
+            ("trials", self.trials >= 1, "at least 1"),
+            ("validation", 0 < self.validation < 1, "a share between 0 and 1"),
+            ("shards", self.shards >= 0, "at least 0"),
+            ("likelihood", self.likelihood == "categorical", "'categorical'"),
+        ):
+            if not good:
+                raise ConfigError(f"{name}: {getattr(self, name)}", expected, "Correct the configuration.")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[RunConfig] = RunConfig) -> RunConfig:

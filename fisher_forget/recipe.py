@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,12 +20,12 @@ from matplotlib.axes import Axes
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from fisher_forget import storage
+from fisher_forget import forget_sets, storage
 from fisher_forget.config import ForgetSet, RunConfig, SweepConfig, to_plain
 from fisher_forget.data.datasets import DataBundle, load_dataset
 from fisher_forget.data.split import Indices
 from fisher_forget.ensemble import Members, train_members
-from fisher_forget.errors import ConfigError, NumericalError
+from fisher_forget.errors import NumericalError
 from fisher_forget.evaluate.closeness import Closeness, Reference, summarise
 from fisher_forget.forget import forget
 from fisher_forget.models import build_model
@@ -34,6 +34,8 @@ from fisher_forget.result import ForgetResult, versions
 from fisher_forget.sweep import SweepTable, sweep
 from fisher_forget.training import train
 from fisher_forget.variants import reference_code_forget
+
+Rows = Indices | Literal["subset"] | None  # to train on; of every seed its own subset; all
 
 RETRAINED_SEEDS = 1000  # seeds of the retrained models start here: none is an original's
 # of the reference code, whose default is 3e-6: from noise that does nothing to noise that destroys the model
@@ -47,7 +49,8 @@ class Case:
 
     Attributes:
         settings: Which samples.
-        forget: Their indices, sorted.
+        data: As the originals were trained on.
+        forget: Indices of the samples, sorted.
         folder: Of its results.
         references: One a seed: the original of that seed, held against the shared retrained models.
         originals: One a seed.
@@ -55,6 +58,7 @@ class Case:
     """
 
     settings: ForgetSet
+    data: DataBundle
     forget: Indices
     folder: Path
     references: tuple[Reference, ...]
@@ -75,15 +79,16 @@ def run(config: RunConfig) -> Path:
     data = load_dataset(
         config.data.name, config.data.root, max_train=config.data.max_train, max_test=config.data.max_test
     )
-    chosen = {s.name: choose(s, data) for s in config.forget_sets}  # all are checked before any work
+    for settings in config.forget_sets:  # all are checked before any work
+        forget_sets.check(settings, data)
     (folder / "config.yaml").write_text(yaml.safe_dump(to_plain(config), sort_keys=False))
     figures: dict[str, Path] = {}
     cases = []
     for settings in config.forget_sets:
-        case = prepare_case(config, data, settings, chosen[settings.name], folder)
-        results, evaluations = zip(*(_forget(config, data, case, i) for i in range(len(config.seeds))), strict=True)
+        case = prepare_case(config, data, settings, folder)
+        results, evaluations = zip(*(_forget(config, case, i) for i in range(len(config.seeds))), strict=True)
         compared = range(len(config.seeds)) if config.reference_variant else ()
-        rivals = [_reference_code(config, data, case, i) for i in compared]
+        rivals = [_reference_code(config, case, i) for i in compared]
         described = _describe(config, case, results, evaluations, rivals)
         cases.append(described)
         figures[f"{settings.name}: KL"] = _save(plots.plot_parts(described), case.folder / "kl")
@@ -109,39 +114,9 @@ def run(config: RunConfig) -> Path:
     return html.write_report(metrics, figures, folder)
 
 
-def choose(settings: ForgetSet, data: DataBundle) -> Indices:
-    """The indices that a forget set names.
-
-    Raises:
-        ConfigError: If label, count or indices do not fit the data.
-    """
-    targets = data.train.tensors[1].numpy()
-    where = f"forget set {settings.name!r}"
-    if settings.kind == "indices":
-        wanted = np.asarray(settings.indices, dtype=np.int64)
-        if not len(wanted) or wanted.min() < 0 or wanted.max() >= len(targets):
-            raise ConfigError(
-                f"{where} with {len(wanted)} indices", f"indices from 0 to {len(targets) - 1}", "Correct."
-            )
-        return np.unique(wanted)
-    candidates = np.arange(len(targets))
-    if settings.kind in ("class", "samples"):
-        candidates = np.flatnonzero(targets.reshape(len(targets), -1)[:, 0] == settings.label)
-        if settings.label is None or not len(candidates):
-            raise ConfigError(
-                f"{where} with label {settings.label}",
-                f"one of {sorted(set(targets.ravel().tolist()))[:20]}",
-                "Set label.",
-            )
-    if settings.kind == "class":
-        return candidates
-    if settings.count is None or not 0 < settings.count < len(candidates):
-        raise ConfigError(f"{where} with count {settings.count}", f"1 to {len(candidates) - 1} samples", "Set count.")
-    return np.sort(np.random.default_rng(settings.seed).choice(candidates, settings.count, replace=False))
-
-
-def train_one(config: RunConfig, data: DataBundle, indices: Indices | None, seed: int) -> nn.Module:
+def train_one(config: RunConfig, data: DataBundle, rows: Rows, seed: int) -> nn.Module:
     """The model of one seed, trained on all or some of the data."""
+    indices = forget_sets.subset(len(data.train), seed) if isinstance(rows, str) else rows
     return train(
         untrained(config, data, seed),
         data.train,
@@ -153,31 +128,41 @@ def train_one(config: RunConfig, data: DataBundle, indices: Indices | None, seed
     )
 
 
-def prepare_case(config: RunConfig, data: DataBundle, settings: ForgetSet, chosen: Indices, folder: Path) -> Case:
+def prepare_case(config: RunConfig, clean: DataBundle, settings: ForgetSet, folder: Path) -> Case:
     """Originals and retrained models of a forget set, trained or loaded."""
-    retain = np.setdiff1d(np.arange(len(data.train)), chosen)
-    template = untrained(config, data, 0)
-    basis = (config.model, config.training, config.likelihood, data.train.tensors)  # wherever the data came from
+    template = untrained(config, clean, 0)
+    place = storage.ensure_folder(folder / settings.slug)
 
-    def ensemble(seeds: list[int], indices: Indices | None, place: Path, title: str) -> Members:
+    def ensemble(data: DataBundle, rows: Rows, seeds: list[int], where: Path, title: str) -> Members:
+        # wherever the data came from
+        basis = config.model, config.training, config.likelihood, data.train.tensors
         return train_members(
-            partial(train_one, config, data, indices),
+            partial(train_one, config, data, rows),
             seeds,
             template=template,
-            folder=place,
-            fingerprint=storage.fingerprint(*basis, indices),
+            folder=where,
+            fingerprint=storage.fingerprint(*basis, rows),
             jobs=config.jobs,
             progress=config.progress,
             description=title,
         )
 
-    originals = ensemble(config.seeds, None, folder / "original", "train")
+    def memorised() -> forget_sets.Scores:
+        seeds = list(range(forget_sets.SUBSETS))
+        members = ensemble(clean, "subset", seeds, folder / "subsets", "train on subsets")
+        return forget_sets.memorisation(members.models, members.seeds, clean)
+
+    chosen = forget_sets.choose(settings, clean, memorised)
+    data = forget_sets.corrupted(clean, settings, chosen)
+    retain = np.setdiff1d(np.arange(len(data.train)), chosen)
+    shared = folder if data is clean else place
+    originals = ensemble(data, None, config.seeds, shared / "original", "train")
     free = (seed for seed in itertools.count(RETRAINED_SEEDS) if seed not in config.seeds)
     members = list(itertools.islice(free, settings.retrained or config.retrained))
-    retrained = ensemble(members, retain, folder / settings.slug / "retrained", f"retrain without {settings.name}")
+    retrained = ensemble(data, retain, members, place / "retrained", f"retrain without {settings.name}")
     named = parts(data, chosen, retain)
     references = tuple(Reference(m, retrained.models, named, config.likelihood) for m in originals.models)
-    return Case(settings, chosen, storage.ensure_folder(folder / settings.slug), references, originals, retrained)
+    return Case(settings, data, chosen, place, references, originals, retrained)
 
 
 def untrained(config: RunConfig, data: DataBundle, seed: int) -> nn.Module:
@@ -202,7 +187,7 @@ def parts(data: DataBundle, chosen: Indices, retain: Indices) -> dict[str, Tenso
     return parts
 
 
-def _forget(config: RunConfig, data: DataBundle, case: Case, index: int) -> tuple[ForgetResult, Closeness]:
+def _forget(config: RunConfig, case: Case, index: int) -> tuple[ForgetResult, Closeness]:
     seed = config.seeds[index]
     options = {f.name: getattr(config.forget, f.name) for f in fields(config.forget)}
     if options["weight_decay"] is None:
@@ -211,7 +196,7 @@ def _forget(config: RunConfig, data: DataBundle, case: Case, index: int) -> tupl
         options["subset"] = tuple(options["subset"])
     result = forget(
         case.originals.models[index],
-        data.train,
+        case.data.train,
         case.forget,
         likelihood=config.likelihood,
         seed=seed,
@@ -225,11 +210,11 @@ def _forget(config: RunConfig, data: DataBundle, case: Case, index: int) -> tupl
     return result, evaluation
 
 
-def _reference_code(config: RunConfig, data: DataBundle, case: Case, index: int) -> tuple[float, Closeness]:
+def _reference_code(config: RunConfig, case: Case, index: int) -> tuple[float, Closeness]:
     """The public code of Golatkar et al. 2020 on one original model: (alpha, scores) at its `best_scale` of twelve."""
     variant = reference_code_forget(
         case.originals.models[index],
-        data.train,
+        case.data.train,
         case.forget,
         likelihood=config.likelihood,
         seed=config.seeds[index],

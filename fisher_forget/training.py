@@ -121,7 +121,7 @@ def train(
             raise ConfigError(f"{name}=True for inputs {tuple(inputs.shape)}", "images [N, C, H, W]", f"Unset {name}.")
     twin = copy.deepcopy(model).train()
     if settings.channels_last:
-        twin = twin.to(memory_format=torch.channels_last)
+        twin = _laid_out(twin, torch.channels_last)
     weights = list(trainable(twin).values())
     device, dtype = weights[0].device, weights[0].dtype
     optimizer = _optimizer(weights, settings)
@@ -152,7 +152,7 @@ def train(
     if not finite(dict(twin.named_parameters())):
         raise _diverged("NaN or infinite weights after training")
     twin.zero_grad(set_to_none=True)
-    return (twin.to(memory_format=torch.contiguous_format) if settings.channels_last else twin).eval()
+    return (_laid_out(twin, torch.contiguous_format) if settings.channels_last else twin).eval()
 
 
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -177,6 +177,11 @@ def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
     # one gather for the whole batch; indexing around the slice puts the channels last
     moved = padded[sample[:, None, None], :, rows[:, :, None], columns[:, None, :]]
     return moved.permute(0, 3, 1, 2).contiguous()
+
+
+def _laid_out(model: nn.Module, layout: torch.memory_format) -> nn.Module:
+    moved: nn.Module = model.to(memory_format=layout)  # type: ignore[call-overload]  # torch's overloads lack it
+    return moved
 
 
 def _mean_loss(model: nn.Module, kind: likelihoods.Likelihood, batch: Batch, *, check: bool) -> Tensor:

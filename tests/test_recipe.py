@@ -7,17 +7,14 @@ from pathlib import Path
 
 import jsonschema
 import nbformat
-import numpy as np
 import pytest
 import yaml
 from nbclient import NotebookClient
 
-from fisher_forget import ConfigError, ensemble
+from fisher_forget import ensemble
 from fisher_forget.cli import main
-from fisher_forget.config import ForgetSet
-from fisher_forget.data.datasets import load_dataset
 from fisher_forget.evaluate.closeness import Closeness, PartScores
-from fisher_forget.recipe import ALPHAS, best_scale, choose, load_sweep
+from fisher_forget.recipe import ALPHAS, best_scale, load_sweep
 from fisher_forget.report.schema import load_schema
 
 ROOT = Path(__file__).parent.parent
@@ -157,35 +154,6 @@ class TestBestScale:
     def test_else_the_smallest_cost(self) -> None:
         tried = [scored(1, 4.0, 0.9), scored(2, 3.0, 0.95), scored(3, 2.0, 0.1)]
         assert best_scale(tried) == tried[1]
-
-
-class TestChoose:
-    def test_kinds(self) -> None:
-        data = load_dataset("digits", max_train=200)
-        y = data.train.tensors[1].numpy()
-        assert set(y[choose(ForgetSet("a", "class", label=3), data)]) == {3}
-        some = choose(ForgetSet("b", "samples", label=5, count=7), data)
-        assert len(some) == 7
-        assert set(y[some]) == {5}
-        assert len(choose(ForgetSet("c", "random", count=9, seed=1), data)) == 9
-        assert choose(ForgetSet("d", "indices", indices=[5, 2, 5]), data).tolist() == [2, 5]
-        assert not np.array_equal(
-            choose(ForgetSet("e", "random", count=9, seed=1), data), choose(ForgetSet("e", "random", count=9), data)
-        )
-
-    @pytest.mark.parametrize(
-        "wrong",
-        [
-            ForgetSet("a", "class"),
-            ForgetSet("a", "class", label=77),
-            ForgetSet("a", "samples", label=3),
-            ForgetSet("a", "samples", label=3, count=9999),
-            ForgetSet("a", "indices", indices=[-1]),
-        ],
-    )
-    def test_refusals(self, wrong: ForgetSet) -> None:
-        with pytest.raises(ConfigError, match="forget set 'a'"):
-            choose(wrong, load_dataset("digits", max_train=200))
 
 
 def test_quickstart_notebook_runs_as_committed(tmp_path: Path) -> None:

@@ -188,6 +188,21 @@ class TestAugmentation:
         assert not any(torch.equal(x, image.flip(2)) for x in moved)
 
 
+class TestChannelsLast:
+    def test_same_mathematics_and_a_model_laid_out_as_before(self):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 3)).double()
+        data = TensorDataset(torch.randn(40, 3, 8, 8, dtype=torch.float64), torch.randint(0, 3, (40,)))
+        plain, fast = (
+            train(net, data, TrainSettings(epochs=3, batch_size=8, channels_last=chosen), seed=0, progress=False)
+            for chosen in (False, True)
+        )
+        for name, value in fast.state_dict().items():
+            assert value.is_contiguous()
+            torch.testing.assert_close(value, plain.state_dict()[name], rtol=1e-9, atol=1e-12)
+        assert all(not torch.equal(a, b) for a, b in zip(net.parameters(), fast.parameters(), strict=True))
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         "wrong",
@@ -212,9 +227,10 @@ class TestRefusals:
         with pytest.raises(NumericalError):
             train(nn.Linear(4, 3), blobs, FAST, seed=0, progress=False)
 
-    def test_augmenting_vectors(self, blobs):
-        with pytest.raises(ConfigError, match="augment"):
-            train(dropout_net(), blobs, TrainSettings(augment=True), seed=0, progress=False)
+    @pytest.mark.parametrize("option", ["augment", "channels_last"])
+    def test_vectors_are_no_images(self, blobs, option):
+        with pytest.raises(ConfigError, match=option):
+            train(dropout_net(), blobs, TrainSettings(**{option: True}), seed=0, progress=False)
 
     def test_targets_that_do_not_fit(self, blobs):
         with pytest.raises(DataError):
