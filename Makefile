@@ -6,7 +6,7 @@ PEERS := backpack-for-pytorch curvlinops-for-pytorch einconv einops jaxtyping li
 	wadler-lindig
 BENCH ?=
 
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test lint docs bench clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -31,9 +31,12 @@ lint: install ## Formatting, lint, types and import contracts
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
+docs: install ## Build the documentation into site/; open site/index.html
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
 bench: install ## Time, memory and error beside BackPACK and curvlinops; BENCH="--quick --only mlp" for less
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt --no-deps $(PEERS)
 	$(VENV)/bin/python -m benchmarks.bench $(BENCH)
 
 clean: ## Remove the environment and all results
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) runs site build dist *.egg-info
