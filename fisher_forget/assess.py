@@ -10,7 +10,6 @@ from torch import nn
 from fisher_forget import recipe, storage
 from fisher_forget.baselines.finetune import FineTune
 from fisher_forget.config import RunConfig
-from fisher_forget.data.datasets import load_dataset
 from fisher_forget.data.split import resolve as resolve_split
 from fisher_forget.ensemble import RetrainedEnsemble
 from fisher_forget.errors import StorageError
@@ -33,9 +32,7 @@ def assess(config: RunConfig) -> Path:
     """
     folder = Path(config.out) / config.name
     metrics = storage.read_json(folder / "metrics.json")
-    data = load_dataset(
-        config.data.name, config.data.root, max_train=config.data.max_train, max_test=config.data.max_test
-    )
+    data = config.data.load()
     found: dict[str, Evaluation] = {}
     for settings, described in zip(config.forget_sets, metrics["cases"], strict=True):
         case = recipe.prepare_case(config, data, settings, folder)
@@ -55,7 +52,7 @@ def _assess(config: RunConfig, case: Case, alphas: list[float]) -> Evaluation:
         case.retrained,
         case.forget,
         case.folder,
-        storage.fingerprint(config.model, config.training, config.likelihood, data.train.tensors, case.forget),
+        storage.fingerprint(*recipe.basis(config, data), case.forget),
     )
     methods: dict[str, list[nn.Module]] = {OURS: _scrubbed(config, case)}
     methods[TUNED] = [_fine_tuned(config, case, i) for i in range(len(originals))]

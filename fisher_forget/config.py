@@ -17,12 +17,14 @@ from jsonargparse import ArgumentError, ArgumentParser
 from fisher_forget.checks import check_options
 from fisher_forget.curvature.estimate import Structure
 from fisher_forget.curvature.kinds import Kind
+from fisher_forget.data.datasets import DataBundle, load_dataset
 from fisher_forget.errors import ConfigError
 from fisher_forget.newton import Solver
 from fisher_forget.noise import NoiseTarget
 from fisher_forget.training import TrainSettings
 
 KEY = "config"  # jsonargparse nests the schema under one argument
+NAMED = ("data", "model")  # sections that a plain name may stand for
 
 
 @dataclass(frozen=True)
@@ -30,16 +32,29 @@ class DataSettings:
     """Which data set.
 
     Attributes:
-        name: "digits", "mnist", "cifar10", "breast_cancer" or "diabetes".
+        name: "digits", "mnist", "cifar10", "breast_cancer" or "diabetes"; or the import path of a function of your own
+            that returns (train, test), "package.module:function".
         root: Folder that holds it; default the environment variable FISHER_FORGET_DATA.
         max_train: Most training samples, class by class in proportion; all by default.
         max_test: Most test samples.
+        options: Of a function of your own.
     """
 
     name: str = "digits"
     root: str | None = None
     max_train: int | None = None
     max_test: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def load(self) -> DataBundle:
+        """The data set in memory.
+
+        Raises:
+            ConfigError, DataError: As `load_dataset`.
+        """
+        return load_dataset(
+            self.name, self.root, max_train=self.max_train, max_test=self.max_test, options=self.options
+        )
 
 
 @dataclass(frozen=True)
@@ -47,7 +62,8 @@ class ModelSettings:
     """Which model.
 
     Attributes:
-        name: "linear", "mlp", "cnn", "all_cnn" or "resnet18".
+        name: "linear", "mlp", "cnn", "all_cnn" or "resnet18"; or the import path of a function or class of your own
+            that makes a module, "package.module:function".
         options: Its options, such as {width: 16}.
     """
 
@@ -146,7 +162,7 @@ class RunConfig:
 
     name: str
     forget_sets: list[ForgetSet]
-    data: DataSettings = DataSettings()
+    data: DataSettings = field(default_factory=DataSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     training: TrainSettings = field(default_factory=TrainSettings)
     likelihood: Literal["categorical", "bernoulli", "gaussian"] = "categorical"
@@ -223,10 +239,12 @@ class CompareConfig(RunConfig):
 def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[RunConfig] = RunConfig) -> RunConfig:
     """Read a YAML file and apply `--key value` flags.
 
+    `data` and `model` may be a plain name, which stands for {name: ...}.
+
     Args:
         path: The file.
         overrides: Such as ["--training.epochs", "5"].
-        kind: `RunConfig` or `SweepConfig`.
+        kind: `RunConfig`, `SweepConfig` or `CompareConfig`.
 
     Raises:
         ConfigError: An unknown key (with its place and the nearest right name), a wrong type, an unreadable file.
@@ -239,6 +257,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[RunC
         raise ConfigError(f"{path}: {error}", "valid YAML", "Correct the file at that place.") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holding {type(content).__name__}", "keys and values", "See configs/digits.yaml.")
+    for key in NAMED:
+        if isinstance(content.get(key), str):
+            content[key] = {"name": content[key]}
     _known(content, kind, str(path))
     content = {key: value for key, value in content.items() if value is not None}  # an empty section: its defaults
     flags = [f"--{KEY}.{flag[2:]}" if flag.startswith("--") else flag for flag in overrides]

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 from fisher_forget.config import ForgetSet
 from fisher_forget.data.datasets import DataBundle
+from fisher_forget.data.samples import samples
 from fisher_forget.data.split import Indices
 from fisher_forget.data.split import resolve as resolve_split
 from fisher_forget.ensemble import predict
@@ -49,7 +49,7 @@ def check(settings: ForgetSet, data: DataBundle) -> Indices:
     Raises:
         ConfigError: If label, count or indices do not fit the data.
     """
-    targets = data.train.tensors[1].numpy()
+    targets = data.train.tensors[-1].numpy()
     where = f"forget set {settings.name!r}"
     if settings.kind == "indices":
         wanted = np.asarray(settings.indices, dtype=np.int64)
@@ -80,10 +80,10 @@ def corrupted(data: DataBundle, settings: ForgetSet, chosen: Indices) -> DataBun
     """The data as the originals were trained on: mislabelled samples carry another class, drawn at random."""
     if settings.kind != "mislabelled":
         return data
-    inputs, targets = data.train.tensors
+    inputs, targets = data.train[:]
     wrong = targets.clone()
     wrong[chosen] = other_labels(targets[chosen], len(data.classes), settings.seed)
-    return replace(data, train=TensorDataset(inputs, wrong))
+    return replace(data, train=samples(inputs, wrong))
 
 
 def other_labels(targets: Tensor, classes: int, seed: int) -> Tensor:
@@ -117,7 +117,7 @@ def memorisation(models: Sequence[nn.Module], seeds: Sequence[int], data: DataBu
     Returns:
         [N]; 0 where every model, or none, was trained on the sample.
     """
-    targets = data.train.tensors[1]
+    targets = data.train.tensors[-1]
     split = resolve_split(data.train, [], allow_empty=True)
     inside = np.zeros((len(models), len(targets)), dtype=bool)
     right = np.zeros((len(models), len(targets)))

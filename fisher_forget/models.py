@@ -1,4 +1,4 @@
-"""The recipes' models, small enough to retrain many times, by name."""
+"""The recipes' models, small enough to retrain many times, by name; and models of the user's own."""
 
 from __future__ import annotations
 
@@ -11,30 +11,39 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from fisher_forget import lookup
 from fisher_forget.errors import ConfigError
 
 
 def build_model(name: str, input_shape: tuple[int, ...], outputs: int, *, seed: int, **options: object) -> nn.Module:
     """A new model; its initial weights depend on `seed` only, and the global random state is left alone.
 
+    A name with a colon is the import path of a function or class of your own, package.module:name. It is called with
+    the options alone, the global random states seeded, and returns the model.
+
     Args:
-        name: A key of `MODELS`.
+        name: A key of `MODELS`, or an import path.
         input_shape: Shape of one sample, without the batch dimension: (channels, height, width) for images.
         outputs: Number of classes, or of regression targets.
         seed: Of the initial weights.
         **options: Keyword arguments of the builder, such as `width`.
 
     Raises:
-        ConfigError: If the name, an option or the input shape does not fit.
+        ConfigError: If the name, an option or the input shape does not fit, or a function of your own fails.
 
     Example:
         >>> build_model("cnn", (1, 8, 8), 10, seed=0, width=8)(torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 10])
     """
+    if lookup.is_own(name):
+        made = lookup.make(name, "the model", options, seed=seed)
+        if not isinstance(made, nn.Module):
+            raise ConfigError(f"{type(made).__name__} from {name}", "a torch.nn.Module", "Return the model.")
+        return made
     if name not in MODELS:
         near = difflib.get_close_matches(name, MODELS, cutoff=0.4)
         fix = f"Did you mean {' or '.join(map(repr, near))}?" if near else "Correct the name."
-        raise ConfigError(f"the model {name!r}", f"one of {sorted(MODELS)}", fix)
+        raise ConfigError(f"the model {name!r}", f"one of {sorted(MODELS)}, or package.module:function", fix)
     known = list(inspect.signature(MODELS[name]).parameters)[2:]
     if unknown := sorted(set(options) - set(known)):
         raise ConfigError(f"the options {unknown} for the model {name!r}", f"options among {known}", "Remove them.")

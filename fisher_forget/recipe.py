@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
@@ -22,12 +23,14 @@ from torch.utils.data import TensorDataset
 
 from fisher_forget import forget_sets, storage
 from fisher_forget.config import ForgetSet, RunConfig, SweepConfig, to_plain
-from fisher_forget.data.datasets import DataBundle, load_dataset
+from fisher_forget.data.datasets import DataBundle
+from fisher_forget.data.samples import take
 from fisher_forget.data.split import Indices
 from fisher_forget.ensemble import Members, train_members
 from fisher_forget.errors import NumericalError
 from fisher_forget.evaluate.closeness import Closeness, Reference, summarise
 from fisher_forget.forget import forget
+from fisher_forget.lookup import is_own
 from fisher_forget.models import build_model
 from fisher_forget.report import html, plots, tables
 from fisher_forget.result import ForgetResult, versions
@@ -76,9 +79,7 @@ def run(config: RunConfig) -> Path:
         ConfigError, DataError, StorageError: Before anything is trained.
     """
     folder = storage.ensure_folder(Path(config.out) / config.name)
-    data = load_dataset(
-        config.data.name, config.data.root, max_train=config.data.max_train, max_test=config.data.max_test
-    )
+    data = config.data.load()
     for settings in config.forget_sets:  # all are checked before any work
         forget_sets.check(settings, data)
     (folder / "config.yaml").write_text(yaml.safe_dump(to_plain(config), sort_keys=False))
@@ -106,7 +107,7 @@ def run(config: RunConfig) -> Path:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": f"fisher-forget {'sweep' if isinstance(config, SweepConfig) else 'run'} {folder / 'config.yaml'}",
         "config": to_plain(config),
-        "environment": versions() | {"threads": torch.get_num_threads(), "processor": _processor()},
+        "environment": versions() | {"threads": torch.get_num_threads(), "processor": processor()},
         "cases": cases,
     }
     storage.write_json(folder / "metrics.json", metrics)
@@ -128,63 +129,102 @@ def train_one(config: RunConfig, data: DataBundle, rows: Rows, seed: int) -> nn.
     )
 
 
+@dataclass(frozen=True)
+class Task:
+    """Models to train that differ by their seed alone.
+
+    Attributes:
+        data: To train on.
+        rows: Which samples of it.
+        seeds: One a model.
+        folder: Where they are stored.
+        title: Of the progress bar.
+    """
+
+    data: DataBundle
+    rows: Rows
+    seeds: list[int]
+    folder: Path
+    title: str
+
+    def fingerprint(self, config: RunConfig) -> str:
+        """Of everything but the seed that the weights depend on."""
+        return storage.fingerprint(*basis(config, self.data), self.rows)
+
+
+def basis(config: RunConfig, data: DataBundle) -> tuple[object, ...]:
+    """What the weights of a run's models depend on, wherever the data came from, beside seed and samples."""
+    own: list[object] = []
+    if is_own(config.model.name):  # its code is not ours to know: at least its layers and first weights
+        template = untrained(config, data, 0)
+        own = [re.sub(r" at 0x[0-9a-fA-F]+", "", repr(template)), template.state_dict()]
+    return config.model, config.training, config.likelihood, data.train.tensors, *own
+
+
+def subsets_task(config: RunConfig, clean: DataBundle, folder: Path) -> Task:
+    """The models that tell which samples are memorised."""
+    return Task(clean, "subset", list(range(forget_sets.SUBSETS)), folder / "subsets", "train on subsets")
+
+
+def case_tasks(
+    config: RunConfig, clean: DataBundle, settings: ForgetSet, chosen: Indices, folder: Path
+) -> tuple[Task, Task]:
+    """The originals and the retrained models of a forget set."""
+    data = forget_sets.corrupted(clean, settings, chosen)
+    retain = np.setdiff1d(np.arange(len(data.train)), chosen)
+    place = folder / settings.slug
+    free = (seed for seed in itertools.count(RETRAINED_SEEDS) if seed not in config.seeds)
+    members = list(itertools.islice(free, settings.retrained or config.retrained))
+    shared = folder if data is clean else place
+    originals = Task(data, None, config.seeds, shared / "original", "train")
+    return originals, Task(data, retain, members, place / "retrained", f"retrain without {settings.name}")
+
+
 def prepare_case(config: RunConfig, clean: DataBundle, settings: ForgetSet, folder: Path) -> Case:
     """Originals and retrained models of a forget set, trained or loaded."""
     template = untrained(config, clean, 0)
-    place = storage.ensure_folder(folder / settings.slug)
 
-    def ensemble(data: DataBundle, rows: Rows, seeds: list[int], where: Path, title: str) -> Members:
-        # wherever the data came from
-        basis = config.model, config.training, config.likelihood, data.train.tensors
+    def trained(task: Task) -> Members:
         return train_members(
-            partial(train_one, config, data, rows),
-            seeds,
+            partial(train_one, config, task.data, task.rows),
+            task.seeds,
             template=template,
-            folder=where,
-            fingerprint=storage.fingerprint(*basis, rows),
+            folder=task.folder,
+            fingerprint=task.fingerprint(config),
             jobs=config.jobs,
             progress=config.progress,
-            description=title,
+            description=task.title,
         )
 
     def memorised() -> forget_sets.Scores:
-        seeds = list(range(forget_sets.SUBSETS))
-        members = ensemble(clean, "subset", seeds, folder / "subsets", "train on subsets")
+        members = trained(subsets_task(config, clean, folder))
         return forget_sets.memorisation(members.models, members.seeds, clean)
 
     chosen = forget_sets.choose(settings, clean, memorised)
-    data = forget_sets.corrupted(clean, settings, chosen)
-    retain = np.setdiff1d(np.arange(len(data.train)), chosen)
-    shared = folder if data is clean else place
-    originals = ensemble(data, None, config.seeds, shared / "original", "train")
-    free = (seed for seed in itertools.count(RETRAINED_SEEDS) if seed not in config.seeds)
-    members = list(itertools.islice(free, settings.retrained or config.retrained))
-    retrained = ensemble(data, retain, members, place / "retrained", f"retrain without {settings.name}")
-    named = parts(data, chosen, retain)
+    place = storage.ensure_folder(folder / settings.slug)
+    tasks = case_tasks(config, clean, settings, chosen, folder)
+    originals, retrained = (trained(task) for task in tasks)
+    data = tasks[0].data
+    named = parts(data, chosen, np.setdiff1d(np.arange(len(data.train)), chosen))
     references = tuple(Reference(m, retrained.models, named, config.likelihood) for m in originals.models)
     return Case(settings, data, chosen, place, references, originals, retrained)
 
 
 def untrained(config: RunConfig, data: DataBundle, seed: int) -> nn.Module:
     """The model of one seed before training."""
-    inputs, targets = data.train.tensors
+    first, targets = data.train.tensors[0], data.train.tensors[-1]
     outputs = len(data.classes) or targets.shape[-1]
-    return build_model(config.model.name, tuple(inputs.shape[1:]), outputs, seed=seed, **config.model.options)
+    return build_model(config.model.name, tuple(first.shape[1:]), outputs, seed=seed, **config.model.options)
 
 
 def parts(data: DataBundle, chosen: Indices, retain: Indices) -> dict[str, TensorDataset]:
     """Forget, retain and test data; test data of the classes that are left, where a whole class is forgotten."""
-    inputs, targets = data.train.tensors
-    parts = {
-        "forget": TensorDataset(inputs[chosen], targets[chosen]),
-        "retain": TensorDataset(inputs[retain], targets[retain]),
-        "test": data.test,
-    }
+    named = {"forget": take(data.train, chosen), "retain": take(data.train, retain), "test": data.test}
     if data.classes:
-        left = torch.isin(data.test.tensors[1], targets[retain])
+        left = torch.isin(data.test.tensors[-1], data.train.tensors[-1][retain])
         if not bool(left.all()):
-            parts["test, retained classes"] = TensorDataset(data.test.tensors[0][left], data.test.tensors[1][left])
-    return parts
+            named["test, retained classes"] = take(data.test, left)
+    return named
 
 
 def _forget(config: RunConfig, case: Case, index: int) -> tuple[ForgetResult, Closeness]:
@@ -326,7 +366,8 @@ def _save(ax: Axes, stem: Path) -> Path:
     return svg
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The machine, in a few words."""
     return f"{platform.machine()}, {os.cpu_count()} cores" + (
         f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     )

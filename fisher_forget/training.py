@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from fisher_forget import likelihood as likelihoods
 from fisher_forget.data.batches import Batch, make_batch
+from fisher_forget.data.samples import KeywordDataset
 from fisher_forget.errors import ConfigError, DataError, NumericalError
 from fisher_forget.params import call, finite, trainable
 
@@ -99,7 +100,7 @@ def train(
 
     Args:
         model: Any module; parameters without `requires_grad` stay frozen.
-        data: Inputs [N, ...] and targets [N, ...].
+        data: Inputs [N, ...], or several by name in a `KeywordDataset`, and targets [N, ...].
         settings: See `TrainSettings`.
         seed: Of everything random.
         indices: Samples to train on; all of them if `None`. A repeated index counts as often as it occurs.
@@ -114,11 +115,13 @@ def train(
         ConfigError: If augmentation is asked for inputs that are not images [N, C, H, W].
     """
     kind = likelihoods.resolve(likelihood)
-    inputs, targets = _pair(data)
-    chosen = _rows(indices, len(targets))
+    if len(data.tensors) < 2:
+        raise DataError(f"a data set of {len(data.tensors)} tensors", "inputs and targets", "Add the targets.")
+    chosen = _rows(indices, len(data))
     for name in ("augment", "channels_last"):
-        if getattr(settings, name) and inputs.dim() != 4:
-            raise ConfigError(f"{name}=True for inputs {tuple(inputs.shape)}", "images [N, C, H, W]", f"Unset {name}.")
+        if getattr(settings, name) and (isinstance(data, KeywordDataset) or data.tensors[0].dim() != 4):
+            shape = tuple(data.tensors[0].shape)
+            raise ConfigError(f"{name}=True for inputs {shape}", "images [N, C, H, W]", f"Unset {name}.")
     twin = copy.deepcopy(model).train()
     if settings.channels_last:
         twin = _laid_out(twin, torch.channels_last)
@@ -135,10 +138,12 @@ def train(
             if step % per_epoch == 0:
                 order = chosen[torch.randperm(len(chosen), generator=generator)].tensor_split(per_epoch)
             rows = order[step % per_epoch]
-            images = augmented(inputs[rows], generator) if settings.augment else inputs[rows]
+            inputs, targets = data[rows][:2]
+            if settings.augment:
+                inputs = augmented(inputs, generator)
             if settings.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
-            batch = make_batch((images, targets[rows])).to(device, dtype)
+                inputs = inputs.contiguous(memory_format=torch.channels_last)
+            batch = make_batch((inputs, targets)).to(device, dtype)
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * SCHEDULES[settings.schedule](step / total)
             loss = _mean_loss(twin, kind, batch, check=step == 0)
@@ -206,12 +211,6 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
         for used in cuda:
             torch.cuda.default_generators[used.index].manual_seed(seed)
         yield
-
-
-def _pair(data: TensorDataset) -> tuple[Tensor, Tensor]:
-    if len(data.tensors) < 2:
-        raise DataError(f"a data set of {len(data.tensors)} tensors", "inputs and targets", "Add the targets.")
-    return data.tensors[0], data.tensors[1]
 
 
 def _rows(indices: Sequence[int] | NDArray[np.int64] | Tensor | None, total: int) -> Tensor:

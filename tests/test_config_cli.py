@@ -212,7 +212,7 @@ class TestWrongValues:
             ({"training": 3}, "training: 3"),
             ({"training": {"lr": "fast"}}, "training.lr"),
             ({"training": {"lr": -1.0}}, "lr"),
-            ({"model": "cnn"}, "'model'"),
+            ({"model": 3}, "'model'"),
             ({"seeds": 3}, "seeds"),
             ({"seeds": []}, "at least one"),
             ({"seeds": [0, 0]}, "different"),

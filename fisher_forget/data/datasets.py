@@ -1,7 +1,7 @@
-"""The recipes' data sets as plain tensors: what scikit-learn ships, and readers for MNIST and CIFAR-10 on disk.
+"""Data sets as plain tensors: what scikit-learn ships, readers for MNIST and CIFAR-10 on disk, the user's own.
 
 Nothing is downloaded. MNIST and CIFAR-10 are looked for under a root folder: the argument `root`, else the environment
-variable `FISHER_FORGET_DATA`, else `../shared/data`.
+variable `FISHER_FORGET_DATA`, else `../shared/data`. A data set of one's own is a function: see `load_dataset`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import os
 import pickle
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from fisher_forget import lookup
+from fisher_forget.data.samples import read_samples, take
 from fisher_forget.errors import ConfigError, DataError
 
 DEFAULT_ROOT = "../shared/data"
@@ -40,9 +42,10 @@ class DataBundle:
 
     Attributes:
         name: The name it was loaded by.
-        train: Inputs float32 [N, ...]; targets int64 [N], or float32 [N, 1] for regression.
+        train: `train[rows]` is (inputs, targets): inputs [N, ...], or such tensors by name, and targets int64 [N], or
+            float32 [N, outputs]; the targets are the last of `train.tensors`.
         test: The same of the test samples.
-        classes: Class names in the order of the targets; empty for regression.
+        classes: Class names in the order of the targets; empty where these are not one class a sample.
     """
 
     name: str
@@ -67,29 +70,38 @@ def load_dataset(
     max_train: int | None = None,
     max_test: int | None = None,
     seed: int = 0,
+    options: Mapping[str, Any] | None = None,
 ) -> DataBundle:
     """Load a data set by its name; scaling and the train/test split do not depend on `seed` or the sizes asked for.
 
+    A name with a colon is the import path of a function of your own, package.module:function. It is called with the
+    `options`, the global random states seeded by 0, and returns (train, test): `read_samples` says what these may be.
+
     Args:
-        name: A key of `DATASETS`.
+        name: A key of `DATASETS`, or an import path.
         root: Folder that holds the data on disk; see the module's docstring.
         max_train: Take at most this many training samples, with the class proportions of all of them.
         max_test: The same for the test samples.
         seed: Chooses the subset, and nothing else.
+        options: Keyword arguments of a function of your own.
 
     Raises:
-        ConfigError: If the name is unknown or a size is not positive.
-        DataError: If files are missing or damaged.
+        ConfigError: If the name is unknown, a size is not positive, or a function of your own fails.
+        DataError: If files are missing or damaged, or a function of your own returns something else.
 
     Example:
         >>> bundle = load_dataset("digits", max_train=100)
         >>> bundle.train.tensors[0].shape, len(bundle.classes)
         (torch.Size([100, 1, 8, 8]), 10)
     """
+    if lookup.is_own(name):
+        return _own(name, max_train, max_test, seed, options or {})
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, cutoff=0.4)
         fix = f"Did you mean {' or '.join(map(repr, near))}?" if near else "Correct the name."
-        raise ConfigError(f"the data set {name!r}", f"one of {sorted(DATASETS)}", fix)
+        raise ConfigError(f"the data set {name!r}", f"one of {sorted(DATASETS)}, or package.module:function", fix)
+    if options:
+        raise ConfigError(f"the options {sorted(options)} for {name!r}", "none for a built-in data set", "Remove them.")
     raw = DATASETS[name].read(_root(root))
 
     def part(samples: tuple[Array, Array], limit: int | None, stream: int) -> TensorDataset:
@@ -98,6 +110,23 @@ def load_dataset(
         return TensorDataset(raw.scale(torch.from_numpy(inputs[rows])), torch.from_numpy(targets[rows]))
 
     return DataBundle(name, part(raw.train, max_train, 0), part(raw.test, max_test, 1), raw.classes)
+
+
+def _own(name: str, max_train: int | None, max_test: int | None, seed: int, options: Mapping[str, Any]) -> DataBundle:
+    """What the user's function returns, in memory; the classes are the whole numbers up to the largest target."""
+    made = lookup.make(name, "the data", options, seed=0)
+    if not isinstance(made, (tuple, list)) or len(made) != 2:
+        raise DataError(f"{type(made).__name__} from {name}", "a pair (train, test)", "Return both data sets.")
+    train, test = (read_samples(part) for part in made)
+    targets = torch.cat([train.tensors[-1], test.tensors[-1]])
+    labelled = targets.dim() == 1 and not targets.is_floating_point()
+    classes = tuple(map(str, range(int(targets.max()) + 1))) if labelled else ()
+
+    def part(samples: TensorDataset, limit: int | None, stream: int) -> TensorDataset:
+        rows = _subset(samples.tensors[-1].numpy(), limit, np.random.default_rng((seed, stream)), stratify=labelled)
+        return take(samples, rows)
+
+    return DataBundle(name, part(train, max_train, 0), part(test, max_test, 1), classes)
 
 
 def available(root: str | Path | None = None) -> dict[str, str]:
