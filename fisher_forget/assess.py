@@ -40,7 +40,7 @@ def assess(config: RunConfig) -> Path:
         found[settings.name] = _assess(config, case, alphas)
         (case.folder / "evaluation.md").write_text(found[settings.name].to_markdown() + "\n")
     storage.write_json(folder / "evaluation.json", {name: table.to_dict() for name, table in found.items()})
-    return page.write_page(config.name, found, folder)
+    return page.write_page(config.name, found, folder, metrics)
 
 
 def _assess(config: RunConfig, case: Case, alphas: list[float]) -> Evaluation:

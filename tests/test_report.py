@@ -8,7 +8,6 @@ import itertools
 import json
 import math
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -592,9 +591,13 @@ def test_the_page_gives_the_answer_first_and_then_everything_else(metrics, figur
     assert metrics["command"] in text
     assert "1 March 2026, 12:00 UTC" in text
     assert page.tags.count("svg") == 3
-    assert (
-        "light dots are single draws" in text[text.index("class 3, part by part") : text.index("random 100, part by")]
+    answer, first, second = (
+        text.index("94 % of the gap"),
+        text.index("class 3, part by"),
+        text.index("random 100, part by"),
     )
+    assert "light dots are single draws" in text[answer:first]  # the trade-off stands in the answer, the rest below
+    assert "The green bar is the floor" in text[first:second]
     assert len(page.ids) == len(set(page.ids))
     used = set(re.findall(r"url\(#([^)]+)\)", page.source)) | {r[1:] for r in page.references if r.startswith("#")}
     assert used <= set(page.ids)
@@ -633,36 +636,6 @@ def test_a_hostile_figure_is_disarmed_and_a_broken_one_refused(metrics, tmp_path
         write_report(metrics, {"x": bad}, tmp_path)
     with pytest.raises(StorageError, match="missing"):
         write_report(metrics, {"x": tmp_path / "missing.svg"}, tmp_path)
-
-
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on PATH")
-@pytest.mark.parametrize("width", [375, 1280])
-def test_the_page_fits_its_window_and_sorts(metrics, figures, tmp_path, width):
-    """In an iframe of the given width, because a headless window has a smallest one."""
-    report = write_report(metrics, figures, tmp_path)
-    probe = (
-        "<script>addEventListener('load', () => {"
-        "const page = document.documentElement, button = document.querySelectorAll('th button')[1];"
-        "const cells = () => [...button.closest('table').tBodies[0].rows].map(r => r.cells[1].textContent);"
-        "button.click(); const up = cells(); button.click();"
-        "document.title = JSON.stringify({wide: page.scrollWidth, shown: page.clientWidth, up, down: cells()});"
-        "parent.document.title = document.title; });</script></body>"
-    )
-    # the probe is a script that the page's policy would refuse
-    source = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", report.read_text(encoding="utf-8"))
-    inner = source.replace("</body>", probe).replace("&", "&amp;").replace('"', "&quot;")
-    frame = tmp_path / "frame.html"
-    frame.write_text(f'<meta charset="utf-8"><iframe width="{width}" height="900" srcdoc="{inner}"></iframe>', "utf-8")
-    flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync --hide-scrollbars --virtual-time-budget=3000 --dump-dom"
-    )
-    command = ["chromium", *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", frame.as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    found = json.loads(re.search(r"<title>(.*?)</title>", dom)[1])  # type: ignore[index]
-    assert found["wide"] <= found["shown"]
-    assert found["up"] == ["146", "323", "360", "1,291"]
-    assert found["down"] == found["up"][::-1]
 
 
 def test_numbers_of_no_size_are_readable():

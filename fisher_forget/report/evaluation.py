@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,22 +14,26 @@ from matplotlib.axes import Axes
 
 from fisher_forget.evaluate.evaluation import MARKS, MEANING, UNDEFINED, Evaluation, Score
 from fisher_forget.evaluate.metrics import METRICS
-from fisher_forget.report.html import Figure, inline, render_template, write_html
+from fisher_forget.report.hover import explain
+from fisher_forget.report.html import Figure, Number, flat, inline, render_template, write_html
 from fisher_forget.report.plots import BLUE, GREEN, GREY, ORANGE, VERMILLION, save_figure
+from fisher_forget.report.tables import MISSING
 from fisher_forget.storage import ensure_folder
 
 CONTROL = "retrained, left out"
 STYLES = (("s", VERMILLION), ("o", BLUE), ("D", GREEN), ("^", ORANGE), ("v", "#CC79A7"), ("P", GREY), ("X", "#56B4E9"))
+FEW = 0.25  # share of the scores that may differ before the page calls the result poor
 FAR = 30.0  # half-widths, where the axis ends
 
 
-def write_page(name: str, tables: Mapping[str, Evaluation], folder: Path) -> Path:
+def write_page(name: str, tables: Mapping[str, Evaluation], folder: Path, run: Mapping[str, Any] | None = None) -> Path:
     """Write <folder>/evaluation.html and the figures it shows.
 
     Args:
         name: Of the run.
         tables: Forget set -> scores.
         folder: Made if need be.
+        run: The run's metrics.json, whose settings and environment the page then shows, too.
     """
     ensure_folder(folder)
     cases = []
@@ -38,12 +43,18 @@ def write_page(name: str, tables: Mapping[str, Evaluation], folder: Path) -> Pat
         plt.close("all")
         caption = (
             "Distance of every score from the mean of the retrained models, in half-widths of the band, in which all "
-            "scores of a further retrained model would lie in 95 % of cases."
+            "scores of a further retrained model would lie in 95 % of cases. "
+            "Hold the pointer on a mark for its numbers."
         )
+        word, tone = verdict_of(table)
         cases.append(
             {
                 "name": case,
+                "word": word,
+                "tone": tone,
+                "numbers": numbers(table),
                 "sentence": sentence(table),
+                "counts": counts(table),
                 "retrained": table.retrained,
                 "figures": [Figure(caption, inline(svg, f"e{index}-", caption))],
                 "table": wide(table),
@@ -55,21 +66,76 @@ def write_page(name: str, tables: Mapping[str, Evaluation], folder: Path) -> Pat
         [(m.name, m.unit, m.definition, m.formula, m.source) for m in METRICS.values()],
         columns=["metric", "unit", "what it tells", "formula", "source"],
     )
-    command = f"fisher-forget evaluate {folder / 'config.yaml'}"
     legend = "; ".join(f"{MARKS[label]} {meaning}" for label, meaning in MEANING.items())
-    values = {"legend": legend, "run": name, "cases": cases, "definitions": definitions, "command": command}
-    page = render_template("evaluation.html.j2", **values)
+    page = render_template(
+        "evaluation.html.j2",
+        run=name,
+        cases=cases,
+        legend=legend,
+        definitions=definitions,
+        settings=list(flat(run["config"])) if run else [],
+        environment=list(run["environment"].items()) if run else [],
+        command=f"fisher-forget evaluate {folder}",
+    )
     return write_html(folder / "evaluation.html", page)
 
 
-def sentence(table: Evaluation) -> str:
+def judged(table: Evaluation, method: str) -> list[Score]:
+    """The rows of a method that have a value."""
+    return [s for s in table.scores if s.method == method and s.label != UNDEFINED]
+
+
+def main_method(table: Evaluation) -> str:
+    """The method that the page is about: the first one given."""
+    return next((m for m in methods(table) if m not in ("original", CONTROL)), "original")
+
+
+def outside(table: Evaluation) -> list[Score]:
+    """The rows of the main method that no further retrained model is expected to have."""
+    return [s for s in judged(table, main_method(table)) if not within(s)]
+
+
+def verdict_of(table: Evaluation) -> tuple[str, str]:
+    """The answer in a few words, and its tone."""
+    rows, wrong = len(judged(table, main_method(table))), len(outside(table))
+    if not wrong:
+        return "not told apart from retrained", "good"
+    return f"{wrong} of {rows} scores differ", "fair" if wrong <= FEW * rows else "poor"
+
+
+def numbers(table: Evaluation) -> list[Number]:
+    """How many scores pass, the KL on the forgotten data, and the score on test data that should be kept."""
+    method, found = main_method(table), []
+    rows = judged(table, method)
+    passed = f"{len(rows) - len(outside(table))} of {len(rows)}"
+    found.append(Number("Scores that a retrained model could have", passed, "", counts(table, but=method)))
+    tests = [s.part for s in table.scores if s.part.startswith("test")]
+    kept = tests[-1] if tests else "retain"
+    for metric, part, label in (("kl", "forget", "KL on forgotten data"), ("score", kept, f"Score on {kept}")):
+        by_method = {s.method: s for s in table.scores if (s.metric, s.part) == (metric, part)}
+        if method in by_method:
+            row, before = by_method[method], by_method["original"]
+            beside = f"was {before.value:.3g}; retrained {row.target:.3g}"
+            found.append(Number(label, f"{row.value:.3g}", row.unit, beside))
+    return found
+
+
+def counts(table: Evaluation, but: str = "") -> str:
     """How many scores of each method a retrained model could have."""
-    parts = []
-    for method in methods(table):
-        rows = [s for s in table.scores if s.method == method and s.label != UNDEFINED]
-        inside = sum(within(s) for s in rows)
-        parts.append(f"{method}: {inside} of {len(rows)}")
-    return "Scores that a retrained model could have. " + "; ".join(parts) + "."
+    every = [(m, judged(table, m)) for m in methods(table) if m != but]
+    return ", ".join(f"{method} {sum(map(within, rows))} of {len(rows)}" for method, rows in every)
+
+
+def sentence(table: Evaluation) -> str:
+    """Which scores give the main method away."""
+    wrong = outside(table)
+    if not wrong:
+        return "No score lies where a further retrained model would not be expected."
+    places: dict[str, list[str]] = {}
+    for score in wrong:
+        places.setdefault(score.metric, []).append(score.part)
+    named = "; ".join(f"{metric} ({', '.join(parts)})" for metric, parts in places.items())
+    return f"Scores of {main_method(table)} that a further retrained model is not expected to have: {named}."
 
 
 def within(score: Score) -> bool:
@@ -92,12 +158,16 @@ def wide(table: Evaluation) -> pd.DataFrame:
         row: dict[str, Any] = {
             "metric": metric + (f" ({first.unit})" if first.unit else ""),
             "part": part,
-            "retrained": f"{first.target:.3g}",
-            "further ones": f"{first.target_low:.3g} … {first.target_high:.3g}",
+            "retrained": _short(first.target),
+            "further ones": f"{_short(first.target_low)} … {_short(first.target_high)}",
         }
-        row |= {m: f"{found[m].value:.3g} {MARKS[found[m].label]}" if m in found else "" for m in methods(table)}
+        row |= {m: f"{_short(found[m].value)} {MARKS[found[m].label]}" if m in found else "" for m in methods(table)}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}" if math.isfinite(value) else MISSING
 
 
 def plot_scores(table: Evaluation, ax: Axes | None = None) -> Axes:
@@ -113,7 +183,8 @@ def plot_scores(table: Evaluation, ax: Axes | None = None) -> Axes:
         shift = 0.24 * (names.index(method) / max(len(names) - 1, 1) - 0.5)
         y = np.array([place[s.metric, s.part] for s in rows]) - shift
         fill = "none" if method == CONTROL else colour
-        ax.scatter(x, y, marker=marker, s=26, facecolors=fill, edgecolors=colour, label=method, zorder=3, linewidths=1)
+        style: dict[str, Any] = {"facecolors": fill, "edgecolors": colour, "linewidths": 1}
+        explain(ax.scatter(x, y, marker=marker, s=26, label=method, zorder=3, **style), [_told(s) for s in rows])
     ax.axvspan(-1, 1, color=GREEN, alpha=0.15, lw=0, label="retrained models")
     ax.axvline(0, color=GREEN, lw=0.8)
     ax.set_xscale("symlog", linthresh=1.0)
@@ -130,6 +201,16 @@ def plot_scores(table: Evaluation, ax: Axes | None = None) -> Axes:
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
     return ax
+
+
+def _told(score: Score) -> str:
+    """A score in words, for the pointer."""
+    unit = f" {score.unit}" if score.unit else ""
+    interval = f"{score.target_low:.3g} … {score.target_high:.3g}"
+    return (
+        f"{score.method}\n{score.metric}, {score.part}: {score.value:.3g}{unit}\n"
+        f"retrained {score.target:.3g}, further ones {interval}\n{score.label}"
+    )
 
 
 def distance(score: Score) -> float:

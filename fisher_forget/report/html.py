@@ -45,6 +45,7 @@ for (const button of document.querySelectorAll("th button")) button.addEventList
   body.append(...[...body.rows].sort((a, b) => up ? order(a, b) : order(b, a)));
 });
 """
+LARGE = 400.0  # points of width, above which a figure is scrolled on a phone instead of made illegible
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 _DROPPED = {f"{{{_SVG}}}{tag}" for tag in ("metadata", "script", "foreignObject", "image", "a")}
 _REFERENCE = re.compile(r"url\(\s*['\"]?#([^'\")]+)['\"]?\s*\)")
@@ -59,7 +60,9 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class _Number:
+class Number:
+    """A number of the answer and what it must be read against."""
+
     label: str
     value: str
     unit: str
@@ -72,7 +75,8 @@ def write_report(metrics: Mapping[str, Any], figures: Mapping[str, Path], folder
     Args:
         metrics: What metrics.schema.json describes; a missing number is shown as "–".
         figures: SVG files by "<case name>: <kind>", shown with that case, or by "<kind>", shown after the answer (with
-            the case where there is only one). A kind is a key of `CAPTIONS`, or else is itself the caption.
+            the case where there is only one). A kind is a key of `CAPTIONS`, or else is itself the caption. The
+            trade-off, or else the first figure of a case, stands in its answer.
         folder: Made if need be.
 
     Returns:
@@ -101,7 +105,7 @@ def render(metrics: Mapping[str, Any], figures: Mapping[str, Path]) -> str:
         thresholds=tables,
         cases=[_case(case, placed.get(i, [])) for i, case in enumerate(metrics["cases"])],
         figures=placed.get(None, []),
-        settings=list(_flat(metrics["config"])),
+        settings=list(flat(metrics["config"])),
         caveat=tables.CAVEAT,
     )
 
@@ -139,6 +143,7 @@ def write_html(path: Path, page: str) -> Path:
 def _case(case: Case, figures: list[Figure]) -> dict[str, Any]:
     """What the template needs of a case."""
     runs = case["runs"]
+    lead = next((f for f in figures if f.caption == CAPTIONS["trade-off"]), figures[0] if figures else None)
     return {
         "name": case["name"],
         "forgotten": f"{case['forgotten']:,}",
@@ -150,7 +155,8 @@ def _case(case: Case, figures: list[Figure]) -> dict[str, Any]:
         "cost": tables.cost(case),
         "timing": tables.timing(case),
         "numbers": _numbers(case),
-        "figures": figures,
+        "lead": lead,
+        "figures": [f for f in figures if f is not lead],
         "table": tables.case_table(case),
         "spread": tables.spread_note(case),
         "rival": tables.reference_code(case) is not None,
@@ -160,7 +166,7 @@ def _case(case: Case, figures: list[Figure]) -> dict[str, Any]:
     }
 
 
-def _numbers(case: Case) -> list[_Number]:
+def _numbers(case: Case) -> list[Number]:
     """The three numbers of the verdict, each with the value that it must be read against."""
     before, after, floor = (tables.estimate(case, "forget", key) for key in ("kl_original", "kl_scrubbed", "floor"))
     closed = tables.gap(case, "forget")
@@ -170,19 +176,19 @@ def _numbers(case: Case) -> list[_Number]:
     unit = tables.score_scale(name)[1]
     scores = {key: tables.estimate(case, kept, f"score_{key}") for key in ("scrubbed", "retrained")}
     return [
-        _Number(
+        Number(
             "KL on forgotten data",
             tables.number(after.mean),
             "nats",
             f"was {tables.number(before.mean)}; floor {tables.plus_minus(floor.mean, floor.std)}",
         ),
-        _Number(
+        Number(
             "Gap closed",
             share if seeds or closed != tables.UNDEFINED else tables.MISSING,
             "%" if closed not in (tables.UNDEFINED, tables.MISSING) else "",
             "the original is within the floor" if closed == tables.UNDEFINED else f"100 % is the floor{seeds}",
         ),
-        _Number(
+        Number(
             f"{name.capitalize()} ({tables.part_label(kept)})",
             tables.score(scores["scrubbed"]._replace(std=float("nan")), name),
             unit,
@@ -200,11 +206,11 @@ def _when(created: str) -> str:
     return f"{time.day} {time:%B %Y, %H:%M} {time.tzname() or ''}".rstrip()
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """("training.epochs", "30"), ... of nested settings."""
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             plain = isinstance(value, list) and not any(isinstance(item, (list, Mapping)) for item in value)
             text = ", ".join(map(str, value)) if plain else str(value)
@@ -262,6 +268,8 @@ def inline(path: Path, prefix: str, title: str) -> Markup:
     root.set("role", "img")
     root.set("aria-label", title)
     points = re.fullmatch(r"([\d.]+)pt", width)
+    if points and float(points[1]) > LARGE:
+        root.set("class", "large")
     if points:  # hardly larger than it was drawn, or its text would outgrow the page's
         root.set("style", f"max-width: {1.15 * float(points[1]) * 4 / 3:.0f}px")
     ElementTree.register_namespace("", _SVG)
