@@ -21,6 +21,8 @@ from fisher_forget.data.datasets import DataBundle, load_dataset
 from fisher_forget.errors import ConfigError
 from fisher_forget.newton import Solver
 from fisher_forget.noise import NoiseTarget
+from fisher_forget.sweep.cells import expand
+from fisher_forget.sweep.run import RUIN
 from fisher_forget.training import TrainSettings
 
 KEY = "config"  # jsonargparse nests the schema under one argument
@@ -197,15 +199,30 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class SweepConfig(RunConfig):
-    """A run with a sweep over noise for every forget set and seed.
+    """A run with a sweep from the first original model, for every forget set.
 
     Attributes:
+        grid: Option of `forget` (or of a method) -> values, as for `fisher_forget.sweep`, which are crossed; "method"
+            takes names of methods. Its "noise" and "seed" stand before `scales` and `draws`.
         scales: Noise scales s.
         draws: Noise draws for each scale.
+        ruin: Nats by which noise may raise the retained loss before larger scales are skipped; null runs them all.
     """
 
+    grid: dict[str, list[Any]] = field(default_factory=dict)
     scales: list[float] = field(default_factory=lambda: [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1])
     draws: int = 3
+    ruin: float | None = RUIN
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        expand(self.axes, {})  # refuses what is out of range
+
+    @property
+    def axes(self) -> dict[str, list[Any]]:
+        """The whole grid."""
+        simple: dict[str, list[Any]] = {"noise": list(self.scales), "seed": list(range(self.draws))}
+        return simple | self.grid
 
 
 @dataclass(frozen=True)
@@ -215,21 +232,22 @@ class CompareConfig(RunConfig):
     Attributes:
         methods: Names in `fisher_forget.baselines.METHODS`, or "package.module:Class" of your own; all by default.
         trials: Settings that each method may try, its defaults first, the others drawn from its grid.
+        tuning: Sample gradients that the settings of a method may cost together, in trainings: once they have cost
+            more, no other is tried.
         validation: Share of the test data that the settings are chosen on, and that no score is computed on.
-        shards: Of SISA, which stands beside the methods; 0 leaves it out.
     """
 
     methods: list[str] = field(default_factory=list)
     trials: int = 6
+    tuning: float = 5.0
     validation: float = 0.5
-    shards: int = 5
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, good, expected in (
             ("trials", self.trials >= 1, "at least 1"),
+            ("tuning", self.tuning > 0, "a positive number"),
             ("validation", 0 < self.validation < 1, "a share between 0 and 1"),
-            ("shards", self.shards >= 0, "at least 0"),
             ("likelihood", self.likelihood == "categorical", "'categorical'"),
         ):
             if not good:

@@ -6,8 +6,8 @@ import itertools
 import os
 import platform
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,7 @@ Rows = Indices | Literal["subset"] | None  # to train on; of every seed its own 
 RETRAINED_SEEDS = 1000  # seeds of the retrained models start here: none is an original's
 # of the reference code, whose default is 3e-6: from noise that does nothing to noise that destroys the model
 ALPHAS = tuple(np.logspace(-9, -4, 12).tolist())
+SWEEP = "sweep.parquet"  # in the folder of a forget set
 SCORE_LOSS = 0.01  # of retained training accuracy, that the reference code may cost
 
 
@@ -95,10 +96,7 @@ def run(config: RunConfig) -> Path:
         figures[f"{settings.name}: KL"] = _save(plots.plot_parts(described), case.folder / "kl")
         figures[f"{settings.name}: scores"] = _save(plots.plot_scores(described), case.folder / "scores")
         if isinstance(config, SweepConfig):
-            table = sweep(
-                results[0], case.references[0], config.scales, seeds=range(config.draws), progress=config.progress
-            )
-            save_sweep(table, case.folder / "sweep")
+            table = _sweep(config, case)
             figures[f"{settings.name}: trade-off"] = _save(plots.plot_tradeoff(table), case.folder / "tradeoff")
             figures[f"{settings.name}: noise"] = _save(plots.plot_noise(table), case.folder / "noise")
     metrics = {
@@ -227,13 +225,37 @@ def parts(data: DataBundle, chosen: Indices, retain: Indices) -> dict[str, Tenso
     return named
 
 
-def _forget(config: RunConfig, case: Case, index: int) -> tuple[ForgetResult, Closeness]:
-    seed = config.seeds[index]
+def forget_options(config: RunConfig) -> dict[str, Any]:
+    """The options of `forget` that a configuration stands for."""
     options = {f.name: getattr(config.forget, f.name) for f in fields(config.forget)}
     if options["weight_decay"] is None:
         options["weight_decay"] = config.training.weight_decay
     if options["subset"] is not None:
         options["subset"] = tuple(options["subset"])
+    return options
+
+
+def _sweep(config: SweepConfig, case: Case) -> SweepTable:
+    """A sweep from the first original model; its table is written as sweep.parquet and, to be read, as sweep.csv."""
+    table = sweep(
+        case.originals.models[0],
+        case.data.train,
+        case.forget,
+        config.axes,
+        reference=case.references[0],
+        ruin=config.ruin,
+        file=case.folder / SWEEP,
+        jobs=config.jobs,
+        progress=config.progress,
+        seed=config.seeds[0],
+        **forget_options(config),
+    )
+    table.to_pandas().to_csv((case.folder / SWEEP).with_suffix(".csv"), index=False)
+    return table
+
+
+def _forget(config: RunConfig, case: Case, index: int) -> tuple[ForgetResult, Closeness]:
+    seed = config.seeds[index]
     result = forget(
         case.originals.models[index],
         case.data.train,
@@ -241,7 +263,7 @@ def _forget(config: RunConfig, case: Case, index: int) -> tuple[ForgetResult, Cl
         likelihood=config.likelihood,
         seed=seed,
         progress=config.progress,
-        **options,
+        **forget_options(config),
     )
     evaluation = case.references[index].closeness(result.model)
     place = storage.ensure_folder(case.folder / f"seed-{seed}")
@@ -325,20 +347,6 @@ def _describe(
     return described
 
 
-def save_sweep(table: SweepTable, stem: Path) -> None:
-    """<stem>.csv with the rows and <stem>.json with rows and marks."""
-    table.to_pandas().to_csv(stem.with_suffix(".csv"), index=False)
-    storage.write_json(stem.with_suffix(".json"), asdict(table))
-
-
-def load_sweep(path: Path) -> SweepTable:
-    """Inverse of `save_sweep`, from the JSON file."""
-    content: Mapping[str, Any] = storage.read_json(path)
-    nan = float("nan")
-    rows = tuple({key: nan if value is None else value for key, value in row.items()} for row in content["rows"])
-    return SweepTable(rows, content["marks"], content["score_name"])
-
-
 def redraw(config: RunConfig) -> list[Path]:
     """Draw the plots of a finished run again, from its stored numbers.
 
@@ -351,8 +359,8 @@ def redraw(config: RunConfig) -> list[Path]:
     for case in metrics["cases"]:
         place = folder / Path(case["runs"][0]["folder"]).parent
         drawn += [_save(plots.plot_parts(case), place / "kl"), _save(plots.plot_scores(case), place / "scores")]
-        if (place / "sweep.json").exists():
-            table = load_sweep(place / "sweep.json")
+        if (place / SWEEP).exists():
+            table = SweepTable.load(place / SWEEP)
             drawn += [
                 _save(plots.plot_tradeoff(table), place / "tradeoff"),
                 _save(plots.plot_noise(table), place / "noise"),

@@ -38,7 +38,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
     # a clone of each, because the format refuses shared memory and strides
     own = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
     notes = {**metadata, CHECKSUM: _hash(own)}
-    _write(Path(path), lambda temporary: save_file(own, temporary, metadata=notes))
+    write_file(Path(path), lambda temporary: save_file(own, temporary, metadata=notes))
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -128,7 +128,7 @@ def write_json(path: str | Path, obj: object) -> None:
         StorageError: If something else is in it, or the file cannot be written.
     """
     text = json.dumps(_plain(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    _write(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_file(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def read_json(path: str | Path) -> Any:
@@ -257,8 +257,14 @@ def _reading(path: Path) -> Iterator[Any]:
         raise StorageError(f"{path}, which cannot be read: {error}", "an undamaged safetensors file", AGAIN) from error
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """A kill leaves the old file or the new one, because a rename within a folder is atomic."""
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside the path, and move it there.
+
+    A kill leaves the old file or the new one, because a rename within a folder is atomic.
+
+    Raises:
+        StorageError: If the file cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         write(temporary)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jsonschema
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 from nbclient import NotebookClient
@@ -14,8 +15,9 @@ from nbclient import NotebookClient
 from fisher_forget import ensemble
 from fisher_forget.cli import main
 from fisher_forget.evaluate.closeness import Closeness, PartScores
-from fisher_forget.recipe import ALPHAS, best_scale, load_sweep
+from fisher_forget.recipe import ALPHAS, best_scale
 from fisher_forget.report.schema import load_schema
+from fisher_forget.sweep import SweepTable
 
 ROOT = Path(__file__).parent.parent
 
@@ -96,9 +98,9 @@ class TestRun:
         noise = metrics["cases"][0]["runs"][0]["forget"]["noise"]
         assert noise["drop"] <= noise["target"]["accuracy"] == 0.05
         place = tmp_path / "small" / "class-3"
-        table = load_sweep(place / "sweep.json")
-        assert len(table.to_pandas()) == 4
-        assert table.frontier()["draws"].tolist() == [2, 2]
+        table = SweepTable.load(place / "sweep.parquet")
+        assert table.frontier()["draws"].tolist() == [1, 2, 2]  # without noise there is nothing to draw
+        assert len(pd.read_csv(place / "sweep.csv")) == len(table.to_pandas()) == 5
         assert (tmp_path / "small" / "report.html").read_text().count("<svg") == 8  # four figures a forget set
         before = (place / "tradeoff.svg").read_bytes()
         (place / "tradeoff.svg").unlink()

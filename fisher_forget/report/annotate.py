@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.text import Text
+from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
-NAMED = 5  # points written beside
+NAMED = 5  # points written beside, at most
+NEAR = 12  # points of distance beyond which a line leads to a text
 GREY = "#595959"
 
 Array = NDArray[np.float64]
@@ -34,11 +36,21 @@ def along(x0: Array, y0: Array, x1: Array, y1: Array, steps: int = 40) -> list[t
     return list(zip(((1 - t) * x0 + t * x1).ravel(), np.exp(log_y).ravel(), strict=True))
 
 
-def annotate(ax: Axes, points: list[Point], texts: list[str], marks: list[Point], busy: list[Point]) -> None:
-    """Write up to `NAMED` texts beside points, where they cover nothing and no other point is nearer.
+def annotate(
+    ax: Axes,
+    points: list[Point],
+    texts: list[str],
+    marks: list[Point],
+    busy: list[Point],
+    *,
+    limit: int = NAMED,
+    everything: bool = False,
+    order: Sequence[int] | None = None,
+) -> None:
+    """Write texts beside points, where they cover nothing and no other point is nearer.
 
-    Ends first, then halves, quarters, ...: a text without a free place is left out, so that the extremes keep theirs.
-    One that finds none beside its point stands farther off, with a line to it. The layout must be final.
+    A text without a free place is left out. One that finds none beside its point stands farther off, with a line to it.
+    The layout must be final.
 
     Args:
         ax: The axes.
@@ -46,6 +58,9 @@ def annotate(ax: Axes, points: list[Point], texts: list[str], marks: list[Point]
         texts: One a point.
         marks: Other symbols.
         busy: Points of lines and small dots.
+        limit: Most texts.
+        everything: Let a text cross a line rather than leave it out.
+        order: Which come first; by default the ends, then halves, quarters, ..., so that the extremes keep theirs.
     """
     width, height = whole_figure(ax.figure).bbox.size
     renderer = RendererAgg(width, height, whole_figure(ax.figure).dpi)  # type: ignore[no-untyped-call]  # measures for any canvas
@@ -53,45 +68,54 @@ def annotate(ax: Axes, points: list[Point], texts: list[str], marks: list[Point]
     centres = ax.transData.transform(points)
     around = 5 * unit * np.array([(np.cos(a), np.sin(a)) for a in np.linspace(0, 2 * np.pi, 12)])
     symbols = (ax.transData.transform([*points, *marks])[:, None] + around).reshape(-1, 2)
-    covered = np.concatenate([symbols, ax.transData.transform(busy)])
+    lines = ax.transData.transform(np.reshape(busy, (-1, 2)))
     inside = ax.get_window_extent(renderer).padded(-2 * unit)
     boxes: list[Bbox] = []
-    for i in _ends_first(len(points)):
-        for distance, angle in _PLACES:
-            dx, dy = distance * math.cos(math.radians(angle)), distance * math.sin(math.radians(angle))
-            text = ax.annotate(
-                texts[i],
-                points[i],
-                xytext=(dx, dy),
-                textcoords="offset points",
-                ha="center" if abs(dx) < 1 else "left" if dx > 0 else "right",
-                va="center" if abs(dy) < 1 else "bottom" if dy > 0 else "top",
-                fontsize=8,
-                color="#222222",
-                zorder=6,
-                arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6} if distance > 12 else None,
-            )
-            text.update_positions(renderer)
-            box = Text.get_window_extent(text, renderer).padded(unit)  # the words alone, without the line to them
-            fits = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
-            fits = fits and not any(box.overlaps(other) for other in boxes) and not _contains(box, covered)
-            others = np.delete(centres, i, axis=0)
-            if distance > 12:  # the line must not seem to end at another point
-                line = centres[i] + np.linspace(0, 1, 12)[:, None] * np.array([dx, dy]) * unit
-                clear = all(_distances(Bbox([at, at]), others).min(initial=np.inf) > 6 * unit for at in line)
-            else:
-                clear = _distances(box, others).min(initial=np.inf) > _distances(box, centres)[i]
-            if fits and clear:
-                boxes.append(box)
-                break
-            text.remove()
-        if len(boxes) == NAMED:
-            break
+    waiting = list(ends_first(len(points)) if order is None else order)
+    for obstacles in (np.concatenate([symbols, lines]), symbols):  # only what found no place may cross a line
+        for i in list(waiting):
+            if len(boxes) == limit or (obstacles is symbols and not everything):
+                return
+            for distance, angle in _PLACES:
+                text = _text(ax, points[i], texts[i], distance, angle)
+                text.update_positions(renderer)
+                box = Text.get_window_extent(text, renderer).padded(unit)  # the words alone, without the line to them
+                fits = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
+                fits = fits and not any(box.overlaps(other) for other in boxes) and not _contains(box, obstacles)
+                others = np.delete(centres, i, axis=0)
+                if distance > NEAR:  # the line must not seem to end at another point
+                    offset = unit * distance * np.array([math.cos(math.radians(angle)), math.sin(math.radians(angle))])
+                    line = centres[i] + np.linspace(0, 1, 12)[:, None] * offset
+                    clear = all(_distances(Bbox([at, at]), others).min(initial=np.inf) > 6 * unit for at in line)
+                else:
+                    clear = _distances(box, others).min(initial=np.inf) > _distances(box, centres)[i]
+                if fits and clear:
+                    boxes.append(box)
+                    waiting.remove(i)
+                    break
+                text.remove()
 
 
-# (distance in points, direction in degrees); beyond 12 points with a line
+def _text(ax: Axes, point: Point, text: str, distance: float, angle: float) -> Annotation:
+    """A text so many points away from its point; far away with a line."""
+    dx, dy = distance * math.cos(math.radians(angle)), distance * math.sin(math.radians(angle))
+    return ax.annotate(
+        text,
+        point,
+        xytext=(dx, dy),
+        textcoords="offset points",
+        ha="center" if abs(dx) < 1 else "left" if dx > 0 else "right",
+        va="center" if abs(dy) < 1 else "bottom" if dy > 0 else "top",
+        fontsize=8,
+        color="#222222",
+        zorder=6,
+        arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6} if distance > NEAR else None,
+    )
+
+
+# (distance in points, direction in degrees)
 _PLACES = [(9, a) for a in (0, 180, 45, 135, 315, 225, 90, 270)] + [
-    (d, a) for d in (22, 34, 48) for a in (90, 60, 120, 30, 150, 0, 180, 270, 300, 240, 330, 210)
+    (d, a) for d in (22, 34, 48, 66) for a in (90, 60, 120, 30, 150, 0, 180, 270, 300, 240, 330, 210)
 ]
 
 
@@ -106,11 +130,11 @@ def _distances(box: Bbox, at: Array) -> Array:
     return distances
 
 
-def _ends_first(count: int) -> list[int]:
+def ends_first(count: int) -> list[int]:
     """0, last, middle, quarters, ...
 
     Example:
-        >>> _ends_first(5)
+        >>> ends_first(5)
         [0, 4, 2, 1, 3]
     """
     order = [0, count - 1] if count > 1 else [0]

@@ -25,13 +25,13 @@ from fisher_forget.report.tables import Case
 from fisher_forget.storage import ensure_folder
 
 CAPTIONS = {
-    "trade-off": "Forgetting against usefulness. Each point is one noise scale s, its mean and standard deviation over "
-    "seeds; light dots are single draws. The target is the green diamond on the floor, not the lower right corner.",
+    "trade-off": "Forgetting against usefulness. Each point is one noise scale s, its mean and 95 % interval over "
+    "draws; light dots are single draws. The target is the green diamond on the floor, not the lower right corner.",
     "KL": "KL to the retrained models before (square) and after (circle) forgetting. The green bar is the floor, "
     "the KL between two retrained models: the closer the circle, the better.",
     "scores": "Quality before (square) and after (circle) forgetting. The green bar is what retrained models reach: "
     "the closer the circle, the better, on the forgotten data, too.",
-    "noise": "KL against the noise scale. Dotted lines are the floors.",
+    "noise": "KL against the noise scale, with 95 % bands over draws. Dotted lines are the floors.",
 }
 SORT_SCRIPT = """
 for (const button of document.querySelectorAll("th button")) button.addEventListener("click", () => {

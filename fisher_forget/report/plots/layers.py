@@ -1,0 +1,169 @@
+"""Inside a result: the way of the Newton flow, and the curvature and the step layer by layer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from torch import Tensor, nn
+
+from fisher_forget.curvature.operator import BlockDiagonal, Curvature, Spectral
+from fisher_forget.errors import DataError
+from fisher_forget.params import trainable
+from fisher_forget.report.plots.style import (
+    BLUE,
+    EDGE,
+    GREEN,
+    GREY,
+    ORANGE,
+    SIZE,
+    VERMILLION,
+    axes_or_new,
+    finish,
+    log_limits,
+)
+from fisher_forget.result import ForgetResult, noise_damping
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+TINY = 1e-12  # of an eigenvalue, relative to the largest: rounding
+
+
+def plot_path(result: ForgetResult, ax: Axes | None = None) -> Axes:
+    """Along the Newton flow: how far each sub-step moved the forget set's predictions, and what it cost.
+
+    The time of a sub-step is one over its damping. Crosses are sub-steps that left the budget and were not taken.
+
+    Raises:
+        DataError: If no sub-step was tried.
+    """
+    newton = result.newton
+    if not newton.path:
+        raise DataError("a result without sub-steps", "at least one", "Look at result.newton: nothing was tried.")
+    times, at = [], 0.0
+    for step in newton.path:
+        times.append(at + 1 / step.damping if step.damping > 0 else math.nan)
+        at = times[-1] if step.accepted else at
+    ax = axes_or_new(ax)
+    moved = np.array([s.moved for s in newton.path])
+    rise = np.array([s.loss - newton.loss_before for s in newton.path])
+    rise = np.where(rise > 0, rise, math.nan)  # which a logarithmic axis cannot show
+    taken, x = np.array([s.accepted for s in newton.path]), np.array(times)
+    series = (
+        ("KL moved by a sub-step, forgotten data", moved, BLUE, "o", "-"),
+        ("rise of the retained loss, where it rose", rise, VERMILLION, "s", "--"),
+    )
+    for label, y, color, marker, line in series:
+        ax.plot(x[taken], y[taken], color=color, marker=marker, linestyle=line, markersize=7, label=label, **EDGE)
+        ax.plot(x[~taken], y[~taken], color=color, marker="x", linestyle="none", markersize=7)
+    if not taken.all():
+        ax.plot([], [], color=GREY, marker="x", linestyle="none", label="not taken")
+    ax.axhline(newton.budget, color=GREY, linestyle=":", linewidth=1.4, label="budget of the rise")
+    log_limits(ax, "x", x.tolist())
+    log_limits(ax, "y", [*np.abs(moved), *rise, newton.budget])
+    ax.set_xlabel("time of the flow, sum of 1 / damping (1 / nats)")
+    ax.set_ylabel("nats")
+    finish(ax, legend_columns=1)
+    return ax
+
+
+def plot_spectrum(result: ForgetResult, ax: Axes | None = None) -> Axes:
+    """Eigenvalues of the curvature, layer by layer: a thin line from 5 % to 95 %, a thick one from 25 % to 75 %.
+
+    The dotted line is the damping of the last sub-step with weight decay: below it the noise cannot tell directions
+    apart. Structures without eigenvalues of each layer show the diagonal.
+    """
+    layers = _spectra(result.curvature)
+    ax = axes_or_new(ax, _tall(len(layers)))
+    shown: list[float] = []
+    for row, values in enumerate(layers.values()):
+        found = values.double().flatten().numpy()
+        found = np.maximum(found, TINY * max(found.max(), TINY))
+        low, left, middle, right, high = np.quantile(found, QUANTILES)
+        ax.plot([low, high], [row, row], color=BLUE, linewidth=1, zorder=2, label=_first(row, "5 to 95 %"))
+        ax.plot([left, right], [row, row], color=BLUE, linewidth=4, zorder=3, label=_first(row, "25 to 75 %"))
+        look: dict[str, Any] = {"color": BLUE, "markersize": 7, "linestyle": "none"}
+        ax.plot(middle, row, marker="o", zorder=4, label=_first(row, "median"), **(look | EDGE))
+        ax.plot(found.max(), row, marker=">", markerfacecolor="white", zorder=4, label=_first(row, "largest"), **look)
+        shown += [low, found.max()]
+    tau = noise_damping(result.newton, result.weight_decay)
+    ax.axvline(tau, color=ORANGE, linestyle=":", linewidth=1.6, label="damping", zorder=1)
+    log_limits(ax, "x", [*shown, tau])
+    _name_rows(ax, list(layers))
+    ax.set_xlabel("eigenvalue of the curvature (nats per squared weight)")
+    finish(ax, legend_columns=3)
+    return ax
+
+
+def plot_steps(result: ForgetResult, original: nn.Module, ax: Axes | None = None) -> Axes:
+    """How far forgetting moved each parameter: root mean square of the Newton step and of the noise, over the weights'.
+
+    Args:
+        result: Of `forget`.
+        original: The model before.
+        ax: Where to draw.
+
+    Raises:
+        DataError: If the original has other parameters.
+    """
+    before = trainable(original)
+    if missing := [name for name in result.newton.params if name not in before]:
+        raise DataError(f"an original without {missing[:3]}", "the model given to `forget`", "Pass that one.")
+    names = list(result.newton.params)
+    size = [max(_rms(before[name]), TINY) for name in names]
+    newton = [_rms(result.newton.params[n] - before[n]) / s for n, s in zip(names, size, strict=True)]
+    ax = axes_or_new(ax, _tall(len(names)))
+    rows = np.arange(len(names))
+    ax.plot(newton, rows, linestyle="none", color=GREEN, marker="D", markersize=7, label="Newton step", **EDGE)
+    noise: list[float] = []
+    if result.noise is not None:
+        noise = [_rms(result.noise.params[n]) / s for n, s in zip(names, size, strict=True)]
+        ax.plot(noise, rows, linestyle="none", color=ORANGE, marker="o", fillstyle="none", markersize=7, label="noise")
+    log_limits(ax, "x", [*newton, *noise])
+    _name_rows(ax, names)
+    ax.set_xlabel("root mean square, relative to the weights' (no unit)")
+    finish(ax, legend_columns=2)
+    return ax
+
+
+def _spectra(curvature: Curvature) -> dict[str, Tensor]:
+    """Layer -> eigenvalues; the diagonal of each parameter, where the structure has no eigenvalues of its own there."""
+    found: dict[str, Tensor] = {}
+    parts = curvature.parts if isinstance(curvature, BlockDiagonal) else ((tuple(curvature.diagonal()), curvature),)
+    for names, part in parts:
+        spectrum = part.spectrum() if isinstance(part, Spectral) else part.diagonal()
+        if set(spectrum) == set(names) or len(names) == 1:
+            found |= {name: spectrum.get(name, torch.cat([v.flatten() for v in spectrum.values()])) for name in names}
+        else:
+            found[_common(names)] = torch.cat([v.flatten() for v in spectrum.values()])
+    return found
+
+
+def _common(names: tuple[str, ...]) -> str:
+    """The module whose parameters these are.
+
+    Example:
+        >>> _common(("conv.weight", "conv.bias")), _common(("a.weight", "b.weight"))
+        ('conv', 'all layers')
+    """
+    modules = {name.rpartition(".")[0] for name in names}
+    return modules.pop() if len(modules) == 1 else "all layers"
+
+
+def _tall(rows: int) -> tuple[float, float]:
+    return SIZE[0], max(SIZE[1], 1.4 + 0.24 * rows)
+
+
+def _name_rows(ax: Axes, names: list[str]) -> None:
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.4, -0.6)  # the first layer on top
+
+
+def _first(row: int, label: str) -> str:
+    return label if row == 0 else "_"
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.detach().double().square().mean().sqrt())

@@ -1,0 +1,217 @@
+"""Class by class and sample by sample: what was forgotten, and which samples resisted.
+
+All take a `Reference`, which holds the outputs of the original and the retrained models, and the scrubbed model. The
+KL of a sample is the mean over the retrained models; its target is the KL that these have among themselves there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from torch import Tensor, nn
+
+from fisher_forget.errors import DataError
+from fisher_forget.evaluate.closeness import Reference
+from fisher_forget.evaluate.divergence import per_class
+from fisher_forget.evaluate.klom import margins
+from fisher_forget.report.hover import explain
+from fisher_forget.report.plots.style import (
+    EDGE,
+    GREEN,
+    GREY,
+    LABELS,
+    STYLES,
+    axes_or_new,
+    band,
+    finish,
+    log_limits,
+    short,
+)
+from fisher_forget.report.tables import part_label
+
+TINY = 1e-6  # nats: what is drawn for less, which float32 logits cannot tell from 0
+BINS = 30
+RANGE = (0.05, 0.95)  # quantiles of the retrained models' band
+
+
+def plot_classes(
+    reference: Reference,
+    model: nn.Module,
+    part: str = "test",
+    classes: Sequence[str] = (),
+    ax: Axes | None = None,
+) -> Axes:
+    """KL to the retrained models, class by class: from the original to the scrubbed model, beside the floor.
+
+    Args:
+        reference: Of a classification.
+        model: Scrubbed.
+        part: Of the reference's data.
+        classes: Names of the classes; by default their numbers.
+        ax: Where to draw.
+
+    Raises:
+        DataError: If the reference lacks the part, or its targets are no classes.
+    """
+    targets = _targets(reference, part)
+    found = {
+        "original": per_class(_kl(reference, reference.original[part], part), targets),
+        "scrubbed": per_class(_kl(reference, reference.outputs(model)[part], part), targets),
+        "floor": per_class(_floor(reference, part), targets),
+    }
+    names = list(found["floor"])
+    ax = axes_or_new(ax)
+    rows = np.arange(len(names))
+    floors = np.maximum(list(found["floor"].values()), TINY)
+    ax.vlines(floors, rows - 0.32, rows + 0.32, colors=GREEN, linewidth=2.4, label="floor: target", zorder=3)
+    before, after = (np.maximum(list(found[name].values()), TINY) for name in ("original", "scrubbed"))
+    ax.hlines(rows, np.minimum(before, after), np.maximum(before, after), colors=GREY, linewidth=1, zorder=2)
+    for name, values in (("original", before), ("scrubbed", after)):
+        ax.plot(values, rows, linestyle="none", label=name, markersize=8, zorder=4, **(EDGE | STYLES[name]))
+    log_limits(ax, "x", [*floors, *before, *after])
+    ax.set_yticks(rows, [classes[c] if classes else f"class {c}" for c in names])
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.set_xlabel(f"KL(retrained ‖ model) on {part_label(part)} (nats)")
+    finish(ax, legend_columns=3)
+    return ax
+
+
+def plot_samples(reference: Reference, model: nn.Module, part: str = "forget", ax: Axes | None = None) -> Axes:
+    """KL to the retrained models sample by sample: scrubbed over original.
+
+    Samples below the diagonal came closer. The band is where 90 % of the samples lie if a retrained model is held
+    against the others.
+
+    Raises:
+        DataError: If the reference lacks the part.
+    """
+    _targets(reference, part)
+    before = np.maximum(_kl(reference, reference.original[part], part).numpy(), TINY)
+    after = np.maximum(_kl(reference, reference.outputs(model)[part], part).numpy(), TINY)
+    low, middle, high = np.maximum(np.quantile(_floor(reference, part).numpy(), [RANGE[0], 0.5, RANGE[1]]), TINY)
+    ax = axes_or_new(ax)
+    ax.axhspan(low, high, zorder=0.9, **band(GREEN))
+    ax.axhline(middle, color=GREEN, linestyle="--", linewidth=1.4, label="retrained: median, 5 to 95 %", zorder=1)
+    ends = [min(before.min(), after.min()), max(before.max(), after.max())]
+    ax.plot(ends, ends, color=GREY, linestyle=":", linewidth=1.2, label="no change", zorder=1)
+    look: dict[str, Any] = {"facecolors": "none", "edgecolors": STYLES["scrubbed"]["color"], "linewidths": 1.0}
+    dots = ax.scatter(before, after, s=22, marker="o", label="a sample", zorder=3, **look)
+    explain(
+        dots, [f"sample {i}\nKL {a:.3g} -> {b:.3g} nats" for i, (a, b) in enumerate(zip(before, after, strict=True))]
+    )
+    log_limits(ax, "x", before.tolist())
+    log_limits(ax, "y", [*after, low, high])
+    ax.set_xlabel("KL(retrained ‖ original) (nats)")
+    ax.set_ylabel(f"KL(retrained ‖ scrubbed) (nats)\n{part_label(part)}")
+    finish(ax, legend_columns=2)
+    return ax
+
+
+def plot_margins(reference: Reference, model: nn.Module, part: str = "forget", ax: Axes | None = None) -> Axes:
+    """Distribution of the margin log p_y / (1 - p_y) over samples: what membership attacks look at.
+
+    The retrained models, all taken together, are the target; a scrubbed model that lies elsewhere gives itself away.
+
+    Raises:
+        DataError: If the reference lacks the part, or its targets are no classes.
+    """
+    targets = _targets(reference, part)
+    shown = {
+        "retrained": torch.cat([margins(member[part], targets) for member in reference.retrained]),
+        "original": margins(reference.original[part], targets),
+        "scrubbed": margins(reference.outputs(model)[part], targets),
+    }
+    every = torch.cat(list(shown.values()))
+    edges = np.linspace(float(every.min()), float(every.max()), BINS + 1)
+    ax = axes_or_new(ax)
+    lines = {"original": "--", "scrubbed": "-"}
+    for name, values in shown.items():
+        counts, _ = np.histogram(values.numpy(), edges)
+        shares, color = 100 * counts / counts.sum(), STYLES[name]["color"]
+        if name == "retrained":
+            ax.stairs(shares, edges, fill=True, label=LABELS[name], zorder=1, **band(color))
+        else:
+            ax.stairs(shares, edges, color=color, linestyle=lines[name], linewidth=1.8, label=name, zorder=3)
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("margin log p / (1 − p) of the label (nats)")
+    ax.set_ylabel(f"share of {part_label(part)} (%)")
+    finish(ax, legend_columns=3)
+    return ax
+
+
+def plot_resistant(
+    reference: Reference,
+    model: nn.Module,
+    images: Tensor,
+    count: int = 12,
+    part: str = "forget",
+    classes: Sequence[str] = (),
+    ax: Axes | None = None,
+) -> Axes:
+    """The samples that are farthest from the retrained models after forgetting, with their KL and the class predicted.
+
+    Args:
+        reference: Of a classification.
+        model: Scrubbed.
+        images: Of the part, in its order: [N, C, H, W] with one or three channels, or [N, H, W].
+        count: How many.
+        part: Of the reference's data.
+        classes: Names of the classes; by default their numbers.
+        ax: Where to draw.
+
+    Raises:
+        DataError: If images and part do not match, or the reference lacks the part.
+    """
+    targets = _targets(reference, part)
+    if (
+        len(images) != len(targets)
+        or images.dim() not in (3, 4)
+        or (images.dim() == 4 and images.shape[1] not in (1, 3))
+    ):
+        raise DataError(
+            f"images of shape {tuple(images.shape)} for {len(targets)} samples",
+            "[N, C, H, W] with one or three channels, or [N, H, W]",
+            "Pass the images of that part of the reference, in its order.",
+        )
+    outputs = reference.outputs(model)[part]
+    kl, predicted = _kl(reference, outputs, part), outputs.argmax(1)
+    worst = kl.argsort(descending=True)[:count].tolist()
+    columns = min(len(worst), 6)
+    ax = axes_or_new(ax, (1.3 * columns, 0.5 + 1.75 * -(-len(worst) // columns)))
+    low, high = float(images.min()), float(images.max())
+    for place, i in enumerate(worst):
+        row, column = divmod(place, columns)
+        picture = images[i] if images.dim() == 3 else images[i].movedim(0, -1).squeeze(-1)
+        shade = ((picture.double() - low) / max(high - low, 1e-12)).numpy()
+        left, top = 1.3 * column, -1.7 * row
+        ax.imshow(shade, cmap="gray_r", vmin=0, vmax=1, extent=(left, left + 1, top - 1, top), interpolation="nearest")
+        label, said = (classes[c] if classes else str(c) for c in (int(targets[i]), int(predicted[i])))
+        ax.text(left, top - 1.08, f"{label} → {said}\n{short(float(kl[i]))} nats", fontsize=9, va="top")
+    ax.set_xlim(-0.05, 1.3 * columns - 0.2)
+    ax.set_ylim(-1.7 * -(-len(worst) // columns) + 0.05, 0.05)
+    ax.set_title(f"{part_label(part)}: label → predicted, KL(retrained ‖ scrubbed)", fontsize=9, loc="left")
+    ax.set_axis_off()
+    return ax
+
+
+def _targets(reference: Reference, part: str) -> Tensor:
+    if part not in reference.targets:
+        raise DataError(f"the part {part!r}", f"one of {list(reference.targets)}", "Pass one of these.")
+    return reference.targets[part]
+
+
+def _kl(reference: Reference, outputs: Tensor, part: str) -> Tensor:
+    """KL(retrained || outputs) of each sample, mean over the retrained models: [N]."""
+    y = reference.targets[part]
+    return torch.stack([reference.likelihood.kl(m[part], outputs, y).double() for m in reference.retrained]).mean(0)
+
+
+def _floor(reference: Reference, part: str) -> Tensor:
+    """The same of a retrained model against the others, mean over ordered pairs: [N]."""
+    y, members = reference.targets[part], [m[part] for m in reference.retrained]
+    pairs = [reference.likelihood.kl(a, b, y).double() for a in members for b in members if a is not b]
+    return torch.stack(pairs).mean(0)

@@ -1,0 +1,294 @@
+"""sweep(): scores of every cell of a grid, with one curvature estimate and one Newton step for each distinct need."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import joblib
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from fisher_forget import storage
+from fisher_forget.baselines import METHODS, Unlearner
+from fisher_forget.data.batches import Unpack
+from fisher_forget.data.split import Indices, Split
+from fisher_forget.data.split import resolve as resolve_split
+from fisher_forget.errors import ConfigError, FisherForgetWarning, StorageError
+from fisher_forget.evaluate.closeness import Reference
+from fisher_forget.forget import forget, scrub
+from fisher_forget.noise import noise_step
+from fisher_forget.objective import Objective
+from fisher_forget.randomness import preserved_rng
+from fisher_forget.result import ForgetResult, newton_error, noise_damping
+from fisher_forget.snapshot import take_snapshot
+from fisher_forget.sweep.cells import CURVATURE, DRAW, OURS, Cell, expand, grouped
+from fisher_forget.sweep.judge import Judge
+from fisher_forget.sweep.table import RUINED, SKIPPED, SweepTable, read
+
+RUIN = 1.0  # nats of retained loss: a label's typical probability has fallen to a third
+Row = dict[str, Any]
+Found = tuple[str, Row]  # a cell's key and row
+
+
+def sweep(
+    model: nn.Module,
+    data: DataLoader[Any] | Dataset[Any],
+    forget_idx: Sequence[int] | Indices | Tensor | range,
+    grid: Mapping[str, Iterable[Any]],
+    *,
+    reference: Reference,
+    ruin: float | None = RUIN,
+    file: str | Path | None = None,
+    jobs: int = 1,
+    unpack: Unpack | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> SweepTable:
+    """Score what every combination of the grid's values makes of a model.
+
+    Any option of `forget` can be an axis: "noise", "exponent", "damping", "steps", "structure", "kind", ...; "seed" is
+    that of the noise draw, while curvature and Newton step are shared by all cells that differ in noise, exponent and
+    seed only. "method" names methods of `fisher_forget.baselines.METHODS`; their own settings can be axes, too, and
+    cross the methods that have them.
+
+    Args:
+        model: Trained, as for `forget`; untouched.
+        data: Loader over the training data set, or the data set.
+        forget_idx: Distinct indices into it.
+        grid: Option -> values. Where "noise" is in it, the Newton step without noise is scored, too.
+        reference: Retrained models to compare with, on the parts "forget", "retain" and "test" at least. Its likelihood
+            is that of the sweep.
+        ruin: Where every draw of a noise scale raises the retained loss by more than this above the original's, in
+            nats, larger scales of that group are not run and marked as skipped. `None` runs them all.
+        file: Parquet file that the table is written to after every cell (with `jobs` > 1, after every curvature
+            estimate's cells); started again, the sweep goes on from there. A file of another model, data set or
+            reference is written anew, with a warning.
+        jobs: Worker processes, each with one torch thread; cells that share a curvature estimate stay together.
+        unpack: As for `forget`.
+        progress: Show a bar with the time left.
+        **options: Of `forget` and the other methods, for every cell that has them: `weight_decay=5e-4`. `seed` is
+            that of the curvature estimate and the Newton step.
+
+    Raises:
+        ConfigError: An unknown option or method, a value out of range, or a part missing from the reference; before
+            any work.
+        StorageError: If the file cannot be written.
+
+    Example:
+        >>> import torch
+        >>> from fisher_forget import Reference, sweep
+        >>> x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+        >>> data = torch.utils.data.TensorDataset(x, (x[:, 0] > 0).long())
+        >>> original, *retrained = (torch.nn.Linear(3, 2).eval() for _ in range(3))
+        >>> reference = Reference(original, retrained, {"forget": data, "retain": data, "test": data})
+        >>> grid = {"noise": [0.01, 0.1], "structure": ["diagonal", "ekfac"], "seed": range(3)}
+        >>> table = sweep(original, data, [0, 5], grid, reference=reference, drift=True, progress=False)
+        >>> len(table.to_pandas())  # (1 without noise + 2 scales x 3 draws) x 2 structures
+        14
+    """
+    if jobs < 1:
+        raise ConfigError(f"jobs={jobs}", "at least 1", "Pass the number of worker processes.")
+    cells = expand(grid, options)
+    judge = Judge.of(reference, ruin)
+    split = resolve_split(data, forget_idx, unpack=unpack)
+    work = _Work(model, data, split, judge, options.get("seed", 0))
+    for cell in cells:
+        if cell.method != OURS:
+            work.method(cell)  # refuses what is out of range before any work
+    axes = tuple(dict.fromkeys(["method", *(name for name in grid if name != "seed")]))
+    shared = storage.fingerprint(model, split.fingerprint(), reference.targets, reference.retrained, work.seed, ruin)
+    rows = {} if file is None else _stored(Path(file), shared)
+
+    def table() -> SweepTable:
+        named = [_axes(cell, axes) | rows[cell.key] for cell in cells if cell.key in rows]
+        return SweepTable(_frame(named, (*axes, "seed")), axes, judge.marks, judge.score_name, ruin)
+
+    groups = grouped(cells, lambda cell: cell.part(CURVATURE) if cell.method == OURS else cell.key)
+    todo = [group for group in groups if any(cell.key not in rows for cell in group)]
+    bar = tqdm(total=sum(map(len, todo)), desc="sweep", unit="cell", disable=not progress, leave=False)
+    with bar:
+        for found in _found(work, todo, rows, jobs):
+            for key, row in found:
+                rows[key] = row
+                bar.update()
+            if file is not None:
+                table().save(file, fingerprint=shared, keys=[cell.key for cell in cells if cell.key in rows])
+    return table()
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What all cells share.
+
+    Attributes:
+        model: The original.
+        data: As given.
+        split: Who is retained and forgotten.
+        judge: Scores models.
+        seed: Of curvature and Newton step.
+    """
+
+    model: nn.Module
+    data: DataLoader[Any] | Dataset[Any]
+    split: Split
+    judge: Judge
+    seed: int
+
+    def method(self, cell: Cell) -> Unlearner:
+        """Another method with the cell's options, and the likelihood of all."""
+        method = METHODS[cell.method]
+        shared = {"likelihood": self.judge.reference.likelihood}
+        known = {f.name for f in fields(method)}  # type: ignore[arg-type]  # all are dataclasses
+        return method(**{name: value for name, value in shared.items() if name in known}, **cell.options)
+
+    def newton(self, cell: Cell, before: ForgetResult | None) -> ForgetResult:
+        """Curvature and Newton step of a cell; the curvature is that of a result before it, where there is one."""
+        options = {name: value for name, value in cell.options.items() if name not in DRAW}
+        likelihood = self.judge.reference.likelihood
+        if before is None:
+            return forget(
+                self.model,
+                self.data,
+                self.split.forget,
+                likelihood=likelihood,
+                noise=None,
+                unpack=self.split.unpack,
+                seed=self.seed,
+                progress=False,
+                **options,
+            )
+        options = {name: value for name, value in options.items() if name not in CURVATURE or name == "solver"}
+        with preserved_rng():
+            objective = Objective(self.model, likelihood, cell.options["subset"])
+            return scrub(
+                self.model,
+                objective,
+                before.split,
+                before.curvature,
+                take_snapshot(objective, before.split, seed=self.seed),
+                seconds={name: before.seconds[name] for name in ("curvature", "gradient")},
+                noise=None,
+                exponent=cell.options["exponent"],
+                seed=self.seed,
+                progress=False,
+                **options,
+            )
+
+    def draw(self, result: ForgetResult, cell: Cell, unit: float) -> Row:
+        """Scores after one noise draw; `unit` is the local forgetting bound of noise of scale 1."""
+        noise, exponent, seed = (cell.options[name] for name in DRAW)
+        clock = time.perf_counter()
+        scale = noise
+        if cell.level < 0:  # the scale is searched for
+            scale = noise_step(
+                Objective(self.model, self.judge.reference.likelihood, cell.options["subset"]),
+                result.split,
+                result.curvature,
+                result.newton.params,
+                noise=noise,
+                damping=noise_damping(result.newton, result.weight_decay),
+                error=newton_error(result.newton),
+                exponent=exponent,
+                seed=seed,
+            ).scale
+        model = result.with_noise(scale, seed=seed, exponent=exponent)
+        seconds = sum(result.seconds[name] for name in ("curvature", "gradient", "newton"))
+        found = {"scale": float(scale), "seconds": seconds + time.perf_counter() - clock}
+        found["information"] = unit / scale**2 if scale else math.inf
+        return found | self.judge.row(self.judge.reference.outputs(model))
+
+
+def _found(work: _Work, groups: list[list[Cell]], rows: Mapping[str, Row], jobs: int) -> Iterator[Iterable[Found]]:
+    """Rows as they are found: one by one in this process, group by group from workers."""
+    if jobs == 1 or len(groups) < 2:
+        for group in groups:
+            yield from ([found] for found in _rows(work, group, rows))
+        return
+    known = [{cell.key: rows[cell.key] for cell in group if cell.key in rows} for group in groups]
+    workers = joblib.Parallel(n_jobs=min(jobs, len(groups)), return_as="generator_unordered")
+    yield from workers(joblib.delayed(_all_rows)(work, *each) for each in zip(groups, known, strict=True))
+
+
+def _all_rows(work: _Work, group: list[Cell], known: Mapping[str, Row]) -> list[Found]:
+    """The rows of a group, in a worker."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return list(_rows(work, group, known))
+    finally:
+        torch.set_num_threads(before)  # workers are reused, perhaps by someone else
+
+
+def _rows(work: _Work, group: list[Cell], known: Mapping[str, Row]) -> Iterator[Found]:
+    """The rows of a group: one cell of another method, or all cells that share a curvature estimate."""
+    if group[0].method != OURS:
+        done = work.method(group[0]).unlearn(work.model, work.split)
+        scored = work.judge.row(work.judge.reference.outputs(done.model))
+        yield group[0].key, {"scale": math.nan, "seconds": done.seconds, "information": math.nan} | scored
+        return
+    first: ForgetResult | None = None
+    newton = [name for name in group[0].options if name not in DRAW]
+    for step in grouped(group, lambda cell: cell.part(newton)):
+        result = None
+        for ladder in grouped(step, lambda cell: cell.options["exponent"]):
+            unit, ruined = math.nan, False
+            for draws in grouped(sorted(ladder, key=lambda cell: cell.level), lambda cell: cell.part(["noise"])):
+                rows = []
+                for cell in draws:
+                    row = known.get(cell.key)
+                    if row is None and ruined:
+                        row = {"status": SKIPPED}
+                    elif row is None:
+                        if result is None:
+                            result = work.newton(cell, first)
+                            first = first or result
+                        if math.isnan(unit):
+                            unit = result.information(1.0, exponent=cell.options["exponent"])
+                        row = work.draw(result, cell, unit)
+                    rows.append(row)
+                    yield cell.key, row
+                ruined = ruined or (draws[0].level > 0 and all(row["status"] == RUINED for row in rows))
+
+
+def _axes(cell: Cell, axes: Iterable[str]) -> Row:
+    """The cell's place in the table."""
+    return {name: cell.options.get(name) for name in (*axes, "seed")} | {"method": cell.method}
+
+
+def _frame(rows: list[Row], axes: Sequence[str]) -> pd.DataFrame:
+    """Rows as a table that a file can hold: an axis of numbers and words becomes one of words."""
+    frame = pd.DataFrame(rows)
+    for name in axes:
+        values = [row[name] for row in rows]
+        if not all(value is None or isinstance(value, (int, float)) for value in values):
+            frame[name] = pd.Series([None if value is None else _word(value) for value in values], dtype="str")
+    return frame
+
+
+def _word(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _stored(path: Path, shared: str) -> dict[str, Row]:
+    """Rows of an earlier sweep of the same model, data and reference; skipped ones are decided again."""
+    if not path.exists():
+        return {}
+    try:
+        table, notes = read(path)
+        if notes["fingerprint"] != shared:
+            raise StorageError("a sweep of another model, data set or reference", "one of these", "Name another file.")
+    except (StorageError, KeyError) as error:
+        warnings.warn(f"{path} cannot be used and is written anew: {error}", FisherForgetWarning, stacklevel=3)
+        return {}
+    measured = table.frame.drop(columns=list({*table.axes, "seed"}))
+    rows = zip(notes["keys"], measured.to_dict("records"), strict=True)
+    return {key: {str(n): v for n, v in row.items()} for key, row in rows if row["status"] != SKIPPED}
