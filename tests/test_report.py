@@ -4,24 +4,19 @@ import base64
 import copy
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import jsonschema
-import matplotlib as mpl
-import numpy as np
 import pandas as pd
 import pytest
 import torch
+from made_up import CLASS_3, RANDOM, make_case, make_metrics, make_sweep
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from fisher_forget.errors import DataError, StorageError
 from fisher_forget.evaluate import closeness as evaluate
@@ -29,165 +24,6 @@ from fisher_forget.forget import forget
 from fisher_forget.report import plots, tables
 from fisher_forget.report.html import write_report
 from fisher_forget.report.schema import METRICS_SCHEMA_PATH, load_schema
-
-# kl_original, kl_scrubbed, floor, score_original, score_scrubbed, score_retrained
-CLASS_3 = {
-    "forget": (12.3, 1.2, 0.55, 1.0, 0.021, 0.0),
-    "retain": (0.011, 0.0042, 0.0021, 1.0, 0.998, 1.0),
-    "test": (1.31, 0.18, 0.094, 0.972, 0.871, 0.876),
-    "test, retained classes": (0.048, 0.029, 0.022, 0.968, 0.966, 0.969),
-}
-RANDOM = {
-    "forget": (0.021, 0.019, 0.02, 0.99, 0.968, 0.965),
-    "retain": (0.0024, 0.0022, 0.0021, 1.0, 1.0, 1.0),
-    "test": (0.022, 0.021, 0.0205, 0.968, 0.966, 0.967),
-}
-
-
-def part_scores(numbers: tuple[float, ...], samples: int, jitter: float) -> evaluate.PartScores:
-    kl_original, kl_scrubbed, floor, *scores = numbers
-    kl_scrubbed *= 1 + jitter
-    return evaluate.PartScores(
-        samples=samples,
-        kl_original=kl_original,
-        kl_scrubbed=kl_scrubbed,
-        kl_scrubbed_std=0.2 * kl_scrubbed,
-        floor=floor,
-        floor_std=0.1 * floor,
-        gap_closed=evaluate.gap_closed(kl_original, kl_scrubbed, floor, 0.1 * floor),
-        score_original=scores[0],
-        score_scrubbed=scores[1],
-        score_retrained=scores[2],
-        score_retrained_std=0.004,
-    )
-
-
-def summary_of_forget(seed: int) -> dict[str, Any]:
-    return {
-        "forgotten": 146,
-        "retained": 1291,
-        "curvature": {"structure": "ekfac", "kind": "exact"},
-        "newton": {
-            "substeps": 6,
-            "rejected": seed,
-            "damping": 0.001,
-            "norm": 3.21,
-            "gradient_norm": 0.087,
-            "stationarity": 0.21,
-            "at_minimum": True,
-            "drift_removed": False,
-            "held_back": 258,
-            "budget": 0.0031,
-        },
-        "noise": {
-            "scale": 2.4e-4,
-            "exponent": 0.25,
-            "damping": 1.5e-3,
-            "norm": 0.31,
-            "rise": 9.8e-5,
-            "drop": 0.0,
-            "information": 310.0,
-            "error": 2e-3,
-            "target": {"loss": 1e-4, "accuracy": None, "information": None, "trade_off": None, "error": None},
-        },
-        "losses": {"retain_before": 4.4e-3, "retain_after": 6.1e-3, "forget_before": 3.9e-3, "forget_after": 7.62},
-        "buffers_refreshed": False,
-        "seconds": {"curvature": 0.4, "newton": 1.7, "noise": 0.2, "check": 0.1},
-        "seed": seed,
-        "versions": {"fisher_forget": "0.1.0", "torch": "2.9.1", "python": "3.11.9"},
-    }
-
-
-def make_case(name: str, numbers: dict[str, tuple[float, ...]], seeds: int = 3) -> dict[str, Any]:
-    sizes = {"forget": 146, "retain": 1291, "test": 360, "test, retained classes": 323}
-    evaluations = [
-        evaluate.Closeness(
-            {part: part_scores(values, sizes[part], 0.05 * (seed - 1)) for part, values in numbers.items()},
-            5,
-            "accuracy",
-        )
-        for seed in range(seeds)
-    ]
-    return {
-        "name": name,
-        "forgotten": 146,
-        "retained": 1291,
-        "members": 5,
-        "score_name": "accuracy",
-        "seconds": {"train_original": 3.1, "retrain_one": 2.9, "forget": 2.4},
-        "runs": [
-            {
-                "seed": seed,
-                "folder": f"{name.replace(' ', '-')}/seed-{seed}",
-                "forget": summary_of_forget(seed),
-                "evaluation": evaluation.to_dict(),
-            }
-            for seed, evaluation in enumerate(evaluations)
-        ],
-        "summary": evaluate.summarise(evaluations),
-    }
-
-
-def make_metrics(*cases: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "schema": 1,
-        "name": "digits",
-        "created": "2026-03-01T12:00:00+00:00",
-        "command": "fisher-forget run configs/digits.yaml",
-        "config": {
-            "data": {"name": "digits", "test_share": 0.2},
-            "model": {"name": "mlp", "hidden": [64, 64]},
-            "training": {"epochs": 60, "lr": 0.1, "weight_decay": 5e-4},
-            "forget": {"steps": "auto", "noise": None},
-        },
-        "environment": {
-            "fisher_forget": "0.1.0",
-            "torch": "2.9.1",
-            "python": "3.11.9",
-            "threads": 2,
-            "processor": "a processor",
-        },
-        "cases": list(cases),
-    }
-
-
-class Table:
-    """A made-up sweep: KL on the forgotten data falls with the scale, then the model is ruined."""
-
-    score_name = "accuracy"
-    columns = ("kl_forget", "kl_retain", "kl_test", "score_forget", "score_retain", "score_test")
-    marks = {  # noqa: RUF012 (what a protocol's reader never changes)
-        "original": dict(zip(columns, (12.3, 0.011, 1.31, 1.0, 1.0, 0.972), strict=True)),
-        "newton": dict(zip(columns, (1.2, 0.0042, 0.18, 0.02, 0.998, 0.871), strict=True)),
-        "retrained": dict(zip(columns, (0.55, 0.0021, 0.094, 0.0, 1.0, 0.876), strict=True)),
-        "retrained_std": dict(zip(columns, (0.06, 3e-4, 0.01, 0.0, 0.0, 0.004), strict=True)),
-    }
-
-    def __init__(self, scales: tuple[float, ...] | None = None, exponents: tuple[float, ...] = (0.25,), seeds: int = 4):
-        self.scales = tuple(np.logspace(-5, -1.5, 11)) if scales is None else scales
-        self.exponents, self.seeds = exponents, seeds
-
-    def to_pandas(self) -> pd.DataFrame:
-        rng = np.random.default_rng(0)
-        rows = []
-        for exponent, scale, seed in itertools.product(self.exponents, self.scales, range(self.seeds)):
-            strength = scale / 1e-3 * (1 if exponent == 0.25 else 4)
-            wobble = 1 + 0.15 * rng.standard_normal()
-            rows.append(
-                {
-                    "scale": scale,
-                    "exponent": exponent,
-                    "seed": seed,
-                    "kl_forget": (1.2 / (1 + 0.6 * strength**0.7) + 0.3 * strength) * wobble,
-                    "kl_retain": (0.0042 + 0.02 * strength**1.6) * wobble,
-                    "kl_test": 0.18 + 0.05 * strength,
-                    "score_forget": 0.02,
-                    "score_retain": max(0.1, 0.998 - 0.02 * strength),
-                    "score_test": max(0.1, 0.871 - 0.03 * strength * wobble),
-                    "gap_closed": 0.9,
-                }
-            )
-        return pd.DataFrame(rows)
 
 
 @pytest.fixture
@@ -396,135 +232,6 @@ def test_the_console_fits_a_terminal(metrics):
     assert tables.CAVEAT in text
 
 
-# figures
-
-
-def _line(ax: Axes, label: str) -> tuple[np.ndarray, np.ndarray]:
-    (line,) = [line for line in ax.lines if line.get_label() == label]
-    return np.asarray(line.get_xdata(), float), np.asarray(line.get_ydata(), float)
-
-
-def test_the_tradeoff_shows_the_marks_and_the_floor_where_they_are():
-    table = Table()
-    ax = plots.plot_tradeoff(table)
-    assert "(%)" in ax.get_xlabel()
-    assert "(nats)" in ax.get_ylabel()
-    assert ax.get_yscale() == "log"
-    for name, label in plots.LABELS.items():
-        x, y = _line(ax, label)
-        assert (x.item(), y.item()) == (100 * table.marks[name]["score_test"], table.marks[name]["kl_forget"])
-    assert set(_line(ax, "floor ± std")[1]) == {0.55}
-    band = next(p for p in ax.patches if p.get_hatch())
-    assert band.get_extents().transformed(ax.transData.inverted()).intervaly == pytest.approx([0.49, 0.61])
-
-
-def test_the_tradeoff_has_a_point_a_scale_at_the_mean_over_seeds():
-    table = Table(scales=(1e-2, 1e-4, 1e-3))
-    ax = plots.plot_tradeoff(table)
-    path = next(line for line in ax.lines if len(line.get_xdata()) == 3 and line.get_marker() == "None")
-    means = table.to_pandas().groupby("scale")[["score_test", "kl_forget"]].mean()  # in order of scale
-    assert path.get_xdata() == pytest.approx(100 * means["score_test"].to_numpy())
-    assert path.get_ydata() == pytest.approx(means["kl_forget"].to_numpy())
-    assert len(ax.collections[0].get_offsets()) == 12  # the single draws
-
-
-@pytest.mark.parametrize("table", [Table(), Table(exponents=(0.25, 0.5)), Table(scales=(0.0, 1e-3), seeds=1)])
-def test_no_text_of_the_tradeoff_covers_another(table):
-    ax = plots.plot_tradeoff(table)
-    figure = ax.figure
-    figure.draw_without_rendering()
-    renderer = figure.canvas.get_renderer()
-    boxes = []
-    for text in ax.texts:
-        text.update_positions(renderer)
-        boxes.append(super(type(text), text).get_window_extent(renderer))
-    assert len(boxes) >= 2
-    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
-    rest = [ax.xaxis.label, ax.yaxis.label, ax.get_legend(), *ax.get_xticklabels(), *ax.get_yticklabels()]
-    shown = [r.get_window_extent(renderer) for r in rest if r.get_visible()]
-    shown = [b for b in shown if b.width > 0 and b.height > 0]
-    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes + shown[:3], 2))
-    page = figure.bbox.padded(1)
-    assert all(page.x0 <= b.x0 and b.x1 <= page.x1 and page.y0 <= b.y0 and b.y1 <= page.y1 for b in boxes + shown[:3])
-
-
-def test_the_noise_figure_shows_means_and_floors():
-    table = Table()
-    ax = plots.plot_noise(table)
-    assert ax.get_xscale() == ax.get_yscale() == "log"
-    assert "no unit" in ax.get_xlabel()
-    assert "(nats)" in ax.get_ylabel()
-    means = table.to_pandas().groupby("scale")[["kl_forget", "kl_retain"]].mean()
-    for part, label in (("forget", "forgotten data"), ("retain", "retained data")):
-        x, y = _line(ax, label)
-        assert x == pytest.approx(means.index.to_numpy())
-        assert y == pytest.approx(means[f"kl_{part}"].to_numpy())
-        assert set(_line(ax, f"floor, {label}")[1]) == {table.marks["retrained"][f"kl_{part}"]}
-    assert len(ax.collections) == 2  # the bands
-
-
-def test_a_sweep_that_cannot_be_drawn_is_refused():
-    with pytest.raises(DataError, match="all zero"):
-        plots.plot_noise(Table(scales=(0.0,)))
-    with pytest.raises(DataError, match="without draws"):
-        plots.plot_tradeoff(Table(scales=()))
-
-
-@pytest.mark.parametrize(
-    ("plot", "factor", "first", "unit"),
-    [(plots.plot_parts, 1, "kl", "(nats)"), (plots.plot_scores, 100, "score", "(%)")],
-)
-def test_the_figures_by_part_show_every_value(case, plot, factor, first, unit):
-    ax = plot(case)
-    assert unit in ax.get_xlabel()
-    assert ax.get_xscale() == ("log" if first == "kl" else "linear")
-    assert [t.get_text().replace("\n", " ") for t in ax.get_yticklabels()] == tables.case_table(case)["part"].tolist()
-    drawn: dict[str, Axes] = {
-        (line.get_marker(), *map(float, (line.get_xdata()[0], line.get_ydata()[0]))) for line in ax.lines
-    }
-    for row, part in enumerate(CLASS_3):
-        for name, marker in (("original", "s"), ("scrubbed", "o")):
-            assert (marker, factor * tables.estimate(case, part, f"{first}_{name}").mean, float(row)) in drawn
-        target = factor * tables.estimate(case, part, "floor" if first == "kl" else "score_retrained").mean
-        assert ("None", target, row - 0.32) in drawn
-    assert ax.yaxis_inverted()
-
-
-def test_figures_can_share_a_figure_of_the_users(case):
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    assert plots.plot_parts(case, left) is left
-    assert plots.plot_tradeoff(Table(), right) is right
-
-
-def test_files_are_the_same_to_the_byte_in_every_process(case, tmp_path):
-    before = dict(mpl.rcParams)
-    png, svg = plots.save_figure(plots.plot_parts(case).figure, tmp_path / "a" / "parts.1")
-    assert (png.name, svg.name) == ("parts.1.png", "parts.1.svg")
-    assert dict(mpl.rcParams) == before
-    assert "<text" in svg.read_text()
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import test_report as t; from pathlib import Path;"
-        "t.plots.save_figure(t.plots.plot_parts(t.make_case('class 3', t.CLASS_3)).figure, Path(sys.argv[2]))"
-    )
-    subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path / "b")], check=True)
-    assert (tmp_path / "b.svg").read_bytes() == svg.read_bytes()
-    again = plots.save_figure(plots.plot_tradeoff(Table()).figure, tmp_path / "c")[1].read_bytes()
-    assert again == plots.save_figure(plots.plot_tradeoff(Table()).figure, tmp_path / "d")[1].read_bytes()
-
-
-def test_a_new_figure_is_one_that_notebooks_show_and_given_axes_open_none(case):
-    import matplotlib.pyplot as plt
-
-    before = plt.get_fignums()
-    new = plots.plot_parts(case)
-    assert len(plt.get_fignums()) == len(before) + 1
-    plots.plot_parts(case, ax=new)
-    assert len(plt.get_fignums()) == len(before) + 1
-    plt.close(new.figure)
-    assert plt.get_fignums() == before
-
-
 # the page
 
 
@@ -562,7 +269,7 @@ def figures(case, tmp_path) -> dict[str, Path]:
     drawn: dict[str, Axes] = {
         "KL": plots.plot_parts(case),
         "scores": plots.plot_scores(case),
-        "trade-off": plots.plot_tradeoff(Table()),
+        "trade-off": plots.plot_tradeoff(make_sweep()),
     }
     return {f"class 3: {kind}": plots.save_figure(ax.figure, tmp_path / kind)[1] for kind, ax in drawn.items()}
 

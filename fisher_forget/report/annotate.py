@@ -59,7 +59,7 @@ def annotate(
         marks: Other symbols.
         busy: Points of lines and small dots.
         limit: Most texts.
-        everything: Let a text cross a line rather than leave it out.
+        everything: Let a text cross a line, or stand close to another point, rather than leave it out.
         order: Which come first; by default the ends, then halves, quarters, ..., so that the extremes keep theirs.
     """
     width, height = whole_figure(ax.figure).bbox.size
@@ -72,9 +72,11 @@ def annotate(
     inside = ax.get_window_extent(renderer).padded(-2 * unit)
     boxes: list[Bbox] = []
     waiting = list(ends_first(len(points)) if order is None else order)
-    for obstacles in (np.concatenate([symbols, lines]), symbols):  # only what found no place may cross a line
+    everywhere = np.concatenate([symbols, lines])
+    # what found no place may first cross a line, then stand near another point, which only a crowd makes necessary
+    for obstacles, strict in ((everywhere, True), (symbols, True), (symbols, False))[: 3 if everything else 1]:
         for i in list(waiting):
-            if len(boxes) == limit or (obstacles is symbols and not everything):
+            if len(boxes) == limit:
                 return
             for distance, angle in _PLACES:
                 text = _text(ax, points[i], texts[i], distance, angle)
@@ -89,7 +91,7 @@ def annotate(
                     clear = all(_distances(Bbox([at, at]), others).min(initial=np.inf) > 6 * unit for at in line)
                 else:
                     clear = _distances(box, others).min(initial=np.inf) > _distances(box, centres)[i]
-                if fits and clear:
+                if fits and (clear or not strict):
                     boxes.append(box)
                     waiting.remove(i)
                     break
@@ -115,7 +117,7 @@ def _text(ax: Axes, point: Point, text: str, distance: float, angle: float) -> A
 
 # (distance in points, direction in degrees)
 _PLACES = [(9, a) for a in (0, 180, 45, 135, 315, 225, 90, 270)] + [
-    (d, a) for d in (22, 34, 48, 66) for a in (90, 60, 120, 30, 150, 0, 180, 270, 300, 240, 330, 210)
+    (d, a) for d in (22, 34, 48, 66, 90) for a in (90, 60, 120, 30, 150, 0, 180, 270, 300, 240, 330, 210)
 ]
 
 

@@ -174,7 +174,7 @@ class _Work:
                 objective,
                 before.split,
                 before.curvature,
-                take_snapshot(objective, before.split, seed=self.seed),
+                take_snapshot(objective, before.split),
                 seconds={name: before.seconds[name] for name in ("curvature", "gradient")},
                 noise=None,
                 exponent=cell.options["exponent"],

@@ -69,7 +69,7 @@ def plot_methods(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     for name, at in points.items():
         _mark(ax, name, at)
     log_limits(ax, "y", [*y, *ends["kl_low"], *(at[1] for at in points.values())])
-    score_limits(ax, [*x, *(at[0] for at in points.values())], "%", margin=0.12)
+    score_limits(ax, [*x, *(at[0] for at in points.values())], "%", margin=0.12, stretch=True)
     ax.set_xlabel("accuracy on retained test data (%)")
     _label(ax, rows, list(zip(x, y, strict=True)), list(points.values()), busy)
     return ax

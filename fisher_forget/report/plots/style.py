@@ -135,15 +135,15 @@ def log_limits(ax: Axes, axis: Literal["x", "y"], values: Sequence[float], margi
     which.set_minor_formatter(NullFormatter())
 
 
-def score_limits(ax: Axes, values: Sequence[float], unit: str, margin: float = 0.06) -> None:
-    """A horizontal axis around the finite values; accuracies that differ much get one that is stretched towards 100 %.
+def score_limits(ax: Axes, values: Sequence[float], unit: str, *, margin: float = 0.06, stretch: bool = False) -> None:
+    """A horizontal axis around the finite values, which may be stretched towards 100 % where accuracies differ much.
 
     There the distance to 101 % is drawn logarithmically: a method that destroys the model must not press all others
     into one line.
     """
     shown = [v for v in values if math.isfinite(v)] or [0.0, 1.0]
     low, high = min(shown), max(shown)
-    if unit == "%" and high - low > WIDE:
+    if stretch and unit == "%" and high - low > WIDE:
         ax.set_xscale("function", functions=(_stretched, lambda t: PAST - 10.0**-t))
         at = np.array([_stretched(np.array(v)) for v in (low, high)])
         pad = margin * (at[1] - at[0])

@@ -112,7 +112,7 @@ def plot_tradeoff(table: SweepTable, ax: Axes | None = None) -> Axes:
     marks = [_mark(ax, table, name, kept, factor) for name in ("original", "retrained")]
 
     log_limits(ax, "y", [*values, *frontier["kl_forget"], *(y for _, y in marks)])
-    score_limits(ax, [*frontier[kept] * factor, *(x for x, _ in marks)], unit)
+    score_limits(ax, [*frontier[kept] * factor, *(x for x, _ in marks)], unit, stretch=True)
     ax.set_xlabel(with_unit(f"{table.score_name} on {KEPT_LABELS[table.kept]}", unit))
     ax.set_ylabel("KL(retrained ‖ scrubbed)\non forgotten data (nats)")
     finish(ax, legend_columns=2)
