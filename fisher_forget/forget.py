@@ -151,7 +151,7 @@ def forget(
 
         clock = time.perf_counter()
         objective = Objective(working, likelihood, subset)
-        snapshot = take_snapshot(objective, split, seed=seed, progress=progress)
+        snapshot = take_snapshot(objective, split, progress=progress)
         seconds["gradient"] = time.perf_counter() - clock
         result = scrub(
             working,

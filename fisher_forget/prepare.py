@@ -225,7 +225,7 @@ def prepare(
                 save_curvature(store.folder / CURVATURE, curvature, model, split)
         snapshot = None if store is None else store.snapshot(objective)
         if snapshot is None:
-            snapshot = take_snapshot(objective, split, seed=seed, progress=progress)
+            snapshot = take_snapshot(objective, split, progress=progress)
             if store is not None:
                 save_snapshot(store.folder / SNAPSHOT, snapshot, store.mark)
     done = split.forgetting([i for request in requests for i in request]) if requests else split

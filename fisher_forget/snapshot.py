@@ -16,14 +16,12 @@ from torch import Tensor
 
 from fisher_forget import params as P
 from fisher_forget import storage
-from fisher_forget.curvature.estimate import estimate_curvature
-from fisher_forget.data.split import Indices, Split, some
+from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import StorageError
 from fisher_forget.objective import Gradient, Objective
 from fisher_forget.progress import bar
 
-FORMAT = "1"
-SAMPLED = 512  # samples for the gradient's sampling variance
+FORMAT = "2"
 
 
 @dataclass(frozen=True)
@@ -34,13 +32,11 @@ class Snapshot:
         total: Gradient, loss and count of all samples, without weight decay.
         samples: Their indices, sorted.
         spread: tr H_n of each, in that order: where the output curvature is.
-        variance: tr E / N, with E the empirical Fisher on some samples: the sampling variance of the mean gradient.
     """
 
     total: Gradient
     samples: Indices
     spread: Tensor
-    variance: float
 
     def retained(self, split: Split, forgotten: Gradient) -> Gradient:
         """The sums of the retained samples.
@@ -59,13 +55,12 @@ class Snapshot:
         return self.spread[torch.from_numpy(np.searchsorted(self.samples, indices))]
 
 
-def take_snapshot(objective: Objective, split: Split, *, seed: int = 0, progress: bool = False) -> Snapshot:
+def take_snapshot(objective: Objective, split: Split, *, progress: bool = False) -> Snapshot:
     """One pass over the data, forward and backward.
 
     Args:
         objective: Losses at the original parameters.
         split: All of its samples count.
-        seed: Chooses the samples for the sampling variance.
         progress: Show a progress bar.
 
     Raises:
@@ -75,11 +70,7 @@ def take_snapshot(objective: Objective, split: Split, *, seed: int = 0, progress
     spread: list[Tensor] = []
     batches = bar(split.batches(every), split.steps(every), "gradient", progress)
     total = objective.gradient(batches, objective.start, spread)
-    few = some(every, SAMPLED, seed)
-    fisher = estimate_curvature(
-        objective.twin(), split, objective.likelihood, structure="diagonal", kind="empirical", part=few
-    )
-    return Snapshot(total, every, torch.cat(spread), fisher.trace() / total.count)
+    return Snapshot(total, every, torch.cat(spread))
 
 
 def save_snapshot(path: str | Path, snapshot: Snapshot, fingerprint: str) -> None:
@@ -90,7 +81,7 @@ def save_snapshot(path: str | Path, snapshot: Snapshot, fingerprint: str) -> Non
     """
     tensors = {f"gradient/{name}": value for name, value in snapshot.total.sums.items()}
     tensors |= {"samples": torch.from_numpy(snapshot.samples), "spread": snapshot.spread}
-    numbers = {"loss": snapshot.total.loss, "count": snapshot.total.count, "variance": snapshot.variance}
+    numbers = {"loss": snapshot.total.loss, "count": snapshot.total.count}
     storage.save_tensors(path, tensors, {"format": FORMAT, "fingerprint": fingerprint, "numbers": json.dumps(numbers)})
 
 
@@ -107,4 +98,4 @@ def load_snapshot(path: str | Path, objective: Objective, fingerprint: str) -> S
     numbers = json.loads(metadata["numbers"])
     sums: P.Params = {name: tensors[f"gradient/{name}"].to(p.device) for name, p in objective.start.items()}
     total = Gradient(sums, numbers["loss"], numbers["count"])
-    return Snapshot(total, tensors["samples"].numpy(), tensors["spread"], numbers["variance"])
+    return Snapshot(total, tensors["samples"].numpy(), tensors["spread"])

@@ -148,6 +148,22 @@ class TestControls:
         assert not step.drift_removed
         assert step.norm < 1e-6
 
+    def test_stationarity_by_hand_and_forgotten_outliers_do_not_set_its_scale(self) -> None:
+        model, data = self.data()
+        x, y = data.tensors
+        gone = [0, 1, 2]
+        y[gone] = (y[gone] + 1) % 3
+        w, likelihood = dict(model.named_parameters()), Categorical()
+        each = []
+        for i in range(len(x)):
+            loss = likelihood.losses(model(x[i : i + 1]), y[i : i + 1]).sum()
+            each.append(flatten(dict(zip(w, torch.autograd.grad(loss, list(w.values())), strict=True))))
+        g = torch.stack(each)
+        full = g.mean(0) + DECAY * flatten({name: p.detach() for name, p in w.items()})
+        kept = np.setdiff1d(np.arange(len(x)), gone)
+        expected = full.square().sum() / (g[kept].square().sum(1).mean() / len(x))
+        assert self.flow(model, data, gone).stationarity == pytest.approx(float(expected), rel=1e-6)
+
     def test_stationarity_tells_trained_from_untrained(self) -> None:
         model, data = self.data()
         before = self.flow(model, data, [0, 1]).stationarity
