@@ -25,6 +25,7 @@ from fisher_forget.likelihood import Bernoulli, Categorical, Gaussian, Likelihoo
 from fisher_forget.newton import NewtonStep, newton_step
 from fisher_forget.noise import NoiseDraw, NoiseTarget, calibrate_noise, draw_noise
 from fisher_forget.prepare import Prepared, prepare
+from fisher_forget.report import plots
 from fisher_forget.report.plots import plot_tradeoff
 from fisher_forget.result import ForgetResult
 from fisher_forget.sweep import SweepTable, sweep
@@ -65,6 +66,7 @@ __all__ = [
     "newton_step",
     "paper_forget",
     "plot_tradeoff",
+    "plots",
     "prepare",
     "reference_code_forget",
     "sweep",

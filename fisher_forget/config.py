@@ -21,7 +21,7 @@ from fisher_forget.data.datasets import DataBundle, load_dataset
 from fisher_forget.errors import ConfigError
 from fisher_forget.newton import Solver
 from fisher_forget.noise import NoiseTarget
-from fisher_forget.sweep.cells import expand
+from fisher_forget.sweep.cells import OURS, expand
 from fisher_forget.sweep.run import RUIN
 from fisher_forget.training import TrainSettings
 
@@ -221,8 +221,10 @@ class SweepConfig(RunConfig):
     @property
     def axes(self) -> dict[str, list[Any]]:
         """The whole grid."""
-        simple: dict[str, list[Any]] = {"noise": list(self.scales), "seed": list(range(self.draws))}
-        return simple | self.grid
+        axes: dict[str, list[Any]] = {"seed": list(range(self.draws))}
+        if OURS in self.grid.get("method", [OURS]):  # no other method has noise
+            axes["noise"] = list(self.scales)
+        return axes | self.grid
 
 
 @dataclass(frozen=True)
@@ -324,6 +326,24 @@ def _known(content: Mapping[str, Any], kind: Any, place: str) -> None:
             for index, entry in enumerate(value):
                 if isinstance(entry, Mapping):
                     _known(entry, item, f"{place} at {key}[{index}]")
+
+
+def option_names(kind: Any, prefix: str = "") -> dict[str, tuple[str, ...]]:
+    """Every key that a flag may set, with dots, and the words that it may be.
+
+    Example:
+        >>> option_names(RunConfig)["training.optimizer"]
+        ('sgd', 'adam')
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for key, hint in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            found |= option_names(hint, f"{prefix}{key}.")
+            continue
+        literals = [option for option in (hint, *typing.get_args(hint)) if typing.get_origin(option) is Literal]
+        words = tuple(str(word) for option in literals for word in typing.get_args(option))
+        found[prefix + key] = ("true", "false") if hint is bool else words
+    return found
 
 
 def to_plain(config: RunConfig) -> dict[str, Any]:

@@ -22,12 +22,14 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from fisher_forget import ConfigError, NoiseTarget, Reference, StorageError, forget, sweep
 from fisher_forget.baselines.finetune import FineTune
+from fisher_forget.config import SweepConfig, load_config
 from fisher_forget.data.split import resolve
 from fisher_forget.errors import FisherForgetWarning
 from fisher_forget.sweep import SweepTable, run
 from fisher_forget.sweep.table import pareto
 from fisher_forget.training import TrainSettings, train
 
+ROOT = Path(__file__).parent.parent
 FORGET = [0, 3, 6, 9]
 GRID: dict[str, Any] = {"noise": [0.05, 0.4], "structure": ["diagonal", "ekfac"], "seed": [0, 5]}
 
@@ -257,6 +259,11 @@ class TestFile:
         assert counted["outputs"] == 3 + 1  # 300 is still skipped
         assert table.frame["status"].tolist() == ["done", "done", "done", "ruined", "skipped"]
 
+    def test_what_was_skipped_is_decided_again(self, swept, tmp_path: Path) -> None:
+        file = tmp_path / "t.parquet"
+        assert swept({"noise": [30.0, 300.0]}, file=file).frame["status"].tolist() == ["done", "ruined", "skipped"]
+        assert swept({"noise": [300.0]}, file=file).frame["status"].tolist() == ["done", "ruined"]
+
     def test_another_model_or_a_damaged_file_starts_anew(self, swept, blobs, tmp_path: Path) -> None:
         file = tmp_path / "t.parquet"
         first = swept({"noise": [0.1]}, file=file)
@@ -315,9 +322,9 @@ class TestTable:
         assert frontier["pareto"].tolist() == [not b for b in beaten]
 
     def test_the_best_keeps_the_score(self) -> None:
-        rows = [(0.0, 0.9, 0.99), (0.1, 0.4, 0.985), (0.2, 0.3, 0.984), (0.3, 0.31, 0.97), (0.4, 2.0, 0.5)]
+        rows = [(0.0, 0.9, 0.99), (0.1, 0.4, 0.985), (0.2, 0.31, 0.984), (0.3, 0.3, 0.97), (0.4, 2.0, 0.5)]
         table = made_up(rows, floor=0.35, target=0.99)
-        assert table.best()["noise"] == 0.2  # 0.4 is above the floor, 0.31 costs too much
+        assert table.best()["noise"] == 0.2  # 0.4 is above the floor, 0.3 costs too much
         assert table.best(cost=0.02)["noise"] == 0.2  # both lie below the floor: the better score
         assert table.best(cost=0.001)["noise"] == 0.0
         assert made_up(rows, floor=0.35, target=1.2).best()["noise"] == 0.0  # all cost too much: the cheapest
@@ -371,3 +378,21 @@ def made_up(rows: list[tuple[float, float, float]], floor: float, target: float,
     frame = frame.assign(information=1.0, gap_closed=0.5, seconds=1.0)
     marks = {"retrained": {"kl_forget": floor, "score_test": target}}
     return SweepTable(frame, ("method", "noise"), marks, name)
+
+
+class TestConfiguration:
+    def test_a_grid_in_a_file_and_on_the_command_line(self) -> None:
+        config = load_config(
+            ROOT / "configs/digits_sweep.yaml", ["--scales", "[0.1, 0.2]", "--draws", "2"], SweepConfig
+        )
+        assert isinstance(config, SweepConfig)
+        assert config.axes == {"noise": [0.1, 0.2], "seed": [0, 1], "structure": ["ekfac", "diagonal"]}
+        grid = '{"method": ["finetune"], "lr": [0.01]}'
+        other = load_config(ROOT / "configs/digits_sweep.yaml", ["--grid", grid], SweepConfig)
+        assert isinstance(other, SweepConfig)
+        assert other.axes == {"seed": [0, 1, 2, 3, 4], "method": ["finetune"], "lr": [0.01]}
+
+    def test_a_grid_that_cannot_be_is_refused_before_anything_is_trained(self) -> None:
+        for grid, words in (('{"structur": ["ekfac"]}', "'structure'"), ('{"steps": [0]}', "steps=0")):
+            with pytest.raises(ConfigError, match=words):
+                load_config(ROOT / "configs/digits_sweep.yaml", ["--grid", grid], SweepConfig)

@@ -85,9 +85,7 @@ def plot_tradeoff(table: SweepTable, ax: Axes | None = None) -> Axes:
         low, high = ([curve.rows[f"{name}_{end}"] for name in (kept, "kl_forget")] for end in ("low", "high"))
         ends = [factor * low[0].fillna(math.nan), factor * high[0], low[1], high[1]]
         errors = [np.nan_to_num(np.abs(end - at)) for end, at in zip(ends, (x, x, y, y), strict=True)]
-        ax.errorbar(
-            x, y, yerr=errors[2:], xerr=errors[:2], fmt="none", ecolor=GREY, elinewidth=0.8, capsize=2, zorder=3
-        )
+        ax.errorbar(x, y, yerr=errors[2:], xerr=errors[:2], fmt="none", ecolor="#a6a6a6", elinewidth=0.9, zorder=2.2)
         ax.plot(x, y, color=curve.look["color"], linestyle=curve.look["linestyle"], linewidth=1.2, zorder=3)
         sizes = np.linspace(5, 9, len(x)) if len(x) > 1 else [8.0]
         for i, (scale, ruined) in enumerate(zip(curve.rows["scale"], curve.rows["ruined"], strict=True)):
