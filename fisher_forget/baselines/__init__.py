@@ -1,7 +1,7 @@
 """Published unlearning methods under one protocol, one file each, to compare with.
 
 `METHODS` maps names to classes; to add your own, write a frozen dataclass that satisfies `Unlearner` and
-`METHODS["mine"] = Mine`. Exact unlearning by sharding, which needs its own training, is `sisa.SISA`.
+`METHODS["mine"] = Mine`. Exact unlearning by sharding is `SISA`, and `Sharded` that class as a method.
 """
 
 from fisher_forget.baselines.bad_teacher import BadTeacher
@@ -18,6 +18,7 @@ from fisher_forget.baselines.random_labels import Amnesiac, RandomLabels
 from fisher_forget.baselines.retrain import Retrain
 from fisher_forget.baselines.salun import SalUn
 from fisher_forget.baselines.scrub import Scrub
+from fisher_forget.baselines.sharded import Sharded
 from fisher_forget.baselines.sisa import SISA
 from fisher_forget.baselines.ssd import Ssd
 from fisher_forget.baselines.unsir import Unsir
@@ -47,6 +48,7 @@ METHODS: dict[str, type[Unlearner]] = {
         Unsir,
         Variational,
         DeltaGrad,
+        Sharded,
         GolatkarPaper,
         GolatkarCode,
     )

@@ -34,6 +34,9 @@ class Unlearner(Protocol):
         name: Key in the registry, as people write it in tables.
         grid: Hyper-parameter -> values that a comparison may choose from, on validation data alone.
         seed: Of everything random.
+
+    A method that returns another architecture than the given model's has a method `template(model) -> nn.Module` as
+    well, which returns such a module with any weights.
     """
 
     name: ClassVar[str]

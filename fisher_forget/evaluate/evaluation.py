@@ -54,6 +54,8 @@ class Score:
         label: "not forgotten", "indistinguishable from retrained", "over-forgotten", "undecided" (see `verdict`) or
             "undefined" where a value is not finite.
         reason: Why, and how many models would tell more.
+        values: Of every model of the method.
+        target_std: Standard deviation over the retrained models.
     """
 
     method: str
@@ -69,6 +71,8 @@ class Score:
     target_high: float
     label: str
     reason: str
+    values: tuple[float, ...] = ()
+    target_std: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a JSON file, see `report/evaluation.schema.json`; NaN is null."""
         rows = [
-            {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(s).items()}
+            {name: _null(value) for name, value in asdict(s).items()} | {"values": [_null(x) for x in s.values]}
             for s in self.scores
         ]
         return {"schema": 1, "retrained": self.retrained, "left_out": self.left_out, "scores": rows}
@@ -246,26 +250,39 @@ def _scored(
     """The rows of one metric on one part."""
     own = [_value(metric, a, _others(ones, i), part, context) for i, a in enumerate(ones)]
     values = {method: [_value(metric, a, ones, part, context) for a in group] for method, group in groups.items()}
-    target, rows = float(np.mean(own)), []
+    target, spread, rows = float(np.mean(own)), float(np.std(own, ddof=1)), []
     for method, found in values.items():
         common = method, metric.name, part, metric.unit
         if not np.isfinite([*found, *own]).all():
-            rows.append(Score(*common, math.nan, len(found), *(math.nan,) * 5, UNDEFINED, "A value is not finite."))
+            why = "A value is not finite."
+            rows.append(Score(*common, math.nan, len(found), *(math.nan,) * 5, UNDEFINED, why, tuple(found)))
             continue
         # where the score is not defined for the original itself, such as the direction of no step, any side is off
         before = [v for v in values["original"] if math.isfinite(v)] or found
         margin = ENOUGH.get(metric.unit) if np.ptp(own) == 0 else None  # without a spread only a margin can judge
         judged, interval = verdict(found, own, original=before, margin=margin, level=level), t_interval(found)
         ends = interval.low, interval.high, target, judged.low, judged.high
-        rows.append(Score(*common, interval.value, len(found), *ends, judged.label, judged.reason))
+        said = judged.label, judged.reason, tuple(found), spread
+        rows.append(Score(*common, interval.value, len(found), *ends, *said))
     return rows
 
 
 def _value(metric: Metric, a: Subject, others: Sequence[Subject], part: str, context: Context) -> float:
+    if "weights" in metric.needs and not _alike(a.model, a.original):
+        return math.nan
     if metric.solo is not None:
         return metric.solo(a, part, context)
     assert metric.pair is not None
     return float(np.mean([metric.pair(a, b, part, context) for b in others]))
+
+
+def _null(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _alike(a: nn.Module, b: nn.Module) -> bool:
+    shapes = [{name: p.shape for name, p in model.named_parameters()} for model in (a, b)]
+    return shapes[0] == shapes[1]
 
 
 def _others(ones: Sequence[Subject], index: int) -> list[Subject]:

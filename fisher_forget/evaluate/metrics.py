@@ -73,7 +73,8 @@ class Metric:
         solo: Number of a model; or
         pair: number of a model and a retrained one.
         parts: Parts of the data it is computed on; empty for all.
-        needs: What it needs besides outputs: "categorical", "membership", "split", "teacher"; see `missing`.
+        needs: What it needs besides outputs: "categorical", "membership", "split", "teacher" (see `missing`), or
+            "weights": those of the original's architecture, without which it is undefined.
     """
 
     name: str
@@ -168,6 +169,7 @@ def _relearn(a: Subject, part: str, context: Context) -> float:
 GOLATKAR = "Golatkar et al. 2020, arXiv:1911.04933"
 CLASSES = frozenset({"categorical"})
 ATTACK = frozenset({"categorical", "membership"})
+WEIGHTS = frozenset({"weights"})
 FORGET = ("forget",)
 TABLE = (
     Metric(
@@ -224,12 +226,12 @@ TABLE = (
     ),
     Metric(
         "weight_distance", "", "distance of the weights to a retrained model's",
-        "|w - w_retrained|", "textbook", pair=_weight_distance, parts=FORGET,
+        "|w - w_retrained|", "textbook", pair=_weight_distance, parts=FORGET, needs=WEIGHTS,
     ),
     Metric(
         "step_cosine", "", "direction of the step against the retrained model's",
         "cos(w - w_original, w_retrained - w_original)", GOLATKAR,
-        pair=_cosine, parts=FORGET,
+        pair=_cosine, parts=FORGET, needs=WEIGHTS,
     ),
     Metric(
         "efficacy", "1/nats", "inverse information that the forget set still exerts on the weights",

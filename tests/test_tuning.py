@@ -1,0 +1,113 @@
+"""Settings are chosen on validation data, by two numbers that can be computed by hand."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import mannwhitneyu
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from fisher_forget import DataError
+from fisher_forget.baselines import METHODS
+from fisher_forget.config import ForgetSet
+from fisher_forget.data.datasets import DataBundle
+from fisher_forget.forget_sets import other_labels
+from fisher_forget.tuning import Judge, settings
+
+CLASSES = ("a", "b", "c")
+
+
+class Echo(nn.Module):
+    """The input is the logits."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(scale))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scale * x
+
+
+def bundle(size: int, seed: int) -> TensorDataset:
+    g = torch.Generator().manual_seed(seed)
+    return TensorDataset(torch.randn(size, 3, generator=g), torch.arange(size) % 3)
+
+
+@pytest.fixture
+def data() -> DataBundle:
+    return DataBundle("made up", bundle(30, 0), bundle(6, 9), CLASSES)
+
+
+def judge(data: DataBundle, forget: Any, kind: Any, original: nn.Module | None = None) -> tuple[Judge, TensorDataset]:
+    validation = bundle(24, 1)
+    settings = ForgetSet("x", kind, count=3)
+    return Judge.of(original or Echo(), data, np.asarray(forget), settings, validation), validation
+
+
+class TestJudge:
+    def test_a_whole_class_is_remembered_as_far_as_it_is_recognised(self, data: DataBundle) -> None:
+        found, validation = judge(data, range(0, 30, 3), "class")
+        x, y = validation.tensors
+        right = (x.argmax(1) == y).double()
+        assert found.whole
+        assert found(Echo()).memory == pytest.approx(100 * float(right[y == 0].mean()))
+        assert found(Echo()).damage == 0
+        # the opposite prediction: what is lost on the retained classes counts, a gain never does
+        lost = 100 * float(right[y != 0].mean() - ((-x).argmax(1) == y)[y != 0].double().mean())
+        assert found(Echo(-1.0)).damage == pytest.approx(max(lost, 0.0))
+
+    def test_other_samples_by_the_auc_of_their_loss(self, data: DataBundle) -> None:
+        forget = [0, 3, 4]
+        found, validation = judge(data, forget, "samples")
+        loss = nn.CrossEntropyLoss(reduction="none")
+        x, y = data.train.tensors
+        like = validation.tensors[1] <= 1
+        members, others = loss(x[forget], y[forget]), loss(validation.tensors[0][like], validation.tensors[1][like])
+        u = mannwhitneyu(members.numpy(), others.numpy()).statistic / (len(members) * len(others))
+        assert not found.whole
+        assert found(Echo()).memory == pytest.approx(100 * abs(2 * u - 1))
+        assert found(Echo()).total == found(Echo()).damage + found(Echo()).memory
+
+    def test_mislabelled_samples_against_unseen_ones_with_wrong_labels(self, data: DataBundle) -> None:
+        found, validation = judge(data, [1, 2, 5], "mislabelled")
+        labels = validation.tensors[1]
+        assert torch.equal(found.unseen.tensors[1], other_labels(labels, 3, 0))
+        assert not (found.unseen.tensors[1] == labels).any()
+        assert torch.equal(found.kept.tensors[1], labels)
+
+    def test_a_ruined_model_is_judged_not_refused(self, data: DataBundle) -> None:
+        assert judge(data, [0, 3, 4], "samples")[0](Echo(float("inf"))).damage >= 0
+
+    def test_validation_data_must_have_the_forgotten_class(self, data: DataBundle) -> None:
+        only = TensorDataset(torch.randn(4, 3), torch.ones(4, dtype=torch.long))
+        with pytest.raises(DataError, match="what is forgotten"):
+            Judge.of(Echo(), data, np.array([0, 3]), ForgetSet("x", "samples"), only)
+
+
+class TestSettings:
+    @pytest.mark.parametrize("name", METHODS)
+    def test_defaults_first_then_others_of_the_grid_each_once(self, name: str) -> None:
+        method = METHODS[name]
+        tried = list(settings(method, 5))
+        assert tried[0] == {}
+        assert len(tried) == min(5, len({str(t) for t in settings(method, 10_000)}))
+        defaults = {key: getattr(method(), key) for key in method.grid}
+        for one in tried[1:]:
+            assert one != defaults
+            assert all(one[key] in values for key, values in method.grid.items())
+        assert len({str(t) for t in tried}) == len(tried)
+        assert tried == list(settings(method, 5))
+
+    def test_the_whole_grid_in_the_end(self) -> None:
+        class Method:
+            name: ClassVar[str] = "m"
+            grid: ClassVar[dict[str, tuple[Any, ...]]] = {"a": (1, 2), "b": (3, 4, 5)}
+            a, b = 1, 4
+
+        tried = list(settings(Method, 100))  # type: ignore[arg-type]
+        assert len(tried) == 6
+        assert {(t.get("a", 1), t.get("b", 4)) for t in tried} == {(a, b) for a in (1, 2) for b in (3, 4, 5)}
