@@ -17,7 +17,8 @@ from torch.utils.data import TensorDataset
 
 from fisher_forget import ConfigError, DataError, NumericalError, forget
 from fisher_forget.data.split import resolve
-from fisher_forget.ensemble import RetrainedEnsemble
+from fisher_forget.ensemble import Members, RetrainedEnsemble
+from fisher_forget.evaluate import klom
 from fisher_forget.evaluate.evaluation import Evaluation, evaluate
 from fisher_forget.evaluate.metrics import METRICS
 from fisher_forget.report.evaluation import distance, plot_scores, wide, write_page
@@ -46,7 +47,7 @@ def scrubbed_of(model):
 
 @pytest.fixture(scope="module")
 def ensemble() -> RetrainedEnsemble:
-    options = {"template": seeded(small_net), "seeds": range(100, 109), "original_seeds": (0, 1), "progress": False}
+    options = {"template": seeded(small_net), "seeds": range(100, 109), "original_seeds": (0, 1, 2), "progress": False}
     return RetrainedEnsemble.fit(fit, DATA, IDX, **options)
 
 
@@ -220,6 +221,44 @@ class TestPage:
         score = dataclasses.replace(table.scores[0], value=3.0, target=1.0, target_low=0.0, target_high=2.0)
         assert distance(score) == 2.0
         assert distance(dataclasses.replace(score, target_low=1.0, target_high=1.0)) == 30.0
+
+
+class TestGroups:
+    """Metrics of several models at once."""
+
+    def test_klom_is_that_of_the_margins_and_its_target_that_of_as_many_retrained_models(self, ensemble, table):
+        originals, retrained, targets = ensemble.outputs(PARTS)
+        own, ones = (klom.margins(x["forget"], targets["forget"]) for x in (originals, retrained))
+        expected = float(klom.klom(own, ones[:-1]).mean())
+        score = table.get("klom_mean", method="original")
+        assert score.value == pytest.approx(expected)
+        assert len(score.values) == 1
+        turned = [np.roll(np.arange(8), -i) for i in range(8)]
+        target = np.mean([float(klom.klom(ones[i[:3]], ones[i[3:]]).mean()) for i in turned])
+        assert score.target == pytest.approx(target)
+
+    def test_an_attacker_tells_originals_and_not_retrained_models(self, table):
+        for metric in ("u_lira", "ruli"):
+            score = table.get(metric, method="original")
+            assert score.value > 95
+            assert 30 < score.target < 70
+
+    def test_a_single_model_has_none(self, table):
+        score = table.get("klom_p95", method="retrained, left out")
+        assert score.label == "undefined"
+        assert "it takes 3 models" in score.reason
+
+    def test_left_out_where_no_method_has_enough_models(self, ensemble):
+        few = RetrainedEnsemble(
+            Members(
+                *(x[:2] for x in (ensemble.originals.models, ensemble.originals.seeds, ensemble.originals.seconds))
+            ),
+            ensemble.retrained,
+            ensemble.forget,
+        )
+        found = evaluate(ensemble.originals.models[0], few, PARTS, metrics=["kl", "klom_mean"])
+        assert "it takes 3 models" in found.left_out["klom_mean"]
+        assert {s.metric for s in found.scores} == {"kl"}
 
 
 class TestDocs:

@@ -20,7 +20,7 @@ from fisher_forget.data.split import resolve as resolve_split
 from fisher_forget.ensemble import RetrainedEnsemble, predict
 from fisher_forget.errors import ConfigError, DataError, NumericalError
 from fisher_forget.evaluate.intervals import t_interval
-from fisher_forget.evaluate.metrics import METRICS, Context, Metric, Subject
+from fisher_forget.evaluate.metrics import LEAST, METRICS, Context, Metric, Subject
 from fisher_forget.evaluate.verdict import INDISTINGUISHABLE, NOT_FORGOTTEN, OVER_FORGOTTEN, UNDECIDED, verdict
 from fisher_forget.likelihood import Likelihood
 from fisher_forget.likelihood import resolve as resolve_likelihood
@@ -31,6 +31,7 @@ Scrubbed = ForgetResult | nn.Module
 COSTLY = ("relearn",)  # trains; only where asked for by name
 FALSE_ALARM = 0.05  # that a retrained model fails any of the rows
 UNDEFINED = "undefined"
+TOO_FEW = f"it takes {LEAST} models of a method and {LEAST} retrained ones beside as many for the target"
 ENOUGH = {"%": 1.0, "epochs": 1.0}  # a difference that counts where all retrained models score the same
 
 
@@ -222,6 +223,9 @@ def evaluate(
         (m, part) for m in map(METRICS.__getitem__, chosen) if m.name not in left_out for part in m.parts or targets
     ]
     level = 1 - FALSE_ALARM / max(len(rows), 1)
+    few = max(map(len, groups.values())) < LEAST or len(ones) < 2 * LEAST
+    left_out |= {m.name: TOO_FEW for m, _ in rows if few and m.group is not None}
+    rows = [(m, part) for m, part in rows if m.name not in left_out]
     scores = [score for metric, part in rows for score in _scored(metric, part, groups, ones, context, level)]
     return Evaluation(tuple(scores), reference, left_out)
 
@@ -248,23 +252,51 @@ def _scored(
     level: float,
 ) -> list[Score]:
     """The rows of one metric on one part."""
-    own = [_value(metric, a, _others(ones, i), part, context) for i, a in enumerate(ones)]
-    values = {method: [_value(metric, a, ones, part, context) for a in group] for method, group in groups.items()}
-    target, spread, rows = float(np.mean(own)), float(np.std(own, ddof=1)), []
-    for method, found in values.items():
-        common = method, metric.name, part, metric.unit
-        if not np.isfinite([*found, *own]).all():
-            why = "A value is not finite."
-            rows.append(Score(*common, math.nan, len(found), *(math.nan,) * 5, UNDEFINED, why, tuple(found)))
-            continue
+    rows: list[Score] = []
+    own = _targets(metric, ones, 1, part, context)
+    before: list[float] = []
+    for method, group in groups.items():
+        if metric.group is not None:
+            own = _targets(metric, ones, len(group), part, context)
+            found = [metric.group(group, ones, part, context)] if own else []
+        else:
+            found = [_value(metric, a, ones, part, context) for a in group]
         # where the score is not defined for the original itself, such as the direction of no step, any side is off
-        before = [v for v in values["original"] if math.isfinite(v)] or found
-        margin = ENOUGH.get(metric.unit) if np.ptp(own) == 0 else None  # without a spread only a margin can judge
-        judged, interval = verdict(found, own, original=before, margin=margin, level=level), t_interval(found)
-        ends = interval.low, interval.high, target, judged.low, judged.high
-        said = judged.label, judged.reason, tuple(found), spread
-        rows.append(Score(*common, interval.value, len(found), *ends, *said))
+        before = before or [v for v in found if math.isfinite(v)]
+        rows.append(_score(metric, method, part, found, own, before or found, level))
     return rows
+
+
+def _targets(metric: Metric, ones: Sequence[Subject], size: int, part: str, context: Context) -> list[float]:
+    """What retrained models score: each for itself; for a group metric, as many as the method has models, by turns."""
+    if metric.group is None:
+        return [_value(metric, a, _others(ones, i), part, context) for i, a in enumerate(ones)]
+    if size < LEAST or len(ones) - size < LEAST:
+        return []
+    turns = range(min(OTHERS, len(ones)))
+    order = [[ones[(i + k) % len(ones)] for k in range(len(ones))] for i in turns]
+    return [metric.group(each[:size], each[size:], part, context) for each in order]
+
+
+def _score(
+    metric: Metric,
+    method: str,
+    part: str,
+    found: Sequence[float],
+    own: Sequence[float],
+    before: Sequence[float],
+    level: float,
+) -> Score:
+    common = method, metric.name, part, metric.unit
+    capped = f" Counting ended at {metric.cap:g}." if max([*found, *own], default=0) >= metric.cap else ""
+    if not found or not np.isfinite([*found, *own]).all():
+        why = "A value is not finite." if found else TOO_FEW
+        return Score(*common, math.nan, len(found), *(math.nan,) * 5, UNDEFINED, why, tuple(found))
+    margin = ENOUGH.get(metric.unit) if np.ptp(own) == 0 else None  # without a spread only a margin can judge
+    judged, interval = verdict(found, own, original=before, margin=margin, level=level), t_interval(found)
+    ends = interval.low, interval.high, float(np.mean(own)), judged.low, judged.high
+    spread = float(np.std(own, ddof=1))
+    return Score(*common, interval.value, len(found), *ends, judged.label, judged.reason + capped, tuple(found), spread)
 
 
 def _value(metric: Metric, a: Subject, others: Sequence[Subject], part: str, context: Context) -> float:

@@ -1,25 +1,32 @@
 r"""Every metric that `evaluate` reports: name, unit, definition, source, and how it is computed from stored outputs.
 
-Two forms. A *solo* metric is a number of one model, r(model); a *pair* metric compares a model with one retrained model
-and is averaged over these. The target of either is what retrained models score themselves: r of each, and for pairs of
-each against others. Nothing is read against 0 or 0.5.
+Three forms. A *solo* metric is a number of one model, r(model); a *pair* metric compares a model with one retrained
+model and is averaged over these; a *group* metric compares the distribution of several models with that of the
+retrained ones. The target of each is what retrained models score themselves: r of each, for pairs of each against
+others, and for groups of as many retrained models against the rest. Nothing is read against 0 or 0.5.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fisher_forget.data.split import Split
-from fisher_forget.evaluate import divergence, relearn, weights
+from fisher_forget.evaluate import divergence, klom, relearn, weights
 from fisher_forget.evaluate.composite import zrf
-from fisher_forget.evaluate.membership import attack_features, population_attack
+from fisher_forget.evaluate.membership import attack_features, population_attack, ruli, shadow_attack, u_lira
 from fisher_forget.likelihood import Categorical, Likelihood
 
 MEMBERSHIP_SAMPLES = 1000  # of retained and test data each, that a membership attack is fitted on
+GROUP_SAMPLES = 10_000  # of a part, that distributions of models are compared on
+RELEARN = 100  # epochs at most
+LEAST = 3  # models on either side of such a comparison
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,7 @@ class Context:
 
 Solo = Callable[[Subject, str, Context], float]
 Pair = Callable[[Subject, Subject, str, Context], float]
+Group = Callable[[Sequence[Subject], Sequence[Subject], str, Context], float]
 
 
 @dataclass(frozen=True)
@@ -71,8 +79,10 @@ class Metric:
         formula: Its formula.
         source: Where it comes from.
         solo: Number of a model; or
-        pair: number of a model and a retrained one.
+        pair: number of a model and a retrained one; or
+        group: number of several models and several retrained ones, of `LEAST` each at least.
         parts: Parts of the data it is computed on; empty for all.
+        cap: Where counting ends: the true number may be larger.
         needs: What it needs besides outputs: "categorical", "membership", "split", "teacher" (see `missing`), or
             "weights": those of the original's architecture, without which it is undefined.
     """
@@ -84,7 +94,9 @@ class Metric:
     source: str
     solo: Solo | None = None
     pair: Pair | None = None
+    group: Group | None = None
     parts: tuple[str, ...] = ()
+    cap: float = math.inf
     needs: frozenset[str] = field(default_factory=frozenset)
 
     def missing(self, context: Context) -> str | None:
@@ -163,7 +175,31 @@ def _efficacy(a: Subject, part: str, context: Context) -> float:
 
 def _relearn(a: Subject, part: str, context: Context) -> float:
     assert context.split is not None
-    return float(relearn.relearn_time(a.model, context.split, a.original, context.likelihood).epochs)
+    found = relearn.relearn_time(a.model, context.split, a.original, context.likelihood, max_epochs=RELEARN)
+    return float(found.epochs)
+
+
+def _margins(group: Sequence[Subject], part: str, context: Context) -> Tensor:
+    """[M, N], of the same `GROUP_SAMPLES` samples at most."""
+    targets = context.targets[part]
+    few = torch.randperm(len(targets), generator=torch.Generator().manual_seed(context.seed))[:GROUP_SAMPLES]
+    return klom.margins(torch.stack([a.outputs[part][few] for a in group]), targets[few])
+
+
+def _klom(number: str) -> Group:
+    def group(ours: Sequence[Subject], retrained: Sequence[Subject], part: str, context: Context) -> float:
+        values = klom.klom(_margins(ours, part, context), _margins(retrained, part, context))
+        return float(getattr(klom.summarise_klom(values), number))
+
+    return group
+
+
+def _shadow(attack: Callable[..., Any]) -> Group:
+    def group(ours: Sequence[Subject], retrained: Sequence[Subject], part: str, context: Context) -> float:
+        found = shadow_attack(_margins(ours, part, context), _margins(retrained, part, context), attack)
+        return 100 * found.separation().auc.value
+
+    return group
 
 
 GOLATKAR = "Golatkar et al. 2020, arXiv:1911.04933"
@@ -220,6 +256,26 @@ TABLE = (
         solo=_called_members("all"), parts=FORGET, needs=ATTACK,
     ),
     Metric(
+        "klom_mean", "nats", "divergence between the margins of scrubbed and of retrained models, sample by sample",
+        "mean_n KL(hist margins of scrubbed || hist margins of retrained)", "Georgiev et al. 2024, arXiv:2410.23232",
+        group=_klom("mean"), needs=CLASSES,
+    ),
+    Metric(
+        "klom_p95", "nats", "the same at the samples where it is large",
+        "95th percentile over n of it", "Georgiev et al. 2024, arXiv:2410.23232",
+        group=_klom("p95"), needs=CLASSES,
+    ),
+    Metric(
+        "u_lira", "%", "how well an attacker with shadow models tells scrubbed models from retrained ones, per sample",
+        "AUC of the likelihood ratio of two Gaussians of the margin", "Hayes et al. 2024, arXiv:2403.01218",
+        group=_shadow(partial(u_lira, pooled=True)), parts=FORGET, needs=CLASSES,
+    ),
+    Metric(
+        "ruli", "%", "the same with kernel densities",
+        "AUC of p_u / (p_u + p_o) of the margin", "Naderloui et al. 2025, arXiv:2506.13009",
+        group=_shadow(ruli), parts=FORGET, needs=CLASSES,
+    ),
+    Metric(
         "zrf", "", "zero retrain forgetting: likeness to a model that has learned nothing",
         "1 - mean_n JS_2(p(x_n), p_random(x_n))", "Chundawat et al. 2023, arXiv:2205.08096",
         solo=_zrf, parts=FORGET, needs=CLASSES | {"teacher"},
@@ -240,8 +296,8 @@ TABLE = (
     ),
     Metric(
         "relearn", "epochs", "how soon training on all data finds the original loss on the forget set again",
-        "epochs of 500 samples at lr 0.01 until L_f(w) <= L_f(w_original); at most 100", GOLATKAR,
-        solo=_relearn, parts=FORGET, needs=frozenset({"split"}),
+        f"epochs of 500 samples at lr 0.01 until L_f(w) <= L_f(w_original); at most {RELEARN}", GOLATKAR,
+        solo=_relearn, parts=FORGET, cap=float(RELEARN), needs=frozenset({"split"}),
     ),
 )  # fmt: skip
 METRICS: dict[str, Metric] = {m.name: m for m in TABLE}
