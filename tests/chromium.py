@@ -106,7 +106,8 @@ class Browser:
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         call("Emulation.setDeviceMetricsOverride", **size)
         self.events.clear()
-        call("Page.navigate", url=address)
+        if failure := call("Page.navigate", url=address).get("errorText"):
+            raise AssertionError(f"{address}: {failure}")
         self._until(lambda m: m.get("method") == "Page.loadEventFired" and m.get("sessionId") == session)
         page = Page([], [], call)
         page.evaluate("new Promise(done => setTimeout(done, 200))")  # scripts that run after loading

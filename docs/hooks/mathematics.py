@@ -14,21 +14,22 @@ with warnings.catch_warnings():
     import ziamath
 
 SIZE = 16.0  # pixels a line of text; the page scales it
-_FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+_FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>([.,;:)’]*)', re.DOTALL)
 
 
 def on_page_content(content: str, **_: Any) -> str:
     """Draw what the Markdown extension has marked as a formula."""
-    return _FORMULA.sub(lambda found: drawn(html.unescape(found[2]).strip(), found[1] == "div"), content)
+    return _FORMULA.sub(lambda found: drawn(html.unescape(found[2]).strip(), found[1] == "div", found[3]), content)
 
 
 @cache
-def drawn(tex: str, display: bool) -> str:
+def drawn(tex: str, display: bool, after: str = "") -> str:
     """An SVG element of a formula, on the line where it is inline, named by its TeX source for screen readers.
 
     Args:
         tex: Formula in TeX.
         display: Whether it stands by itself.
+        after: Punctuation that must not start the next line.
     """
     formula = ziamath.Latex(tex, size=SIZE, color="currentColor", inline=not display)
     svg = formula.svgxml()
@@ -41,4 +42,4 @@ def drawn(tex: str, display: bool) -> str:
         svg.set("style", f"vertical-align: {drop:.3f}em")
     ElementTree.register_namespace("", "http://www.w3.org/2000/svg")
     kind = "div" if display else "span"
-    return f'<{kind} class="formula">{ElementTree.tostring(svg, encoding="unicode")}</{kind}>'
+    return f'<{kind} class="formula">{ElementTree.tostring(svg, encoding="unicode")}{after}</{kind}>'

@@ -1,0 +1,144 @@
+"""The documentation does what it says: its code runs, its commands are accepted, its links lead somewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+import yaml
+
+from fisher_forget.baselines import METHODS
+from fisher_forget.cli import main
+from fisher_forget.config import CompareConfig, RunConfig, SweepConfig, load_config
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LANGUAGES = {"python", "sh", "yaml", "text"}
+# A fenced block; or a comment that the reader does not see, which sets up what a block needs.
+_BLOCK = re.compile(r"^```(?P<language>\S*)\n(?P<code>.*?)^```$|^<!-- python\n(?P<hidden>.*?)^-->$", re.M | re.S)
+KINDS: dict[str, type[RunConfig]] = {"sweep": SweepConfig, "compare": CompareConfig}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of a page."""
+
+    language: str
+    code: str
+    line: int
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    text = page.read_text(encoding="utf-8")
+    for found in _BLOCK.finditer(text):
+        hidden = found["hidden"] is not None
+        yield Block(
+            "python" if hidden else found["language"],
+            found["hidden" if hidden else "code"],
+            text.count("\n", 0, found.start()) + 1,
+        )
+
+
+def named(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def having(language: str) -> list[Path]:
+    return [page for page in PAGES if any(b.language == language for b in blocks(page))]
+
+
+@pytest.mark.parametrize("page", having("python"), ids=named)
+def test_python_runs(page, tmp_path, monkeypatch):
+    """All blocks of a page, one after the other, in one namespace and an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "example"}
+    for block in blocks(page):
+        if block.language == "python":
+            source = "\n" * block.line + block.code  # so that a traceback names the line of the page
+            exec(compile(source, str(page), "exec"), names)
+    plt.close("all")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_every_block_has_a_language_that_is_checked(page):
+    fences = re.findall(r"^\s*```.*$", page.read_text(encoding="utf-8"), re.M)
+    assert len(fences) == 2 * len([b for b in _BLOCK.finditer(page.read_text(encoding="utf-8")) if b["hidden"] is None])
+    assert {b.language for b in blocks(page)} <= LANGUAGES
+
+
+def commands(page: Path) -> Iterator[str]:
+    for block in blocks(page):
+        if block.language == "sh":
+            for line in block.code.replace("\\\n", " ").splitlines():
+                yield line.partition(" #")[0].strip()
+
+
+@pytest.fixture(scope="module")
+def offered() -> set[str]:
+    """The commands that `fisher-forget --help` names."""
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told), pytest.raises(SystemExit):
+        main(["--help"])
+    return set(re.findall(r"^ {2,}([a-z]+)\b", told.getvalue(), re.M))
+
+
+@pytest.mark.parametrize("page", having("sh"), ids=named)
+def test_commands_are_accepted(page, offered):
+    for command in filter(None, commands(page)):
+        program, *rest = [w for w in shlex.split(command) if not re.fullmatch(r"[A-Z_]+=.*", w)]
+        if program == "make":
+            subprocess.run(["make", "-n", *rest], cwd=ROOT, check=True, capture_output=True)
+        elif program == "fisher-forget":
+            assert not rest or rest[0] in offered or rest[0] == "--help", command
+            readable(rest)
+        else:
+            assert program in ("pip", "git", "cd"), command
+
+
+def readable(words: list[str]) -> None:
+    """Refuse a recipe that is not there, and keys and values that its configuration does not take."""
+    if len(words) > 1 and words[1].startswith(("configs/", "examples/")):
+        keys = [word for word in words[2:] if word not in ("--dry-run", "--debug")]
+        load_config(ROOT / words[1], keys, KINDS.get(words[0], RunConfig))
+
+
+@pytest.mark.parametrize("page", having("yaml"), ids=named)
+def test_configurations_are_accepted(page, tmp_path):
+    for index, block in enumerate(b for b in blocks(page) if b.language == "yaml"):
+        content = yaml.safe_load(block.code)
+        kind = (
+            SweepConfig if {"grid", "scales"} & set(content) else CompareConfig if "methods" in content else RunConfig
+        )
+        path = tmp_path / f"{index}.yaml"
+        path.write_text(block.code)
+        load_config(path, [], kind)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_links_lead_to_files(page):
+    prose = re.sub(r"`[^`\n]+`", "", _BLOCK.sub("", page.read_text(encoding="utf-8")))
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", prose):
+        if not re.match(r"[a-z]+:", target):
+            assert (page.parent / target).exists(), target
+
+
+def test_recipes_of_the_documentation_are_all_there_are():
+    """Every recipe is described on the page of the command line."""
+    text = (ROOT / "docs" / "how-to" / "command-line.md").read_text()
+    assert [c.name for c in (ROOT / "configs").glob("*.yaml") if f"`{c.name}`" not in text] == []
+
+
+def test_every_method_has_a_row_with_what_a_comparison_may_choose():
+    rows = [line.split(" | ") for line in (ROOT / "docs" / "methods.md").read_text().splitlines()]
+    table = {row[0].strip("| `"): row[2] for row in rows if len(row) == 4}
+    for name, method in METHODS.items():
+        choices = "; ".join(f"{key}: {', '.join(map(str, values))}" for key, values in method.grid.items())
+        assert table[name] == (choices or "nothing to choose")
