@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
+import os
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +17,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 import yaml
+from chromium import chromium, installed
 
 from fisher_forget.baselines import METHODS
 from fisher_forget.cli import main
@@ -142,3 +146,33 @@ def test_every_method_has_a_row_with_what_a_comparison_may_choose():
     for name, method in METHODS.items():
         choices = "; ".join(f"{key}: {', '.join(map(str, values))}" for key, values in method.grid.items())
         assert table[name] == (choices or "nothing to choose")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built as `make docs` does; a warning is an error."""
+    place = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(place)]
+    built = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert built.returncode == 0, built.stderr
+    return place
+
+
+@pytest.mark.skipif(not installed(), reason="no chromium on the PATH: the site is not looked at")
+def test_the_site_opens_from_files_with_its_formulas_and_no_network(site, tmp_path):
+    with chromium(tmp_path) as browser:
+        for name, width in itertools.product(("index", "concepts", "noise", "closeness", "api/curvature"), (390, 1280)):
+            page = browser.open((site / f"{name}.html").as_uri(), width)
+            assert page.errors == []
+            assert [r for r in page.requests if not r.startswith(("file:", "data:"))] == []
+            assert page.overflow() <= 0, (name, width)
+            sizes = page.evaluate(
+                "[...document.querySelectorAll('.formula svg')].map(s => s.getBoundingClientRect())"
+                ".map(box => Math.min(box.width, box.height))"
+            )
+            source = (ROOT / "docs" / f"{name}.md").read_text()
+            assert len(sizes) == len(re.findall(r"(?s)\$\$.*?\$\$|(?<!\$)\$[^$]+\$", source))
+            assert all(size > 3 for size in sizes)  # pixels
+            assert page.evaluate("document.querySelectorAll('.arithmatex').length") == 0

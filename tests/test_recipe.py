@@ -169,14 +169,3 @@ def test_quickstart_notebook_runs_as_committed(tmp_path: Path) -> None:
     assert "Forgot 60 samples" in printed[1]
     assert "gap_closed" in printed[2]
     assert "image/png" in printed[4]
-
-
-def test_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = (ROOT / "README.md").read_text()
-    blocks = [part.split("```")[0] for part in readme.split("```python")[1:]]
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
-    assert (tmp_path / "scrubbed.pt").exists()
-    assert (tmp_path / "runs" / "deletions" / "requests.json").exists()
