@@ -18,6 +18,7 @@ from fisher_forget.recipe import Case
 from fisher_forget.report import evaluation as page
 from fisher_forget.variants import reference_code_forget
 
+CONTROL = 4  # times as many retrained models as originals, from which on the control has several models
 OURS, TUNED, NOISED = "default", "fine-tuning", "diagonal Fisher (public code)"
 
 
@@ -58,6 +59,8 @@ def _assess(config: RunConfig, case: Case, alphas: list[float]) -> Evaluation:
     methods[TUNED] = [_fine_tuned(config, case, i) for i in range(len(originals))]
     if alphas:
         methods[NOISED] = [_noised(config, case, i, alpha) for i, alpha in enumerate(alphas)]
+    # as many in the control as a method has models, where enough are left for the targets
+    control = len(originals) if len(case.retrained.models) >= CONTROL * len(originals) else 1
     return evaluate(
         methods,
         ensemble,
@@ -65,6 +68,7 @@ def _assess(config: RunConfig, case: Case, alphas: list[float]) -> Evaluation:
         likelihood=config.likelihood,
         split=split,
         teacher=recipe.untrained(config, data, seed=case.retrained.seeds[-1] + 1),
+        held_out=control,
     )
 
 
