@@ -204,7 +204,8 @@ def prepare_case(config: RunConfig, clean: DataBundle, settings: ForgetSet, fold
     originals, retrained = (trained(task) for task in tasks)
     data = tasks[0].data
     named = parts(data, chosen, np.setdiff1d(np.arange(len(data.train)), chosen))
-    references = tuple(Reference(m, retrained.models, named, config.likelihood) for m in originals.models)
+    first = Reference(originals.models[0], retrained.models, named, config.likelihood)
+    references = first, *(first.of(model) for model in originals.models[1:])
     return Case(settings, data, chosen, place, references, originals, retrained)
 
 

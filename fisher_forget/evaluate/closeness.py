@@ -9,6 +9,7 @@ The target of every score is the retrained value: a KL below the floor is not be
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -90,7 +91,7 @@ class Closeness:
 
 
 class Reference:
-    """The retrained models' outputs, computed once, that scrubbed models are held against.
+    """The retrained models' outputs and what they score themselves, computed once, to hold scrubbed models against.
 
     Args:
         original: The model before forgetting.
@@ -117,6 +118,13 @@ class Reference:
         self.targets = {name: predict(original, split)[1] for name, split in self._splits.items()}
         self.original = self.outputs(original)
         self.retrained = tuple(self.outputs(model) for model in retrained)
+        self._bars = bars(self.likelihood, self.targets, self.retrained)
+
+    def of(self, original: nn.Module) -> Reference:
+        """The same retrained models for another original; nothing of theirs is computed again."""
+        other = copy.copy(self)
+        other.original = self.outputs(original)
+        return other
 
     def outputs(self, model: nn.Module) -> dict[str, Tensor]:
         """Part -> outputs of a model."""
@@ -124,7 +132,11 @@ class Reference:
 
     def closeness(self, model: nn.Module) -> Closeness:
         """Scores of a scrubbed model."""
-        return closeness(self.likelihood, self.targets, self.original, self.outputs(model), self.retrained)
+        return self.score(self.outputs(model))
+
+    def score(self, scrubbed: Outputs) -> Closeness:
+        """Scores of the outputs of a scrubbed model."""
+        return closeness(self.likelihood, self.targets, self.original, scrubbed, self.retrained, self._bars)
 
 
 def mean_kl(likelihood: Likelihood, p: Tensor, q: Tensor, targets: Tensor) -> float:
@@ -152,21 +164,25 @@ def gap_closed(kl_original: float, kl: float, floor: float, floor_std: float) ->
     return (kl_original - kl) / (kl_original - floor)
 
 
-def closeness(
-    likelihood: Likelihood,
-    targets: Mapping[str, Tensor],
-    original: Outputs,
-    scrubbed: Outputs,
-    retrained: Sequence[Outputs],
-) -> Closeness:
-    """Score outputs that were computed once.
+@dataclass(frozen=True)
+class Bar:
+    """What retrained models score on one part of the data: mean and standard deviation over them.
 
-    Args:
-        likelihood: Gives KL and score.
-        targets: Part -> targets [N, ...].
-        original: Part -> outputs of the model before forgetting.
-        scrubbed: Part -> outputs after.
-        retrained: One such mapping for each retrained model; at least two, since the floor needs a pair.
+    Attributes:
+        floor: Mean KL to the others, nats.
+        floor_std: Its standard deviation.
+        score: Accuracy, or squared error for regression.
+        score_std: Its standard deviation.
+    """
+
+    floor: float
+    floor_std: float
+    score: float
+    score_std: float
+
+
+def bars(likelihood: Likelihood, targets: Mapping[str, Tensor], retrained: Sequence[Outputs]) -> dict[str, Bar]:
+    """Part -> what the retrained models score themselves.
 
     Raises:
         DataError: If there are fewer than two retrained models, or shapes do not match.
@@ -176,27 +192,55 @@ def closeness(
         raise DataError(
             f"{len(retrained)} retrained model(s)", "at least 2, whose mutual KL is the floor", "Retrain more seeds."
         )
-    parts = {}
+    found = {}
     for part, y in targets.items():
         members = [r[part] for r in retrained]
-        to_original = [mean_kl(likelihood, m, original[part], y) for m in members]
-        to_scrubbed = [mean_kl(likelihood, m, scrubbed[part], y) for m in members]
-        pairs = [[mean_kl(likelihood, a, b, y) for b in members if b is not a] for a in members]
-        floors = [float(np.mean(row)) for row in pairs]
+        floors = [float(np.mean([mean_kl(likelihood, a, b, y) for b in members if b is not a])) for a in members]
         scores = [_score(likelihood, m, y) for m in members]
-        floor, floor_std = float(np.mean(floors)), float(np.std(floors, ddof=1))
+        found[part] = Bar(*(float(f) for x in (floors, scores) for f in (np.mean(x), np.std(x, ddof=1))))
+    return found
+
+
+def closeness(
+    likelihood: Likelihood,
+    targets: Mapping[str, Tensor],
+    original: Outputs,
+    scrubbed: Outputs,
+    retrained: Sequence[Outputs],
+    standard: Mapping[str, Bar] | None = None,
+) -> Closeness:
+    """Score outputs that were computed once.
+
+    Args:
+        likelihood: Gives KL and score.
+        targets: Part -> targets [N, ...].
+        original: Part -> outputs of the model before forgetting.
+        scrubbed: Part -> outputs after.
+        retrained: One such mapping for each retrained model; at least two, since the floor needs a pair.
+        standard: What `bars` has found for them; by default it is found here.
+
+    Raises:
+        DataError: If there are fewer than two retrained models, or shapes do not match.
+        NumericalError: If outputs are not finite.
+    """
+    standard = bars(likelihood, targets, retrained) if standard is None else standard
+    parts = {}
+    for part, y in targets.items():
+        members, bar = [r[part] for r in retrained], standard[part]
+        to_original = float(np.mean([mean_kl(likelihood, m, original[part], y) for m in members]))
+        to_scrubbed = [mean_kl(likelihood, m, scrubbed[part], y) for m in members]
         parts[part] = PartScores(
             samples=len(y),
-            kl_original=float(np.mean(to_original)),
+            kl_original=to_original,
             kl_scrubbed=float(np.mean(to_scrubbed)),
             kl_scrubbed_std=float(np.std(to_scrubbed, ddof=1)),
-            floor=floor,
-            floor_std=floor_std,
-            gap_closed=gap_closed(float(np.mean(to_original)), float(np.mean(to_scrubbed)), floor, floor_std),
+            floor=bar.floor,
+            floor_std=bar.floor_std,
+            gap_closed=gap_closed(to_original, float(np.mean(to_scrubbed)), bar.floor, bar.floor_std),
             score_original=_score(likelihood, original[part], y),
             score_scrubbed=_score(likelihood, scrubbed[part], y),
-            score_retrained=float(np.mean(scores)),
-            score_retrained_std=float(np.std(scores, ddof=1)),
+            score_retrained=bar.score,
+            score_retrained_std=bar.score_std,
         )
     return Closeness(parts, len(retrained), likelihood.score_name)
 

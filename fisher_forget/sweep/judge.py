@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from fisher_forget.errors import ConfigError
-from fisher_forget.evaluate.closeness import Closeness, Outputs, Reference, closeness, gap_closed, mean_kl
+from fisher_forget.evaluate.closeness import Closeness, Outputs, Reference, gap_closed, mean_kl
 from fisher_forget.sweep.table import DONE, RUINED
 
 PARTS = ("forget", "retain", "test")  # that a reference must have
@@ -54,7 +54,7 @@ class Judge:
                 f"a reference without {missing}", f"the parts {PARTS}", "Give them to Reference(parts=...)."
             )
         own = reference.original
-        original = closeness(reference.likelihood, reference.targets, own, own, reference.retrained)
+        original = reference.score(own)
         members = pd.DataFrame([_losses(reference, outputs) for outputs in reference.retrained])
         marks = {
             "original": _columns(original, "kl_original", "score_original") | _losses(reference, own),
