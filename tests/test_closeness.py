@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import log_softmax, rel_entr
+from torch import nn
+from torch.utils.data import TensorDataset
 
 from fisher_forget import Categorical, DataError, NumericalError
-from fisher_forget.evaluate.closeness import closeness, gap_closed, mean_kl, summarise
+from fisher_forget.evaluate.closeness import Reference, closeness, gap_closed, mean_kl, summarise
 
 
 def outputs(seed: int, n: int = 6) -> torch.Tensor:
@@ -62,6 +64,15 @@ class TestEvaluate:
             mean_kl(Categorical(), outputs(0), outputs(1)[:, :3], y)
         with pytest.raises(NumericalError, match="NaN"):
             mean_kl(Categorical(), outputs(0), outputs(1) * math.nan, y)
+
+    def test_a_reference_for_another_original_is_the_same_as_a_new_one(self) -> None:
+        data = TensorDataset(torch.randn(20, 3), torch.randint(0, 4, (20,)))
+        nets = [nn.Linear(3, 4) for _ in range(5)]
+        shared = Reference(nets[0], nets[2:4], {"forget": data}).of(nets[1])
+        assert shared.closeness(nets[4]) == Reference(nets[1], nets[2:4], {"forget": data}).closeness(nets[4])
+        y, x = data.tensors[1], data.tensors[0]
+        each = [{"forget": net(x).detach()} for net in nets]
+        assert shared.closeness(nets[4]) == closeness(Categorical(), {"forget": y}, each[1], each[4], each[2:4])
 
     def test_summary_leaves_undefined_gaps_out(self) -> None:
         y = torch.zeros(6, dtype=torch.long)
