@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import difflib
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -29,7 +30,7 @@ from fisher_forget.data.samples import take
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.data.split import resolve as resolve_split
 from fisher_forget.ensemble import RetrainedEnsemble
-from fisher_forget.errors import ConfigError, FisherForgetError, StorageError
+from fisher_forget.errors import ConfigError, FisherForgetError, FisherForgetWarning, StorageError
 from fisher_forget.evaluate.evaluation import Evaluation, evaluate
 from fisher_forget.lookup import find, is_own
 from fisher_forget.progress import bar
@@ -153,7 +154,9 @@ def _all(work: list[Key], units: Iterator[Callable[[], Outcome]], jobs: int) -> 
 
 def _alone(key: Key, unit: Callable[[], Outcome]) -> tuple[Key, Outcome]:
     torch.set_num_threads(1)
-    return key, unit()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FisherForgetWarning)  # what a method has to say of a model is in its scores
+        return key, unit()
 
 
 def _unit(config: CompareConfig, case: Case, method: type[Unlearner], validation: TensorDataset) -> Outcome:

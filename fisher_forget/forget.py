@@ -213,8 +213,8 @@ def scrub(
     if not newton.at_minimum and drift == "auto":
         warnings.warn(
             f"The model is not at a minimum of its training objective (stationarity {newton.stationarity:.2g}, "
-            "0.5 expected at most), so only what forgetting adds to its gradient moves it. Train it to the end, or check "
-            "that weight_decay is the one used in training.",
+            "0.5 expected at most), so only what forgetting adds to its gradient moves it. Train it to the end, or "
+            "check that weight_decay is the one used in training.",
             FisherForgetWarning,
             stacklevel=3,
         )

@@ -110,7 +110,7 @@ class ForgetResult:
         else:
             lines.append("  newton     no step stayed within the budget: the weights are unchanged")
         if not n.at_minimum:
-            done = "only what forgetting adds to the gradient moves it" if n.drift_removed else "the step also trains on"
+            done = "only what forgetting adds to the gradient acts" if n.drift_removed else "the step also trains on"
             lines.append(f"  note       not at a minimum of the objective (stationarity {n.stationarity:.2g}): {done}")
         if self.noise is None:
             lines.append("  noise      none")
