@@ -84,7 +84,7 @@ def compare(config: CompareConfig) -> Path:
     """Carry out a comparison; what is finished is stored, so a killed one goes on where it was.
 
     Returns:
-        The page's path; beside it lie config.yaml, comparison.json, and for every forget set a table
+        The page's path; beside it lie config.yaml, comparison.json, comparison.md, and for every forget set a table
         as Markdown, all scores and the scrubbed models.
 
     Raises:
@@ -121,6 +121,8 @@ def compare(config: CompareConfig) -> Path:
         "cases": found,
     }
     storage.write_json(folder / "comparison.json", report)
+    every = {name: case["rows"] for name, case in found.items()}
+    (folder / "comparison.md").write_text(comparison.overview_markdown(every) + "\n")
     return comparison.write_page(report, folder)
 
 

@@ -23,7 +23,16 @@ from fisher_forget.data.split import Split
 from fisher_forget.errors import NumericalError
 from fisher_forget.evaluate.evaluation import Evaluation, Score
 from fisher_forget.evaluate.verdict import UNDECIDED
-from fisher_forget.report.comparison import CONTROL, answer, frame, plotted, rows, to_markdown
+from fisher_forget.report.comparison import (
+    CONTROL,
+    answer,
+    frame,
+    overview,
+    overview_markdown,
+    plotted,
+    rows,
+    to_markdown,
+)
 
 CALLS: list[str] = []
 
@@ -250,6 +259,16 @@ class TestTable:
         assert "fisher-forget is behind: 3 nats" in answer(rows(ours.table(), {}, 1.0))
         none = Made().add("ruined", [0.6], 20)
         assert answer(rows(none.table(), {}, 1.0)) == "No method keeps the accuracy of retrained models."
+
+    def test_all_forget_sets_in_one_table(self) -> None:
+        other = Made().add("far", [0.5, 0.5], 90).add("near", [0.7, 0.7], 90).add("original", [5.0, 5.0], 90)
+        table = overview({"one": self.found(), "two": rows(other.table(), {"far": [0.4]}, 4.0)}).set_index("method")
+        assert list(table.index) == [
+            "near", "far", "noisy", "ruined", "original", "retrain", CONTROL, "retrained, among themselves"
+        ]  # fmt: skip
+        assert table.loc["near"].tolist() == ["0.61 * (89.5 %)", "0.7 (90.0 %)", "0.25"]
+        assert table.loc["ruined"].tolist() == ["0.1 † (50.0 %)", "–", "0"]
+        assert "| near | 0.61 * (89.5 %) |" in overview_markdown({"one": self.found()})
 
     def test_what_is_plotted(self) -> None:
         table = plotted(self.found()).set_index("method")

@@ -146,14 +146,59 @@ def frame(found: Sequence[Row]) -> pd.DataFrame:
 
 def to_markdown(found: Sequence[Row]) -> str:
     """The table of one forget set for a Markdown file."""
-    table = frame(found)
+    first = found[0]
+    return (
+        f"{_markdown(frame(found))}\n\n"
+        f"{answer(found)} Retrained models: {first['floor']:.3g} nats, {first['target']:.1f} %. {LEGEND}"
+    )
+
+
+def overview(cases: Mapping[str, Sequence[Row]]) -> pd.DataFrame:
+    """All forget sets in one table: KL on the forgotten samples in nats, test accuracy of what is retained in brackets.
+
+    Sorted by the mean over forget sets of a method's place; one without a result there is last, and one that is not as
+    accurate as retrained models comes after all that are (as in `rows`). Then what they are read against.
+
+    Args:
+        cases: Forget set -> its `rows`.
+    """
+    names = dict.fromkeys(row["method"] for found in cases.values() for row in found)
+    shown = []
+    for name in names:
+        places, cells, costs = [], {}, []
+        for case, found in cases.items():
+            place = next((i for i, row in enumerate(found) if row["method"] == name), None)
+            places.append(len(names) if place is None else place)
+            if place is None:
+                cells[case] = "–"
+                continue
+            row = found[place]
+            mark = " *" if row["tied"] else "" if row["accurate"] or name in REFERENCES else " †"
+            cells[case] = f"{row['kl']:.2g}{mark} ({row['accuracy']:.1f} %)"
+            costs.append(row["cost"])
+        cost = f"{np.median(costs):.2g}" if name != "original" else ""
+        shown.append((name in REFERENCES, float(np.mean(places)), {"method": name} | cells | {"retrainings": cost}))
+    table = [row for *_, row in sorted(shown, key=lambda entry: entry[:2])]
+    targets = {case: f"{found[0]['floor']:.2g} ({found[0]['target']:.1f} %)" for case, found in cases.items()}
+    return pd.DataFrame([*table, {"method": "retrained, among themselves"} | targets | {"retrainings": ""}])
+
+
+def overview_markdown(cases: Mapping[str, Sequence[Row]]) -> str:
+    """`overview` for a Markdown file."""
+    return f"{_markdown(overview(cases))}\n\n{OVERVIEW}"
+
+
+def _markdown(table: pd.DataFrame) -> str:
     lines = ["| " + " | ".join(table.columns) + " |", "|---" * len(table.columns) + "|"]
     lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in table.itertuples(index=False)]
-    first = found[0]
-    lines += ["", f"{answer(found)} Retrained models: {first['floor']:.3g} nats, {first['target']:.1f} %. {LEGEND}"]
     return "\n".join(lines)
 
 
+OVERVIEW = (
+    "KL on the forgotten samples in nats, mean over the originals (test accuracy of what is retained); * first, or not "
+    "told apart from the first; † less accurate than retrained models; – no result; retrainings: median wall time over "
+    "that of one retraining. Sorted by mean place."
+)
 LEGEND = (
     "* not told apart from the first (paired over the originals, 95 %); "
     + "; ".join(f"{MARKS[label]} {meaning}" for label, meaning in MEANING.items())
@@ -208,7 +253,16 @@ def write_page(report: Mapping[str, Any], folder: Path) -> Path:
             }
         )
     config = report["config"]
-    values = {"run": report["name"], "cases": cases, "legend": LEGEND, "command": report["command"], "config": config}
+    whole = overview({name: case["rows"] for name, case in report["cases"].items()}) if len(cases) > 1 else None
+    values = {
+        "overview": whole,
+        "about": OVERVIEW,
+        "run": report["name"],
+        "cases": cases,
+        "legend": LEGEND,
+        "command": report["command"],
+        "config": config,
+    }
     return write_html(folder / "comparison.html", render_template("comparison.html.j2", **values))
 
 
