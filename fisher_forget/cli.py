@@ -1,45 +1,112 @@
-"""The command line: fisher-forget run | sweep | plot | evaluate CONFIG [--key value ...]."""
+"""The command line: fisher-forget COMMAND; `fisher-forget --help` lists the commands, with examples."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from fisher_forget.config import RunConfig, SweepConfig, load_config
-from fisher_forget.errors import FisherForgetError
+import shtab
 
-COMMANDS = {
-    "run": "train, forget, retrain, compare, and write a report",
-    "sweep": "the same with a sweep over noise scales",
-    "plot": "draw the plots of a finished run again",
-    "evaluate": "every metric of a finished run beside its retrained models",
-}
+from fisher_forget.config import CompareConfig, RunConfig, SweepConfig, load_config, option_names
+from fisher_forget.data.datasets import catalogue
+from fisher_forget.errors import FisherForgetError
+from fisher_forget.starter import TEMPLATES, write_starter
+
 EXIT_ERROR = 2  # something given was wrong; the message says what to do
 EXIT_INTERRUPTED = 130
+SHELLS = ("bash", "zsh", "fish")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command as people see it.
+
+    Attributes:
+        group: Heading that it stands under.
+        summary: What it does, in a line.
+        example: A call.
+        more: What else its own help says.
+        configured: Takes a configuration and flags over it.
+        plans: Takes --dry-run.
+    """
+
+    group: str
+    summary: str
+    example: str
+    more: str = ""
+    configured: bool = True
+    plans: bool = True
+
+
+MAKE, LOOK, START = "Forget and compare", "Look at a finished run", "Get started"
+COMMANDS = {
+    "run": Command(
+        MAKE,
+        "train, forget, retrain, compare, and write a report",
+        "fisher-forget run configs/digits.yaml --forget.steps 1",
+        "What is finished is stored: a killed run goes on where it was when it is started again.",
+    ),
+    "sweep": Command(
+        MAKE,
+        "the same with a sweep over noise scales, or any grid of options",
+        "fisher-forget sweep configs/digits_sweep.yaml --draws 5",
+    ),
+    "compare": Command(
+        MAKE,
+        "published methods beside this one, each tuned by the same budget",
+        "fisher-forget compare configs/compare_digits.yaml --methods '[fisher-forget, finetune, scrub]'",
+    ),
+    "evaluate": Command(
+        LOOK, "every metric of a finished run beside its retrained models", "fisher-forget evaluate runs/digits"
+    ),
+    "plot": Command(LOOK, "draw the plots of a finished run again", "fisher-forget plot runs/digits", plans=False),
+    "init": Command(
+        START,
+        "write a commented configuration for a model and data of your own",
+        "fisher-forget init config.yaml --template text",
+        "A file that is there is never overwritten.",
+        configured=False,
+    ),
+    "data": Command(
+        START, "which data sets are found, and how to get the others", "fisher-forget data", configured=False
+    ),
+    "completion": Command(
+        START,
+        "print a script that completes commands and keys in your shell",
+        'eval "$(fisher-forget completion bash)"',
+        "bash, zsh: put the example's line into ~/.bashrc or ~/.zshrc.\n"
+        "fish: fisher-forget completion fish > ~/.config/fish/completions/fisher-forget.fish",
+        configured=False,
+    ),
+}
+KEYS = (
+    "Any key of the configuration can be given as a flag, which wins over the file:\n"
+    "  --training.epochs 5  --seeds '[0, 1]'  --forget.noise null  --model.options.width 8"
+)
+EXIT_CODES = f"""exit codes:
+  0    done
+  1    an unexpected error: a bug, here or in a model of yours; the traceback says where
+  {EXIT_ERROR}    something given was wrong: the message says what was found, what was expected and what to do
+  {EXIT_INTERRUPTED}  interrupted; start the same command again to go on"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `fisher-forget`.
 
     Returns:
-        0 on success, 2 for a mistake in what was given, 130 when interrupted.
+        Exit code: 0 done, 2 for a mistake in what was given, 130 when interrupted. An unexpected error is raised, and
+        makes Python exit with 1.
     """
-    parser = argparse.ArgumentParser(
-        prog="fisher-forget",
-        description="A trained model forgets training samples; the result is compared with retrained models.",
-        epilog="Any key of the configuration can be overridden: --training.epochs 5 --seeds '[0, 1]'. "
-        "Exit codes: 0 done, 2 mistake in what was given, 130 interrupted (start again to go on).",
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for name, help_text in COMMANDS.items():
-        command = commands.add_parser(name, help=help_text, description=help_text)
-        command.add_argument("config", help="YAML file, such as configs/digits.yaml, or the folder of a run")
-        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    chosen, overrides = parser.parse_known_args(arguments)
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # models and data of the user's own, as with `python -m`
+    chosen, overrides = _parser().parse_known_args(arguments)
     try:
-        _dispatch(chosen.command, chosen.config, overrides)
+        _dispatch(chosen, overrides)
     except FisherForgetError as error:
         if chosen.debug:
             raise
@@ -51,28 +118,140 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _dispatch(command: str, path: str, overrides: list[str]) -> None:
-    kind = RunConfig if command == "run" else SweepConfig  # which reads both kinds of file
-    if Path(path).is_dir():
-        path, overrides = str(Path(path) / "config.yaml"), [*_place(Path(path)), *overrides]
-    config = load_config(path, overrides, kind)
+def _dispatch(chosen: argparse.Namespace, overrides: list[str]) -> None:
+    if not COMMANDS[chosen.command].configured:
+        if overrides:
+            _parser().error(f"unrecognized arguments: {' '.join(overrides)}")
+        _START[chosen.command](chosen)
+        return
+    config = _config(chosen.command, Path(chosen.config), overrides)
+    if getattr(chosen, "dry_run", False):
+        from fisher_forget.plan import describe
+
+        print(describe(config, chosen.command))
+        return
     from fisher_forget import recipe  # imports matplotlib: --help and the messages about mistakes stay quick
 
-    if command == "plot":
+    if chosen.command == "plot":
         for drawn in recipe.redraw(config):
             print(drawn)
-        return
-    if command == "evaluate":
-        from fisher_forget import assess
+    elif chosen.command == "evaluate":
+        from fisher_forget.assess import assess
 
-        print(f"Evaluation: {assess.assess(config)}")
-        return
-    print(f"Report: {recipe.run(config)}")
+        print(f"Evaluation: {assess(config)}")
+    elif isinstance(config, CompareConfig):
+        from fisher_forget.compare import compare
+
+        print(f"Comparison: {compare(config)}")
+    else:
+        print(f"Report: {recipe.run(config)}")
 
 
-def _place(folder: Path) -> list[str]:
-    """Flags that say where a run's folder is now, wherever it was made."""
-    return ["--out", str(folder.resolve().parent), "--name", folder.resolve().name]
+def _config(command: str, path: Path, overrides: list[str]) -> RunConfig:
+    """The configuration of a command: a file, or a run's folder, wherever it was made."""
+    # a sweep's schema reads the files of runs, too
+    kind = {"run": RunConfig, "compare": CompareConfig}.get(command, SweepConfig)
+    if path.is_dir():
+        place = ["--out", str(path.resolve().parent), "--name", path.resolve().name]
+        path, overrides = path / "config.yaml", [*place, *overrides]
+    return load_config(path, overrides, kind)
+
+
+def _print_data(chosen: argparse.Namespace) -> None:
+    print(catalogue(chosen.root))
+
+
+def _print_completion(chosen: argparse.Namespace) -> None:
+    print(shtab.complete(_parser(keys=True), chosen.shell))
+
+
+def _write_starter(chosen: argparse.Namespace) -> None:
+    path = write_starter(Path(chosen.path), chosen.template)
+    print(f"{path} is written. Name your functions in it, then: fisher-forget run {path} --dry-run")
+
+
+_START = {"init": _write_starter, "data": _print_data, "completion": _print_completion}
+
+
+class _Grouped(argparse.RawDescriptionHelpFormatter):
+    """Leaves the list of commands to the description, where they stand in groups."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        if not isinstance(action, argparse._SubParsersAction):
+            super().add_argument(action)
+
+
+def _parser(*, keys: bool = False) -> argparse.ArgumentParser:
+    """The parser; with every key of the configuration as a flag, for completion."""
+    parser = argparse.ArgumentParser(
+        prog="fisher-forget",
+        usage="%(prog)s COMMAND ...",
+        formatter_class=_Grouped,
+        description=_overview(),
+        epilog=_epilog(),
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, about in COMMANDS.items():
+        texts = [f"example:\n  {about.example}", EXIT_CODES]
+        command = commands.add_parser(
+            name,
+            help=about.summary,
+            description="\n".join(filter(None, [_sentence(about.summary), about.more])),
+            epilog="\n\n".join([KEYS, *texts] if about.configured else texts),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        if about.configured:
+            _file(command.add_argument("config", help="YAML file, such as configs/digits.yaml, or the folder of a run"))
+            if about.plans:
+                command.add_argument(
+                    "--dry-run",
+                    action="store_true",
+                    help="check everything, count the models to train, estimate time and memory; write nothing",
+                )
+            if keys:
+                _add_keys(command, name)
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        if name == "init":
+            _file(command.add_argument("path", nargs="?", default="config.yaml", help="default %(default)s"))
+            about_each = "; ".join(f"{key}: {what}" for key, what in TEMPLATES.items())
+            command.add_argument(
+                "--template", choices=TEMPLATES, default="classifier", help=f"{about_each}; default %(default)s"
+            )
+        elif name == "data":
+            root = command.add_argument("--root", help="folder to look in; default FISHER_FORGET_DATA")
+            root.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
+        elif name == "completion":
+            command.add_argument("shell", choices=SHELLS)
+    return parser
+
+
+def _add_keys(command: argparse.ArgumentParser, name: str) -> None:
+    kind = {"sweep": SweepConfig, "compare": CompareConfig}.get(name, RunConfig)
+    for key, choices in option_names(kind).items():
+        command.add_argument(f"--{key}", choices=choices or None, help="key of the configuration")
+
+
+def _file(action: argparse.Action) -> None:
+    action.complete = shtab.FILE  # type: ignore[attr-defined]
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + "."
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = ["A trained model forgets training samples; the result is compared with retrained models."]
+    for group in dict.fromkeys(about.group for about in COMMANDS.values()):
+        lines += ["", f"{group}:"]
+        lines += [f"  {name:{width}}{about.summary}" for name, about in COMMANDS.items() if about.group == group]
+    return "\n".join(lines)
+
+
+def _epilog() -> str:
+    examples = textwrap.indent("\n".join(about.example for about in COMMANDS.values()), "  ")
+    return f"examples:\n{examples}\n\n{KEYS}\n\n{EXIT_CODES}\n\nfisher-forget COMMAND --help says more about a command."
 
 
 if __name__ == "__main__":

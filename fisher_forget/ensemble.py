@@ -9,6 +9,7 @@ import copy
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module, metadata
@@ -271,6 +272,16 @@ def _stored(cache: _Cache | None, seeds: Sequence[int], template: nn.Module) -> 
             stacklevel=3,
         )
     return members
+
+
+def stored_seeds(folder: Path, seeds: Sequence[int], fingerprint: str) -> list[int]:
+    """The seeds whose models an earlier call of `train_members` has stored, by their files' headers."""
+    cache, found = _Cache(folder, fingerprint), []
+    for seed in seeds:
+        with suppress(StorageError):
+            if storage.read_metadata(cache.path(seed)).get("fingerprint") == fingerprint:
+                found.append(seed)
+    return found
 
 
 Member = tuple[int, dict[str, Tensor], float]

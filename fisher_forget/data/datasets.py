@@ -135,6 +135,25 @@ def available(root: str | Path | None = None) -> dict[str, str]:
     return {name: "ready" if (e := source.missing(place)) is None else e.fix for name, source in DATASETS.items()}
 
 
+def catalogue(root: str | Path | None = None) -> str:
+    """Every data set on a line, whether it is found, and how to get those that are not."""
+    place = _root(root)
+    lines = [
+        f"Data sets, looked for in {place.resolve()}",
+        "(--root, data.root or FISHER_FORGET_DATA name another folder)",
+        "",
+    ]
+    for name, source in DATASETS.items():
+        problem = source.missing(place)
+        state = "ready" if problem is None else "missing"
+        lines.append(f"  {name:15}{state:9}{source.about}; {source.origin}")
+        if problem is not None:
+            lines += [f"  {'':15}{problem.got}", f"  {'':15}{problem.fix}"]
+    return "\n".join(
+        [*lines, "", "Your own: `data: package.module:function` in the configuration; see `fisher-forget init`."]
+    )
+
+
 def _root(root: str | Path | None) -> Path:
     return Path(root if root is not None else os.environ.get("FISHER_FORGET_DATA") or DEFAULT_ROOT)
 
@@ -310,15 +329,30 @@ def _cifar10(root: Path) -> _Raw:
     return _Raw(train, test, classes, lambda x: (x.float() / 255 - mean) / std)
 
 
+SHIPPED = "ships with scikit-learn"
+
+
 class _Source(NamedTuple):
+    about: str
     read: Callable[[Path], _Raw]
-    missing: Callable[[Path], DataError | None] = lambda root: None  # scikit-learn's are always there
+    missing: Callable[[Path], DataError | None] = lambda root: None
+    origin: str = SHIPPED
 
 
 DATASETS: dict[str, _Source] = {
-    "digits": _Source(_digits),
-    "mnist": _Source(_mnist, _missing_mnist),
-    "cifar10": _Source(_cifar10, _missing_cifar10),
-    "breast_cancer": _Source(_breast_cancer),
-    "diabetes": _Source(_diabetes),
+    "digits": _Source("1,797 handwritten digits of 8 x 8 pixels", _digits),
+    "mnist": _Source(
+        "70,000 handwritten digits of 28 x 28 pixels",
+        _mnist,
+        _missing_mnist,
+        "four files *-ubyte.gz of http://yann.lecun.com/exdb/mnist/",
+    ),
+    "cifar10": _Source(
+        "60,000 colour images of 32 x 32 pixels in ten classes",
+        _cifar10,
+        _missing_cifar10,
+        "cifar-10-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html, unpacked",
+    ),
+    "breast_cancer": _Source("569 tumours, 30 features, two classes", _breast_cancer),
+    "diabetes": _Source("442 patients, 10 features, regression", _diabetes),
 }
