@@ -7,11 +7,11 @@ import dataclasses
 import difflib
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import joblib
 import numpy as np
@@ -39,6 +39,8 @@ from fisher_forget.report import comparison
 from fisher_forget.result import versions
 from fisher_forget.training import train
 
+K = TypeVar("K")
+T = TypeVar("T")
 FRESH = 50_000  # added to seeds of fresh weights: none is an original's or a retrained model's
 
 
@@ -108,10 +110,10 @@ def compare(config: CompareConfig) -> Path:
     done: dict[tuple[int, str], Outcome] = {}
     for key, outcome in bar(_all(work, units, config.jobs), len(work), "compare", config.progress):
         done[key] = outcome
-    found = {}
-    for index, case in enumerate(cases):
-        outcomes = [done[index, name] for name in methods]
-        found[case.settings.name] = _summary(config, case, outcomes, _evaluated(config, case, methods, outcomes))
+    outcomes = [[done[index, name] for name in methods] for index in range(len(cases))]
+    scored = (partial(_summary, config, case, methods, outcomes[i]) for i, case in enumerate(cases))
+    summaries = dict(bar(_all(range(len(cases)), scored, config.jobs), len(cases), "evaluate", config.progress))
+    found = {case.settings.name: summaries[i] for i, case in enumerate(cases)}
     report = {
         "schema": 1,
         "name": config.name,
@@ -142,19 +144,16 @@ def _held_out(data: DataBundle, share: float) -> tuple[DataBundle, TensorDataset
     return replace(data, test=take(data.test, np.sort(order[cut:]))), take(data.test, np.sort(order[:cut]))
 
 
-Key = tuple[int, str]
-
-
-def _all(work: list[Key], units: Iterator[Callable[[], Outcome]], jobs: int) -> Iterator[tuple[Key, Outcome]]:
-    """The outcomes in the order in which they are finished."""
+def _all(keys: Sequence[K], units: Iterable[Callable[[], T]], jobs: int) -> Iterator[tuple[K, T]]:
+    """What the units return, in the order in which they are finished."""
     if jobs == 1:
-        yield from ((key, unit()) for key, unit in zip(work, units, strict=True))
+        yield from ((key, unit()) for key, unit in zip(keys, units, strict=True))
         return
     workers = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")
-    yield from workers(joblib.delayed(_alone)(key, unit) for key, unit in zip(work, units, strict=True))
+    yield from workers(joblib.delayed(_alone)(key, unit) for key, unit in zip(keys, units, strict=True))
 
 
-def _alone(key: Key, unit: Callable[[], Outcome]) -> tuple[Key, Outcome]:
+def _alone(key: K, unit: Callable[[], T]) -> tuple[K, T]:
     torch.set_num_threads(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FisherForgetWarning)  # what a method has to say of a model is in its scores
@@ -272,7 +271,10 @@ def _evaluated(
     )
 
 
-def _summary(config: CompareConfig, case: Case, outcomes: list[Outcome], table: Evaluation) -> dict[str, Any]:
+def _summary(
+    config: CompareConfig, case: Case, methods: Mapping[str, type[Unlearner]], outcomes: list[Outcome]
+) -> dict[str, Any]:
+    table = _evaluated(config, case, methods, outcomes)
     rows = comparison.rows(table, {o.method: o.seconds for o in outcomes}, float(np.mean(case.retrained.seconds)))
     (case.folder / "comparison.md").write_text(comparison.to_markdown(rows) + "\n")
     (case.folder / "evaluation.md").write_text(table.to_markdown() + "\n")
