@@ -123,8 +123,7 @@ def compare(config: CompareConfig) -> Path:
         "cases": found,
     }
     storage.write_json(folder / "comparison.json", report)
-    every = {name: case["rows"] for name, case in found.items()}
-    (folder / "comparison.md").write_text(comparison.overview_markdown(every) + "\n")
+    (folder / "comparison.md").write_text(comparison.overview_markdown(report) + "\n")
     return comparison.write_page(report, folder)
 
 

@@ -268,7 +268,10 @@ class TestTable:
         ]  # fmt: skip
         assert table.loc["near"].tolist() == ["0.61 * (89.5 %)", "0.7 (90.0 %)", "0.25"]
         assert table.loc["ruined"].tolist() == ["0.1 † (50.0 %)", "–", "0"]
-        assert "| near | 0.61 * (89.5 %) |" in overview_markdown({"one": self.found()})
+        assert "–" in overview({"one": self.found()}, ["absent"]).set_index("method").loc["absent", "one"]
+        report = {"cases": {"one": {"rows": self.found(), "outcomes": [{"method": "absent", "refused": "why"}]}}}
+        assert "| near | 0.61 * (89.5 %) |" in overview_markdown(report)
+        assert "| absent | – |" in overview_markdown(report)
 
     def test_what_is_plotted(self) -> None:
         table = plotted(self.found()).set_index("method")

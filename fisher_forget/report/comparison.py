@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,7 @@ def to_markdown(found: Sequence[Row]) -> str:
     )
 
 
-def overview(cases: Mapping[str, Sequence[Row]]) -> pd.DataFrame:
+def overview(cases: Mapping[str, Sequence[Row]], refused: Iterable[str] = ()) -> pd.DataFrame:
     """All forget sets in one table: KL on the forgotten samples in nats, test accuracy of what is retained in brackets.
 
     Sorted by the mean over forget sets of a method's place; one without a result there is last, and one that is not as
@@ -161,8 +161,9 @@ def overview(cases: Mapping[str, Sequence[Row]]) -> pd.DataFrame:
 
     Args:
         cases: Forget set -> its `rows`.
+        refused: Methods that have no result on some of them.
     """
-    names = dict.fromkeys(row["method"] for found in cases.values() for row in found)
+    names = dict.fromkeys([*(row["method"] for found in cases.values() for row in found), *refused])
     shown = []
     for name in names:
         places, cells, costs = [], {}, []
@@ -176,16 +177,21 @@ def overview(cases: Mapping[str, Sequence[Row]]) -> pd.DataFrame:
             mark = " *" if row["tied"] else "" if row["accurate"] or name in REFERENCES else " †"
             cells[case] = f"{row['kl']:.2g}{mark} ({row['accuracy']:.1f} %)"
             costs.append(row["cost"])
-        cost = f"{np.median(costs):.2g}" if name != "original" else ""
+        cost = f"{np.median(costs):.2g}" if costs and name != "original" else ""
         shown.append((name in REFERENCES, float(np.mean(places)), {"method": name} | cells | {"retrainings": cost}))
     table = [row for *_, row in sorted(shown, key=lambda entry: entry[:2])]
     targets = {case: f"{found[0]['floor']:.2g} ({found[0]['target']:.1f} %)" for case, found in cases.items()}
     return pd.DataFrame([*table, {"method": "retrained, among themselves"} | targets | {"retrainings": ""}])
 
 
-def overview_markdown(cases: Mapping[str, Sequence[Row]]) -> str:
-    """`overview` for a Markdown file."""
-    return f"{_markdown(overview(cases))}\n\n{OVERVIEW}"
+def overview_markdown(report: Mapping[str, Any]) -> str:
+    """`overview` of what `fisher-forget compare` stores, for a Markdown file."""
+    return f"{_markdown(_overview(report))}\n\n{OVERVIEW}"
+
+
+def _overview(report: Mapping[str, Any]) -> pd.DataFrame:
+    refused = [o["method"] for case in report["cases"].values() for o in case["outcomes"] if o["refused"]]
+    return overview({name: case["rows"] for name, case in report["cases"].items()}, refused)
 
 
 def _markdown(table: pd.DataFrame) -> str:
@@ -253,7 +259,7 @@ def write_page(report: Mapping[str, Any], folder: Path) -> Path:
             }
         )
     config = report["config"]
-    whole = overview({name: case["rows"] for name, case in report["cases"].items()}) if len(cases) > 1 else None
+    whole = _overview(report) if len(cases) > 1 else None
     values = {
         "overview": whole,
         "about": OVERVIEW,
