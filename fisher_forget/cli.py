@@ -190,11 +190,12 @@ def _parser(*, keys: bool = False) -> argparse.ArgumentParser:
         description=_overview(),
         epilog=_epilog(),
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", prog=parser.prog)
     for name, about in COMMANDS.items():
         texts = [f"example:\n  {about.example}", EXIT_CODES]
         command = commands.add_parser(
             name,
+            usage=_usage(name, about),
             help=about.summary,
             description="\n".join(filter(None, [_sentence(about.summary), about.more])),
             epilog="\n\n".join([KEYS, *texts] if about.configured else texts),
@@ -234,6 +235,12 @@ def _add_keys(command: argparse.ArgumentParser, name: str) -> None:
 
 def _file(action: argparse.Action) -> None:
     action.complete = shtab.FILE  # type: ignore[attr-defined]
+
+
+def _usage(name: str, about: Command) -> str | None:
+    """Written by hand where the keys of the configuration are flags, too."""
+    dry = " [--dry-run]" if about.plans else ""
+    return f"fisher-forget {name} CONFIG{dry} [--debug] [--KEY VALUE ...]" if about.configured else None
 
 
 def _sentence(text: str) -> str:

@@ -25,7 +25,7 @@ from fisher_forget.baselines import METHODS
 from fisher_forget.baselines.delta_grad import Plan, Trajectory, record
 from fisher_forget.baselines.protocol import Unlearned, Unlearner
 from fisher_forget.config import CompareConfig, to_plain
-from fisher_forget.data.datasets import DataBundle, load_dataset
+from fisher_forget.data.datasets import DataBundle
 from fisher_forget.data.samples import take
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.data.split import resolve as resolve_split
@@ -96,9 +96,7 @@ def compare(config: CompareConfig) -> Path:
     methods = {method.name: method for method in chosen}
     folder = storage.ensure_folder(Path(config.out) / config.name)
     data, validation = _held_out(
-        load_dataset(
-            config.data.name, config.data.root, max_train=config.data.max_train, max_test=config.data.max_test
-        ),
+        config.data.load(),
         config.validation,
     )
     for settings in config.forget_sets:
@@ -292,7 +290,7 @@ def _place(case: Case, method: type[Unlearner]) -> Path:
 
 def _basis(config: CompareConfig, case: Case) -> str:
     """Of what the models depend on."""
-    return storage.fingerprint(config.model, config.training, config.likelihood, case.data.train.tensors, case.forget)
+    return storage.fingerprint(*recipe.basis(config, case.data), case.forget)
 
 
 def _fingerprint(config: CompareConfig, case: Case, method: type[Unlearner], validation: TensorDataset) -> str:

@@ -282,6 +282,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[RunC
             content[key] = {"name": content[key]}
     _known(content, kind, str(path))
     content = {key: value for key, value in content.items() if value is not None}  # an empty section: its defaults
+    overrides = _spelled_out(overrides)
     flags = [f"--{KEY}.{flag[2:]}" if flag.startswith("--") else flag for flag in overrides]
     for flag in overrides:
         if flag.startswith("--"):
@@ -297,6 +298,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[RunC
     except (ArgumentError, TypeError, ValueError) as error:  # the parser unpacks a section before it looks at its type
         message = " ".join(str(error).replace(f"{KEY}.", "").split())
         raise ConfigError(f"{path}: {message}", "values of the documented types", "Correct that key.") from error
+
+
+def _spelled_out(overrides: Sequence[str]) -> list[str]:
+    """The flags with --data.name and --model.name, where a plain name follows --data and --model."""
+    found: list[str] = []
+    for flag in overrides:
+        key, equals, value = flag.partition("=")
+        if key in {f"--{name}" for name in NAMED} and equals and not value.startswith("{"):
+            flag = f"{key}.name={value}"
+        elif found and found[-1] in {f"--{name}" for name in NAMED} and not flag.startswith("{"):
+            found[-1] += ".name"
+        found.append(flag)
+    return found
 
 
 def _nested(key: str) -> dict[str, Any]:

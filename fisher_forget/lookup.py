@@ -81,11 +81,7 @@ def make(path: str, role: str, options: Mapping[str, Any], *, seed: int) -> Any:
         Linear(in_features=3, out_features=2, bias=True)
     """
     function = find(path, role)
-    try:
-        inspect.signature(function).bind(**options)
-    except TypeError as error:
-        got = f"the options {sorted(options)} for {path}{inspect.signature(function)}: {error}"
-        raise ConfigError(got, f"options that {role} takes", "Correct `options` in the configuration.") from error
+    _check_options(path, role, function, options)
     try:
         with preserved_rng():
             random.seed(seed)
@@ -97,3 +93,15 @@ def make(path: str, role: str, options: Mapping[str, Any], *, seed: int) -> Any:
     except Exception as error:
         got = f"{type(error).__name__} from {path}: {error}"
         raise ConfigError(got, f"{role} from it", f"Correct the function or its options; {DEBUG}.") from error
+
+
+def _check_options(path: str, role: str, function: Any, options: Mapping[str, Any]) -> None:
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # as of some builtins, which then say themselves what they do not take
+        return
+    try:
+        signature.bind(**options)
+    except TypeError as error:
+        got = f"the options {sorted(options)} for {path}{signature}: {error}"
+        raise ConfigError(got, f"options that {role} takes", "Correct `options` in the configuration.") from error

@@ -204,8 +204,8 @@ def _times(config: RunConfig, command: str, data: DataBundle, needs: list[Need],
         )
     elif command != "evaluate":
         yield (
-            f"forgetting: {scrubbed} times; curvature {_seconds(cost.curvature.seconds)} each, and mostly up to twice "
-            "as long again for the Newton steps and the noise"
+            f"forgetting: {scrubbed} times, each {_seconds(cost.curvature.seconds)} for the curvature, and mostly up "
+            "to twice as long again for the Newton steps and the noise"
         )
     if isinstance(config, SweepConfig) and command == "sweep":
         cells = math.prod(len(values) for values in config.axes.values())
@@ -235,7 +235,8 @@ def _set(settings: ForgetSet, data: DataBundle, chosen: Indices) -> str:
 
 
 def _models(need: Need) -> str:
-    return f"{need.task.title}: {need.missing} to train, {len(need.stored)} stored"
+    title = "original" if need.task.rows is None else need.task.title
+    return f"{title}: {need.missing} to train, {len(need.stored)} stored"
 
 
 def _rows(title: str, texts: list[str]) -> list[str]:

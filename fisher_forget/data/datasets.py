@@ -136,22 +136,22 @@ def available(root: str | Path | None = None) -> dict[str, str]:
 
 
 def catalogue(root: str | Path | None = None) -> str:
-    """Every data set on a line, whether it is found, and how to get those that are not."""
+    """Which data sets are found and where, and how to get the others."""
     place = _root(root)
-    lines = [
-        f"Data sets, looked for in {place.resolve()}",
-        "(--root, data.root or FISHER_FORGET_DATA name another folder)",
-        "",
-    ]
+    lines = [f"Data sets in {place.resolve()}; FISHER_FORGET_DATA, data.root or --root names another folder.", ""]
     for name, source in DATASETS.items():
         problem = source.missing(place)
-        state = "ready" if problem is None else "missing"
-        lines.append(f"  {name:15}{state:9}{source.about}; {source.origin}")
-        if problem is not None:
-            lines += [f"  {'':15}{problem.got}", f"  {'':15}{problem.fix}"]
-    return "\n".join(
-        [*lines, "", "Your own: `data: package.module:function` in the configuration; see `fisher-forget init`."]
-    )
+        lines.append(f"  {name:15}{'found' if problem is None else 'missing':9}{source.about}")
+        if problem is None:
+            lines.append(f"  {'':15}in       {place / source.folder if source.folder else 'scikit-learn'}")
+        else:
+            lines += [
+                f"  {'':15}{word:9}{text}"
+                for word, text in (("lacks", problem.got.removeprefix("no ")), ("get", source.origin))
+            ]
+            lines.append(f"  {'':15}{'do':9}{problem.fix}")
+    own = "Your own: `data: package.module:function` in the configuration; see `fisher-forget init`."
+    return "\n".join([*lines, "", own])
 
 
 def _root(root: str | Path | None) -> Path:
@@ -329,29 +329,29 @@ def _cifar10(root: Path) -> _Raw:
     return _Raw(train, test, classes, lambda x: (x.float() / 255 - mean) / std)
 
 
-SHIPPED = "ships with scikit-learn"
-
-
 class _Source(NamedTuple):
     about: str
     read: Callable[[Path], _Raw]
-    missing: Callable[[Path], DataError | None] = lambda root: None
-    origin: str = SHIPPED
+    missing: Callable[[Path], DataError | None] = lambda root: None  # scikit-learn's are always there
+    folder: str = ""  # below the root
+    origin: str = ""
 
 
 DATASETS: dict[str, _Source] = {
-    "digits": _Source("1,797 handwritten digits of 8 x 8 pixels", _digits),
+    "digits": _Source("1,797 handwritten digits of 8 x 8 pixels, ten classes", _digits),
     "mnist": _Source(
-        "70,000 handwritten digits of 28 x 28 pixels",
+        "70,000 handwritten digits of 28 x 28 pixels, ten classes",
         _mnist,
         _missing_mnist,
-        "four files *-ubyte.gz of http://yann.lecun.com/exdb/mnist/",
+        "MNIST/raw",
+        "http://yann.lecun.com/exdb/mnist/ (mirror: https://ossci-datasets.s3.amazonaws.com/mnist/), four files *.gz",
     ),
     "cifar10": _Source(
-        "60,000 colour images of 32 x 32 pixels in ten classes",
+        "60,000 colour images of 32 x 32 pixels, ten classes",
         _cifar10,
         _missing_cifar10,
-        "cifar-10-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html, unpacked",
+        "cifar-10-batches-py",
+        "https://www.cs.toronto.edu/~kriz/cifar.html, the python version, cifar-10-python.tar.gz, unpacked",
     ),
     "breast_cancer": _Source("569 tumours, 30 features, two classes", _breast_cancer),
     "diabetes": _Source("442 patients, 10 features, regression", _diabetes),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from fisher_forget.data.batches import default_unpack
+from fisher_forget.data.batches import TARGET_KEYS, default_unpack
 from fisher_forget.errors import DataError
 
 BATCH = 256  # samples read at a time
@@ -89,7 +89,7 @@ def read_samples(source: Any) -> TensorDataset:
     if type(source) in (TensorDataset, KeywordDataset) and len(source.tensors) >= 2:
         return take(source, slice(None))
     if isinstance(source, (tuple, Mapping)):
-        return samples(*default_unpack(source))
+        return samples(*_unpacked(source))
     if not hasattr(source, "__getitem__") or not hasattr(source, "__len__") or not len(source):
         raise DataError(
             f"samples of type {type(source).__name__}",
@@ -97,7 +97,7 @@ def read_samples(source: Any) -> TensorDataset:
             "Return such from the function.",
         )
     try:
-        pieces = [default_unpack(raw) for raw in DataLoader(source, batch_size=BATCH, generator=torch.Generator())]
+        pieces = [_unpacked(raw) for raw in DataLoader(source, batch_size=BATCH, generator=torch.Generator())]
         inputs, targets = zip(*pieces, strict=True)
         if hasattr(inputs[0], "items"):
             return samples({name: torch.cat([x[name] for x in inputs]) for name in inputs[0]}, torch.cat(targets))
@@ -110,3 +110,11 @@ def read_samples(source: Any) -> TensorDataset:
             "samples (inputs, target) of one shape, inputs a tensor or tensors by name",
             "Pad them to one length; give several inputs as a dict.",
         ) from error
+
+
+def _unpacked(raw: Any) -> tuple[Any, Any]:
+    try:
+        return default_unpack(raw)
+    except DataError as error:
+        expected = f"pairs (inputs, targets), or dicts with targets under one of {TARGET_KEYS}"
+        raise DataError(error.got, expected, "Return such samples from the function.") from error
