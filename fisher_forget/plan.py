@@ -59,14 +59,18 @@ class Need:
     """Models of one task.
 
     Attributes:
+        title: Of the models.
         task: Whose seeds are all models.
         stored: Seeds of those that an earlier call has stored.
         samples: That each is trained on.
+        guessed: The forget set is not known yet, and so not whether the models are stored.
     """
 
+    title: str
     task: Task
     stored: list[int]
     samples: int
+    guessed: bool
 
     @property
     def missing(self) -> int:
@@ -119,17 +123,26 @@ def _needs(config: RunConfig, data: DataBundle, chosen: dict[str, Indices], fold
     seen = set()
     for settings in config.forget_sets:
         unknown = settings.kind == "memorised"
-        tasks = list(recipe.case_tasks(config, data, settings, chosen[settings.name], folder))
+        originals, retrained = recipe.case_tasks(config, data, settings, chosen[settings.name], folder)
+        own = "" if originals.data is data else f" with {settings.name}"
+        tasks = [(f"original{own}", originals), (f"without {settings.name}", retrained)]
         if unknown:
-            tasks.insert(0, recipe.subsets_task(config, data, folder))
-        for task in tasks:
+            tasks.insert(1, ("on subsets", recipe.subsets_task(config, data, folder)))
+        for title, task in tasks:
             if task.folder in seen:
                 continue
             seen.add(task.folder)
-            guessed = unknown and isinstance(task.rows, np.ndarray)
+            guessed = unknown and task is retrained
             stored = [] if guessed else stored_seeds(task.folder, task.seeds, task.fingerprint(config))
-            share = round(forget_sets.SHARE * len(data.train)) if task.rows is not None else len(data.train)
-            yield Need(task, stored, len(task.rows) if isinstance(task.rows, np.ndarray) else share)
+            yield Need(title, task, stored, _samples(task), guessed)
+
+
+def _samples(task: Task) -> int:
+    """Number of samples that each model is trained on."""
+    total = len(task.data.train)
+    if task.rows is None:
+        return total
+    return round(forget_sets.SHARE * total) if isinstance(task.rows, str) else len(task.rows)
 
 
 def _cost(config: RunConfig, data: DataBundle, model: nn.Module, forget: Indices) -> Cost:
@@ -197,11 +210,9 @@ def _times(config: RunConfig, command: str, data: DataBundle, needs: list[Need],
     scrubbed = len(config.seeds) * len(config.forget_sets)
     if isinstance(config, CompareConfig):
         methods = len(config.methods or METHODS)
-        most = methods * len(config.forget_sets) * (config.tuning + len(config.seeds)) * whole / config.jobs
-        yield (
-            f"methods: {methods} x {len(config.forget_sets)} forget sets, {config.trials} settings each at most: "
-            f"less than {_seconds(most)}, a training for each tried"
-        )
+        trainings = config.tuning + len(config.seeds)  # what its settings may cost, and one for every original
+        most = _seconds(methods * len(config.forget_sets) * trainings * whole / config.jobs)
+        yield f"methods: {methods} x {len(config.forget_sets)} forget sets, about {most} at most; mostly much less"
     elif command != "evaluate":
         yield (
             f"forgetting: {scrubbed} times, each {_seconds(cost.curvature.seconds)} for the curvature, and mostly up "
@@ -235,8 +246,8 @@ def _set(settings: ForgetSet, data: DataBundle, chosen: Indices) -> str:
 
 
 def _models(need: Need) -> str:
-    title = "original" if need.task.rows is None else need.task.title
-    return f"{title}: {need.missing} to train, {len(need.stored)} stored"
+    at_most = "at most " if need.guessed else ""
+    return f"{need.title}: {at_most}{need.missing} to train, {len(need.stored)} stored"
 
 
 def _rows(title: str, texts: list[str]) -> list[str]:

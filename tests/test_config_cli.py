@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +16,16 @@ import yaml
 
 from fisher_forget import NoiseTarget, cli, forget
 from fisher_forget.config import (
+    CompareConfig,
     ForgetSet,
     ForgetSettings,
     RunConfig,
     SweepConfig,
     load_config,
+    option_names,
     to_plain,
 )
+from fisher_forget.data.datasets import MNIST_FILES
 from fisher_forget.errors import ConfigError
 from fisher_forget.training import TrainSettings
 
@@ -59,7 +65,7 @@ class TestLoad:
 
     @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
     def test_every_shipped_file(self, path):
-        assert load_config(path, kind=SweepConfig).name
+        assert load_config(path, kind=CompareConfig if path.stem.startswith("compare_") else SweepConfig).name
 
     def test_defaults(self, written):
         config = load_config(written())
@@ -113,6 +119,42 @@ class TestLoad:
         for field in dataclasses.fields(ForgetSettings):
             default = None if field.name == "weight_decay" else options[field.name]
             assert field.default == default, field.name
+
+
+class TestNames:
+    """A plain name stands for a section with a name."""
+
+    @pytest.mark.parametrize("name", ["mlp", "my_package.my_module:build"])
+    def test_in_the_file(self, written, name):
+        config = load_config(written(LEAST | {"model": name, "data": "mnist"}))
+        assert (config.model.name, config.model.options, config.data.name) == (name, {}, "mnist")
+        assert load_config(written(to_plain(config))) == config
+
+    @pytest.mark.parametrize(
+        "flags",
+        [
+            ["--model", "a.b:c", "--data", "d:e"],
+            ["--model=a.b:c", "--data=d:e"],
+            ["--model.name", "a.b:c", "--data", "{name: 'd:e'}"],
+        ],
+        ids=" ".join,
+    )
+    def test_as_flags(self, written, flags):
+        config = load_config(written(LEAST | {"model": {"name": "cnn", "options": {"width": 3}}}), flags)
+        assert (config.model.name, config.model.options["width"], config.data.name) == ("a.b:c", 3, "d:e")
+
+    def test_option_names_are_the_flags(self, written):
+        names = option_names(SweepConfig)
+        assert names["training.schedule"] == ("onecycle", "cosine", "constant")
+        assert names["forget.steps"] == ("auto",)
+        assert names["progress"] == ("true", "false")
+
+        def flat(plain, prefix=""):
+            for key, value in plain.items():
+                inner = isinstance(value, dict) and value and f"{prefix}{key}" not in names
+                yield from flat(value, f"{prefix}{key}.") if inner else [f"{prefix}{key}"]
+
+        assert set(flat(to_plain(load_config(written(), kind=SweepConfig)))) == set(names)
 
 
 class TestFlags:
@@ -257,16 +299,48 @@ class TestWrongValues:
 
 
 class TestExitCodes:
-    @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["sweep", "--help"], ["plot", "--help"]])
-    def test_help(self, arguments, capsys):
+    def test_overview(self, capsys):
         with pytest.raises(SystemExit) as left:
-            cli.main(arguments)
+            cli.main(["--help"])
         assert left.value.code == 0
         out = capsys.readouterr().out
-        assert "fisher-forget" in out
-        assert all(name in out for name in (cli.COMMANDS if arguments == ["--help"] else ["config", "--debug"]))
+        for name, about in cli.COMMANDS.items():
+            assert f"  {name}" in out.split(f"{about.group}:")[1].split("\n\n")[0]
+            assert f"  {about.example}\n" in out.split("examples:")[1]
+        for code in (0, 1, cli.EXIT_ERROR, cli.EXIT_INTERRUPTED):
+            assert f"\n  {code} " in out.split("exit codes:")[1]
+        assert max(map(len, out.splitlines())) <= 120
 
-    @pytest.mark.parametrize("arguments", [[], ["runn", "x.yaml"], ["run"]])
+    @pytest.mark.parametrize("name", cli.COMMANDS)
+    def test_help(self, name, capsys):
+        with pytest.raises(SystemExit) as left:
+            cli.main([name, "--help"])
+        assert left.value.code == 0
+        out = capsys.readouterr().out
+        about = cli.COMMANDS[name]
+        assert out.startswith(f"usage: fisher-forget {name} ")
+        assert all(word in out for word in (about.example, "exit codes:", "--debug"))
+        assert ("--dry-run" in out) == (name in ("run", "sweep", "compare", "evaluate"))
+        assert ("--KEY VALUE" in out) == about.configured
+
+    @pytest.mark.parametrize("name", [n for n, about in cli.COMMANDS.items() if about.configured])
+    def test_examples_parse(self, name, monkeypatch):
+        """What the help shows is understood, up to the work itself."""
+        seen = []
+        monkeypatch.chdir(CONFIGS.parent)
+        monkeypatch.setattr(cli, "load_config", lambda *a: seen.append(load_config(*a)) or seen[0])
+        for work in ("recipe.run", "recipe.redraw", "assess.assess", "compare.compare"):
+            monkeypatch.setattr(f"fisher_forget.{work}", lambda config: [])
+        arguments = shlex.split(cli.COMMANDS[name].example)[1:]
+        if arguments[1].startswith("runs/"):
+            arguments[1] = "configs/digits.yaml"
+        assert cli.main(arguments) == 0
+        assert seen[0].name
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [[], ["runn", "x.yaml"], ["run"], ["data", "stray"], ["init", "a.yaml", "--seeds", "3"], ["completion", "csh"]],
+    )
     def test_usage(self, arguments, capsys):
         with pytest.raises(SystemExit) as left:
             cli.main(arguments)
@@ -308,3 +382,67 @@ class TestExitCodes:
         assert done.stdout == ""
         assert done.stderr.startswith("fisher-forget: Got the unknown key 'nope'")
         assert "Traceback" not in done.stderr
+
+
+class TestData:
+    def test_says_what_is_there_and_how_to_get_the_rest(self, tmp_path, capsys):
+        assert cli.main(["data", "--root", str(tmp_path)]) == 0
+        out = capsys.readouterr().out
+        lines = {
+            line.split()[0]: line.split()[1]
+            for line in out.splitlines()
+            if line.split()[1:2] in (["found"], ["missing"])
+        }
+        assert lines == {
+            "digits": "found",
+            "mnist": "missing",
+            "cifar10": "missing",
+            "breast_cancer": "found",
+            "diabetes": "found",
+        }
+        for word in ("train-images-idx3-ubyte", "yann.lecun.com", str(tmp_path / "MNIST" / "raw"), "~kriz/cifar.html"):
+            assert word in out
+        assert "FISHER_FORGET_DATA" in out
+
+    def test_says_where(self, tmp_path, monkeypatch, capsys):
+        (tmp_path / "MNIST" / "raw").mkdir(parents=True)
+        for name in MNIST_FILES:
+            (tmp_path / "MNIST" / "raw" / f"{name}.gz").touch()
+        monkeypatch.setenv("FISHER_FORGET_DATA", str(tmp_path))
+        assert cli.main(["data"]) == 0
+        assert f"in       {tmp_path / 'MNIST' / 'raw'}" in capsys.readouterr().out
+
+
+class TestCompletion:
+    """The scripts are complete and, where the shell is there, work in it."""
+
+    @pytest.mark.parametrize("shell", cli.SHELLS)
+    def test_knows_commands_and_keys(self, shell, capsys):
+        assert cli.main(["completion", shell]) == 0
+        out = capsys.readouterr().out
+        for word in (*cli.COMMANDS, "training.epochs", "forget.structure", "ekfac", "trials", "dry-run"):
+            assert word in out
+
+    @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
+    @pytest.mark.parametrize(
+        ("words", "found"),
+        [
+            (["fisher-forget", "ev"], ["evaluate"]),
+            (["fisher-forget", "run", "--training.ep"], ["--training.epochs"]),
+            (["fisher-forget", "run", "--forget.structure", "ek"], ["ekfac"]),
+            (["fisher-forget", "init", "--template", "te"], ["text"]),
+            (["fisher-forget", "run", "some"], ["some.yaml"]),
+        ],
+        ids=" ".join,
+    )
+    def test_in_bash(self, words, found, tmp_path, capsys):
+        cli.main(["completion", "bash"])
+        (tmp_path / "some.yaml").touch()
+        script = tmp_path / "script"
+        function = re.search(r"complete .*-F (\S+) ", text := capsys.readouterr().out)[1]
+        line = " ".join(map(shlex.quote, words))
+        script.write_text(
+            f"{text}\nCOMP_WORDS=({line}) COMP_CWORD={len(words) - 1}\n{function}\nprintf '%s\\n' ${{COMPREPLY[@]}}"
+        )
+        done = subprocess.run(["bash", str(script)], capture_output=True, text=True, cwd=tmp_path, check=False)
+        assert done.stdout.split() == found, done.stderr

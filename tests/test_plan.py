@@ -1,0 +1,141 @@
+"""`--dry-run`: it writes nothing, counts what a run then does, and its times are of the right size."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from fisher_forget import ensemble, plan, recipe
+from fisher_forget.cli import main
+from fisher_forget.config import load_config
+
+CONTENT = {
+    "name": "small",
+    "data": {"name": "digits", "max_train": 200, "max_test": 60},
+    "model": {"name": "cnn", "options": {"width": 4}},
+    "training": {"epochs": 2, "batch_size": 32, "lr": 0.05},
+    "forget_sets": [
+        {"name": "class 3", "kind": "class", "label": 3},
+        {"name": "wrong", "kind": "mislabelled", "count": 20},
+        {"name": "some", "kind": "random", "count": 12, "retrained": 3},
+    ],
+    "seeds": [0, 1],
+    "retrained": 2,
+    "progress": False,
+}
+COMMANDS = ["run", "sweep", "compare", "evaluate"]
+pytestmark = pytest.mark.filterwarnings("ignore::fisher_forget.FisherForgetWarning")  # trained for a moment only
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    Path("small.yaml").write_text(yaml.safe_dump(CONTENT))
+    return "small.yaml"
+
+
+def counts(text: str) -> dict[str, tuple[int, int]]:
+    """Title -> (to train, stored)."""
+    return {
+        t: (int(a), int(b))
+        for t, a, b in re.findall(r"^(?:  models)? +(\w[\w ]*): (?:at most )?(\d+) to train, (\d+) stored", text, re.M)
+    }
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_writes_nothing_and_leaves_the_random_state(
+    path: str, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = torch.get_rng_state()
+    assert main([command, path, "--dry-run"]) == 0
+    assert [p.name for p in Path().rglob("*")] == ["small.yaml"]
+    assert torch.equal(before, torch.get_rng_state())
+    assert f"Dry run of `fisher-forget {command}`" in capsys.readouterr().out
+
+
+def test_counts_what_the_run_then_trains(
+    path: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["run", path, "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    first = counts(text)
+    assert "class 3: 20 samples, 180 retained" in text
+    assert "digits, 200 training and 60 test samples, 10 classes" in text
+    assert first["without some"] == (3, 0)  # its own number
+    assert first["original"] == first["original with wrong"] == (2, 0)  # labels made wrong want their own
+    trained = []
+    real = ensemble._member
+    monkeypatch.setattr(ensemble, "_member", lambda f, s, *rest, **more: trained.append(s) or real(f, s, *rest, **more))
+    assert main(["run", path]) == 0
+    assert len(trained) == 2 + 2 + 2 + 2 + 3 == int(re.search(r"training: (\d+) models", text)[1])
+    for file in Path("runs/small/some/retrained").glob("seed-1001*"):
+        file.unlink()
+    capsys.readouterr()
+    assert main(["run", path, "--dry-run"]) == 0
+    assert counts(capsys.readouterr().out) == {
+        "original": (0, 2),
+        "original with wrong": (0, 2),
+        "without class 3": (0, 2),
+        "without wrong": (0, 2),
+        "without some": (1, 2),
+    }
+    assert main(["run", path, "--dry-run", "--training.epochs", "3"]) == 0
+    assert {stored for _, stored in counts(capsys.readouterr().out).values()} == {0}
+
+
+def test_memorised_samples_need_models_first(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", path, "--dry-run", "--forget_sets", "[{name: known, kind: memorised, count: 9}]"]) == 0
+    text = capsys.readouterr().out
+    assert counts(text)["on subsets"] == (20, 0)
+    assert "without known: at most 2 to train" in text
+    assert "known: 9 samples, 191 retained, chosen by models" in text
+
+
+def test_prints_the_resolved_configuration(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", path, "--dry-run", "--forget.noise.loss", "0.1", "--draws", "2"]) == 0
+    text = capsys.readouterr().out
+    Path("again.yaml").write_text(text.split("with all defaults:\n")[1])
+    kind = type(load_config(path))
+    given = [
+        load_config(p, f, kind.__subclasses__()[0])
+        for p, f in ((path, ["--draws", "2", "--forget.noise.loss", "0.1"]), ("again.yaml", []))
+    ]
+    assert given[0] == given[1]
+    assert "sweep: 14 cells for each of 3 forget sets" in text  # 7 scales, 2 draws
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--data.name", "minst"], "'mnist'"),
+        (["--forget_sets", "[{name: a, kind: class, label: 77}]"], "label 77"),
+        (["--model.options", "{depth: 3}"], "depth"),
+        (["--training.augment", "true", "--data.name", "diabetes", "--model.name", "linear"], "label"),
+    ],
+)
+def test_finds_mistakes_without_training(
+    path: str, flags: list[str], word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", path, "--dry-run", *flags]) == 2
+    assert word in capsys.readouterr().err
+
+
+def test_time_and_memory_are_of_the_right_size(path: str) -> None:
+    """Against the run itself: an epoch within a factor of three, and the bytes of weights and activations exactly."""
+    config = load_config(path, ["--training.epochs", "8", "--data.max_train", "1000", "--model.options.width", "8"])
+    data = config.data.load()
+    model = recipe.untrained(config, data, 0)
+    cost = plan._cost(config, data, model, plan._choice(config.forget_sets[0], data))
+    begun = time.perf_counter()
+    recipe.train_one(config, data, None, 0)
+    taken = time.perf_counter() - begun
+    assert 1 / 3 < 8 * cost.epoch / taken < 3
+    assert cost.weights == 4 * sum(p.numel() for p in model.parameters())
+    linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    # of Flatten's view the images' own memory is kept, and the weights for the gradient of the input are not
+    assert plan._activations(linear, data, torch.arange(32).numpy()) == 4 * 32 * 64
