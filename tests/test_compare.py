@@ -30,6 +30,7 @@ from fisher_forget.report.comparison import (
     overview,
     overview_markdown,
     plotted,
+    read_rows,
     rows,
     to_markdown,
 )
@@ -110,6 +111,14 @@ class TestWhole:
             assert all(math.isfinite(row["kl"]) for row in case["rows"])
         for slug in ("class-3", "ten-wrong"):
             assert "| finetune" in (folder / "small" / slug / "comparison.md").read_text()
+
+    def test_rows_are_read_back(self, finished: Any) -> None:
+        folder, _ = finished
+        stored = read_rows(folder / "small")
+        assert list(stored) == ["class 3", "ten wrong"]
+        control = next(row for row in stored["class 3"] if row["method"] == CONTROL)
+        assert math.isnan(control["kl_low"])  # a single model has no interval
+        assert to_markdown(stored["class 3"]) in (folder / "small" / "class-3" / "comparison.md").read_text()
 
     def test_the_setting_is_chosen_on_the_first_original_and_used_on_all(self, finished: Any) -> None:
         folder, calls = finished

@@ -479,3 +479,23 @@ def test_a_new_figure_is_one_that_notebooks_show_and_given_axes_open_none(case):
     assert len(plt.get_fignums()) == len(before) + 1
     plt.close(new.figure)
     assert plt.get_fignums() == before
+
+
+class TestShards:
+    def table(self):
+        rows = [(s, k, a) for k in (1, 3) for s, a in ((1, 97.0), (1, 95.0), (5, 90.0 + k), (5, 88.0 + k))]
+        return pd.DataFrame(rows, columns=["shards", "slices", "accuracy"])
+
+    def test_a_line_for_each_number_of_slices_and_one_model(self):
+        ax = plots.plot_shards(self.table(), single=98.0)
+        lines = {container.get_label(): container.lines[0] for container in ax.containers}
+        assert list(lines) == ["1 slice a shard", "3 slices a shard"]
+        assert lines["1 slice a shard"].get_xydata().tolist() == [[1.0, 96.0], [5.0, 90.0]]
+        assert [label.get_text() for label in ax.get_xticklabels()] == ["1", "5"]
+        assert any(line.get_ydata()[0] == 98.0 for line in ax.lines)
+
+    def test_refusals(self):
+        with pytest.raises(DataError, match="accuracy"):
+            plots.plot_shards(self.table().drop(columns="accuracy"), 98.0)
+        with pytest.raises(DataError, match="without rows"):
+            plots.plot_shards(self.table().iloc[:0], 98.0)

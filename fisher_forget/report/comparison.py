@@ -17,7 +17,7 @@ from fisher_forget.evaluate.intervals import t_interval
 from fisher_forget.report.evaluation import CONTROL, within
 from fisher_forget.report.html import Figure, inline, render_template, write_html
 from fisher_forget.report.plots import plot_cost, plot_methods, save_figure
-from fisher_forget.storage import ensure_folder
+from fisher_forget.storage import ensure_folder, read_json
 
 OURS = "fisher-forget"
 REFERENCES = ("original", CONTROL, "retrain")  # rows to read the others against
@@ -58,6 +58,15 @@ def rows(table: Evaluation, seconds: Mapping[str, Sequence[float]], retraining: 
         row["tied"] = row in rivals and row["accurate"] and best is not None and _tied(table, row["method"], best)
         row["pareto"] = row in rivals and not any(_better(other, row) for other in rivals)
     return ranked
+
+
+def read_rows(path: Path) -> dict[str, list[Row]]:
+    """Forget set -> its `rows`, of the comparison.json in a finished comparison's folder, or of the file itself."""
+    report = read_json(path / "comparison.json" if path.is_dir() else path)
+    return {
+        name: [{key: math.nan if value is None else value for key, value in row.items()} for row in case["rows"]]
+        for name, case in report["cases"].items()
+    }
 
 
 def _row(table: Evaluation, name: str, kept: str, seconds: Mapping[str, Sequence[float]], retraining: float) -> Row:

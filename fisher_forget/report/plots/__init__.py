@@ -6,7 +6,7 @@ same again for a print in grey. Text stays text in the SVG, and numbers on the a
 """
 
 from fisher_forget.report.plots.layers import plot_path, plot_spectrum, plot_steps
-from fisher_forget.report.plots.methods import plot_cost, plot_methods
+from fisher_forget.report.plots.methods import plot_cost, plot_methods, plot_shards
 from fisher_forget.report.plots.parts import plot_parts, plot_scores
 from fisher_forget.report.plots.samples import plot_classes, plot_margins, plot_resistant, plot_samples
 from fisher_forget.report.plots.style import BLUE, GREEN, GREY, LABELS, ORANGE, STYLES, VERMILLION, save_figure
@@ -31,6 +31,7 @@ __all__ = [
     "plot_resistant",
     "plot_samples",
     "plot_scores",
+    "plot_shards",
     "plot_spectrum",
     "plot_steps",
     "plot_tradeoff",

@@ -25,7 +25,9 @@ from fisher_forget.report.plots.style import (
     GREEN,
     GREY,
     LABELS,
+    ORANGE,
     STYLES,
+    VERMILLION,
     axes_or_new,
     finish,
     log_limits,
@@ -35,6 +37,7 @@ from fisher_forget.report.plots.style import (
 MARKS = ("original", "retrained")
 METHODS_SIZE = (7.4, 5.2)  # inches: up to 26 methods, numbered, and their key below
 KEY_COLUMNS = 4
+SHARDS = ("shards", "slices", "accuracy")
 COLUMNS = (
     *("method", "kl", "kl_low", "kl_high", "accuracy", "accuracy_low", "accuracy_high"),
     *("cost", "pareto", "ours"),
@@ -106,6 +109,44 @@ def plot_cost(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     log_limits(ax, "y", [*y, *ends["kl_low"], original, at[1]])
     ax.set_xlabel("wall time, as a share of retraining (no unit)")
     _label(ax, rows, list(zip(x, y, strict=True)), [at], busy)
+    return ax
+
+
+def plot_shards(frame: pd.DataFrame, single: float, ax: Axes | None = None) -> Axes:
+    """Accuracy of SISA's ensemble against the number of shards, one line a number of slices.
+
+    Args:
+        frame: Columns shards, slices, accuracy (%); several rows of the same shards and slices (seeds) are averaged,
+            with their standard deviation as bars.
+        single: Accuracy of one model trained on everything, %.
+        ax: Where to draw.
+
+    Raises:
+        DataError: If a column is missing or there are no rows.
+    """
+    if missing := [name for name in SHARDS if name not in frame]:
+        raise DataError(f"a table without {missing}", f"the columns {SHARDS}", "Add them.")
+    if frame.empty:
+        raise DataError("a table without rows", "at least one", "Fit a SISA first.")
+    ax = axes_or_new(ax)
+    lines = list(frame.groupby("slices"))
+    for (slices, rows), colour, marker in zip(
+        lines, (BLUE, ORANGE, VERMILLION, GREY) * len(lines), "osv^" * len(lines), strict=False
+    ):
+        points = rows.groupby("shards")["accuracy"].agg(["mean", "std"])
+        x, y, std = points.index.to_numpy(dtype=float), points["mean"].to_numpy(), points["std"].to_numpy()
+        label = f"{slices} slice{'s' if slices != 1 else ''} a shard"
+        ax.errorbar(
+            x, y, yerr=None if np.isnan(std).any() else std, color=colour, marker=marker, label=label, capsize=3
+        )
+    ax.axhline(single, color=GREEN, linestyle="--", linewidth=1.4, label="one model on everything")
+    shards = sorted(frame["shards"].unique())
+    ax.set_xscale("log")
+    ax.set_xticks(shards, [str(s) for s in shards])
+    ax.minorticks_off()
+    ax.set_xlabel("shards (number)")
+    ax.set_ylabel("test accuracy of the ensemble (%)")
+    finish(ax, legend_columns=1 if len(lines) < 2 else 2)
     return ax
 
 
