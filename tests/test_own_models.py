@@ -168,6 +168,8 @@ class TestStoredModels:
         assert self.stored(capsys)
         own(code.replace("ReLU", "Tanh"))
         assert not self.stored(capsys)
+        own(code.replace("return nn.Sequential", "torch.rand(1); return nn.Sequential"))  # other first weights
+        assert not self.stored(capsys)
         own(code.replace("2 * torch.eye", "3 * torch.eye"))
         assert not self.stored(capsys)
 

@@ -51,7 +51,9 @@ def load(
     return encoded(tokenizer, train), encoded(tokenizer, test)
 
 
-def build(classes: int = 4, vocabulary: int = 1500, tokens: int = 24, width: int = 64, layers: int = 1, spread: float = 0.1) -> nn.Module:
+def build(
+    classes: int = 4, vocabulary: int = 1500, tokens: int = 24, width: int = 64, layers: int = 1, spread: float = 0.1
+) -> nn.Module:
     """DistilBERT, much smaller than the published one, with random weights from the global seed."""
     config = DistilBertConfig(
         vocab_size=vocabulary,
