@@ -6,11 +6,9 @@ import json
 from pathlib import Path
 
 import jsonschema
-import nbformat
 import pandas as pd
 import pytest
 import yaml
-from nbclient import NotebookClient
 
 from fisher_forget import ensemble
 from fisher_forget.cli import main
@@ -156,16 +154,3 @@ class TestBestScale:
     def test_else_the_smallest_cost(self) -> None:
         tried = [scored(1, 4.0, 0.9), scored(2, 3.0, 0.95), scored(3, 2.0, 0.1)]
         assert best_scale(tried) == tried[1]
-
-
-def test_quickstart_notebook_runs_as_committed(tmp_path: Path) -> None:
-    notebook = nbformat.read(ROOT / "notebooks" / "quickstart.ipynb", as_version=4)
-    committed = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert all(cell.outputs or cell is committed[-1] for cell in committed), "commit the notebook with its outputs"
-    NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
-    ).execute()
-    printed = [str(cell.outputs) for cell in notebook.cells if cell.cell_type == "code"]
-    assert "Forgot 60 samples" in printed[1]
-    assert "gap_closed" in printed[2]
-    assert "image/png" in printed[4]
