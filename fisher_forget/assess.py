@@ -16,7 +16,6 @@ from fisher_forget.errors import StorageError
 from fisher_forget.evaluate.evaluation import Evaluation, evaluate
 from fisher_forget.recipe import Case
 from fisher_forget.report import evaluation as page
-from fisher_forget.variants import reference_code_forget
 
 CONTROL = 4  # times as many retrained models as originals, from which on the control has several models
 OURS, TUNED, NOISED = "default", "fine-tuning", "diagonal Fisher (public code)"
@@ -37,14 +36,13 @@ def assess(config: RunConfig) -> Path:
     found: dict[str, Evaluation] = {}
     for settings, described in zip(config.forget_sets, metrics["cases"], strict=True):
         case = recipe.prepare_case(config, data, settings, folder)
-        alphas = [run["reference_code"]["alpha"] for run in described["runs"] if "reference_code" in run]
-        found[settings.name] = _assess(config, case, alphas)
+        found[settings.name] = _assess(config, case, noised="reference_code" in described)
         (case.folder / "evaluation.md").write_text(found[settings.name].to_markdown() + "\n")
     storage.write_json(folder / "evaluation.json", {name: table.to_dict() for name, table in found.items()})
     return page.write_page(config.name, found, folder, metrics)
 
 
-def _assess(config: RunConfig, case: Case, alphas: list[float]) -> Evaluation:
+def _assess(config: RunConfig, case: Case, noised: bool) -> Evaluation:
     originals, data = case.originals.models, case.data
     retain = np.setdiff1d(np.arange(len(data.train)), case.forget)
     split = resolve_split(data.train, case.forget)
@@ -55,10 +53,10 @@ def _assess(config: RunConfig, case: Case, alphas: list[float]) -> Evaluation:
         case.folder,
         storage.fingerprint(*recipe.basis(config, data), case.forget),
     )
-    methods: dict[str, list[nn.Module]] = {OURS: _scrubbed(config, case)}
+    methods = {OURS: _stored(config, case, recipe.SCRUBBED)}
     methods[TUNED] = [_fine_tuned(config, case, i) for i in range(len(originals))]
-    if alphas:
-        methods[NOISED] = [_noised(config, case, i, alpha) for i, alpha in enumerate(alphas)]
+    if noised:
+        methods[NOISED] = _stored(config, case, recipe.REFERENCE)
     # as many in the control as a method has models, where enough are left for the targets
     control = len(originals) if len(case.retrained.models) >= CONTROL * len(originals) else 1
     return evaluate(
@@ -72,11 +70,11 @@ def _assess(config: RunConfig, case: Case, alphas: list[float]) -> Evaluation:
     )
 
 
-def _scrubbed(config: RunConfig, case: Case) -> list[nn.Module]:
-    """The models that the run has scrubbed."""
+def _stored(config: RunConfig, case: Case, name: str) -> list[nn.Module]:
+    """The models that the run has made of the originals."""
     found = []
     for seed, original in zip(config.seeds, case.originals.models, strict=True):
-        path = case.folder / f"seed-{seed}" / "scrubbed.safetensors"
+        path = case.folder / f"seed-{seed}" / f"{name}.safetensors"
         if not path.exists():
             raise StorageError(f"no {path}", "a finished run", "Run `fisher-forget run` with this configuration first.")
         found.append(storage.load_model(path, original))
@@ -91,15 +89,3 @@ def _fine_tuned(config: RunConfig, case: Case, index: int) -> nn.Module:
         seed=config.seeds[index],
     )
     return method.unlearn(case.originals.models[index], resolve_split(case.data.train, case.forget)).model
-
-
-def _noised(config: RunConfig, case: Case, index: int, alpha: float) -> nn.Module:
-    variant = reference_code_forget(
-        case.originals.models[index],
-        case.data.train,
-        case.forget,
-        likelihood=config.likelihood,
-        seed=config.seeds[index],
-        progress=config.progress,
-    )
-    return variant.model(alpha)

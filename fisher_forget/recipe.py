@@ -44,6 +44,7 @@ RETRAINED_SEEDS = 1000  # seeds of the retrained models start here: none is an o
 # of the reference code, whose default is 3e-6: from noise that does nothing to noise that destroys the model
 ALPHAS = tuple(np.logspace(-9, -4, 12).tolist())
 SWEEP = "sweep.parquet"  # in the folder of a forget set
+SCRUBBED, REFERENCE = "scrubbed", "reference-code"  # files of models in the folder of a seed
 SCORE_LOSS = 0.01  # of retained training accuracy, that the reference code may cost
 
 
@@ -268,7 +269,7 @@ def _forget(config: RunConfig, case: Case, index: int) -> tuple[ForgetResult, Cl
     )
     evaluation = case.references[index].closeness(result.model)
     place = storage.ensure_folder(case.folder / f"seed-{seed}")
-    storage.save_model(place / "scrubbed.safetensors", result.model, {"seed": str(seed), "case": case.settings.name})
+    storage.save_model(place / f"{SCRUBBED}.safetensors", result.model, {"seed": str(seed), "case": case.settings.name})
     (place / "result.txt").write_text(f"{result}\n")
     return result, evaluation
 
@@ -289,7 +290,10 @@ def _reference_code(config: RunConfig, case: Case, index: int) -> tuple[float, C
             scored.append((alpha, case.references[index].closeness(variant.model(alpha))))
         except NumericalError:  # so destroyed that its outputs overflow
             continue
-    return best_scale(scored)
+    alpha, found = best_scale(scored)
+    place = storage.ensure_folder(case.folder / f"seed-{config.seeds[index]}")
+    storage.save_model(place / f"{REFERENCE}.safetensors", variant.model(alpha), {"alpha": repr(alpha)})
+    return alpha, found
 
 
 def best_scale(scored: Sequence[tuple[float, Closeness]]) -> tuple[float, Closeness]:
