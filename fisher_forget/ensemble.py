@@ -298,7 +298,8 @@ def _trained(
         return
     _register(backend)
     returned = "generator_unordered" if BACKENDS[backend] is None else "list"
-    workers = joblib.Parallel(n_jobs=min(jobs, len(seeds)), backend=backend, return_as=returned)
+    with joblib.parallel_config(backend):  # Parallel itself knows joblib's own backends only
+        workers = joblib.Parallel(n_jobs=min(jobs, len(seeds)), return_as=returned)
     yield from workers(joblib.delayed(_member)(train_fn, seed, cache, threads=1) for seed in seeds)
 
 

@@ -176,3 +176,13 @@ class TestRefusals:
         with pytest.raises(StorageError, match="folder"):
             run(recorder, folder=tmp_path / "file" / "below")
         assert recorder.seeds == []
+
+
+def test_members_of_a_dask_cluster_are_those_of_this_process() -> None:
+    distributed = pytest.importorskip("distributed")
+    with distributed.Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None):
+        far = train_members(fit, [0, 1, 2], template=TEMPLATE, jobs=2, backend="dask", progress=False)
+    here = train_members(fit, [0, 1, 2], template=TEMPLATE, progress=False)
+    assert far.seeds == here.seeds
+    for a, b in zip(far.models, here.models, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
