@@ -17,7 +17,6 @@ from fisher_forget.evaluate.evaluation import Evaluation, evaluate
 from fisher_forget.recipe import Case
 from fisher_forget.report import evaluation as page
 
-CONTROL = 4  # times as many retrained models as originals, from which on the control has several models
 OURS, TUNED, NOISED = "default", "fine-tuning", "diagonal Fisher (public code)"
 
 
@@ -57,8 +56,6 @@ def _assess(config: RunConfig, case: Case, noised: bool) -> Evaluation:
     methods[TUNED] = [_fine_tuned(config, case, i) for i in range(len(originals))]
     if noised:
         methods[NOISED] = _stored(config, case, recipe.REFERENCE)
-    # as many in the control as a method has models, where enough are left for the targets
-    control = len(originals) if len(case.retrained.models) >= CONTROL * len(originals) else 1
     return evaluate(
         methods,
         ensemble,
@@ -66,7 +63,6 @@ def _assess(config: RunConfig, case: Case, noised: bool) -> Evaluation:
         likelihood=config.likelihood,
         split=split,
         teacher=recipe.untrained(config, data, seed=case.retrained.seeds[-1] + 1),
-        held_out=control,
     )
 
 

@@ -229,7 +229,7 @@ class TestGroups:
     def test_klom_is_that_of_the_margins_and_its_target_that_of_as_many_retrained_models(self, ensemble, table):
         originals, retrained, targets = ensemble.outputs(PARTS)
         own, ones = (klom.margins(x["forget"], targets["forget"]) for x in (originals, retrained))
-        expected = float(klom.klom(own, ones[:-1]).mean())
+        expected = float(klom.klom(own, ones[:5]).mean())  # five, as for the target: eight less three
         score = table.get("klom_mean", method="original")
         assert score.value == pytest.approx(expected)
         assert len(score.values) == 1

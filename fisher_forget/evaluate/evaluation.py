@@ -258,7 +258,8 @@ def _scored(
     for method, group in groups.items():
         if metric.group is not None:
             own = _targets(metric, ones, len(group), part, context)
-            found = [metric.group(group, ones, part, context)] if own else []
+            # against as many as the groups of the target are: such numbers depend on how many models there are
+            found = [metric.group(group, ones[: len(ones) - len(group)], part, context)] if own else []
         else:
             found = [_value(metric, a, ones, part, context) for a in group]
         # where the score is not defined for the original itself, such as the direction of no step, any side is off
