@@ -285,4 +285,5 @@ class TestTable:
     def test_what_is_plotted(self) -> None:
         table = plotted(self.found()).set_index("method")
         assert CONTROL not in table.index
+        assert "ruined" not in table.index
         assert table.loc["retrained", ["kl", "accuracy", "cost"]].tolist() == [0.5, 90.0, 1.0]

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from fisher_forget import SplitError, StorageError, forget, prepare
-from fisher_forget import newton
+from fisher_forget import SplitError, StorageError, forget, newton, prepare
 from fisher_forget import params as P
 from fisher_forget.snapshot import load_snapshot
 from fisher_forget.training import TrainSettings, train

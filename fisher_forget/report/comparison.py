@@ -21,6 +21,7 @@ from fisher_forget.storage import ensure_folder, read_json
 
 OURS = "fisher-forget"
 REFERENCES = ("original", CONTROL, "retrain")  # rows to read the others against
+RUINED = 10.0  # percentage points of accuracy below retrained, from which on a figure leaves a method out
 MAY_LOSE = 1.0  # percentage points of accuracy below retrained that a method may lose whatever retrained models do
 KEPT = ("test, retained classes", "test")  # where accuracy is read: the first that there is
 Row = dict[str, Any]
@@ -209,6 +210,7 @@ def _markdown(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+LEFT_OUT = f"Methods that lose more than {RUINED:g} points of accuracy are left out."
 OVERVIEW = (
     "KL on the forgotten samples in nats, mean over the originals (test accuracy of what is retained); * first, or not "
     "told apart from the first; † less accurate than retrained models; – no result; retrainings: median wall time over "
@@ -223,8 +225,12 @@ LEGEND = (
 
 
 def plotted(found: Sequence[Row]) -> pd.DataFrame:
-    """The rows as `plot_methods` and `plot_cost` take them; "retrained" is the target itself."""
-    rows = [row for row in found if row["method"] not in (CONTROL, "retrain")]
+    """The rows as `plot_methods` and `plot_cost` take them; "retrained" is the target itself.
+
+    Models that lost more than `RUINED` points of accuracy are left out, so that the others can be told apart.
+    """
+    kept = [row for row in found if row["accuracy"] >= row["target"] - RUINED or row["method"] == "original"]
+    rows = [row for row in kept if row["method"] not in (CONTROL, "retrain")]
     table = pd.DataFrame(rows).assign(ours=[row["method"] == OURS for row in rows])
     first = found[0]
     target = {"method": "retrained", "kl": first["floor"], "accuracy": first["target"], "cost": 1.0}
@@ -245,8 +251,16 @@ def write_page(report: Mapping[str, Any], folder: Path) -> Path:
     for index, (name, case) in enumerate(report["cases"].items()):
         figures = []
         for kind, plot, caption in (
-            ("tradeoff", plot_methods, "KL on the forgotten samples against test accuracy of what is retained."),
-            ("cost", plot_cost, "KL on the forgotten samples against wall time, as a share of one retraining."),
+            (
+                "tradeoff",
+                plot_methods,
+                f"KL on the forgotten samples against test accuracy of what is retained. {LEFT_OUT}",
+            ),
+            (
+                "cost",
+                plot_cost,
+                f"KL on the forgotten samples against wall time, as a share of one retraining. {LEFT_OUT}",
+            ),
         ):
             ax = plot(plotted(case["rows"]))
             _, svg = save_figure(ax.figure, folder / f"{kind}-{index}")
