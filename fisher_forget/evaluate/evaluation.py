@@ -117,11 +117,12 @@ class Evaluation:
             first = next(iter(row.values()))
             unit = f", {first.unit}" if first.unit else ""
             target = f"{first.target:.3g} ({first.target_low:.3g} ... {first.target_high:.3g})"
-            cells = [f"{row[m].value:.3g} {MARKS[row[m].label]}" if m in row else "" for m in methods]
+            cells = [shown(row[m]) if m in row else "" for m in methods]
             lines.append(f"| {metric}{unit} | {part} | {target} | {' | '.join(cells)} |")
         lines += [
             "",
-            "; ".join(f"{mark} {label}" for label, mark in MARKS.items()) + f"; {self.retrained} retrained models.",
+            "; ".join(f"{mark or '–'} {label}" for label, mark in MARKS.items())
+            + f"; {self.retrained} retrained models.",
         ]
         lines += [f"Left out: {name}, since {why}." for name, why in self.left_out.items()]
         return "\n".join(lines)
@@ -133,6 +134,11 @@ class Evaluation:
             for s in self.scores
         ]
         return {"schema": 1, "retrained": self.retrained, "left_out": self.left_out, "scores": rows}
+
+
+def shown(score: Score) -> str:
+    """The value and the mark of its verdict; a dash where it is undefined."""
+    return "–" if score.label == UNDEFINED else f"{score.value:.3g} {MARKS[score.label]}"
 
 
 MARKS = {NOT_FORGOTTEN: "−", INDISTINGUISHABLE: "=", OVER_FORGOTTEN: "+", UNDECIDED: "≈", UNDEFINED: ""}
