@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 from torch import nn
 
 from fisher_forget import recipe, storage
 from fisher_forget.baselines.finetune import FineTune
 from fisher_forget.config import RunConfig
 from fisher_forget.data.split import resolve as resolve_split
-from fisher_forget.ensemble import RetrainedEnsemble
 from fisher_forget.errors import StorageError
-from fisher_forget.evaluate.evaluation import Evaluation, evaluate
+from fisher_forget.evaluate.evaluation import Evaluation
 from fisher_forget.recipe import Case
 from fisher_forget.report import evaluation as page
 
@@ -42,28 +40,11 @@ def assess(config: RunConfig) -> Path:
 
 
 def _assess(config: RunConfig, case: Case, noised: bool) -> Evaluation:
-    originals, data = case.originals.models, case.data
-    retain = np.setdiff1d(np.arange(len(data.train)), case.forget)
-    split = resolve_split(data.train, case.forget)
-    ensemble = RetrainedEnsemble(
-        case.originals,
-        case.retrained,
-        case.forget,
-        case.folder,
-        storage.fingerprint(*recipe.basis(config, data), case.forget),
-    )
     methods = {OURS: _stored(config, case, recipe.SCRUBBED)}
-    methods[TUNED] = [_fine_tuned(config, case, i) for i in range(len(originals))]
+    methods[TUNED] = [_fine_tuned(config, case, i) for i in range(len(case.originals.models))]
     if noised:
         methods[NOISED] = _stored(config, case, recipe.REFERENCE)
-    return evaluate(
-        methods,
-        ensemble,
-        recipe.parts(data, case.forget, retain),
-        likelihood=config.likelihood,
-        split=split,
-        teacher=recipe.untrained(config, data, seed=case.retrained.seeds[-1] + 1),
-    )
+    return recipe.evaluate_case(config, case, methods)
 
 
 def _stored(config: RunConfig, case: Case, name: str) -> list[nn.Module]:

@@ -29,9 +29,8 @@ from fisher_forget.data.datasets import DataBundle
 from fisher_forget.data.samples import take
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.data.split import resolve as resolve_split
-from fisher_forget.ensemble import RetrainedEnsemble
 from fisher_forget.errors import ConfigError, FisherForgetError, FisherForgetWarning, StorageError
-from fisher_forget.evaluate.evaluation import Evaluation, evaluate
+from fisher_forget.evaluate.evaluation import Evaluation
 from fisher_forget.lookup import find, is_own
 from fisher_forget.progress import bar
 from fisher_forget.recipe import Case
@@ -95,10 +94,7 @@ def compare(config: CompareConfig) -> Path:
     chosen = [_method(name) for name in config.methods or METHODS]
     methods = {method.name: method for method in chosen}
     folder = storage.ensure_folder(Path(config.out) / config.name)
-    data, validation = _held_out(
-        config.data.load(),
-        config.validation,
-    )
+    data, validation = _held_out(config.data.load(), config.validation)
     for settings in config.forget_sets:
         forget_sets.check(settings, data)
     (folder / "config.yaml").write_text(yaml.safe_dump(to_plain(config), sort_keys=False))
@@ -256,16 +252,7 @@ def _evaluated(
         if (other := getattr(method, "template", None)) is not None:  # it returns another architecture
             shapes = other(configured(config, case, method, outcome.settings, config.seeds[0]), shapes)
         made[name] = [storage.load_model(path, shapes) for path in paths]
-    ensemble = RetrainedEnsemble(case.originals, case.retrained, case.forget, case.folder, _basis(config, case))
-    retain = np.setdiff1d(np.arange(len(case.data.train)), case.forget)
-    return evaluate(
-        made,
-        ensemble,
-        recipe.parts(case.data, case.forget, retain),
-        likelihood=config.likelihood,
-        split=resolve_split(case.data.train, case.forget),
-        teacher=recipe.untrained(config, case.data, FRESH),
-    )
+    return recipe.evaluate_case(config, case, made)
 
 
 def _summary(
@@ -288,17 +275,13 @@ def _place(case: Case, method: type[Unlearner]) -> Path:
     return case.folder / "methods" / method.name.replace("/", "-")
 
 
-def _basis(config: CompareConfig, case: Case) -> str:
-    """Of what the models depend on."""
-    return storage.fingerprint(*recipe.basis(config, case.data), case.forget)
-
-
 def _fingerprint(config: CompareConfig, case: Case, method: type[Unlearner], validation: TensorDataset) -> str:
     where = f"{method.__module__}.{method.__qualname__}"
     defaults = {f.name: repr(f.default) for f in _fields(method)}
     return storage.fingerprint(
         versions(),
-        _basis(config, case),
+        *recipe.basis(config, case.data),
+        case.forget,
         where,
         defaults,
         repr(method.grid),

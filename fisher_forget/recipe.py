@@ -6,7 +6,7 @@ import itertools
 import os
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from functools import partial
@@ -26,9 +26,11 @@ from fisher_forget.config import ForgetSet, RunConfig, SweepConfig, to_plain
 from fisher_forget.data.datasets import DataBundle
 from fisher_forget.data.samples import take
 from fisher_forget.data.split import Indices
-from fisher_forget.ensemble import Members, train_members
+from fisher_forget.data.split import resolve as resolve_split
+from fisher_forget.ensemble import Members, RetrainedEnsemble, train_members
 from fisher_forget.errors import NumericalError
 from fisher_forget.evaluate.closeness import Closeness, Reference, summarise
+from fisher_forget.evaluate.evaluation import Evaluation, evaluate
 from fisher_forget.forget import forget
 from fisher_forget.lookup import is_own
 from fisher_forget.models import build_model
@@ -225,6 +227,20 @@ def parts(data: DataBundle, chosen: Indices, retain: Indices) -> dict[str, Tenso
         if not bool(left.all()):
             named["test, retained classes"] = take(data.test, left)
     return named
+
+
+def evaluate_case(config: RunConfig, case: Case, methods: Mapping[str, Sequence[nn.Module]]) -> Evaluation:
+    """Every metric of what methods made of the originals of a case, beside its retrained models."""
+    mark = storage.fingerprint(*basis(config, case.data), case.forget)
+    retain = np.setdiff1d(np.arange(len(case.data.train)), case.forget)
+    return evaluate(
+        methods,
+        RetrainedEnsemble(case.originals, case.retrained, case.forget, case.folder, mark),
+        parts(case.data, case.forget, retain),
+        likelihood=config.likelihood,
+        split=resolve_split(case.data.train, case.forget),
+        teacher=untrained(config, case.data, seed=case.retrained.seeds[-1] + 1),
+    )
 
 
 def forget_options(config: RunConfig) -> dict[str, Any]:

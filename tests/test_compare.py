@@ -162,7 +162,7 @@ def test_a_method_that_has_cost_enough_tries_no_more(tmp_path: Path) -> None:
     CALLS.clear()
     only = [{"name": "class 3", "kind": "class", "label": 3}]
     path = config(tmp_path, methods=[f"{__name__}:Shrink"], seeds=[0], forget_sets=only, tuning=0.01)
-    compare(load_config(path, [], CompareConfig))  # type: ignore[arg-type]
+    compare(load_config(path, [], CompareConfig))
     assert CALLS == ["1 0"]  # a quarter of a pass is more than a hundredth of fifteen
 
 
@@ -179,7 +179,10 @@ def test_methods_get_what_the_recipe_knows(tmp_path: Path) -> None:
     settings = load_config(config(tmp_path), [], CompareConfig)
     data = load_dataset("digits", max_train=150)
     case = recipe.prepare_case(settings, data, settings.forget_sets[0], tmp_path)
-    build = lambda name, **chosen: configured(settings, case, METHODS[name], chosen, 1)  # type: ignore[arg-type]  # noqa: E731
+
+    def build(name: str, **chosen: Any) -> Any:
+        return configured(settings, case, METHODS[name], chosen, 1)
+
     assert build("finetune", lr=0.3) == METHODS["finetune"](lr=0.3, weight_decay=0.001, seed=1)
     assert build("ntk").weight_decay == METHODS["ntk"]().weight_decay  # chosen from its grid
     initial, again = build("ntk").initial, recipe.untrained(settings, data, 1)
@@ -188,7 +191,7 @@ def test_methods_get_what_the_recipe_knows(tmp_path: Path) -> None:
     fresh = build("eu-k").init()
     others = [recipe.untrained(settings, data, s) for s in (0, 1, 3)] + list(case.retrained.models)
     assert not any(torch.equal(next(fresh.parameters()), next(other.parameters())) for other in others)
-    retrained = build("retrain").unlearn(case.originals.models[1], None or _split(data, case.forget)).model
+    retrained = build("retrain").unlearn(case.originals.models[1], _split(data, case.forget)).model
     assert not any(
         torch.equal(next(retrained.parameters()), next(o.parameters())) for o in [*case.originals.models, *others]
     )

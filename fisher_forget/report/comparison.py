@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
-from fisher_forget.evaluate.evaluation import MARKS, MEANING, UNDEFINED, Evaluation
+from fisher_forget.evaluate.evaluation import MARKS, MEANING, Evaluation
 from fisher_forget.evaluate.intervals import t_interval
-from fisher_forget.report.evaluation import CONTROL, within
+from fisher_forget.report.evaluation import CONTROL, judged, within
 from fisher_forget.report.html import Figure, inline, render_template, write_html
 from fisher_forget.report.plots import plot_cost, plot_methods, save_figure
 from fisher_forget.storage import ensure_folder, read_json
@@ -72,7 +72,7 @@ def read_rows(path: Path) -> dict[str, list[Row]]:
 
 def _row(table: Evaluation, name: str, kept: str, seconds: Mapping[str, Sequence[float]], retraining: float) -> Row:
     kl, score = table.get("kl", "forget", name), table.get("score", kept, name)
-    defined = [s for s in table.scores if s.method == name and s.label != UNDEFINED]
+    defined = judged(table, name)
     spent = seconds.get(name, ())
     return {
         "method": name,
