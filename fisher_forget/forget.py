@@ -211,9 +211,12 @@ def scrub(
     )
     seconds = seconds | {"newton": newton.seconds}
     if not newton.at_minimum and drift == "auto":
+        moves = (
+            "an absent class's output row moves" if newton.absent else "what forgetting adds to its gradient moves it"
+        )
         warnings.warn(
             f"The model is not at a minimum of its training objective (stationarity {newton.stationarity:.2g}, "
-            "0.5 expected at most), so only what forgetting adds to its gradient moves it. Train it to the end, or "
+            f"0.5 expected at most), so only {moves}. Train it to the end, or "
             "check that weight_decay is the one used in training.",
             FisherForgetWarning,
             stacklevel=3,

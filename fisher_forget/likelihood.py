@@ -79,6 +79,10 @@ class Likelihood(ABC):
         """Scored positions per sample [B], the denominator of the mean loss; 1 where a sample has one target."""
         return torch.ones(len(targets), device=targets.device)
 
+    def class_mass(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Sum of the targets of each class, over samples and positions: [C], float64; a scalar 0 without classes."""
+        return torch.zeros((), dtype=torch.float64)
+
     def mask(self, outputs: Tensor, targets: Tensor | None) -> Tensor | None:
         """1 where an output is scored, 0 where it is ignored; broadcasts to outputs; `None` if all are scored."""
         return None
@@ -186,6 +190,11 @@ class Categorical(Likelihood):
         if targets.is_floating_point():  # probabilities carry the class dimension last
             return torch.full((len(targets),), float(targets[0, ..., 0].numel()), device=targets.device)
         return (targets != self.ignore_index).reshape(len(targets), -1).sum(1).to(torch.get_default_dtype())
+
+    def class_mass(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if targets.is_floating_point():
+            return targets.flatten(0, -2).sum(0, dtype=torch.float64).cpu()
+        return targets[targets != self.ignore_index].bincount(minlength=outputs.shape[-1]).double().cpu()
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         flat = outputs.reshape(-1, outputs.shape[-1])

@@ -13,6 +13,10 @@ A network that is not at a minimum of its objective would go on training under t
 that is not owed to the forget set is subtracted, so that the flow starts with grad L_r - grad L_D, taken where a step
 of the flow over *all* samples leads: it stands still for an empty forget set, equals the plain one at a minimum, and
 one step is the difference of d_A and d_r in Prop. 3 of Golatkar et al. 2020 (arXiv:1911.04933).
+
+A class that no retained sample is labelled with leaves an output row that no flow brings to its limit in time: see
+`fisher_forget.absent`. It starts from there, and the flow ends after its first sub-step, or before where the network is
+not at a minimum.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ import torch
 from torch import Tensor
 
 from fisher_forget import params as P
+from fisher_forget.absent import absent_classes, clear_rows
 from fisher_forget.curvature.dense import Dense
 from fisher_forget.curvature.estimate import estimate_curvature
 from fisher_forget.curvature.matrix_free import GgnProduct, Solution, conjugate_gradient
@@ -49,6 +54,7 @@ REJECTIONS = 5
 # sub-steps and budget (nats) of a network that is still being trained: its loss need not rise
 DRIFTING, STRICT = (60.0, 60.0, 125.0, 250.0, 500.0), 0.002
 AHEAD = 125.0  # time of the step over all samples that leads to where the forget set's gradient is taken
+PROBED = 32  # watched samples of either kind that tell which parameters are output rows
 QUICK, EXACT = (10, 0.05), (200, 1e-9)  # conjugate-gradient products and tolerance: along the flow, for a given damping
 
 
@@ -87,6 +93,7 @@ class NewtonStep:
             have it; below 0.5 is a minimum.
         at_minimum: Whether the given model was near a minimum of its training objective.
         drift_removed: Whether the force that is not owed to the forget set was subtracted.
+        absent: Classes that no retained sample is labelled with, whose output rows were set to zero.
         path: Every sub-step tried, in order.
         held_back: Number of retained samples on which the loss is watched.
         loss_before: Mean loss on them before, nats.
@@ -100,6 +107,7 @@ class NewtonStep:
     stationarity: float
     at_minimum: bool
     drift_removed: bool
+    absent: tuple[int, ...]
     path: tuple[SubStep, ...]
     held_back: int
     loss_before: float
@@ -144,14 +152,15 @@ def newton_step(
         weight_decay: wd of the training objective, mean loss + (wd/2)|w|^2.
         steps: Number of sub-steps, or "auto": times 125 to 1,000 up to a horizon of 3,875, fewer when the forget
             set's predictions stop moving, shortened when the retained loss leaves the budget; times 60 to 500 up to
-            995 where the drift is subtracted. 1 is the textbook step.
+            995 where the drift is subtracted; output rows of absent classes set to zero and one time of 125 at most
+            where there are such. 1 is the textbook step.
         damping: tau of each sub-step for a given number of steps; "auto" takes the smallest of 13 values whose first
             step stays within the budget.
         solver: "cg" on exact GGN products, "direct" inverse of `curvature`, which stays that of the start
             at every sub-step, or "auto": direct if it is dense, else cg.
         drift: Subtract the force that is not owed to the forget set; "auto" where the model is not at a minimum.
-        budget: How far the mean loss on some retained samples may rise, nats; default max(0.01, 10 % of it), and 0.002
-            where the drift is subtracted.
+        budget: How far the mean loss on some retained samples may rise, nats; default max(0.01, 10 % of it), 0.002
+            where the drift is subtracted, and none after the rows of absent classes.
         working_set: Retained samples that enter the products and the gradient's change.
         snapshot: Of the same model and data, where there is one; else one is taken.
         seed: Chooses the held-back samples.
@@ -189,11 +198,18 @@ def newton_step(
         budget=STRICT if budget is None and removed else budget,
         progress=progress,
     )
-    if removed:
+    absent: tuple[int, ...] = ()
+    if steps == "auto" and (gone := absent_classes(snapshot.total, retained)):
+        cleared = clear_rows(objective, split, np.union1d(correction.held[:PROBED], correction.shown[:PROBED]), gone)
+        if cleared is not None and correction.clear(cleared):
+            absent = gone
+    if removed and not absent:
         everyone = replace(split, retain=split.indices("all"), forget=split.forget[:0])
         correction.remove_drift(flow(everyone, snapshot.total))
     if steps == "auto":
-        times = DRIFTING if removed else TIMES
+        times: tuple[float, ...] = DRIFTING if removed else TIMES
+        if absent:  # what training has no time to do, the row has done
+            times = () if removed else TIMES[:1]
         correction.follow(list(times) if damping == "auto" else [1 / damping] * len(times))
     else:
         tau = correction.choose_damping() if damping == "auto" else float(damping)
@@ -210,7 +226,8 @@ def newton_step(
         gradient_norm=P.norm(P.add(retained.mean(), objective.start, weight_decay)),
         stationarity=stationarity,
         at_minimum=stationarity < STATIONARY,
-        drift_removed=removed,
+        drift_removed=removed and not absent,
+        absent=absent,
         path=tuple(correction.path),
         held_back=len(correction.held),
         loss_before=correction.loss_before,
@@ -267,13 +284,24 @@ class _Flow:
         order = np.argsort(-spread.numpy(), kind="stable")
         self.pool = split.retain[order[: max(POOL, working_set)]]
         self.at: Params = dict(objective.start)
-        self.moved = False
+        self.base = self.at  # where `sums` are of
         self.drift: Params | None = None  # subtracted from the force
         self._linear: tuple[Params, GgnProduct | None] | None = None
 
     def move(self, at: Params) -> None:
         """Go there."""
-        self.at, self.moved, self._linear = at, True, None
+        self.at, self._linear = at, None
+
+    def restart(self, at: Params) -> None:
+        """Go there, and have the pool tell how far the gradient has changed."""
+        self.sums = self.sums + self._change(self.pool, at)
+        self.base = at
+        self.move(at)
+
+    def _change(self, chosen: Indices, at: Params) -> Gradient:
+        """Sums over some samples there minus those at the base: others have no output curvature, and change little."""
+        here, before = (self.objective.gradient(self.split.batches(chosen), w) for w in (at, self.base))
+        return here - before
 
     def solve(self, tau: float) -> Solution:
         """delta of (B + (wd + tau) I) delta = -(grad L + wd w - drift), by the curvature itself or conjugate gradients.
@@ -302,14 +330,12 @@ class _Flow:
     def _linearise(self) -> tuple[Params, GgnProduct | None]:
         """Force grad L(w) + wd w - drift, and GGN, at the current weights."""
         chosen = self._working_set() if len(self.pool) > self.working_set else self.pool
-        if not self.moved:
+        if self.at is self.base:
             gradient = self.sums.mean()
         elif len(self.split.retain) <= self.working_set:
             gradient = self.objective.gradient(self.split.batches("retain"), self.at).mean()
-        else:  # variance reduction: only samples with output curvature change their gradient
-            here = self.objective.gradient(self.split.batches(chosen), self.at)
-            before = self.objective.gradient(self.split.batches(chosen), self.objective.start)
-            gradient = P.scale(P.add(self.sums.sums, (here - before).sums), 1 / self.sums.count)
+        else:  # variance reduction
+            gradient = (self.sums + self._change(chosen, self.at)).mean()
         force = P.add(gradient, self.at, self.weight_decay)
         if self.drift is not None:
             force = P.add(force, self.drift, -1)
@@ -375,6 +401,22 @@ class _Correction:
         forgotten = objective.gradient(self.split.batches("forget"), ahead)
         owed = P.scale(P.add(P.scale(full, forgotten.count), forgotten.sums, -1), 1 / self.flow.sums.count)
         self.flow.drift = P.add(P.add(self.flow.sums.mean(), self.theta, wd), owed, -1)
+
+    def clear(self, theta: Params) -> bool:
+        """Start from the weights with some output rows set to zero, if the watched loss stays within the budget.
+
+        A class fewer to tell apart is no reason to lose anything: from there on the loss may not rise above what it was
+        before, unless a budget is given.
+        """
+        loss = self._loss(theta)
+        if len(self.held) and not loss <= self.loss_before + self.allowed:
+            return False
+        if self.budget is None:
+            self.allowed = max(0.0, loss - self.loss_before)
+        self.theta = theta
+        self.first = self.last = self._forget_outputs(theta)
+        self.flow.restart(theta)
+        return True
 
     def follow(self, times: list[float]) -> None:
         """Adaptive sub-steps: shortened on rejection, ended when the forget set's predictions stand still."""

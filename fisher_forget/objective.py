@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -23,17 +23,23 @@ from fisher_forget.params import Params
 
 @dataclass(frozen=True)
 class Gradient:
-    """Sums over samples: gradient, loss in nats, and scored positions."""
+    """Sums over samples: gradient, loss in nats, scored positions, and targets of each class.
+
+    `classes` is [C], or a scalar 0 without classes or samples: see `Likelihood.class_mass`.
+    """
 
     sums: Params
     loss: float
     count: float
+    classes: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
 
     def __add__(self, other: Gradient) -> Gradient:
-        return Gradient(P.add(self.sums, other.sums), self.loss + other.loss, self.count + other.count)
+        classes = self.classes + other.classes
+        return Gradient(P.add(self.sums, other.sums), self.loss + other.loss, self.count + other.count, classes)
 
     def __sub__(self, other: Gradient) -> Gradient:
-        return Gradient(P.add(self.sums, other.sums, -1), self.loss - other.loss, self.count - other.count)
+        classes = self.classes - other.classes
+        return Gradient(P.add(self.sums, other.sums, -1), self.loss - other.loss, self.count - other.count, classes)
 
     def mean(self) -> Params:
         """Gradient of the mean loss."""
@@ -71,7 +77,7 @@ class Objective:
         self, batches: Iterable[Batch], at: Mapping[str, Tensor], output_curvature: list[Tensor] | None = None
     ) -> Gradient:
         """Gradient sums of the loss, without weight decay; tr H_n of every sample is appended to the list, if given."""
-        total, loss, count = P.zeros_like(at), 0.0, 0.0
+        total, loss, count, classes = P.zeros_like(at), 0.0, 0.0, torch.zeros((), dtype=torch.float64)
         leaves = {name: p.detach().requires_grad_() for name, p in at.items()}
         for batch in batches:
             batch = batch.on(self.model)
@@ -86,9 +92,10 @@ class Objective:
                 output_curvature.append(self.likelihood.output_curvature(outputs.detach(), batch.targets).cpu())
             loss += float(each.detach())
             count += float(self.likelihood.counts(batch.targets).double().sum())
+            classes = classes + self.likelihood.class_mass(outputs.detach(), batch.targets)
         if not math.isfinite(loss) or not P.finite(total):
             raise NumericalError("a loss or gradient that is not finite", "finite losses", "Check the data for NaN.")
-        return Gradient(total, loss, count)
+        return Gradient(total, loss, count, classes)
 
     @torch.no_grad()
     def forward(self, batches: Iterable[Batch], at: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:

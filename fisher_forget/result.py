@@ -94,12 +94,14 @@ class ForgetResult:
 
     def __str__(self) -> str:
         n, loss = self.newton, self.losses
-        taken = n.accepted
+        taken, cleared = n.accepted, ", ".join(map(str, n.absent))
         lines = [
             f"Forgot {len(self.split.forget):,} samples, retained {len(self.split.retain):,}, "
             f"in {sum(self.seconds.values()):.1f} s (seed {self.seed})",
             f"  curvature  {self.structure}, {self.kind} kind, of the retained data; {self.seconds['curvature']:.1f} s",
         ]
+        if n.absent:
+            lines.append(f"  absent     no sample of class {cleared} is left: its output row starts from zero")
         if taken:
             rejected = f", {len(n.path) - len(taken)} rejected" if len(n.path) > len(taken) else ""
             lines.append(
@@ -107,10 +109,12 @@ class ForgetResult:
                 f"{max(s.damping for s in taken):.1e} to {min(s.damping for s in taken):.1e}, |step| {n.norm:.3g}; "
                 f"{self.seconds['newton']:.1f} s"
             )
-        else:
-            lines.append("  newton     no step stayed within the budget: the weights are unchanged")
+        elif n.path or not n.absent:
+            unchanged = "" if n.absent else ": the weights are unchanged"
+            lines.append(f"  newton     no step stayed within the budget{unchanged}")
         if not n.at_minimum:
             done = "only what forgetting adds to the gradient acts" if n.drift_removed else "the step also trains on"
+            done = done if n.path else "no step follows"
             lines.append(f"  note       not at a minimum of the objective (stationarity {n.stationarity:.2g}): {done}")
         if self.noise is None:
             lines.append("  noise      none")
@@ -146,6 +150,7 @@ class ForgetResult:
                 "stationarity": n.stationarity,
                 "at_minimum": n.at_minimum,
                 "drift_removed": n.drift_removed,
+                "absent": list(n.absent),
                 "held_back": n.held_back,
                 "budget": n.budget,
             },
@@ -171,7 +176,7 @@ class ForgetResult:
 
 
 def noise_damping(newton: NewtonStep, weight_decay: float) -> float:
-    """The noise is damped as the last Newton sub-step was, so that it is as wide where that step was blind."""
+    """The noise is damped as the last Newton sub-step was (1 without), so that it is as wide where that was blind."""
     return (newton.damping if newton.accepted else 1.0) + weight_decay
 
 

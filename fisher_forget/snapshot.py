@@ -21,7 +21,7 @@ from fisher_forget.errors import StorageError
 from fisher_forget.objective import Gradient, Objective
 from fisher_forget.progress import bar
 
-FORMAT = "2"
+FORMAT = "3"
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Snapshot:
     """Sums at the original weights over all samples, retained and forgotten.
 
     Attributes:
-        total: Gradient, loss and count of all samples, without weight decay.
+        total: Gradient, loss, count and targets of each class of all samples, without weight decay.
         samples: Their indices, sorted.
         spread: tr H_n of each, in that order: where the output curvature is.
     """
@@ -81,6 +81,7 @@ def save_snapshot(path: str | Path, snapshot: Snapshot, fingerprint: str) -> Non
     """
     tensors = {f"gradient/{name}": value for name, value in snapshot.total.sums.items()}
     tensors |= {"samples": torch.from_numpy(snapshot.samples), "spread": snapshot.spread}
+    tensors["classes"] = snapshot.total.classes
     numbers = {"loss": snapshot.total.loss, "count": snapshot.total.count}
     storage.save_tensors(path, tensors, {"format": FORMAT, "fingerprint": fingerprint, "numbers": json.dumps(numbers)})
 
@@ -97,5 +98,5 @@ def load_snapshot(path: str | Path, objective: Objective, fingerprint: str) -> S
             raise StorageError(f"{path} with {key} {metadata.get(key)}", f"{key} {expected}", "Name another folder.")
     numbers = json.loads(metadata["numbers"])
     sums: P.Params = {name: tensors[f"gradient/{name}"].to(p.device) for name, p in objective.start.items()}
-    total = Gradient(sums, numbers["loss"], numbers["count"])
+    total = Gradient(sums, numbers["loss"], numbers["count"], tensors["classes"])
     return Snapshot(total, tensors["samples"].numpy(), tensors["spread"])

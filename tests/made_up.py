@@ -58,6 +58,7 @@ def summary_of_forget(seed: int) -> dict[str, Any]:
             "stationarity": 0.21,
             "at_minimum": True,
             "drift_removed": False,
+            "absent": [],
             "held_back": 258,
             "budget": 0.0031,
         },
