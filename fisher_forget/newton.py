@@ -6,8 +6,9 @@ further (docs/newton.md). The curvature of a step is the exact GGN, solved by co
 curvature as preconditioner, so that the answer hardly depends on damping; or the estimated curvature itself.
 
 Only retained samples with output curvature contribute to the GGN, so products run over the `working_set` of samples
-with the largest tr H_n, re-chosen at every sub-step; the gradient is computed in full once and then updated by its
-change on the working set (variance reduction).
+with the largest tr H_n, re-chosen at every sub-step, and the estimated curvature stands for the others in proportion to
+their share of tr H_n, which is next to nothing in a converged network; the gradient is computed in full once and then
+updated by its change on the working set (variance reduction) and, again, by what the curvature says of the others.
 
 A network that is not at a minimum of its objective would go on training under this flow. Then the part of the force
 that is not owed to the forget set is subtracted, so that the flow starts with grad L_r - grad L_D, taken where a step
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -34,7 +36,7 @@ from fisher_forget import params as P
 from fisher_forget.absent import absent_classes, clear_rows
 from fisher_forget.curvature.dense import Dense
 from fisher_forget.curvature.estimate import estimate_curvature
-from fisher_forget.curvature.matrix_free import GgnProduct, Solution, conjugate_gradient
+from fisher_forget.curvature.matrix_free import Solution, conjugate_gradient
 from fisher_forget.curvature.operator import Curvature
 from fisher_forget.data.split import Indices, Split, some
 from fisher_forget.errors import ConfigError, CurvatureError, NumericalError
@@ -44,6 +46,7 @@ from fisher_forget.progress import bar
 from fisher_forget.snapshot import Snapshot, take_snapshot
 
 Solver = Literal["auto", "cg", "direct"]
+Product = Callable[[Params], Params]
 STATIONARY = 0.5  # squared gradient norm over its sampling variance; converged digits models measure 0.17-0.27
 SAMPLED = 512  # retained samples for that variance
 POOL = 4000  # candidates among which the working set is re-chosen
@@ -161,7 +164,7 @@ def newton_step(
         drift: Subtract the force that is not owed to the forget set; "auto" where the model is not at a minimum.
         budget: How far the mean loss on some retained samples may rise, nats; default max(0.01, 10 % of it), 0.002
             where the drift is subtracted, and none after the rows of absent classes.
-        working_set: Retained samples that enter the products and the gradient's change.
+        working_set: Retained samples that enter the products and the gradient's change one by one.
         snapshot: Of the same model and data, where there is one; else one is taken.
         seed: Chooses the held-back samples.
         progress: Show progress bars.
@@ -259,7 +262,7 @@ class _Flow:
         split: Its retained samples are those of the flow.
         curvature: Preconditioner, or B itself.
         sums: Gradient sums of the samples at the start.
-        spread: tr H_n of each sample at the start.
+        spread: tr H_n of each of those samples at the start.
         weight_decay: wd.
         direct: Invert `curvature` itself.
         literal: Solve to the end: the damping was given.
@@ -281,12 +284,13 @@ class _Flow:
     ) -> None:
         self.objective, self.split, self.curvature, self.sums = objective, split, curvature, sums
         self.weight_decay, self.direct, self.literal, self.working_set = weight_decay, direct, literal, working_set
-        order = np.argsort(-spread.numpy(), kind="stable")
+        self.spread = spread.double().numpy()
+        order = np.argsort(-self.spread, kind="stable")
         self.pool = split.retain[order[: max(POOL, working_set)]]
         self.at: Params = dict(objective.start)
         self.base = self.at  # where `sums` are of
         self.drift: Params | None = None  # subtracted from the force
-        self._linear: tuple[Params, GgnProduct | None] | None = None
+        self._linear: tuple[Params, Product | None] | None = None
 
     def move(self, at: Params) -> None:
         """Go there."""
@@ -299,9 +303,19 @@ class _Flow:
         self.move(at)
 
     def _change(self, chosen: Indices, at: Params) -> Gradient:
-        """Sums over some samples there minus those at the base: others have no output curvature, and change little."""
+        """Sums over some samples there minus those at the base, and of the others what the curvature says."""
         here, before = (self.objective.gradient(self.split.batches(chosen), w) for w in (at, self.base))
-        return here - before
+        change, others = here - before, self._others(chosen)
+        if others:
+            curved = self.curvature.power(P.add(at, self.base, -1), 1)
+            change = replace(change, sums=P.add(change.sums, curved, others * self.sums.count))
+        return change
+
+    def _others(self, chosen: Indices) -> float:
+        """Share of tr H_n at the start that the retained samples have that are not among some."""
+        if len(chosen) == len(self.split.retain) or not self.spread.any():
+            return 0.0
+        return 1 - float(self.spread[np.searchsorted(self.split.retain, chosen)].sum() / self.spread.sum())
 
     def solve(self, tau: float) -> Solution:
         """delta of (B + (wd + tau) I) delta = -(grad L + wd w - drift), by the curvature itself or conjugate gradients.
@@ -327,8 +341,8 @@ class _Flow:
             tolerance=tolerance,
         )
 
-    def _linearise(self) -> tuple[Params, GgnProduct | None]:
-        """Force grad L(w) + wd w - drift, and GGN, at the current weights."""
+    def _linearise(self) -> tuple[Params, Product | None]:
+        """Force grad L(w) + wd w - drift, and products with the GGN, at the current weights."""
         chosen = self._working_set() if len(self.pool) > self.working_set else self.pool
         if self.at is self.base:
             gradient = self.sums.mean()
@@ -341,7 +355,9 @@ class _Flow:
             force = P.add(force, self.drift, -1)
         if self.direct:
             return force, None
-        return force, self.objective.ggn(self.split.batches(chosen), self.at, self.sums.count)
+        ggn = self.objective.ggn(self.split.batches(chosen), self.at, self.sums.count)
+        others = self._others(chosen)
+        return force, (lambda v: P.add(ggn(v), self.curvature.power(v, 1), others)) if others else ggn
 
     def _working_set(self) -> Indices:
         """The pool's samples with the largest output curvature at the current weights."""

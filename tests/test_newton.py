@@ -268,6 +268,25 @@ def test_variance_reduction_is_exact_when_every_sample_is_in_the_working_set() -
     assert math.isfinite(float(few.norm()))
 
 
+def test_the_curvature_stands_for_samples_outside_the_working_set() -> None:
+    """Every retained sample twice: the curvature of all is that of the copies, so backward Euler steps are exact."""
+    x, y = regression()
+    x, y = torch.cat([x[:50], x]), torch.cat([y[:50], y])
+    split = resolve(TensorDataset(x, y), range(100, 110))
+    model = ridge(x, y, DECAY)
+    objective = Objective(model, Gaussian())
+    curvature = estimate_curvature(model, split, Gaussian(), structure="dense")
+    options = {"weight_decay": DECAY, "steps": 2, "damping": 0.05, "solver": "cg", "drift": False}
+    step = newton_step(objective, split, curvature, working_set=50, **options)
+
+    ones = torch.cat([x[:100], torch.ones(100, 1, dtype=x.dtype)], 1)
+    b = ones.T @ ones / 100 + DECAY * torch.eye(6, dtype=x.dtype)
+    w = torch.cat([model.weight.T, model.bias[None]]).detach()
+    for _ in range(2):
+        w = w - torch.linalg.solve(b + 0.05 * torch.eye(6, dtype=x.dtype), b @ w - ones.T @ y[:100] / 100)
+    torch.testing.assert_close(torch.cat([step.params["weight"].T, step.params["bias"][None]]), w, rtol=0, atol=1e-7)
+
+
 def test_an_indefinite_hessian_is_damped_or_refused() -> None:
     """Away from a minimum a Hessian curves downwards: "auto" finds a damping that is enough, a given one may not be."""
     x, y = regression()
