@@ -30,7 +30,6 @@ from fisher_forget.curvature.persist import load_curvature, save_curvature
 from fisher_forget.data.batches import Unpack
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.data.split import resolve as resolve_split
-from fisher_forget.errors import StorageError
 from fisher_forget.forget import curvature_samples, scrub
 from fisher_forget.likelihood import Likelihood
 from fisher_forget.likelihood import resolve as resolve_likelihood
@@ -41,8 +40,7 @@ from fisher_forget.randomness import preserved_rng
 from fisher_forget.result import ForgetResult
 from fisher_forget.snapshot import Snapshot, load_snapshot, save_snapshot, take_snapshot
 
-FORMAT = 1
-REQUESTS, SNAPSHOT, CURVATURE = "requests.json", "snapshot.safetensors", "curvature.safetensors"
+SNAPSHOT, CURVATURE = "snapshot.safetensors", "curvature.safetensors"
 
 
 @dataclass(frozen=True)
@@ -257,30 +255,8 @@ def _estimate(
 
 
 @dataclass(frozen=True)
-class _Store:
-    """A folder of one prepared model: `mark` says which model, data and options it is for."""
-
-    folder: Path
-    mark: str
-
-    def requests(self) -> list[list[int]]:
-        """Those recorded so far; an empty folder becomes ours."""
-        path = self.folder / REQUESTS
-        if not path.exists():
-            self.record([])
-            return []
-        content = storage.read_json(path)
-        if content.get("format") != FORMAT or content.get("mark") != self.mark:
-            raise StorageError(
-                f"{self.folder}, prepared for another model, other data or other options",
-                "the folder of this one, or an empty one",
-                "Name another folder, or delete this one if its requests are no longer needed.",
-            )
-        requests: list[list[int]] = content["requests"]
-        return requests
-
-    def record(self, requests: list[list[int]]) -> None:
-        storage.write_json(self.folder / REQUESTS, {"format": FORMAT, "mark": self.mark, "requests": requests})
+class _Store(storage.RequestLog):
+    """The folder of one prepared model: its requests, and the sums over all data."""
 
     def snapshot(self, objective: Objective) -> Snapshot | None:
         path = self.folder / SNAPSHOT

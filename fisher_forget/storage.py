@@ -10,7 +10,7 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fisher_forget.errors import StorageError
 
+REQUESTS, REQUESTS_FORMAT = "requests.json", 1
 CHECKSUM = "sha256"  # the format itself does not notice a flipped bit
 AGAIN = "Remove it and compute it again."
 
@@ -157,6 +158,43 @@ def ensure_folder(path: str | Path) -> Path:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise StorageError(f"{folder} without permission to write", "a writable folder", "Name another folder.")
     return folder
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestLog:
+    """The deletion requests made so far, in a folder that belongs to one model, its data and its options.
+
+    Attributes:
+        folder: Exists and is writable.
+        mark: Fingerprint of all that the folder's content depends on, apart from the requests.
+    """
+
+    folder: Path
+    mark: str
+
+    def requests(self) -> list[list[int]]:
+        """Those recorded so far; an empty folder becomes ours.
+
+        Raises:
+            StorageError: If the folder belongs to something else.
+        """
+        path = self.folder / REQUESTS
+        if not path.exists():
+            self.record([])
+            return []
+        content = read_json(path)
+        if content.get("format") != REQUESTS_FORMAT or content.get("mark") != self.mark:
+            raise StorageError(
+                f"{self.folder}, made for another model, other data or other options",
+                "the folder of this one, or an empty one",
+                "Name another folder, or delete this one if its requests are no longer needed.",
+            )
+        requests: list[list[int]] = content["requests"]
+        return requests
+
+    def record(self, requests: Sequence[Sequence[int]]) -> None:
+        """Write all requests so far."""
+        write_json(self.folder / REQUESTS, {"format": REQUESTS_FORMAT, "mark": self.mark, "requests": requests})
 
 
 def fingerprint(*parts: object) -> str:

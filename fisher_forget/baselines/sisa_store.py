@@ -10,7 +10,7 @@ and is removed before anything is trained. So the folder needs no log of what wa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,46 +21,12 @@ from fisher_forget import storage
 from fisher_forget.baselines.sharding import Shard
 from fisher_forget.errors import StorageError
 
-FORMAT = 1
-REQUESTS = "requests.json"
 PATTERN = "shard-*.safetensors"
 
 
 @dataclass(frozen=True)
-class Store:
-    """A folder that belongs to one run.
-
-    Attributes:
-        folder: Exists and is writable.
-        mark: Fingerprint of all that the weights depend on, apart from the requests.
-    """
-
-    folder: Path
-    mark: str
-
-    def requests(self) -> list[list[int]]:
-        """The requests recorded so far; an empty folder becomes ours.
-
-        Raises:
-            StorageError: If the folder belongs to another run.
-        """
-        path = self.folder / REQUESTS
-        if not path.exists():
-            self.record([])
-            return []
-        content = storage.read_json(path)
-        if content.get("format") != FORMAT or content.get("mark") != self.mark:
-            raise StorageError(
-                f"{self.folder}, of a run with other data, another model or other options",
-                "the folder of this run, or an empty one",
-                "Name another folder, or delete this one if it is no longer needed.",
-            )
-        requests: list[list[int]] = content["requests"]
-        return requests
-
-    def record(self, requests: Sequence[Sequence[int]]) -> None:
-        """Write all requests so far."""
-        storage.write_json(self.folder / REQUESTS, {"format": FORMAT, "mark": self.mark, "requests": requests})
+class Store(storage.RequestLog):
+    """A folder that belongs to one run: its requests, and its checkpoints."""
 
     def keys(self, shard: int, parts: Shard) -> tuple[str, ...]:
         """key_0 ... key_R of a shard whose slices retain `parts`."""
