@@ -216,7 +216,7 @@ def scrub(
         )
         warnings.warn(
             f"The model is not at a minimum of its training objective (stationarity {newton.stationarity:.2g}, "
-            f"0.5 expected at most), so only {moves}. Train it to the end, or "
+            f"0.5 expected at most, or training on would lower its loss), so only {moves}. Train it to the end, or "
             "check that weight_decay is the one used in training.",
             FisherForgetWarning,
             stacklevel=3,

@@ -93,8 +93,9 @@ class NewtonStep:
         norm: |w_new - w|.
         gradient_norm: |grad L_r(w) + wd w| at the start.
         stationarity: |grad L_D + wd w|^2 over the sampling variance of the mean gradient, as retained samples
-            have it; below 0.5 is a minimum.
-        at_minimum: Whether the given model was near a minimum of its training objective.
+            have it; below 0.5 at a minimum.
+        at_minimum: Whether the given model was near a minimum of its training objective: such a gradient, and (if
+            steps="auto") a step of the flow over all samples that does not lower the watched loss beyond the budget.
         drift_removed: Whether the force that is not owed to the forget set was subtracted.
         absent: Classes that no retained sample is labelled with, whose output rows were set to zero.
         path: Every sub-step tried, in order.
@@ -184,7 +185,6 @@ def newton_step(
     snapshot = snapshot or take_snapshot(objective, split, progress=progress)
     retained = snapshot.retained(split, objective.gradient(split.batches("forget"), objective.start))
     stationarity = _stationarity(snapshot, objective, split, weight_decay, seed)
-    removed = stationarity >= STATIONARY if drift == "auto" else drift
 
     def flow(own: Split, sums: Gradient) -> _Flow:
         spread = snapshot.spread_of(own.retain)
@@ -198,17 +198,21 @@ def newton_step(
         flow(split, retained),
         held=some(split.retain, 0 if literal else min(len(split.retain) // 10, 1000), rng),
         shown=some(split.forget, 512, rng),
-        budget=STRICT if budget is None and removed else budget,
+        budget=budget,
         progress=progress,
     )
+    everyone = flow(replace(split, retain=split.indices("all"), forget=split.forget[:0]), snapshot.total)
+    settled = stationarity < STATIONARY and not (steps == "auto" and correction.trains_on(everyone))
+    removed = not settled if drift == "auto" else drift
+    if budget is None and removed:
+        correction.allowed = STRICT
     absent: tuple[int, ...] = ()
     if steps == "auto" and (gone := absent_classes(snapshot.total, retained)):
         cleared = clear_rows(objective, split, np.union1d(correction.held[:PROBED], correction.shown[:PROBED]), gone)
         if cleared is not None and correction.clear(cleared):
             absent = gone
     if removed and not absent:
-        everyone = replace(split, retain=split.indices("all"), forget=split.forget[:0])
-        correction.remove_drift(flow(everyone, snapshot.total))
+        correction.remove_drift(everyone)
     if steps == "auto":
         times: tuple[float, ...] = DRIFTING if removed else TIMES
         if absent:  # what training has no time to do, the row has done
@@ -228,7 +232,7 @@ def newton_step(
         norm=P.norm(P.add(correction.theta, objective.start, -1)),
         gradient_norm=P.norm(P.add(retained.mean(), objective.start, weight_decay)),
         stationarity=stationarity,
-        at_minimum=stationarity < STATIONARY,
+        at_minimum=settled,
         drift_removed=removed and not absent,
         absent=absent,
         path=tuple(correction.path),
@@ -395,6 +399,19 @@ class _Correction:
         self.loss_before = self._loss(self.theta)
         self.allowed = self.budget if self.budget is not None else max(0.01, 0.1 * self.loss_before)
         self.first = self.last = self._forget_outputs(self.theta)
+
+    def trains_on(self, everyone: _Flow) -> bool:
+        """Whether a step of the flow over all samples, nobody forgotten, lowers the watched loss beyond the budget.
+
+        The gradient alone does not tell where the loss is still high: its sampling variance is, too.
+        """
+        if not self.loss_before > self.allowed:
+            return False
+        try:
+            loss = self._loss(P.add(self.theta, everyone.solve(1 / AHEAD).x))
+        except (CurvatureError, NumericalError):
+            return True
+        return not loss >= self.loss_before - self.allowed
 
     def remove_drift(self, everyone: _Flow) -> None:
         r"""Leave of the force only what is owed to the forget set, at w_D where a step of the flow over all leads.
