@@ -49,6 +49,7 @@ Solver = Literal["auto", "cg", "direct"]
 Product = Callable[[Params], Params]
 STATIONARY = 0.5  # squared gradient norm over its sampling variance; converged digits models measure 0.17-0.27
 SAMPLED = 512  # retained samples for that variance
+JUDGED = 1000  # retained samples whose loss tells whether the network would go on training
 POOL = 4000  # candidates among which the working set is re-chosen
 TIMES = (125.0, 250.0, 500.0, 1000.0, 1000.0, 1000.0)  # sub-steps of steps="auto"; 1000 and more can diverge alone
 STILL = 0.02  # stop when a sub-step moves the forget set's predictions by less than this share of the whole motion
@@ -95,7 +96,7 @@ class NewtonStep:
         stationarity: |grad L_D + wd w|^2 over the sampling variance of the mean gradient, as retained samples
             have it; below 0.5 at a minimum.
         at_minimum: Whether the given model was near a minimum of its training objective: such a gradient, and (if
-            steps="auto") a step of the flow over all samples that does not lower the watched loss beyond the budget.
+            steps="auto") a step of the flow over all samples that does not lower the retained loss beyond the budget.
         drift_removed: Whether the force that is not owed to the forget set was subtracted.
         absent: Classes that no retained sample is labelled with, whose output rows were set to zero.
         path: Every sub-step tried, in order.
@@ -202,7 +203,9 @@ def newton_step(
         progress=progress,
     )
     everyone = flow(replace(split, retain=split.indices("all"), forget=split.forget[:0]), snapshot.total)
-    settled = stationarity < STATIONARY and not (steps == "auto" and correction.trains_on(everyone))
+    settled = stationarity < STATIONARY and not (
+        steps == "auto" and correction.trains_on(everyone, some(split.retain, JUDGED, seed))
+    )
     removed = not settled if drift == "auto" else drift
     if budget is None and removed:
         correction.allowed = STRICT
@@ -400,18 +403,20 @@ class _Correction:
         self.allowed = self.budget if self.budget is not None else max(0.01, 0.1 * self.loss_before)
         self.first = self.last = self._forget_outputs(self.theta)
 
-    def trains_on(self, everyone: _Flow) -> bool:
-        """Whether a step of the flow over all samples, nobody forgotten, lowers the watched loss beyond the budget.
+    def trains_on(self, everyone: _Flow, judged: Indices) -> bool:
+        """Whether a step of the flow over all samples, nobody forgotten, lowers the loss of some beyond the budget.
 
         The gradient alone does not tell where the loss is still high: its sampling variance is, too.
         """
-        if not self.loss_before > self.allowed:
+        before = self.objective.mean_loss(self.split.batches(judged), self.theta)
+        if not before > self.allowed:
             return False
         try:
-            loss = self._loss(P.add(self.theta, everyone.solve(1 / AHEAD).x))
+            ahead = P.add(self.theta, everyone.solve(1 / AHEAD).x)
+            after = self.objective.mean_loss(self.split.batches(judged), ahead)
         except (CurvatureError, NumericalError):
             return True
-        return not loss >= self.loss_before - self.allowed
+        return not after >= before - self.allowed
 
     def remove_drift(self, everyone: _Flow) -> None:
         r"""Leave of the force only what is owed to the forget set, at w_D where a step of the flow over all leads.

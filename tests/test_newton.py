@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from conftest import blobs_data, seeded, small_net
 from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression, Ridge
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from fisher_forget.data.datasets import load_dataset
 from fisher_forget.data.split import resolve
 from fisher_forget.objective import Objective
 from fisher_forget.params import add, flatten, norm, randn_like, unflatten
+from fisher_forget.training import TrainSettings, train
 
 DECAY = 0.01
 
@@ -169,6 +171,18 @@ class TestControls:
         before = self.flow(model, data, [0, 1]).stationarity
         after = self.flow(softmax_minimiser(model, *data.tensors, DECAY), data, [0, 1]).stationarity
         assert before > 0.5 > 1e-3 > after
+
+    def test_a_small_gradient_is_no_minimum_where_training_on_would_lower_the_loss(self) -> None:
+        """At a high loss the gradient's sampling variance is large, too; a step over all samples tells."""
+        data = blobs_data()
+        settings = TrainSettings(epochs=50, batch_size=60, lr=0.3, weight_decay=0.0)
+        short = train(seeded(small_net), data, settings, seed=0, progress=False)
+        split = resolve(data, [1, 2, 3])
+        step = newton_step(Objective(short, Categorical()), split, estimate_curvature(short, split))
+        assert step.stationarity < 0.1
+        assert not step.at_minimum
+        assert step.drift_removed
+        assert step.budget == 0.002
 
     def test_a_step_outside_the_budget_is_never_returned(self) -> None:
         model, data = self.data()
