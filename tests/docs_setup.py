@@ -15,7 +15,7 @@ bundle = load_dataset("digits", max_train=500, max_test=200)
 data, test = bundle.train, bundle.test
 loader = DataLoader(data, batch_size=250)
 forget_idx = torch.nonzero(data.tensors[1] == 3).flatten().tolist()
-settings = TrainSettings(epochs=20, batch_size=50, lr=0.1, weight_decay=5e-4)
+settings = TrainSettings(epochs=60, batch_size=50, lr=0.1, weight_decay=5e-4)
 
 
 def train_fn(indices: np.ndarray, seed: int) -> nn.Module:
