@@ -85,7 +85,7 @@ def forget(
         drift: Subtract the force that is not owed to the forget set, see `newton_step`.
         budget: Allowed rise of the held-back retained loss by the Newton step, nats.
         noise: Scale s of the noise s (B + tau I)^-p xi; or a `NoiseTarget` that it is to reach, which is by default
-            ("auto") that the retained loss rises by max(0.001 nats, 2 % of it); `None` adds none.
+            ("auto") that the retained loss rises by max(0.0002 nats, 0.2 % of it); `None` adds none.
         exponent: p.
         subset: Shell patterns of the parameters that may move ("head.*"); `None` for all that require gradients.
         unpack: Function from a batch to (inputs, targets); by default tuples and dicts are understood.

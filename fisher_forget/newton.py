@@ -54,7 +54,7 @@ POOL = 4000  # candidates among which the working set is re-chosen
 TIMES = (125.0, 250.0, 500.0, 1000.0, 1000.0, 1000.0)  # sub-steps of steps="auto"; 1000 and more can diverge alone
 STILL = 0.02  # stop when a sub-step moves the forget set's predictions by less than this share of the whole motion
 DAMPINGS = tuple(10.0 ** (-k / 2) for k in range(13))  # 1 ... 1e-6, for damping="auto" with a single step
-REJECTIONS = 5
+HALVINGS = 7  # of a step that leaves the budget
 # sub-steps and budget (nats) of a network that is still being trained: its loss need not rise
 DRIFTING, STRICT = (60.0, 60.0, 125.0, 250.0, 500.0), 0.002
 AHEAD = 125.0  # time of the step over all samples that leads to where the forget set's gradient is taken
@@ -70,8 +70,9 @@ class SubStep:
         damping: tau = 1 / time.
         iterations: Conjugate-gradient products; 0 where the curvature was inverted directly.
         residual: Relative residual of the linear system.
-        norm: Length of the step.
-        loss: Mean loss on the the watched retained samples afterwards, nats (NaN where none are).
+        share: How much of the solution was taken: less than 1 where all of it left the budget.
+        norm: Length of what was taken.
+        loss: Mean loss on the watched retained samples afterwards, nats (NaN where none are).
         moved: KL(before || after) of the forget set's predictions, nats.
         accepted: Whether it stayed within the budget.
     """
@@ -79,6 +80,7 @@ class SubStep:
     damping: float
     iterations: int
     residual: float
+    share: float
     norm: float
     loss: float
     moved: float
@@ -155,10 +157,10 @@ def newton_step(
         split: Who is retained and forgotten; nobody forgotten is a legal control run.
         curvature: Estimate at the original parameters, without damping: preconditioner, or B itself.
         weight_decay: wd of the training objective, mean loss + (wd/2)|w|^2.
-        steps: Number of sub-steps, or "auto": times 125 to 1,000 up to a horizon of 3,875, fewer when the forget
-            set's predictions stop moving, shortened when the retained loss leaves the budget; times 60 to 500 up to
-            995 where the drift is subtracted; output rows of absent classes set to zero and one time of 125 at most
-            where there are such. 1 is the textbook step.
+        steps: Number of sub-steps, or "auto": times 125 to 1,000 up to a horizon of 3,875, or 60 to 500 up to 995 where
+            the drift is subtracted, fewer when the forget set's predictions stop moving; a step that leaves the budget
+            is halved until it does not, and is the last. Output rows of absent classes are set to zero, with one time
+            of 125 at most where there are such. 1 is the textbook step.
         damping: tau of each sub-step for a given number of steps; "auto" takes the smallest of 13 values whose first
             step stays within the budget.
         solver: "cg" on exact GGN products, "direct" inverse of `curvature`, which stays that of the start
@@ -297,6 +299,7 @@ class _Flow:
         self.at: Params = dict(objective.start)
         self.base = self.at  # where `sums` are of
         self.drift: Params | None = None  # subtracted from the force
+        self._restart = False
         self._linear: tuple[Params, Product | None] | None = None
 
     def move(self, at: Params) -> None:
@@ -304,10 +307,9 @@ class _Flow:
         self.at, self._linear = at, None
 
     def restart(self, at: Params) -> None:
-        """Go there, and have the pool tell how far the gradient has changed."""
-        self.sums = self.sums + self._change(self.pool, at)
-        self.base = at
+        """Go there; before the next step, the pool is to tell how far the gradient has changed."""
         self.move(at)
+        self._restart = True
 
     def _change(self, chosen: Indices, at: Params) -> Gradient:
         """Sums over some samples there minus those at the base, and of the others what the curvature says."""
@@ -351,6 +353,8 @@ class _Flow:
     def _linearise(self) -> tuple[Params, Product | None]:
         """Force grad L(w) + wd w - drift, and products with the GGN, at the current weights."""
         chosen = self._working_set() if len(self.pool) > self.working_set else self.pool
+        if self._restart:
+            self.sums, self.base, self._restart = self.sums + self._change(self.pool, self.at), self.at, False
         if self.at is self.base:
             gradient = self.sums.mean()
         elif len(self.split.retain) <= self.working_set:
@@ -421,21 +425,22 @@ class _Correction:
     def remove_drift(self, everyone: _Flow) -> None:
         r"""Leave of the force only what is owed to the forget set, at w_D where a step of the flow over all leads.
 
-        At the start, F = grad L_r(w_D) - grad L_D(w_D) = (m/n_r) (grad L_D(w_D) - grad L_f(w_D)), of which
-        grad L_D(w_D) = -(tau delta + wd w_D) by the step's own equation. The step is shortened like any other; a given
-        damping means the textbook step, which does not look ahead: F = grad L_r(w) - grad L_D(w).
+        At the start, F = grad L_r(w_D) - grad L_D(w_D) = (m/n_r) (grad L_D(w_D) - grad L_f(w_D)). Where a share s of
+        the step delta over all samples is taken, which is halved like any other that leaves the budget, the step's own
+        equation gives grad L_D(w_D) + wd w_D = (1 - s) (grad L_D(w) + wd w) - s tau delta. A given damping means the
+        textbook step, which does not look ahead: F = grad L_r(w) - grad L_D(w).
         """
         objective, wd = self.objective, self.flow.weight_decay
         full, ahead = everyone.sums.mean(), self.theta
-        for tau in () if self.flow.literal else tuple(4**k / AHEAD for k in range(REJECTIONS)):
-            try:
-                delta = everyone.solve(tau).x
-                end = P.add(self.theta, delta)
-                if P.finite(end) and not self._loss(end) > self.loss_before + self.allowed:
-                    full, ahead = P.scale(P.add(P.scale(delta, tau), end, wd), -1), end
-                    break
-            except (CurvatureError, NumericalError):
-                continue
+        try:
+            delta = None if self.flow.literal else everyone.solve(1 / AHEAD).x
+        except (CurvatureError, NumericalError):
+            delta = None
+        if delta is not None:
+            share, end, loss = self._shortened(delta, HALVINGS)
+            if self._fits(end, loss):
+                total = P.add(P.scale(P.add(full, ahead, wd), 1 - share), delta, -share / AHEAD)
+                full, ahead = P.add(total, end, -wd), end
         forgotten = objective.gradient(self.split.batches("forget"), ahead)
         owed = P.scale(P.add(P.scale(full, forgotten.count), forgotten.sums, -1), 1 / self.flow.sums.count)
         self.flow.drift = P.add(P.add(self.flow.sums.mean(), self.theta, wd), owed, -1)
@@ -457,21 +462,16 @@ class _Correction:
         return True
 
     def follow(self, times: list[float]) -> None:
-        """Adaptive sub-steps: shortened on rejection, ended when the forget set's predictions stand still."""
-        rejected = taken = 0
-        for _ in bar(range(len(times)), len(times), "Newton", self.progress):
-            while not self.advance(1 / times[0]):
-                rejected += 1
-                if rejected == REJECTIONS:
-                    return
-                times = [t / 4 for t in times]
-            times, taken = times[1:], taken + 1
-            if taken >= 3 and self.path[-1].moved <= STILL * self._moved(self.first, self.last):
+        """Sub-steps, until the forget set's predictions stand still or one does not stay within the budget whole."""
+        for turn, horizon in enumerate(bar(times, len(times), "Newton", self.progress), 1):
+            if not self.advance(1 / horizon, halvings=HALVINGS) or self.path[-1].share < 1:
+                return
+            if turn >= 3 and self.path[-1].moved <= STILL * self._moved(self.first, self.last):
                 return
 
-    def advance(self, tau: float, *, trial: bool = False) -> bool:
+    def advance(self, tau: float, *, halvings: int = 0, trial: bool = False) -> bool:
         """One sub-step from the current weights; they move only if it stays within the budget, and is no trial."""
-        step, theta, outputs = self._try(tau)
+        step, theta, outputs = self._try(tau, halvings)
         self.path.append(replace(step, accepted=step.accepted and not trial))
         if step.accepted and not trial:
             self.theta, self.last = theta, outputs
@@ -488,24 +488,38 @@ class _Correction:
                 break
         return best
 
-    def _try(self, tau: float) -> tuple[SubStep, Params, list[Tensor]]:
+    def _try(self, tau: float, halvings: int) -> tuple[SubStep, Params, list[Tensor]]:
         """Solve the step and look at the retained loss and the forget set's predictions where it leads."""
         try:
             solved = self.flow.solve(tau)
         except (CurvatureError, NumericalError):
             if self.flow.literal:
                 raise
-            return SubStep(tau, 0, math.inf, math.nan, math.nan, math.nan, False), self.theta, []
-        theta = P.add(self.theta, solved.x)
-        step = SubStep(tau, solved.iterations, solved.residual, P.norm(solved.x), math.nan, math.nan, False)
+            return SubStep(tau, 0, math.inf, 0.0, math.nan, math.nan, math.nan, False), self.theta, []
+        share, theta, loss = self._shortened(solved.x, halvings)
+        norm = share * P.norm(solved.x)
+        step = SubStep(tau, solved.iterations, solved.residual, share, norm, loss, math.nan, False)
         try:
-            if not P.finite(theta):
-                return step, theta, []
-            loss, outputs = self._loss(theta), self._forget_outputs(theta)
+            outputs = self._forget_outputs(theta)
         except NumericalError:
             return step, theta, []
-        within = not len(self.held) or loss <= self.loss_before + self.allowed
-        return replace(step, loss=loss, moved=self._moved(self.last, outputs), accepted=within), theta, outputs
+        return replace(step, moved=self._moved(self.last, outputs), accepted=self._fits(theta, loss)), theta, outputs
+
+    def _shortened(self, delta: Params, halvings: int) -> tuple[float, Params, float]:
+        """The share of a step that stays within the budget or 2^-halvings, where that leads, and the loss there."""
+        for share in (0.5**k for k in range(halvings + 1)):
+            end = P.add(self.theta, delta, share)
+            try:
+                loss = self._loss(end) if P.finite(end) else math.nan
+            except NumericalError:
+                loss = math.nan
+            if self._fits(end, loss):
+                break
+        return share, end, loss
+
+    def _fits(self, at: Params, loss: float) -> bool:
+        """Whether the weights may go there, where the watched loss is such."""
+        return loss <= self.loss_before + self.allowed if len(self.held) else P.finite(at)
 
     def _loss(self, at: Params) -> float:
         return self.objective.mean_loss(self.split.batches(self.held), at)

@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import count
 from numbers import Real
 from typing import Literal
 
@@ -49,7 +50,7 @@ class NoiseTarget:
     r"""What the noise scale s is to achieve: at most one of the first four; without any, a default rise of the loss.
 
     Attributes:
-        loss: Allowed rise of the mean retained loss, nats; by default max(0.001, 2 % of it).
+        loss: Allowed rise of the mean retained loss, nats; by default max(0.0002, 0.2 % of it).
         accuracy: Allowed drop of the retained accuracy, as a share: 0.01 is one point of a hundred.
         information: Local forgetting bound (see the module), nats; s^2 = sigma_h^2 tr((B + tau I)^2p) / 2 information.
         trade_off: lambda of the Forgetting Lagrangian rise + lambda information, whose quadratic model is least at
@@ -223,15 +224,15 @@ def calibrate_noise(
     r"""The scale s that reaches a target.
 
     Rise and drop are measured, as means over `DRAWS` common draws on at most `samples` retained samples. A target of
-    either is met from below by the largest s, to 2 %, found by bisection of log s around where the quadratic model
-    puts it. Information and trade-off have a closed form (`NoiseTarget`).
+    either is met from below by the largest s, to 2 %, searched around where the quadratic model puts it. Information
+    and trade-off have a closed form (`NoiseTarget`).
 
     Args:
         objective: Losses and scores.
         split: Gives the retained samples.
         curvature: Already damped.
         at: Parameters that the noise is added to.
-        target: By default a rise of max(0.001 nats, 2 % of the loss).
+        target: By default a rise of max(0.0002 nats, 0.2 % of the loss).
         error: sigma_h where the target has none of its own.
         exponent: p.
         seed: Of the draws and the samples.
@@ -281,14 +282,14 @@ def calibrate_noise(
             raise NumericalError("a curvature of zero", "a loss that noise can raise", "Pass noise a scale, or None.")
         scale = (target.trade_off * error * error * precision / steepness) ** 0.25
     else:
-        budget = target.loss if target.loss is not None else max(0.001, 0.02 * loss)
+        budget = target.loss if target.loss is not None else max(0.0002, 0.002 * loss)
         steepness = float(np.mean([P.dot(d, curvature.power(d, 1.0)) for d in directions]))
         guess = math.sqrt(2 * budget / max(steepness, 1e-30))
         if target.accuracy is None:
             target, allowed, which = replace(target, loss=budget), budget, 0
         else:
             allowed, which = target.accuracy, 1
-        scale = _largest(lambda s: harm(s)[which] <= allowed, guess, target)
+        scale = _largest(lambda s: harm(s)[which], allowed, guess, target)
     rise, drop = harm(scale)
     return Calibration(scale, rise, drop, information(scale, error, precision), error, target)
 
@@ -319,29 +320,36 @@ def _means(objective: Objective, batches: Iterable[Batch], at: Params) -> tuple[
     return loss / positions, score / samples
 
 
-def _largest(fits: Callable[[float], bool], guess: float, target: NoiseTarget) -> float:
-    """The largest scale that fits, on a grid of `RESOLUTION` in log10, searched around a guess; 0 if none does."""
-    low = high = start = math.log10(guess)
-    if fits(10**start):
-        while fits(10 ** (high + STEP)):
-            high += STEP
-            if high > start + DECADES:
-                raise ConfigError(
-                    f"the noise target {target.kind}={getattr(target, target.kind):g}, within which even noise of "
-                    f"scale {10**high:.1g} stays",
-                    "one that noise can reach",
-                    "Lower the target, or pass noise a scale.",
-                )
-        low, high = high, high + STEP
-    else:
-        while not fits(10 ** (low - STEP)):
-            low -= STEP
-            if low < start - DECADES:
-                return 0.0
-        low, high = low - STEP, low
-    while high - low > RESOLUTION:
-        middle = (low + high) / 2
-        low, high = (middle, high) if fits(10**middle) else (low, middle)
+def _largest(harm: Callable[[float], float], allowed: float, guess: float, target: NoiseTarget) -> float:
+    """The largest scale whose harm is allowed, to `RESOLUTION` in log10, searched around a guess; 0 if none is.
+
+    Harm that grows with s^2 says where to look next; every fourth look halves the bracket, whatever it says.
+    """
+    low, high, at = -math.inf, math.inf, math.log10(guess)
+    start, near = at, 0.999 * RESOLUTION
+    for turn in count(1):
+        found = harm(10**at)
+        low, high = (at, high) if found <= allowed else (low, at)
+        if high - low <= RESOLUTION:
+            break
+        if high < start - DECADES:
+            return 0.0
+        if low > start + DECADES:
+            raise ConfigError(
+                f"the noise target {target.kind}={getattr(target, target.kind):g}, within which even noise of "
+                f"scale {10**low:.1g} stays",
+                "one that noise can reach",
+                "Lower the target, or pass noise a scale.",
+            )
+        least = low + near if low > -math.inf else high - STEP
+        most = high - near if high < math.inf else low + STEP
+        if 0 < found < math.inf and turn % 4:
+            at += math.log10(allowed / found) / 2
+        elif high - low < math.inf:
+            at = (low + high) / 2
+        else:
+            at = most if found <= allowed else least
+        at = min(max(at, least), most)
     return 10**low
 
 

@@ -56,9 +56,10 @@ class Objective:
     """
 
     def __init__(self, model: nn.Module, likelihood: Likelihood, subset: str | tuple[str, ...] | None = None) -> None:
-        self.start = P.detached(P.trainable(model, subset))
         self.likelihood = likelihood
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.model = P.channels_last(copy.deepcopy(model).eval().requires_grad_(False))
+        own = dict(self.model.named_parameters())
+        self.start = P.detached({name: own[name] for name in P.trainable(model, subset)})
 
     def twin(self) -> nn.Module:
         """A copy of the model in which exactly the moving parameters require gradients."""

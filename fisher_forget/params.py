@@ -63,6 +63,15 @@ def load(model: nn.Module, params: Mapping[str, Tensor]) -> nn.Module:
     return twin
 
 
+def channels_last(model: nn.Module) -> nn.Module:
+    """The same model with its image convolutions laid out channels last, where their kernels are faster."""
+    for module in model.modules():
+        for p in module.parameters() if isinstance(module, nn.Conv2d) else ():
+            if p.dim() == 4:
+                p.data = p.data.contiguous(memory_format=torch.channels_last)
+    return model
+
+
 def map_params(fn: Callable[..., Tensor], first: Mapping[str, Tensor], *rest: Mapping[str, Tensor]) -> Params:
     """Apply `fn` name by name."""
     return {name: fn(value, *(r[name] for r in rest)) for name, value in first.items()}

@@ -104,8 +104,9 @@ class ForgetResult:
             lines.append(f"  absent     no sample of class {cleared} is left: its output row starts from zero")
         if taken:
             rejected = f", {len(n.path) - len(taken)} rejected" if len(n.path) > len(taken) else ""
+            shortened = f", the last shortened to {taken[-1].share:.2g}" if taken[-1].share < 1 else ""
             lines.append(
-                f"  newton     {len(taken)} sub-step{'s' * (len(taken) > 1)}{rejected}, damping "
+                f"  newton     {len(taken)} sub-step{'s' * (len(taken) > 1)}{rejected}{shortened}, damping "
                 f"{max(s.damping for s in taken):.1e} to {min(s.damping for s in taken):.1e}, |step| {n.norm:.3g}; "
                 f"{self.seconds['newton']:.1f} s"
             )

@@ -18,7 +18,7 @@ from fisher_forget import Categorical, CurvatureError, Gaussian, NumericalError,
 from fisher_forget.curvature.diagonal import Diagonal
 from fisher_forget.curvature.matrix_free import GgnProduct, conjugate_gradient
 from fisher_forget.data.datasets import load_dataset
-from fisher_forget.data.split import resolve
+from fisher_forget.data.split import resolve, some
 from fisher_forget.objective import Objective
 from fisher_forget.params import add, flatten, norm, randn_like, unflatten
 from fisher_forget.training import TrainSettings, train
@@ -189,9 +189,24 @@ class TestControls:
         step = self.flow(model, data, [0, 1], drift=False, budget=-10.0)
         assert step.norm == 0.0
         assert not step.accepted
-        assert len(step.path) == 5  # it was shortened before giving up
-        dampings = [s.damping for s in step.path]
-        assert dampings == sorted(dampings)
+        assert [s.share for s in step.path] == [2.0**-7]  # it was shortened before giving up
+
+    def test_a_step_that_leaves_the_budget_is_halved_and_the_last(self) -> None:
+        model, data = self.data()
+        model, forgotten = softmax_minimiser(model, *data.tensors, DECAY), list(range(20))
+        whole = self.flow(model, data, forgotten, budget=10.0, seed=1)
+        budget = 0.3 * (whole.path[0].loss - whole.loss_before)
+        step = self.flow(model, data, forgotten, budget=budget, seed=1)
+        (only,) = step.path
+        assert budget > 0
+        assert only.accepted
+        assert only.share in (0.5, 0.25, 0.125)
+        assert only.norm == pytest.approx(only.share * whole.path[0].norm)
+        assert step.norm == pytest.approx(only.norm)
+        objective, split = Objective(model, Categorical()), resolve(data, forgotten)
+        twice = add(objective.start, add(step.params, objective.start, -1), 2.0)
+        held = split.batches(some(split.retain, len(split.retain) // 10, np.random.default_rng(1)))
+        assert only.loss <= step.loss_before + budget < objective.mean_loss(held, twice)
 
     def test_the_held_back_loss_stays_within_the_budget(self) -> None:
         model, data = self.data()

@@ -34,7 +34,8 @@ TINY = 1e-12  # of an eigenvalue, relative to the largest: rounding
 def plot_path(result: ForgetResult, ax: Axes | None = None) -> Axes:
     """Along the Newton flow: how far each sub-step moved the forget set's predictions, and what it cost.
 
-    The time of a sub-step is one over its damping. Crosses are sub-steps that left the budget and were not taken.
+    The time of a sub-step is one over its damping, times the share of it that was taken. Crosses are sub-steps that
+    left the budget and were not taken.
 
     Raises:
         DataError: If no sub-step was tried.
@@ -44,7 +45,7 @@ def plot_path(result: ForgetResult, ax: Axes | None = None) -> Axes:
         raise DataError("a result without sub-steps", "at least one", "Look at result.newton: nothing was tried.")
     times, at = [], 0.0
     for step in newton.path:
-        times.append(at + 1 / step.damping if step.damping > 0 else math.nan)
+        times.append(at + step.share / step.damping if step.damping > 0 else math.nan)
         at = times[-1] if step.accepted else at
     ax = axes_or_new(ax)
     moved = np.array([s.moved for s in newton.path])
@@ -63,7 +64,7 @@ def plot_path(result: ForgetResult, ax: Axes | None = None) -> Axes:
     ax.axhline(newton.budget, color=GREY, linestyle=":", linewidth=1.4, label="budget of the rise")
     log_limits(ax, "x", x.tolist())
     log_limits(ax, "y", [*np.abs(moved), *rise, newton.budget])
-    ax.set_xlabel("time of the flow, sum of 1 / damping (1 / nats)")
+    ax.set_xlabel("time of the flow, sum of share / damping (1 / nats)")
     ax.set_ylabel("nats")
     finish(ax, legend_columns=1)
     return ax
