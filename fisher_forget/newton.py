@@ -54,9 +54,9 @@ POOL = 4000  # candidates among which the working set is re-chosen
 TIMES = (125.0, 250.0, 500.0, 1000.0, 1000.0, 1000.0)  # sub-steps of steps="auto"; 1000 and more can diverge alone
 STILL = 0.02  # stop when a sub-step moves the forget set's predictions by less than this share of the whole motion
 DAMPINGS = tuple(10.0 ** (-k / 2) for k in range(13))  # 1 ... 1e-6, for damping="auto" with a single step
-HALVINGS = 7  # of a step that leaves the budget
+HALVINGS = 7  # of a step that leaves the budget, at most
 # sub-steps and budget (nats) of a network that is still being trained: its loss need not rise
-DRIFTING, STRICT = (60.0, 60.0, 125.0, 250.0, 500.0), 0.002
+DRIFTING, STRICT = (60.0, 250.0, 500.0), 0.002
 AHEAD = 125.0  # time of the step over all samples that leads to where the forget set's gradient is taken
 PROBED = 32  # watched samples of either kind that tell which parameters are output rows
 QUICK, EXACT = (10, 0.05), (200, 1e-9)  # conjugate-gradient products and tolerance: along the flow, for a given damping
@@ -157,7 +157,7 @@ def newton_step(
         split: Who is retained and forgotten; nobody forgotten is a legal control run.
         curvature: Estimate at the original parameters, without damping: preconditioner, or B itself.
         weight_decay: wd of the training objective, mean loss + (wd/2)|w|^2.
-        steps: Number of sub-steps, or "auto": times 125 to 1,000 up to a horizon of 3,875, or 60 to 500 up to 995 where
+        steps: Number of sub-steps, or "auto": times 125 to 1,000 up to a horizon of 3,875, or 60 to 500 up to 810 where
             the drift is subtracted, fewer when the forget set's predictions stop moving; a step that leaves the budget
             is halved until it does not, and is the last. Output rows of absent classes are set to zero, with one time
             of 125 at most where there are such. 1 is the textbook step.
@@ -506,16 +506,27 @@ class _Correction:
         return replace(step, moved=self._moved(self.last, outputs), accepted=self._fits(theta, loss)), theta, outputs
 
     def _shortened(self, delta: Params, halvings: int) -> tuple[float, Params, float]:
-        """The share of a step that stays within the budget or 2^-halvings, where that leads, and the loss there."""
-        for share in (0.5**k for k in range(halvings + 1)):
+        """The largest share of a step that stays within the budget, where that leads, and the loss there.
+
+        To a quarter of itself; 2^-halvings, and out of the budget, if there is none.
+        """
+
+        def look(share: float) -> tuple[float, Params, float]:
             end = P.add(self.theta, delta, share)
             try:
-                loss = self._loss(end) if P.finite(end) else math.nan
+                return share, end, self._loss(end) if P.finite(end) else math.nan
             except NumericalError:
-                loss = math.nan
-            if self._fits(end, loss):
-                break
-        return share, end, loss
+                return share, end, math.nan
+
+        for k in range(halvings + 1):
+            found = look(0.5**k)
+            if not self._fits(*found[1:]):
+                continue
+            for more in (0.5, 0.25) if k else ():
+                larger = look(found[0] + more * 0.5**k)
+                found = larger if self._fits(*larger[1:]) else found
+            break
+        return found
 
     def _fits(self, at: Params, loss: float) -> bool:
         """Whether the weights may go there, where the watched loss is such."""

@@ -34,7 +34,7 @@ from fisher_forget.baselines.ntk import Ntk, NtkFisher, stretch
 from fisher_forget.baselines.protocol import Unlearner
 from fisher_forget.baselines.ssd import Ssd
 from fisher_forget.baselines.variational import START, Variational
-from fisher_forget.data.split import Split, resolve
+from fisher_forget.data.split import Split, resolve, some
 from fisher_forget.likelihood import Likelihood
 from fisher_forget.likelihood import resolve as resolve_likelihood
 from fisher_forget.objective import Objective
@@ -458,12 +458,27 @@ class TestNtk:
 
     def test_blocks_cost_more_and_change_nothing(self) -> None:
         small, large = Ntk(memory=3 * 8 * (3 * N) ** 2), Ntk()  # 4 samples at a time, or all
-        wide = seeded(lambda: nn.Sequential(nn.Linear(4, 40), nn.Tanh(), nn.Linear(40, 3))).double()
+        wide = seeded(lambda: nn.Sequential(nn.Linear(4, 400), nn.Tanh(), nn.Linear(400, 3))).double()
         found, expected = small.unlearn(wide, split_of()), large.unlearn(wide, split_of())
         torch.testing.assert_close(vector(found.model), vector(expected.model), **TIGHT)
         assert found.passes > expected.passes
-        with pytest.raises(ConfigError, match=r"72 rows.*memory"):
-            Ntk(memory=3 * 8 * (3 * N) ** 2 - 1).unlearn(net(), split_of())
+
+    @pytest.mark.parametrize("options", [{"samples": 7}, {"memory": 3 * 8 * (3 * (7 + len(GONE))) ** 2}])
+    def test_some_samples_stand_for_all(self, options: dict[str, int]) -> None:
+        """Weighted ridge fits; where all fit, all are taken."""
+        model, wd = net(), 0.3
+        j, r = jacobian_of(model, X), Categorical().residual(model(X).detach(), CLASSES)
+        few = some(np.array(KEPT), 7, 3)
+        stand = (len(KEPT) / 7) ** 0.5
+        jr, rr = stand * j[few].flatten(0, 1), stand * r[few].flatten()
+        jf, rf = j[GONE].flatten(0, 1), r[GONE].flatten()
+        expected = fit(jr, rr, wd * N) - fit(torch.cat([jr, jf]), torch.cat([rr, rf]), wd * N)
+        found = vector(Ntk(weight_decay=wd, seed=3, **options).unlearn(model, split_of()).model) - vector(model)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+    def test_a_forget_set_that_is_too_large(self) -> None:
+        with pytest.raises(ConfigError, match=r"15 rows.*memory"):
+            Ntk(memory=3 * 8 * (3 * (len(GONE) + 1)) ** 2 - 1).unlearn(net(), split_of())
 
     def test_fisher_noise(self) -> None:
         moved = Ntk().unlearn(net(), split_of()).model

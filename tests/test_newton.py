@@ -200,13 +200,13 @@ class TestControls:
         (only,) = step.path
         assert budget > 0
         assert only.accepted
-        assert only.share in (0.5, 0.25, 0.125)
+        assert only.share < 1
         assert only.norm == pytest.approx(only.share * whole.path[0].norm)
         assert step.norm == pytest.approx(only.norm)
         objective, split = Objective(model, Categorical()), resolve(data, forgotten)
-        twice = add(objective.start, add(step.params, objective.start, -1), 2.0)
+        longer = add(objective.start, add(step.params, objective.start, -1), 1.26)
         held = split.batches(some(split.retain, len(split.retain) // 10, np.random.default_rng(1)))
-        assert only.loss <= step.loss_before + budget < objective.mean_loss(held, twice)
+        assert only.loss <= step.loss_before + budget < objective.mean_loss(held, longer)
 
     def test_the_held_back_loss_stays_within_the_budget(self) -> None:
         model, data = self.data()

@@ -31,8 +31,8 @@ import torch
 from torch import Tensor, nn
 
 from fisher_forget import params as P
-from fisher_forget.baselines.ntk import MEMORY, Rows
 from fisher_forget.baselines.protocol import Unlearned
+from fisher_forget.baselines.rows import MEMORY, Rows
 from fisher_forget.checks import check_model
 from fisher_forget.curvature.hessian import HessianChunk
 from fisher_forget.curvature.products import GgnChunk, summed, twice_differentiable
@@ -137,7 +137,7 @@ class Lissa:
     damping: float = 0.01
     weight_decay: float = 0.0005
     steps: int = 1000
-    repeats: int = 10
+    repeats: int = 3
     batch_size: int = 10
     curvature: Literal["hessian", "ggn"] = "hessian"
     likelihood: Likelihood | str = "categorical"

@@ -11,7 +11,9 @@ and w <- w + Delta(D_r) - Delta(D). Golatkar et al. 2020b (arXiv:2003.02960). In
     M = (Theta_ff - Theta_rf^T Theta_rr^-1 Theta_rf)^-1
     V = r_f - Theta_rf^T Theta_rr^-1 r_r
 
-which does not subtract two large fits from each other. Both fits have the same ridge there; the public code has n wd
+which does not subtract two large fits from each other. The kernel of n C outputs is large: where it does not fit, it is
+that of a uniform draw of m retained samples, each of which stands for n_r / m, so that its rows and residuals are
+times (n_r / m)^1/2. Both fits have the same ridge there; the public code has n wd
 for D and n_r wd for D_r, and moves the weights by that alone. It linearises at the trained weights, the paper at the
 initial ones.
 """
@@ -20,150 +22,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fisher_forget import params as P
 from fisher_forget.baselines.protocol import Unlearned
+from fisher_forget.baselines.rows import MEMORY, Rows, most_rows
 from fisher_forget.checks import check_model
 from fisher_forget.curvature.estimate import estimate_curvature
-from fisher_forget.curvature.tape import Tape
-from fisher_forget.data.batches import Batch
-from fisher_forget.data.split import Indices, Split
+from fisher_forget.data.split import Split, some
 from fisher_forget.errors import ConfigError, ModelError, NumericalError
 from fisher_forget.likelihood import Gaussian, Likelihood, resolve
 from fisher_forget.noise import draw_noise
 from fisher_forget.params import Params
 from fisher_forget.randomness import preserved_rng
-
-Columns = Callable[[Tensor, Tensor], Sequence[Tensor]]  # (outputs, targets) -> vectors of the outputs' shape
-MEMORY = 1 << 30
-ALIVE = 4  # blocks of rows that may exist at one moment, copies included
-SQUARES = 3  # matrices of the Gram matrix's size that a solve needs
-
-
-class Rows:
-    """The rows s_nk^T J_n of G [R, d], sample after sample; blocks that do not fit the memory are made again.
-
-    Args:
-        model: Copied; never touched.
-        split: The data.
-        parts: Samples, in this order; no block reaches over the end of a part.
-        likelihood: Gives residuals and counts.
-        columns: The vectors s that are back-propagated.
-        memory: Bytes that rows may take at a time, and that a solve with the Gram matrix may take.
-
-    Attributes:
-        gradients: Sample gradients computed so far; a forward pass is a third, a backward pass two thirds.
-
-    Raises:
-        ConfigError: If the Gram matrix does not fit the memory.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        split: Split,
-        parts: Sequence[Indices],
-        likelihood: Likelihood,
-        columns: Columns,
-        memory: int,
-    ) -> None:
-        check_model(model)
-        self.tape, self.split, self.likelihood, self.columns = Tape(model), split, likelihood, columns
-        self.like = P.detached(self.tape.params)
-        first = next(split.batches(np.concatenate(list(parts))[:2])).on(self.tape.model)
-        probe = self.tape.verify(first)
-        likelihood.check(probe.outputs, first.targets)
-        each = len(columns(probe.outputs, first.targets))
-        total = each * sum(map(len, parts))
-        if SQUARES * 8 * total**2 > memory:
-            raise ConfigError(
-                f"{total:,} rows, whose products with each other need {SQUARES * 8 * total**2 / 2**30:,.1f} GiB",
-                f"at most {math.isqrt(memory // (SQUARES * 8)):,} rows within memory={memory}",
-                "Raise `memory`, or give the method fewer samples.",
-            )
-        step = max(1, memory // (ALIVE * each * P.size(self.like) * P.flatten(self.like).element_size()))
-        self._blocks = [part[i : i + step] for part in parts for i in range(0, len(part), step)]
-        self._parts = [k for k, part in enumerate(parts) for _ in range(0, len(part), step)]
-        self._count = len(parts)
-        self._held: tuple[int, Tensor] | None = None
-        self.gradients = 0.0
-
-    def __iter__(self) -> Iterator[Tensor]:
-        """Blocks [r, d], in order."""
-        return (self._block(i) for i in range(len(self._blocks)))
-
-    def _batch(self, index: int) -> Batch:
-        chosen = self._blocks[index]
-        return next(replace(self.split, batch_size=len(chosen)).batches(chosen)).on(self.tape.model)
-
-    def _block(self, index: int) -> Tensor:
-        if self._held is not None and self._held[0] == index:
-            return self._held[1]
-        self._held = None  # frees its memory before the next one is made
-        batch = self._batch(index)
-        record = self.tape.run(batch)
-        outputs = record.outputs.detach()
-        self.likelihood.check(outputs, batch.targets)
-        columns, found = self.columns(outputs, batch.targets), []
-        for column in columns:
-            grads = record.pull(column)
-            with torch.no_grad():
-                found.append(
-                    torch.cat([g.reshape(len(batch), -1) for g in record.per_sample(column, grads).values()], 1)
-                )
-        self.gradients += len(batch) * (1 + 2 * len(columns)) / 3
-        rows = torch.stack(found, 1).flatten(0, 1)
-        self._held = (index, rows)
-        return rows
-
-    def outputs(self, read: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
-        """What `read` makes of outputs and targets: one vector a part, float64, on the CPU."""
-        found: list[list[Tensor]] = [[torch.zeros(0, dtype=torch.float64)] for _ in range(self._count)]
-        for index, part in enumerate(self._parts):
-            batch = self._batch(index)
-            with torch.no_grad():
-                outputs = P.call(self.tape.model, {}, batch.args, batch.kwargs)
-            found[part].append(read(outputs, batch.targets).double().cpu().reshape(-1))
-            self.gradients += len(batch) / 3
-        return [torch.cat(pieces) for pieces in found]
-
-    def positions(self) -> list[float]:
-        """Scored positions of each part, which its mean loss is over."""
-        found = [0.0] * self._count
-        for index, part in enumerate(self._parts):
-            found[part] += float(self.likelihood.counts(self._batch(index).targets).double().sum())
-        return found
-
-    def gram(self) -> Tensor:
-        """G G^T [R, R], float64, on the CPU."""
-        lines = []
-        for i in range(len(self._blocks)):
-            own = self._block(i)  # held by its name while the blocks before it are made again
-            lines.append([(own @ self._block(j).T).double().cpu() for j in range(i)] + [(own @ own.T).double().cpu()])
-        return torch.cat(
-            [torch.cat([*line, *(lines[k][i].T for k in range(i + 1, len(lines)))], 1) for i, line in enumerate(lines)]
-        )
-
-    def times(self, v: Params) -> Tensor:
-        """G v [R], float64, on the CPU."""
-        flat = P.flatten(v)
-        return torch.cat([(block @ flat).double().cpu() for block in self])
-
-    def transposed(self, c: Tensor) -> list[Params]:
-        """G^T c for every column of c [R, k]."""
-        flat = P.flatten(self.like)
-        total, at = flat.new_zeros(len(flat), c.shape[1], dtype=torch.float64), 0
-        for block in self:
-            total += (block.T @ c[at : at + len(block)].to(block)).double()
-            at += len(block)
-        return [P.unflatten(x.to(flat.dtype).contiguous(), self.like) for x in total.T]
 
 
 @dataclass(frozen=True)
@@ -175,9 +50,10 @@ class Ntk:
         initial: The model before its training. With it the step is lengthened as in the public code (see `stretch`).
         linearise: "trained" takes J and r at the given weights, "initial" at those of `initial`, without lengthening.
         form: "block", or "difference" for the public code's two fits with a ridge each.
+        samples: Retained samples that the kernel is of; `None` takes as many as fit the memory, all if they do.
         memory: Bytes for rows of J at a time, and for a solve with J J^T; a solve needs 24 (n C)^2.
         likelihood: Name or instance. The Gaussian's residuals and rows are in units of its sigma.
-        seed: Nothing is random here.
+        seed: Of the draw of samples.
 
     Raises:
         ConfigError: If a value is out of range.
@@ -190,6 +66,7 @@ class Ntk:
     initial: nn.Module | None = field(default=None, repr=False, compare=False)
     linearise: Literal["trained", "initial"] = "trained"
     form: Literal["block", "difference"] = "block"
+    samples: int | None = None
     memory: int = MEMORY
     likelihood: Likelihood | str = "categorical"
     seed: int = 0
@@ -200,6 +77,7 @@ class Ntk:
             ("linearise", self.linearise in ("trained", "initial"), "'trained' or 'initial'"),
             ("linearise", self.linearise == "trained" or self.initial is not None, "'trained' without `initial`"),
             ("form", self.form in ("block", "difference"), "'block' or 'difference'"),
+            ("samples", self.samples is None or self.samples >= 1, "a number of at least 1, or None"),
             ("memory", self.memory >= 1, "bytes"),
         ):
             if not good:
@@ -220,18 +98,27 @@ class Ntk:
         before = None if self.initial is None else _same_shapes(self.initial, start)
         point = self.initial if self.initial is not None and self.linearise == "initial" else model
         unit = 1 / likelihood.sigma if isinstance(likelihood, Gaussian) else 1.0
+        network = P.load(point, {}).eval()
+        batch = next(split.batches(split.retain[:1])).on(network)
+        each = P.call(network, {}, batch.args, batch.kwargs)[0].numel()
+        fitting = max(1, most_rows(self.memory) // each - len(split.forget))
+        kept = some(split.retain, self.samples or fitting, self.seed)
         rows = Rows(
-            P.load(point, {}).eval(),
+            network,
             split,
-            (split.retain, split.forget),
+            (kept, split.forget),
             likelihood,
             lambda outputs, targets: _coordinates(likelihood, outputs, targets, unit),
             self.memory,
         )
         residuals = rows.outputs(lambda outputs, targets: likelihood.residual(outputs, targets) / unit)
         counts = rows.positions()
+        stand = len(split.retain) / len(kept)
+        weights = torch.cat([torch.full_like(residuals[0], math.sqrt(stand)), torch.ones_like(residuals[1])])
+        gram, heard = rows.gram() * weights[:, None] * weights, math.sqrt(stand) * residuals[0]
         solve = by_blocks if self.form == "block" else by_difference
-        both = solve(rows.gram(), residuals[0], residuals[1], counts[0], counts[1], self.weight_decay)
+        both = solve(gram, heard, residuals[1], counts[0] * stand, counts[1], self.weight_decay)
+        both = (both[0] * weights, both[1] * weights)
         step, fit = rows.transposed(torch.stack(both, 1))
         if before is not None and self.linearise == "trained":
             step = P.scale(step, stretch(step, P.add(P.add(start, before, -1), fit, -1)))
