@@ -73,6 +73,8 @@ class SubStep:
         share: How much of the solution was taken: less than 1 where all of it left the budget.
         norm: Length of what was taken.
         loss: Mean loss on the watched retained samples afterwards, nats (NaN where none are).
+        shift: KL(before || after) of their predictions, nats (NaN where none are); before is the original, or what
+            is left of it once the rows of absent classes are zero.
         moved: KL(before || after) of the forget set's predictions, nats.
         accepted: Whether it stayed within the budget.
     """
@@ -83,6 +85,7 @@ class SubStep:
     share: float
     norm: float
     loss: float
+    shift: float
     moved: float
     accepted: bool
 
@@ -105,6 +108,7 @@ class NewtonStep:
         held_back: Number of retained samples on which the loss is watched.
         loss_before: Mean loss on them before, nats.
         budget: By how much it was allowed to rise, nats.
+        shift_budget: How far the predictions on them were allowed to move, nats.
         seconds: Wall time.
     """
 
@@ -119,6 +123,7 @@ class NewtonStep:
     held_back: int
     loss_before: float
     budget: float
+    shift_budget: float
     seconds: float
 
     @property
@@ -166,8 +171,9 @@ def newton_step(
         solver: "cg" on exact GGN products, "direct" inverse of `curvature`, which stays that of the start
             at every sub-step, or "auto": direct if it is dense, else cg.
         drift: Subtract the force that is not owed to the forget set; "auto" where the model is not at a minimum.
-        budget: How far the mean loss on some retained samples may rise, nats; default max(0.01, 10 % of it), 0.002
-            where the drift is subtracted, and none after the rows of absent classes.
+        budget: How far the mean loss on some retained samples may rise, and KL(before || after) of the predictions on
+            them, nats; default max(0.01, 10 % of the loss), 0.002 where the drift is subtracted; after the rows of
+            absent classes the loss may not rise at all.
         working_set: Retained samples that enter the products and the gradient's change one by one.
         snapshot: Of the same model and data, where there is one; else one is taken.
         seed: Chooses the held-back samples.
@@ -210,7 +216,7 @@ def newton_step(
     )
     removed = not settled if drift == "auto" else drift
     if budget is None and removed:
-        correction.allowed = STRICT
+        correction.allowed = correction.allowed_shift = STRICT
     absent: tuple[int, ...] = ()
     if steps == "auto" and (gone := absent_classes(snapshot.total, retained)):
         cleared = clear_rows(objective, split, np.union1d(correction.held[:PROBED], correction.shown[:PROBED]), gone)
@@ -244,6 +250,7 @@ def newton_step(
         held_back=len(correction.held),
         loss_before=correction.loss_before,
         budget=correction.allowed,
+        shift_budget=correction.allowed_shift,
         seconds=time.perf_counter() - begun,
     )
 
@@ -378,6 +385,23 @@ class _Flow:
         return np.sort(self.pool[np.argsort(-spread, kind="stable")[: self.working_set]])
 
 
+@dataclass(frozen=True)
+class _Look:
+    """What the watched retained samples say of some weights.
+
+    Attributes:
+        at: The weights.
+        share: Of the step that led there.
+        loss: Mean loss, nats; NaN where numbers overflow, or nobody is watched.
+        shift: KL(before || there) of the predictions, nats.
+    """
+
+    at: Params
+    share: float
+    loss: float
+    shift: float
+
+
 @dataclass
 class _Correction:
     """Where the weights are, and whether they may go on.
@@ -386,9 +410,9 @@ class _Correction:
         objective: Losses.
         split: Data.
         flow: On the retained samples.
-        held: Retained samples on which the loss is watched.
+        held: Retained samples that are watched.
         shown: Forget samples whose predictions are watched.
-        budget: Allowed rise of the loss on the held samples, nats.
+        budget: Allowed rise of the loss on the held samples, and move of the predictions on them, nats.
         progress: Show progress bars.
     """
 
@@ -403,9 +427,11 @@ class _Correction:
     def __post_init__(self) -> None:
         self.theta: Params = dict(self.objective.start)
         self.path: list[SubStep] = []
-        self.loss_before = self._loss(self.theta)
+        self.before = self._outputs(self.held, self.theta)
+        self.loss_before = self._look(self.theta).loss
         self.allowed = self.budget if self.budget is not None else max(0.01, 0.1 * self.loss_before)
-        self.first = self.last = self._forget_outputs(self.theta)
+        self.allowed_shift = self.allowed
+        self.first = self.last = self._outputs(self.shown, self.theta)
 
     def trains_on(self, everyone: _Flow, judged: Indices) -> bool:
         """Whether a step of the flow over all samples, nobody forgotten, lowers the loss of some beyond the budget.
@@ -437,10 +463,10 @@ class _Correction:
         except (CurvatureError, NumericalError):
             delta = None
         if delta is not None:
-            share, end, loss = self._shortened(delta, HALVINGS)
-            if self._fits(end, loss):
-                total = P.add(P.scale(P.add(full, ahead, wd), 1 - share), delta, -share / AHEAD)
-                full, ahead = P.add(total, end, -wd), end
+            found = self._shortened(delta, HALVINGS, math.inf)
+            if self._fits(found, math.inf):
+                total = P.add(P.scale(P.add(full, ahead, wd), 1 - found.share), delta, -found.share / AHEAD)
+                full, ahead = P.add(total, found.at, -wd), found.at
         forgotten = objective.gradient(self.split.batches("forget"), ahead)
         owed = P.scale(P.add(P.scale(full, forgotten.count), forgotten.sums, -1), 1 / self.flow.sums.count)
         self.flow.drift = P.add(P.add(self.flow.sums.mean(), self.theta, wd), owed, -1)
@@ -451,13 +477,14 @@ class _Correction:
         A class fewer to tell apart is no reason to lose anything: from there on the loss may not rise above what it was
         before, unless a budget is given.
         """
-        loss = self._loss(theta)
-        if len(self.held) and not loss <= self.loss_before + self.allowed:
+        look = self._look(theta)
+        if not self._fits(look, math.inf):
             return False
         if self.budget is None:
-            self.allowed = max(0.0, loss - self.loss_before)
+            self.allowed = max(0.0, look.loss - self.loss_before)
         self.theta = theta
-        self.first = self.last = self._forget_outputs(theta)
+        self.before = self._outputs(self.held, theta)
+        self.first = self.last = self._outputs(self.shown, theta)
         self.flow.restart(theta)
         return True
 
@@ -495,51 +522,68 @@ class _Correction:
         except (CurvatureError, NumericalError):
             if self.flow.literal:
                 raise
-            return SubStep(tau, 0, math.inf, 0.0, math.nan, math.nan, math.nan, False), self.theta, []
-        share, theta, loss = self._shortened(solved.x, halvings)
-        norm = share * P.norm(solved.x)
-        step = SubStep(tau, solved.iterations, solved.residual, share, norm, loss, math.nan, False)
+            nan = math.nan
+            return SubStep(tau, 0, math.inf, 0.0, nan, nan, nan, nan, False), self.theta, []
+        look = self._shortened(solved.x, halvings, self.allowed_shift)
+        step = SubStep(
+            damping=tau,
+            iterations=solved.iterations,
+            residual=solved.residual,
+            share=look.share,
+            norm=look.share * P.norm(solved.x),
+            loss=look.loss,
+            shift=look.shift,
+            moved=math.nan,
+            accepted=False,
+        )
         try:
-            outputs = self._forget_outputs(theta)
+            outputs = self._outputs(self.shown, look.at)
         except NumericalError:
-            return step, theta, []
-        return replace(step, moved=self._moved(self.last, outputs), accepted=self._fits(theta, loss)), theta, outputs
+            return step, look.at, []
+        moved, accepted = self._moved(self.last, outputs), self._fits(look, self.allowed_shift)
+        return replace(step, moved=moved, accepted=accepted), look.at, outputs
 
-    def _shortened(self, delta: Params, halvings: int) -> tuple[float, Params, float]:
-        """The largest share of a step that stays within the budget, where that leads, and the loss there.
+    def _shortened(self, delta: Params, halvings: int, shift: float) -> _Look:
+        """The largest share of a step that stays within the budget and that shift, and what it leads to.
 
         To a quarter of itself; 2^-halvings, and out of the budget, if there is none.
         """
-
-        def look(share: float) -> tuple[float, Params, float]:
-            end = P.add(self.theta, delta, share)
-            try:
-                return share, end, self._loss(end) if P.finite(end) else math.nan
-            except NumericalError:
-                return share, end, math.nan
-
         for k in range(halvings + 1):
-            found = look(0.5**k)
-            if not self._fits(*found[1:]):
+            found = self._look(P.add(self.theta, delta, 0.5**k), 0.5**k)
+            if not self._fits(found, shift):
                 continue
             for more in (0.5, 0.25) if k else ():
-                larger = look(found[0] + more * 0.5**k)
-                found = larger if self._fits(*larger[1:]) else found
+                share = found.share + more * 0.5**k
+                larger = self._look(P.add(self.theta, delta, share), share)
+                found = larger if self._fits(larger, shift) else found
             break
         return found
 
-    def _fits(self, at: Params, loss: float) -> bool:
-        """Whether the weights may go there, where the watched loss is such."""
-        return loss <= self.loss_before + self.allowed if len(self.held) else P.finite(at)
+    def _look(self, at: Params, share: float = 1.0) -> _Look:
+        if not len(self.held) or not P.finite(at):
+            return _Look(at, share, math.nan, math.nan)
+        loss = count = 0.0
+        outputs = []
+        try:
+            for f, targets in self.objective.forward(self.split.batches(self.held), at):
+                loss += float(self.objective.likelihood.losses(f, targets).double().sum())
+                count += float(self.objective.likelihood.counts(targets).double().sum())
+                outputs.append(f)
+        except NumericalError:
+            return _Look(at, share, math.nan, math.nan)
+        return _Look(at, share, loss / count, self._moved(self.before, outputs))
 
-    def _loss(self, at: Params) -> float:
-        return self.objective.mean_loss(self.split.batches(self.held), at)
+    def _fits(self, look: _Look, shift: float) -> bool:
+        """Whether the weights may go there."""
+        if not len(self.held):
+            return P.finite(look.at)
+        return look.loss <= self.loss_before + self.allowed and look.shift <= shift
 
-    def _forget_outputs(self, at: Params) -> list[Tensor]:
-        return [f for f, _ in self.objective.forward(self.split.batches(self.shown), at)]
+    def _outputs(self, samples: Indices, at: Params) -> list[Tensor]:
+        return [f for f, _ in self.objective.forward(self.split.batches(samples), at)]
 
     def _moved(self, before: list[Tensor], after: list[Tensor]) -> float:
-        """Mean KL(before || after) on the watched forget samples, nats."""
+        """Mean KL(before || after) of two lists of outputs, nats."""
         if not before:
             return 0.0
         kl = [self.objective.likelihood.kl(p, q) for p, q in zip(before, after, strict=True)]
