@@ -14,11 +14,20 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from fisher_forget import Categorical, CurvatureError, Gaussian, NumericalError, estimate_curvature, forget, newton_step
+from fisher_forget import (
+    Categorical,
+    CurvatureError,
+    Gaussian,
+    NumericalError,
+    estimate_curvature,
+    forget,
+    newton,
+    newton_step,
+)
 from fisher_forget.curvature.diagonal import Diagonal
 from fisher_forget.curvature.matrix_free import GgnProduct, conjugate_gradient
 from fisher_forget.data.datasets import load_dataset
-from fisher_forget.data.split import resolve, some
+from fisher_forget.data.split import Split, resolve, some
 from fisher_forget.objective import Objective
 from fisher_forget.params import add, flatten, norm, randn_like, unflatten
 from fisher_forget.training import TrainSettings, train
@@ -400,3 +409,33 @@ class TestLinearModels:
         theirs.fit(ones, y[kept].numpy())
         ours = torch.cat([w["weight"], w["bias"][:, None]], 1)
         np.testing.assert_allclose((ours[1] - ours[0]).detach().numpy(), theirs.coef_[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.375])
+def test_the_force_is_taken_where_a_share_of_the_step_over_all_leads(share: float) -> None:
+    """On a quadratic objective the equation of the step is exact: F = (m/n_r) (grad L_D - grad L_f) at w + s delta."""
+    x, y = regression()
+    data, likelihood = TensorDataset(x, y), Gaussian()
+    gone = [1, 4, 9]
+    model = nn.Linear(x.shape[1], y.shape[1]).double().eval()
+    objective, split = Objective(model, likelihood), resolve(data, gone)
+    everybody = resolve(data, [], allow_empty=True)
+    curvature = estimate_curvature(model, everybody, likelihood, structure="dense")
+    options = {"weight_decay": DECAY, "direct": True, "literal": False, "working_set": 600}
+
+    def flow(part: Split) -> newton._Flow:
+        sums = objective.gradient(part.batches("retain"), objective.start)
+        return newton._Flow(objective, part, curvature, sums, torch.ones(len(part.retain)), **options)
+
+    everyone, retained = flow(everybody), flow(split)
+    delta = everyone.solve(1 / newton.AHEAD).x
+    correction = newton._Correction(objective, split, retained, split.retain[:20], split.forget, 0.0, progress=False)
+    correction._look = lambda at, s=1.0: newton._Look(at, s, -math.inf if s <= share else math.inf, 0.0)
+    correction.remove_drift(everyone)
+
+    there = add(objective.start, delta, share)
+    whole = objective.gradient(everybody.batches("retain"), there)
+    forgotten = objective.gradient(split.batches("forget"), there)
+    owed = (flatten(whole.mean()) - flatten(forgotten.mean())) * len(gone) / len(split.retain)
+    start = flatten(retained.sums.mean()) + DECAY * flatten(objective.start)
+    torch.testing.assert_close(start - flatten(retained.drift), owed, rtol=1e-8, atol=1e-10)
