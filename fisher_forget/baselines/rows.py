@@ -83,9 +83,10 @@ class Block:
 
     def times(self, v: Params) -> Tensor:
         """Products with a vector: [r]."""
-        total = self._rest() @ P.flatten({name: v[name] for name in self.rest}) if self.rest else torch.zeros(())
+        rest = self._rest()
+        total = rest @ torch.cat([rest.new_zeros(0), *(v[name].reshape(-1) for name in self.rest)])
         for own in self.thin:
-            total = total + (own.g * (own.a @ own.join(v).T)[:, None]).sum(-1).flatten()
+            total += (own.g * (own.a @ own.join(v).T)[:, None]).sum(-1).flatten()
         return total
 
     def transposed(self, c: Tensor) -> Params:
