@@ -73,8 +73,8 @@ class SubStep:
         share: How much of the solution was taken: less than 1 where all of it left the budget.
         norm: Length of what was taken.
         loss: Mean loss on the watched retained samples afterwards, nats (NaN where none are).
-        shift: KL(before || after) of their predictions, nats (NaN where none are); before is the original, or what
-            is left of it once the rows of absent classes are zero.
+        shift: Mean of KL(before || after) of their predictions, where their loss rose, and 0 elsewhere, nats (NaN
+            where nobody is watched).
         moved: KL(before || after) of the forget set's predictions, nats.
         accepted: Whether it stayed within the budget.
     """
@@ -107,8 +107,7 @@ class NewtonStep:
         path: Every sub-step tried, in order.
         held_back: Number of retained samples on which the loss is watched.
         loss_before: Mean loss on them before, nats.
-        budget: By how much it was allowed to rise, nats.
-        shift_budget: How far the predictions on them were allowed to move, nats.
+        budget: By how much it was allowed to rise, moves to the worse (`SubStep.shift`) added, nats.
         seconds: Wall time.
     """
 
@@ -123,7 +122,6 @@ class NewtonStep:
     held_back: int
     loss_before: float
     budget: float
-    shift_budget: float
     seconds: float
 
     @property
@@ -171,9 +169,9 @@ def newton_step(
         solver: "cg" on exact GGN products, "direct" inverse of `curvature`, which stays that of the start
             at every sub-step, or "auto": direct if it is dense, else cg.
         drift: Subtract the force that is not owed to the forget set; "auto" where the model is not at a minimum.
-        budget: How far the mean loss on some retained samples may rise, and KL(before || after) of the predictions on
-            them, nats; default max(0.01, 10 % of the loss), 0.002 where the drift is subtracted; after the rows of
-            absent classes the loss may not rise at all.
+        budget: How far the mean loss on some retained samples may rise, plus how far the predictions of those move
+            whose own loss rises (`SubStep.shift`), nats; default max(0.01, 10 % of the loss), 0.002 where the drift is
+            subtracted; after the rows of absent classes the mean loss may not rise at all, and moves are not counted.
         working_set: Retained samples that enter the products and the gradient's change one by one.
         snapshot: Of the same model and data, where there is one; else one is taken.
         seed: Chooses the held-back samples.
@@ -216,7 +214,7 @@ def newton_step(
     )
     removed = not settled if drift == "auto" else drift
     if budget is None and removed:
-        correction.allowed = correction.allowed_shift = STRICT
+        correction.allowed = STRICT
     absent: tuple[int, ...] = ()
     if steps == "auto" and (gone := absent_classes(snapshot.total, retained)):
         cleared = clear_rows(objective, split, np.union1d(correction.held[:PROBED], correction.shown[:PROBED]), gone)
@@ -250,7 +248,6 @@ def newton_step(
         held_back=len(correction.held),
         loss_before=correction.loss_before,
         budget=correction.allowed,
-        shift_budget=correction.allowed_shift,
         seconds=time.perf_counter() - begun,
     )
 
@@ -393,7 +390,7 @@ class _Look:
         at: The weights.
         share: Of the step that led there.
         loss: Mean loss, nats; NaN where numbers overflow, or nobody is watched.
-        shift: KL(before || there) of the predictions, nats.
+        shift: KL(before || there) of the predictions where the loss rose, mean over all, nats.
     """
 
     at: Params
@@ -412,7 +409,7 @@ class _Correction:
         flow: On the retained samples.
         held: Retained samples that are watched.
         shown: Forget samples whose predictions are watched.
-        budget: Allowed rise of the loss on the held samples, and move of the predictions on them, nats.
+        budget: Allowed rise of the loss on the held samples, plus moves to the worse, nats.
         progress: Show progress bars.
     """
 
@@ -427,10 +424,12 @@ class _Correction:
     def __post_init__(self) -> None:
         self.theta: Params = dict(self.objective.start)
         self.path: list[SubStep] = []
-        self.before = self._outputs(self.held, self.theta)
+        self.moves = True
+        self.before = self._watch(self.theta)
+        counts = [self.objective.likelihood.counts(b.targets).double().sum() for b in self.split.batches(self.held)]
+        self.positions = float(sum(counts))
         self.loss_before = self._look(self.theta).loss
         self.allowed = self.budget if self.budget is not None else max(0.01, 0.1 * self.loss_before)
-        self.allowed_shift = self.allowed
         self.first = self.last = self._outputs(self.shown, self.theta)
 
     def trains_on(self, everyone: _Flow, judged: Indices) -> bool:
@@ -463,8 +462,8 @@ class _Correction:
         except (CurvatureError, NumericalError):
             delta = None
         if delta is not None:
-            found = self._shortened(delta, HALVINGS, math.inf)
-            if self._fits(found, math.inf):
+            found = self._shortened(delta, HALVINGS, moves=False)
+            if self._fits(found, moves=False):
                 total = P.add(P.scale(P.add(full, ahead, wd), 1 - found.share), delta, -found.share / AHEAD)
                 full, ahead = P.add(total, found.at, -wd), found.at
         forgotten = objective.gradient(self.split.batches("forget"), ahead)
@@ -478,12 +477,12 @@ class _Correction:
         before, unless a budget is given.
         """
         look = self._look(theta)
-        if not self._fits(look, math.inf):
+        if not self._fits(look, moves=False):
             return False
         if self.budget is None:
             self.allowed = max(0.0, look.loss - self.loss_before)
         self.theta = theta
-        self.before = self._outputs(self.held, theta)
+        self.moves = False
         self.first = self.last = self._outputs(self.shown, theta)
         self.flow.restart(theta)
         return True
@@ -524,7 +523,7 @@ class _Correction:
                 raise
             nan = math.nan
             return SubStep(tau, 0, math.inf, 0.0, nan, nan, nan, nan, False), self.theta, []
-        look = self._shortened(solved.x, halvings, self.allowed_shift)
+        look = self._shortened(solved.x, halvings, self.moves)
         step = SubStep(
             damping=tau,
             iterations=solved.iterations,
@@ -540,51 +539,57 @@ class _Correction:
             outputs = self._outputs(self.shown, look.at)
         except NumericalError:
             return step, look.at, []
-        moved, accepted = self._moved(self.last, outputs), self._fits(look, self.allowed_shift)
+        moved, accepted = self._moved(self.last, outputs), self._fits(look, self.moves)
         return replace(step, moved=moved, accepted=accepted), look.at, outputs
 
-    def _shortened(self, delta: Params, halvings: int, shift: float) -> _Look:
-        """The largest share of a step that stays within the budget and that shift, and what it leads to.
+    def _shortened(self, delta: Params, halvings: int, moves: bool) -> _Look:
+        """The largest share of a step that stays within the budget, and what it leads to.
 
         To a quarter of itself; 2^-halvings, and out of the budget, if there is none.
         """
         for k in range(halvings + 1):
             found = self._look(P.add(self.theta, delta, 0.5**k), 0.5**k)
-            if not self._fits(found, shift):
+            if not self._fits(found, moves):
                 continue
             for more in (0.5, 0.25) if k else ():
                 share = found.share + more * 0.5**k
                 larger = self._look(P.add(self.theta, delta, share), share)
-                found = larger if self._fits(larger, shift) else found
+                found = larger if self._fits(larger, moves) else found
             break
         return found
 
     def _look(self, at: Params, share: float = 1.0) -> _Look:
         if not len(self.held) or not P.finite(at):
             return _Look(at, share, math.nan, math.nan)
-        loss = count = 0.0
-        outputs = []
         try:
-            for f, targets in self.objective.forward(self.split.batches(self.held), at):
-                loss += float(self.objective.likelihood.losses(f, targets).double().sum())
-                count += float(self.objective.likelihood.counts(targets).double().sum())
-                outputs.append(f)
+            outputs, losses = self._watch(at)
         except NumericalError:
             return _Look(at, share, math.nan, math.nan)
-        return _Look(at, share, loss / count, self._moved(self.before, outputs))
+        before, losses_before = self.before
+        worse = losses > losses_before
+        return _Look(at, share, float(losses.sum()) / self.positions, float((self._kl(before, outputs) * worse).mean()))
 
-    def _fits(self, look: _Look, shift: float) -> bool:
-        """Whether the weights may go there."""
+    def _watch(self, at: Params) -> tuple[list[Tensor], Tensor]:
+        """Outputs and losses of the watched retained samples."""
+        pairs, likelihood = list(self.objective.forward(self.split.batches(self.held), at)), self.objective.likelihood
+        losses = [likelihood.losses(f, y).double() for f, y in pairs]
+        return [f for f, _ in pairs], torch.cat(losses) if losses else torch.zeros(0)
+
+    def _fits(self, look: _Look, moves: bool) -> bool:
+        """Whether the weights may go there; `moves` tells whether moves of predictions to the worse count.
+
+        A loss that falls on most samples hides what the others lose: a class that is pushed down as a whole.
+        """
         if not len(self.held):
             return P.finite(look.at)
-        return look.loss <= self.loss_before + self.allowed and look.shift <= shift
+        return look.loss + (look.shift if moves else 0.0) <= self.loss_before + self.allowed
 
     def _outputs(self, samples: Indices, at: Params) -> list[Tensor]:
         return [f for f, _ in self.objective.forward(self.split.batches(samples), at)]
 
     def _moved(self, before: list[Tensor], after: list[Tensor]) -> float:
         """Mean KL(before || after) of two lists of outputs, nats."""
-        if not before:
-            return 0.0
-        kl = [self.objective.likelihood.kl(p, q) for p, q in zip(before, after, strict=True)]
-        return float(torch.cat(kl).mean())
+        return float(self._kl(before, after).mean()) if before else 0.0
+
+    def _kl(self, before: list[Tensor], after: list[Tensor]) -> Tensor:
+        return torch.cat([self.objective.likelihood.kl(p, q) for p, q in zip(before, after, strict=True)])
