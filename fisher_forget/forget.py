@@ -83,7 +83,7 @@ def forget(
         damping: tau of each step, see `newton_step`.
         solver: "cg", "direct" or "auto", see `newton_step`.
         drift: Subtract the force that is not owed to the forget set, see `newton_step`.
-        budget: Allowed rise of the held-back retained loss by the Newton step, nats.
+        budget: Allowed rise of the held-back retained loss by the Newton step, see `newton_step`, nats.
         noise: Scale s of the noise s (B + tau I)^-p xi; or a `NoiseTarget` that it is to reach, which is by default
             ("auto") that the retained loss rises by max(0.0002 nats, 0.2 % of it); `None` adds none.
         exponent: p.
