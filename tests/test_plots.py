@@ -376,7 +376,7 @@ def test_the_path_of_the_flow(result):
     ax = plots.plot_path(result)
     x, y = _line(ax, "KL moved by a sub-step, forgotten data")
     steps = result.newton.accepted
-    assert x == pytest.approx(np.cumsum([1 / s.damping for s in steps]))
+    assert x == pytest.approx(np.cumsum([s.share / s.damping for s in steps]))
     assert y.tolist() == [s.moved for s in steps]
     _, rise = _line(ax, "rise of the retained loss, where it rose")
     wanted = np.array([s.loss for s in steps]) - result.newton.loss_before

@@ -114,7 +114,7 @@ class TestCells:
         frame = swept({"noise": ["auto", target, 0.1]}).to_pandas().set_index("noise")
         for noise, word in (("auto", "auto"), (target, "loss 0.05")):
             result = forget(trained, blobs, FORGET, weight_decay=WEIGHT_DECAY, noise=noise, progress=False)
-            assert frame.loc[word, "scale"] == pytest.approx(result.noise.scale)
+            assert frame.loc[word, "scale"] == pytest.approx(result.noise.scale, rel=1e-3)  # both searched, to 2 %
             assert frame.loc[word, "loss_test"] == pytest.approx(scores(reference, result.model)["loss_test"], rel=1e-4)
         assert frame.loc["0.1", "scale"] == 0.1
 
