@@ -162,13 +162,14 @@ def _unit(config: CompareConfig, case: Case, method: type[Unlearner], validation
     split = resolve_split(case.data.train, case.forget)
     judge = tuning.Judge.of(case.originals.models[0], case.data, case.forget, case.settings, validation)
     trials: list[Trial] = []
+    trajectories: dict[int, Trajectory] = {}
     best: tuple[float, dict[str, Any], Unlearned] | None = None
     spent = 0.0
     for settings in tuning.settings(method, config.trials):
         if spent > config.tuning * config.training.epochs:
             break
         try:
-            made = _made(config, case, method, settings, 0, split)
+            made = _made(config, case, method, settings, 0, split, trajectories)
             judged = judge(made.model)
         except FisherForgetError as error:
             trials.append(Trial(settings, error=str(error)))
@@ -181,7 +182,7 @@ def _unit(config: CompareConfig, case: Case, method: type[Unlearner], validation
         return _store(place, mark, Outcome(method.name, {}, tuple(trials), refused=trials[0].error))
     _, settings, first = best
     try:
-        others = [_made(config, case, method, settings, i, split) for i in range(1, len(config.seeds))]
+        others = [_made(config, case, method, settings, i, split, trajectories) for i in range(1, len(config.seeds))]
     except FisherForgetError as error:
         return _store(place, mark, Outcome(method.name, settings, tuple(trials), refused=str(error)))
     every = [first, *others]
@@ -192,22 +193,34 @@ def _unit(config: CompareConfig, case: Case, method: type[Unlearner], validation
 
 
 def _made(
-    config: CompareConfig, case: Case, method: type[Unlearner], settings: Mapping[str, Any], index: int, split: Split
+    config: CompareConfig,
+    case: Case,
+    method: type[Unlearner],
+    settings: Mapping[str, Any],
+    index: int,
+    split: Split,
+    trajectories: dict[int, Trajectory],
 ) -> Unlearned:
     original = copy.deepcopy(case.originals.models[index])  # a method of the user's may forget to
-    chosen = configured(config, case, method, settings, config.seeds[index])
+    chosen = configured(config, case, method, settings, config.seeds[index], trajectories)
     trajectory = getattr(chosen, "trajectory", None)
     return chosen.unlearn(trajectory.model if isinstance(trajectory, Trajectory) else original, split)
 
 
 def configured(
-    config: CompareConfig, case: Case, method: type[Unlearner], settings: Mapping[str, Any], seed: int
+    config: CompareConfig,
+    case: Case,
+    method: type[Unlearner],
+    settings: Mapping[str, Any],
+    seed: int,
+    trajectories: dict[int, Trajectory],
 ) -> Unlearner:
     """A method as the recipe would set it up.
 
     A field of one of these names gets what the recipe knows, unless it is in the method's grid: `likelihood`,
     `weight_decay` and `seed`; `train` and `init`, which train and build as the recipe does; `initial`, the original
-    before its training; `trajectory`, a training of its own that DeltaGrad can replay.
+    before its training; `trajectory`, a training of its own that DeltaGrad can replay, from `trajectories` where the
+    seed's is there already.
     """
     data, training = case.data, config.training
 
@@ -221,7 +234,10 @@ def configured(
         plan = Plan(
             training.epochs, training.lr, batch_size=training.batch_size, weight_decay=training.weight_decay, seed=seed
         )
-        return record(recipe.untrained(config, data, seed), resolve_split(data.train, case.forget), plan)
+        if seed not in trajectories:
+            untouched = recipe.untrained(config, data, seed)
+            trajectories[seed] = record(untouched, resolve_split(data.train, case.forget), plan)
+        return trajectories[seed]
 
     known: dict[str, Callable[[], Any]] = {
         "likelihood": lambda: config.likelihood,
@@ -250,7 +266,7 @@ def _evaluated(
         paths = [_place(case, method) / f"seed-{seed}.safetensors" for seed in config.seeds]
         shapes = case.originals.models[0]
         if (other := getattr(method, "template", None)) is not None:  # it returns another architecture
-            shapes = other(configured(config, case, method, outcome.settings, config.seeds[0]), shapes)
+            shapes = other(configured(config, case, method, outcome.settings, config.seeds[0], {}), shapes)
         made[name] = [storage.load_model(path, shapes) for path in paths]
     return recipe.evaluate_case(config, case, made)
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -212,8 +212,10 @@ def newton_step(
     settled = stationarity < STATIONARY and not (
         steps == "auto" and correction.trains_on(everyone, some(split.retain, JUDGED, seed))
     )
-    removed = not settled if drift == "auto" else drift
-    if budget is None and removed:
+    removed = (
+        not settled and drifts(snapshot.total, retained, objective.start, weight_decay) if drift == "auto" else drift
+    )
+    if budget is None and (removed or not settled):
         correction.allowed = STRICT
     absent: tuple[int, ...] = ()
     if steps == "auto" and (gone := absent_classes(snapshot.total, retained)):
@@ -225,7 +227,7 @@ def newton_step(
     if steps == "auto":
         times: tuple[float, ...] = DRIFTING if removed else TIMES
         if absent:  # what training has no time to do, the row has done
-            times = () if removed else TIMES[:1]
+            times = TIMES[:1] if settled else ()
         correction.follow(list(times) if damping == "auto" else [1 / damping] * len(times))
     else:
         tau = correction.choose_damping() if damping == "auto" else float(damping)
@@ -265,6 +267,19 @@ def _stationarity(snapshot: Snapshot, objective: Objective, split: Split, weight
     )
     variance = fisher.trace() / snapshot.total.count
     return P.dot(full, full) / variance if variance > 0 else 0.0
+
+
+def drifts(everyone: Gradient, retained: Gradient, at: Params, weight_decay: float) -> bool:
+    """Whether the force on the weights is mostly not owed to the forget set: |grad L_D + wd w| > |grad L_r - grad L_D|.
+
+    Args:
+        everyone: Sums over all samples.
+        retained: Sums over the retained ones.
+        at: w.
+        weight_decay: wd.
+    """
+    full = everyone.mean()
+    return P.norm(P.add(full, at, weight_decay)) > P.norm(P.add(retained.mean(), full, -1))
 
 
 class _Flow:
@@ -390,13 +405,15 @@ class _Look:
         at: The weights.
         share: Of the step that led there.
         loss: Mean loss, nats; NaN where numbers overflow, or nobody is watched.
-        shift: KL(before || there) of the predictions where the loss rose, mean over all, nats.
+        outputs: Of the watched samples.
+        losses: Of each of them, nats.
     """
 
     at: Params
     share: float
     loss: float
-    shift: float
+    outputs: list[Tensor] = field(default_factory=list, repr=False)
+    losses: Tensor = field(default_factory=lambda: torch.zeros(0), repr=False)
 
 
 @dataclass
@@ -425,10 +442,10 @@ class _Correction:
         self.theta: Params = dict(self.objective.start)
         self.path: list[SubStep] = []
         self.moves = True
-        self.before = self._watch(self.theta)
         counts = [self.objective.likelihood.counts(b.targets).double().sum() for b in self.split.batches(self.held)]
         self.positions = float(sum(counts))
-        self.loss_before = self._look(self.theta).loss
+        self.best = self._look(self.theta)  # on the way, by the watched loss
+        self.loss_before = self.best.loss
         self.allowed = self.budget if self.budget is not None else max(0.01, 0.1 * self.loss_before)
         self.first = self.last = self._outputs(self.shown, self.theta)
 
@@ -497,11 +514,13 @@ class _Correction:
 
     def advance(self, tau: float, *, halvings: int = 0, trial: bool = False) -> bool:
         """One sub-step from the current weights; they move only if it stays within the budget, and is no trial."""
-        step, theta, outputs = self._try(tau, halvings)
+        step, look, outputs = self._try(tau, halvings)
         self.path.append(replace(step, accepted=step.accepted and not trial))
         if step.accepted and not trial:
-            self.theta, self.last = theta, outputs
-            self.flow.move(theta)
+            self.theta, self.last = look.at, outputs
+            if look.loss < self.best.loss:
+                self.best = look
+            self.flow.move(self.theta)
         return step.accepted
 
     def choose_damping(self) -> float | None:
@@ -514,7 +533,7 @@ class _Correction:
                 break
         return best
 
-    def _try(self, tau: float, halvings: int) -> tuple[SubStep, Params, list[Tensor]]:
+    def _try(self, tau: float, halvings: int) -> tuple[SubStep, _Look, list[Tensor]]:
         """Solve the step and look at the retained loss and the forget set's predictions where it leads."""
         try:
             solved = self.flow.solve(tau)
@@ -522,7 +541,7 @@ class _Correction:
             if self.flow.literal:
                 raise
             nan = math.nan
-            return SubStep(tau, 0, math.inf, 0.0, nan, nan, nan, nan, False), self.theta, []
+            return SubStep(tau, 0, math.inf, 0.0, nan, nan, nan, nan, False), self.best, []
         look = self._shortened(solved.x, halvings, self.moves)
         step = SubStep(
             damping=tau,
@@ -531,16 +550,16 @@ class _Correction:
             share=look.share,
             norm=look.share * P.norm(solved.x),
             loss=look.loss,
-            shift=look.shift,
+            shift=self._shift(look),
             moved=math.nan,
             accepted=False,
         )
         try:
             outputs = self._outputs(self.shown, look.at)
         except NumericalError:
-            return step, look.at, []
+            return step, look, []
         moved, accepted = self._moved(self.last, outputs), self._fits(look, self.moves)
-        return replace(step, moved=moved, accepted=accepted), look.at, outputs
+        return replace(step, moved=moved, accepted=accepted), look, outputs
 
     def _shortened(self, delta: Params, halvings: int, moves: bool) -> _Look:
         """The largest share of a step that stays within the budget, and what it leads to.
@@ -559,21 +578,21 @@ class _Correction:
         return found
 
     def _look(self, at: Params, share: float = 1.0) -> _Look:
+        unknown = _Look(at, share, math.nan)
         if not len(self.held) or not P.finite(at):
-            return _Look(at, share, math.nan, math.nan)
+            return unknown
         try:
-            outputs, losses = self._watch(at)
+            pairs = list(self.objective.forward(self.split.batches(self.held), at))
         except NumericalError:
-            return _Look(at, share, math.nan, math.nan)
-        before, losses_before = self.before
-        worse = losses > losses_before
-        return _Look(at, share, float(losses.sum()) / self.positions, float((self._kl(before, outputs) * worse).mean()))
+            return unknown
+        losses = torch.cat([self.objective.likelihood.losses(f, y).double() for f, y in pairs])
+        return _Look(at, share, float(losses.sum()) / self.positions, [f for f, _ in pairs], losses)
 
-    def _watch(self, at: Params) -> tuple[list[Tensor], Tensor]:
-        """Outputs and losses of the watched retained samples."""
-        pairs, likelihood = list(self.objective.forward(self.split.batches(self.held), at)), self.objective.likelihood
-        losses = [likelihood.losses(f, y).double() for f, y in pairs]
-        return [f for f, _ in pairs], torch.cat(losses) if losses else torch.zeros(0)
+    def _shift(self, look: _Look) -> float:
+        """KL(best || there) of the watched predictions whose own loss is higher there, mean over all, nats."""
+        if math.isnan(look.loss):
+            return math.nan
+        return float((self._kl(self.best.outputs, look.outputs) * (look.losses > self.best.losses)).mean())
 
     def _fits(self, look: _Look, moves: bool) -> bool:
         """Whether the weights may go there; `moves` tells whether moves of predictions to the worse count.
@@ -582,7 +601,7 @@ class _Correction:
         """
         if not len(self.held):
             return P.finite(look.at)
-        return look.loss + (look.shift if moves else 0.0) <= self.loss_before + self.allowed
+        return look.loss + (self._shift(look) if moves else 0.0) <= self.best.loss + self.allowed
 
     def _outputs(self, samples: Indices, at: Params) -> list[Tensor]:
         return [f for f, _ in self.objective.forward(self.split.batches(samples), at)]

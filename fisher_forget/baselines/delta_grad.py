@@ -9,8 +9,9 @@ with n_t samples in a batch, m_t of them forgotten, and B_t a limited-memory BFG
 steps whose gradient is computed in full: the first j_0 and then every T_0-th. Wu, Dobriban and Davidson 2020
 (arXiv:2006.14755); compact form of B_t from Byrd, Nocedal and Schnabel 1994 (Mathematical Programming 63, 129-156).
 
-The weight decay is exact in every step. A pair that shows no positive curvature, as networks have them, does not enter
-B_t; a step without any pair is computed in full.
+The weight decay is exact in every step. Networks are neither convex nor smooth everywhere: a pair that shows no
+positive curvature does not enter B_t, and a step is computed in full where there is no pair yet, or where
+|B_t (w - w_t)| exceeds |w - w_t| / lr, a curvature that the recorded descent could not have followed either.
 """
 
 from __future__ import annotations
@@ -193,8 +194,10 @@ class DeltaGrad:
                 forgotten = objective.gradient(split.batches(gone), at)
                 gradients += len(gone)
                 late = number >= self.burn_in and (number - self.burn_in) % self.period != 0
-                if late and (pairs or not bool(away.any())):
-                    guess = P.unflatten(known + lbfgs_product(pairs, away), at)
+                curved = lbfgs_product(pairs, away)
+                smooth = bool(curved.norm() * plan.lr <= away.norm())
+                if late and smooth and (pairs or not bool(away.any())):
+                    guess = P.unflatten(known + curved, at)
                     gradient = (Gradient(P.scale(guess, count), 0.0, count) - forgotten).mean()
                 else:
                     retained = objective.gradient(split.batches(kept), at)
