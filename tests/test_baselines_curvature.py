@@ -27,6 +27,7 @@ from fisher_forget import (
     paper_forget,
     reference_code_forget,
 )
+from fisher_forget.baselines import delta_grad
 from fisher_forget.baselines.delta_grad import DeltaGrad, Plan, Trajectory, lbfgs_product, record
 from fisher_forget.baselines.fisher import FisherForget, GolatkarCode, GolatkarPaper, metered
 from fisher_forget.baselines.influence import Lissa, WoodFisher
@@ -537,6 +538,17 @@ class TestDeltaGrad:
         full = 10 + 90 // 5
         cost = full * N + (100 - full) * len(GONE)
         assert found.passes == pytest.approx(cost / len(KEPT))
+
+    @pytest.mark.parametrize(("factor", "full"), [(1.01, True), (0.99, False)])
+    def test_a_curvature_that_descent_could_not_follow_is_not_used(
+        self, factor: float, full: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        trajectory = record(net(), split_of(), self.PLAN)
+        monkeypatch.setattr(delta_grad, "lbfgs_product", lambda _, v: factor / self.PLAN.lr * v)
+        found = DeltaGrad(trajectory, burn_in=3).unlearn(trajectory.model, split_of())
+        every = DeltaGrad(trajectory, period=1).unlearn(trajectory.model, split_of())
+        assert torch.equal(vector(found.model), vector(every.model)) == full
+        assert (found.passes == every.passes) == full
 
     def test_steps_before_the_first_forgotten_sample_are_known(self) -> None:
         trajectory = record(net(), split_of(), dataclasses.replace(self.PLAN, batch_size=1, epochs=1))

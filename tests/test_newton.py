@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -52,6 +53,15 @@ def regression() -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(0)
     x = torch.randn(60, 5, generator=g, dtype=torch.float64)
     return x, x @ torch.randn(5, 2, generator=g, dtype=torch.float64) + 0.3 * torch.randn(60, 2, generator=g).double()
+
+
+def seeded_moves(model: nn.Module, scale: float) -> nn.Module:
+    """A copy with noise on its weights."""
+    moved, g = copy.deepcopy(model), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in moved.parameters():
+            p += scale * torch.randn(p.shape, generator=g, dtype=p.dtype)
+    return moved
 
 
 def softmax_minimiser(model: nn.Module, x: Tensor, y: Tensor, decay: float) -> nn.Module:
@@ -240,7 +250,43 @@ class TestControls:
         model, data = self.data()
         for budget in (1e-4, 1e-2):
             step = self.flow(model, data, list(range(20)), drift=False, budget=budget)
-            assert all(s.loss <= step.loss_before + budget for s in step.accepted)
+            losses = [step.loss_before, *(s.loss for s in step.accepted)]
+            assert len(losses) > 2
+            assert min(losses) < step.loss_before  # the budget is one from the lowest loss on the way
+            assert all(s.loss + s.shift <= min(losses[:k]) + budget for k, s in enumerate(step.accepted, 1))
+
+    def test_moves_to_the_worse_are_counted_from_the_lowest_loss_on_the_way(self) -> None:
+        model, data = self.data()
+        objective, likelihood, forgotten = Objective(model, Categorical()), Categorical(), list(range(20))
+        split = resolve(data, forgotten)
+        held = some(split.retain, len(split.retain) // 10, np.random.default_rng(0))
+        one, two = (self.flow(model, data, forgotten, steps=k, drift=False, budget=0.5) for k in (1, 2))
+        assert two.accepted[0] == one.accepted[0]
+        assert one.accepted[0].loss < one.loss_before
+        ((best, y),) = objective.forward(split.batches(held), one.params)
+        ((after, _),) = objective.forward(split.batches(held), two.params)
+        worse = likelihood.losses(after, y) > likelihood.losses(best, y)
+        shift = float((likelihood.kl(best, after) * worse).mean())
+        assert shift > 0
+        assert two.accepted[1].shift == pytest.approx(shift)
+
+    @pytest.mark.parametrize(("scale", "removed"), [(0.28, False), (0.8, True)])
+    def test_the_drift_is_subtracted_where_it_outweighs_what_is_owed(self, scale: float, removed: bool) -> None:
+        """Near a minimum of wrong labels the force is mostly the forget set's; farther away it is not."""
+        model, data = self.data()
+        (x, y), gone = data.tensors, list(range(20))
+        y[gone] = softmax_minimiser(model, x, y, DECAY)(x[gone]).argmin(1)
+        moved = seeded_moves(softmax_minimiser(model, x, y, DECAY), scale)
+        objective, split = Objective(moved, Categorical()), resolve(data, gone)
+        sums = {part: objective.gradient(split.batches(part), objective.start) for part in ("all", "retain")}
+        full = flatten(sums["all"].mean())
+        drift = float((full + DECAY * flatten(objective.start)).norm())
+        owed = float((flatten(sums["retain"].mean()) - full).norm())
+        assert (drift > owed) == removed
+        step = self.flow(moved, data, gone)
+        assert not step.at_minimum
+        assert step.drift_removed == removed
+        assert step.budget == 0.002
 
     def test_single_step_takes_the_smallest_damping_within_the_budget(self) -> None:
         model, data = self.data()
@@ -433,7 +479,7 @@ def test_the_force_is_taken_where_a_share_of_the_step_over_all_leads(share: floa
     everyone, retained = flow(everybody), flow(split)
     delta = everyone.solve(1 / newton.AHEAD).x
     correction = newton._Correction(objective, split, retained, split.retain[:20], split.forget, 0.0, progress=False)
-    correction._look = lambda at, s=1.0: newton._Look(at, s, -math.inf if s <= share else math.inf, 0.0)
+    correction._look = lambda at, s=1.0: newton._Look(at, s, -math.inf if s <= share else math.inf)
     correction.remove_drift(everyone)
 
     there = add(objective.start, delta, share)
