@@ -211,12 +211,14 @@ def scrub(
     )
     seconds = seconds | {"newton": newton.seconds}
     if not newton.at_minimum and drift == "auto":
-        moves = (
-            "an absent class's output row moves" if newton.absent else "what forgetting adds to its gradient moves it"
-        )
+        moves = "what is retained moves it, within a strict budget"
+        if newton.absent:
+            moves = "only an absent class's output row moves"
+        elif newton.drift_removed:
+            moves = "only what forgetting adds to its gradient moves it"
         warnings.warn(
             f"The model is not at a minimum of its training objective (stationarity {newton.stationarity:.2g}, "
-            f"0.5 expected at most, or training on would lower its loss), so only {moves}. Train it to the end, or "
+            f"0.5 expected at most, or training on would lower its loss), so {moves}. Train it to the end, or "
             "check that weight_decay is the one used in training.",
             FisherForgetWarning,
             stacklevel=3,

@@ -10,10 +10,10 @@ with the largest tr H_n, re-chosen at every sub-step, and the estimated curvatur
 their share of tr H_n, which is next to nothing in a converged network; the gradient is computed in full once and then
 updated by its change on the working set (variance reduction) and, again, by what the curvature says of the others.
 
-A network that is not at a minimum of its objective would go on training under this flow. Then the part of the force
-that is not owed to the forget set is subtracted, so that the flow starts with grad L_r - grad L_D, taken where a step
-of the flow over *all* samples leads: it stands still for an empty forget set, equals the plain one at a minimum, and
-one step is the difference of d_A and d_r in Prop. 3 of Golatkar et al. 2020 (arXiv:1911.04933).
+A network that is not at a minimum of its objective would go on training under this flow. Where most of the force is
+not owed to the forget set, that part is subtracted then, so that the flow starts with grad L_r - grad L_D, taken where
+a step of the flow over *all* samples leads: it stands still for an empty forget set, equals the plain one at a minimum,
+and one step is the difference of d_A and d_r in Prop. 3 of Golatkar et al. 2020 (arXiv:1911.04933).
 
 A class that no retained sample is labelled with leaves an output row that no flow brings to its limit in time: see
 `fisher_forget.absent`. It starts from there, and the flow ends after its first sub-step, or before where the network is
@@ -55,8 +55,8 @@ TIMES = (125.0, 250.0, 500.0, 1000.0, 1000.0, 1000.0)  # sub-steps of steps="aut
 STILL = 0.02  # stop when a sub-step moves the forget set's predictions by less than this share of the whole motion
 DAMPINGS = tuple(10.0 ** (-k / 2) for k in range(13))  # 1 ... 1e-6, for damping="auto" with a single step
 HALVINGS = 7  # of a step that leaves the budget, at most
-# sub-steps and budget (nats) of a network that is still being trained: its loss need not rise
-DRIFTING, STRICT = (60.0, 250.0, 500.0), 0.002
+DRIFTING = (60.0, 250.0, 500.0)  # sub-steps where the drift is subtracted
+STRICT = 0.002  # budget, nats, of a network that is still being trained: its loss need not rise
 AHEAD = 125.0  # time of the step over all samples that leads to where the forget set's gradient is taken
 PROBED = 32  # watched samples of either kind that tell which parameters are output rows
 QUICK, EXACT = (10, 0.05), (200, 1e-9)  # conjugate-gradient products and tolerance: along the flow, for a given damping
@@ -73,8 +73,8 @@ class SubStep:
         share: How much of the solution was taken: less than 1 where all of it left the budget.
         norm: Length of what was taken.
         loss: Mean loss on the watched retained samples afterwards, nats (NaN where none are).
-        shift: Mean of KL(before || after) of their predictions, where their loss rose, and 0 elsewhere, nats (NaN
-            where nobody is watched).
+        shift: Mean of KL(best || after) of their predictions, where their loss rose, and 0 elsewhere, nats (NaN
+            where nobody is watched); best is the place with the lowest loss on the way here.
         moved: KL(before || after) of the forget set's predictions, nats.
         accepted: Whether it stayed within the budget.
     """
@@ -107,7 +107,8 @@ class NewtonStep:
         path: Every sub-step tried, in order.
         held_back: Number of retained samples on which the loss is watched.
         loss_before: Mean loss on them before, nats.
-        budget: By how much it was allowed to rise, moves to the worse (`SubStep.shift`) added, nats.
+        budget: By how much it was allowed to rise above the lowest on the way, moves to the worse (`SubStep.shift`)
+            added, nats.
         seconds: Wall time.
     """
 
@@ -168,10 +169,12 @@ def newton_step(
             step stays within the budget.
         solver: "cg" on exact GGN products, "direct" inverse of `curvature`, which stays that of the start
             at every sub-step, or "auto": direct if it is dense, else cg.
-        drift: Subtract the force that is not owed to the forget set; "auto" where the model is not at a minimum.
-        budget: How far the mean loss on some retained samples may rise, plus how far the predictions of those move
-            whose own loss rises (`SubStep.shift`), nats; default max(0.01, 10 % of the loss), 0.002 where the drift is
-            subtracted; after the rows of absent classes the mean loss may not rise at all, and moves are not counted.
+        drift: Subtract the force that is not owed to the forget set; "auto" where the model is not at a minimum, and
+            that force outweighs what is owed.
+        budget: How far the mean loss on some retained samples may rise above the lowest on the way, plus how far the
+            predictions of those move whose own loss rises (`SubStep.shift`), nats; default max(0.01, 10 % of the loss),
+            0.002 where the model is not at a minimum or the drift is subtracted; after the rows of absent classes the
+            mean loss may not rise at all, and moves are not counted.
         working_set: Retained samples that enter the products and the gradient's change one by one.
         snapshot: Of the same model and data, where there is one; else one is taken.
         seed: Chooses the held-back samples.
