@@ -215,9 +215,9 @@ def newton_step(
     settled = stationarity < STATIONARY and not (
         steps == "auto" and correction.trains_on(everyone, some(split.retain, JUDGED, seed))
     )
-    removed = (
-        not settled and drifts(snapshot.total, retained, objective.start, weight_decay) if drift == "auto" else drift
-    )
+    removed = not settled and _drifts(snapshot.total, retained, objective.start, weight_decay)
+    if drift != "auto":
+        removed = drift
     if budget is None and (removed or not settled):
         correction.allowed = STRICT
     absent: tuple[int, ...] = ()
@@ -272,7 +272,7 @@ def _stationarity(snapshot: Snapshot, objective: Objective, split: Split, weight
     return P.dot(full, full) / variance if variance > 0 else 0.0
 
 
-def drifts(everyone: Gradient, retained: Gradient, at: Params, weight_decay: float) -> bool:
+def _drifts(everyone: Gradient, retained: Gradient, at: Params, weight_decay: float) -> bool:
     """Whether the force on the weights is mostly not owed to the forget set: |grad L_D + wd w| > |grad L_r - grad L_D|.
 
     Args:
