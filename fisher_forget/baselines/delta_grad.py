@@ -194,9 +194,11 @@ class DeltaGrad:
                 forgotten = objective.gradient(split.batches(gone), at)
                 gradients += len(gone)
                 late = number >= self.burn_in and (number - self.burn_in) % self.period != 0
-                curved = lbfgs_product(pairs, away)
-                smooth = bool(curved.norm() * plan.lr <= away.norm())
-                if late and smooth and (pairs or not bool(away.any())):
+                guessed = late and (bool(pairs) or not bool(away.any()))
+                if guessed:
+                    curved = lbfgs_product(pairs, away)
+                    guessed = bool(curved.norm() * plan.lr <= away.norm())
+                if guessed:
                     guess = P.unflatten(known + curved, at)
                     gradient = (Gradient(P.scale(guess, count), 0.0, count) - forgotten).mean()
                 else:
