@@ -93,6 +93,7 @@ def compare(config: CompareConfig) -> Path:
     """
     chosen = [_method(name) for name in config.methods or METHODS]
     methods = {method.name: method for method in chosen}
+    _check_options(config.options, METHODS | methods)
     folder = storage.ensure_folder(Path(config.out) / config.name)
     data, validation = _held_out(config.data.load(), config.validation)
     for settings in config.forget_sets:
@@ -130,6 +131,20 @@ def _method(name: str) -> type[Unlearner]:
     return found
 
 
+def _check_options(options: Mapping[str, Mapping[str, Any]], methods: Mapping[str, type[Unlearner]]) -> None:
+    """Refuse options that a method does not have or take, before anything is trained."""
+    for name, values in options.items():
+        if name not in methods:
+            raise ConfigError(f"options of {name!r}", f"one of {sorted(methods)}", "Correct the name.")
+        known = [f.name for f in _fields(methods[name])]
+        if unknown := sorted(values.keys() - set(known)):
+            raise ConfigError(f"the options {unknown} of {name!r}", f"some of {known}", "Correct `options`.")
+        try:
+            methods[name](**values)
+        except TypeError as error:
+            raise ConfigError(f"options of {name!r}: {error}", "values of the documented types", "Correct them.") from error
+
+
 def _held_out(data: DataBundle, share: float) -> tuple[DataBundle, TensorDataset]:
     """The data with fewer test samples, and the validation samples that were taken from them."""
     order = np.random.default_rng(0).permutation(len(data.test))
@@ -165,7 +180,7 @@ def _unit(config: CompareConfig, case: Case, method: type[Unlearner], validation
     trajectories: dict[int, Trajectory] = {}
     best: tuple[float, dict[str, Any], Unlearned] | None = None
     spent = 0.0
-    for settings in tuning.settings(method, config.trials):
+    for settings in tuning.settings(method, config.trials, config.options.get(method.name, {})):
         if spent > config.tuning * config.training.epochs:
             break
         try:
@@ -249,7 +264,7 @@ def configured(
         "trajectory": trajectory,
     }
     given = {f.name: known[f.name]() for f in _fields(method) if f.name in known and f.name not in method.grid}
-    return method(**given | dict(settings))
+    return method(**given | config.options.get(method.name, {}) | dict(settings))
 
 
 def _fields(method: Any) -> tuple[dataclasses.Field[Any], ...]:
@@ -301,6 +316,7 @@ def _fingerprint(config: CompareConfig, case: Case, method: type[Unlearner], val
         where,
         defaults,
         repr(method.grid),
+        config.options.get(method.name, {}),
         config.trials,
         config.tuning,
         config.seeds,

@@ -233,6 +233,7 @@ class CompareConfig(RunConfig):
 
     Attributes:
         methods: Names in `fisher_forget.baselines.METHODS`, or "package.module:Class" of your own; all by default.
+        options: Name of a method -> its fields that have one value in all trials, such as {ntk: {memory: 268435456}}.
         trials: Settings that each method may try, its defaults first, the others drawn from its grid.
         tuning: Sample gradients that the settings of a method may cost together, in trainings: once they have cost
             more, no other is tried.
@@ -240,6 +241,7 @@ class CompareConfig(RunConfig):
     """
 
     methods: list[str] = field(default_factory=list)
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
     trials: int = 6
     tuning: float = 5.0
     validation: float = 0.5

@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,11 +116,14 @@ class Judge:
         return Judgement(damage, 100 * abs(2 * float(auc) - 1))
 
 
-def settings(method: type[Unlearner], trials: int) -> Iterator[dict[str, Any]]:
-    """Settings to try: the defaults, then others of the grid in an order drawn once for all by the method's name."""
-    names = list(method.grid)
-    defaults = {name: getattr(method(), name) for name in names}
-    others = [dict(zip(names, values, strict=True)) for values in itertools.product(*method.grid.values())]
+def settings(method: type[Unlearner], trials: int, fixed: Collection[str] = ()) -> Iterator[dict[str, Any]]:
+    """Settings to try: the defaults, then others of the grid in an order drawn once for all by the method's name.
+
+    Fields in `fixed` are left alone.
+    """
+    grid = {name: values for name, values in method.grid.items() if name not in fixed}
+    defaults = {name: getattr(method(), name) for name in grid}
+    others = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     others = [other for other in others if other != defaults]
     order = np.random.default_rng(zlib.crc32(method.name.encode())).permutation(len(others))
     yield from ([{}] + [others[i] for i in order])[:trials]

@@ -158,6 +158,35 @@ class TestWhole:
         assert CALLS == ["1 0", "1 1", "1 0", "1 1"]
 
 
+def test_options_hold_in_every_trial_and_change_their_method_alone(finished: Any) -> None:
+    folder, _ = finished
+    CALLS.clear()
+    path = config(folder, options={"shrink": {"by": 0.25}, "ntk": {"memory": 1 << 20}})
+    assert load_config(path, [], CompareConfig).options["shrink"] == {"by": 0.25}
+    stamps = {p: p.stat().st_mtime_ns for p in (folder / "small").glob("*/methods/finetune/outcome.json")}
+    assert main(["compare", path]) == 0
+    assert CALLS == ["0.25 0", "0.25 1"] * 2  # a field that is fixed is not tried
+    assert len(stamps) == 2
+    assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"ntkk": {"memory": 1}}, "ntkk"),
+        ({"ntk": {"memry": 1}}, "memry"),
+        ({"ntk": {"weight_decay": "much"}}, "'ntk'"),
+        ({"ntk": {"weight_decay": -1.0}}, "weight_decay"),
+    ],
+)
+def test_options_that_a_method_does_not_take_are_refused_before_training(
+    tmp_path: Path, capsys: Any, options: Any, says: str
+) -> None:
+    assert main(["compare", config(tmp_path, options=options)]) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "small" / "original").exists()
+
+
 def test_a_method_that_has_cost_enough_tries_no_more(tmp_path: Path) -> None:
     CALLS.clear()
     only = [{"name": "class 3", "kind": "class", "label": 3}]
