@@ -142,7 +142,8 @@ def _check_options(options: Mapping[str, Mapping[str, Any]], methods: Mapping[st
         try:
             methods[name](**values)
         except TypeError as error:
-            raise ConfigError(f"options of {name!r}: {error}", "values of the documented types", "Correct them.") from error
+            expected, fix = "values of the documented types", "Correct `options`."
+            raise ConfigError(f"options of {name!r}: {error}", expected, fix) from error
 
 
 def _held_out(data: DataBundle, share: float) -> tuple[DataBundle, TensorDataset]:
