@@ -21,11 +21,12 @@ from fisher_forget import (
     Gaussian,
     estimate_curvature,
     forget,
-    newton,
     prepare,
 )
 from fisher_forget.absent import absent_classes, clear_rows
+from fisher_forget.correction import Correction
 from fisher_forget.data.split import resolve
+from fisher_forget.flow import EXACT, Flow
 from fisher_forget.objective import Objective
 from fisher_forget.snapshot import take_snapshot
 
@@ -242,7 +243,7 @@ class TestForget:
         tau = 1 / 125
         eye = torch.eye(len(force), dtype=torch.float64)
         expected = flat(weights.values()) - torch.linalg.solve(ggn + (WEIGHT_DECAY + tau) * eye, force)
-        monkeypatch.setattr(newton, "QUICK", newton.EXACT)
+        monkeypatch.setattr("fisher_forget.flow.QUICK", EXACT)
         result = self.run(trained, blobs, budget=10.0)
         found = flat(result.newton.params.values())
         torch.testing.assert_close(found, expected.detach(), rtol=0, atol=1e-4)
@@ -293,7 +294,7 @@ class TestForget:
     def test_prepared_requests_find_it_when_the_last_sample_goes(
         self, trained: nn.Module, blobs: TensorDataset, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(newton, "QUICK", newton.EXACT)
+        monkeypatch.setattr("fisher_forget.flow.QUICK", EXACT)
         idx = torch.nonzero(blobs.tensors[1] == self.gone).flatten().tolist()
         prepared = prepare(trained, blobs, weight_decay=WEIGHT_DECAY, progress=False)
         assert prepared.forget(idx[:-1], noise=None).newton.absent == ()
@@ -310,7 +311,7 @@ def test_the_flow_goes_on_from_cleared_weights_with_the_gradient_there() -> None
     objective, split = Objective(model, Categorical()), resolve(TensorDataset(X, Y), [1, 4])
     sums = objective.gradient(split.batches("retain"), objective.start)
     curvature = estimate_curvature(model, split)
-    flow = newton._Flow(
+    flow = Flow(
         objective,
         split,
         curvature,
@@ -321,7 +322,7 @@ def test_the_flow_goes_on_from_cleared_weights_with_the_gradient_there() -> None
         literal=False,
         working_set=10,
     )
-    correction = newton._Correction(objective, split, flow, split.retain[:5], split.forget, budget=1e9, progress=False)
+    correction = Correction(objective, split, flow, split.retain[:5], split.forget, budget=1e9, progress=False)
     there = {name: value * 0.5 for name, value in objective.start.items()}
     assert correction.clear(there)
     expected = objective.gradient(split.batches("retain"), there)

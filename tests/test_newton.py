@@ -22,13 +22,14 @@ from fisher_forget import (
     NumericalError,
     estimate_curvature,
     forget,
-    newton,
     newton_step,
 )
+from fisher_forget.correction import AHEAD, Correction, Look
 from fisher_forget.curvature.diagonal import Diagonal
 from fisher_forget.curvature.matrix_free import GgnProduct, conjugate_gradient
 from fisher_forget.data.datasets import load_dataset
 from fisher_forget.data.split import Split, resolve, some
+from fisher_forget.flow import Flow
 from fisher_forget.objective import Objective
 from fisher_forget.params import add, flatten, norm, randn_like, unflatten
 from fisher_forget.training import TrainSettings, train
@@ -472,14 +473,14 @@ def test_the_force_is_taken_where_a_share_of_the_step_over_all_leads(share: floa
     curvature = estimate_curvature(model, everybody, likelihood, structure="dense")
     options = {"weight_decay": DECAY, "direct": True, "literal": False, "working_set": 600}
 
-    def flow(part: Split) -> newton._Flow:
+    def flow(part: Split) -> Flow:
         sums = objective.gradient(part.batches("retain"), objective.start)
-        return newton._Flow(objective, part, curvature, sums, torch.ones(len(part.retain)), **options)
+        return Flow(objective, part, curvature, sums, torch.ones(len(part.retain)), **options)
 
     everyone, retained = flow(everybody), flow(split)
-    delta = everyone.solve(1 / newton.AHEAD).x
-    correction = newton._Correction(objective, split, retained, split.retain[:20], split.forget, 0.0, progress=False)
-    correction._look = lambda at, s=1.0: newton._Look(at, s, -math.inf if s <= share else math.inf)
+    delta = everyone.solve(1 / AHEAD).x
+    correction = Correction(objective, split, retained, split.retain[:20], split.forget, 0.0, progress=False)
+    correction._look = lambda at, s=1.0: Look(at, s, -math.inf if s <= share else math.inf)
     correction.remove_drift(everyone)
 
     there = add(objective.start, delta, share)
