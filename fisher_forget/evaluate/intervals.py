@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special
 from torch import Tensor
 
 from fisher_forget.errors import ConfigError, DataError, NumericalError
@@ -62,7 +62,7 @@ def t_interval(values: Values, level: float = 0.95) -> Interval:
     mean = float(x.mean())
     if len(x) == 1:
         return Interval(mean, math.nan, math.nan)
-    half = float(stats.t.ppf((1 + level) / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
+    half = float(special.stdtrit(len(x) - 1, (1 + level) / 2) * x.std(ddof=1) / math.sqrt(len(x)))
     return Interval(mean, mean - half, mean + half)
 
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 from fisher_forget.errors import ConfigError, DataError, NumericalError
 from fisher_forget.evaluate.intervals import Array, Values, check_level, finite_vector
@@ -118,14 +118,14 @@ class _Design:
     @property
     def limit(self) -> float:
         """|xbar - rbar| from which on it is different."""
-        return float(stats.t.ppf((1 + self.level) / 2, self.df)) * self.novelty
+        return float(special.stdtrit(self.df, (1 + self.level) / 2)) * self.novelty
 
     @property
     def bound(self) -> float:
         """|xbar - rbar| up to which it is the same; not positive where nothing can be."""
         if self.estimated:  # s has M - 1 degrees of freedom whatever K is
             return _noncentral(1 - self.level, self.models - 1, self.margin / self.error) * self.error
-        return self.margin - float(stats.t.ppf(self.level, self.df)) * self.error
+        return self.margin - float(special.stdtrit(self.df, self.level)) * self.error
 
     @property
     def _own(self) -> float:
