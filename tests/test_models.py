@@ -83,8 +83,9 @@ class TestArchitecture:
             assert len(convs) == expected
 
     def test_signal_survives_the_depth(self):
-        outputs = build_model("all_cnn", CIFAR, 10, seed=0)(torch.randn(32, *CIFAR))
-        assert 0.05 < outputs.std(0).mean() < 5
+        images = torch.randn(32, *CIFAR, generator=torch.Generator().manual_seed(0))
+        outputs = build_model("all_cnn", CIFAR, 10, seed=0)(images)
+        assert 0.02 < outputs.std(0).mean() < 5  # about 0.05; with torch's own initial weights 2,000 times less
 
     def test_vectors_fit_the_flat_models(self):
         for name in ("linear", "mlp"):
