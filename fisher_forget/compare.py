@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import joblib
 import numpy as np
@@ -22,7 +22,6 @@ from torch.utils.data import Dataset, TensorDataset
 
 from fisher_forget import forget_sets, recipe, storage, tuning
 from fisher_forget.baselines import METHODS
-from fisher_forget.baselines.delta_grad import Plan, Trajectory, record
 from fisher_forget.baselines.protocol import Unlearned, Unlearner
 from fisher_forget.config import CompareConfig, to_plain
 from fisher_forget.data.datasets import DataBundle
@@ -37,6 +36,9 @@ from fisher_forget.recipe import Case
 from fisher_forget.report import comparison
 from fisher_forget.result import versions
 from fisher_forget.training import train
+
+if TYPE_CHECKING:
+    from fisher_forget.baselines.delta_grad import Trajectory
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -219,8 +221,8 @@ def _made(
 ) -> Unlearned:
     original = copy.deepcopy(case.originals.models[index])  # a method of the user's may forget to
     chosen = configured(config, case, method, settings, config.seeds[index], trajectories)
-    trajectory = getattr(chosen, "trajectory", None)
-    return chosen.unlearn(trajectory.model if isinstance(trajectory, Trajectory) else original, split)
+    replayed = getattr(chosen, "trajectory", None)
+    return chosen.unlearn(getattr(replayed, "model", original), split)
 
 
 def configured(
@@ -247,6 +249,8 @@ def configured(
         return train(model, data.train, training, seed=seed, indices=rows, likelihood=config.likelihood, progress=False)
 
     def trajectory() -> Trajectory:
+        from fisher_forget.baselines.delta_grad import Plan, record  # comparing goes on without that file
+
         plan = Plan(
             training.epochs, training.lr, batch_size=training.batch_size, weight_decay=training.weight_decay, seed=seed
         )

@@ -85,7 +85,7 @@ class TestArchitecture:
     def test_signal_survives_the_depth(self):
         images = torch.randn(32, *CIFAR, generator=torch.Generator().manual_seed(0))
         outputs = build_model("all_cnn", CIFAR, 10, seed=0)(images)
-        assert 0.02 < outputs.std(0).mean() < 5  # about 0.05; with torch's own initial weights 2,000 times less
+        assert 0.05 < outputs.std(0).mean() < 5  # with torch's own initial weights 2,000 times less
 
     def test_vectors_fit_the_flat_models(self):
         for name in ("linear", "mlp"):
