@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from fisher_forget.data.datasets import load_dataset
 from fisher_forget.errors import DataError
-from fisher_forget.models import build_model
+from fisher_forget.experiments.datasets import load_dataset
+from fisher_forget.experiments.models import build_model
 from fisher_forget.params import logits
 
 VOCABULARY, TOKENS = 5_000, 128

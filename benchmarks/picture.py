@@ -16,10 +16,10 @@ import torch
 from torch.nn import functional as F
 
 from fisher_forget import estimate_curvature
-from fisher_forget.data.datasets import load_dataset
-from fisher_forget.models import build_model
+from fisher_forget.experiments.datasets import load_dataset
+from fisher_forget.experiments.models import build_model
+from fisher_forget.experiments.training import TrainSettings, train
 from fisher_forget.params import flatten
-from fisher_forget.training import TrainSettings, train
 
 ROUNDS, SEEDS = 5, 5
 EPOCHS = (3, 30)

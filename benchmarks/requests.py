@@ -19,10 +19,11 @@ from typing import Any, TypeVar
 import numpy as np
 from torch import nn
 
-from fisher_forget import forget, prepare, recipe
+from fisher_forget import forget, prepare
 from fisher_forget import params as P
-from fisher_forget.config import load_config
-from fisher_forget.result import ForgetResult
+from fisher_forget.experiments import run as recipe
+from fisher_forget.experiments.config import load_config
+from fisher_forget.unlearn.result import ForgetResult
 
 T = TypeVar("T")
 STRUCTURES = ("diagonal", "ekfac")

@@ -5,8 +5,8 @@ result = forget(model, retain_loader, forget_idx)
 result.model, print(result)
 """
 
+from fisher_forget.baselines.golatkar import VARIANTS, Variant, paper_forget, reference_code_forget
 from fisher_forget.curvature import Curvature, estimate_curvature
-from fisher_forget.ensemble import RetrainedEnsemble
 from fisher_forget.errors import (
     ConfigError,
     CurvatureError,
@@ -19,17 +19,17 @@ from fisher_forget.errors import (
     StorageError,
 )
 from fisher_forget.evaluate.closeness import Closeness, Reference
+from fisher_forget.evaluate.ensemble import RetrainedEnsemble
 from fisher_forget.evaluate.evaluation import Evaluation, evaluate
-from fisher_forget.forget import forget
 from fisher_forget.likelihood import Bernoulli, Categorical, Gaussian, Likelihood
-from fisher_forget.newton import NewtonStep, newton_step
-from fisher_forget.noise import NoiseDraw, NoiseTarget, calibrate_noise, draw_noise
-from fisher_forget.prepare import Prepared, prepare
 from fisher_forget.report import plots
 from fisher_forget.report.plots import plot_tradeoff
-from fisher_forget.result import ForgetResult
 from fisher_forget.sweep import SweepTable, sweep
-from fisher_forget.variants import VARIANTS, Variant, paper_forget, reference_code_forget
+from fisher_forget.unlearn.forget import forget
+from fisher_forget.unlearn.newton.step import NewtonStep, newton_step
+from fisher_forget.unlearn.noise import NoiseDraw, NoiseTarget, calibrate_noise, draw_noise
+from fisher_forget.unlearn.prepare import Prepared, prepare
+from fisher_forget.unlearn.result import ForgetResult
 
 __all__ = [
     "VARIANTS",

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import shtab
 
-from fisher_forget.config import CompareConfig, RunConfig, SweepConfig, load_config, option_names
-from fisher_forget.data.datasets import catalogue
 from fisher_forget.errors import FisherForgetError
-from fisher_forget.starter import TEMPLATES, write_starter
+from fisher_forget.experiments.config import CompareConfig, RunConfig, SweepConfig, load_config, option_names
+from fisher_forget.experiments.datasets import catalogue
+from fisher_forget.experiments.init_config import TEMPLATES, write_starter
 
 EXIT_ERROR = 2  # something given was wrong; the message says what to do
 EXIT_INTERRUPTED = 130
@@ -128,21 +128,23 @@ def _dispatch(chosen: argparse.Namespace, overrides: list[str]) -> None:
         return
     config = _config(chosen.command, Path(chosen.config), overrides)
     if getattr(chosen, "dry_run", False):
-        from fisher_forget.plan import describe
+        from fisher_forget.experiments.dry_run import describe
 
         print(describe(config, chosen.command))
         return
-    from fisher_forget import recipe  # imports matplotlib: --help and the messages about mistakes stay quick
+    from fisher_forget.experiments import (
+        run as recipe,  # imports matplotlib: --help and the messages about mistakes stay quick
+    )
 
     if chosen.command == "plot":
         for drawn in recipe.redraw(config):
             print(drawn)
     elif chosen.command == "evaluate":
-        from fisher_forget.assess import assess
+        from fisher_forget.experiments.evaluate_run import assess
 
         print(f"Evaluation: {assess(config)}")
     elif isinstance(config, CompareConfig):
-        from fisher_forget.compare import compare
+        from fisher_forget.experiments.compare import compare
 
         print(f"Comparison: {compare(config)}")
     else:

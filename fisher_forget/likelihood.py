@@ -419,7 +419,7 @@ def _coordinates(weight: Tensor) -> Iterator[Tensor]:
 LIKELIHOODS: dict[str, type[Likelihood]] = {"categorical": Categorical, "bernoulli": Bernoulli, "gaussian": Gaussian}
 
 
-def resolve(likelihood: Likelihood | str) -> Likelihood:
+def resolve_likelihood(likelihood: Likelihood | str) -> Likelihood:
     """A likelihood from its name, or itself."""
     if isinstance(likelihood, Likelihood):
         return likelihood

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from fisher_forget.training import TrainSettings, train
+from fisher_forget.experiments.training import TrainSettings, train
 
 torch.set_num_threads(1)
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fisher_forget.data.datasets import load_dataset
-from fisher_forget.models import build_model
-from fisher_forget.training import TrainSettings, train
+from fisher_forget.experiments.datasets import load_dataset
+from fisher_forget.experiments.models import build_model
+from fisher_forget.experiments.training import TrainSettings, train
 
 bundle = load_dataset("digits", max_train=500, max_test=200)
 data, test = bundle.train, bundle.test

@@ -23,12 +23,12 @@ from fisher_forget import (
     forget,
     prepare,
 )
-from fisher_forget.absent import absent_classes, clear_rows
-from fisher_forget.correction import Correction
-from fisher_forget.data.split import resolve
-from fisher_forget.flow import EXACT, Flow
-from fisher_forget.objective import Objective
-from fisher_forget.snapshot import take_snapshot
+from fisher_forget.data.split import resolve_split
+from fisher_forget.unlearn.data_sums import take_snapshot
+from fisher_forget.unlearn.newton.absent_classes import absent_classes, clear_rows
+from fisher_forget.unlearn.newton.flow import EXACT, Flow
+from fisher_forget.unlearn.newton.guard import Correction
+from fisher_forget.unlearn.objective import Objective
 
 G = torch.Generator().manual_seed(0)
 X = torch.randn(30, 4, generator=G)
@@ -39,7 +39,7 @@ QUIET: dict[str, Any] = {"noise": None, "progress": False, "weight_decay": WEIGH
 def gone(targets: Tensor, idx: list[int], likelihood: Any, outputs: int = 3) -> tuple[int, ...]:
     """What is found when these samples are forgotten."""
     data = TensorDataset(torch.randn(len(targets), 4, generator=G), targets)
-    objective, split = Objective(nn.Linear(4, outputs), likelihood), resolve(data, idx)
+    objective, split = Objective(nn.Linear(4, outputs), likelihood), resolve_split(data, idx)
     snapshot = take_snapshot(objective, split)
     return absent_classes(
         snapshot.total, snapshot.retained(split, objective.gradient(split.batches("forget"), objective.start))
@@ -80,7 +80,7 @@ class TestAbsentClasses:
                 return self.head(x)[:, None].expand(-1, 2, -1)
 
         targets = torch.tensor([[0, 1], [2, 0], [1, -100], [-100, 0]])
-        objective, split = Objective(Tokens(), Categorical()), resolve(TensorDataset(X[:4], targets), [1])
+        objective, split = Objective(Tokens(), Categorical()), resolve_split(TensorDataset(X[:4], targets), [1])
         total = take_snapshot(objective, split).total
         assert total.classes.tolist() == [3, 2, 1]
         assert absent_classes(total, objective.gradient(split.batches("retain"), objective.start)) == (2,)
@@ -165,7 +165,7 @@ class TestClearRows:
     def test_outputs_of_those_classes_are_zero_and_others_as_before(self, head: str, classes: list[int]) -> None:
         build, rows = HEADS[head]
         model = seeded(build)
-        objective, split = Objective(model, Categorical()), resolve(TensorDataset(X, Y), [0])
+        objective, split = Objective(model, Categorical()), resolve_split(TensorDataset(X, Y), [0])
         cleared = clear_rows(objective, split, np.arange(8), classes)
         assert cleared is not None
         changed = {name for name, value in cleared.items() if not torch.equal(value, objective.start[name])}
@@ -178,7 +178,7 @@ class TestClearRows:
 
     @pytest.mark.parametrize("name", ["frozen", "skip", "coupled"])
     def test_networks_without_such_rows(self, name: str) -> None:
-        objective, split = Objective(seeded(unlike(name)), Categorical()), resolve(TensorDataset(X, Y), [0])
+        objective, split = Objective(seeded(unlike(name)), Categorical()), resolve_split(TensorDataset(X, Y), [0])
         assert clear_rows(objective, split, np.arange(8), [1]) is None
 
     def test_a_tied_embedding_only_where_the_token_is_not_read(self) -> None:
@@ -191,7 +191,7 @@ class TestClearRows:
                 return self.embedding(x) @ self.embedding.weight.T
 
         tokens, model = torch.arange(24) % 5, seeded(Tied)
-        objective, split = Objective(model, Categorical()), resolve(TensorDataset(tokens, tokens), [0])
+        objective, split = Objective(model, Categorical()), resolve_split(TensorDataset(tokens, tokens), [0])
         assert clear_rows(objective, split, np.arange(12), [5]) is not None
         assert clear_rows(objective, split, np.arange(12), [3]) is None
 
@@ -243,7 +243,7 @@ class TestForget:
         tau = 1 / 125
         eye = torch.eye(len(force), dtype=torch.float64)
         expected = flat(weights.values()) - torch.linalg.solve(ggn + (WEIGHT_DECAY + tau) * eye, force)
-        monkeypatch.setattr("fisher_forget.flow.QUICK", EXACT)
+        monkeypatch.setattr("fisher_forget.unlearn.newton.flow.QUICK", EXACT)
         result = self.run(trained, blobs, budget=10.0)
         found = flat(result.newton.params.values())
         torch.testing.assert_close(found, expected.detach(), rtol=0, atol=1e-4)
@@ -294,7 +294,7 @@ class TestForget:
     def test_prepared_requests_find_it_when_the_last_sample_goes(
         self, trained: nn.Module, blobs: TensorDataset, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("fisher_forget.flow.QUICK", EXACT)
+        monkeypatch.setattr("fisher_forget.unlearn.newton.flow.QUICK", EXACT)
         idx = torch.nonzero(blobs.tensors[1] == self.gone).flatten().tolist()
         prepared = prepare(trained, blobs, weight_decay=WEIGHT_DECAY, progress=False)
         assert prepared.forget(idx[:-1], noise=None).newton.absent == ()
@@ -308,7 +308,7 @@ class TestForget:
 def test_the_flow_goes_on_from_cleared_weights_with_the_gradient_there() -> None:
     """With every sample in the pool, the force is that of a full pass; then both of its parts change."""
     model = seeded(small_net)
-    objective, split = Objective(model, Categorical()), resolve(TensorDataset(X, Y), [1, 4])
+    objective, split = Objective(model, Categorical()), resolve_split(TensorDataset(X, Y), [1, 4])
     sums = objective.gradient(split.batches("retain"), objective.start)
     curvature = estimate_curvature(model, split)
     flow = Flow(

@@ -12,7 +12,7 @@ from test_curvature import prepared
 from fisher_forget import CurvatureError, StorageError, estimate_curvature
 from fisher_forget.curvature import load_curvature, merged, save_curvature, with_prior, without
 from fisher_forget.curvature.operator import Curvature
-from fisher_forget.data.split import resolve
+from fisher_forget.data.split import resolve_split
 from fisher_forget.params import flatten, randn_like
 
 SUMS = ["diagonal", "dense", "ekfac", {"head*": "ekfac", "*": "diagonal"}]
@@ -31,7 +31,7 @@ def test_parts_add_up_and_can_be_taken_away(name: str, structure: object, kind: 
     if name == "sequence" and isinstance(structure, dict):
         structure = {"mlp*": "ekfac", "*": "diagonal"}
     model, data = prepared(name)
-    split = resolve(data, [0, 2])  # in the sequence model these have different numbers of scored positions
+    split = resolve_split(data, [0, 2])  # in the sequence model these have different numbers of scored positions
     whole = estimate_curvature(model, split, structure=structure, kind=kind, part="all")
     basis = whole if structure != "diagonal" and structure != "dense" else None
     parts = {
@@ -45,7 +45,7 @@ def test_parts_add_up_and_can_be_taken_away(name: str, structure: object, kind: 
 
 def test_refusals() -> None:
     model, data = prepared("residual")
-    split = resolve(data, [0, 1])
+    split = resolve_split(data, [0, 1])
     diagonal = estimate_curvature(model, split, structure="diagonal")
     ekfac = estimate_curvature(model, split)
     other = estimate_curvature(model, split, part="forget")
@@ -68,7 +68,7 @@ class TestDisk:
     @pytest.mark.parametrize("structure", [*SUMS, "low_rank"], ids=str)
     def test_round_trip(self, structure: object, tmp_path: Path) -> None:
         model, data = prepared("residual")
-        split = resolve(data, [0])
+        split = resolve_split(data, [0])
         curvature = estimate_curvature(model, split, structure=structure).damped(0.3)
         save_curvature(tmp_path / "c.safetensors", curvature, model, split)
         again = load_curvature(tmp_path / "c.safetensors", model, split)
@@ -78,11 +78,11 @@ class TestDisk:
 
     def test_another_model_or_other_data_are_refused(self, tmp_path: Path) -> None:
         model, data = prepared("residual")
-        split = resolve(data, [0])
+        split = resolve_split(data, [0])
         path = tmp_path / "c.safetensors"
         save_curvature(path, estimate_curvature(model, split), model, split)
         with pytest.raises(StorageError, match="made for data"):
-            load_curvature(path, model, resolve(data, [1]))
+            load_curvature(path, model, resolve_split(data, [1]))
         with torch.no_grad():
             model.head.bias[0] += 1e-6
         with pytest.raises(StorageError, match="made for model"):
@@ -90,7 +90,7 @@ class TestDisk:
 
     def test_a_damaged_file_is_refused(self, tmp_path: Path) -> None:
         model, data = prepared("mlp")
-        split = resolve(data, [0])
+        split = resolve_split(data, [0])
         path = tmp_path / "c.safetensors"
         save_curvature(path, estimate_curvature(model, split), model, split)
         content = bytearray(path.read_bytes())
@@ -101,7 +101,7 @@ class TestDisk:
 
     def test_matrix_free_has_nothing_to_store(self, tmp_path: Path) -> None:
         model, data = prepared("mlp")
-        split = resolve(data, [0])
+        split = resolve_split(data, [0])
         operator = estimate_curvature(model, split, structure="matrix_free")
         with pytest.raises(CurvatureError, match="matrix-free"):
             save_curvature(tmp_path / "c.safetensors", operator, model, split)
@@ -114,7 +114,7 @@ def test_float32_sums_do_not_drift() -> None:
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 3).eval()
     data = torch.utils.data.TensorDataset(x, y)
-    split = resolve(torch.utils.data.DataLoader(data, batch_size=50), [], allow_empty=True)
+    split = resolve_split(torch.utils.data.DataLoader(data, batch_size=50), [], allow_empty=True)
     million = np.tile(np.arange(1000), 1000)
     exact = flatten(estimate_curvature(model.double(), split, structure="diagonal").diagonal())
     model.float()

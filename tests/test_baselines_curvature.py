@@ -35,11 +35,10 @@ from fisher_forget.baselines.ntk import Ntk, NtkFisher, stretch
 from fisher_forget.baselines.protocol import Unlearner
 from fisher_forget.baselines.ssd import Ssd
 from fisher_forget.baselines.variational import START, Variational
-from fisher_forget.data.split import Split, resolve, some
-from fisher_forget.likelihood import Likelihood
-from fisher_forget.likelihood import resolve as resolve_likelihood
-from fisher_forget.objective import Objective
+from fisher_forget.data.split import Split, resolve_split, some
+from fisher_forget.likelihood import Likelihood, resolve_likelihood
 from fisher_forget.params import flatten, load, unflatten
+from fisher_forget.unlearn.objective import Objective
 
 N, GONE = 24, [1, 5, 6, 20]
 KEPT = [n for n in range(N) if n not in GONE]
@@ -59,7 +58,7 @@ def linear(seed: int = 2) -> nn.Module:
 
 
 def split_of(y: Tensor = CLASSES, x: Tensor = X, gone: list[int] = GONE) -> Split:
-    return resolve(DataLoader(TensorDataset(x, y), batch_size=7), gone, allow_empty=True)
+    return resolve_split(DataLoader(TensorDataset(x, y), batch_size=7), gone, allow_empty=True)
 
 
 def vector(model: nn.Module) -> Tensor:
@@ -152,7 +151,7 @@ class TestProtocol:
             method = dataclasses.replace(
                 method, trajectory=dataclasses.replace(trajectory, model=TwoInputs(trajectory.model).eval())
             )
-        found = method.unlearn(wrapped, resolve(DataLoader(Samples(), batch_size=5), GONE))
+        found = method.unlearn(wrapped, resolve_split(DataLoader(Samples(), batch_size=5), GONE))
         torch.testing.assert_close(vector(found.model), vector(expected.model), rtol=1e-6, atol=1e-8)
         assert found.passes == pytest.approx(expected.passes)
 

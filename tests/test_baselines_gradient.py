@@ -16,22 +16,22 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
 from fisher_forget.baselines.bad_teacher import BadTeacher
-from fisher_forget.baselines.catastrophic import CFk, EUk, last_layers
-from fisher_forget.baselines.descent import Descent, descend, numbered
 from fisher_forget.baselines.finetune import FineTune
 from fisher_forget.baselines.l1_sparse import L1Sparse
+from fisher_forget.baselines.last_layers import CFk, EUk, last_layers
 from fisher_forget.baselines.neg_grad import NegGrad, NegGradPlus
 from fisher_forget.baselines.protocol import Unlearner
 from fisher_forget.baselines.random_labels import Amnesiac, RandomLabels, relabel
 from fisher_forget.baselines.retrain import Retrain, fresh
 from fisher_forget.baselines.salun import SalUn, saliency
 from fisher_forget.baselines.scrub import Scrub
+from fisher_forget.baselines.training_loop import Descent, descend, numbered
 from fisher_forget.baselines.unsir import Unsir
 from fisher_forget.data.batches import Batch
-from fisher_forget.data.split import resolve
+from fisher_forget.data.split import resolve_split
 from fisher_forget.errors import ConfigError, DataError, ModelError, NumericalError
+from fisher_forget.experiments.training import TrainSettings, train
 from fisher_forget.likelihood import Categorical
-from fisher_forget.training import TrainSettings, train
 
 IDX = [0, 5, 17, 30, 31]
 N, M = 60, len(IDX)
@@ -59,7 +59,7 @@ LABELLED = (RandomLabels, Amnesiac, SalUn)
 
 @pytest.fixture
 def split():
-    return resolve(TensorDataset(X, Y), IDX)
+    return resolve_split(TensorDataset(X, Y), IDX)
 
 
 @pytest.fixture(scope="module")
@@ -190,10 +190,10 @@ class TestEveryMethod:
         regression = dataclasses.replace(method, likelihood="gaussian")
         if isinstance(method, LABELLED):
             with pytest.raises(ConfigError, match="gaussian likelihood"):
-                regression.unlearn(given, resolve(Samples(), IDX))
-            found = method.unlearn(given, resolve(Labelled(), IDX)).model
+                regression.unlearn(given, resolve_split(Samples(), IDX))
+            found = method.unlearn(given, resolve_split(Labelled(), IDX)).model
         else:
-            found = regression.unlearn(given, resolve(Samples(), IDX)).model
+            found = regression.unlearn(given, resolve_split(Samples(), IDX)).model
         assert torch.isfinite(flat(found)).all()
         assert not torch.equal(flat(found), flat(given))
 
@@ -206,7 +206,7 @@ class TestEveryMethod:
         assert [p.requires_grad for p in found.parameters()] == [False, False, True, True]
 
     def test_an_empty_forget_set_is_a_control(self, method):
-        control = resolve(TensorDataset(X, Y), [], allow_empty=True)
+        control = resolve_split(TensorDataset(X, Y), [], allow_empty=True)
         given = seeded(small_net)
         found = method.unlearn(given, control).model
         assert torch.isfinite(flat(found)).all()
@@ -222,7 +222,7 @@ class TestEveryMethod:
                 torch.rand(1), np.random.rand(1)  # noqa: NPY002
                 return X[i], Y[i]
 
-        drawing, given = resolve(Drawing(), IDX), seeded(small_net)
+        drawing, given = resolve_split(Drawing(), IDX), seeded(small_net)
         with untouched(given):
             method.unlearn(given, drawing)
 
@@ -259,7 +259,7 @@ class TestDescent:
         given[1].running_mean.fill_(0.5)
         given[1].running_var.fill_(2.0)
         settings = {"epochs": 1, "lr": 0.1, "weight_decay": 0.0}
-        found = NegGrad(**settings).unlearn(given, resolve(TensorDataset(X, Y), [7])).model
+        found = NegGrad(**settings).unlearn(given, resolve_split(TensorDataset(X, Y), [7])).model
         w = weights(given)
         at = {n: p.clone().requires_grad_() for n, p in w.items()}
         hidden = (X[[7]] @ at["0.weight"].T + at["0.bias"] - 0.5) / math.sqrt(2 + 1e-5)
@@ -267,7 +267,7 @@ class TestDescent:
         for (n, p), g in zip(found.named_parameters(), torch.autograd.grad(loss, list(at.values())), strict=True):
             torch.testing.assert_close(p.detach(), w[n] + 0.1 * g)
         assert found[1].running_mean.tolist() == [0.5] * 3
-        mixed = NegGrad(epochs=2, batch_size=2).unlearn(given, resolve(TensorDataset(X, Y), IDX)).model
+        mixed = NegGrad(epochs=2, batch_size=2).unlearn(given, resolve_split(TensorDataset(X, Y), IDX)).model
         assert mixed[1].num_batches_tracked == 4  # an epoch has batches of 2, 2 and 1
 
     def test_numbered_names_the_samples_of_a_batch(self, split):
@@ -291,7 +291,7 @@ class TestNegGrad:
         data = TensorDataset(X, X[:, :1] * 100)
         given = seeded(lambda: nn.Linear(4, 1))
         with pytest.raises(NumericalError, match="learning rate"):
-            NegGrad(epochs=200, lr=1e3, likelihood="gaussian").unlearn(given, resolve(data, IDX))
+            NegGrad(epochs=200, lr=1e3, likelihood="gaussian").unlearn(given, resolve_split(data, IDX))
 
 
 class TestNegGradPlus:
@@ -302,7 +302,7 @@ class TestNegGradPlus:
         assert_weights(found, expected, model)
 
     def test_without_forgotten_samples_it_is_fine_tuning(self, model):
-        control = resolve(TensorDataset(X, Y), [], allow_empty=True)
+        control = resolve_split(TensorDataset(X, Y), [], allow_empty=True)
         found = NegGradPlus(epochs=2, alpha=1.0, batch_size=16, weight_decay=0.0).unlearn(model, control).model
         assert torch.equal(flat(found), flat(FineTune(epochs=2, batch_size=16).unlearn(model, control).model))
 
@@ -373,7 +373,7 @@ class TestRandomLabels:
 
     def test_targets_that_are_no_classes(self, model):
         with pytest.raises(DataError, match="floating-point targets"):
-            RandomLabels().unlearn(model, resolve(TensorDataset(X, X[:, :2]), IDX))
+            RandomLabels().unlearn(model, resolve_split(TensorDataset(X, X[:, :2]), IDX))
 
 
 class TestSalUn:
@@ -478,7 +478,7 @@ class TestBadTeacher:
         data = TensorDataset(X, X[:, :1])
         given = seeded(lambda: nn.Linear(4, 1).double())
         method = BadTeacher(epochs=3, share=1.0, temperature=2.0, lr=1e-2, batch_size=ALL, likelihood="gaussian")
-        found = method.unlearn(given, resolve(data, IDX)).model
+        found = method.unlearn(given, resolve_split(data, IDX)).model
         untrained = fresh(given, 0)
         x = X.double()
         with torch.no_grad():
@@ -554,7 +554,7 @@ class TestRetrain:
     def test_forgotten_samples_do_not_matter(self, model, split):
         elsewhere = X.clone()
         elsewhere[IDX] = 100.0
-        other = resolve(TensorDataset(elsewhere, Y), IDX)
+        other = resolve_split(TensorDataset(elsewhere, Y), IDX)
         method = Retrain(epochs=2)
         assert torch.equal(flat(method.unlearn(model, split).model), flat(method.unlearn(model, other).model))
 
@@ -658,7 +658,7 @@ class TestUnsir:
         given = seeded(lambda: nn.Sequential(nn.Embedding(9, 3), nn.Flatten(), nn.Linear(6, 3)))
         data = TensorDataset(torch.randint(9, (N, 2), generator=torch.Generator().manual_seed(0)), Y)
         with pytest.raises(ConfigError, match="without a floating-point tensor"):
-            Unsir().unlearn(given, resolve(data, IDX))
+            Unsir().unlearn(given, resolve_split(data, IDX))
 
     def test_samples_of_different_shape(self):
         class Ragged(Dataset):
@@ -677,7 +677,7 @@ class TestUnsir:
                 return self.out(x.mean(1))
 
         with pytest.raises(ConfigError, match="differ in shape"):
-            Unsir(noises=4).unlearn(seeded(Mean), resolve(Ragged(), IDX))
+            Unsir(noises=4).unlearn(seeded(Mean), resolve_split(Ragged(), IDX))
 
     @pytest.mark.parametrize(
         "wrong", [{"noises": 0}, {"copies": 0}, {"steps": -1}, {"noise_lr": 0.0}, {"penalty": -1.0}, {"share": 0.0}]

@@ -11,7 +11,7 @@ from conftest import seeded, small_net
 from torch import nn
 
 from fisher_forget.baselines import METHODS, Unlearned, Unlearner
-from fisher_forget.data.split import Split, resolve
+from fisher_forget.data.split import Split, resolve_split
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -53,5 +53,5 @@ def test_a_method_of_ones_own(blobs):
 
     assert isinstance(Shrink(), Unlearner)
     net = seeded(small_net)
-    found = Shrink().unlearn(net, resolve(blobs, [0])).model
+    found = Shrink().unlearn(net, resolve_split(blobs, [0])).model
     assert torch.equal(found[0].weight, 0.5 * net[0].weight)

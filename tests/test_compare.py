@@ -17,13 +17,13 @@ from torch import nn
 from fisher_forget import ConfigError
 from fisher_forget.baselines import METHODS, Unlearned
 from fisher_forget.cli import main
-from fisher_forget.compare import compare, configured
-from fisher_forget.config import CompareConfig, load_config
 from fisher_forget.data.split import Split
 from fisher_forget.errors import NumericalError
 from fisher_forget.evaluate.evaluation import Evaluation, Score
 from fisher_forget.evaluate.verdict import UNDECIDED
-from fisher_forget.report.comparison import (
+from fisher_forget.experiments.compare import compare, configured
+from fisher_forget.experiments.config import CompareConfig, load_config
+from fisher_forget.report.pages.comparison import (
     CONTROL,
     answer,
     frame,
@@ -202,8 +202,8 @@ def test_unknown_methods_are_refused_before_training(tmp_path: Path, capsys: Any
 
 
 def test_methods_get_what_the_recipe_knows(tmp_path: Path) -> None:
-    from fisher_forget import recipe
-    from fisher_forget.data.datasets import load_dataset
+    from fisher_forget.experiments import run as recipe
+    from fisher_forget.experiments.datasets import load_dataset
 
     settings = load_config(config(tmp_path), [], CompareConfig)
     data = load_dataset("digits", max_train=150)
@@ -227,9 +227,9 @@ def test_methods_get_what_the_recipe_knows(tmp_path: Path) -> None:
 
 
 def _split(data: Any, forget: Any) -> Split:
-    from fisher_forget.data.split import resolve
+    from fisher_forget.data.split import resolve_split
 
-    return resolve(data.train, forget)
+    return resolve_split(data.train, forget)
 
 
 @dataclass

@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from fisher_forget import NoiseTarget, cli, forget
-from fisher_forget.config import (
+from fisher_forget.errors import ConfigError
+from fisher_forget.experiments.config import (
     CompareConfig,
     ForgetSet,
     ForgetSettings,
@@ -25,9 +26,8 @@ from fisher_forget.config import (
     option_names,
     to_plain,
 )
-from fisher_forget.data.datasets import MNIST_FILES
-from fisher_forget.errors import ConfigError
-from fisher_forget.training import TrainSettings
+from fisher_forget.experiments.datasets import MNIST_FILES
+from fisher_forget.experiments.training import TrainSettings
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 LEAST = {"name": "least", "forget_sets": [{"name": "some", "kind": "random", "count": 2}]}
@@ -192,7 +192,9 @@ class TestFlags:
 
     def test_through_the_command_line(self, monkeypatch, written, capsys):
         seen = []
-        monkeypatch.setattr("fisher_forget.recipe.run", lambda config: seen.append(config) or Path("report.html"))
+        monkeypatch.setattr(
+            "fisher_forget.experiments.run.run", lambda config: seen.append(config) or Path("report.html")
+        )
         assert (
             cli.main(["run", str(written()), "--training.epochs", "2", "--retrained=3", "--forget.noise", "null"]) == 0
         )
@@ -329,8 +331,8 @@ class TestExitCodes:
         seen = []
         monkeypatch.chdir(CONFIGS.parent)
         monkeypatch.setattr(cli, "load_config", lambda *a: seen.append(load_config(*a)) or seen[0])
-        for work in ("recipe.run", "recipe.redraw", "assess.assess", "compare.compare"):
-            monkeypatch.setattr(f"fisher_forget.{work}", lambda config: [])
+        for work in ("run.run", "run.redraw", "evaluate_run.assess", "compare.compare"):
+            monkeypatch.setattr(f"fisher_forget.experiments.{work}", lambda config: [])
         arguments = shlex.split(cli.COMMANDS[name].example)[1:]
         if arguments[1].startswith("runs/"):
             arguments[1] = "configs/digits.yaml"
@@ -357,7 +359,7 @@ class TestExitCodes:
         def interrupt(config):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("fisher_forget.recipe.run", interrupt)
+        monkeypatch.setattr("fisher_forget.experiments.run.run", interrupt)
         assert cli.main(["run", str(written())]) == cli.EXIT_INTERRUPTED == 130
         assert "start it again" in capsys.readouterr().err
 
@@ -365,7 +367,7 @@ class TestExitCodes:
         def fail(config):
             raise RuntimeError("a bug")
 
-        monkeypatch.setattr("fisher_forget.recipe.run", fail)
+        monkeypatch.setattr("fisher_forget.experiments.run.run", fail)
         with pytest.raises(RuntimeError, match="a bug"):
             cli.main(["run", str(written())])
 

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from fisher_forget import Bernoulli, Categorical, CurvatureError, Gaussian, ModelError, estimate_curvature
-from fisher_forget.curvature.dense import Dense
 from fisher_forget.curvature.operator import BlockDiagonal, Spectral
+from fisher_forget.curvature.structures.dense import Dense
 from fisher_forget.curvature.tape import Tape
-from fisher_forget.data.split import resolve
+from fisher_forget.data.split import resolve_split
 from fisher_forget.params import flatten, randn_like, unflatten
 
 TIGHT = 1e-6  # relative, for every supported cell
@@ -287,13 +287,13 @@ class TestTape:
         """The fast path is in use: only the bare parameter of the convolutional net falls back."""
         model, data = prepared("residual")
         tape = Tape(model)
-        tape.verify(next(resolve(data, [], allow_empty=True).batches("all")))
+        tape.verify(next(resolve_split(data, [], allow_empty=True).batches("all")))
         assert tape.stray == ("temperature",)
 
     def test_verification_moves_what_rules_cannot_see(self) -> None:
         model, data = prepared("patched")
         tape = Tape(model)
-        tape.verify(next(resolve(data, [], allow_empty=True).batches("all")))
+        tape.verify(next(resolve_split(data, [], allow_empty=True).batches("all")))
         assert "inner.weight" in tape.stray
         assert "attention.in_proj_weight" in tape.stray
         assert "attention.out_proj.weight" in tape.stray
@@ -301,7 +301,7 @@ class TestTape:
 
     def test_a_wrong_rule_is_caught(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The mutation that verification exists for: a rule that is off by a factor."""
-        from fisher_forget.curvature.layers import LinearRule
+        from fisher_forget.curvature.rules.layers import LinearRule
 
         right = LinearRule.per_sample
         monkeypatch.setattr(
@@ -309,7 +309,7 @@ class TestTape:
         )
         model, data = prepared("mlp")
         tape = Tape(model)
-        tape.verify(next(resolve(data, [], allow_empty=True).batches("all")))
+        tape.verify(next(resolve_split(data, [], allow_empty=True).batches("all")))
         assert set(tape.stray) == set(tape.params)
         truth = oracle.ggn(model, *data.tensors, Categorical()).diag()
         found = flatten(estimate_curvature(model, data, structure="diagonal").diagonal())

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from fisher_forget.data.datasets import CIFAR_FILES, DATASETS, MNIST_FILES, available, load_dataset, read_idx
-from fisher_forget.data.datasets import read_pickled_arrays as read_pickle
 from fisher_forget.errors import ConfigError, DataError
+from fisher_forget.experiments.datasets import CIFAR_FILES, DATASETS, MNIST_FILES, available, load_dataset, read_idx
+from fisher_forget.experiments.datasets import read_pickled_arrays as read_pickle
 
 SHIPPED = ["digits", "breast_cancer", "diabetes"]
 

@@ -21,7 +21,7 @@ from chromium import chromium, installed
 
 from fisher_forget.baselines import METHODS
 from fisher_forget.cli import main
-from fisher_forget.config import CompareConfig, RunConfig, SweepConfig, load_config
+from fisher_forget.experiments.config import CompareConfig, RunConfig, SweepConfig, load_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from fisher_forget.ensemble import train_members
+from fisher_forget._util.files import read_metadata
 from fisher_forget.errors import ConfigError, FisherForgetWarning, StorageError
-from fisher_forget.storage import read_metadata
-from fisher_forget.training import TrainSettings, train
+from fisher_forget.evaluate.ensemble import train_members
+from fisher_forget.experiments.training import TrainSettings, train
 
 TEMPLATE = nn.Linear(3, 2)
 

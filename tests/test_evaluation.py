@@ -16,14 +16,14 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from fisher_forget import ConfigError, DataError, NumericalError, forget
-from fisher_forget.data.split import resolve
-from fisher_forget.ensemble import Members, RetrainedEnsemble
+from fisher_forget.data.split import resolve_split
 from fisher_forget.evaluate import klom
+from fisher_forget.evaluate.ensemble import Members, RetrainedEnsemble
 from fisher_forget.evaluate.evaluation import Evaluation, evaluate
 from fisher_forget.evaluate.metrics import METRICS
-from fisher_forget.report.evaluation import distance, plot_scores, wide, write_page
+from fisher_forget.experiments.training import TrainSettings, train
+from fisher_forget.report.pages.evaluation import distance, plot_scores, wide, write_page
 from fisher_forget.report.schema import evaluation_schema
-from fisher_forget.training import TrainSettings, train
 
 DATA = blobs_data(240, seed=1)
 TEST = blobs_data(150, seed=2)
@@ -54,7 +54,7 @@ def ensemble() -> RetrainedEnsemble:
 @pytest.fixture(scope="module")
 def table(ensemble) -> Evaluation:
     scrubbed = [scrubbed_of(m) for m in ensemble.originals.models]
-    return evaluate(scrubbed, ensemble, PARTS, split=resolve(DATA, IDX), teacher=seeded(small_net, 77))
+    return evaluate(scrubbed, ensemble, PARTS, split=resolve_split(DATA, IDX), teacher=seeded(small_net, 77))
 
 
 class TestTable:
@@ -119,7 +119,7 @@ class TestTable:
 
     def test_several_methods_keep_one_row_each(self, table, ensemble):
         models = ensemble.originals.models
-        options = {"split": resolve(DATA, IDX), "teacher": seeded(small_net, 77)}
+        options = {"split": resolve_split(DATA, IDX), "teacher": seeded(small_net, 77)}
         both = evaluate({"scrubbed": [scrubbed_of(m) for m in models], "b": models}, ensemble, PARTS, **options)
         renamed = [s for s in both.scores if s.method == "b"]
         assert len(both.scores) == len(table.scores) + len(renamed)
@@ -135,7 +135,7 @@ class TestTable:
 class TestCosts:
     def test_relearning_only_where_asked_for(self, ensemble):
         model = ensemble.retrained.models[-1]
-        found = evaluate(model, ensemble, PARTS, split=resolve(DATA, IDX), metrics=["relearn"])
+        found = evaluate(model, ensemble, PARTS, split=resolve_split(DATA, IDX), metrics=["relearn"])
         assert {s.metric for s in found.scores} == {"relearn"}
         assert found.get("relearn", method="original").value == 0
 
@@ -147,7 +147,7 @@ class TestCosts:
 class TestEnsemble:
     def test_outputs_are_computed_once(self, tmp_path, monkeypatch):
         calls = []
-        import fisher_forget.ensemble as module
+        from fisher_forget.evaluate import ensemble as module
 
         real = module.predict
         monkeypatch.setattr(module, "predict", lambda *a: calls.append(1) or real(*a))

@@ -9,9 +9,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from fisher_forget import ConfigError
-from fisher_forget.config import ForgetSet
-from fisher_forget.data.datasets import DataBundle, load_dataset
-from fisher_forget.forget_sets import SHARE, Scores, choose, corrupted, memorisation, other_labels, subset
+from fisher_forget.experiments.config import ForgetSet
+from fisher_forget.experiments.datasets import DataBundle, load_dataset
+from fisher_forget.experiments.forget_sets import SHARE, Scores, choose, corrupted, memorisation, other_labels, subset
 
 
 def never() -> Scores:

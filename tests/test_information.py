@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from fisher_forget import ConfigError, ForgetResult, ModelError, draw_noise, estimate_curvature, forget
-from fisher_forget.curvature.diagonal import Diagonal
-from fisher_forget.data.split import Split, resolve
+from fisher_forget.curvature.structures.diagonal import Diagonal
+from fisher_forget.data.split import Split, resolve_split
 from fisher_forget.errors import SplitError
 from fisher_forget.evaluate.information import NoiseLaw, gaussian_kl, information_in_outputs, information_in_weights
 from fisher_forget.params import Params, flatten, unflatten
@@ -51,7 +51,7 @@ class Case:
     def __init__(self, structure: object, exponent: float = 0.25, name: str = "mlp") -> None:
         self.model, data = prepared(name)
         self.x, self.y = data.tensors
-        self.split = resolve(data, [0, 1, 4])
+        self.split = resolve_split(data, [0, 1, 4])
         like = oracle.start(self.model)
         options = {"rank": 8} if structure == "low_rank" else {}
         damped = estimate_curvature(self.model, data, structure=structure, **options).damped(TAU)
@@ -241,7 +241,7 @@ class TestOutputs:
         like = oracle.start(model)
         law = NoiseLaw(like, Diagonal({"bias": torch.tensor([1.0, 2.0, 3.0]).double()}), 0.4)
         reference = law.at(shifted(like, 1.0), 0.7)
-        found = information_in_outputs(model, law, reference, resolve(data, [1]))
+        found = information_in_outputs(model, law, reference, resolve_split(data, [1]))
         assert float(found) == pytest.approx(gaussian_kl(law, reference), rel=1e-12)
 
     def test_outputs_that_move_together_count_once_or_as_published_often(self) -> None:
@@ -249,7 +249,7 @@ class TestOutputs:
         model = Repeated()
         law = NoiseLaw(oracle.start(model), Diagonal({"w": torch.ones(1).double()}), 0.5)
         reference = law.at({"w": torch.zeros(1)}, 0.9)
-        split = resolve(TensorDataset(torch.ones(2, 1).double(), torch.tensor([0, 1])), [0])
+        split = resolve_split(TensorDataset(torch.ones(2, 1).double(), torch.tensor([0, 1])), [0])
         bound = gaussian_kl(law, reference)
         assert float(information_in_outputs(model, law, reference, split)) == pytest.approx(bound)
         published = information_in_outputs(model, law, reference, split, covariance="diagonal")
@@ -259,7 +259,7 @@ class TestOutputs:
         """A unit that is off has no gradient, so no noise hides that another law has it on."""
         model = Repeated(torch.relu, -1.0)
         law = NoiseLaw(oracle.start(model), Diagonal({"w": torch.ones(1).double()}), 0.5)
-        split = resolve(TensorDataset(torch.ones(2, 1).double(), torch.tensor([0, 1])), [0])
+        split = resolve_split(TensorDataset(torch.ones(2, 1).double(), torch.tensor([0, 1])), [0])
         on = law.at({"w": torch.ones(1)})
         assert float(information_in_outputs(model, law, on, split)) == math.inf
         assert float(information_in_outputs(model, law, on, split, linearised=True)) == 0.0
@@ -270,7 +270,7 @@ class TestOutputs:
         model = Repeated()
         model.spare = nn.Parameter(torch.ones(1, dtype=torch.float64))
         law = NoiseLaw({"spare": model.spare.detach()}, Diagonal({"spare": torch.ones(1).double()}), 0.5)
-        split = resolve(TensorDataset(torch.ones(2, 1).double(), torch.tensor([0, 1])), [0])
+        split = resolve_split(TensorDataset(torch.ones(2, 1).double(), torch.tensor([0, 1])), [0])
         for options in ({}, {"draws": 9}, {"linearised": True}):
             assert float(information_in_outputs(model, law, law.at({"spare": torch.zeros(1)}), split, **options)) == 0.0
 

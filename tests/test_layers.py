@@ -11,11 +11,11 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from fisher_forget import Categorical, estimate_curvature
-from fisher_forget.curvature.convolution import ConvRule
-from fisher_forget.curvature.kronecker import Kronecker
-from fisher_forget.curvature.layers import LinearRule, add_gram, add_squared_products
+from fisher_forget.curvature.rules.convolution import ConvRule
+from fisher_forget.curvature.rules.layers import LinearRule, add_gram, add_squared_products
+from fisher_forget.curvature.structures.ekfac import Kronecker
 from fisher_forget.curvature.tape import Tape
-from fisher_forget.data.split import resolve
+from fisher_forget.data.split import resolve_split
 
 
 def symmetric(upper: torch.Tensor) -> torch.Tensor:
@@ -37,7 +37,7 @@ def test_squared_products_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     y, x = (torch.randn(7, *shape, generator=g, dtype=torch.float64) for shape in ((5, 3), (3, 4)))
     expected = (y @ x).square().sum(0)
     for budget in (1, 40, 1 << 20):
-        monkeypatch.setattr("fisher_forget.curvature.layers.PIECE_BYTES", budget)
+        monkeypatch.setattr("fisher_forget.curvature.rules.layers.PIECE_BYTES", budget)
         total = torch.zeros(5, 4, dtype=torch.float64)
         add_squared_products(total, y, x)
         assert torch.allclose(total, expected)
@@ -64,7 +64,7 @@ def test_convolution_moments_equal_those_of_unfolded_patches(
     options: dict[str, object], bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The autocorrelation of stride-1 convolutions, borders included, is exact."""
-    monkeypatch.setattr("fisher_forget.curvature.convolution.SHIFTS_FROM", 0)
+    monkeypatch.setattr("fisher_forget.curvature.rules.convolution.SHIFTS_FROM", 0)
     torch.manual_seed(0)
     module = nn.Conv2d(3, 6, **{"kernel_size": 3, **options}, bias=bias).double()
     x = torch.randn(5, 3, 7, 6, dtype=torch.float64)
@@ -122,7 +122,7 @@ def test_volumes_and_rms_norm(options: dict[str, object], kind: str, structure: 
     model = Volume(**options).double().eval()
     data = TensorDataset(torch.randn(6, 2, 3, 4, 3, dtype=torch.float64), torch.randint(0, 3, (6,)))
     tape = Tape(model)
-    tape.verify(next(resolve(data, [], allow_empty=True).batches("all")))
+    tape.verify(next(resolve_split(data, [], allow_empty=True).batches("all")))
     assert tape.stray == ()
     like = oracle.start(model)
     truth = oracle.ggn(model, *data.tensors, Categorical(), empirical=kind == "empirical")
@@ -174,7 +174,7 @@ def test_replaying_the_first_pass_changes_nothing(monkeypatch: pytest.MonkeyPatc
     for name in ("mlp", "residual", "sequence"):
         model, data = prepared(name)
         replayed = estimate_curvature(model, data, kind="sketch", draws=2)
-        monkeypatch.setattr("fisher_forget.curvature.kronecker.REPLAY_BYTES", 0)
+        monkeypatch.setattr("fisher_forget.curvature.structures.ekfac.REPLAY_BYTES", 0)
         again = estimate_curvature(model, data, kind="sketch", draws=2)
         monkeypatch.undo()
         for key, value in replayed.diagonal().items():

@@ -15,7 +15,7 @@ from scipy import stats
 from torch import Tensor
 
 from fisher_forget.errors import ConfigError
-from fisher_forget.likelihood import LIKELIHOODS, Bernoulli, Categorical, Gaussian, Likelihood, resolve
+from fisher_forget.likelihood import LIKELIHOODS, Bernoulli, Categorical, Gaussian, Likelihood, resolve_likelihood
 
 SIGMAS = 5.0  # standard errors; two-sided normal tail 5.7e-7 for each entry looked at
 FLOAT64 = {"rtol": 1e-9, "atol": 1e-12}
@@ -319,8 +319,8 @@ class TestCountsAndScores:
 class TestResolve:
     def test_names_and_instances(self):
         for name, kind in LIKELIHOODS.items():
-            assert type(resolve(name)) is kind
-        assert resolve(mine := Gaussian(2.0)) is mine
+            assert type(resolve_likelihood(name)) is kind
+        assert resolve_likelihood(mine := Gaussian(2.0)) is mine
 
     @pytest.mark.parametrize("sigma", [0.0, -1.0, float("nan")])
     def test_sigma(self, sigma):
@@ -330,4 +330,4 @@ class TestResolve:
     @pytest.mark.parametrize("what", ["normal", Gaussian, None, ["gaussian"]])
     def test_unknown(self, what):
         with pytest.raises(ConfigError, match="gaussian"):
-            resolve(what)
+            resolve_likelihood(what)

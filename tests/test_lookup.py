@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fisher_forget.errors import ConfigError
-from fisher_forget.lookup import find, is_own, make
+from fisher_forget.experiments.import_path import find, is_own, make
 
 
 @pytest.fixture

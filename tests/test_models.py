@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fisher_forget.errors import ConfigError
-from fisher_forget.models import MODELS, build_model
+from fisher_forget.experiments.models import MODELS, build_model
 
 DIGITS, CIFAR = (1, 8, 8), (3, 32, 32)
 SMALL = {

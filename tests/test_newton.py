@@ -24,15 +24,15 @@ from fisher_forget import (
     forget,
     newton_step,
 )
-from fisher_forget.correction import AHEAD, Correction, Look
-from fisher_forget.curvature.diagonal import Diagonal
-from fisher_forget.curvature.matrix_free import GgnProduct, conjugate_gradient
-from fisher_forget.data.datasets import load_dataset
-from fisher_forget.data.split import Split, resolve, some
-from fisher_forget.flow import Flow
-from fisher_forget.objective import Objective
+from fisher_forget.curvature.structures.diagonal import Diagonal
+from fisher_forget.curvature.structures.matrix_free import GgnProduct, conjugate_gradient
+from fisher_forget.data.split import Split, resolve_split, some
+from fisher_forget.experiments.datasets import load_dataset
+from fisher_forget.experiments.training import TrainSettings, train
 from fisher_forget.params import add, flatten, norm, randn_like, unflatten
-from fisher_forget.training import TrainSettings, train
+from fisher_forget.unlearn.newton.flow import Flow
+from fisher_forget.unlearn.newton.guard import AHEAD, Correction, Look
+from fisher_forget.unlearn.objective import Objective
 
 DECAY = 0.01
 
@@ -143,7 +143,7 @@ def test_logistic_regression_converges_quadratically_to_the_retrained_minimum(st
 
 class TestControls:
     def flow(self, model: nn.Module, data: TensorDataset, idx: list[int], **options: object) -> object:
-        split = resolve(data, idx, allow_empty=True)
+        split = resolve_split(data, idx, allow_empty=True)
         curvature = estimate_curvature(model, split)
         return newton_step(Objective(model, Categorical()), split, curvature, weight_decay=DECAY, **options)
 
@@ -197,7 +197,7 @@ class TestControls:
         data = blobs_data()
         settings = TrainSettings(epochs=50, batch_size=60, lr=0.3, weight_decay=0.0)
         short = train(seeded(small_net), data, settings, seed=0, progress=False)
-        split = resolve(data, [1, 2, 3])
+        split = resolve_split(data, [1, 2, 3])
         step = newton_step(Objective(short, Categorical()), split, estimate_curvature(short, split))
         assert step.stationarity < 0.1
         assert not step.at_minimum
@@ -223,7 +223,7 @@ class TestControls:
         assert only.share < 1
         assert only.norm == pytest.approx(only.share * whole.path[0].norm)
         assert step.norm == pytest.approx(only.norm)
-        objective, split = Objective(model, Categorical()), resolve(data, forgotten)
+        objective, split = Objective(model, Categorical()), resolve_split(data, forgotten)
         longer = add(objective.start, add(step.params, objective.start, -1), 1.26)
         held = split.batches(some(split.retain, len(split.retain) // 10, np.random.default_rng(1)))
         assert only.loss <= step.loss_before + budget < objective.mean_loss(held, longer)
@@ -231,7 +231,7 @@ class TestControls:
     def test_what_some_lose_is_not_hidden_by_what_others_gain(self) -> None:
         """Moves of the predictions to the worse are added to the change of the mean loss."""
         model, data = self.data()
-        split, forgotten = resolve(data, list(range(20))), list(range(20))
+        split, forgotten = resolve_split(data, list(range(20))), list(range(20))
         held = some(split.retain, len(split.retain) // 10, np.random.default_rng(2))
         objective, likelihood = Objective(model, Categorical()), Categorical()
         ((before, y),) = objective.forward(split.batches(held), objective.start)
@@ -259,7 +259,7 @@ class TestControls:
     def test_moves_to_the_worse_are_counted_from_the_lowest_loss_on_the_way(self) -> None:
         model, data = self.data()
         objective, likelihood, forgotten = Objective(model, Categorical()), Categorical(), list(range(20))
-        split = resolve(data, forgotten)
+        split = resolve_split(data, forgotten)
         held = some(split.retain, len(split.retain) // 10, np.random.default_rng(0))
         one, two = (self.flow(model, data, forgotten, steps=k, drift=False, budget=0.5) for k in (1, 2))
         assert two.accepted[0] == one.accepted[0]
@@ -278,7 +278,7 @@ class TestControls:
         (x, y), gone = data.tensors, list(range(20))
         y[gone] = softmax_minimiser(model, x, y, DECAY)(x[gone]).argmin(1)
         moved = seeded_moves(softmax_minimiser(model, x, y, DECAY), scale)
-        objective, split = Objective(moved, Categorical()), resolve(data, gone)
+        objective, split = Objective(moved, Categorical()), resolve_split(data, gone)
         sums = {part: objective.gradient(split.batches(part), objective.start) for part in ("all", "retain")}
         full = flatten(sums["all"].mean())
         drift = float((full + DECAY * flatten(objective.start)).norm())
@@ -305,7 +305,9 @@ class TestControls:
         objective = Objective(model, Categorical())
         blind = Diagonal(eigenvalues={name: torch.zeros_like(p) for name, p in objective.start.items()})
         with pytest.raises(NumericalError, match="left the finite numbers"):
-            newton_step(objective, resolve(data, [0, 1]), blind, steps=1, damping=1e-35, solver="direct", drift=False)
+            newton_step(
+                objective, resolve_split(data, [0, 1]), blind, steps=1, damping=1e-35, solver="direct", drift=False
+            )
 
 
 class TestGgnProduct:
@@ -317,7 +319,7 @@ class TestGgnProduct:
             model, data = prepared(name)
             truth = oracle.ggn(model, *data.tensors, Categorical())
             objective = Objective(model, Categorical())
-            split = resolve(torch.utils.data.DataLoader(data, batch_size=size), [], allow_empty=True)
+            split = resolve_split(torch.utils.data.DataLoader(data, batch_size=size), [], allow_empty=True)
             count = float(Categorical().counts(data.tensors[1]).sum())
             product = objective.ggn(split.batches("all"), objective.start, count)
             v = randn_like(objective.start, torch.Generator().manual_seed(0))
@@ -355,7 +357,7 @@ def test_variance_reduction_is_exact_when_every_sample_is_in_the_working_set() -
     x, y = torch.randn(200, 4, generator=g, dtype=torch.float64), torch.randint(0, 3, (200,), generator=g)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double().eval()
-    split = resolve(TensorDataset(x, y), range(30))
+    split = resolve_split(TensorDataset(x, y), range(30))
     curvature = estimate_curvature(model, split)
 
     def weights(working_set: int) -> Tensor:
@@ -376,7 +378,7 @@ def test_the_curvature_stands_for_samples_outside_the_working_set() -> None:
     """Every retained sample twice: the curvature of all is that of the copies, so backward Euler steps are exact."""
     x, y = regression()
     x, y = torch.cat([x[:50], x]), torch.cat([y[:50], y])
-    split = resolve(TensorDataset(x, y), range(100, 110))
+    split = resolve_split(TensorDataset(x, y), range(100, 110))
     model = ridge(x, y, DECAY)
     objective = Objective(model, Gaussian())
     curvature = estimate_curvature(model, split, Gaussian(), structure="dense")
@@ -468,8 +470,8 @@ def test_the_force_is_taken_where_a_share_of_the_step_over_all_leads(share: floa
     data, likelihood = TensorDataset(x, y), Gaussian()
     gone = [1, 4, 9]
     model = nn.Linear(x.shape[1], y.shape[1]).double().eval()
-    objective, split = Objective(model, likelihood), resolve(data, gone)
-    everybody = resolve(data, [], allow_empty=True)
+    objective, split = Objective(model, likelihood), resolve_split(data, gone)
+    everybody = resolve_split(data, [], allow_empty=True)
     curvature = estimate_curvature(model, everybody, likelihood, structure="dense")
     options = {"weight_decay": DECAY, "direct": True, "literal": False, "working_set": 600}
 

@@ -29,14 +29,14 @@ from fisher_forget import (
     estimate_curvature,
     forget,
     newton_step,
-    noise,
 )
-from fisher_forget.curvature.diagonal import Diagonal
-from fisher_forget.curvature.low_rank import LowRank
-from fisher_forget.data.split import Split, resolve
-from fisher_forget.noise import power_trace
-from fisher_forget.objective import Objective
+from fisher_forget.curvature.structures.diagonal import Diagonal
+from fisher_forget.curvature.structures.low_rank import LowRank
+from fisher_forget.data.split import Split, resolve_split
 from fisher_forget.params import add, flatten, norm, size, unflatten
+from fisher_forget.unlearn import noise
+from fisher_forget.unlearn.noise import power_trace
+from fisher_forget.unlearn.objective import Objective
 
 DRAWS = 6000
 
@@ -172,7 +172,7 @@ class TestTarget:
 
 def pieces(structure: object = "ekfac") -> tuple[Objective, Split, Curvature]:
     model, data = prepared("mlp")
-    split = resolve(data, [], allow_empty=True)
+    split = resolve_split(data, [], allow_empty=True)
     return Objective(model, Categorical()), split, estimate_curvature(model, split, structure=structure).damped(0.05)
 
 
@@ -184,7 +184,7 @@ def ridge(structure: str = "dense") -> tuple[Objective, Split, Curvature]:
     model = nn.Linear(5, 2, bias=False).double().eval()
     with torch.no_grad():
         model.weight.copy_(torch.linalg.lstsq(x, y).solution.T)
-    split = resolve(TensorDataset(x, y), [], allow_empty=True)
+    split = resolve_split(TensorDataset(x, y), [], allow_empty=True)
     curvature = estimate_curvature(model, split, Gaussian(0.5), structure=structure).damped(0.02)
     return Objective(model, Gaussian(0.5)), split, curvature
 
@@ -232,7 +232,9 @@ class TestCalibration:
         objective, split, operator = pieces()
         labels = torch.cat([f.argmax(-1) for f, _ in objective.forward(split.batches("retain"), objective.start)])
         (batch,) = split.batches("retain")
-        split = resolve(TensorDataset(*batch.args, labels), [], allow_empty=True)  # which the model gets all right
+        split = resolve_split(
+            TensorDataset(*batch.args, labels), [], allow_empty=True
+        )  # which the model gets all right
         found = calibrate_noise(
             objective, split, operator, objective.start, target=NoiseTarget(accuracy=allowed), seed=3
         )
@@ -428,7 +430,7 @@ def test_a_given_scale_has_no_target() -> None:
 @pytest.mark.parametrize("kind", ["information", "trade_off"])
 def test_without_a_step_there_is_no_estimate_of_its_error(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = prepared("mlp")
-    module = sys.modules["fisher_forget.forget"]  # whose name in the package is that of the function
+    module = sys.modules["fisher_forget.unlearn.forget"]
     monkeypatch.setattr(module, "newton_step", lambda *a, **o: replace(newton_step(*a, **o), path=()))
     options: dict[str, Any] = {"steps": 1, "damping": 1.0, "drift": True, "progress": False}
     result = forget(model, data, [0, 1], noise="auto", **options)

@@ -12,14 +12,14 @@ import pytest
 import torch
 import yaml
 
-from fisher_forget import storage
+from fisher_forget._util import files
 from fisher_forget.cli import main
-from fisher_forget.config import load_config
-from fisher_forget.data.datasets import load_dataset
 from fisher_forget.errors import ConfigError, DataError
-from fisher_forget.models import build_model
-from fisher_forget.starter import TEMPLATES
-from fisher_forget.training import TrainSettings, train
+from fisher_forget.experiments.config import load_config
+from fisher_forget.experiments.datasets import load_dataset
+from fisher_forget.experiments.init_config import TEMPLATES
+from fisher_forget.experiments.models import build_model
+from fisher_forget.experiments.training import TrainSettings, train
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--progress", "false", "--jobs", "1", "--retrained", "2"]
@@ -134,7 +134,7 @@ class TestStarters:
         assert Path("mine.yaml").read_text() == "mine"
 
     def test_every_template_lies_in_the_package(self):
-        found = {path.stem for path in (ROOT / "fisher_forget" / "templates").glob("*.yaml")}
+        found = {path.stem for path in (ROOT / "fisher_forget" / "experiments" / "templates").glob("*.yaml")}
         assert found == set(TEMPLATES)
 
 
@@ -276,7 +276,7 @@ class TestTextExample:
         config = load_config(folder / "config.yaml")
         data = config.data.load()
         model = build_model(config.model.name, (), 4, seed=0, **config.model.options)
-        scrubbed = storage.load_model(folder / "all-of-pandas" / "seed-0" / "scrubbed.safetensors", model)
+        scrubbed = files.load_model(folder / "all-of-pandas" / "seed-0" / "scrubbed.safetensors", model)
         inputs, targets = data.train[:]
         ours = scrubbed(**inputs).logits.argmax(1) == targets
         assert float(ours[targets == 1].double().mean()) == pytest.approx(parts["forget"]["score_scrubbed"])

@@ -14,7 +14,7 @@ import pytest
 from chromium import Browser, chromium, installed
 
 from fisher_forget.cli import main
-from fisher_forget.report.hover import SVG, explain, explain_all, titled
+from fisher_forget.report.plots.hover import SVG, explain, explain_all, titled
 
 needs_chromium = pytest.mark.skipif(not installed(), reason="no chromium on the PATH: the pages are not looked at")
 PAGES = ("report.html", "evaluation.html")

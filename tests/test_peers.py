@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fisher_forget import estimate_curvature
-from fisher_forget.curvature.dense import Dense
+from fisher_forget.curvature.structures.dense import Dense
 from fisher_forget.params import Params, flatten, randn_like, unflatten
 
 TIGHT = 1e-8  # relative, float64

@@ -10,9 +10,11 @@ import pytest
 import torch
 import yaml
 
-from fisher_forget import ensemble, plan, recipe
 from fisher_forget.cli import main
-from fisher_forget.config import load_config
+from fisher_forget.evaluate import ensemble
+from fisher_forget.experiments import dry_run as plan
+from fisher_forget.experiments import run as recipe
+from fisher_forget.experiments.config import load_config
 
 CONTENT = {
     "name": "small",

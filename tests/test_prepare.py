@@ -10,14 +10,15 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from fisher_forget import SplitError, StorageError, forget, newton, prepare
+from fisher_forget import SplitError, StorageError, forget, prepare
 from fisher_forget import params as P
-from fisher_forget.snapshot import load_snapshot
-from fisher_forget.training import TrainSettings, train
+from fisher_forget.experiments.training import TrainSettings, train
+from fisher_forget.unlearn.data_sums import load_snapshot
+from fisher_forget.unlearn.newton import step as newton
 
 WD = 0.01
 # by name, because the package exports the functions of the same names
-PREPARE, FORGET = (importlib.import_module(f"fisher_forget.{name}") for name in ("prepare", "forget"))
+PREPARE, FORGET = (importlib.import_module(f"fisher_forget.unlearn.{name}") for name in ("prepare", "forget"))
 QUIET = {"noise": None, "drift": False}
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fisher_forget import Bernoulli, Categorical, Gaussian, estimate_curvature
-from fisher_forget.curvature.dense import Dense
+from fisher_forget.curvature.structures.dense import Dense
 from fisher_forget.likelihood import Likelihood
 from fisher_forget.params import flatten
 

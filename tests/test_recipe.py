@@ -10,10 +10,10 @@ import pandas as pd
 import pytest
 import yaml
 
-from fisher_forget import ensemble
 from fisher_forget.cli import main
+from fisher_forget.evaluate import ensemble
 from fisher_forget.evaluate.closeness import Closeness, PartScores
-from fisher_forget.recipe import ALPHAS, best_scale
+from fisher_forget.experiments.run import ALPHAS, best_scale
 from fisher_forget.report.schema import load_schema
 from fisher_forget.sweep import SweepTable
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from fisher_forget import ConfigError, NumericalError
-from fisher_forget.data.split import Split, resolve
+from fisher_forget.data.split import Split, resolve_split
 from fisher_forget.errors import SplitError
 from fisher_forget.evaluate.relearn import relearn_steps, relearn_time
 
@@ -36,7 +36,7 @@ def linear(weight: Any, bias: float | None = None) -> nn.Linear:
 def regression(n: int = 30, d: int = 3) -> tuple[np.ndarray, np.ndarray, Split]:
     rng = np.random.default_rng(4)
     x, y = rng.normal(size=(n, d)), rng.normal(size=(n, 1))
-    return x, y, resolve(TensorDataset(torch.from_numpy(x), torch.from_numpy(y)), range(5))
+    return x, y, resolve_split(TensorDataset(torch.from_numpy(x), torch.from_numpy(y)), range(5))
 
 
 class TestTime:
@@ -50,7 +50,7 @@ class TestTime:
         expected = math.ceil(math.log(end / abs(start)) / (steps * math.log(1 - lr)))
         found = relearn_time(
             linear([[start]]),
-            resolve(data, [1, 2]),
+            resolve_split(data, [1, 2]),
             linear([[end]]),
             "gaussian",
             samples=samples,
@@ -94,15 +94,15 @@ class TestTime:
 
     def test_the_original_needs_no_epoch(self) -> None:
         model = seeded(small_net)
-        split = resolve(blobs_data(), range(7))
+        split = resolve_split(blobs_data(), range(7))
         found = relearn_time(model, split, seeded(small_net).requires_grad_(False))
         assert (found.epochs, found.published, found.reached) == (0, 1, True)
         assert found.losses == (found.target,)
 
     def test_a_cap_is_said(self) -> None:
-        found = relearn_time(seeded(small_net), resolve(blobs_data(), range(7)), -1.0, max_epochs=3, samples=8)
+        found = relearn_time(seeded(small_net), resolve_split(blobs_data(), range(7)), -1.0, max_epochs=3, samples=8)
         assert (found.epochs, found.reached, len(found.losses)) == (3, False, 4)
-        found = relearn_time(seeded(small_net), resolve(blobs_data(), range(7)), -1.0, max_epochs=0)
+        found = relearn_time(seeded(small_net), resolve_split(blobs_data(), range(7)), -1.0, max_epochs=0)
         assert (found.epochs, found.reached) == (0, False)
 
     def test_a_target_met_by_the_last_epoch_is_reached(self) -> None:
@@ -117,14 +117,14 @@ class TestTime:
         data = TensorDataset(torch.ones(4, 1, dtype=torch.float64), torch.zeros(4, 1, dtype=torch.float64))
         model = linear([[1.0]], bias=0.0)
         model.weight.requires_grad_(False)
-        found = relearn_time(model, resolve(data, [0]), -1.0, "gaussian", samples=4, lr=0.1, max_epochs=3)
+        found = relearn_time(model, resolve_split(data, [0]), -1.0, "gaussian", samples=4, lr=0.1, max_epochs=3)
         assert found.losses == pytest.approx([0.9 ** (2 * t) / 2 for t in range(4)])
 
     def test_training_mode_changes_nothing(self, untouched: Untouched) -> None:
         def build() -> nn.Module:
             return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.5), nn.Linear(6, 3))
 
-        split = resolve(blobs_data(), range(7))
+        split = resolve_split(blobs_data(), range(7))
         model = seeded(build)
         still = relearn_time(model, split, -1.0, max_epochs=2, samples=20)
         with untouched(model.train()):
@@ -135,7 +135,7 @@ class TestTime:
         with pytest.raises(NumericalError, match="Lower lr"):
             relearn_time(linear([[2.0] * 3]), split, -1.0, "gaussian", lr=1e6)
         with pytest.raises(SplitError, match="learn again"):
-            relearn_time(linear([[2.0] * 3]), resolve(split.base, [], allow_empty=True), 0.1, "gaussian")
+            relearn_time(linear([[2.0] * 3]), resolve_split(split.base, [], allow_empty=True), 0.1, "gaussian")
         for options in (
             {"samples": 0}, {"batch_size": 1.5}, {"lr": 0.0}, {"lr": math.nan}, {"lr": True}, {"weight_decay": -1.0},
             {"max_epochs": -1}, {"seed": "1"}, {"original": math.nan}, {"original": "model"},
@@ -170,15 +170,15 @@ class Named(nn.Module):
 class TestInputs:
     def test_dict_batches_equal_tensors(self) -> None:
         plain, named = blobs_data(), Named().eval()
-        split = resolve(DataLoader(Rows(plain), batch_size=16), range(7))
+        split = resolve_split(DataLoader(Rows(plain), batch_size=16), range(7))
         found = relearn_time(named, split, -1.0, max_epochs=2, samples=20)
-        expected = relearn_time(named.net, resolve(plain, range(7)), -1.0, max_epochs=2, samples=20)
+        expected = relearn_time(named.net, resolve_split(plain, range(7)), -1.0, max_epochs=2, samples=20)
         assert found.losses == pytest.approx(expected.losses, rel=1e-5)
 
     def test_sequences_count_scored_positions(self) -> None:
         model, data = prepared("sequence")
         x, y = data.tensors
-        found = relearn_time(model, resolve(data, [0, 1]), -1.0, max_epochs=1, samples=4)
+        found = relearn_time(model, resolve_split(data, [0, 1]), -1.0, max_epochs=1, samples=4)
         kept = y[:2] != -100
         expected = nn.functional.cross_entropy(model(x[:2])[kept], y[:2][kept])
         assert found.losses[0] == pytest.approx(float(expected.detach()), rel=1e-9)
@@ -187,7 +187,7 @@ class TestInputs:
     def test_bernoulli(self) -> None:
         data = blobs_data()
         hot = TensorDataset(data.tensors[0], nn.functional.one_hot(data.tensors[1], 3))
-        split = resolve(hot, range(7))
+        split = resolve_split(hot, range(7))
         found = relearn_time(seeded(small_net), split, 0.5, "bernoulli", lr=0.3)
         assert found.reached
         assert 0 < found.epochs < 100
@@ -203,7 +203,7 @@ class TestSteps:
         x = rng.normal(size=(40, 2)) + 1.5 * np.repeat([[1.0, 0.0], [-1.0, 0.0]], 20, axis=0)
         y = np.repeat([0, 1], 20)
         forget = [0, 1, 2, 3, 4, 20, 21, 22, 23, 24]
-        split = resolve(TensorDataset(torch.from_numpy(x), torch.from_numpy(y)), forget)
+        split = resolve_split(TensorDataset(torch.from_numpy(x), torch.from_numpy(y)), forget)
         original, start = linear([[3.0, 0.0], [-3.0, 0.0]]), np.array([[-1.0, 0.5], [1.0, -0.5]])
         model, lr, w = linear(start), 0.1, start.copy()
 
@@ -232,21 +232,21 @@ class TestSteps:
         assert (capped.steps, capped.reached, capped.accuracies) == (found.steps - 1, False, found.accuracies[:-1])
 
     def test_the_margin_is_a_share_of_the_original_accuracy(self) -> None:
-        split = resolve(blobs_data(), range(7))
+        split = resolve_split(blobs_data(), range(7))
         assert relearn_steps(seeded(small_net), split, 0.8, max_steps=0).target == pytest.approx(0.76)
         assert relearn_steps(seeded(small_net), split, 0.8, margin=0.5, max_steps=0).target == pytest.approx(0.4)
 
     def test_a_model_that_knows_needs_no_step(self, trained: nn.Module) -> None:
-        found = relearn_steps(trained, resolve(blobs_data(), range(7)), trained, margin=0.0)
+        found = relearn_steps(trained, resolve_split(blobs_data(), range(7)), trained, margin=0.0)
         assert (found.steps, found.reached, len(found.accuracies)) == (0, True, 1)
 
     def test_refusals(self) -> None:
         split = regression()[2]
         with pytest.raises(ConfigError, match="squared error"):
             relearn_steps(linear([[2.0] * 3]), split, 0.5, "gaussian")
-        split = resolve(blobs_data(), range(7))
+        split = resolve_split(blobs_data(), range(7))
         for options in ({"margin": 1.0}, {"margin": math.nan}, {"max_steps": 1.5}, {"batch_size": 0}):
             with pytest.raises(ConfigError, match=next(iter(options))):
                 relearn_steps(seeded(small_net), split, 0.5, **options)
         with pytest.raises(SplitError, match="learn again"):
-            relearn_steps(seeded(small_net), resolve(blobs_data(), [], allow_empty=True), 0.5)
+            relearn_steps(seeded(small_net), resolve_split(blobs_data(), [], allow_empty=True), 0.5)

@@ -20,10 +20,10 @@ from matplotlib.axes import Axes
 
 from fisher_forget.errors import DataError, StorageError
 from fisher_forget.evaluate import closeness as evaluate
-from fisher_forget.forget import forget
 from fisher_forget.report import plots, tables
-from fisher_forget.report.html import write_report
+from fisher_forget.report.pages.html import write_report
 from fisher_forget.report.schema import METRICS_SCHEMA_PATH, load_schema
+from fisher_forget.unlearn.forget import forget
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from conftest import seeded
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fisher_forget.baselines.rows import Rows
-from fisher_forget.data.split import resolve
+from fisher_forget.baselines.jacobian_rows import Rows
+from fisher_forget.data.split import resolve_split
 from fisher_forget.likelihood import Categorical
 from fisher_forget.params import detached, flatten, unflatten
 
@@ -44,7 +44,7 @@ def test_products_equal_those_of_the_jacobian(make: object, memory: int) -> None
     model = seeded(make).double().eval()
     x = torch.randn(N, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     y = torch.arange(N) % CLASSES
-    split = resolve(DataLoader(TensorDataset(x, y), batch_size=4), [2, 5])
+    split = resolve_split(DataLoader(TensorDataset(x, y), batch_size=4), [2, 5])
     parts = (split.retain, split.forget)
     eye = torch.eye(CLASSES, dtype=torch.float64)
     rows = Rows(model, split, parts, Categorical(), lambda f, _: [e.expand_as(f).contiguous() for e in eye], memory)

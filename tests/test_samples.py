@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from fisher_forget.data.batches import make_batch
 from fisher_forget.data.samples import KeywordDataset, read_samples, samples, take
-from fisher_forget.data.split import resolve
+from fisher_forget.data.split import resolve_split
 from fisher_forget.errors import DataError
 
 IDS = torch.arange(300 * 5).reshape(300, 5)
@@ -110,7 +110,7 @@ class TestKeywordDataset:
     def test_a_loader_yields_what_the_rows_are(self):
         """The quick way that `Split` and training take, against PyTorch's own loader over plain samples."""
         data = samples({"input_ids": IDS, "attention_mask": MASK}, LABELS)
-        split = resolve(data, [0, 7])
+        split = resolve_split(data, [0, 7])
         loader = DataLoader([data[i] for i in range(300) if i not in (0, 7)], batch_size=256)
         for quick, raw in zip(split.batches("retain"), loader, strict=True):
             plain = make_batch(raw)

@@ -12,9 +12,9 @@ from torch.utils.data import Subset, TensorDataset
 
 from fisher_forget import ConfigError
 from fisher_forget.baselines import METHODS
-from fisher_forget.baselines.sharded import Sharded
-from fisher_forget.data.split import resolve
-from fisher_forget.training import TrainSettings, train
+from fisher_forget.baselines.sisa.method import Sharded
+from fisher_forget.data.split import resolve_split
+from fisher_forget.experiments.training import TrainSettings, train
 
 CALLS: list[set[int]] = []
 
@@ -32,7 +32,7 @@ def data() -> TensorDataset:
 
 
 def test_only_the_shards_that_are_hit_are_trained_again_and_without_the_forgotten(data: TensorDataset) -> None:
-    net, split = nn.Linear(4, 2), resolve(data, [5])
+    net, split = nn.Linear(4, 2), resolve_split(data, [5])
     CALLS.clear()
     found = Sharded(train=fit, shards=4).unlearn(net, split)
     first, again = CALLS[:4], CALLS[4:]
@@ -47,7 +47,7 @@ def test_only_the_shards_that_are_hit_are_trained_again_and_without_the_forgotte
 
 def test_rows_are_those_of_the_data_set_below_a_subset(data: TensorDataset) -> None:
     CALLS.clear()
-    split = resolve(Subset(data, range(20, 60)), [3])
+    split = resolve_split(Subset(data, range(20, 60)), [3])
     Sharded(train=fit, shards=2).unlearn(nn.Linear(4, 2), split)
     assert set.union(*CALLS[:2]) == set(split.indices("all").tolist())
     assert not set(split.forget.tolist()) & set.union(*CALLS[2:])
@@ -55,7 +55,7 @@ def test_rows_are_those_of_the_data_set_below_a_subset(data: TensorDataset) -> N
 
 def test_seeds_and_shards_start_from_different_weights(data: TensorDataset) -> None:
     one, same, other = (
-        Sharded(train=fit, shards=2, seed=seed).unlearn(nn.Linear(4, 2), resolve(data, [5])).model.state_dict()
+        Sharded(train=fit, shards=2, seed=seed).unlearn(nn.Linear(4, 2), resolve_split(data, [5])).model.state_dict()
         for seed in (0, 0, 1)
     )
     assert all(torch.equal(one[key], same[key]) for key in one)
@@ -65,4 +65,4 @@ def test_seeds_and_shards_start_from_different_weights(data: TensorDataset) -> N
 
 def test_it_needs_the_training_function(data: TensorDataset) -> None:
     with pytest.raises(ConfigError, match="no train"):
-        METHODS["sisa"]().unlearn(nn.Linear(4, 2), resolve(data, [5]))
+        METHODS["sisa"]().unlearn(nn.Linear(4, 2), resolve_split(data, [5]))

@@ -16,12 +16,12 @@ from conftest import blobs_data, seeded, small_net
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
-from fisher_forget.baselines import sharding
-from fisher_forget.baselines.sisa import SISA, initial_model, slice_seed
-from fisher_forget.baselines.sisa_aggregate import Aggregate
+from fisher_forget._util.files import load_tensors, read_json, write_json
+from fisher_forget.baselines.sisa import partition
+from fisher_forget.baselines.sisa.aggregate import Aggregate
+from fisher_forget.baselines.sisa.ensemble import SISA, initial_model, slice_seed
 from fisher_forget.errors import ConfigError, FisherForgetError, ModelError, SplitError, StorageError
-from fisher_forget.storage import load_tensors, read_json, write_json
-from fisher_forget.training import TrainSettings, train
+from fisher_forget.experiments.training import TrainSettings, train
 
 COUNT = 24
 SETTINGS = TrainSettings(epochs=2, batch_size=4, lr=0.1)
@@ -330,23 +330,23 @@ class TestCost:
         return sisa
 
     def test_closed_forms(self):
-        assert sharding.expected_points_sequential(10_000, 20, 50) == pytest.approx(24_888.75, abs=1e-9)
+        assert partition.expected_points_sequential(10_000, 20, 50) == pytest.approx(24_888.75, abs=1e-9)
         # the sum that it is in closed form: request i meets (N - i + 1) / S points and keeps all but one
         total = sum((10_000 - i + 1) / 20 - 1 for i in range(1, 51))
-        assert sharding.expected_points_sequential(10_000, 20, 50) == pytest.approx(total, rel=1e-12)
+        assert partition.expected_points_sequential(10_000, 20, 50) == pytest.approx(total, rel=1e-12)
         # two shards, two requests: one shard is hit with chance 1/2, both with chance 1/2
-        assert sharding.expected_points_batch(100, 2, 2) == pytest.approx(0.5 * 50 + 0.5 * 100 - 2)
-        assert sharding.expected_points_batch(100, 1, 3) == 97
-        assert sharding.epochs_per_slice(20, 4) == 8
-        assert sharding.epochs_per_slice(7, 1) == 7
-        assert sharding.slicing_fraction(1) == 1
+        assert partition.expected_points_batch(100, 2, 2) == pytest.approx(0.5 * 50 + 0.5 * 100 - 2)
+        assert partition.expected_points_batch(100, 1, 3) == 97
+        assert partition.epochs_per_slice(20, 4) == 8
+        assert partition.epochs_per_slice(7, 1) == 7
+        assert partition.slicing_fraction(1) == 1
 
     @pytest.mark.parametrize("slices", [1, 2, 5, 16])
     def test_passes_are_constant_and_the_fraction_is_the_mean_over_slices(self, slices):
-        each = sharding.epochs_per_slice(12, slices)
+        each = partition.epochs_per_slice(12, slices)
         assert sum(r / slices * each for r in range(1, slices + 1)) == pytest.approx(12)
         costs = [sum(r / slices * each for r in range(first, slices + 1)) for first in range(1, slices + 1)]
-        assert np.mean(costs) / 12 == pytest.approx(sharding.slicing_fraction(slices))
+        assert np.mean(costs) / 12 == pytest.approx(partition.slicing_fraction(slices))
 
     @pytest.mark.parametrize("together", [False, True])
     def test_retrained_points_over_all_ways_to_hit(self, together):
@@ -358,7 +358,7 @@ class TestCost:
             left = [list(shard[0]) for shard in sisa.cut]
             chosen = [int(left[shard].pop()) for shard in hit]
             counts.append(sum(sisa.forget(batch).points for batch in ([chosen] if together else [[i] for i in chosen])))
-        formula = sharding.expected_points_batch if together else sharding.expected_points_sequential
+        formula = partition.expected_points_batch if together else partition.expected_points_sequential
         assert len(set(counts)) >= 3
         assert np.mean(counts) == pytest.approx(formula(samples, shards, requests), rel=1e-12)
 
@@ -376,7 +376,7 @@ class TestCost:
             counts.append(sum(sisa.forget([int(i)]).points for i in rng.choice(samples, requests, replace=False)))
         error = np.std(counts, ddof=1) / math.sqrt(runs)
         excess = sum(range(requests)) * (1 - 1 / shards) / (samples - 1)
-        expected = sharding.expected_points_sequential(samples, shards, requests)
+        expected = partition.expected_points_sequential(samples, shards, requests)
         assert 0 < error < 0.5 < 0.003 * expected
         assert -4.4 * error < np.mean(counts) - expected < excess + 4.4 * error
 
@@ -386,21 +386,21 @@ class TestCost:
         passes = []
         for index in range(size):
             sisa = self.idle(size, shards=1, slices=slices)
-            passes.append(sisa.forget([index]).points * sharding.epochs_per_slice(epochs, slices))
-        expected = sharding.slicing_fraction(slices) * size * epochs - epochs
+            passes.append(sisa.forget([index]).points * partition.epochs_per_slice(epochs, slices))
+        expected = partition.slicing_fraction(slices) * size * epochs - epochs
         assert np.mean(passes) == pytest.approx(expected, rel=1e-12)
 
     @pytest.mark.parametrize(
         "call",
         [
-            lambda: sharding.expected_points_sequential(10, 0, 1),
-            lambda: sharding.expected_points_sequential(10, 2, 11),
-            lambda: sharding.expected_points_batch(10, 2, 0),
-            lambda: sharding.epochs_per_slice(0, 2),
-            lambda: sharding.epochs_per_slice(math.nan, 2),
-            lambda: sharding.slicing_fraction(True),
-            lambda: sharding.kept_checkpoints(3, 0),
-            lambda: sharding.by_deletion_probability([0.5, 0.1], 1, 1, 0, exponent=2),
+            lambda: partition.expected_points_sequential(10, 0, 1),
+            lambda: partition.expected_points_sequential(10, 2, 11),
+            lambda: partition.expected_points_batch(10, 2, 0),
+            lambda: partition.epochs_per_slice(0, 2),
+            lambda: partition.epochs_per_slice(math.nan, 2),
+            lambda: partition.slicing_fraction(True),
+            lambda: partition.kept_checkpoints(3, 0),
+            lambda: partition.by_deletion_probability([0.5, 0.1], 1, 1, 0, exponent=2),
         ],
     )
     def test_refusals(self, call):
@@ -495,11 +495,11 @@ class TestBudget:
         ("slices", "room", "kept"), [(4, 4, {1, 2, 3, 4}), (4, 2, {2, 4}), (5, 1, {5}), (3, 9, {1, 2, 3})]
     )
     def test_kept_evenly(self, slices, room, kept):
-        assert sharding.kept_checkpoints(slices, room) == kept
+        assert partition.kept_checkpoints(slices, room) == kept
 
     def test_gaps_differ_by_one_slice_at_most(self):
         for slices, room in itertools.product(range(1, 20), range(1, 20)):
-            kept = sorted(sharding.kept_checkpoints(slices, room))
+            kept = sorted(partition.kept_checkpoints(slices, room))
             assert len(kept) == min(slices, room)
             gaps = np.diff([0, *kept])
             assert gaps.max() - gaps.min() <= 1
@@ -568,16 +568,16 @@ class TestCuts:
         samples, shards, slices = sizes
         rng = np.random.default_rng(0)
         for cut in (
-            sharding.uniform(samples, shards, slices, 0),
-            sharding.balanced(rng.integers(0, 3, samples), shards, slices, 0),
-            sharding.by_deletion_probability(rng.random(samples) ** 8, shards, slices, 0),
+            partition.uniform(samples, shards, slices, 0),
+            partition.balanced(rng.integers(0, 3, samples), shards, slices, 0),
+            partition.by_deletion_probability(rng.random(samples) ** 8, shards, slices, 0),
         ):
             assert flat(cut) == list(range(samples))
             assert [len(shard) for shard in cut] == [slices] * shards
             assert all(len(piece) and np.array_equal(piece, np.sort(piece)) for shard in cut for piece in shard)
 
     def test_uniform_sizes_and_chance(self):
-        cuts = [sharding.uniform(23, 4, 2, seed) for seed in range(400)]
+        cuts = [partition.uniform(23, 4, 2, seed) for seed in range(400)]
         for cut in cuts:
             sizes = [sum(map(len, shard)) for shard in cut]
             assert max(sizes) - min(sizes) <= 1
@@ -588,7 +588,7 @@ class TestCuts:
 
     def test_balanced_by_class_and_size(self):
         labels = np.repeat(["a", "b", "c"], [31, 9, 13])
-        cut = sharding.balanced(labels, 4, 3, seed=5)
+        cut = partition.balanced(labels, 4, 3, seed=5)
         shards = [np.concatenate(shard) for shard in cut]
         for groups in (shards, *cut):
             assert max(map(len, groups)) - min(map(len, groups)) <= 1
@@ -596,23 +596,23 @@ class TestCuts:
                 counts = [Counter(labels[group])[name] for group in groups]
                 assert max(counts) - min(counts) <= 1
         assert flat(cut) != np.concatenate(shards).tolist()
-        assert not np.array_equal(shards[0], np.concatenate(sharding.balanced(labels, 4, 3, seed=6)[0]))
+        assert not np.array_equal(shards[0], np.concatenate(partition.balanced(labels, 4, 3, seed=6)[0]))
 
     def test_likely_deletions_are_together_and_last(self):
         chances = np.array([0.1] * 12 + [0.6] * 4)[np.random.default_rng(1).permutation(16)]
-        cut = sharding.by_deletion_probability(chances, 3, 2, seed=0, exponent=1)
+        cut = partition.by_deletion_probability(chances, 3, 2, seed=0, exponent=1)
         shards = [np.concatenate(shard) for shard in cut]
         # the total of 3.6 is cut at 1.2 and 2.4: twelve unlikely samples, then two and two likely ones
         assert [len(shard) for shard in shards] == [12, 2, 2]
         assert [chances[shard].sum() for shard in shards] == pytest.approx([1.2] * 3)
         # roots: 12 of 0.316 and 4 of 0.775, 6.89 in all, cut at 2.30 (7.3 samples) and 4.60 (12 and 1.04 samples)
-        assert [sum(map(len, shard)) for shard in sharding.by_deletion_probability(chances, 3, 2, 0)] == [7, 6, 3]
-        assert [sum(map(len, s)) for s in sharding.by_deletion_probability(chances, 4, 2, 0, exponent=0)] == [4] * 4
-        two = sharding.by_deletion_probability(np.array([0.9, 0.0, 0.1, 0.2]), 1, 2, seed=0)
+        assert [sum(map(len, shard)) for shard in partition.by_deletion_probability(chances, 3, 2, 0)] == [7, 6, 3]
+        assert [sum(map(len, s)) for s in partition.by_deletion_probability(chances, 4, 2, 0, exponent=0)] == [4] * 4
+        two = partition.by_deletion_probability(np.array([0.9, 0.0, 0.1, 0.2]), 1, 2, seed=0)
         assert [piece.tolist() for piece in two[0]] == [[1, 2], [0, 3]]
-        equal = sharding.by_deletion_probability(np.full(30, 0.1), 3, 1, seed=0)
+        equal = partition.by_deletion_probability(np.full(30, 0.1), 3, 1, seed=0)
         assert [len(shard[0]) for shard in equal] == [10, 10, 10]
-        one = sharding.by_deletion_probability(np.eye(8)[0], 3, 2, seed=0)
+        one = partition.by_deletion_probability(np.eye(8)[0], 3, 2, seed=0)
         assert all(len(piece) for shard in one for piece in shard)
         assert 0 in one[2][1]
 
@@ -626,11 +626,11 @@ class TestCuts:
             return sum(chances[part].sum() * len(part) for part in parts) / chances.sum()
 
         def aware(exponent):
-            return points(sharding.by_deletion_probability(chances, shards, 1, 0, exponent))
+            return points(partition.by_deletion_probability(chances, shards, 1, 0, exponent))
 
         assert aware(0.5) == pytest.approx(np.sqrt(chances).sum() ** 2 / (shards * chances.sum()), rel=0.02)
         assert aware(0.5) < min(aware(0.35), aware(0.65))
-        for same in (aware(0), aware(1), points(sharding.uniform(2000, shards, 1, 0))):
+        for same in (aware(0), aware(1), points(partition.uniform(2000, shards, 1, 0))):
             assert same == pytest.approx(2000 / shards, rel=0.01)
 
     def test_sisa_uses_labels_and_probabilities(self, data):
@@ -638,7 +638,7 @@ class TestCuts:
         by_class = make(untrained, labels=labels, seed=4)
         by_class.fit(data)
         assert all((np.bincount(labels[piece]) >= 1).all() for shard in by_class.cut for piece in shard)
-        assert [p.tolist() for p in by_class.cut[1]] == [p.tolist() for p in sharding.balanced(labels, 3, 2, 4)[1]]
+        assert [p.tolist() for p in by_class.cut[1]] == [p.tolist() for p in partition.balanced(labels, 3, 2, 4)[1]]
         chances = np.linspace(0, 1, COUNT)
         aware = make(untrained, probabilities=chances)
         aware.fit(data)

@@ -19,7 +19,7 @@ from torch.utils.data import (
 )
 
 from fisher_forget.data.batches import TARGET_KEYS, Batch, default_unpack, make_batch
-from fisher_forget.data.split import Split, resolve
+from fisher_forget.data.split import Split, resolve_split
 from fisher_forget.errors import DataError, SplitError
 
 N = 23
@@ -51,7 +51,7 @@ class TestResolve:
         held = outer[inner]
         forget = rng.permutation(N)[: rng.integers(1, 4)]
         loader = DataLoader(Subset(Subset(BASE, outer.tolist()), inner.tolist()), batch_size=5, shuffle=bool(seed % 2))
-        split = resolve(loader, forget)
+        split = resolve_split(loader, forget)
         assert split.base is BASE
         assert split.retain.dtype == split.forget.dtype == np.int64
         assert split.forget.tolist() == sorted(forget.tolist())
@@ -67,50 +67,50 @@ class TestResolve:
         loader = DataLoader(Subset(BASE, members.tolist()), batch_size=3, sampler=SubsetRandomSampler(positions))
         yielded = sorted(int(i) for _, y in loader for i in y)
         forget = yielded[:2]
-        assert resolve(loader, forget).retain.tolist() == yielded[2:]
+        assert resolve_split(loader, forget).retain.tolist() == yielded[2:]
 
     def test_repeated_members_count_once(self):
-        assert resolve(Subset(BASE, [4, 4, 2, 9, 2]), [9]).retain.tolist() == [2, 4]
+        assert resolve_split(Subset(BASE, [4, 4, 2, 9, 2]), [9]).retain.tolist() == [2, 4]
 
     def test_a_bare_data_set(self):
-        split = resolve(BASE, [0])
+        split = resolve_split(BASE, [0])
         assert (split.batch_size, split.collate, split.workers) == (256, default_collate, 0)
 
     def test_what_is_taken_from_the_loader(self):
         collate = lambda samples: default_collate(samples)  # noqa: E731
-        split = resolve(DataLoader(BASE, batch_size=4, collate_fn=collate, num_workers=2), [0])
+        split = resolve_split(DataLoader(BASE, batch_size=4, collate_fn=collate, num_workers=2), [0])
         assert (split.batch_size, split.collate, split.workers) == (4, collate, 2)
 
     def test_control_run(self):
-        split = resolve(BASE, [], allow_empty=True)
+        split = resolve_split(BASE, [], allow_empty=True)
         assert len(split.forget) == 0
         assert seen(split, "retain") == list(range(N))
         assert seen(Split(split.base, split.retain, split.forget), "all") == list(range(N))
         assert list(split.batches("forget")) == []
         with pytest.raises(SplitError, match="empty"):
-            resolve(BASE, [])
+            resolve_split(BASE, [])
 
     def test_plain_samplers_are_silent(self):
         for loader in (DataLoader(BASE, shuffle=True), DataLoader(BASE, sampler=RandomSampler(BASE))):
-            assert len(resolve(loader, [0]).retain) == N - 1
+            assert len(resolve_split(loader, [0]).retain) == N - 1
 
     def test_the_loader_is_not_consumed(self):
         generator = torch.Generator().manual_seed(3)
         before = generator.get_state()
-        split = resolve(DataLoader(BASE, batch_size=4, shuffle=True, generator=generator), [0])
+        split = resolve_split(DataLoader(BASE, batch_size=4, shuffle=True, generator=generator), [0])
         state = torch.get_rng_state()
         seen(split, "all"), seen(Split(Plain(), split.retain, split.forget), "all")
         assert torch.equal(generator.get_state(), before)
         assert torch.equal(torch.get_rng_state(), state)
 
     def test_repr(self):
-        assert repr(resolve(BASE, [1, 2])) == f"Split({N - 2} retained, 2 forgotten)"
+        assert repr(resolve_split(BASE, [1, 2])) == f"Split({N - 2} retained, 2 forgotten)"
 
 
 class TestBatchesOfASplit:
     @pytest.fixture(params=[BASE, Plain(), ConcatDataset([Subset(BASE, range(9)), Subset(BASE, range(9, N))])])
     def split(self, request):
-        return resolve(DataLoader(request.param, batch_size=4), [3, 11, 20])
+        return resolve_split(DataLoader(request.param, batch_size=4), [3, 11, 20])
 
     def test_parts_in_index_order(self, split):
         assert seen(split, "forget") == [3, 11, 20]
@@ -163,23 +163,26 @@ class Arrays(Dataset):
 
 class TestFingerprint:
     def test_says_the_same_twice(self):
-        assert resolve(BASE, [1, 2]).fingerprint() == resolve(DataLoader(BASE, batch_size=3), [2, 1]).fingerprint()
-        assert resolve(BASE, [1, 2]).fingerprint() == resolve(Plain(), [1, 2]).fingerprint()
+        assert (
+            resolve_split(BASE, [1, 2]).fingerprint()
+            == resolve_split(DataLoader(BASE, batch_size=3), [2, 1]).fingerprint()
+        )
+        assert resolve_split(BASE, [1, 2]).fingerprint() == resolve_split(Plain(), [1, 2]).fingerprint()
 
     @pytest.mark.parametrize(
         "other",
         [
-            resolve(BASE, [1, 3]),
-            resolve(BASE, [1]),
-            resolve(BASE, [1, 2, 3]),
-            resolve(Subset(BASE, range(N - 1)), [1, 2]),
-            resolve(TensorDataset(X + 1e-6, Y), [1, 2]),
-            resolve(TensorDataset(X, Y.flip(0)), [1, 2]),
-            resolve(TensorDataset(X.double(), Y), [1, 2]),
+            resolve_split(BASE, [1, 3]),
+            resolve_split(BASE, [1]),
+            resolve_split(BASE, [1, 2, 3]),
+            resolve_split(Subset(BASE, range(N - 1)), [1, 2]),
+            resolve_split(TensorDataset(X + 1e-6, Y), [1, 2]),
+            resolve_split(TensorDataset(X, Y.flip(0)), [1, 2]),
+            resolve_split(TensorDataset(X.double(), Y), [1, 2]),
         ],
     )
     def test_changes_with_the_split_and_the_data(self, other):
-        assert other.fingerprint() != resolve(BASE, [1, 2]).fingerprint()
+        assert other.fingerprint() != resolve_split(BASE, [1, 2]).fingerprint()
 
     def test_swapped_roles(self):
         a, b = np.array([0, 1]), np.array([2, 3])
@@ -192,15 +195,15 @@ class TestFingerprint:
 
     def test_any_single_sample_of_a_small_data_set(self):
         small = TensorDataset(X[:16], Y[:16])
-        before = resolve(small, [0]).fingerprint()
+        before = resolve_split(small, [0]).fingerprint()
         for row in range(16):
             changed = X[:16].clone()
             changed[row, 1] += 1
-            assert resolve(TensorDataset(changed, Y[:16]), [0]).fingerprint() != before
+            assert resolve_split(TensorDataset(changed, Y[:16]), [0]).fingerprint() != before
 
     def test_the_middle_of_large_arrays(self):
-        assert resolve(Arrays(1.0), [0]).fingerprint() != resolve(Arrays(2.0), [0]).fingerprint()
-        assert resolve(Arrays(1.0), [0]).fingerprint() == resolve(Arrays(1.0), [0]).fingerprint()
+        assert resolve_split(Arrays(1.0), [0]).fingerprint() != resolve_split(Arrays(2.0), [0]).fingerprint()
+        assert resolve_split(Arrays(1.0), [0]).fingerprint() == resolve_split(Arrays(1.0), [0]).fingerprint()
 
 
 class TestUnpack:

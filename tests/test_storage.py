@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from fisher_forget import storage
-from fisher_forget.errors import StorageError
-from fisher_forget.storage import (
+from fisher_forget._util import files
+from fisher_forget._util.files import (
     ensure_folder,
     fingerprint,
     load_model,
@@ -23,6 +22,7 @@ from fisher_forget.storage import (
     save_tensors,
     write_json,
 )
+from fisher_forget.errors import StorageError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ class TestTensors:
             Path(path).write_bytes(b"half of")
             raise OSError("no space left")
 
-        monkeypatch.setattr(storage, "save_file", cut)
+        monkeypatch.setattr(files, "save_file", cut)
         with pytest.raises(StorageError, match="no space left"):
             save_tensors(tmp_path / "a", {"x": torch.zeros(2)}, {})
         assert [p.name for p in tmp_path.iterdir()] == ["a"]

@@ -20,15 +20,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from fisher_forget import Categorical, CurvatureError, Gaussian, NumericalError, SplitError, estimate_curvature
-from fisher_forget.curvature import estimate, matrix_free, walk
+from fisher_forget.curvature import estimate
+from fisher_forget.curvature import passes as walk
 from fisher_forget.curvature.cost import Estimate
-from fisher_forget.curvature.dense import Dense, from_matrix
-from fisher_forget.curvature.diagonal import Diagonal, DiagonalSum
 from fisher_forget.curvature.estimate import SUPPORT, Structure, support_table
-from fisher_forget.curvature.kronecker import Kronecker
-from fisher_forget.curvature.low_rank import LowRank
-from fisher_forget.curvature.matrix_free import MatrixFree
 from fisher_forget.curvature.operator import BlockDiagonal, Curvature, Info
+from fisher_forget.curvature.structures import matrix_free
+from fisher_forget.curvature.structures.dense import Dense, from_matrix
+from fisher_forget.curvature.structures.diagonal import Diagonal, DiagonalSum
+from fisher_forget.curvature.structures.ekfac import Kronecker
+from fisher_forget.curvature.structures.low_rank import LowRank
+from fisher_forget.curvature.structures.matrix_free import MatrixFree
 from fisher_forget.curvature.tape import Tape
 from fisher_forget.data.batches import Batch
 from fisher_forget.params import Params, flatten, randn_like, unflatten
@@ -161,7 +163,7 @@ def test_neither_memory_nor_batch_size_matters(kind: str, structure: str) -> Non
 
 
 def test_a_second_pass_over_the_data_counts_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fisher_forget.curvature import kronecker
+    from fisher_forget.curvature.structures import ekfac as kronecker
 
     model, data = prepared("sequence")
     replayed = estimate_curvature(model, data, structure="ekfac")
@@ -524,9 +526,9 @@ class TestSamples:
 
     def test_each_is_drawn_equally_often(self) -> None:
         """400 draws of 3 of 12: counts within z = 5 of binomial, 12 comparisons, false alarms 7e-6; fixed seeds."""
-        from fisher_forget.data.split import resolve
+        from fisher_forget.data.split import resolve_split
 
-        split = resolve(TensorDataset(*many(12)[1:]), [], allow_empty=True)
+        split = resolve_split(TensorDataset(*many(12)[1:]), [], allow_empty=True)
         drawn = [estimate._chosen(split, "retain", 3, seed) for seed in range(400)]
         assert all(len(set(d)) == 3 for d in drawn)
         counts = np.bincount(np.concatenate(drawn), minlength=12)
@@ -649,7 +651,8 @@ class TestDryRun:
         assert (predicted.samples, predicted.passes, predicted.columns) == (400, 1, 4)
 
     def test_ekfac_without_replay_is_two_passes(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from fisher_forget.curvature import cost, kronecker
+        from fisher_forget.curvature import cost
+        from fisher_forget.curvature.structures import ekfac as kronecker
 
         model, x, y = many(400)
         loader = DataLoader(TensorDataset(x, y), batch_size=10)

@@ -22,12 +22,12 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from fisher_forget import ConfigError, NoiseTarget, Reference, StorageError, forget, sweep
 from fisher_forget.baselines.finetune import FineTune
-from fisher_forget.config import SweepConfig, load_config
-from fisher_forget.data.split import resolve
+from fisher_forget.data.split import resolve_split
 from fisher_forget.errors import FisherForgetWarning
+from fisher_forget.experiments.config import SweepConfig, load_config
+from fisher_forget.experiments.training import TrainSettings, train
 from fisher_forget.sweep import SweepTable, run
 from fisher_forget.sweep.table import pareto
-from fisher_forget.training import TrainSettings, train
 
 ROOT = Path(__file__).parent.parent
 FORGET = [0, 3, 6, 9]
@@ -66,7 +66,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
         return call
 
-    module = sys.modules["fisher_forget.forget"]  # which the function of the same name hides in the package
+    module = sys.modules["fisher_forget.unlearn.forget"]
     for name in ("estimate_curvature", "newton_step"):
         monkeypatch.setattr(module, name, counting(name, getattr(module, name)))
     monkeypatch.setattr(Reference, "outputs", counting("outputs", Reference.outputs))
@@ -140,7 +140,9 @@ class TestCells:
         assert frame["method"].value_counts().to_dict() == {"fisher-forget": 2, "finetune": 2, "neggrad": 2}
         assert frame[frame["method"] == "finetune"]["noise"].isna().all()
         assert frame[frame["method"] == "fisher-forget"]["lr"].isna().all()
-        tuned = FineTune(epochs=2, lr=0.1, weight_decay=WEIGHT_DECAY, seed=4).unlearn(trained, resolve(blobs, FORGET))
+        tuned = FineTune(epochs=2, lr=0.1, weight_decay=WEIGHT_DECAY, seed=4).unlearn(
+            trained, resolve_split(blobs, FORGET)
+        )
         row = frame[(frame["method"] == "finetune") & (frame["lr"] == 0.1)].iloc[0]
         for name, value in scores(reference, tuned.model).items():
             assert row[name] == pytest.approx(value, rel=1e-4)

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from fisher_forget import training
 from fisher_forget.errors import ConfigError, DataError, NumericalError
-from fisher_forget.models import build_model
-from fisher_forget.training import SCHEDULES, TrainSettings, augmented, train
+from fisher_forget.experiments import training
+from fisher_forget.experiments.models import build_model
+from fisher_forget.experiments.training import SCHEDULES, TrainSettings, augmented, train
 
 FAST = TrainSettings(epochs=3, batch_size=16, lr=0.05)
 

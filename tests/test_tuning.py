@@ -13,10 +13,10 @@ from torch.utils.data import TensorDataset
 
 from fisher_forget import DataError
 from fisher_forget.baselines import METHODS
-from fisher_forget.config import ForgetSet
-from fisher_forget.data.datasets import DataBundle
-from fisher_forget.forget_sets import other_labels
-from fisher_forget.tuning import Judge, settings
+from fisher_forget.experiments.config import ForgetSet
+from fisher_forget.experiments.datasets import DataBundle
+from fisher_forget.experiments.forget_sets import other_labels
+from fisher_forget.experiments.tuning import Judge, settings
 
 CLASSES = ("a", "b", "c")
 

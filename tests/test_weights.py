@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from fisher_forget import Bernoulli, Categorical, ConfigError, Gaussian, ModelError
-from fisher_forget.data.split import resolve
+from fisher_forget.data.split import resolve_split
 from fisher_forget.errors import SplitError
 from fisher_forget.evaluate.weights import efficacy, step_cosine, weight_distance
 from fisher_forget.likelihood import Likelihood
@@ -101,7 +101,7 @@ class TestEfficacy:
     def test_against_the_dense_empirical_fisher_and_jensen(self, name: str, untouched: Untouched) -> None:
         model, x, y, likelihood = case(name)
         chosen = [0, 2, 3]
-        split = resolve(TensorDataset(x, y), chosen)
+        split = resolve_split(TensorDataset(x, y), chosen)
         fisher = oracle.ggn(model, x[chosen], y[chosen], likelihood, empirical=True)
         with untouched(model):
             found = efficacy(model, split, likelihood)
@@ -114,19 +114,19 @@ class TestEfficacy:
         model, x, y, likelihood = case("mlp")
         loss = likelihood.losses(model(x[4:5]), y[4:5]).sum()
         square = sum(float(g.square().sum()) for g in torch.autograd.grad(loss, list(model.parameters())))
-        assert efficacy(model, resolve(TensorDataset(x, y), [4])) == pytest.approx(1 / square, rel=1e-9)
+        assert efficacy(model, resolve_split(TensorDataset(x, y), [4])) == pytest.approx(1 / square, rel=1e-9)
 
     def test_by_hand(self) -> None:
         """f = w x with w = 2, y = 1, squared error over 2: g = (w x - y) x = 1 at x = 1, and 6 at x = 2."""
         data = TensorDataset(torch.tensor([[1.0], [2.0], [0.5]]), torch.tensor([[1.0], [1.0], [1.0]]))
-        found = efficacy(linear(2.0).eval(), resolve(data, [0, 1]), "gaussian")
+        found = efficacy(linear(2.0).eval(), resolve_split(data, [0, 1]), "gaussian")
         assert found == pytest.approx(1 / ((1 + 36) / 2))
 
     def test_a_perfect_fit_says_nothing(self) -> None:
         data = TensorDataset(torch.tensor([[1.0], [2.0]]), torch.tensor([[2.0], [0.0]]))
-        assert efficacy(linear(2.0).eval(), resolve(data, [0]), "gaussian") == math.inf
+        assert efficacy(linear(2.0).eval(), resolve_split(data, [0]), "gaussian") == math.inf
 
     def test_nothing_forgotten_is_refused(self) -> None:
         model, x, y, _ = case("mlp")
         with pytest.raises(SplitError, match="without samples"):
-            efficacy(model, resolve(TensorDataset(x, y), [], allow_empty=True))
+            efficacy(model, resolve_split(TensorDataset(x, y), [], allow_empty=True))

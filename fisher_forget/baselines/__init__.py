@@ -5,12 +5,12 @@
 """
 
 from fisher_forget.baselines.bad_teacher import BadTeacher
-from fisher_forget.baselines.catastrophic import CFk, EUk
 from fisher_forget.baselines.delta_grad import DeltaGrad
 from fisher_forget.baselines.finetune import FineTune
 from fisher_forget.baselines.fisher import FisherForget, GolatkarCode, GolatkarPaper
 from fisher_forget.baselines.influence import Lissa, WoodFisher
 from fisher_forget.baselines.l1_sparse import L1Sparse
+from fisher_forget.baselines.last_layers import CFk, EUk
 from fisher_forget.baselines.neg_grad import NegGrad, NegGradPlus
 from fisher_forget.baselines.ntk import Ntk, NtkFisher
 from fisher_forget.baselines.protocol import Unlearned, Unlearner
@@ -18,8 +18,8 @@ from fisher_forget.baselines.random_labels import Amnesiac, RandomLabels
 from fisher_forget.baselines.retrain import Retrain
 from fisher_forget.baselines.salun import SalUn
 from fisher_forget.baselines.scrub import Scrub
-from fisher_forget.baselines.sharded import Sharded
-from fisher_forget.baselines.sisa import SISA
+from fisher_forget.baselines.sisa.ensemble import SISA
+from fisher_forget.baselines.sisa.method import Sharded
 from fisher_forget.baselines.ssd import Ssd
 from fisher_forget.baselines.unsir import Unsir
 from fisher_forget.baselines.variational import Variational

@@ -20,12 +20,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fisher_forget.baselines.descent import Descent, Loss, checked, descend, distillation, numbered, outputs_of, require
 from fisher_forget.baselines.protocol import Unlearned
 from fisher_forget.baselines.retrain import Init, fresh
+from fisher_forget.baselines.training_loop import (
+    Descent,
+    Loss,
+    checked,
+    descend,
+    distillation,
+    numbered,
+    outputs_of,
+    require,
+)
 from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Split, some
-from fisher_forget.likelihood import Likelihood, resolve
+from fisher_forget.likelihood import Likelihood, resolve_likelihood
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,7 @@ class BadTeacher:
             ModelError: If the model has layers that cannot be reset.
         """
         begun = time.perf_counter()
-        likelihood = resolve(self.likelihood)
+        likelihood = resolve_likelihood(self.likelihood)
         good, bad = copy.deepcopy(model).eval(), fresh(model, self.seed, self.init).eval()
         used = np.union1d(some(split.retain, max(1, round(self.share * len(split.retain))), self.seed), split.forget)
 

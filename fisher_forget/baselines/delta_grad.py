@@ -28,14 +28,14 @@ import torch
 from torch import Tensor, nn
 
 from fisher_forget import params as P
+from fisher_forget._util.checks import check_model
+from fisher_forget._util.random_state import preserved_rng
 from fisher_forget.baselines.protocol import Unlearned
-from fisher_forget.checks import check_model
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import ConfigError, ModelError, NumericalError, SplitError
-from fisher_forget.likelihood import Likelihood, resolve
-from fisher_forget.objective import Gradient, Objective
+from fisher_forget.likelihood import Likelihood, resolve_likelihood
 from fisher_forget.params import Params
-from fisher_forget.randomness import preserved_rng
+from fisher_forget.unlearn.objective import Gradient, Objective
 
 MEMORY = 4 << 30
 CONVEX = 1e-6  # least cosine between a change of weights and one of gradients that tells of a curvature
@@ -114,7 +114,7 @@ def record(model: nn.Module, split: Split, plan: Plan) -> Trajectory:
     """
     check_model(model)
     with preserved_rng():
-        objective = Objective(model, resolve(plan.likelihood))
+        objective = Objective(model, resolve_likelihood(plan.likelihood))
         every, at = split.indices("all"), objective.start
         per_epoch = -(-len(every) // plan.batch_size)
         needed = 2 * plan.epochs * per_epoch * sum(x.numel() * x.element_size() for x in at.values())
@@ -181,7 +181,7 @@ class DeltaGrad:
         trajectory = self._checked(model, split)
         plan = trajectory.plan
         with preserved_rng():
-            objective = Objective(model, resolve(plan.likelihood))
+            objective = Objective(model, resolve_likelihood(plan.likelihood))
             at, gradients = P.unflatten(trajectory.weights[0], objective.start), 0
             pairs: deque[tuple[Tensor, Tensor]] = deque(maxlen=self.history)
             steps = zip(trajectory.batches, trajectory.weights, trajectory.gradients, trajectory.counts, strict=True)

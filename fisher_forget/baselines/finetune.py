@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from fisher_forget.baselines.descent import Descent, descend, each, mean_loss, shuffled
 from fisher_forget.baselines.protocol import Unlearned
+from fisher_forget.baselines.training_loop import Descent, descend, each, mean_loss, shuffled
 from fisher_forget.data.split import Split
-from fisher_forget.likelihood import Likelihood, resolve
+from fisher_forget.likelihood import Likelihood, resolve_likelihood
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class FineTune:
     def unlearn(self, model: nn.Module, split: Split) -> Unlearned:
         """Forget `split.forget`; the given model is untouched."""
         begun = time.perf_counter()
-        likelihood = resolve(self.likelihood)
+        likelihood = resolve_likelihood(self.likelihood)
         found = descend(
             model,
             Descent(self.epochs, self.lr, self.momentum, self.weight_decay),

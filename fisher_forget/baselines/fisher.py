@@ -18,16 +18,16 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from fisher_forget import params as P
+from fisher_forget._util.checks import check_model
+from fisher_forget.baselines.golatkar import ALPHA, TAU, paper_forget, reference_code_forget
 from fisher_forget.baselines.protocol import Unlearned
-from fisher_forget.checks import check_model
 from fisher_forget.curvature.estimate import Structure
 from fisher_forget.curvature.kinds import Kind
 from fisher_forget.data.split import Split
-from fisher_forget.forget import forget
 from fisher_forget.likelihood import Likelihood
-from fisher_forget.newton import Solver
-from fisher_forget.noise import EXPONENT, NoiseTarget
-from fisher_forget.variants import ALPHA, TAU, paper_forget, reference_code_forget
+from fisher_forget.unlearn.forget import forget
+from fisher_forget.unlearn.newton.step import Solver
+from fisher_forget.unlearn.noise import EXPONENT, NoiseTarget
 
 
 @dataclass(frozen=True)

@@ -31,18 +31,18 @@ import torch
 from torch import Tensor, nn
 
 from fisher_forget import params as P
+from fisher_forget._util.checks import check_model
+from fisher_forget._util.random_state import preserved_rng
+from fisher_forget.baselines.jacobian_rows import MEMORY, Rows
 from fisher_forget.baselines.protocol import Unlearned
-from fisher_forget.baselines.rows import MEMORY, Rows
-from fisher_forget.checks import check_model
-from fisher_forget.curvature.hessian import HessianChunk
 from fisher_forget.curvature.products import GgnChunk, summed, twice_differentiable
+from fisher_forget.curvature.structures.hessian import HessianChunk
 from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Split, some
 from fisher_forget.errors import ConfigError, NumericalError
-from fisher_forget.likelihood import Likelihood, resolve
-from fisher_forget.objective import Objective
+from fisher_forget.likelihood import Likelihood, resolve_likelihood
 from fisher_forget.params import Params
-from fisher_forget.randomness import preserved_rng
+from fisher_forget.unlearn.objective import Objective
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class WoodFisher:
         """Forget `split.forget`; the given model is untouched."""
         begun = time.perf_counter()
         check_model(model)
-        likelihood = resolve(self.likelihood)
+        likelihood = resolve_likelihood(self.likelihood)
         with preserved_rng():
             objective = Objective(model, likelihood)
             v = forgotten_pull(objective, split)
@@ -166,7 +166,7 @@ class Lissa:
         begun = time.perf_counter()
         check_model(model)
         with preserved_rng():
-            objective = Objective(model, resolve(self.likelihood))
+            objective = Objective(model, resolve_likelihood(self.likelihood))
             v = forgotten_pull(objective, split)
             found = [self._series(objective, split, v, repeat) for repeat in range(self.repeats)]
         x = P.map_params(lambda *each: torch.stack(each).mean(0), found[0], *found[1:])

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from fisher_forget import params as P
-from fisher_forget.baselines.descent import Descent, Loss, descend, each, mean_loss, require, shuffled
 from fisher_forget.baselines.protocol import Unlearned
+from fisher_forget.baselines.training_loop import Descent, Loss, descend, each, mean_loss, require, shuffled
 from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Split
-from fisher_forget.likelihood import Likelihood, resolve
+from fisher_forget.likelihood import Likelihood, resolve_likelihood
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class L1Sparse:
     def unlearn(self, model: nn.Module, split: Split) -> Unlearned:
         """Forget `split.forget`; the given model is untouched."""
         begun = time.perf_counter()
-        likelihood = resolve(self.likelihood)
+        likelihood = resolve_likelihood(self.likelihood)
 
         def epoch(number: int, rng: np.random.Generator) -> Iterator[Loss]:
             penalised = self.epochs - self.free

@@ -18,11 +18,11 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor, nn
 
-from fisher_forget.baselines.descent import Descent, Loss, descend, each, mean_loss, require, shuffled
 from fisher_forget.baselines.protocol import Unlearned
+from fisher_forget.baselines.training_loop import Descent, Loss, descend, each, mean_loss, require, shuffled
 from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Split
-from fisher_forget.likelihood import Likelihood, resolve
+from fisher_forget.likelihood import Likelihood, resolve_likelihood
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class NegGrad:
     def unlearn(self, model: nn.Module, split: Split) -> Unlearned:
         """Forget `split.forget`; the given model is untouched."""
         begun = time.perf_counter()
-        likelihood = resolve(self.likelihood)
+        likelihood = resolve_likelihood(self.likelihood)
         found = descend(
             model,
             Descent(self.epochs, self.lr, self.momentum, self.weight_decay),
@@ -102,7 +102,7 @@ class NegGradPlus:
     def unlearn(self, model: nn.Module, split: Split) -> Unlearned:
         """Forget `split.forget`; the given model is untouched."""
         begun = time.perf_counter()
-        likelihood = resolve(self.likelihood)
+        likelihood = resolve_likelihood(self.likelihood)
         samples = 0
 
         def difference(retained: Batch, forgotten: Batch | None) -> Loss:

@@ -29,16 +29,16 @@ import torch
 from torch import Tensor, nn
 
 from fisher_forget import params as P
+from fisher_forget._util.checks import check_model
+from fisher_forget._util.random_state import preserved_rng
+from fisher_forget.baselines.jacobian_rows import MEMORY, Rows, most_rows
 from fisher_forget.baselines.protocol import Unlearned
-from fisher_forget.baselines.rows import MEMORY, Rows, most_rows
-from fisher_forget.checks import check_model
 from fisher_forget.curvature.estimate import estimate_curvature
 from fisher_forget.data.split import Split, some
 from fisher_forget.errors import ConfigError, ModelError, NumericalError
-from fisher_forget.likelihood import Gaussian, Likelihood, resolve
-from fisher_forget.noise import draw_noise
+from fisher_forget.likelihood import Gaussian, Likelihood, resolve_likelihood
 from fisher_forget.params import Params
-from fisher_forget.randomness import preserved_rng
+from fisher_forget.unlearn.noise import draw_noise
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Ntk:
     def _scrub(self, model: nn.Module, split: Split) -> tuple[nn.Module, float]:
         """The scrubbed model, and how many sample gradients it cost."""
         check_model(model)
-        likelihood = resolve(self.likelihood)
+        likelihood = resolve_likelihood(self.likelihood)
         start = P.detached(P.trainable(model))
         before = None if self.initial is None else _same_shapes(self.initial, start)
         point = self.initial if self.initial is not None and self.linearise == "initial" else model
@@ -153,7 +153,7 @@ class NtkFisher(Ntk):
 
     def _scrub(self, model: nn.Module, split: Split) -> tuple[nn.Module, float]:
         moved, gradients = super()._scrub(model, split)
-        likelihood = resolve(self.likelihood)
+        likelihood = resolve_likelihood(self.likelihood)
         fisher = estimate_curvature(moved, split, likelihood, structure="diagonal", kind="exact")
         start = P.detached(P.trainable(moved))
         generator = torch.Generator().manual_seed(self.seed)

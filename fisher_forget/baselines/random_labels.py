@@ -22,14 +22,23 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fisher_forget.baselines.descent import Descent, Loss, descend, each, mean_loss, numbered, outputs_of, shuffled
+from fisher_forget._util.random_state import preserved_rng
 from fisher_forget.baselines.protocol import Unlearned
+from fisher_forget.baselines.training_loop import (
+    Descent,
+    Loss,
+    descend,
+    each,
+    mean_loss,
+    numbered,
+    outputs_of,
+    shuffled,
+)
 from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import ConfigError
-from fisher_forget.likelihood import Categorical, Likelihood, resolve
+from fisher_forget.likelihood import Categorical, Likelihood, resolve_likelihood
 from fisher_forget.params import Params
-from fisher_forget.randomness import preserved_rng
 
 
 @dataclass(frozen=True)
@@ -126,7 +135,7 @@ def labelled(likelihood: Likelihood | str, method: str) -> Categorical:
     Raises:
         ConfigError: If they are not.
     """
-    found = resolve(likelihood)
+    found = resolve_likelihood(likelihood)
     if not isinstance(found, Categorical):
         raise ConfigError(
             f"{method} with the {found.name} likelihood",

@@ -19,12 +19,12 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from fisher_forget import params as P
-from fisher_forget.baselines.descent import Descent, descend, each, mean_loss, shuffled
+from fisher_forget._util.random_state import preserved_rng
 from fisher_forget.baselines.protocol import Unlearned
+from fisher_forget.baselines.training_loop import Descent, descend, each, mean_loss, shuffled
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import ConfigError, ModelError
-from fisher_forget.likelihood import Likelihood, resolve
-from fisher_forget.randomness import preserved_rng
+from fisher_forget.likelihood import Likelihood, resolve_likelihood
 
 Train = Callable[[nn.Module, Dataset[Any], Indices, int], nn.Module]  # (fresh model, data, D_r, seed) -> trained
 Init = Callable[[], nn.Module]  # an untrained model; torch's global seed is set before
@@ -70,7 +70,7 @@ class Retrain:
         begun = time.perf_counter()
         start = fresh(model, self.seed, self.init)
         if self.train is None:
-            likelihood = resolve(self.likelihood)
+            likelihood = resolve_likelihood(self.likelihood)
             found = descend(
                 start,
                 Descent(self.epochs, self.lr, self.momentum, self.weight_decay),

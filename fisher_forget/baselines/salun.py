@@ -18,14 +18,14 @@ import torch
 from torch import nn
 
 from fisher_forget import params as P
-from fisher_forget.baselines.descent import require
+from fisher_forget._util.random_state import preserved_rng
 from fisher_forget.baselines.protocol import Unlearned
 from fisher_forget.baselines.random_labels import RandomLabels, labelled
+from fisher_forget.baselines.training_loop import require
 from fisher_forget.data.split import Split
 from fisher_forget.likelihood import Likelihood
-from fisher_forget.objective import Objective
 from fisher_forget.params import Params
-from fisher_forget.randomness import preserved_rng
+from fisher_forget.unlearn.objective import Objective
 
 
 @dataclass(frozen=True)

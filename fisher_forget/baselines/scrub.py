@@ -26,7 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fisher_forget.baselines.descent import (
+from fisher_forget.baselines.protocol import Unlearned
+from fisher_forget.baselines.training_loop import (
     Descent,
     Loss,
     checked,
@@ -38,10 +39,9 @@ from fisher_forget.baselines.descent import (
     require,
     shuffled,
 )
-from fisher_forget.baselines.protocol import Unlearned
 from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Split
-from fisher_forget.likelihood import Likelihood, resolve
+from fisher_forget.likelihood import Likelihood, resolve_likelihood
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Scrub:
     def unlearn(self, model: nn.Module, split: Split) -> Unlearned:
         """Forget `split.forget`; the given model is untouched."""
         begun = time.perf_counter()
-        likelihood = resolve(self.likelihood)
+        likelihood = resolve_likelihood(self.likelihood)
         teacher = copy.deepcopy(model).eval()
 
         def taught(batch: Batch) -> Tensor:

@@ -21,16 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from fisher_forget import params as P
-from fisher_forget.baselines.descent import shuffled
+from fisher_forget._util.checks import check_model
+from fisher_forget._util.random_state import preserved_rng
 from fisher_forget.baselines.protocol import Unlearned
-from fisher_forget.checks import check_model
+from fisher_forget.baselines.training_loop import shuffled
 from fisher_forget.curvature.estimate import estimate_curvature
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import ConfigError
-from fisher_forget.likelihood import Likelihood, resolve
-from fisher_forget.objective import Objective
+from fisher_forget.likelihood import Likelihood, resolve_likelihood
 from fisher_forget.params import Params
-from fisher_forget.randomness import preserved_rng
+from fisher_forget.unlearn.objective import Objective
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Ssd:
         """Forget `split.forget`; the given model is untouched."""
         begun = time.perf_counter()
         check_model(model)
-        likelihood = resolve(self.likelihood)
+        likelihood = resolve_likelihood(self.likelihood)
         measure = sample_importance if self.importance == "sample" else self._batch_importance
         start = P.detached(P.trainable(model))
         with preserved_rng():

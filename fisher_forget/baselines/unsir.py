@@ -24,13 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fisher_forget.baselines.descent import Descent, Loss, descend, each, mean_loss, require, shuffled
+from fisher_forget._util.random_state import preserved_rng
 from fisher_forget.baselines.protocol import Unlearned
+from fisher_forget.baselines.training_loop import Descent, Loss, descend, each, mean_loss, require, shuffled
 from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Indices, Split, some
 from fisher_forget.errors import ConfigError
-from fisher_forget.likelihood import Likelihood, resolve
-from fisher_forget.randomness import preserved_rng
+from fisher_forget.likelihood import Likelihood, resolve_likelihood
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Unsir:
                 differ.
         """
         begun = time.perf_counter()
-        likelihood = resolve(self.likelihood)
+        likelihood = resolve_likelihood(self.likelihood)
         kept = some(split.retain, max(1, round(self.share * len(split.retain))), self.seed)
         noises = self.noises if len(split.forget) else 0
         noise = self.noise(model, split, likelihood) if noises else None

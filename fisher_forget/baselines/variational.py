@@ -24,15 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from fisher_forget import params as P
-from fisher_forget.baselines.descent import shuffled
+from fisher_forget._util.checks import check_model
+from fisher_forget._util.random_state import preserved_rng
 from fisher_forget.baselines.protocol import Unlearned
-from fisher_forget.checks import check_model
+from fisher_forget.baselines.training_loop import shuffled
 from fisher_forget.data.split import Split
 from fisher_forget.errors import ConfigError, ModelError, NumericalError
-from fisher_forget.likelihood import Likelihood, resolve
-from fisher_forget.objective import Objective
+from fisher_forget.likelihood import Likelihood, resolve_likelihood
 from fisher_forget.params import Params
-from fisher_forget.randomness import preserved_rng
+from fisher_forget.unlearn.objective import Objective
 
 START, LIMIT = 0.005, -3.0  # share of a filter's variance to start from; largest log-variance
 SMALLEST = 1e-8  # added to a filter's variance, which may be 0
@@ -84,7 +84,7 @@ class Variational:
         begun = time.perf_counter()
         check_model(model)
         with preserved_rng():
-            objective = Objective(model, resolve(self.likelihood))
+            objective = Objective(model, resolve_likelihood(self.likelihood))
             generator = torch.Generator().manual_seed(self.seed)
             found = self.log_variances(objective, split, generator)
             final = objective.start | _noisy(objective.start, found, generator)[0]

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from fisher_forget.curvature.dense import DenseSum
-from fisher_forget.curvature.kronecker import REPLAY_BYTES, EkfacSum
 from fisher_forget.curvature.operator import rehearsal
+from fisher_forget.curvature.passes import Accumulator, Walk
+from fisher_forget.curvature.structures.dense import DenseSum
+from fisher_forget.curvature.structures.ekfac import REPLAY_BYTES, EkfacSum
 from fisher_forget.curvature.tape import Tape
-from fisher_forget.curvature.walk import Accumulator, Walk
 from fisher_forget.params import flatten, randn_like, size
 
 FEW = 8  # samples of the first look

@@ -13,22 +13,22 @@ import numpy as np
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from fisher_forget.checks import check_model
-from fisher_forget.curvature import cost, hessian, kinds, mixed
+from fisher_forget._util.checks import check_model
+from fisher_forget.curvature import cost, kinds
 from fisher_forget.curvature.cost import Estimate
-from fisher_forget.curvature.dense import DenseSum, check_size
-from fisher_forget.curvature.diagonal import DiagonalSum
 from fisher_forget.curvature.kinds import EXACT_UP_TO, Kind
-from fisher_forget.curvature.kronecker import EkfacSum
-from fisher_forget.curvature.low_rank import most_products, top_eigenpairs
-from fisher_forget.curvature.matrix_free import MatrixFree
 from fisher_forget.curvature.operator import Curvature, Info
+from fisher_forget.curvature.passes import Accumulator, Walk, default_memory
+from fisher_forget.curvature.structures import hessian, mixed
+from fisher_forget.curvature.structures.dense import DenseSum, check_size
+from fisher_forget.curvature.structures.diagonal import DiagonalSum
+from fisher_forget.curvature.structures.ekfac import EkfacSum
+from fisher_forget.curvature.structures.low_rank import most_products, top_eigenpairs
+from fisher_forget.curvature.structures.matrix_free import MatrixFree
 from fisher_forget.curvature.tape import Tape
-from fisher_forget.curvature.walk import Accumulator, Walk, default_memory
-from fisher_forget.data.split import Indices, Part, Split, resolve
+from fisher_forget.data.split import Indices, Part, Split, resolve_split
 from fisher_forget.errors import CurvatureError, SplitError
-from fisher_forget.likelihood import Likelihood
-from fisher_forget.likelihood import resolve as resolve_likelihood
+from fisher_forget.likelihood import Likelihood, resolve_likelihood
 from fisher_forget.params import detached, size, trainable
 
 Structure = Literal["ekfac", "diagonal", "dense", "low_rank", "matrix_free"]
@@ -183,7 +183,7 @@ def estimate_curvature(
         if not optional and (not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1):
             raise CurvatureError(f"{name}={value!r}", "a whole number of at least 1", f"Pass {name}=1 or more.")
     check_model(model)
-    split = data if isinstance(data, Split) else resolve(data, [], allow_empty=True)
+    split = data if isinstance(data, Split) else resolve_split(data, [], allow_empty=True)
     chosen = _chosen(split, part, max_samples, seed)
     likelihood = resolve_likelihood(likelihood)
     if isinstance(structure, Mapping):

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fisher_forget import params as P
-from fisher_forget.curvature.layers import PIECE_BYTES, EmbeddingRule, LinearRule, Rule
 from fisher_forget.curvature.rules import rule_for
+from fisher_forget.curvature.rules.layers import PIECE_BYTES, EmbeddingRule, LinearRule, Rule
 from fisher_forget.data.batches import Batch
 from fisher_forget.errors import ModelError
 from fisher_forget.params import Params

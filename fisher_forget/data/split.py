@@ -92,7 +92,7 @@ class Split:
         """The same data with these samples forgotten, too; naming one twice over several requests is no error.
 
         Raises:
-            SplitError: As for `resolve`.
+            SplitError: As for `resolve_split`.
         """
         wanted = np.union1d(_validated(forget_idx, len(self.base), False), self.forget)  # type: ignore[arg-type]
         retain = np.setdiff1d(self.retain, wanted)
@@ -115,7 +115,7 @@ class Split:
         return digest.hexdigest()[:16]
 
 
-def resolve(
+def resolve_split(
     retain_loader: DataLoader[Any] | Dataset[Any],
     forget_idx: Sequence[int] | Indices | Tensor | range,
     *,

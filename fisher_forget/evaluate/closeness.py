@@ -22,11 +22,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fisher_forget.data.batches import Unpack
-from fisher_forget.data.split import resolve as resolve_split
-from fisher_forget.ensemble import predict
+from fisher_forget.data.split import resolve_split
 from fisher_forget.errors import DataError, NumericalError
-from fisher_forget.likelihood import Likelihood
-from fisher_forget.likelihood import resolve as resolve_likelihood
+from fisher_forget.evaluate.ensemble import predict
+from fisher_forget.likelihood import Likelihood, resolve_likelihood
 
 Outputs = Mapping[str, Tensor]  # part -> outputs [N, ...]
 

@@ -15,16 +15,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fisher_forget.data.batches import Unpack
-from fisher_forget.data.split import Split
-from fisher_forget.data.split import resolve as resolve_split
-from fisher_forget.ensemble import RetrainedEnsemble, predict
+from fisher_forget.data.split import Split, resolve_split
 from fisher_forget.errors import ConfigError, DataError, NumericalError
+from fisher_forget.evaluate.ensemble import RetrainedEnsemble, predict
 from fisher_forget.evaluate.intervals import t_interval
 from fisher_forget.evaluate.metrics import LEAST, METRICS, Context, Metric, Subject
 from fisher_forget.evaluate.verdict import INDISTINGUISHABLE, NOT_FORGOTTEN, OVER_FORGOTTEN, UNDECIDED, verdict
-from fisher_forget.likelihood import Likelihood
-from fisher_forget.likelihood import resolve as resolve_likelihood
-from fisher_forget.result import ForgetResult
+from fisher_forget.likelihood import Likelihood, resolve_likelihood
+from fisher_forget.unlearn.result import ForgetResult
 
 OTHERS = 10  # retrained models that a retrained model is compared with at most, for the target of a pair metric
 Scrubbed = ForgetResult | nn.Module

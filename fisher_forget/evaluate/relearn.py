@@ -19,14 +19,13 @@ import numpy as np
 from torch import nn
 
 from fisher_forget import params as P
+from fisher_forget._util.random_state import preserved_rng
 from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Split
 from fisher_forget.errors import ConfigError, NumericalError, SplitError
-from fisher_forget.likelihood import Likelihood
-from fisher_forget.likelihood import resolve as resolve_likelihood
-from fisher_forget.objective import Objective
+from fisher_forget.likelihood import Likelihood, resolve_likelihood
 from fisher_forget.params import Params
-from fisher_forget.randomness import preserved_rng
+from fisher_forget.unlearn.objective import Objective
 
 Measure = Callable[[Objective, Params], float]
 

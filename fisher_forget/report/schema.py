@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-EVALUATION_SCHEMA_PATH = Path(__file__).with_name("evaluation.schema.json")
-METRICS_SCHEMA_PATH = Path(__file__).with_name("metrics.schema.json")
+EVALUATION_SCHEMA_PATH = Path(__file__).parent / "templates" / "evaluation.schema.json"
+METRICS_SCHEMA_PATH = Path(__file__).parent / "templates" / "metrics.schema.json"
 
 
 def load_schema() -> dict[str, Any]:

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from fisher_forget._util.checks import check_options
 from fisher_forget.baselines import METHODS
 from fisher_forget.baselines.fisher import FisherForget
-from fisher_forget.checks import check_options
 from fisher_forget.errors import ConfigError
-from fisher_forget.forget import forget
+from fisher_forget.unlearn.forget import forget
 
 OURS = FisherForget.name
 CURVATURE = ("structure", "kind", "draws", "max_samples", "solver", "subset")  # what a curvature estimate depends on

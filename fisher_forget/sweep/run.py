@@ -17,22 +17,21 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from fisher_forget import storage
+from fisher_forget._util import files
+from fisher_forget._util.random_state import preserved_rng
 from fisher_forget.baselines import METHODS, Unlearner
 from fisher_forget.data.batches import Unpack
-from fisher_forget.data.split import Indices, Split
-from fisher_forget.data.split import resolve as resolve_split
+from fisher_forget.data.split import Indices, Split, resolve_split
 from fisher_forget.errors import ConfigError, FisherForgetWarning, StorageError
 from fisher_forget.evaluate.closeness import Reference
-from fisher_forget.forget import forget, scrub
-from fisher_forget.noise import noise_step
-from fisher_forget.objective import Objective
-from fisher_forget.randomness import preserved_rng
-from fisher_forget.result import ForgetResult, newton_error, noise_damping
-from fisher_forget.snapshot import take_snapshot
 from fisher_forget.sweep.cells import CURVATURE, DRAW, OURS, Cell, expand, grouped
 from fisher_forget.sweep.judge import Judge
 from fisher_forget.sweep.table import RUINED, SKIPPED, SweepTable, read
+from fisher_forget.unlearn.data_sums import take_snapshot
+from fisher_forget.unlearn.forget import forget, scrub
+from fisher_forget.unlearn.noise import noise_step
+from fisher_forget.unlearn.objective import Objective
+from fisher_forget.unlearn.result import ForgetResult, newton_error, noise_damping
 
 RUIN = 1.0  # nats of retained loss: a label's typical probability has fallen to a third
 Row = dict[str, Any]
@@ -105,7 +104,7 @@ def sweep(
         if cell.method != OURS:
             work.method(cell)  # refuses what is out of range before any work
     axes = tuple(dict.fromkeys(["method", *(name for name in grid if name != "seed")]))
-    shared = storage.fingerprint(model, split.fingerprint(), reference.targets, reference.retrained, work.seed, ruin)
+    shared = files.fingerprint(model, split.fingerprint(), reference.targets, reference.retrained, work.seed, ruin)
     rows = {} if file is None else _stored(Path(file), shared)
 
     def table() -> SweepTable:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
-from fisher_forget import storage
+from fisher_forget._util import files
 from fisher_forget.errors import StorageError
 
 CONFIDENCE = 0.95  # of the intervals of `SweepTable.frontier`
@@ -29,7 +29,7 @@ class SweepTable:
     Attributes:
         frame: The axes (method, the options of the grid, seed); scale, the noise scale that was drawn; status;
             kl_<part> (nats), score_<part>, loss_<part> (nats), gap_closed; information (local forgetting bound,
-            nats; see `fisher_forget.noise`); seconds that the cell takes by itself. A row is "done"; "ruined" if the
+            nats; see `unlearn.noise`); seconds that the cell takes by itself. A row is "done"; "ruined" if the
             retained loss has risen by more than `ruin`; or "skipped", without numbers, since a smaller noise had
             ruined the model already.
         axes: The columns that tell settings apart: all axes but the seed.
@@ -115,7 +115,7 @@ class SweepTable:
             "ruin": self.ruin,
             **notes,
         }
-        storage.write_file(Path(path), frame.to_parquet)
+        files.write_file(Path(path), frame.to_parquet)
 
     @classmethod
     def load(cls, path: str | Path) -> SweepTable:
@@ -200,7 +200,7 @@ def read(path: str | Path) -> tuple[SweepTable, dict[str, Any]]:
         attributes = frame.attrs.pop(ATTRIBUTES)
         axes, marks, name, ruin = (attributes.pop(key) for key in ("axes", "marks", "score_name", "ruin"))
     except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are ValueErrors
-        raise StorageError(f"{path}: {error}", "the Parquet file of a sweep", storage.AGAIN) from error
+        raise StorageError(f"{path}: {error}", "the Parquet file of a sweep", files.AGAIN) from error
     frame.attrs = {}
     return SweepTable(frame, tuple(axes), marks, name, ruin), attributes
 

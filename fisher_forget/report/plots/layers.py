@@ -25,7 +25,7 @@ from fisher_forget.report.plots.style import (
     finish,
     log_limits,
 )
-from fisher_forget.result import ForgetResult, noise_damping
+from fisher_forget.unlearn.result import ForgetResult, noise_damping
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 TINY = 1e-12  # of an eigenvalue, relative to the largest: rounding

@@ -17,8 +17,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from fisher_forget.errors import DataError
-from fisher_forget.report.annotate import Point, along, annotate, ends_first
-from fisher_forget.report.hover import explain
+from fisher_forget.report.plots.annotate import Point, along, annotate, ends_first
+from fisher_forget.report.plots.hover import explain
 from fisher_forget.report.plots.style import (
     BLUE,
     EDGE,

@@ -18,7 +18,7 @@ from fisher_forget.errors import DataError
 from fisher_forget.evaluate.closeness import Reference
 from fisher_forget.evaluate.divergence import per_class
 from fisher_forget.evaluate.klom import margins
-from fisher_forget.report.hover import explain
+from fisher_forget.report.plots.hover import explain
 from fisher_forget.report.plots.style import (
     EDGE,
     GREEN,

@@ -15,10 +15,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from fisher_forget._util.files import ensure_folder
 from fisher_forget.errors import StorageError
-from fisher_forget.report.annotate import whole_figure
-from fisher_forget.report.hover import explain_all, titled
-from fisher_forget.storage import ensure_folder
+from fisher_forget.report.plots.annotate import whole_figure
+from fisher_forget.report.plots.hover import explain_all, titled
 
 BLUE, VERMILLION, GREEN, ORANGE, GREY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#595959"
 STYLES: dict[str, dict[str, Any]] = {

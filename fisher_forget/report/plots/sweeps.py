@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 
 from fisher_forget.errors import DataError
-from fisher_forget.report.annotate import NAMED, Point, along, annotate, ends_first
+from fisher_forget.report.plots.annotate import NAMED, Point, along, annotate, ends_first
 from fisher_forget.report.plots.style import (
     BLUE,
     EDGE,

@@ -1,0 +1,397 @@
+"""SISA: exact unlearning by training so that little has to be trained again (sharded, isolated, sliced, aggregated).
+
+S models never see each other's shard. Each is trained slice by slice: w_d = train(w_{d-1}, slices 1 ... d), with a
+checkpoint after every slice. To forget, the shards hit go back to the checkpoint before the first slice hit and are
+trained on without the sample. Every seed depends on shard and slice alone, so that the result is bit for bit what
+training on the retained samples would have given with the same cut: the order of requests does not matter, and neither
+does whether they come one by one or together.
+
+Source: Bourtoule et al. 2021 (arXiv:1912.03817).
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from fisher_forget._util import files
+from fisher_forget._util.progress import bar
+from fisher_forget._util.random_state import preserved_rng
+from fisher_forget.baselines.sisa import partition
+from fisher_forget.baselines.sisa.aggregate import Aggregate, Aggregation
+from fisher_forget.baselines.sisa.partition import Cut, Shard
+from fisher_forget.baselines.sisa.store import Store
+from fisher_forget.data.split import Indices, Split
+from fisher_forget.errors import ConfigError, ModelError, SplitError
+
+Build = Callable[[], nn.Module]
+TrainFn = Callable[[nn.Module, Dataset[Any], Indices, int], nn.Module]  # (model, data set, indices, seed) -> trained
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a call has trained.
+
+    Attributes:
+        shards: Numbers of the shards that were trained, ascending.
+        first_slices: The slice, counted from 0, at which the training of each began.
+        calls: Calls of the training function.
+        points: Samples handed to it, summed over calls; with one slice the paper's count of retrained points.
+        seconds: Wall time.
+    """
+
+    shards: tuple[int, ...]
+    first_slices: tuple[int, ...]
+    calls: int
+    points: int
+    seconds: float
+
+
+class SISA:
+    """An ensemble that forgets exactly; see the module.
+
+    Checkpoints are written whole or not at all, and one that has seen a sample to be forgotten is removed before
+    anything is trained. After a kill, make the same SISA with the same folder and call `fit`: requests are recorded
+    before they are served, so it goes on where it was, a request included. One process at a time may use a folder.
+
+    Args:
+        build: Returns a new model; called with the global generators seeded shard by shard.
+        train: `train(model, dataset, indices, seed)` trains on these samples, sorted, and returns the model. It gets a
+            model of its own, in eval mode, and must depend on nothing else: an optimizer's momentum starts anew at
+            every slice, and state outside `state_dict` is not kept. The global generators are seeded for it.
+        shards: S; more of them forget faster and predict worse.
+        slices: R, of every shard; `partition.epochs_per_slice` says how long to train on each.
+        labels: Class of every sample, for shards and slices that are balanced by class; see `partition.balanced`.
+        probabilities: Deletion probability of every sample: those likely to go are put together; see
+            `partition.by_deletion_probability`. Without either, the cut is uniform.
+        folder: Where checkpoints are kept; `None` for a temporary one that vanishes with this object.
+        budget: Most bytes that checkpoints may take. Those of the last slice are needed; as many of the others as
+            fit are kept, spread evenly over slices, and training starts again from the last one kept. `None` keeps all.
+        jobs: Worker processes, one shard each. They receive `build`, `train` and the data set by copy. Any number
+            gives the same bits: training uses one torch thread, in this process too.
+        seed: Of the cut, the initial weights and the training.
+        fingerprint: Names data and training function; a folder made under another name is refused.
+        progress: Show a bar over the shards in training.
+
+    Raises:
+        ConfigError: If a number is below 1 (seed: below 0), or labels and probabilities are both given.
+
+    Example:
+        >>> from fisher_forget.experiments.training import TrainSettings, train
+        >>> def fit(model, dataset, indices, seed):
+        ...     return train(model, dataset, TrainSettings(epochs=2), seed=seed, indices=indices, progress=False)
+        >>> x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+        >>> data = torch.utils.data.TensorDataset(x, (x[:, 0] > 0).long())
+        >>> sisa = SISA(lambda: nn.Linear(3, 2), fit, shards=4, slices=2)
+        >>> sisa.fit(data).calls
+        8
+        >>> sisa.forget([17]).shards
+        (1,)
+        >>> sisa.module()(x).shape
+        torch.Size([40, 2])
+    """
+
+    def __init__(
+        self,
+        build: Build,
+        train: TrainFn,
+        *,
+        shards: int,
+        slices: int = 1,
+        labels: ArrayLike | None = None,
+        probabilities: ArrayLike | None = None,
+        folder: str | Path | None = None,
+        budget: int | None = None,
+        jobs: int = 1,
+        seed: int = 0,
+        fingerprint: str = "",
+        progress: bool = False,
+    ) -> None:
+        partition.check_at_least(1, shards=shards, slices=slices, jobs=jobs)
+        partition.check_at_least(0, seed=seed)
+        if labels is not None and probabilities is not None:
+            raise ConfigError("both labels and probabilities", "one of them, or neither", "Choose what to shard by.")
+        self.build, self.train = build, train
+        self.shards, self.slices = int(shards), int(slices)
+        self.labels, self.probabilities = labels, probabilities
+        self.folder, self.budget, self.jobs = folder, budget, int(jobs)
+        self.seed, self.fingerprint, self.progress = int(seed), fingerprint, progress
+        self.requests: list[list[int]] = []
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._state: _State | None = None
+
+    @property
+    def cut(self) -> Cut:
+        """Indices shard by shard and slice by slice, as they were cut: forgotten samples are still named."""
+        return self._fitted().cut
+
+    @property
+    def forgotten(self) -> Indices:
+        """Sorted indices of all samples forgotten so far."""
+        return self._fitted().split.forget
+
+    def fit(self, dataset: Dataset[Any]) -> Work:
+        """Train what is missing: everything at first, the rest after a kill, nothing the second time.
+
+        Args:
+            dataset: Map-style; indices in requests count its samples. The training function alone reads them.
+
+        Raises:
+            SplitError: If the data set has no length, or another one was given before.
+            ConfigError: If there are fewer samples than slices, labels or probabilities do not fit, or the budget
+                does not hold one checkpoint a shard.
+            StorageError: If the folder cannot be written, is of another run, or `train` returns another architecture.
+        """
+        if self._state is not None and self._state.split.base is not dataset:
+            raise SplitError(
+                "another data set than before", "the one that was given first", "Make another SISA for it."
+            )
+        if not hasattr(dataset, "__len__"):
+            raise SplitError(
+                f"a data set of type {type(dataset).__name__} without length",
+                "a map-style data set, whose samples have an index",
+                "Read the samples into a list or a TensorDataset first.",
+            )
+        total = len(dataset)
+        cut = self._cut(total)
+        initial = initial_model(self.build, self.seed, 0)
+        mark = files.fingerprint(self.fingerprint, self.seed, cut, dict(initial.state_dict()))
+        store = Store(self._place(), mark)
+        requests = store.requests()
+        kept = self._kept(store, initial)
+        split = Split(dataset, np.arange(total), np.zeros(0, dtype=np.int64))
+        if requests:
+            split = split.forgetting(sorted({i for request in requests for i in request}))
+        self._state, self.requests = _State(split, cut, store, kept), requests
+        return self._update()
+
+    def forget(self, indices: Sequence[int] | Indices | Tensor | range) -> Work:
+        """Forget these samples, and all that were forgotten before; naming one again is no error.
+
+        The request is recorded first. If training is interrupted, `fit` completes it.
+
+        Args:
+            indices: Distinct indices into the data set.
+
+        Raises:
+            SplitError: If the indices are out of range, repeated or none, or nothing would be left.
+            ModelError: If `fit` has not been called.
+            StorageError: If the request cannot be recorded.
+        """
+        state = self._fitted()
+        split = state.split.forgetting(indices)
+        requests = [*self.requests, np.setdiff1d(split.forget, state.split.forget).tolist()]
+        state.store.record(requests)
+        self._state, self.requests = _State(split, state.cut, state.store, state.kept), requests
+        return self._update()
+
+    def module(self, *, aggregation: Aggregation = "mean", weighted: bool = False) -> Aggregate:
+        """The ensemble as one module, in eval mode, of the models as they are now; later requests do not reach it.
+
+        Shards that have no sample left take no part.
+
+        Args:
+            aggregation: Mean of the predictions, or majority vote; see `Aggregate`.
+            weighted: Give each model a weight proportional to the samples it was trained on.
+
+        Raises:
+            ModelError: If `fit` has not been called, or was interrupted.
+        """
+        state = self._fitted()
+        members, counts = [], []
+        for shard, parts in enumerate(state.parts()):
+            samples = sum(map(len, parts))
+            if samples:
+                key = state.store.keys(shard, parts)[-1]
+                if not state.store.holds(shard, self.slices, key):
+                    raise ModelError(
+                        f"shard {shard} without its model", "a fit or forget that came to its end", "Call fit again."
+                    )
+                template = initial_model(self.build, self.seed, shard)
+                members.append(state.store.load(shard, self.slices, template, key))
+                counts.append(samples if weighted else 1)
+        return Aggregate(members, counts, aggregation).eval()
+
+    @torch.no_grad()
+    def predict(
+        self,
+        inputs: Tensor,
+        *,
+        aggregation: Aggregation = "mean",
+        weighted: bool = False,
+        batch_size: int = 1024,
+    ) -> Tensor:
+        """Most likely class of every input: [N, ...] for inputs [N, ...]. It reads all models at every call.
+
+        Raises:
+            ModelError: As for `module`.
+        """
+        module = self.module(aggregation=aggregation, weighted=weighted)
+        device = next(module.parameters()).device
+        return torch.cat([module(chunk.to(device)).argmax(-1) for chunk in inputs.split(batch_size)])
+
+    def _fitted(self) -> _State:
+        if self._state is None:
+            raise ModelError("a SISA that is not fitted", "a call of fit before this one", "Call fit(dataset).")
+        return self._state
+
+    def _cut(self, total: int) -> Cut:
+        for name, values in (("labels", self.labels), ("probabilities", self.probabilities)):
+            if values is not None and np.shape(values)[:1] != (total,):
+                raise ConfigError(
+                    f"{name} of shape {np.shape(values)} for {total} samples", "one a sample", f"Correct `{name}`."
+                )
+        if self.labels is not None:
+            return partition.balanced(self.labels, self.shards, self.slices, self.seed)
+        if self.probabilities is not None:
+            return partition.by_deletion_probability(self.probabilities, self.shards, self.slices, self.seed)
+        return partition.uniform(total, self.shards, self.slices, self.seed)
+
+    def _place(self) -> Path:
+        if self.folder is not None:
+            return files.ensure_folder(self.folder)
+        if self._temporary is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="sisa-")
+        return Path(self._temporary.name)
+
+    def _kept(self, store: Store, initial: nn.Module) -> tuple[frozenset[int], ...]:
+        """After how many slices each shard keeps a checkpoint."""
+        if self.budget is None:
+            return (frozenset(range(1, self.slices + 1)),) * self.shards
+        size = store.size(initial)
+        room = self.budget // size
+        if room < self.shards:
+            raise ConfigError(
+                f"budget={self.budget} bytes",
+                f"at least {self.shards * size}: one checkpoint of {size} bytes for each of {self.shards} shards",
+                "Raise the budget, or use fewer shards.",
+            )
+        each, more = divmod(room, self.shards)
+        return tuple(partition.kept_checkpoints(self.slices, each + (shard < more)) for shard in range(self.shards))
+
+    def _update(self) -> Work:
+        """Remove what the requests have made stale, then train what is missing."""
+        begun = time.perf_counter()
+        state = self._fitted()
+        tasks = []
+        every = [
+            _Task(shard, parts, state.store.keys(shard, parts), state.kept[shard])
+            for shard, parts in enumerate(state.parts())
+        ]
+        state.store.keep_only({state.store.path(t.shard, done): t.keys[done] for t in every for done in t.kept})
+        for task in every:
+            start = task.start(state.store)
+            if start < self.slices:
+                tasks.append((task, start))
+        shared = (self.build, self.train, state.split.base, self.seed, state.store)
+        calls = points = 0
+        for found in bar(_run(shared, tasks, self.jobs), len(tasks), "shards", self.progress):
+            calls, points = calls + found[0], points + found[1]
+        shards, starts = tuple(t.shard for t, _ in tasks), tuple(start for _, start in tasks)
+        return Work(shards, starts, calls, points, time.perf_counter() - begun)
+
+
+def slice_seed(seed: int, shard: int, done: int) -> int:
+    """Seed of the training that follows `done - 1` slices of a shard (`done=0`: of its initial weights).
+
+    It depends on nothing else, so that a request does not change the randomness of what it does not hit.
+    """
+    return int(np.random.SeedSequence([seed, shard, done]).generate_state(1)[0])
+
+
+def initial_model(build: Build, seed: int, shard: int) -> nn.Module:
+    """A shard's model before training, in eval mode."""
+    with _seeded(slice_seed(seed, shard, 0)):
+        return build().eval()
+
+
+@dataclass(frozen=True)
+class _State:
+    """What `fit` has settled, and who is forgotten."""
+
+    split: Split
+    cut: Cut
+    store: Store
+    kept: tuple[frozenset[int], ...]
+
+    def parts(self) -> Cut:
+        return partition.retained(self.cut, self.split.forget)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A shard: its retained samples, the keys after 0 ... R slices, and after which of them a checkpoint is kept."""
+
+    shard: int
+    parts: Shard
+    keys: tuple[str, ...]
+    kept: frozenset[int]
+
+    def start(self, store: Store) -> int:
+        """How many slices the last usable checkpoint has seen."""
+        return max((done for done in self.kept if store.holds(self.shard, done, self.keys[done])), default=0)
+
+
+_Shared = tuple[Build, TrainFn, Dataset[Any], int, Store]
+
+
+def _run(shared: _Shared, tasks: list[tuple[_Task, int]], jobs: int) -> Iterator[tuple[int, int]]:
+    """(calls, points) of each shard, in the order in which they are finished."""
+    if jobs == 1 or len(tasks) < 2:
+        yield from (_train_shard(shared, task, start) for task, start in tasks)
+        return
+    workers = joblib.Parallel(n_jobs=min(jobs, len(tasks)), backend="loky", return_as="generator_unordered")
+    yield from workers(joblib.delayed(_train_shard)(shared, task, start) for task, start in tasks)
+
+
+def _train_shard(shared: _Shared, task: _Task, start: int) -> tuple[int, int]:
+    """Train a shard from its checkpoint to its end; a slice whose samples are all forgotten still has its turn."""
+    build, train, dataset, seed, store = shared
+    template = initial_model(build, seed, task.shard)
+    model = store.load(task.shard, start, template, task.keys[start]) if start else template
+    calls = points = 0
+    for done in range(start + 1, len(task.parts) + 1):
+        chosen = np.sort(np.concatenate(task.parts[:done]))
+        if len(chosen):
+            own = slice_seed(seed, task.shard, done)
+            with _seeded(own), _one_thread():
+                trained = train(files.fill_model(template, model.state_dict()), dataset, chosen, own)
+            # into a fresh copy, as if it had been read from a checkpoint: mode and hooks do not carry over
+            model = files.fill_model(template, trained.state_dict())
+            calls, points = calls + 1, points + len(chosen)
+        if done in task.kept:
+            store.save(task.shard, done, model, task.keys[done])
+    return calls, points
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Global generators at a seed, for functions of the user that draw from them; put back at the end."""
+    with preserved_rng():
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 - the user's function may draw from it
+        random.seed(seed)
+        yield
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums in the same order in every process
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,177 @@
+"""Walks over the data: columns into an accumulator, pass by pass, or exact products batch by batch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fisher_forget._util.progress import bar
+from fisher_forget.curvature import kinds
+from fisher_forget.curvature.kinds import Kind
+from fisher_forget.curvature.operator import Curvature
+from fisher_forget.curvature.products import Chunk, DataProduct, GgnChunk
+from fisher_forget.curvature.structures.hessian import HessianChunk
+from fisher_forget.curvature.tape import Record, Tape
+from fisher_forget.data.batches import Batch
+from fisher_forget.data.split import Indices, Split
+from fisher_forget.likelihood import Likelihood
+from fisher_forget.params import call, size
+
+MOST = 256 << 20  # bytes of recorded tensors at a time: larger chunks are no faster
+REUSED = 128 << 20  # the same where several columns read them: smaller ones are faster then
+SHARE = 4  # of the available memory, one part in so many
+
+
+class Accumulator(Protocol):
+    """What a structure gathers from the columns."""
+
+    passes: int
+
+    def add(self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool) -> None: ...
+
+    def end_pass(self) -> None: ...
+
+    def result(self, count: float) -> Curvature: ...
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Which samples, seen how.
+
+    Attributes:
+        tape: Private copy of the model, verified.
+        split: The data.
+        chosen: Indices of the samples.
+        likelihood: Of the outputs.
+        kind: Resolved.
+        draws: Columns or probes of the random kinds.
+        seed: Of the random kinds.
+        memory: Bytes that recorded tensors may take at a time.
+        progress: Show a progress bar.
+    """
+
+    tape: Tape
+    split: Split
+    chosen: Indices
+    likelihood: Likelihood
+    kind: Kind
+    draws: int
+    seed: int
+    memory: int
+    progress: bool
+
+    def first(self, samples: int) -> Walk:
+        """The same walk over its first samples, without a progress bar."""
+        return replace(self, chosen=self.chosen[:samples], progress=False)
+
+    def batches(self) -> Iterator[Batch]:
+        """Batches on the model's device."""
+        return (batch.on(self.tape.model) for batch in self.split.batches(self.chosen))
+
+    def accumulate(self, total: Accumulator) -> float:
+        """Feed all columns of all samples to a structure, once per pass; returns the scored positions."""
+        count = 0.0
+        pass_index = 0
+        steps: dict[tuple[torch.Size, ...], int] = {}
+        while pass_index < total.passes:  # a structure may find that it needs fewer
+            generator = torch.Generator().manual_seed(self.seed)
+            label = f"curvature {pass_index + 1}/{total.passes}"
+            for batch in bar(self.batches(), self.split.steps(self.chosen), label, self.progress):
+                for record in self._records(batch, steps):
+                    outputs, targets = record.outputs.detach(), record.batch.targets
+                    self.likelihood.check(outputs, targets)
+                    if pass_index == 0:
+                        count += float(self.likelihood.counts(targets).double().sum())
+                    columns = kinds.columns(self.kind, self.likelihood, outputs, targets, self.draws, generator)
+                    for column, last in _with_last(columns):
+                        grads = record.pull(column)
+                        with torch.no_grad():  # sums must not drag the graphs of all chunks along
+                            total.add(record, column, grads, last)
+            with torch.no_grad():
+                total.end_pass()
+            pass_index += 1
+        return max(count, 1.0)
+
+    def estimate(self, total: Accumulator) -> tuple[Curvature, float]:
+        """The structure's curvature, and the scored positions that it is the mean over."""
+        count = self.accumulate(total)
+        return total.result(count), count
+
+    def product(self, keep: bool | None = None) -> DataProduct:
+        """v -> B v, exact (for a random kind, exact for its columns); see `DataProduct` about `keep`."""
+        live = self.tape.params
+
+        def build(batch: Batch, generator: torch.Generator) -> Chunk:
+            outputs = call(self.tape.model, {}, batch.args, batch.kwargs)
+            detached = outputs.detach()
+            self.likelihood.check(detached, batch.targets)
+            if self.kind == "hessian":
+                return HessianChunk(self.likelihood.losses(outputs, batch.targets).sum(), live)
+            weight = kinds.weight(self.kind, self.likelihood, detached, batch.targets, self.draws, generator)
+            return GgnChunk(outputs, live, weight)
+
+        return DataProduct(
+            self.batches,
+            build,
+            live,
+            self.likelihood,
+            samples=len(self.chosen),
+            memory=self.memory,
+            seed=self.seed,
+            keep=keep,
+        )
+
+    @property
+    def _several(self) -> bool:
+        """Whether a sample has more than one column."""
+        return self.draws > 1 or self.kind == "exact"
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of recorded tensors at a time."""
+        return min(self.memory, REUSED) if self._several else self.memory
+
+    def recorded_bytes(self, batch: Batch) -> int:
+        """Bytes that one sample's recorded tensors take: inputs, outputs, gradients, graph; stray parameters' rows.
+
+        Where several columns follow each other, also what layers keep for all of them.
+        """
+        probe = self.tape.run(next(batch.chunks(1)))
+        recorded = sum(u.a.numel() * u.a.element_size() for u in probe.uses) * 4
+        if self._several:
+            for use, g in zip(probe.uses, probe.pull(torch.ones_like(probe.outputs)), strict=True):
+                shared = None if g is None else use.block.rule.shared(use.a, g)
+                recorded += 0 if shared is None else shared.numel() * shared.element_size()
+        return max(recorded + size({name: self.tape.params[name] for name in self.tape.stray}) * 8, 1)
+
+    def _records(self, batch: Batch, steps: dict[tuple[torch.Size, ...], int]) -> Iterator[Record]:
+        """Forward passes over chunks whose recorded tensors fit the memory; `steps` remembers sizes by sample shape."""
+        shape = batch.sample_shapes()
+        if shape not in steps:
+            steps[shape] = max(1, self.chunk_bytes // self.recorded_bytes(batch))
+        yield from (self.tape.run(chunk) for chunk in batch.chunks(steps[shape]))
+
+
+def default_memory(device: torch.device) -> int:
+    """A quarter of the device's available memory, at most `MOST` bytes."""
+    if device.type == "cuda":
+        return int(min(torch.cuda.mem_get_info(device)[0] // SHARE, MOST))
+    try:
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # not every system tells
+        return MOST
+    return max(1, min(available // SHARE, MOST))
+
+
+def _with_last(columns: Iterator[Tensor]) -> Iterator[tuple[Tensor, bool]]:
+    """Each column, and whether it is the chunk's last."""
+    held = next(columns, None)
+    while held is not None:
+        following = next(columns, None)
+        yield held, following is None
+        held = following

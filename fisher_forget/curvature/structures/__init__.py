@@ -1,0 +1,1 @@
+"""What is accumulated of the curvature, one file a structure."""

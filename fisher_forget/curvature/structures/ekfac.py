@@ -1,0 +1,294 @@
+"""Kronecker structure with eigenvalue correction (EKFAC; George et al. 2018, arXiv:1806.03884).
+
+For a layer with matrix M = [W b] of shape [O, I], the basis is Q_row (x) Q_col from the second moments of the output
+gradients and of the inputs (with a 1 for the bias), in the *expand* convention for shared weights (Eschenhagen et al.
+2023, arXiv:2311.00636). The eigenvalues are then corrected to the exact diagonal in that basis,
+
+    Lambda_ij = sum_n (Q_row^T M_n Q_col)_ij^2 / N,   M_n the gradient of sample n,
+
+the best diagonal in Frobenius norm. Any orthonormal basis keeps this an unbiased trace; a side that is one-hot or too
+large keeps the standard basis. Parameters that are not in a matrix get the exact diagonal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fisher_forget.curvature.operator import BlockDiagonal, Curvature, Spectral, symmetric_basis
+from fisher_forget.curvature.rules.layers import PATCH_BYTES, MatrixRule, add_squared_products
+from fisher_forget.curvature.structures.diagonal import Diagonal, Settling
+from fisher_forget.curvature.tape import Group, Record, Tape
+from fisher_forget.errors import CurvatureError
+from fisher_forget.params import Params
+
+KEY = "matrix"
+REPLAY_BYTES = 256 << 20  # layer inputs and output gradients kept from the first pass for the second
+
+Step = tuple[Record, Tensor, Sequence[Tensor | None], bool]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """How a layer's parameters are laid out as one matrix [O, I (+ 1)]."""
+
+    rule: MatrixRule
+    weight: str
+    bias: str | None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    def join(self, v: Mapping[str, Tensor]) -> Tensor:
+        """[..., O, I (+ 1)] from parameters with any leading dimensions."""
+        matrix = self.rule.to_matrix(v[self.weight])
+        return matrix if self.bias is None else torch.cat([matrix, v[self.bias].unsqueeze(-1)], -1)
+
+    def part(self, matrix: Tensor) -> Params:
+        """Inverse of `join`."""
+        if self.bias is None:
+            return {self.weight: self.rule.from_matrix(matrix)}
+        return {self.weight: self.rule.from_matrix(matrix[..., :-1]), self.bias: matrix[..., -1]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kronecker(Spectral):
+    """One layer: B = (Q_row (x) Q_col) diag(Lambda) (Q_row (x) Q_col)^T; `None` stands for the standard basis.
+
+    Attributes:
+        layout: The layer's matrix.
+        row: Q_row [O, O] or `None`.
+        col: Q_col [I, I].
+    """
+
+    layout: Matrix
+    row: Tensor | None
+    col: Tensor
+
+    def rotate(self, v: Mapping[str, Tensor]) -> Params:
+        return {KEY: turn(self.layout.join(v), self.row, self.col)}
+
+    def unrotate(self, z: Mapping[str, Tensor]) -> Params:
+        m = z[KEY] if self.row is None else self.row @ z[KEY]
+        return self.layout.part(m @ self.col.T)
+
+    def diagonal(self) -> Params:
+        m = self.spectrum()[KEY]
+        m = m if self.row is None else self.row.square() @ m
+        return self.layout.part(m @ self.col.square().T)
+
+
+def turn(matrix: Tensor, row: Tensor | None, col: Tensor) -> Tensor:
+    """Q_row^T M Q_col."""
+    return (matrix if row is None else row.T @ matrix) @ col
+
+
+class EkfacSum:
+    """Accumulates the sides' second moments in a first pass over the data and Lambda in a second.
+
+    Where all layer inputs and output gradients of the first pass fit `REPLAY_BYTES`, the second is a replay of them:
+    no forward or backward pass is repeated.
+    """
+
+    def __init__(self, tape: Tape, basis: Curvature | None = None) -> None:
+        """Start from nothing, or from the eigenbases of an EKFAC of the same model: one pass, and sums that add."""
+        self.passes = 2
+        self.params = {name: p.detach() for name, p in tape.params.items()}
+        self.layouts: dict[str, Matrix] = {}
+        self.moments: dict[str, tuple[Tensor | None, Tensor]] = {}
+        self.bases: dict[str, tuple[Tensor | None, Tensor]] = {}
+        self.lambdas: Params = {}
+        self.rest: Params = {name: torch.zeros_like(p) for name, p in self.params.items()}
+        self._pending: dict[str, tuple[Tensor, Tensor]] = {}
+        self._pass = 0
+        self._replay: list[Step] | None = []
+        self._bytes = 0
+        if basis is not None:
+            self._adopt(basis)
+
+    def _adopt(self, basis: Curvature) -> None:
+        for _, part in basis.parts if isinstance(basis, BlockDiagonal) else ():
+            if isinstance(part, Kronecker) and part.layout.weight in self.params:
+                self.layouts[part.layout.weight] = part.layout
+                self.bases[part.layout.weight] = part.row, part.col
+        if not self.bases:
+            raise CurvatureError("basis= without EKFAC blocks of this model", "an EKFAC of it", "Estimate one first.")
+        self._pass, self.passes = 1, 1
+        self._make_room()
+
+    def add(self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool) -> None:
+        if self._pass == 0:
+            self._add_moments(record, grads, last)
+            self._remember(record, column, grads, last)
+        else:
+            self._add_lambdas(record, column, grads, last)
+
+    def end_pass(self) -> None:
+        """After the first pass: eigendecompose the sides, make room for Lambda, and replay what was remembered."""
+        self._pass += 1
+        if self._pass > 1:
+            return
+        for weight, (row, col) in self.moments.items():
+            self.bases[weight] = (None if row is None else symmetric_basis(row), symmetric_basis(col))
+        self.moments.clear()
+        self._make_room()
+        if self._replay is not None:
+            self.passes = 1
+            for step in self._replay:
+                self._add_lambdas(*step)
+            self._replay.clear()
+
+    def _make_room(self) -> None:
+        for weight in self.bases:
+            layout = self.layouts[weight]
+            self.lambdas[weight] = torch.zeros_like(layout.join(self.params))
+            for name in layout.names:
+                self.rest.pop(name, None)
+        self._settling = Settling(self.lambdas), Settling(self.rest)
+
+    def _remember(self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool) -> None:
+        if self._replay is None:
+            return
+        known = {use.a.data_ptr() for step in self._replay[-1:] for use in step[0].uses}
+        tensors = [g for g in grads if g is not None] + [u.a for u in record.uses if u.a.data_ptr() not in known]
+        self._bytes += sum(t.numel() * t.element_size() for t in tensors)
+        if self._bytes > REPLAY_BYTES:
+            self._replay = None
+            return
+        self._replay.append((record.without_graph(), column, grads, last))
+
+    def _add_moments(self, record: Record, grads: Sequence[Tensor | None], last: bool) -> None:
+        for group in record.groups():
+            layout = self._layout(group)
+            if layout is None:
+                continue
+            if layout.weight not in self.moments:
+                rows, columns = layout.join(self.params).shape
+                new = self.params[layout.weight].new_zeros
+                has_row = all(u.block.rule.has_row_basis() for u in group.uses if isinstance(u.block.rule, MatrixRule))
+                self.moments[layout.weight] = (new(rows, rows) if has_row else None, new(columns, columns))
+            row, col = self.moments[layout.weight]
+            for call in group.calls:
+                use, g = record.uses[call], grads[call]
+                rule = use.block.rule
+                if g is None or not isinstance(rule, MatrixRule):
+                    continue
+                if row is not None:
+                    rule.add_row_moment(row, use.a, g)
+                if last:
+                    rule.add_column_moment(col, use.a, g)
+
+    def _layout(self, group: Group) -> Matrix | None:
+        """Weight and bias share a matrix where every call of the group uses both; else the weight stands alone."""
+        matrices = [u.block for u in group.uses if isinstance(u.block.rule, MatrixRule) and "weight" in u.block.names]
+        if not matrices:
+            return None
+        weight = matrices[0].names["weight"]
+        if weight not in self.layouts:
+            same = all(u.block.names == matrices[0].names for u in group.uses)
+            rule = matrices[0].rule
+            assert isinstance(rule, MatrixRule)
+            self.layouts[weight] = Matrix(rule, weight, matrices[0].names.get("bias") if same else None)
+        return self.layouts[weight]
+
+    def _add_lambdas(self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool) -> None:
+        for group in record.groups():
+            layout = self._layout(group)
+            if layout is None or layout.weight not in self.bases:
+                self._square(group, grads, ())
+                continue
+            row = self.bases[layout.weight][0]
+            thin = group.rank_one(grads)
+            if thin is not None and set(layout.names) == set(group.names):
+                a, g = thin
+                g = g if row is None else g @ row
+                if layout.weight in self._pending:
+                    self._pending[layout.weight][1].addcmul_(g, g)
+                else:
+                    self._pending[layout.weight] = (a, g * g)
+                continue
+            self._add_shared(layout, group, grads)
+            self._square(group, grads, layout.names)
+        if record.tape.stray:
+            for name, value in record.tape.functional(record.batch, column).items():
+                self.rest[name] += value.square().sum(0)
+        if last:
+            for weight, (a, squares) in self._pending.items():
+                if self.layouts[weight].bias is not None:
+                    a = torch.cat([a, a.new_ones(len(a), 1)], 1)
+                a = a @ self.bases[weight][1]
+                self.lambdas[weight].addmm_(squares.T, a * a)
+            self._pending.clear()
+            for settling in self._settling:
+                settling.end_chunk()
+
+    def _add_shared(self, layout: Matrix, group: Group, grads: Sequence[Tensor | None]) -> None:
+        """Lambda of a layer at several positions: rotate these, or the per-sample matrices where that costs less."""
+        row, col = self.bases[layout.weight]
+        use, g = group.uses[0], grads[group.calls[0]]
+        rule = use.block.rule
+        rows, columns = self.lambdas[layout.weight].shape
+        if len(group.calls) == 1 and g is not None and isinstance(rule, MatrixRule):
+            count = rule.position_count(g)
+            by_positions = count * (columns**2 + (0 if row is None else rows**2))
+            by_matrix = rows * columns * (columns + (0 if row is None else rows))
+            if by_positions < by_matrix and rule.positions(use.a[:1], g[:1]) is not None:
+                self._turn_positions(layout, rule, use.a, g, max(1, PATCH_BYTES // (4 * count * columns)))
+            else:
+                self._turn_matrices(layout, rule, use.a, g, max(1, PATCH_BYTES // (4 * rows * columns)))
+            return
+        for piece in group.pieces(grads):
+            if all(name in piece for name in layout.names):
+                self.lambdas[layout.weight] += turn(layout.join(piece), row, col).square_().sum(0)
+
+    def _turn_positions(self, layout: Matrix, rule: MatrixRule, a: Tensor, g: Tensor, step: int) -> None:
+        row, col = self.bases[layout.weight]
+        for start in range(0, len(g), step):
+            seen = rule.positions(a[start : start + step], g[start : start + step])
+            assert seen is not None
+            x, y = seen
+            turned = x @ col[: x.shape[-1]]
+            if layout.bias is not None:
+                turned += col[-1]  # the constant 1 below each input
+            y = y if row is None else y @ row
+            add_squared_products(self.lambdas[layout.weight], y.transpose(1, 2), turned)
+
+    def _turn_matrices(self, layout: Matrix, rule: MatrixRule, a: Tensor, g: Tensor, step: int) -> None:
+        row, col = self.bases[layout.weight]
+        for start in range(0, len(g), step):
+            found = rule.per_sample(a[start : start + step], g[start : start + step])
+            m = rule.to_matrix(found["weight"])
+            m = m if row is None else row.T @ m
+            turned = m @ col[: m.shape[-1]]
+            if layout.bias is not None:
+                b = found["bias"] if row is None else found["bias"] @ row
+                turned.addcmul_(b.unsqueeze(-1), col[-1])
+            self.lambdas[layout.weight] += turned.square_().sum(0)
+
+    def _square(self, group: Group, grads: Sequence[Tensor | None], done: tuple[str, ...]) -> None:
+        """The exact diagonal of the group's other parameters."""
+        if set(group.names) <= set(done):
+            return
+        if not done:
+            group.add_squares(self.rest, grads)
+            return
+        for piece in group.pieces(grads):
+            for name, value in piece.items():
+                if name not in done:
+                    self.rest[name] += value.square().sum(0)
+
+    def result(self, count: float) -> BlockDiagonal:
+        """The mean over `count` scored positions."""
+        parts: list[tuple[tuple[str, ...], Spectral]] = []
+        lambdas, rest = (settling.mean(count) for settling in self._settling)
+        for weight, eigenvalues in lambdas.items():
+            row, col = self.bases[weight]
+            layout = self.layouts[weight]
+            parts.append((layout.names, Kronecker(eigenvalues={KEY: eigenvalues}, layout=layout, row=row, col=col)))
+        if rest:
+            parts.append((tuple(rest), Diagonal(rest)))
+        return BlockDiagonal(tuple(parts), tuple(self.params))

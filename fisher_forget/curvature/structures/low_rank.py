@@ -1,0 +1,133 @@
+"""Low-rank structure: the largest eigenpairs, and one number for all the rest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from fisher_forget import params as P
+from fisher_forget.curvature.operator import Curvature, check_definite, checked_damping
+from fisher_forget.curvature.solvers import Lanczos, Product, flat
+from fisher_forget.params import Params
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank(Curvature):
+    """B = U diag(s) U^T + delta (I - U U^T): every method is exact for this operator.
+
+    Attributes:
+        basis: U [d, r], orthonormal columns.
+        eigenvalues: s [r], descending, without damping.
+        delta: Mean of the other d - r eigenvalues, max(0, (tr B - sum s) / (d - r)): it keeps the trace.
+        like: Parameters that give names, order and shapes.
+        tau: Damping.
+        residual: max_i |B u_i - s_i u_i| / s_1, how well the eigenpairs have converged.
+        trace_estimated: Whether tr B came from random output signs, unbiased, and not from all exact columns.
+        products: Products with B that the eigenpairs took.
+    """
+
+    basis: Tensor
+    eigenvalues: Tensor
+    delta: float
+    like: Params
+    tau: float = 0.0
+    residual: float = 0.0
+    trace_estimated: bool = False
+    products: int = 0
+
+    def power(self, v: Mapping[str, Tensor], p: float) -> Params:
+        if p < 0:
+            smallest = float(self.eigenvalues.min()) if len(self.eigenvalues) else math.inf
+            smallest = min(smallest, self.delta) if self._rest else smallest
+            check_definite(smallest + self.tau, f"power {p:g}", singular=True)
+        x = P.flatten({name: v[name] for name in self.like})
+        inside = self.basis.T @ x
+        rest = (self.delta + self.tau) ** p if self._rest else 0.0
+        found = self.basis @ ((self.eigenvalues + self.tau).pow(p) * inside)
+        if self._rest:
+            found += rest * (x - self.basis @ inside)
+        return P.unflatten(found, self.like)
+
+    def damped(self, tau: float) -> Self:
+        return replace(self, tau=self.tau + checked_damping(tau))
+
+    def diagonal(self) -> Params:
+        rest = self.delta if self._rest else 0.0
+        found = self.basis.square() @ (self.eigenvalues - rest) + rest + self.tau
+        return P.unflatten(found, self.like)
+
+    def trace(self) -> float:
+        d = len(self.basis)
+        return float(self.eigenvalues.double().sum()) + self._rest * self.delta + d * self.tau
+
+    def logdet(self) -> float:
+        inside = float((self.eigenvalues.double() + self.tau).log().sum())
+        if not self._rest:
+            return inside
+        rest = self.delta + self.tau
+        return inside + self._rest * math.log(rest) if rest > 0 else -math.inf
+
+    @property
+    def _rest(self) -> int:
+        """d - r."""
+        return len(self.basis) - len(self.eigenvalues)
+
+
+def most_products(rank: int, size: int) -> int:
+    """The most Lanczos steps for so many of `size` eigenpairs."""
+    return min(size, 3 * rank + 20)
+
+
+def top_eigenpairs(
+    product: Product, like: Params, rank: int, trace: float, *, seed: int = 0, trace_estimated: bool = False
+) -> LowRank:
+    """The `rank` largest eigenpairs by Lanczos with full reorthogonalisation; no d x d matrix is formed.
+
+    It stops when every |B u_i - s_i u_i| is below sqrt(eps) s_1, which makes the eigenvalues accurate to about eps, or
+    after `most_products` steps. Where eigenvalues lie close together the vectors then span the right space only roughly
+    (`residual` says how roughly), but U stays orthonormal and s are its Rayleigh quotients.
+
+    Args:
+        product: v -> B v, positive semi-definite.
+        like: Parameters.
+        rank: r; at most d are taken.
+        trace: tr B.
+        seed: Of the start vector.
+        trace_estimated: Whether `trace` is an estimate.
+    """
+    d = P.size(like)
+    rank = min(rank, d)
+    generator = torch.Generator().manual_seed(seed)
+    start = P.flatten(P.randn_like(like, generator))
+    eps = torch.finfo(start.dtype).eps
+    space = Lanczos(flat(product, like), start, most_products(rank, d), generator)
+    residual = math.inf
+    values, vectors = torch.zeros(0), torch.zeros(0, 0)
+    while space.extend():
+        if space.rows < rank or ((space.rows - rank) % 4 and space.rows < most_products(rank, d)):
+            continue
+        values, vectors = space.eigh()
+        worst = space.residual * float(vectors[-1, -rank:].abs().max())
+        residual = worst / max(float(values[-1]), 1e-300)
+        # a residual of exactly 0 is an invariant subspace: other eigenvalues may hide outside it
+        if 0 < residual <= eps**0.5:
+            break
+    s = values[-rank:].flip(0).clamp(min=0)
+    basis = space.basis.T @ vectors[:, -rank:].flip(1).to(space.basis)
+    left = trace - float(s.sum())
+    rounding = 10 * d * eps * trace
+    delta = left / (d - rank) if d > rank and left > rounding else 0.0
+    return LowRank(
+        basis=basis.contiguous(),
+        eigenvalues=s.to(basis),
+        delta=delta,
+        like=like,
+        residual=residual,
+        trace_estimated=trace_estimated,
+        products=space.rows,
+    )

@@ -1,0 +1,281 @@
+"""Matrix-free curvature: conjugate gradients, and the operator that needs nothing but products."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from fisher_forget import params as P
+from fisher_forget.curvature.operator import Curvature, check_definite, checked_damping, needs_definite
+from fisher_forget.curvature.products import Chunk, GgnChunk, summed, twice_differentiable
+from fisher_forget.curvature.solvers import Lanczos, Product, flat, hutchinson, matrix, rademacher
+from fisher_forget.data.batches import Batch
+from fisher_forget.errors import NumericalError
+from fisher_forget.likelihood import Likelihood
+from fisher_forget.params import Params
+
+SMALL = 512  # parameters up to which diagonal, trace and logdet come from the matrix itself, by d products
+LOWEST_STEPS = 100  # Lanczos steps that look for a negative eigenvalue of a larger Hessian
+QUADRATURE_STEPS = 80  # of each probe of a larger operator's logdet
+CHECK_EVERY = 5  # Lanczos steps between two looks at the convergence of f(A) v
+
+
+class GgnProduct:
+    r"""v -> (1/count) sum_n J_n^T H_n J_n v, exact, with the graphs of all given samples kept.
+
+    Args:
+        outputs: The model at the point of expansion.
+        live: Its parameters, the leaves of the graph.
+        likelihood: Gives H_n.
+        batches: The samples.
+        count: Divisor: the scored positions of *all* retained data, also where only some samples are given.
+    """
+
+    def __init__(
+        self,
+        outputs: Callable[[Batch], Tensor],
+        live: Params,
+        likelihood: Likelihood,
+        batches: Iterable[Batch],
+        count: float,
+    ) -> None:
+        self.count = count
+        self._chunks: list[Chunk] = []
+        for batch in batches:
+            with twice_differentiable():
+                out = outputs(batch)
+                weight = _exact_weight(likelihood, out.detach(), batch.targets)
+                self._chunks.append(GgnChunk(out, live, weight))
+
+    def __call__(self, v: Mapping[str, Tensor]) -> Params:
+        """B v."""
+        return summed(self._chunks, v, self.count)
+
+
+def _exact_weight(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda u: likelihood.hessian_product(outputs, u, targets)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What conjugate gradients found.
+
+    Attributes:
+        x: The solution.
+        iterations: Products used.
+        residual: |b - A x| relative to |b|, both in the norm of the preconditioner.
+    """
+
+    x: Params
+    iterations: int
+    residual: float
+
+
+def conjugate_gradient(
+    product: Product, b: Params, precondition: Product, *, iterations: int = 10, tolerance: float = 0.05
+) -> Solution:
+    """Solve A x = b for a symmetric positive definite A by preconditioned conjugate gradients.
+
+    Args:
+        product: v -> A v.
+        b: Right-hand side.
+        precondition: r -> M^-1 r with M close to A.
+        iterations: Most products.
+        tolerance: Stop at this relative residual in the M^-1 norm.
+
+    Raises:
+        NumericalError: If A is not positive definite along a search direction.
+    """
+    x, r = P.zeros_like(b), dict(b)
+    z = precondition(r)
+    p, rz = z, P.dot(r, z)
+    start = rz
+    if start <= 0:
+        return Solution(x, 0, 0.0)
+    iteration = 0
+    while iteration < iterations:
+        iteration += 1
+        ap = product(p)
+        curvature = P.dot(p, ap)
+        if not curvature > 0:
+            raise NumericalError(
+                f"curvature {curvature:g} along a search direction", "a positive definite operator", "Use more damping."
+            )
+        alpha = rz / curvature
+        x, r = P.add(x, p, alpha), P.add(r, ap, -alpha)
+        z = precondition(r)
+        rz, before = P.dot(r, z), rz
+        if rz <= tolerance**2 * start:
+            break
+        p = P.add(z, p, rz / before)
+    return Solution(x, iteration, math.sqrt(max(rz, 0.0) / start))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixFree(Curvature):
+    """B + tau I as nothing but its products: exact wherever products are, slow where an inverse is needed.
+
+    `power` needs one product for p = 1, conjugate gradients for p = -1 and Lanczos, f(A) v = |v| Q f(T) e_1, for other
+    exponents. `diagonal` and `trace` are exact up to `SMALL` parameters and Hutchinson estimates beyond; `logdet` is
+    exact up to `SMALL` and stochastic Lanczos quadrature beyond (Ubaru, Chen & Saad 2017, SIAM J. Matrix Anal. 38).
+
+    Attributes:
+        product: v -> B v, without damping.
+        like: Parameters that give names, order and shapes.
+        tau: Damping.
+        signed: Whether B may be indefinite.
+        preconditioner: Any curvature close to B, without damping; for p = -1.
+        tolerance: Relative residual of conjugate gradients (in the preconditioner's norm), and relative change of
+            f(A) v over the last `CHECK_EVERY` steps.
+        iterations: Most products of one power. Lanczos keeps as many vectors.
+        probes: Random vectors of the estimates.
+        seed: Of these.
+        known: Quantities of the undamped B that were computed already; shared with damped copies.
+    """
+
+    product: Product
+    like: Params
+    tau: float = 0.0
+    signed: bool = False
+    preconditioner: Curvature | None = None
+    tolerance: float = 1e-6
+    iterations: int = 500
+    probes: int = 64
+    seed: int = 0
+    known: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def power(self, v: Mapping[str, Tensor], p: float) -> Params:
+        v = {name: v[name] for name in self.like}
+        if p == 0:
+            return dict(v)
+        if p == 1:
+            return self._damped_product(v)
+        if self.signed and needs_definite(p):
+            self._check(f"power {p:g}", singular=p < 0)
+        return self._inverse(v) if p == -1 else self._function(v, p)
+
+    def damped(self, tau: float) -> Self:
+        return replace(self, tau=self.tau + checked_damping(tau))
+
+    def diagonal(self) -> Params:
+        if "diagonal" not in self.known:
+            flat_product, first = flat(self.product, self.like), P.flatten(self.like)
+            small = len(first) <= SMALL
+            found = self._matrix().diag() if small else hutchinson(flat_product, first, self.probes, self.seed)
+            self.known["diagonal"] = P.unflatten(found, self.like)
+        return P.map_params(lambda x: x + self.tau, self.known["diagonal"])
+
+    def trace(self) -> float:
+        return math.fsum(float(x.double().sum()) for x in self.diagonal().values())
+
+    def logdet(self) -> float:
+        if self.signed:
+            self._check("logdet")
+        nodes, weights = self._quadrature()
+        return float((weights * self._damped_values(nodes).log()).sum())
+
+    def _damped_values(self, values: Tensor) -> Tensor:
+        """Eigenvalues of B + tau I from those of B, where negatives at rounding level are 0 (all, if not `signed`)."""
+        eps = torch.finfo(next(iter(self.like.values())).dtype).eps
+        rounding = 10 * len(values) * eps * float(values.abs().max())
+        kept = values > rounding
+        return values.where(kept | (values < -rounding) if self.signed else kept, 0.0) + self.tau
+
+    def _damped_product(self, v: Mapping[str, Tensor]) -> Params:
+        return P.add(self.product(dict(v)), v, self.tau) if self.tau else self.product(dict(v))
+
+    def _matrix(self) -> Tensor:
+        """B [d, d], for small d."""
+        if "matrix" not in self.known:
+            self.known["matrix"] = matrix(flat(self.product, self.like), P.flatten(self.like))
+        found: Tensor = self.known["matrix"]
+        return found
+
+    def _quadrature(self) -> tuple[Tensor, Tensor]:
+        """Nodes and weights with tr f(B) = sum w f(node): eigenvalues, or those of Krylov spaces of random signs."""
+        if "quadrature" not in self.known:
+            d = P.size(self.like)
+            if d <= SMALL:
+                symmetric = (self._matrix() + self._matrix().T).double() / 2
+                nodes = torch.linalg.eigvalsh(symmetric).cpu()
+                self.known["quadrature"] = nodes, torch.ones_like(nodes)
+            else:
+                generator, first = torch.Generator().manual_seed(self.seed), P.flatten(self.like)
+                rules = []
+                for _ in range(self.probes):
+                    space = Lanczos(
+                        flat(self.product, self.like), rademacher(d, first, generator), min(d, QUADRATURE_STEPS)
+                    )
+                    while space.extend():
+                        pass
+                    values, vectors = space.eigh()
+                    rules.append((values, vectors[0].square() * d / self.probes))
+                self.known["quadrature"] = torch.cat([n for n, _ in rules]), torch.cat([w for _, w in rules])
+        found: tuple[Tensor, Tensor] = self.known["quadrature"]
+        return found
+
+    def _check(self, what: str, *, singular: bool = False) -> None:
+        """Refuse an indefinite operator; beyond `SMALL` parameters by the lowest Ritz value, which is never too low."""
+        if "lowest" not in self.known:
+            if P.size(self.like) <= SMALL:
+                self.known["lowest"] = self._quadrature()[0], 0.0
+            else:
+                generator = torch.Generator().manual_seed(self.seed)
+                start = P.flatten(P.randn_like(self.like, generator))
+                space = Lanczos(flat(self.product, self.like), start, LOWEST_STEPS, generator)
+                while space.extend():
+                    pass
+                values, vectors = space.eigh()
+                self.known["lowest"] = values, space.residual * abs(float(vectors[-1, 0]))
+        values, slack = self.known["lowest"]
+        lowest = float(self._damped_values(values).min())
+        # an eigenvalue lies within the slack of the Ritz value: advise for the lower end
+        check_definite(lowest - slack if lowest < 0 else lowest, what, singular=singular)
+
+    def _inverse(self, v: Params) -> Params:
+        damped = self.preconditioner.damped(self.tau) if self.preconditioner is not None else None
+        precondition: Product = dict if damped is None else lambda r: damped.power(r, -1)
+        try:
+            found = conjugate_gradient(
+                self._damped_product, v, precondition, iterations=self.iterations, tolerance=self.tolerance
+            )
+        except NumericalError:
+            if self.tau == 0:
+                check_definite(0.0, "power -1", singular=True)
+            raise
+        if not found.residual <= self.tolerance:
+            raise self._unfinished("conjugate gradients", found.residual, found.iterations)
+        return found.x
+
+    def _function(self, v: Params, p: float) -> Params:
+        """(B + tau I)^p v in the Krylov space of v; |x_m - x_k| = |y_m - y_k| as Q is orthonormal."""
+        most = min(self.iterations, P.size(v))
+        space = Lanczos(flat(self.product, self.like), P.flatten(v), most)
+        y, change = torch.zeros(0, dtype=torch.float64), math.inf
+        while change > self.tolerance and space.extend():
+            if space.rows % CHECK_EVERY == 0 or space.exhausted or space.rows == most:
+                before, y = y, self._coefficients(space, p)
+                change = float((y - torch.cat([before, y.new_zeros(len(y) - len(before))])).norm() / y.norm())
+        if not (space.exhausted or space.rows == P.size(v) or change <= self.tolerance):
+            raise self._unfinished("Lanczos", change, space.rows)
+        return P.unflatten(space.basis.T @ y.to(space.basis), self.like)
+
+    def _coefficients(self, space: Lanczos, p: float) -> Tensor:
+        """|v| T^p e_1 [m]."""
+        values, vectors = space.eigh()
+        damped = self._damped_values(values)
+        if needs_definite(p):
+            check_definite(float(damped.min()), f"power {p:g}", singular=p < 0)
+        return space.length * (vectors @ (damped.pow(p) * vectors[0]))
+
+    def _unfinished(self, method: str, reached: float, products: int) -> NumericalError:
+        return NumericalError(
+            f"{method} at {reached:.2g} after {products} products",
+            f"the tolerance {self.tolerance:g}",
+            "Use more damping, a preconditioner=, or dataclasses.replace(curvature, iterations=..., tolerance=...).",
+        )

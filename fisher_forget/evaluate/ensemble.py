@@ -1,0 +1,347 @@
+"""Ensembles trained with and without the forget set: what forgetting is compared with.
+
+Members are cached one by one, so a killed run resumes; their outputs are stored, so that no metric runs a model again.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+import joblib
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from fisher_forget import params as P
+from fisher_forget._util import files
+from fisher_forget.data.batches import Unpack
+from fisher_forget.data.split import Indices, Split, resolve_split
+from fisher_forget.errors import ConfigError, DataError, FisherForgetWarning, StorageError
+
+TrainFn = Callable[[int], nn.Module]
+
+
+BACKENDS = {
+    "loky": None,
+    "threading": None,
+    "dask": "dask.distributed",
+    "ray": "ray.util.joblib",
+}  # and where they live
+
+
+@dataclass(frozen=True)
+class Members:
+    """Models that differ by their seed alone.
+
+    Attributes:
+        models: In eval mode, in the order of `seeds`.
+        seeds: One per model.
+        seconds: Wall-clock time that each training took, when it was trained.
+    """
+
+    models: tuple[nn.Module, ...]
+    seeds: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class RetrainedEnsemble:
+    """Models trained with and without the forget set, by one training function.
+
+    Attributes:
+        originals: Trained on everything; what is to forget is one of them.
+        retrained: Trained without the forget set: what the scrubbed models should look like.
+        forget: Sorted indices of the forget set.
+        folder: Where models and outputs are stored; `None` stores nothing.
+        fingerprint: Of data, settings and code that the weights depend on.
+    """
+
+    originals: Members
+    retrained: Members
+    forget: Indices
+    folder: Path | None = None
+    fingerprint: str = ""
+
+    @classmethod
+    def fit(
+        cls,
+        train_fn: Callable[[Indices, int], nn.Module],
+        data: Dataset[Any] | Split,
+        forget_idx: Sequence[int] | Indices | Tensor | range = (),
+        *,
+        template: nn.Module,
+        seeds: Sequence[int] = range(1000, 1010),
+        original_seeds: Sequence[int] = (0,),
+        folder: str | Path | None = None,
+        fingerprint: str = "",
+        jobs: int = 1,
+        backend: str = "loky",
+        progress: bool = True,
+    ) -> RetrainedEnsemble:
+        """Train, or load where an earlier call has stored them, the members with and without the forget set.
+
+        Args:
+            train_fn: Takes the indices to train on and a seed, and returns a trained model of the template's
+                architecture.
+            data: The training data set, or a `Split` of it.
+            forget_idx: Distinct indices into it; none where a `Split` is given.
+            template: Gives the architecture; untouched.
+            seeds: Of the retrained models.
+            original_seeds: Of the models trained on everything.
+            folder: Where to store models and outputs.
+            fingerprint: Of whatever else the weights depend on: settings, data, version of your code.
+            jobs: Worker processes, see `train_members`.
+            backend: See `train_members`.
+            progress: Show bars with the time left.
+
+        Raises:
+            ConfigError, SplitError, StorageError: As `train_members` and `forget` do.
+        """
+        split = data if isinstance(data, Split) else resolve_split(data, forget_idx)
+        own = files.fingerprint(fingerprint, split.fingerprint())
+        place = None if folder is None else files.ensure_folder(Path(folder))
+
+        def members(rows: Indices, chosen: Sequence[int], name: str) -> Members:
+            return train_members(
+                partial(train_fn, rows),
+                chosen,
+                template=template,
+                folder=None if place is None else place / name,
+                fingerprint=own,
+                jobs=jobs,
+                backend=backend,
+                progress=progress,
+                description=name,
+            )
+
+        originals = members(split.indices("all"), original_seeds, "original")
+        return cls(originals, members(split.retain, seeds, "retrained"), split.forget, place, own)
+
+    def outputs(
+        self, parts: Mapping[str, Dataset[Any]], *, unpack: Unpack | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """(originals' outputs [K, N, ...], retrained models' outputs [M, N, ...], targets [N, ...]) by data set.
+
+        Computed once and stored.
+
+        Args:
+            parts: Data sets by name: "forget", "retain", "test", ...
+            unpack: As for `forget`.
+
+        Raises:
+            DataError, StorageError: If a data set cannot be read, or the folder not be written.
+        """
+        splits = {name: resolve_split(part, [], unpack=unpack, allow_empty=True) for name, part in parts.items()}
+        both = {"original": self.originals, "retrained": self.retrained}
+        prints = [splits[name].fingerprint() for name in splits]
+        key = files.fingerprint(self.fingerprint, list(splits), prints, *(m.seeds for m in both.values()))
+        path = None if self.folder is None else self.folder / "outputs.safetensors"
+        if path is not None and path.exists() and files.read_metadata(path).get("fingerprint") == key:
+            stored, _ = files.load_tensors(path)
+        else:
+            stored = {}
+            for name, split in splits.items():
+                for kind, members in both.items():
+                    every = [predict(model, split) for model in members.models]
+                    stored[f"{kind}/{name}"] = torch.stack([outputs for outputs, _ in every])
+                    stored[f"targets/{name}"] = every[0][1]
+            if path is not None:
+                files.save_tensors(path, stored, {"fingerprint": key})
+        found = {kind: {name: stored[f"{kind}/{name}"] for name in splits} for kind in (*both, "targets")}
+        return found["original"], found["retrained"], found["targets"]
+
+
+def predict(model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
+    """Outputs [N, ...] of the model in eval mode and targets [N, ...] of all samples of a split, on the CPU.
+
+    Raises:
+        DataError: If the split is empty.
+    """
+    twin = copy.deepcopy(model).eval()
+    outputs, targets = [], []
+    with torch.no_grad():
+        for batch in split.batches("all"):
+            outputs.append(P.call(twin, {}, (placed := batch.on(twin)).args, placed.kwargs).cpu())
+            targets.append(batch.targets)
+    if not outputs:
+        raise DataError("a data set without samples", "at least one", "Leave that part out.")
+    return torch.cat(outputs), torch.cat(targets)
+
+
+@dataclass(frozen=True)
+class _Cache:
+    """`folder/seed-<s>.safetensors`, one file a member."""
+
+    folder: Path
+    fingerprint: str
+
+    def path(self, seed: int) -> Path:
+        return self.folder / f"seed-{seed}.safetensors"
+
+    def save(self, seed: int, model: nn.Module, seconds: float) -> None:
+        notes = {"fingerprint": self.fingerprint, "seed": str(seed), "seconds": repr(seconds), "version": _version()}
+        files.save_model(self.path(seed), model, notes)
+
+    def load(self, seed: int, template: nn.Module) -> tuple[nn.Module, float]:
+        model = files.load_model(self.path(seed), template, {"fingerprint": self.fingerprint, "seed": str(seed)})
+        return model, float(files.read_metadata(self.path(seed)).get("seconds", "nan"))
+
+
+def train_members(
+    train_fn: TrainFn,
+    seeds: Sequence[int],
+    *,
+    template: nn.Module,
+    folder: Path | None = None,
+    fingerprint: str = "",
+    jobs: int = 1,
+    backend: str = "loky",
+    progress: bool = True,
+    description: str = "retrain",
+) -> Members:
+    """Train one model per seed, or load it where an earlier run has stored it.
+
+    Each model is stored as soon as it is trained: to resume a killed run, start it again. A stored model with another
+    fingerprint, or a damaged file, is trained anew and overwritten, with a warning.
+
+    Args:
+        train_fn: Takes a seed and returns a trained model of the template's architecture.
+        seeds: Distinct.
+        template: Gives the architecture; untouched.
+        folder: Where to store the models; `None` stores nothing.
+        fingerprint: Of everything but the seed that the weights depend on; see `files.fingerprint`.
+        jobs: Worker processes. With more than one, each uses one torch thread and receives `train_fn`, with what it
+            refers to, by copy. Sums are then added in another order than with several threads, so the weights may
+            differ from those of `jobs=1` by rounding, which training amplifies; the number of workers alone changes
+            nothing. With one job, training runs in this process and torch's threads are left alone.
+        backend: Joblib's: "loky" (processes here), "dask" or "ray" (a cluster that you have connected to), "threading".
+        progress: Show a bar with the time left.
+        description: Text of the bar.
+
+    Raises:
+        ConfigError: If `seeds` is empty or repeats one, or `jobs` is less than 1.
+        StorageError: If the folder cannot be written, or `train_fn` returns another architecture than the template's.
+    """
+    seeds = tuple(int(seed) for seed in seeds)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ConfigError(f"the seeds {seeds}", "at least one seed, each once", "Correct `seeds`.")
+    if jobs < 1:
+        raise ConfigError(f"jobs={jobs}", "at least 1", "Pass the number of worker processes.")
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend={backend!r}", f"one of {sorted(BACKENDS)}", "Pass one of these names.")
+    cache = None if folder is None else _Cache(files.ensure_folder(folder), fingerprint)
+    members = _stored(cache, seeds, template)
+    todo = [seed for seed in seeds if seed not in members]
+    bar = tqdm(
+        total=len(seeds), initial=len(members), desc=description, unit="model", disable=not progress, leave=False
+    )
+    with bar:
+        for seed, state, seconds in _trained(train_fn, todo, cache, jobs, backend):
+            members[seed] = files.fill_model(template, state), seconds
+            bar.update()
+    models, durations = zip(*(members[seed] for seed in seeds), strict=True)
+    return Members(models, seeds, durations)
+
+
+def _stored(cache: _Cache | None, seeds: Sequence[int], template: nn.Module) -> dict[int, tuple[nn.Module, float]]:
+    members: dict[int, tuple[nn.Module, float]] = {}
+    refused: dict[int, Exception] = {}
+    for seed in seeds:
+        if cache is None or not cache.path(seed).exists():
+            continue
+        try:
+            members[seed] = cache.load(seed, template)
+        except (StorageError, ValueError) as error:
+            refused[seed] = error
+    if cache is not None and refused:
+        warnings.warn(
+            f"Stored models of the seeds {list(refused)} in {cache.folder} cannot be used and are trained anew: "
+            f"{next(iter(refused.values()))}",
+            FisherForgetWarning,
+            stacklevel=3,
+        )
+    return members
+
+
+def stored_seeds(folder: Path, seeds: Sequence[int], fingerprint: str) -> list[int]:
+    """The seeds whose models an earlier call of `train_members` has stored, by their files' headers."""
+    cache, found = _Cache(folder, fingerprint), []
+    for seed in seeds:
+        with suppress(StorageError):
+            if files.read_metadata(cache.path(seed)).get("fingerprint") == fingerprint:
+                found.append(seed)
+    return found
+
+
+Member = tuple[int, dict[str, Tensor], float]
+
+
+def _trained(
+    train_fn: TrainFn, seeds: Sequence[int], cache: _Cache | None, jobs: int, backend: str
+) -> Iterator[Member]:
+    """Members in the order in which they are finished."""
+    if jobs == 1 or len(seeds) < 2:
+        # a single one left over from a killed run gets one thread too, so that resuming changes nothing
+        threads = None if jobs == 1 else 1
+        yield from (_member(train_fn, seed, cache, threads) for seed in seeds)
+        return
+    _register(backend)
+    returned = "generator_unordered" if BACKENDS[backend] is None else "list"
+    with joblib.parallel_config(backend):  # Parallel itself knows joblib's own backends only
+        workers = joblib.Parallel(n_jobs=min(jobs, len(seeds)), return_as=returned)
+    yield from workers(joblib.delayed(_member)(train_fn, seed, cache, threads=1) for seed in seeds)
+
+
+def _register(backend: str) -> None:
+    """Make joblib know a backend of another package.
+
+    Raises:
+        ConfigError: If that package is not installed.
+    """
+    home = BACKENDS[backend]
+    if home is None:
+        return
+    try:
+        module = import_module(home)
+    except ImportError as error:
+        raise ConfigError(
+            f"backend={backend!r} without {home.split('.')[0]}",
+            "the package to be installed",
+            "Install it, or use 'loky'.",
+        ) from error
+    if backend == "ray":
+        module.register_ray()
+
+
+def _member(train_fn: TrainFn, seed: int, cache: _Cache | None, threads: int | None = None) -> Member:
+    """Train one member, and store it before anything else can go wrong."""
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        start = time.perf_counter()
+        model = train_fn(seed)
+        seconds = time.perf_counter() - start
+    finally:
+        if threads is not None:
+            torch.set_num_threads(before)  # workers are reused, perhaps by someone else
+    if cache is not None:
+        cache.save(seed, model, seconds)
+    return seed, {name: value.detach().cpu() for name, value in model.state_dict().items()}, seconds
+
+
+def _version() -> str:
+    try:
+        return metadata.version("fisher_forget")
+    except metadata.PackageNotFoundError:
+        return "not installed"

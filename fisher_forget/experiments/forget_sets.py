@@ -1,0 +1,129 @@
+"""Which samples a recipe forgets: a class, some of a class, random, mislabelled or memorised ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fisher_forget.data.samples import samples
+from fisher_forget.data.split import Indices, resolve_split
+from fisher_forget.errors import ConfigError
+from fisher_forget.evaluate.ensemble import predict
+from fisher_forget.experiments.config import ForgetSet
+from fisher_forget.experiments.datasets import DataBundle
+
+SUBSETS, SHARE = 20, 0.7  # of the models that tell what is memorised: how many, and the share of the data each sees
+
+Scores = NDArray[np.float64]
+
+
+def choose(settings: ForgetSet, data: DataBundle, memorised: Callable[[], Scores]) -> Indices:
+    """The sorted indices that a forget set names.
+
+    Args:
+        settings: The forget set.
+        data: Its training samples are chosen from.
+        memorised: Gives the score of every training sample, see `memorisation`; called for that kind alone.
+
+    Raises:
+        ConfigError: If label, count or indices do not fit the data.
+    """
+    candidates = check(settings, data)
+    if settings.kind in ("class", "indices"):
+        return candidates
+    assert settings.count is not None
+    if settings.kind == "memorised":
+        return np.sort(np.argsort(-memorised(), kind="stable")[: settings.count])
+    return np.sort(np.random.default_rng(settings.seed).choice(candidates, settings.count, replace=False))
+
+
+def check(settings: ForgetSet, data: DataBundle) -> Indices:
+    """The samples to choose from; for a class and for indices, the choice itself.
+
+    Raises:
+        ConfigError: If label, count or indices do not fit the data.
+    """
+    targets = data.train.tensors[-1].numpy()
+    where = f"forget set {settings.name!r}"
+    if settings.kind == "indices":
+        wanted = np.asarray(settings.indices, dtype=np.int64)
+        if not len(wanted) or wanted.min() < 0 or wanted.max() >= len(targets):
+            raise ConfigError(
+                f"{where} with {len(wanted)} indices", f"indices from 0 to {len(targets) - 1}", "Correct."
+            )
+        return np.unique(wanted)
+    if settings.kind in ("mislabelled", "memorised") and not data.classes:
+        raise ConfigError(f"{where} of kind {settings.kind!r} for regression", "classes", "Choose another kind.")
+    candidates = np.arange(len(targets))
+    if settings.kind in ("class", "samples"):
+        candidates = np.flatnonzero(targets.reshape(len(targets), -1)[:, 0] == settings.label)
+        if settings.label is None or not len(candidates):
+            raise ConfigError(
+                f"{where} with label {settings.label}",
+                f"one of {sorted(set(targets.ravel().tolist()))[:20]}",
+                "Set label.",
+            )
+    if settings.kind == "class":
+        return candidates
+    if settings.count is None or not 0 < settings.count < len(candidates):
+        raise ConfigError(f"{where} with count {settings.count}", f"1 to {len(candidates) - 1} samples", "Set count.")
+    return candidates
+
+
+def corrupted(data: DataBundle, settings: ForgetSet, chosen: Indices) -> DataBundle:
+    """The data as the originals were trained on: mislabelled samples carry another class, drawn at random."""
+    if settings.kind != "mislabelled":
+        return data
+    inputs, targets = data.train[:]
+    wrong = targets.clone()
+    wrong[chosen] = other_labels(targets[chosen], len(data.classes), settings.seed)
+    return replace(data, train=samples(inputs, wrong))
+
+
+def other_labels(targets: Tensor, classes: int, seed: int) -> Tensor:
+    """Labels [N], each drawn uniformly from the other classes.
+
+    Example:
+        >>> other_labels(torch.tensor([0, 1, 1]), 2, seed=0)
+        tensor([1, 0, 0])
+    """
+    steps = np.random.default_rng((seed, 1)).integers(1, classes, len(targets))
+    return (targets + torch.from_numpy(steps)) % classes
+
+
+def subset(total: int, seed: int) -> Indices:
+    """The share of the training samples that the model of one seed sees."""
+    return np.sort(np.random.default_rng((seed, 2)).permutation(total)[: round(SHARE * total)])
+
+
+def memorisation(models: Sequence[nn.Module], seeds: Sequence[int], data: DataBundle) -> Scores:
+    r"""How much a sample's own label owes to having been trained on, between -1 and 1.
+
+    mem(i) = mean over models trained with i of p(y_i | x_i) - mean over models trained without i of p(y_i | x_i),
+    with the probability of the label in place of whether it is the most likely one, which needs fewer models.
+    Feldman and Zhang 2020, arXiv:2008.03703, section 2.
+
+    Args:
+        models: The one of seed s was trained on `subset(total, s)`.
+        seeds: One a model.
+        data: Its training samples.
+
+    Returns:
+        [N]; 0 where every model, or none, was trained on the sample.
+    """
+    targets = data.train.tensors[-1]
+    split = resolve_split(data.train, [], allow_empty=True)
+    inside = np.zeros((len(models), len(targets)), dtype=bool)
+    right = np.zeros((len(models), len(targets)))
+    for row, (model, seed) in enumerate(zip(models, seeds, strict=True)):
+        outputs, _ = predict(model, split)
+        right[row] = outputs.double().softmax(-1).gather(1, targets[:, None])[:, 0].numpy()
+        inside[row, subset(len(targets), seed)] = True
+    seen, unseen = inside.sum(0), (~inside).sum(0)
+    scores = (right * inside).sum(0) / np.maximum(seen, 1) - (right * ~inside).sum(0) / np.maximum(unseen, 1)
+    return np.where((seen > 0) & (unseen > 0), scores, 0.0)

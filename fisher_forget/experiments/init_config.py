@@ -1,0 +1,38 @@
+"""`fisher-forget init`: commented configurations to start from."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+
+from fisher_forget.errors import StorageError
+
+TEMPLATES = {
+    "classifier": "one label a sample",
+    "text": "token ids and attention mask by name, as models of transformers take them",
+    "regression": "numbers as targets",
+    "digits": "built-in data and model, to try it out",
+}
+
+
+def write_starter(path: Path, template: str = "classifier") -> Path:
+    """Write a configuration that runs once the functions that it names are there.
+
+    Args:
+        path: Of the new file.
+        template: A key of `TEMPLATES`.
+
+    Raises:
+        StorageError: If there is such a file, or it cannot be written.
+    """
+    source = files("fisher_forget") / "experiments" / "templates" / f"{template}.yaml"
+    text = Template(source.read_text(encoding="utf-8"))
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text.substitute(path=path))
+    except FileExistsError as error:
+        raise StorageError(f"{path}, which is there", "a new file", "Name another, or remove it first.") from error
+    except OSError as error:
+        raise StorageError(f"{path}: {error}", "a file that can be written", "Name another place.") from error
+    return path

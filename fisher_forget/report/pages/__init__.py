@@ -1,0 +1,1 @@
+"""Self-contained HTML pages, one file a kind of page."""

@@ -1,0 +1,332 @@
+"""The table, plots and page of `fisher-forget compare`: who comes closest to retrained, and at what price."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from scipy.stats import t as student
+
+from fisher_forget._util.files import ensure_folder, read_json
+from fisher_forget.evaluate.evaluation import MARKS, MEANING, Evaluation
+from fisher_forget.evaluate.intervals import t_interval
+from fisher_forget.report.pages.evaluation import CONTROL, judged, within
+from fisher_forget.report.pages.html import Figure, inline, render_template, write_html
+from fisher_forget.report.plots import plot_cost, plot_methods, save_figure
+
+OURS = "fisher-forget"
+REFERENCES = ("original", CONTROL, "retrain")  # rows to read the others against
+RUINED = 10.0  # percentage points of accuracy below retrained, from which on a figure leaves a method out
+MAY_LOSE = 1.0  # percentage points of accuracy below retrained that a method may lose whatever retrained models do
+KEPT = ("test, retained classes", "test")  # where accuracy is read: the first that there is
+Row = dict[str, Any]
+
+
+def rows(table: Evaluation, seconds: Mapping[str, Sequence[float]], retraining: float) -> list[Row]:
+    """One row a method: those as accurate as retrained models first, each group by its KL on the forgotten samples.
+
+    What the methods are read against comes last.
+
+    Args:
+        table: Scores of all methods, the original and the left-out retrained model.
+        seconds: Method -> wall time of each of its models.
+        retraining: Wall time of training one model without the forget set.
+
+    Returns:
+        Rows with: method; models; kl, kl_low, kl_high (nats, forgotten samples, 95 % interval over models); floor (what
+        retrained models have among themselves); kl_retain (nats); accuracy, accuracy_low, accuracy_high (%, test data
+        of what is retained); target (%, of retrained models); accurate (not below what 97.5 % of further retrained
+        models reach, or at most `MAY_LOSE` below the target); cost (seconds over those of retraining); mark (verdict of
+        the KL); inside and scored (how many scores a retrained model could have, and how many are defined); tied (not
+        told apart from the first by the paired difference of the KL); pareto (no method has both less KL and more
+        accuracy).
+    """
+    parts = {s.part for s in table.scores}
+    kept = next(part for part in KEPT if part in parts)
+    found = [_row(table, name, kept, seconds, retraining) for name in dict.fromkeys(s.method for s in table.scores)]
+    ranked = sorted(
+        found,
+        key=lambda r: (r["method"] in REFERENCES, not r["accurate"], r["kl"] if math.isfinite(r["kl"]) else math.inf),
+    )
+    rivals = [r for r in ranked if r["method"] not in REFERENCES]
+    best = rivals[0]["method"] if rivals else None
+    for row in ranked:
+        row["tied"] = row in rivals and row["accurate"] and best is not None and _tied(table, row["method"], best)
+        row["pareto"] = row in rivals and not any(_better(other, row) for other in rivals)
+    return ranked
+
+
+def read_rows(path: Path) -> dict[str, list[Row]]:
+    """Forget set -> its `rows`, of the comparison.json in a finished comparison's folder, or of the file itself."""
+    report = read_json(path / "comparison.json" if path.is_dir() else path)
+    return {
+        name: [{key: math.nan if value is None else value for key, value in row.items()} for row in case["rows"]]
+        for name, case in report["cases"].items()
+    }
+
+
+def _row(table: Evaluation, name: str, kept: str, seconds: Mapping[str, Sequence[float]], retraining: float) -> Row:
+    kl, score = table.get("kl", "forget", name), table.get("score", kept, name)
+    defined = judged(table, name)
+    spent = seconds.get(name, ())
+    return {
+        "method": name,
+        "models": kl.models,
+        "kl": kl.value,
+        "kl_low": kl.low,
+        "kl_high": kl.high,
+        "floor": kl.target,
+        "kl_retain": table.get("kl", "retain", name).value,
+        "accuracy": score.value,
+        "accuracy_low": score.low,
+        "accuracy_high": score.high,
+        "target": score.target,
+        "accurate": bool(score.value >= score.target - max(MAY_LOSE, _usual(score.target_std, table.retrained))),
+        "cost": float(np.mean(spent)) / retraining if spent else (1.0 if name == CONTROL else 0.0),
+        "mark": MARKS[kl.label],
+        "inside": sum(within(s) for s in defined),
+        "scored": len(defined),
+    }
+
+
+def _usual(std: float, models: int) -> float:
+    """How far below the mean of retrained models one more of them may be, in 97.5 % of cases."""
+    return float(student.ppf(0.975, models - 1)) * std * math.sqrt(1 + 1 / models)
+
+
+def _tied(table: Evaluation, one: str, other: str) -> bool:
+    """Whether the mean difference of KL over the originals, each paired with itself, may be zero at 95 %."""
+    first, second = (np.array(table.get("kl", "forget", name).values) for name in (one, other))
+    if one == other:
+        return True
+    if len(first) != len(second) or len(first) < 2 or not np.isfinite([first, second]).all():
+        return False
+    interval = t_interval(first - second)
+    return bool(interval.low <= 0 <= interval.high)
+
+
+def _better(one: Row, other: Row) -> bool:
+    as_good = one["kl"] <= other["kl"] and one["accuracy"] >= other["accuracy"]
+    return bool(as_good and (one["kl"] < other["kl"] or one["accuracy"] > other["accuracy"]))
+
+
+def answer(found: Sequence[Row]) -> str:
+    """Who is first, who is tied with it, and where the package's own default stands."""
+    rivals = [r for r in found if r["method"] not in REFERENCES]
+    if not rivals or not rivals[0]["accurate"]:
+        return "No method keeps the accuracy of retrained models."
+    first, ties = rivals[0], [r["method"] for r in rivals[1:] if r["tied"]]
+    text = f"Closest to retrained at equal accuracy: {first['method']}, {_nats(first)} (floor {first['floor']:.2g})"
+    text += f"; not told apart from it: {', '.join(ties)}." if ties else "; every other method is farther away."
+    ours = next((r for r in rivals if r["method"] == OURS), None)
+    if ours is not None and ours is not first and not ours["tied"]:
+        text += f" {OURS} is {'behind' if ours['accurate'] else 'less accurate'}: {_nats(ours)}."
+    return text
+
+
+def _nats(row: Row) -> str:
+    cost = row["cost"]
+    return f"{row['kl']:.2g} nats for " + (f"{cost:.1f} retrainings" if cost >= 1 else f"{100 * cost:.2g} % of one")
+
+
+def frame(found: Sequence[Row]) -> pd.DataFrame:
+    """The rows as people read them."""
+    shown = []
+    for row in found:
+        half = (row["kl_high"] - row["kl_low"]) / 2
+        shown.append(
+            {
+                "method": row["method"] + (" *" if row["tied"] else ""),
+                "KL forgotten (nats)": f"{row['kl']:.3g} {row['mark']}".strip(),
+                "95 %": f"± {half:.2g}" if math.isfinite(half) else "",
+                "KL retained": f"{row['kl_retain']:.2g}",
+                "test accuracy of what is retained (%)": f"{row['accuracy']:.1f}",
+                "scores as retrained": f"{row['inside']} of {row['scored']}",
+                "cost (retrainings)": f"{row['cost']:.2g}" if row["cost"] else "",
+                "equally accurate": "yes" if row["accurate"] else "no",
+            }
+        )
+    return pd.DataFrame(shown)
+
+
+def to_markdown(found: Sequence[Row]) -> str:
+    """The table of one forget set for a Markdown file."""
+    first = found[0]
+    return (
+        f"{_markdown(frame(found))}\n\n"
+        f"{answer(found)} Retrained models: {first['floor']:.3g} nats, {first['target']:.1f} %. {LEGEND}"
+    )
+
+
+def overview(cases: Mapping[str, Sequence[Row]], refused: Iterable[str] = ()) -> pd.DataFrame:
+    """All forget sets in one table: KL on the forgotten samples in nats, test accuracy of what is retained in brackets.
+
+    Sorted by the mean over forget sets of a method's place; one without a result there is last, and one that is not as
+    accurate as retrained models comes after all that are (as in `rows`). Then what they are read against.
+
+    Args:
+        cases: Forget set -> its `rows`.
+        refused: Methods that have no result on some of them.
+    """
+    names = dict.fromkeys([*(row["method"] for found in cases.values() for row in found), *refused])
+    shown = []
+    for name in names:
+        places, cells, costs = [], {}, []
+        for case, found in cases.items():
+            place = next((i for i, row in enumerate(found) if row["method"] == name), None)
+            places.append(len(names) if place is None else place)
+            if place is None:
+                cells[case] = "–"
+                continue
+            row = found[place]
+            mark = " *" if row["tied"] else "" if row["accurate"] or name in REFERENCES else " †"
+            cells[case] = f"{row['kl']:.2g}{mark} ({row['accuracy']:.1f} %)"
+            costs.append(row["cost"])
+        cost = f"{np.median(costs):.2g}" if costs and name != "original" else ""
+        shown.append((name in REFERENCES, float(np.mean(places)), {"method": name} | cells | {"retrainings": cost}))
+    table = [row for *_, row in sorted(shown, key=lambda entry: entry[:2])]
+    targets = {case: f"{found[0]['floor']:.2g} ({found[0]['target']:.1f} %)" for case, found in cases.items()}
+    return pd.DataFrame([*table, {"method": "retrained, among themselves"} | targets | {"retrainings": ""}])
+
+
+def overview_markdown(report: Mapping[str, Any]) -> str:
+    """`overview` of what `fisher-forget compare` stores, for a Markdown file."""
+    return f"{_markdown(_overview(report))}\n\n{OVERVIEW}"
+
+
+def _overview(report: Mapping[str, Any]) -> pd.DataFrame:
+    refused = [o["method"] for case in report["cases"].values() for o in case["outcomes"] if o["refused"]]
+    return overview({name: case["rows"] for name, case in report["cases"].items()}, refused)
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    lines = ["| " + " | ".join(table.columns) + " |", "|---" * len(table.columns) + "|"]
+    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in table.itertuples(index=False)]
+    return "\n".join(lines)
+
+
+LEFT_OUT = f"Methods that lose more than {RUINED:g} points of accuracy are left out."
+OVERVIEW = (
+    "KL on the forgotten samples in nats, mean over the originals (test accuracy of what is retained); * first, or not "
+    "told apart from the first; † less accurate than retrained models; – no result; retrainings: median wall time over "
+    "that of one retraining. Sorted by mean place."
+)
+LEGEND = (
+    "* not told apart from the first (paired over the originals, 95 %); "
+    + "; ".join(f"{MARKS[label]} {meaning}" for label, meaning in MEANING.items())
+    + f". Equally accurate: not below what 97.5 % of further retrained models reach, or at most {MAY_LOSE:g} point "
+    "below their mean."
+)
+
+
+def plotted(found: Sequence[Row]) -> pd.DataFrame:
+    """The rows as `plot_methods` and `plot_cost` take them; "retrained" is the target itself.
+
+    Models that lost more than `RUINED` points of accuracy are left out, so that the others can be told apart.
+    """
+    kept = [row for row in found if row["accuracy"] >= row["target"] - RUINED or row["method"] == "original"]
+    rows = [row for row in kept if row["method"] not in (CONTROL, "retrain")]
+    table = pd.DataFrame(rows).assign(ours=[row["method"] == OURS for row in rows])
+    first = found[0]
+    target = {"method": "retrained", "kl": first["floor"], "accuracy": first["target"], "cost": 1.0}
+    names = ["kl", "accuracy"]
+    target |= {f"{name}_{end}": target[name] for name in names for end in ("low", "high")}
+    return pd.concat([table, pd.DataFrame([target | {"pareto": False, "ours": False}])], ignore_index=True)
+
+
+def write_page(report: Mapping[str, Any], folder: Path) -> Path:
+    """Write <folder>/comparison.html and the figures it shows.
+
+    Args:
+        report: What `fisher-forget compare` stores as comparison.json.
+        folder: Made if need be.
+    """
+    ensure_folder(folder)
+    cases = []
+    for index, (name, case) in enumerate(report["cases"].items()):
+        figures = []
+        for kind, plot, caption in (
+            (
+                "tradeoff",
+                plot_methods,
+                f"KL on the forgotten samples against test accuracy of what is retained. {LEFT_OUT}",
+            ),
+            (
+                "cost",
+                plot_cost,
+                f"KL on the forgotten samples against wall time, as a share of one retraining. {LEFT_OUT}",
+            ),
+        ):
+            ax = plot(plotted(case["rows"]))
+            _, svg = save_figure(ax.figure, folder / f"{kind}-{index}")
+            plt.close("all")
+            figures.append(Figure(caption, inline(svg, f"{kind[0]}{index}-", caption)))
+        refused = [(o["method"], o["refused"]) for o in case["outcomes"] if o["refused"]]
+        cases.append(
+            {
+                "name": name,
+                "answer": answer(case["rows"]),
+                "forgotten": case["forgotten"],
+                "models": max(row["models"] for row in case["rows"]),
+                "retrained": case["evaluation"]["retrained"],
+                "table": frame(case["rows"]),
+                "figures": figures,
+                "settings": _settings(case["outcomes"]),
+                "scores": _scores(case["evaluation"]),
+                "refused": pd.DataFrame(refused, columns=["method", "why"]) if refused else None,
+            }
+        )
+    config = report["config"]
+    whole = _overview(report) if len(cases) > 1 else None
+    values = {
+        "overview": whole,
+        "about": OVERVIEW,
+        "run": report["name"],
+        "cases": cases,
+        "legend": LEGEND,
+        "command": report["command"],
+        "config": config,
+    }
+    return write_html(folder / "comparison.html", render_template("comparison.html.j2", **values))
+
+
+def _settings(outcomes: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Every setting that was tried; the chosen one first."""
+    shown = []
+    for outcome in outcomes:
+        for trial in sorted(outcome["trials"], key=lambda t: t["settings"] != outcome["settings"]):
+            chosen = trial["settings"] == outcome["settings"] and not outcome["refused"]
+            judged = [trial[key] for key in ("damage", "memory")]
+            shown.append(
+                {
+                    "method": outcome["method"],
+                    "setting": ", ".join(f"{k} {v:g}" for k, v in trial["settings"].items()) or "defaults",
+                    "damage (points)": "" if judged[0] is None else f"{judged[0]:.1f}",
+                    "memory (points)": "" if judged[1] is None else f"{judged[1]:.1f}",
+                    "chosen": "chosen" if chosen else "",
+                    "error": trial["error"],
+                }
+            )
+    return pd.DataFrame(shown)
+
+
+def _scores(evaluation: Mapping[str, Any]) -> pd.DataFrame:
+    """Every metric and part, one column a method."""
+    shown: dict[tuple[str, str], Row] = {}
+    for score in evaluation["scores"]:
+        unit = f" ({score['unit']})" if score["unit"] else ""
+        row = shown.setdefault(
+            (score["metric"], score["part"]),
+            {"metric": score["metric"] + unit, "part": score["part"], "retrained": _short(score["target"])},
+        )
+        row[score["method"]] = f"{_short(score['value'])} {MARKS[score['label']]}".strip()
+    return pd.DataFrame(list(shown.values())).fillna("")
+
+
+def _short(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"

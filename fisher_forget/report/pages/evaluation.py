@@ -1,0 +1,221 @@
+"""The page of `fisher-forget evaluate`: verdicts first, then a picture, then every score."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from fisher_forget._util.files import ensure_folder
+from fisher_forget.evaluate.evaluation import MARKS, MEANING, UNDEFINED, Evaluation, Score
+from fisher_forget.evaluate.metrics import METRICS
+from fisher_forget.report.pages.html import Figure, Number, flat, inline, render_template, write_html
+from fisher_forget.report.plots import BLUE, GREEN, GREY, ORANGE, VERMILLION, save_figure
+from fisher_forget.report.plots.hover import explain
+from fisher_forget.report.tables import MISSING
+
+CONTROL = "retrained, left out"
+STYLES = (("s", VERMILLION), ("o", BLUE), ("D", GREEN), ("^", ORANGE), ("v", "#CC79A7"), ("P", GREY), ("X", "#56B4E9"))
+FEW = 0.25  # share of the scores that may differ before the page calls the result poor
+FAR = 30.0  # half-widths, where the axis ends
+
+
+def write_page(name: str, tables: Mapping[str, Evaluation], folder: Path, run: Mapping[str, Any] | None = None) -> Path:
+    """Write <folder>/evaluation.html and the figures it shows.
+
+    Args:
+        name: Of the run.
+        tables: Forget set -> scores.
+        folder: Made if need be.
+        run: The run's metrics.json, whose settings and environment the page then shows, too.
+    """
+    ensure_folder(folder)
+    cases = []
+    for index, (case, table) in enumerate(tables.items()):
+        ax = plot_scores(table)
+        _, svg = save_figure(ax.figure, folder / f"evaluation-{index}")
+        plt.close("all")
+        caption = (
+            "Distance of every score from the mean of the retrained models, in half-widths of the band, in which all "
+            "scores of a further retrained model would lie in 95 % of cases. "
+            "Hold the pointer on a mark for its numbers."
+        )
+        word, tone = verdict_of(table)
+        cases.append(
+            {
+                "name": case,
+                "word": word,
+                "tone": tone,
+                "numbers": numbers(table),
+                "sentence": sentence(table),
+                "counts": counts(table),
+                "retrained": table.retrained,
+                "figures": [Figure(caption, inline(svg, f"e{index}-", caption))],
+                "table": wide(table),
+                "reasons": table.to_pandas()[["metric", "part", "method", "label", "reason"]],
+                "left_out": "; ".join(f"{key} ({why})" for key, why in table.left_out.items()),
+            }
+        )
+    definitions = pd.DataFrame(
+        [(m.name, m.unit, m.definition, m.formula, m.source) for m in METRICS.values()],
+        columns=["metric", "unit", "what it tells", "formula", "source"],
+    )
+    legend = "; ".join(f"{MARKS[label]} {meaning}" for label, meaning in MEANING.items())
+    page = render_template(
+        "evaluation.html.j2",
+        run=name,
+        cases=cases,
+        legend=legend,
+        definitions=definitions,
+        settings=list(flat(run["config"])) if run else [],
+        environment=list(run["environment"].items()) if run else [],
+        command=f"fisher-forget evaluate {folder}",
+    )
+    return write_html(folder / "evaluation.html", page)
+
+
+def judged(table: Evaluation, method: str) -> list[Score]:
+    """The rows of a method that have a value."""
+    return [s for s in table.scores if s.method == method and s.label != UNDEFINED]
+
+
+def main_method(table: Evaluation) -> str:
+    """The method that the page is about: the first one given."""
+    return next((m for m in methods(table) if m not in ("original", CONTROL)), "original")
+
+
+def outside(table: Evaluation) -> list[Score]:
+    """The rows of the main method that no further retrained model is expected to have."""
+    return [s for s in judged(table, main_method(table)) if not within(s)]
+
+
+def verdict_of(table: Evaluation) -> tuple[str, str]:
+    """The answer in a few words, and its tone."""
+    rows, wrong = len(judged(table, main_method(table))), len(outside(table))
+    if not wrong:
+        return "not told apart from retrained", "good"
+    return f"{wrong} of {rows} scores differ", "fair" if wrong <= FEW * rows else "poor"
+
+
+def numbers(table: Evaluation) -> list[Number]:
+    """How many scores pass, the KL on the forgotten data, and the score on test data that should be kept."""
+    method, found = main_method(table), []
+    rows = judged(table, method)
+    passed = f"{len(rows) - len(outside(table))} of {len(rows)}"
+    found.append(Number("Scores that a retrained model could have", passed, "", counts(table, but=method)))
+    tests = [s.part for s in table.scores if s.part.startswith("test")]
+    kept = tests[-1] if tests else "retain"
+    for metric, part, label in (("kl", "forget", "KL on forgotten data"), ("score", kept, f"Score on {kept}")):
+        by_method = {s.method: s for s in table.scores if (s.metric, s.part) == (metric, part)}
+        if method in by_method:
+            row, before = by_method[method], by_method["original"]
+            beside = f"was {before.value:.3g}; retrained {row.target:.3g}"
+            found.append(Number(label, f"{row.value:.3g}", row.unit, beside))
+    return found
+
+
+def counts(table: Evaluation, but: str = "") -> str:
+    """How many scores of each method a retrained model could have."""
+    every = [(m, judged(table, m)) for m in methods(table) if m != but]
+    return ", ".join(f"{method} {sum(map(within, rows))} of {len(rows)}" for method, rows in every)
+
+
+def sentence(table: Evaluation) -> str:
+    """Which scores give the main method away."""
+    wrong = outside(table)
+    if not wrong:
+        return "No score lies where a further retrained model would not be expected."
+    places: dict[str, list[str]] = {}
+    for score in wrong:
+        places.setdefault(score.metric, []).append(score.part)
+    named = "; ".join(f"{metric} ({', '.join(parts)})" for metric, parts in places.items())
+    return f"Scores of {main_method(table)} that a further retrained model is not expected to have: {named}."
+
+
+def within(score: Score) -> bool:
+    """Whether the score lies in the interval of further retrained models."""
+    return score.target_low <= score.value <= score.target_high
+
+
+def methods(table: Evaluation) -> list[str]:
+    """Original first, the retrained control last."""
+    names = list(dict.fromkeys(s.method for s in table.scores))
+    return sorted(names, key=lambda n: (n == CONTROL) - (n == "original"))
+
+
+def wide(table: Evaluation) -> pd.DataFrame:
+    """One row a metric and part, one column a method."""
+    rows: list[dict[str, Any]] = []
+    for metric, part in dict.fromkeys((s.metric, s.part) for s in table.scores):
+        found = {s.method: s for s in table.scores if (s.metric, s.part) == (metric, part)}
+        first = next(iter(found.values()))
+        row: dict[str, Any] = {
+            "metric": metric + (f" ({first.unit})" if first.unit else ""),
+            "part": part,
+            "retrained": _short(first.target),
+            "further ones": f"{_short(first.target_low)} … {_short(first.target_high)}",
+        }
+        row |= {m: f"{_short(found[m].value)} {MARKS[found[m].label]}" if m in found else "" for m in methods(table)}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}" if math.isfinite(value) else MISSING
+
+
+def plot_scores(table: Evaluation, ax: Axes | None = None) -> Axes:
+    """Every score as its distance from the retrained mean, in half-widths of their interval."""
+    keys = list(dict.fromkeys((s.metric, s.part) for s in table.scores))
+    if ax is None:
+        _, ax = plt.subplots(figsize=(7.2, 0.8 + 0.24 * len(keys)), layout="constrained")
+    place = {key: len(keys) - 1 - i for i, key in enumerate(keys)}
+    names = methods(table)
+    for (marker, colour), method in zip(STYLES * (1 + len(names) // len(STYLES)), names, strict=False):
+        rows = [s for s in table.scores if s.method == method and s.label != UNDEFINED]
+        x = np.array([distance(s) for s in rows])
+        shift = 0.24 * (names.index(method) / max(len(names) - 1, 1) - 0.5)
+        y = np.array([place[s.metric, s.part] for s in rows]) - shift
+        fill = "none" if method == CONTROL else colour
+        style: dict[str, Any] = {"facecolors": fill, "edgecolors": colour, "linewidths": 1}
+        explain(ax.scatter(x, y, marker=marker, s=26, label=method, zorder=3, **style), [_told(s) for s in rows])
+    ax.axvspan(-1, 1, color=GREEN, alpha=0.15, lw=0, label="retrained models")
+    ax.axvline(0, color=GREEN, lw=0.8)
+    ax.set_xscale("symlog", linthresh=1.0)
+    ax.set_xlim(-FAR * 1.15, FAR * 1.15)
+    ticks = (-30, -10, -3, -1, 0, 1, 3, 10, 30)
+    ax.set_xticks(ticks, [f"{t}" if abs(t) < FAR else f"≤ {t}" if t < 0 else f"≥ {t}" for t in ticks])
+    ax.minorticks_off()
+    ax.set_yticks(list(place.values()), [f"{metric}, {part}" for metric, part in place], fontsize=8)
+    ax.set_ylim(-0.7, len(keys) - 0.3)
+    ax.grid(axis="y", color="#e6e6e6", lw=0.6)
+    ax.set_axisbelow(True)
+    ax.set_xlabel("distance from the retrained mean, in half-widths of their interval")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3, fontsize=8, frameon=False)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    return ax
+
+
+def _told(score: Score) -> str:
+    """A score in words, for the pointer."""
+    unit = f" {score.unit}" if score.unit else ""
+    interval = f"{score.target_low:.3g} … {score.target_high:.3g}"
+    return (
+        f"{score.method}\n{score.metric}, {score.part}: {score.value:.3g}{unit}\n"
+        f"retrained {score.target:.3g}, further ones {interval}\n{score.label}"
+    )
+
+
+def distance(score: Score) -> float:
+    """(value - target) over the half-width of the prediction interval, at most `FAR` either way."""
+    half = (score.target_high - score.target_low) / 2
+    if not half > 0:
+        return 0.0 if score.value == score.target else float(np.copysign(FAR, score.value - score.target))
+    return float(np.clip((score.value - score.target) / half, -FAR, FAR))

@@ -1,0 +1,277 @@
+"""One self-contained page: the answer first, then figures, tables, settings and how to do it again.
+
+The page asks for nothing over a network: figures are inlined as SVG, and its content security policy forbids every
+request and every script but the few lines that sort tables.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from fisher_forget._util.files import ensure_folder
+from fisher_forget.errors import StorageError
+from fisher_forget.report import tables
+from fisher_forget.report.tables import Case
+
+CAPTIONS = {
+    "trade-off": "Forgetting against usefulness. Each point is one noise scale s, its mean and 95 % interval over "
+    "draws; light dots are single draws. The target is the green diamond on the floor, not the lower right corner.",
+    "KL": "KL to the retrained models before (square) and after (circle) forgetting. The green bar is the floor, "
+    "the KL between two retrained models: the closer the circle, the better.",
+    "scores": "Quality before (square) and after (circle) forgetting. The green bar is what retrained models reach: "
+    "the closer the circle, the better, on the forgotten data, too.",
+    "noise": "KL against the noise scale, with 95 % bands over draws. Dotted lines are the floors.",
+}
+SORT_SCRIPT = """
+for (const button of document.querySelectorAll("th button")) button.addEventListener("click", () => {
+  const head = button.closest("th"), body = head.closest("table").tBodies[0], column = head.cellIndex;
+  const up = head.getAttribute("aria-sort") !== "ascending";
+  const key = row => row.cells[column].textContent.trim();
+  const value = row => { const n = parseFloat(key(row).replaceAll(",", "")); return isNaN(n) ? -Infinity : n; };
+  const order = (a, b) => value(a) === value(b) ? key(a).localeCompare(key(b)) : value(a) - value(b);
+  for (const other of head.parentNode.cells) other.removeAttribute("aria-sort");
+  head.setAttribute("aria-sort", up ? "ascending" : "descending");
+  body.append(...[...body.rows].sort((a, b) => up ? order(a, b) : order(b, a)));
+});
+"""
+LARGE = 400.0  # points of width, above which a figure is scrolled on a phone instead of made illegible
+_SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
+_DROPPED = {f"{{{_SVG}}}{tag}" for tag in ("metadata", "script", "foreignObject", "image", "a")}
+_REFERENCE = re.compile(r"url\(\s*['\"]?#([^'\")]+)['\"]?\s*\)")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of a page and its caption."""
+
+    caption: str
+    svg: Markup
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number of the answer and what it must be read against."""
+
+    label: str
+    value: str
+    unit: str
+    beside: str
+
+
+def write_report(metrics: Mapping[str, Any], figures: Mapping[str, Path], folder: Path) -> Path:
+    """Write <folder>/report.html.
+
+    Args:
+        metrics: What metrics.schema.json describes; a missing number is shown as "–".
+        figures: SVG files by "<case name>: <kind>", shown with that case, or by "<kind>", shown after the answer (with
+            the case where there is only one). A kind is a key of `CAPTIONS`, or else is itself the caption. The
+            trade-off, or else the first figure of a case, stands in its answer.
+        folder: Made if need be.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        DataError: If a case lacks a score.
+        StorageError: If a figure cannot be read or the page cannot be written.
+    """
+    page = render(metrics, figures)
+    return write_html(ensure_folder(folder) / "report.html", page)
+
+
+def render(metrics: Mapping[str, Any], figures: Mapping[str, Path]) -> str:
+    """The page of `write_report` as text.
+
+    Raises:
+        DataError: If a case lacks a score.
+        StorageError: If a figure cannot be read.
+    """
+    placed = _place(metrics["cases"], figures)
+    return render_template(
+        "report.html.j2",
+        metrics=metrics,
+        created=_when(metrics["created"]),
+        thresholds=tables,
+        cases=[_case(case, placed.get(i, [])) for i, case in enumerate(metrics["cases"])],
+        figures=placed.get(None, []),
+        settings=list(flat(metrics["config"])),
+        caveat=tables.CAVEAT,
+    )
+
+
+def render_template(template: str, **values: Any) -> str:
+    """A page of this folder's templates, with the script that sorts tables and the policy that allows nothing else."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parents[1] / "templates"),
+        autoescape=True,  # always, because the ending .j2 tells jinja2 nothing
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(
+        script=Markup(SORT_SCRIPT),
+        script_hash=base64.b64encode(hashlib.sha256(SORT_SCRIPT.encode()).digest()).decode(),
+        **values,
+    )
+
+
+def write_html(path: Path, page: str) -> Path:
+    """Write a page.
+
+    Raises:
+        StorageError: If it cannot be written.
+    """
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        fix = "Check the folder and its space."
+        raise StorageError(f"{path}: {error}", "a file that can be written", fix) from error
+    return path
+
+
+def _case(case: Case, figures: list[Figure]) -> dict[str, Any]:
+    """What the template needs of a case."""
+    runs = case["runs"]
+    lead = next((f for f in figures if f.caption == CAPTIONS["trade-off"]), figures[0] if figures else None)
+    return {
+        "name": case["name"],
+        "forgotten": f"{case['forgotten']:,}",
+        "retained": f"{case['retained']:,}",
+        "seeds": len(runs),
+        "members": case["members"],
+        "verdict": tables.verdict(case),
+        "sentence": tables.sentence(case),
+        "cost": tables.cost(case),
+        "timing": tables.timing(case),
+        "numbers": _numbers(case),
+        "lead": lead,
+        "figures": [f for f in figures if f is not lead],
+        "table": tables.case_table(case),
+        "spread": tables.spread_note(case),
+        "rival": tables.reference_code(case) is not None,
+        "runs": tables.runs_table(case),
+        "moving": sum(not run["forget"]["newton"]["at_minimum"] for run in runs),
+        "refreshed": any(run["forget"]["buffers_refreshed"] for run in runs),
+    }
+
+
+def _numbers(case: Case) -> list[Number]:
+    """The three numbers of the verdict, each with the value that it must be read against."""
+    before, after, floor = (tables.estimate(case, "forget", key) for key in ("kl_original", "kl_scrubbed", "floor"))
+    closed = tables.gap(case, "forget")
+    share, _, seeds = closed.partition(" %")
+    kept = tables.kept_part(case)
+    name = case["score_name"]
+    unit = tables.score_scale(name)[1]
+    scores = {key: tables.estimate(case, kept, f"score_{key}") for key in ("scrubbed", "retrained")}
+    return [
+        Number(
+            "KL on forgotten data",
+            tables.number(after.mean),
+            "nats",
+            f"was {tables.number(before.mean)}; floor {tables.plus_minus(floor.mean, floor.std)}",
+        ),
+        Number(
+            "Gap closed",
+            share if seeds or closed != tables.UNDEFINED else tables.MISSING,
+            "%" if closed not in (tables.UNDEFINED, tables.MISSING) else "",
+            "the original is within the floor" if closed == tables.UNDEFINED else f"100 % is the floor{seeds}",
+        ),
+        Number(
+            f"{name.capitalize()} ({tables.part_label(kept)})",
+            tables.score(scores["scrubbed"]._replace(std=float("nan")), name),
+            unit,
+            f"retrained {tables.score(scores['retrained'], name)}",
+        ),
+    ]
+
+
+def _when(created: str) -> str:
+    """A time for people: "1 March 2026, 12:00 UTC"; anything else as it is."""
+    try:
+        time = datetime.fromisoformat(created)
+    except ValueError:
+        return created
+    return f"{time.day} {time:%B %Y, %H:%M} {time.tzname() or ''}".rstrip()
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """("training.epochs", "30"), ... of nested settings."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            plain = isinstance(value, list) and not any(isinstance(item, (list, Mapping)) for item in value)
+            text = ", ".join(map(str, value)) if plain else str(value)
+            yield f"{prefix}{key}", tables.MISSING if value is None else text
+
+
+def _place(cases: list[Case], figures: Mapping[str, Path]) -> dict[int | None, list[Figure]]:
+    """Figures by the position of their case; `None` for those of the whole run."""
+    placed: dict[int | None, list[Figure]] = {}
+    longest_first = sorted(range(len(cases)), key=lambda i: -len(cases[i]["name"]))
+    for count, (key, path) in enumerate(figures.items()):
+        position = next((i for i in longest_first if key.startswith(f"{cases[i]['name']}: ")), None)
+        kind = key if position is None else key.removeprefix(f"{cases[position]['name']}: ")
+        if position is None and len(cases) == 1:
+            position = 0
+        caption = CAPTIONS.get(kind, kind)
+        placed.setdefault(position, []).append(Figure(caption, inline(path, f"f{count}-", caption)))
+    return placed
+
+
+def inline(path: Path, prefix: str, title: str) -> Markup:
+    """An SVG file as an element of the page: ids made unique, its style kept to itself, nothing loaded or run.
+
+    Raises:
+        StorageError: If it is not a readable SVG file.
+    """
+    try:
+        root = ElementTree.fromstring(Path(path).read_bytes())
+    except (OSError, ElementTree.ParseError) as error:
+        raise StorageError(f"{path}: {error}", "an SVG file", "Save it with save_figure.") from error
+    if root.tag != f"{{{_SVG}}}svg":
+        raise StorageError(f"{path} with the root element {root.tag}", "an SVG file", "Save it with save_figure.")
+    for parent in list(root.iter()):
+        for child in [c for c in parent if c.tag in _DROPPED]:
+            parent.remove(child)
+    for element in root.iter():
+        if element.tag == f"{{{_SVG}}}style":
+            # a style element counts for the whole page
+            rules = re.sub(r"@import[^;]*;?", "", element.text or "")
+            element.text = re.sub(r"(^|\})\s*([^{}]+)\{", rf"\1#{prefix}svg \2{{", rules)
+        for name, value in list(element.attrib.items()):
+            local = name.rpartition("}")[2]
+            if local == "id":
+                element.set(name, prefix + value)
+            elif local == "href" and value.startswith("#"):
+                element.set(name, f"#{prefix}{value[1:]}")
+            elif local == "href" or local.startswith("on"):
+                del element.attrib[name]
+            elif "url(" in value:
+                inside = _REFERENCE.sub(rf"url(#{prefix}\1)", value)
+                element.set(name, re.sub(r"url\((?!#)[^)]*\)", "none", inside))
+    width = str(root.attrib.pop("width", ""))
+    root.attrib.pop("height", None)
+    root.set("id", f"{prefix}svg")
+    root.set("role", "img")
+    root.set("aria-label", title)
+    points = re.fullmatch(r"([\d.]+)pt", width)
+    if points and float(points[1]) > LARGE:
+        root.set("class", "large")
+    if points:  # hardly larger than it was drawn, or its text would outgrow the page's
+        root.set("style", f"max-width: {1.15 * float(points[1]) * 4 / 3:.0f}px")
+    ElementTree.register_namespace("", _SVG)
+    ElementTree.register_namespace("xlink", _XLINK)
+    return Markup(ElementTree.tostring(root, encoding="unicode"))

@@ -1,0 +1,1 @@
+"""Forget samples: Newton correction, noise and BatchNorm statistics, in one call or request by request."""

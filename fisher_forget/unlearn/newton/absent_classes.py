@@ -1,0 +1,71 @@
+r"""Classes that nothing is left of: where their output rows would be.
+
+A row w_c of the last layer that no retained sample is labelled with has next to no curvature: with p_c the probability
+of its class and h the features, its block of the GGN is the retained mean of p_c (1 - p_c) h h^T. The flow moves it by
+dw_c/dt = -(wd w_c + mean p_c h) with p_c -> 0, that is by weight decay alone, for longer than any step. The limit
+w_c = 0 is known, so the correction starts there.
+
+A network that ends in a log-softmax has no output that one row alone changes: give its logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fisher_forget.data.split import Indices, Split
+from fisher_forget.errors import NumericalError
+from fisher_forget.params import Params
+from fisher_forget.unlearn.objective import Gradient, Objective
+
+TRACE = 1e-9  # of a class's target mass: what subtracting soft labels leaves
+ALIKE = 1e-5  # relative difference of outputs that are the same
+
+
+def absent_classes(total: Gradient, retained: Gradient) -> tuple[int, ...]:
+    """Classes that some sample is labelled with, but no retained one; none for likelihoods without classes."""
+    gone = (total.classes > 0) & (retained.classes <= TRACE * total.classes)
+    return tuple(gone.flatten().nonzero().flatten().tolist()) if gone.dim() else ()
+
+
+def clear_rows(objective: Objective, split: Split, probe: Indices, classes: Sequence[int]) -> Params | None:
+    """The original parameters with the output rows of some classes set to zero.
+
+    A parameter has output rows if setting those of `classes` to zero changes their outputs and no others. That is
+    measured, so any architecture will do: a linear or convolutional head, with or without bias, tied or reparametrised.
+
+    Args:
+        objective: The model; parameters that do not move keep their rows.
+        split: Data.
+        probe: Samples to measure on.
+        classes: Whose rows.
+
+    Returns:
+        The parameters, or `None` if the outputs of `classes` depend on the input even then: there are no such rows.
+    """
+    chosen = list(classes)
+
+    def outputs(at: Params) -> Tensor:
+        """[positions, classes], of those of all samples one after the other."""
+        return torch.cat([f.flatten(0, -2) for f, _ in objective.forward(split.batches(probe), at)])
+
+    here = outputs(objective.start)
+    alike = ALIKE * float(here.abs().max())
+    others = torch.ones(here.shape[-1], dtype=torch.bool)
+    others[chosen] = False
+    cleared = dict(objective.start)
+    for name, value in objective.start.items():
+        if not value.dim() or len(value) != here.shape[-1]:
+            continue
+        rows = value.clone()
+        rows[chosen] = 0
+        try:
+            there = outputs(cleared | {name: rows})
+        except NumericalError:  # a direction of length zero, say
+            continue
+        moved = (there - here).abs().amax(0)
+        if float(moved[others].max()) <= alike < float(moved[chosen].max()):
+            cleared[name], here = rows, there
+    return cleared if float(here[:, chosen].std(0).max()) <= alike else None

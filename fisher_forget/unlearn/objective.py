@@ -1,0 +1,120 @@
+"""The training objective at any parameter values: mean loss + (weight decay / 2) |w|^2, its gradient, its GGN.
+
+Sums are kept apart from counts, so that parts of the data add up: L = sum of losses / scored positions.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fisher_forget import params as P
+from fisher_forget.curvature.structures.matrix_free import GgnProduct
+from fisher_forget.data.batches import Batch
+from fisher_forget.errors import NumericalError
+from fisher_forget.likelihood import Likelihood
+from fisher_forget.params import Params
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """Sums over samples: gradient, loss in nats, scored positions, and targets of each class.
+
+    `classes` is [C], or a scalar 0 without classes or samples: see `Likelihood.class_mass`.
+    """
+
+    sums: Params
+    loss: float
+    count: float
+    classes: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+
+    def __add__(self, other: Gradient) -> Gradient:
+        classes = self.classes + other.classes
+        return Gradient(P.add(self.sums, other.sums), self.loss + other.loss, self.count + other.count, classes)
+
+    def __sub__(self, other: Gradient) -> Gradient:
+        classes = self.classes - other.classes
+        return Gradient(P.add(self.sums, other.sums, -1), self.loss - other.loss, self.count - other.count, classes)
+
+    def mean(self) -> Params:
+        """Gradient of the mean loss."""
+        return P.scale(self.sums, 1 / max(self.count, 1.0))
+
+
+class Objective:
+    """The losses of a private copy of a model as functions of the parameters that move.
+
+    Args:
+        model: Copied; never touched.
+        likelihood: Gives the loss of outputs.
+        subset: Name patterns of the parameters that move; the others stay.
+    """
+
+    def __init__(self, model: nn.Module, likelihood: Likelihood, subset: str | tuple[str, ...] | None = None) -> None:
+        self.likelihood = likelihood
+        self.model = P.channels_last(copy.deepcopy(model).eval().requires_grad_(False))
+        own = dict(self.model.named_parameters())
+        self.start = P.detached({name: own[name] for name in P.trainable(model, subset)})
+
+    def twin(self) -> nn.Module:
+        """A copy of the model in which exactly the moving parameters require gradients."""
+        twin = copy.deepcopy(self.model)
+        for name, p in twin.named_parameters():
+            p.requires_grad_(name in self.start)
+        return twin
+
+    def outputs(self, batch: Batch, at: Mapping[str, Tensor]) -> Tensor:
+        """Outputs at given parameters, checked against the targets."""
+        out = P.call(self.model, at, batch.args, batch.kwargs)
+        self.likelihood.check(out.detach(), batch.targets)
+        return out
+
+    def gradient(
+        self, batches: Iterable[Batch], at: Mapping[str, Tensor], output_curvature: list[Tensor] | None = None
+    ) -> Gradient:
+        """Gradient sums of the loss, without weight decay; tr H_n of every sample is appended to the list, if given."""
+        total, loss, count, classes = P.zeros_like(at), 0.0, 0.0, torch.zeros((), dtype=torch.float64)
+        leaves = {name: p.detach().requires_grad_() for name, p in at.items()}
+        for batch in batches:
+            batch = batch.on(self.model)
+            with torch.enable_grad():
+                outputs = self.outputs(batch, leaves)
+                each = self.likelihood.losses(outputs, batch.targets).sum()
+                grads = torch.autograd.grad(each, list(leaves.values()), allow_unused=True)
+            for name, g in zip(leaves, grads, strict=True):
+                if g is not None:
+                    total[name] += g
+            if output_curvature is not None:
+                output_curvature.append(self.likelihood.output_curvature(outputs.detach(), batch.targets).cpu())
+            loss += float(each.detach())
+            count += float(self.likelihood.counts(batch.targets).double().sum())
+            classes = classes + self.likelihood.class_mass(outputs.detach(), batch.targets)
+        if not math.isfinite(loss) or not P.finite(total):
+            raise NumericalError("a loss or gradient that is not finite", "finite losses", "Check the data for NaN.")
+        return Gradient(total, loss, count, classes)
+
+    @torch.no_grad()
+    def forward(self, batches: Iterable[Batch], at: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """(outputs, targets) of each batch, without a graph."""
+        for batch in batches:
+            batch = batch.on(self.model)
+            yield self.outputs(batch, at), batch.targets
+
+    def mean_loss(self, batches: Iterable[Batch], at: Mapping[str, Tensor]) -> float:
+        """Mean loss in nats; NaN without samples."""
+        loss = count = 0.0
+        for outputs, targets in self.forward(batches, at):
+            loss += float(self.likelihood.losses(outputs, targets).double().sum())
+            count += float(self.likelihood.counts(targets).double().sum())
+        return loss / count if count else math.nan
+
+    def ggn(self, batches: Iterable[Batch], at: Mapping[str, Tensor], count: float) -> GgnProduct:
+        """The GGN of the given samples at given parameters, as products; `count` divides."""
+        leaves = {name: p.detach().requires_grad_() for name, p in at.items()}
+        on = (batch.on(self.model) for batch in batches)
+        return GgnProduct(lambda batch: self.outputs(batch, leaves), leaves, self.likelihood, on, count)
