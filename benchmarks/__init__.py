@@ -1,1 +1,2 @@
-"""Time, memory and error of the curvature estimators beside other libraries' (`python -m benchmarks.bench`)."""
+"""Time, memory and error of the curvature estimators beside other libraries' (`python -m
+benchmarks.bench`)."""

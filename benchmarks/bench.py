@@ -1,9 +1,12 @@
-"""Time, memory and error of the curvature estimators beside other libraries' on the same model, data and batches.
+"""Time, memory and error of the curvature estimators beside other libraries' on the same model,
+data and batches.
 
-    python -m benchmarks.bench [--quick] [--only CASE ...] [--rows ROW ...] [--threads N] [--json FILE] [--scaling]
+    python -m benchmarks.bench [--quick] [--only CASE ...] [--rows ROW ...] [--threads N] [--json
+    FILE] [--scaling]
 
-Every row is measured in a process of its own, which alternates plain forward and backward passes with the estimator.
-A ratio is the median time of the estimator over the median time of the plain passes of the same rounds.
+Every row is measured in a process of its own, which alternates plain forward and backward passes
+with the estimator. A ratio is the median time of the estimator over the median time of the plain
+passes of the same rounds.
 """
 
 from __future__ import annotations
@@ -84,14 +87,22 @@ def aligned(cells: tuple[str, ...]) -> str:
 
 def main() -> None:
     """Measure, print one table a case, and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="a quarter of the samples")
-    parser.add_argument("--only", nargs="+", choices=CASES, default=CASES, metavar="CASE", help=", ".join(CASES))
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument(
+        "--only", nargs="+", choices=CASES, default=CASES, metavar="CASE", help=", ".join(CASES)
+    )
+    parser.add_argument(
+        "--rows", nargs="+", choices=ROWS, default=ROWS, metavar="ROW", help=", ".join(ROWS)
+    )
     parser.add_argument("--threads", type=int, default=0, help="of torch; its default if 0")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds a row may take")
     parser.add_argument("--json", type=Path, help="write everything here")
-    parser.add_argument("--scaling", action="store_true", help="only: time against the number of samples")
+    parser.add_argument(
+        "--scaling", action="store_true", help="only: time against the number of samples"
+    )
     args = parser.parse_args()
     common = {"threads": args.threads, "quick": args.quick}
     about = ask(args.timeout, task="machine", **common)
@@ -100,9 +111,13 @@ def main() -> None:
     print(", ".join(f"{name} {version}" for name, version in about["versions"].items()))
     if args.scaling:
         found = result["scaling"] = ask(args.timeout, task="scaling", **common)
-        print(f"\nfisher_forget diagonal, sketch, 1 draw, on the MLP 784-1024-1024-10, {found['data']}")
+        print(
+            f"\nfisher_forget diagonal, sketch, 1 draw, on the MLP 784-1024-1024-10, {found['data']}"
+        )
         for count, seconds in zip(found["samples"], found["seconds"], strict=True):
-            print(f"{count:7,d} samples  {seconds:8.2f} s  {1e6 * seconds / count:8.1f} us a sample")
+            print(
+                f"{count:7,d} samples  {seconds:8.2f} s  {1e6 * seconds / count:8.1f} us a sample"
+            )
         print(f"seconds ~ samples^{found['exponent']:.2f}")
     else:
         result["cases"] = {}
@@ -113,7 +128,9 @@ def main() -> None:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def _case(case: str, args: argparse.Namespace, common: dict[str, Any], cache: Path) -> dict[str, Any]:
+def _case(
+    case: str, args: argparse.Namespace, common: dict[str, Any], cache: Path
+) -> dict[str, Any]:
     about = ask(args.timeout, task="describe", case=case, **common)
     rows = []
     print(f"\n{about['title']}\n{about['data']}\n{aligned(HEADER)}", flush=True)

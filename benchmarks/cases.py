@@ -61,7 +61,8 @@ class Case:
         classes: Outputs a position.
         goals: Ratio aimed at, by row; for EKFAC without its eigendecompositions.
         error_samples: Samples (and tokens a sample, for sequences) on which the error is measured.
-        reference_draws: 0 compares with the exact diagonal, else with the mean of this many sketches.
+        reference_draws: 0 compares with the exact diagonal, else with the mean of this many
+            sketches.
     """
 
     title: str
@@ -79,7 +80,11 @@ class Case:
         """The samples on which the error is measured."""
         data = self.data(self.samples, self.batch_size).first(self.error_samples)
         cut = self.error_tokens
-        return data if cut is None else Data(data.x[:, :cut], data.y[:, :cut], data.batch_size, data.note)
+        return (
+            data
+            if cut is None
+            else Data(data.x[:, :cut], data.y[:, :cut], data.batch_size, data.note)
+        )
 
 
 def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -89,7 +94,8 @@ def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def plain(model: nn.Module, data: Data) -> None:
-    """What every estimator is compared with: gradient of the mean cross-entropy, batch after batch."""
+    """What every estimator is compared with: gradient of the mean cross-entropy, batch after
+    batch."""
     params = [p for p in model.parameters() if p.requires_grad]
     for x, y in data.batches():
         torch.autograd.grad(loss(model, x, y), params)
@@ -99,7 +105,9 @@ def _random_images(shape: tuple[int, int, int]) -> Callable[[int, int], Data]:
     def make(count: int, batch_size: int) -> Data:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(count, *shape, generator=generator)
-        return Data(x, torch.randint(0, 10, (count,), generator=generator), batch_size, "random inputs")
+        return Data(
+            x, torch.randint(0, 10, (count,), generator=generator), batch_size, "random inputs"
+        )
 
     return make
 
@@ -110,7 +118,9 @@ def mnist(count: int, batch_size: int) -> Data:
         x, y = load_dataset("mnist").train[:count]
     except DataError:
         data = _random_images((1, 28, 28))(count, batch_size)
-        return Data(data.x, data.y, batch_size, "random inputs of MNIST's shape: MNIST is not on disk")
+        return Data(
+            data.x, data.y, batch_size, "random inputs of MNIST's shape: MNIST is not on disk"
+        )
     return Data(x, y, batch_size, "MNIST")
 
 
@@ -128,7 +138,13 @@ def _gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        vocab_size=VOCABULARY, n_positions=TOKENS, n_embd=256, n_layer=4, n_head=4, use_cache=False, pad_token_id=None
+        vocab_size=VOCABULARY,
+        n_positions=TOKENS,
+        n_embd=256,
+        n_layer=4,
+        n_head=4,
+        use_cache=False,
+        pad_token_id=None,
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)

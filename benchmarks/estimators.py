@@ -1,7 +1,9 @@
-"""What is benchmarked: this package's estimators, other libraries', and the loops that people write by hand.
+"""What is benchmarked: this package's estimators, other libraries', and the loops that people write
+by hand.
 
-An estimator is a function of a model that returns `run(data)`; `run` does all the work that is timed and returns a
-function that reads off the diagonal, which is not timed. Every diagonal is on the scale of the mean loss.
+An estimator is a function of a model that returns `run(data)`; `run` does all the work that is
+timed and returns a function that reads off the diagonal, which is not timed. Every diagonal is on
+the scale of the mean loss.
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ class Estimator:
         cases: Where it is measured.
         share: Part of the samples it is timed on (and the plain pass beside it), for the slow ones.
         note: What the table says about it.
-        complete: For an estimator whose `run` stops after REFERENCE_BACKWARDS backward passes, and whose time is scaled
-            to the whole data: the one that does not stop, for the error.
+        complete: For an estimator whose `run` stops after REFERENCE_BACKWARDS backward passes, and
+            whose time is scaled to the whole data: the one that does not stop, for the error.
     """
 
     title: str
@@ -56,7 +58,9 @@ def ours(structure: Any, kind: Any) -> Callable[[nn.Module], Run]:
 
     def prepare(model: nn.Module) -> Run:
         def run(data: Data) -> Callable[[], Params]:
-            return estimate_curvature(model, data.loader(), structure=structure, kind=kind, draws=1).diagonal
+            return estimate_curvature(
+                model, data.loader(), structure=structure, kind=kind, draws=1
+            ).diagonal
 
         return run
 
@@ -72,7 +76,9 @@ def backpack(extension: str, field: str) -> Callable[[nn.Module], Run]:
 
         twin = copy.deepcopy(model)
         # additions become modules by tracing the graph, which a chain of modules does not need
-        twin = extend(twin, use_converter=not isinstance(twin, nn.Sequential) or _branches(twin)).eval()
+        twin = extend(
+            twin, use_converter=not isinstance(twin, nn.Sequential) or _branches(twin)
+        ).eval()
         lossfunc = extend(nn.CrossEntropyLoss())
 
         def run(data: Data) -> Callable[[], Params]:
@@ -97,8 +103,11 @@ def _branches(model: nn.Module) -> bool:
     return any(type(m).__module__.startswith("fisher_forget") for m in model.modules())
 
 
-def curvlinops(operator: str, fisher_type: str, *, convert: bool = False) -> Callable[[nn.Module], Run]:
-    """KFAC and EKFAC of curvlinops, in the same convention as ours: expand, weight and bias together.
+def curvlinops(
+    operator: str, fisher_type: str, *, convert: bool = False
+) -> Callable[[nn.Module], Run]:
+    """KFAC and EKFAC of curvlinops, in the same convention as ours: expand, weight and bias
+    together.
 
     Args:
         operator: Name of its class.
@@ -121,7 +130,9 @@ def curvlinops(operator: str, fisher_type: str, *, convert: bool = False) -> Cal
                 "num_per_example_loss_terms": data.y[0].numel(),
             }
             batches = [(x, y.flatten()) for x, y in data.batches()]
-            op = getattr(library, operator)(twin, lossfunc, list(params.values()), batches, **options)
+            op = getattr(library, operator)(
+                twin, lossfunc, list(params.values()), batches, **options
+            )
             op.compute_kronecker_factors()
             if operator == "EKFACLinearOperator":
                 op.compute_eigenvalue_correction()
@@ -133,9 +144,15 @@ def curvlinops(operator: str, fisher_type: str, *, convert: bool = False) -> Cal
 
 
 def _supported(model: nn.Module) -> tuple[nn.Module, Params]:
-    """The parameters of the layers that curvlinops' KFAC knows, or all of them where those are a small part."""
+    """The parameters of the layers that curvlinops' KFAC knows, or all of them where those are a
+    small part."""
     every: Params = dict(model.named_parameters())
-    known = {id(p) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) for p in m.parameters()}
+    known = {
+        id(p)
+        for m in model.modules()
+        if isinstance(m, (nn.Linear, nn.Conv2d))
+        for p in m.parameters()
+    }
     found = {name: p for name, p in every.items() if id(p) in known}
     small = sum(p.numel() for p in found.values()) < 0.9 * sum(p.numel() for p in every.values())
     return model, every if small else found
@@ -154,7 +171,8 @@ class _Flat(nn.Module):
 
 
 def _converted(model: nn.Module) -> tuple[nn.Module, Params]:
-    """A transformer whose Conv1D layers are Linear ones, and the parameters of these: no embedding, head or norm."""
+    """A transformer whose Conv1D layers are Linear ones, and the parameters of these: no embedding,
+    head or norm."""
     twin = copy.deepcopy(model)
     params: Params = {}
     for name, module in list(twin.named_modules()):
@@ -169,16 +187,22 @@ def _converted(model: nn.Module) -> tuple[nn.Module, Params]:
 
 
 def _diagonal(op: Any, names: list[str]) -> Params:
-    """Diagonal of a curvlinops operator from its factors: diag(G) x diag(A), or Q_G^2 Lambda Q_A^2^T."""
+    """Diagonal of a curvlinops operator from its factors: diag(G) x diag(A), or Q_G^2 Lambda
+    Q_A^2^T."""
     out: Params = {}
     for module, places in op._mapping.items():
         if hasattr(op, "_corrected_eigenvalues"):
             lam = op._corrected_eigenvalues[module]
             lam = lam if isinstance(lam, Tensor) else lam[places["weight"]]
-            g, a = op._gradient_covariances_eigenvectors[module], op._input_covariances_eigenvectors[module]
+            g, a = (
+                op._gradient_covariances_eigenvectors[module],
+                op._input_covariances_eigenvectors[module],
+            )
             matrix = g.square() @ lam @ a.square().T
         else:
-            matrix = torch.outer(op._gradient_covariances[module].diag(), op._input_covariances[module].diag())
+            matrix = torch.outer(
+                op._gradient_covariances[module].diag(), op._input_covariances[module].diag()
+            )
         if "bias" in places:
             out[names[places["bias"]]] = matrix[:, -1]
             matrix = matrix[:, :-1]
@@ -187,7 +211,8 @@ def _diagonal(op: Any, names: list[str]) -> Params:
 
 
 def per_sample(model: nn.Module) -> Run:
-    """torch.func: vmap(grad(loss)), squared and added up, in chunks: the diagonal of the empirical Fisher."""
+    """torch.func: vmap(grad(loss)), squared and added up, in chunks: the diagonal of the empirical
+    Fisher."""
     params: Params = {name: p.detach() for name, p in model.named_parameters()}
 
     def sample_loss(theta: Params, x: Tensor, y: Tensor) -> Tensor:
@@ -209,7 +234,8 @@ def per_sample(model: nn.Module) -> Run:
 
 
 def reference_loop(limit: int | None) -> Callable[[nn.Module], Run]:
-    """The published loop: batch size 1, one backward pass a class (and position), p_y times the squared gradient.
+    """The published loop: batch size 1, one backward pass a class (and position), p_y times the
+    squared gradient.
 
     Args:
         limit: Stop after this many backward passes.
@@ -239,7 +265,10 @@ def _scores(model: nn.Module, data: Data) -> Iterator[tuple[Tensor, Tensor]]:
         for position in range(len(out)):
             for label in range(out.shape[1]):
                 target = torch.tensor([label], device=out.device)
-                yield nn.functional.cross_entropy(out[position : position + 1], target), p[position, label]
+                yield (
+                    nn.functional.cross_entropy(out[position : position + 1], target),
+                    p[position, label],
+                )
 
 
 @contextmanager
@@ -256,7 +285,9 @@ def eigendecompositions() -> Iterator[list[float]]:
         seconds.append(perf_counter() - start)
         return out
 
-    places: list[Any] = [m for m in (torch.linalg, sys.modules.get("curvlinops.ekfac")) if m is not None]
+    places: list[Any] = [
+        m for m in (torch.linalg, sys.modules.get("curvlinops.ekfac")) if m is not None
+    ]
     for module in places:
         module.eigh = timed
     try:
@@ -274,7 +305,9 @@ def synchronise() -> None:
 
 def relative_error(found: Params, truth: Params) -> float:
     """|found - truth| / |truth| over the parameters that were found, as one vector."""
-    wrong = math.fsum(float((value.double() - truth[name]).square().sum()) for name, value in found.items())
+    wrong = math.fsum(
+        float((value.double() - truth[name]).square().sum()) for name, value in found.items()
+    )
     return math.sqrt(wrong / math.fsum(float(truth[name].square().sum()) for name in found))
 
 
@@ -287,7 +320,9 @@ ESTIMATORS: dict[str, Estimator] = {
     "exact": Estimator("fisher_forget diagonal, exact", ours("diagonal", "exact"), SMALL),
     "ekfac": Estimator("fisher_forget EKFAC, sketch, 1 draw", ours("ekfac", "sketch")),
     "backpack-mc": Estimator("BackPACK DiagGGNMC, 1 sample", backpack("DiagGGNMC", "diag_ggn_mc")),
-    "backpack-exact": Estimator("BackPACK DiagGGNExact", backpack("DiagGGNExact", "diag_ggn_exact"), SMALL, share=0.25),
+    "backpack-exact": Estimator(
+        "BackPACK DiagGGNExact", backpack("DiagGGNExact", "diag_ggn_exact"), SMALL, share=0.25
+    ),
     "curvlinops-kfac": Estimator(
         "curvlinops KFAC, 1 MC label", curvlinops("KFACLinearOperator", "mc"), note=CURVLINOPS
     ),
@@ -295,18 +330,34 @@ ESTIMATORS: dict[str, Estimator] = {
         "curvlinops EKFAC, 1 MC label", curvlinops("EKFACLinearOperator", "mc"), note=CURVLINOPS
     ),
     "curvlinops-kfac-exact": Estimator(
-        "curvlinops KFAC, exact", curvlinops("KFACLinearOperator", "type-2"), SMALL, share=0.25, note=CURVLINOPS
+        "curvlinops KFAC, exact",
+        curvlinops("KFACLinearOperator", "type-2"),
+        SMALL,
+        share=0.25,
+        note=CURVLINOPS,
     ),
     "curvlinops-ekfac-exact": Estimator(
-        "curvlinops EKFAC, exact", curvlinops("EKFACLinearOperator", "type-2"), SMALL, share=0.25, note=CURVLINOPS
+        "curvlinops EKFAC, exact",
+        curvlinops("EKFACLinearOperator", "type-2"),
+        SMALL,
+        share=0.25,
+        note=CURVLINOPS,
     ),
     "curvlinops-kfac-converted": Estimator(
-        "curvlinops KFAC, 1 MC label", curvlinops("KFACLinearOperator", "mc", convert=True), ("gpt2",), note=CONVERTED
+        "curvlinops KFAC, 1 MC label",
+        curvlinops("KFACLinearOperator", "mc", convert=True),
+        ("gpt2",),
+        note=CONVERTED,
     ),
     "curvlinops-ekfac-converted": Estimator(
-        "curvlinops EKFAC, 1 MC label", curvlinops("EKFACLinearOperator", "mc", convert=True), ("gpt2",), note=CONVERTED
+        "curvlinops EKFAC, 1 MC label",
+        curvlinops("EKFACLinearOperator", "mc", convert=True),
+        ("gpt2",),
+        note=CONVERTED,
     ),
-    "vmap": Estimator("torch.func vmap(grad) squared", per_sample, note="empirical Fisher", share=0.5),
+    "vmap": Estimator(
+        "torch.func vmap(grad) squared", per_sample, note="empirical Fisher", share=0.5
+    ),
     "reference": Estimator(
         "reference loop, one backward a class",
         reference_loop(REFERENCE_BACKWARDS),

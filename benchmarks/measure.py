@@ -1,4 +1,5 @@
-"""One measurement in a process of its own: `python -m benchmarks.measure '{"case": ..., "row": ...}'` prints JSON."""
+"""One measurement in a process of its own: `python -m benchmarks.measure '{"case": ..., "row":
+...}'` prints JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +21,13 @@ import numpy as np
 import torch
 
 from benchmarks.cases import CASES, Case, mnist, plain
-from benchmarks.estimators import ESTIMATORS, REFERENCE_BACKWARDS, eigendecompositions, relative_error, synchronise
+from benchmarks.estimators import (
+    ESTIMATORS,
+    REFERENCE_BACKWARDS,
+    eigendecompositions,
+    relative_error,
+    synchronise,
+)
 from fisher_forget import estimate_curvature
 from fisher_forget.params import Params
 
@@ -37,8 +44,13 @@ def measure(case: Case, row: str, *, quick: bool, cache: Path) -> dict[str, Any]
     plain, estimator, plain, estimator, ... after a warm-up of both. Memory is the peak of the first
     estimate above the peak of the plain passes before it.
     """
-    estimator, device = ESTIMATORS[row], torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    samples = max(case.batch_size // 4, int(case.samples * (QUICK if quick else 1) * estimator.share))
+    estimator, device = (
+        ESTIMATORS[row],
+        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+    samples = max(
+        case.batch_size // 4, int(case.samples * (QUICK if quick else 1) * estimator.share)
+    )
     data = case.data(samples, case.batch_size).to(device)
     model = case.build().to(device)
     run = estimator.prepare(model)
@@ -61,7 +73,9 @@ def measure(case: Case, row: str, *, quick: bool, cache: Path) -> dict[str, Any]
     if estimator.complete is not None:
         factor = data.y.numel() * case.classes / REFERENCE_BACKWARDS
     base, whole = statistics.median(times["plain"]), factor * statistics.median(times["estimator"])
-    apart = statistics.median([t - e for t, e in zip(times["estimator"], times["eigh"], strict=True)])
+    apart = statistics.median(
+        [t - e for t, e in zip(times["estimator"], times["eigh"], strict=True)]
+    )
     return {
         "samples": samples,
         "data": data.note,
@@ -98,11 +112,14 @@ def _peak() -> int:
     if CLEAR_REFS.exists():
         peak = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
         return int(peak.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def _error(case: Case, row: str, cache: Path) -> float | None:
-    """Relative L2 error of the diagonal on a few samples, in float32 against the exact one in float64."""
+    """Relative L2 error of the diagonal on a few samples, in float32 against the exact one in
+    float64."""
     estimator = ESTIMATORS[row]
     if estimator.complete is not None and case.classes > 100:
         return None
@@ -114,27 +131,37 @@ def _error(case: Case, row: str, cache: Path) -> float | None:
 
 
 def _truth(case: Case, cache: Path) -> Params:
-    """The exact diagonal in float64, or where that is too long the mean of many sketches; kept for the next row."""
+    """The exact diagonal in float64, or where that is too long the mean of many sketches; kept for
+    the next row."""
     if not cache.exists():
         data = case.error_data().to(torch.device("cpu"), torch.float64)
         draws = case.reference_draws
         kind: Any = "sketch" if draws else "exact"
         model = case.build().double()
-        options: dict[str, Any] = {"structure": "diagonal", "kind": kind, "draws": max(draws, 1), "seed": 1}
+        options: dict[str, Any] = {
+            "structure": "diagonal",
+            "kind": kind,
+            "draws": max(draws, 1),
+            "seed": 1,
+        }
         torch.save(estimate_curvature(model, data.loader(), **options).diagonal(), cache)
     found: Params = torch.load(cache)
     return found
 
 
 def scaling(sizes: tuple[int, ...] = SIZES) -> dict[str, Any]:
-    """Seconds of the sketched diagonal of the MLP on growing parts of MNIST, and the exponent of a fitted power law."""
+    """Seconds of the sketched diagonal of the MLP on growing parts of MNIST, and the exponent of a
+    fitted power law."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     case = CASES["mlp"]
     model = case.build().to(device)
     data = mnist(max(sizes), case.batch_size).to(device)
     run = ESTIMATORS["sketch"].prepare(model)
     run(data.first(2 * case.batch_size))
-    seconds = [min(_seconds(lambda n=n: run(data.first(n))) for _ in range(2 if n <= 20_000 else 1)) for n in sizes]
+    seconds = [
+        min(_seconds(lambda n=n: run(data.first(n))) for _ in range(2 if n <= 20_000 else 1))
+        for n in sizes
+    ]
     exponent = float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
     return {"data": data.note, "samples": list(sizes), "seconds": seconds, "exponent": exponent}
 
@@ -144,7 +171,10 @@ def machine() -> dict[str, Any]:
     cpu = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        cpu = next((line.split(":")[1].strip() for line in info.open() if line.startswith("model name")), cpu)
+        cpu = next(
+            (line.split(":")[1].strip() for line in info.open() if line.startswith("model name")),
+            cpu,
+        )
     versions = {}
     for package in PACKAGES:
         try:
@@ -165,7 +195,9 @@ def describe(name: str) -> dict[str, Any]:
     """What the table says about a case, and its rows."""
     case = CASES[name]
     few = case.error_data()
-    error_on = f"{len(few)} samples" + (f" of {case.error_tokens} tokens" if case.error_tokens else "")
+    error_on = f"{len(few)} samples" + (
+        f" of {case.error_tokens} tokens" if case.error_tokens else ""
+    )
     if case.reference_draws:
         error_on += f" (not exact here: the mean of {case.reference_draws} sketches)"
     rows = {
@@ -192,7 +224,12 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     if request["task"] == "scaling":
         return scaling(tuple(n for n in SIZES if n <= 16_000 or not request["quick"]))
     try:
-        return measure(CASES[request["case"]], request["row"], quick=request["quick"], cache=Path(request["cache"]))
+        return measure(
+            CASES[request["case"]],
+            request["row"],
+            quick=request["quick"],
+            cache=Path(request["cache"]),
+        )
     except Exception as error:  # a peer may fail in any way; the table says how
         traceback.print_exc()
         reason = (str(error).strip() or "no message").splitlines()[0]

@@ -1,7 +1,9 @@
-"""Error against cost of the curvature kinds: draws docs/curvature.png (`python -m benchmarks.picture`).
+"""Error against cost of the curvature kinds: draws docs/curvature.png (`python -m
+benchmarks.picture`).
 
-A digits CNN trained to the end and one stopped early; x is the time over that of a forward and backward pass of the
-same batches, measured in turns; y the relative error of the diagonal's Euclidean norm, mean over seeds.
+A digits CNN trained to the end and one stopped early; x is the time over that of a forward and
+backward pass of the same batches, measured in turns; y the relative error of the diagonal's
+Euclidean norm, mean over seeds.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ STYLES = {
 }
 LEAST = 1e-4  # where the exact kind is drawn: its error is rounding
 
-Points = dict[int, dict[str, list[tuple[float, float]]]]  # epochs -> kind -> (ratio, error) by draws
+Points = dict[
+    int, dict[str, list[tuple[float, float]]]
+]  # epochs -> kind -> (ratio, error) by draws
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -56,7 +60,9 @@ def measure(epochs: int) -> dict[str, list[tuple[float, float]]]:
             torch.autograd.grad(loss, list(model.parameters()))
 
     def diagonal(kind: str, draws: int, seed: int) -> torch.Tensor:
-        found = estimate_curvature(model, loader, structure="diagonal", kind=kind, draws=draws, seed=seed)
+        found = estimate_curvature(
+            model, loader, structure="diagonal", kind=kind, draws=draws, seed=seed
+        )
         return flatten(found.diagonal())
 
     truth = diagonal("exact", 1, 0)
@@ -68,7 +74,10 @@ def measure(epochs: int) -> dict[str, list[tuple[float, float]]]:
                 return diagonal(kind, draws, 0)
 
             ratio = median(seconds(run) / seconds(plain) for _ in range(ROUNDS))
-            errors = [float((diagonal(kind, draws, s) - truth).norm() / truth.norm()) for s in range(SEEDS)]
+            errors = [
+                float((diagonal(kind, draws, s) - truth).norm() / truth.norm())
+                for s in range(SEEDS)
+            ]
             error = max(sum(errors) / SEEDS, LEAST)
             points.setdefault(kind, []).append((ratio, error))
             print(f"{epochs} epochs, {kind}, {draws} draws: {ratio:.2f}x, error {error:.3g}")
@@ -92,4 +101,7 @@ def draw(points: Points, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    draw({epochs: measure(epochs) for epochs in EPOCHS}, Path(__file__).parent.parent / "docs" / "curvature.png")
+    draw(
+        {epochs: measure(epochs) for epochs in EPOCHS},
+        Path(__file__).parent.parent / "docs" / "curvature.png",
+    )

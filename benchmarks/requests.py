@@ -1,10 +1,12 @@
-"""Deletion requests from prepared sums beside `forget` on all data: time, weights, KL to retrained models.
+"""Deletion requests from prepared sums beside `forget` on all data: time, weights, KL to retrained
+models.
 
     python -m benchmarks.requests CONFIG [--out FOLDER] [--few N]
 
-Models are those of `fisher-forget run CONFIG`, trained where the run has not stored them. Prints two Markdown tables:
-every forget set of the recipe with the default flow, and one literal step without a few random samples by each
-structure. No noise is added, so that weights and KL can be compared.
+Models are those of `fisher-forget run CONFIG`, trained where the run has not stored them. Prints
+two Markdown tables: every forget set of the recipe with the default flow, and one literal step
+without a few random samples by each structure. No noise is added, so that weights and KL can be
+compared.
 """
 
 from __future__ import annotations
@@ -40,12 +42,16 @@ def timed(function: Callable[..., T], *args: Any, **options: Any) -> tuple[T, fl
 def distance(a: ForgetResult, b: ForgetResult, start: nn.Module) -> float:
     """|a - b| / |b - start| of the weights."""
     origin = {name: p.detach() for name, p in start.named_parameters()}
-    return P.norm(P.add(a.newton.params, b.newton.params, -1)) / P.norm(P.add(b.newton.params, origin, -1))
+    return P.norm(P.add(a.newton.params, b.newton.params, -1)) / P.norm(
+        P.add(b.newton.params, origin, -1)
+    )
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config", type=Path)
     parser.add_argument("--out", default="runs", help="folder of the runs")
     parser.add_argument("--few", type=int, default=100, help="random samples of the literal step")
@@ -58,27 +64,51 @@ def main() -> None:
     common["weight_decay"] = recipe.forget_options(config)["weight_decay"]
 
     print(f"{config.name}, {len(train):,} samples, seed {seed}\n")
-    print("| forget | `forget`, s | prepared, s | KL before | `forget` | prepared | floor |\n" + 7 * "|---" + "|")
+    print(
+        "| forget | `forget`, s | prepared, s | KL before | `forget` | prepared | floor |\n"
+        + 7 * "|---"
+        + "|"
+    )
     for case in cases:
         prepared, once = timed(prepare, model, train, **common)
         direct, long = timed(forget, model, train, case.forget, noise=None, **common)
         asked, short = timed(prepared.forget, case.forget, noise=None)
-        near = [case.references[0].closeness(m).parts["forget"] for m in (model, direct.model, asked.model)]
+        near = [
+            case.references[0].closeness(m).parts["forget"]
+            for m in (model, direct.model, asked.model)
+        ]
         kl = " | ".join(f"{part.kl_scrubbed:.3g}" for part in near)
-        print(f"| {case.settings.name} | {long:.1f} | {short:.1f} | {kl} | {near[0].floor:.2g} |", flush=True)
+        print(
+            f"| {case.settings.name} | {long:.1f} | {short:.1f} | {kl} | {near[0].floor:.2g} |",
+            flush=True,
+        )
     print(f"\n`prepare` takes {once:.1f} s.")
 
     few = np.sort(np.random.default_rng(0).choice(len(train), args.few, replace=False))
-    literal: dict[str, Any] = {"steps": 1, "damping": DAMPING, "solver": "direct", "drift": False, "noise": None}
-    print(f"\n{args.few} random samples, one literal step at damping {DAMPING}, curvature of all samples\n")
-    print("| structure | `forget`, s | prepared, s | ratio | relative weight difference |\n" + 5 * "|---" + "|")
+    literal: dict[str, Any] = {
+        "steps": 1,
+        "damping": DAMPING,
+        "solver": "direct",
+        "drift": False,
+        "noise": None,
+    }
+    print(
+        f"\n{args.few} random samples, one literal step at damping {DAMPING}, curvature of all samples\n"
+    )
+    print(
+        "| structure | `forget`, s | prepared, s | ratio | relative weight difference |\n"
+        + 5 * "|---"
+        + "|"
+    )
     for structure in STRUCTURES:
         whole: dict[str, Any] = {"structure": structure, "max_samples": None, **common}
         ready = prepare(model, train, **whole)
         direct, long = timed(forget, model, train, few, **whole, **literal)
         asked, short = timed(ready.forget, few, **literal)
         gap = f"{distance(asked, direct, model):.1e}"
-        print(f"| {structure} | {long:.1f} | {short:.2f} | {long / short:.0f} | {gap} |", flush=True)
+        print(
+            f"| {structure} | {long:.1f} | {short:.2f} | {long / short:.0f} | {gap} |", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The command line: fisher-forget COMMAND; `fisher-forget --help` lists the commands, with examples."""
+"""The command line: fisher-forget COMMAND; `fisher-forget --help` lists the commands, with
+examples."""
 
 from __future__ import annotations
 
@@ -13,7 +14,13 @@ from pathlib import Path
 import shtab
 
 from fisher_forget.errors import FisherForgetError
-from fisher_forget.experiments.config import CompareConfig, RunConfig, SweepConfig, load_config, option_names
+from fisher_forget.experiments.config import (
+    CompareConfig,
+    RunConfig,
+    SweepConfig,
+    load_config,
+    option_names,
+)
 from fisher_forget.experiments.datasets import catalogue
 from fisher_forget.experiments.init_config import TEMPLATES, write_starter
 
@@ -62,9 +69,16 @@ COMMANDS = {
         "fisher-forget compare configs/compare_digits.yaml --methods '[fisher-forget, finetune, scrub]'",
     ),
     "evaluate": Command(
-        LOOK, "every metric of a finished run beside its retrained models", "fisher-forget evaluate runs/digits"
+        LOOK,
+        "every metric of a finished run beside its retrained models",
+        "fisher-forget evaluate runs/digits",
     ),
-    "plot": Command(LOOK, "draw the plots of a finished run again", "fisher-forget plot runs/digits", plans=False),
+    "plot": Command(
+        LOOK,
+        "draw the plots of a finished run again",
+        "fisher-forget plot runs/digits",
+        plans=False,
+    ),
     "init": Command(
         START,
         "write a commented configuration for a model and data of your own",
@@ -73,7 +87,10 @@ COMMANDS = {
         configured=False,
     ),
     "data": Command(
-        START, "which data sets are found, and how to get the others", "fisher-forget data", configured=False
+        START,
+        "which data sets are found, and how to get the others",
+        "fisher-forget data",
+        configured=False,
     ),
     "completion": Command(
         START,
@@ -99,8 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `fisher-forget`.
 
     Returns:
-        Exit code: 0 done, 2 for a mistake in what was given, 130 when interrupted. An unexpected error is raised, and
-        makes Python exit with 1.
+        Exit code: 0 done, 2 for a mistake in what was given, 130 when interrupted. An unexpected
+        error is raised, and makes Python exit with 1.
     """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # models and data of the user's own, as with `python -m`
@@ -194,7 +211,9 @@ def _parser(*, keys: bool = False) -> argparse.ArgumentParser:
         description=_overview(),
         epilog=_epilog(),
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", prog=parser.prog)
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", prog=parser.prog
+    )
     for name, about in COMMANDS.items():
         texts = [f"example:\n  {about.example}", EXIT_CODES]
         command = commands.add_parser(
@@ -207,7 +226,11 @@ def _parser(*, keys: bool = False) -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         if about.configured:
-            _file(command.add_argument("config", help="YAML file, such as configs/digits.yaml, or the folder of a run"))
+            _file(
+                command.add_argument(
+                    "config", help="YAML file, such as configs/digits.yaml, or the folder of a run"
+                )
+            )
             if about.plans:
                 command.add_argument(
                     "--dry-run",
@@ -218,13 +241,22 @@ def _parser(*, keys: bool = False) -> argparse.ArgumentParser:
                 _add_keys(command, name)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if name == "init":
-            _file(command.add_argument("path", nargs="?", default="config.yaml", help="default %(default)s"))
+            _file(
+                command.add_argument(
+                    "path", nargs="?", default="config.yaml", help="default %(default)s"
+                )
+            )
             about_each = "; ".join(f"{key}: {what}" for key, what in TEMPLATES.items())
             command.add_argument(
-                "--template", choices=TEMPLATES, default="classifier", help=f"{about_each}; default %(default)s"
+                "--template",
+                choices=TEMPLATES,
+                default="classifier",
+                help=f"{about_each}; default %(default)s",
             )
         elif name == "data":
-            root = command.add_argument("--root", help="folder to look in; default FISHER_FORGET_DATA")
+            root = command.add_argument(
+                "--root", help="folder to look in; default FISHER_FORGET_DATA"
+            )
             root.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
         elif name == "completion":
             command.add_argument("shell", choices=SHELLS)
@@ -244,7 +276,11 @@ def _file(action: argparse.Action) -> None:
 def _usage(name: str, about: Command) -> str | None:
     """Written by hand where the keys of the configuration are flags, too."""
     dry = " [--dry-run]" if about.plans else ""
-    return f"fisher-forget {name} CONFIG{dry} [--debug] [--KEY VALUE ...]" if about.configured else None
+    return (
+        f"fisher-forget {name} CONFIG{dry} [--debug] [--KEY VALUE ...]"
+        if about.configured
+        else None
+    )
 
 
 def _sentence(text: str) -> str:
@@ -253,10 +289,16 @@ def _sentence(text: str) -> str:
 
 def _overview() -> str:
     width = max(map(len, COMMANDS)) + 2
-    lines = ["A trained model forgets training samples; the result is compared with retrained models."]
+    lines = [
+        "A trained model forgets training samples; the result is compared with retrained models."
+    ]
     for group in dict.fromkeys(about.group for about in COMMANDS.values()):
         lines += ["", f"{group}:"]
-        lines += [f"  {name:{width}}{about.summary}" for name, about in COMMANDS.items() if about.group == group]
+        lines += [
+            f"  {name:{width}}{about.summary}"
+            for name, about in COMMANDS.items()
+            if about.group == group
+        ]
     return "\n".join(lines)
 
 

@@ -17,7 +17,11 @@ class FisherForgetError(Exception):
         super().__init__(f"Got {got}; expected {expected}. {fix}")
 
     def __reduce__(self) -> tuple[type[FisherForgetError], tuple[str, str, str]]:
-        return type(self), (self.got, self.expected, self.fix)  # so that worker processes can raise it
+        return type(self), (
+            self.got,
+            self.expected,
+            self.fix,
+        )  # so that worker processes can raise it
 
 
 class SplitError(FisherForgetError, ValueError):

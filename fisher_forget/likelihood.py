@@ -1,12 +1,15 @@
-r"""Categorical, Bernoulli and Gaussian likelihoods: everything the package needs to know about a model's outputs.
+r"""Categorical, Bernoulli and Gaussian likelihoods: everything the package needs to know about a
+model's outputs.
 
 Notation: a sample n has outputs f_n (logits or means; all positions of a sequence together), loss
-l_n = -log p(y_n | f_n) in nats, output gradient r_n = dl_n/df_n and output Hessian H_n = d^2 l_n/df_n^2. All three
-are exponential families in their natural parameter, so H_n is also the Fisher information of f_n: generalised
-Gauss-Newton (GGN) and Fisher coincide (Martens 2020, arXiv:1412.1193, section 9.2).
+l_n = -log p(y_n | f_n) in nats, output gradient r_n = dl_n/df_n and output Hessian H_n = d^2
+l_n/df_n^2. All three are exponential families in their natural parameter, so H_n is also the Fisher
+information of f_n: generalised Gauss-Newton (GGN) and Fisher coincide (Martens 2020,
+arXiv:1412.1193, section 9.2).
 
-A *column* is a tensor S of the shape of the outputs; a set of columns represents H when sum_k E[S_k S_k^T] = H_n for
-every sample n. Random columns are drawn sample after sample from one stream, so they do not depend on the batch size.
+A *column* is a tensor S of the shape of the outputs; a set of columns represents H when sum_k E[S_k
+S_k^T] = H_n for every sample n. Random columns are drawn sample after sample from one stream, so
+they do not depend on the batch size.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ from fisher_forget.errors import ConfigError, DataError, NumericalError
 
 
 class Likelihood(ABC):
-    """What a stage may ask about outputs [B, ...] and targets; B counts samples, everything after B is one sample."""
+    """What a stage may ask about outputs [B, ...] and targets; B counts samples, everything after B
+    is one sample."""
 
     name: ClassVar[str]
     score_name: ClassVar[str]
@@ -44,7 +48,9 @@ class Likelihood(ABC):
         """dl_n/df_n: the shape of the outputs. Its outer product is the empirical Fisher."""
 
     @abstractmethod
-    def hessian_product(self, outputs: Tensor, vector: Tensor, targets: Tensor | None = None) -> Tensor:
+    def hessian_product(
+        self, outputs: Tensor, vector: Tensor, targets: Tensor | None = None
+    ) -> Tensor:
         """H_n v_n: the shape of the outputs."""
 
     @abstractmethod
@@ -56,16 +62,23 @@ class Likelihood(ABC):
         """How many columns `columns` yields."""
 
     @abstractmethod
-    def sketch(self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None) -> Tensor:
-        """Low-variance sketch [draws, *outputs]: S = H^{1/2} xi / sqrt(draws) with random signs xi (Sun 2505.13614)."""
+    def sketch(
+        self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None
+    ) -> Tensor:
+        """Low-variance sketch [draws, *outputs]: S = H^{1/2} xi / sqrt(draws) with random signs xi
+        (Sun 2505.13614)."""
 
     @abstractmethod
-    def sampled(self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None) -> Tensor:
-        """Score at labels sampled from the model [draws, *outputs], over sqrt(draws): the Monte-Carlo Fisher."""
+    def sampled(
+        self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None
+    ) -> Tensor:
+        """Score at labels sampled from the model [draws, *outputs], over sqrt(draws): the
+        Monte-Carlo Fisher."""
 
     @abstractmethod
     def kl(self, p: Tensor, q: Tensor, targets: Tensor | None = None) -> Tensor:
-        """KL(p || q) between predictive distributions with these outputs, nats per scored position: [B], float64."""
+        """KL(p || q) between predictive distributions with these outputs, nats per scored position:
+        [B], float64."""
 
     @abstractmethod
     def output_curvature(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -76,20 +89,25 @@ class Likelihood(ABC):
         """Quality per sample (`score_name` says which): [B], float64."""
 
     def counts(self, targets: Tensor) -> Tensor:
-        """Scored positions per sample [B], the denominator of the mean loss; 1 where a sample has one target."""
+        """Scored positions per sample [B], the denominator of the mean loss; 1 where a sample has
+        one target."""
         return torch.ones(len(targets), device=targets.device)
 
     def class_mass(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Sum of the targets of each class, over samples and positions: [C], float64; a scalar 0 without classes."""
+        """Sum of the targets of each class, over samples and positions: [C], float64; a scalar 0
+        without classes."""
         return torch.zeros((), dtype=torch.float64)
 
     def mask(self, outputs: Tensor, targets: Tensor | None) -> Tensor | None:
-        """1 where an output is scored, 0 where it is ignored; broadcasts to outputs; `None` if all are scored."""
+        """1 where an output is scored, 0 where it is ignored; broadcasts to outputs; `None` if all
+        are scored."""
         return None
 
 
 def _finite(outputs: Tensor) -> None:
-    if bool(torch.isfinite(outputs.detach().sum())):  # one quick pass; only an infinite sum asks for a closer look
+    if bool(
+        torch.isfinite(outputs.detach().sum())
+    ):  # one quick pass; only an infinite sum asks for a closer look
         return
     if not bool(torch.isfinite(outputs).all()):
         bad = int((~torch.isfinite(outputs.detach()).flatten(1).all(1)).sum())
@@ -103,7 +121,8 @@ def _finite(outputs: Tensor) -> None:
 def _signed(magnitude: Tensor, draws: int, generator: torch.Generator) -> Tensor:
     """Magnitudes / sqrt(draws) with random signs [draws, *outputs].
 
-    A sample's signs are the bits of its own random words, so batches may be split, and 64 signs cost one draw.
+    A sample's signs are the bits of its own random words, so batches may be split, and 64 signs
+    cost one draw.
     """
     n, entries = len(magnitude), magnitude[:1].numel()
     words = torch.empty(n, draws, -(-entries // 64), dtype=torch.int64, device=generator.device)
@@ -116,7 +135,14 @@ def _signed(magnitude: Tensor, draws: int, generator: torch.Generator) -> Tensor
 
 
 def _uniform(outputs: Tensor, draws: int, generator: torch.Generator, shape: torch.Size) -> Tensor:
-    u = torch.rand(len(outputs), draws, *shape[1:], generator=generator, dtype=torch.float64, device=generator.device)
+    u = torch.rand(
+        len(outputs),
+        draws,
+        *shape[1:],
+        generator=generator,
+        dtype=torch.float64,
+        device=generator.device,
+    )
     return u.to(outputs.device).transpose(0, 1)
 
 
@@ -125,19 +151,22 @@ def _masked(value: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _positions(outputs: Tensor, last: int) -> Iterator[tuple[Any, Tensor]]:
-    """Every index into the dims 1 ... last - 1, for all samples, with a zero tensor like the outputs to fill."""
+    """Every index into the dims 1 ... last - 1, for all samples, with a zero tensor like the
+    outputs to fill."""
     for index in itertools.product(*(range(size) for size in outputs.shape[1:last])):
         yield (slice(None), *index), torch.zeros_like(outputs)
 
 
 @dataclass(frozen=True)
 class Categorical(Likelihood):
-    """Softmax classification. Outputs are logits [B, ..., C]; targets classes [B, ...] or probabilities [B, ..., C].
+    """Softmax classification. Outputs are logits [B, ..., C]; targets classes [B, ...] or
+    probabilities [B, ..., C].
 
     With p = softmax(f): l = -sum_c y_c log p_c, r = p - y, H = diag(p) - p p^T.
 
     Args:
-        ignore_index: Target value of positions that are not scored (padding), as in `F.cross_entropy`.
+        ignore_index: Target value of positions that are not scored (padding), as in
+            `F.cross_entropy`.
     """
 
     ignore_index: int = -100
@@ -147,7 +176,9 @@ class Categorical(Likelihood):
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         if outputs.dim() < 2:
             raise DataError(
-                f"logits of shape {tuple(outputs.shape)}", "[batch, ..., classes]", "Return one row a sample."
+                f"logits of shape {tuple(outputs.shape)}",
+                "[batch, ..., classes]",
+                "Return one row a sample.",
             )
         classes = outputs.shape[-1]
         if targets.is_floating_point():
@@ -158,7 +189,9 @@ class Categorical(Likelihood):
                     "For regression pass likelihood='gaussian', for several labels a sample likelihood='bernoulli'.",
                 )
             total = targets.sum(-1)
-            if bool((targets < 0).any()) or not bool(torch.allclose(total, torch.ones_like(total), atol=1e-4)):
+            if bool((targets < 0).any()) or not bool(
+                torch.allclose(total, torch.ones_like(total), atol=1e-4)
+            ):
                 raise DataError(
                     "probability targets that are negative or do not sum to 1",
                     "a distribution over the classes for each sample",
@@ -188,20 +221,34 @@ class Categorical(Likelihood):
 
     def counts(self, targets: Tensor) -> Tensor:
         if targets.is_floating_point():  # probabilities carry the class dimension last
-            return torch.full((len(targets),), float(targets[0, ..., 0].numel()), device=targets.device)
-        return (targets != self.ignore_index).reshape(len(targets), -1).sum(1).to(torch.get_default_dtype())
+            return torch.full(
+                (len(targets),), float(targets[0, ..., 0].numel()), device=targets.device
+            )
+        return (
+            (targets != self.ignore_index)
+            .reshape(len(targets), -1)
+            .sum(1)
+            .to(torch.get_default_dtype())
+        )
 
     def class_mass(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if targets.is_floating_point():
             return targets.flatten(0, -2).sum(0, dtype=torch.float64).cpu()
-        return targets[targets != self.ignore_index].bincount(minlength=outputs.shape[-1]).double().cpu()
+        return (
+            targets[targets != self.ignore_index]
+            .bincount(minlength=outputs.shape[-1])
+            .double()
+            .cpu()
+        )
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         flat = outputs.reshape(-1, outputs.shape[-1])
         if targets.is_floating_point():
             each = F.cross_entropy(flat, targets.reshape(flat.shape), reduction="none")
         else:
-            each = F.cross_entropy(flat, targets.reshape(-1), reduction="none", ignore_index=self.ignore_index)
+            each = F.cross_entropy(
+                flat, targets.reshape(-1), reduction="none", ignore_index=self.ignore_index
+            )
         return each.reshape(len(outputs), -1).sum(1)
 
     def _one_hot(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -211,23 +258,33 @@ class Categorical(Likelihood):
         return F.one_hot(safe, outputs.shape[-1]).to(outputs.dtype)
 
     def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return _masked(outputs.softmax(-1) - self._one_hot(outputs, targets), self.mask(outputs, targets))
+        return _masked(
+            outputs.softmax(-1) - self._one_hot(outputs, targets), self.mask(outputs, targets)
+        )
 
-    def hessian_product(self, outputs: Tensor, vector: Tensor, targets: Tensor | None = None) -> Tensor:
+    def hessian_product(
+        self, outputs: Tensor, vector: Tensor, targets: Tensor | None = None
+    ) -> Tensor:
         p = outputs.softmax(-1)
-        return _masked(p * (vector - (p * vector).sum(-1, keepdim=True)), self.mask(outputs, targets))
+        return _masked(
+            p * (vector - (p * vector).sum(-1, keepdim=True)), self.mask(outputs, targets)
+        )
 
     def _factor(self, outputs: Tensor, k: int) -> Tensor:
-        """Column k of the closed-form Cholesky factor of diag(p) - p p^T, so C - 1 columns are exact, not C.
+        """Column k of the closed-form Cholesky factor of diag(p) - p p^T, so C - 1 columns are
+        exact, not C.
 
-        With tails r_k = sum_{j >= k} p_j: s_k = sqrt(p_k r_{k+1} / r_k) (e_k - sum_{j > k} (p_j / r_{k+1}) e_j).
+        With tails r_k = sum_{j >= k} p_j: s_k = sqrt(p_k r_{k+1} / r_k) (e_k - sum_{j > k} (p_j /
+        r_{k+1}) e_j).
         """
         logp = outputs.log_softmax(-1)
         tail = logp.flip(-1).logcumsumexp(-1).flip(-1)
         column = torch.zeros_like(outputs)
         weight = ((logp[..., k] + tail[..., k + 1] - tail[..., k]) / 2).exp()
         column[..., k] = weight
-        column[..., k + 1 :] = -(logp[..., k + 1 :] - tail[..., k + 1, None]).exp() * weight[..., None]
+        column[..., k + 1 :] = (
+            -(logp[..., k + 1 :] - tail[..., k + 1, None]).exp() * weight[..., None]
+        )
         return column
 
     def columns(self, outputs: Tensor, targets: Tensor | None = None) -> Iterator[Tensor]:
@@ -244,14 +301,19 @@ class Categorical(Likelihood):
     def column_count(self, outputs: Tensor) -> int:
         return (outputs.shape[-1] - 1) * math.prod(outputs.shape[1:-1])
 
-    def sketch(self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None) -> Tensor:
-        # sum_y sqrt(p_y) xi_y (e_y - p): one backward pass, no variance on diagonal terms of a single class
+    def sketch(
+        self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None
+    ) -> Tensor:
+        # sum_y sqrt(p_y) xi_y (e_y - p): one backward pass, no variance on diagonal terms of a
+        # single class
         p = outputs.softmax(-1)
         weighted = _signed(p.sqrt(), draws, generator)
         centred = weighted.addcmul_(p, weighted.sum(-1, keepdim=True), value=-1)
         return _masked(centred, self.mask(outputs, targets))
 
-    def sampled(self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None) -> Tensor:
+    def sampled(
+        self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None
+    ) -> Tensor:
         p = outputs.softmax(-1)
         u = _uniform(outputs, draws, generator, outputs.shape[:-1])
         y = (p.double().cumsum(-1) < u.unsqueeze(-1)).sum(-1).clamp_(max=outputs.shape[-1] - 1)
@@ -263,7 +325,11 @@ class Categorical(Likelihood):
         each = (logp.exp() * (logp - logq)).sum(-1, keepdim=True)
         mask = self.mask(each, targets)
         each = _masked(each, mask).reshape(len(p), -1).sum(1)
-        count = self.counts(targets).double() if targets is not None else each.new_tensor(p[0, ..., 0].numel())
+        count = (
+            self.counts(targets).double()
+            if targets is not None
+            else each.new_tensor(p[0, ..., 0].numel())
+        )
         return (each / count.clamp(min=1)).clamp_(min=0.0)
 
     def output_curvature(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -280,7 +346,8 @@ class Categorical(Likelihood):
 class Bernoulli(Likelihood):
     """Independent binary labels. Outputs are logits [B, ...]; targets in [0, 1] of the same shape.
 
-    With p = sigmoid(f): l = -sum_c y_c log p_c + (1 - y_c) log(1 - p_c), r = p - y, H = diag(p (1 - p)).
+    With p = sigmoid(f): l = -sum_c y_c log p_c + (1 - y_c) log(1 - p_c), r = p - y, H = diag(p (1 -
+    p)).
     """
 
     name: ClassVar[str] = "bernoulli"
@@ -297,13 +364,17 @@ class Bernoulli(Likelihood):
         _finite(outputs)
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        each = F.binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype), reduction="none")
+        each = F.binary_cross_entropy_with_logits(
+            outputs, targets.to(outputs.dtype), reduction="none"
+        )
         return each.reshape(len(outputs), -1).sum(1)
 
     def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return outputs.sigmoid() - targets.to(outputs.dtype)
 
-    def hessian_product(self, outputs: Tensor, vector: Tensor, targets: Tensor | None = None) -> Tensor:
+    def hessian_product(
+        self, outputs: Tensor, vector: Tensor, targets: Tensor | None = None
+    ) -> Tensor:
         p = outputs.sigmoid()
         return p * (1 - p) * vector
 
@@ -314,11 +385,15 @@ class Bernoulli(Likelihood):
     def column_count(self, outputs: Tensor) -> int:
         return outputs[0].numel()
 
-    def sketch(self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None) -> Tensor:
+    def sketch(
+        self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None
+    ) -> Tensor:
         p = outputs.sigmoid()
         return _signed((p * (1 - p)).sqrt(), draws, generator)
 
-    def sampled(self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None) -> Tensor:
+    def sampled(
+        self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None
+    ) -> Tensor:
         p = outputs.sigmoid()
         y = (_uniform(outputs, draws, generator, outputs.shape) < p.double()).to(p.dtype)
         return (p - y) / math.sqrt(draws)
@@ -342,7 +417,8 @@ class Bernoulli(Likelihood):
 class Gaussian(Likelihood):
     """Regression with known noise. Outputs are means [B, ...]; targets of the same shape.
 
-    l = |y - f|^2 / (2 sigma^2), the constant log(2 pi sigma^2)/2 left out; r = (f - y)/sigma^2; H = I/sigma^2.
+    l = |y - f|^2 / (2 sigma^2), the constant log(2 pi sigma^2)/2 left out; r = (f - y)/sigma^2; H =
+    I/sigma^2.
 
     Args:
         sigma: Standard deviation of the targets around the mean, in the targets' units.
@@ -354,7 +430,9 @@ class Gaussian(Likelihood):
 
     def __post_init__(self) -> None:
         if not self.sigma > 0:
-            raise ConfigError(f"sigma={self.sigma}", "a positive standard deviation", "Pass Gaussian(sigma=...).")
+            raise ConfigError(
+                f"sigma={self.sigma}", "a positive standard deviation", "Pass Gaussian(sigma=...)."
+            )
 
     @property
     def variance(self) -> float:
@@ -364,7 +442,9 @@ class Gaussian(Likelihood):
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         _same_shape(outputs, targets, "gaussian")
         if not bool(torch.isfinite(targets).all()):
-            raise DataError("NaN or infinite targets", "finite targets", "Drop or impute these samples.")
+            raise DataError(
+                "NaN or infinite targets", "finite targets", "Drop or impute these samples."
+            )
         _finite(outputs)
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -373,7 +453,9 @@ class Gaussian(Likelihood):
     def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return (outputs - targets) / self.variance
 
-    def hessian_product(self, outputs: Tensor, vector: Tensor, targets: Tensor | None = None) -> Tensor:
+    def hessian_product(
+        self, outputs: Tensor, vector: Tensor, targets: Tensor | None = None
+    ) -> Tensor:
         return vector / self.variance
 
     def columns(self, outputs: Tensor, targets: Tensor | None = None) -> Iterator[Tensor]:
@@ -382,10 +464,14 @@ class Gaussian(Likelihood):
     def column_count(self, outputs: Tensor) -> int:
         return outputs[0].numel()
 
-    def sketch(self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None) -> Tensor:
+    def sketch(
+        self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None
+    ) -> Tensor:
         return _signed(torch.full_like(outputs, 1 / self.sigma), draws, generator)
 
-    def sampled(self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None) -> Tensor:
+    def sampled(
+        self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None
+    ) -> Tensor:
         u = _uniform(outputs, draws, generator, outputs.shape)
         z: Tensor = torch.special.ndtri(u.clamp(1e-12, 1 - 1e-12))
         return -z.to(outputs.dtype) / (self.sigma * math.sqrt(draws))
@@ -394,7 +480,9 @@ class Gaussian(Likelihood):
         return ((p.double() - q.double()).square() / (2 * self.variance)).reshape(len(p), -1).sum(1)
 
     def output_curvature(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
-        return torch.full((len(outputs),), outputs[0].numel() / self.variance, device=outputs.device)
+        return torch.full(
+            (len(outputs),), outputs[0].numel() / self.variance, device=outputs.device
+        )
 
     def scores(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return (outputs - targets).double().square().reshape(len(outputs), -1).sum(1)
@@ -416,7 +504,11 @@ def _coordinates(weight: Tensor) -> Iterator[Tensor]:
         yield zero
 
 
-LIKELIHOODS: dict[str, type[Likelihood]] = {"categorical": Categorical, "bernoulli": Bernoulli, "gaussian": Gaussian}
+LIKELIHOODS: dict[str, type[Likelihood]] = {
+    "categorical": Categorical,
+    "bernoulli": Bernoulli,
+    "gaussian": Gaussian,
+}
 
 
 def resolve_likelihood(likelihood: Likelihood | str) -> Likelihood:
@@ -424,5 +516,9 @@ def resolve_likelihood(likelihood: Likelihood | str) -> Likelihood:
     if isinstance(likelihood, Likelihood):
         return likelihood
     if not isinstance(likelihood, str) or likelihood not in LIKELIHOODS:
-        raise ConfigError(f"likelihood={likelihood!r}", f"one of {sorted(LIKELIHOODS)}", "Pass a name or an instance.")
+        raise ConfigError(
+            f"likelihood={likelihood!r}",
+            f"one of {sorted(LIKELIHOODS)}",
+            "Pass a name or an instance.",
+        )
     return LIKELIHOODS[likelihood]()

@@ -1,6 +1,7 @@
 """Params = dict[str, Tensor]: arithmetic on named parameters, and functional calls into a model.
 
-Names are those of `model.named_parameters()`: a tensor that two modules share appears once, under its first name.
+Names are those of `model.named_parameters()`: a tensor that two modules share appears once, under
+its first name.
 """
 
 from __future__ import annotations
@@ -32,12 +33,16 @@ def trainable(model: nn.Module, subset: str | tuple[str, ...] | None = None) -> 
     patterns = (subset,) if isinstance(subset, str) else subset
     every: Params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     found = {
-        name: p for name, p in every.items() if patterns is None or any(fnmatchcase(name, pat) for pat in patterns)
+        name: p
+        for name, p in every.items()
+        if patterns is None or any(fnmatchcase(name, pat) for pat in patterns)
     }
     if not found:
         if every:
             raise ModelError(
-                f"no parameter that matches {patterns!r}", f"a pattern for some of {list(every)}", "Correct `subset`."
+                f"no parameter that matches {patterns!r}",
+                f"a pattern for some of {list(every)}",
+                "Correct `subset`.",
             )
         raise ModelError(
             "a model without trainable parameters",
@@ -64,7 +69,8 @@ def load(model: nn.Module, params: Mapping[str, Tensor]) -> nn.Module:
 
 
 def channels_last(model: nn.Module) -> nn.Module:
-    """The same model with its image convolutions laid out channels last, where their kernels are faster."""
+    """The same model with its image convolutions laid out channels last, where their kernels are
+    faster."""
     for module in model.modules():
         for p in module.parameters() if isinstance(module, nn.Conv2d) else ():
             if p.dim() == 4:
@@ -72,7 +78,9 @@ def channels_last(model: nn.Module) -> nn.Module:
     return model
 
 
-def map_params(fn: Callable[..., Tensor], first: Mapping[str, Tensor], *rest: Mapping[str, Tensor]) -> Params:
+def map_params(
+    fn: Callable[..., Tensor], first: Mapping[str, Tensor], *rest: Mapping[str, Tensor]
+) -> Params:
     """Apply `fn` name by name."""
     return {name: fn(value, *(r[name] for r in rest)) for name, value in first.items()}
 
@@ -113,9 +121,12 @@ def finite(a: Mapping[str, Tensor]) -> bool:
 
 
 def randn_like(a: Mapping[str, Tensor], generator: torch.Generator) -> Params:
-    """Standard normal of the same shapes; the draw depends on the generator alone, not on the device."""
+    """Standard normal of the same shapes; the draw depends on the generator alone, not on the
+    device."""
     return {
-        name: torch.randn(x.shape, generator=generator, dtype=x.dtype, device=generator.device).to(x.device)
+        name: torch.randn(x.shape, generator=generator, dtype=x.dtype, device=generator.device).to(
+            x.device
+        )
         for name, x in a.items()
     }
 
@@ -131,14 +142,21 @@ def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> Params:
     return {name: piece.view_as(x) for (name, x), piece in zip(like.items(), pieces, strict=True)}
 
 
-def call(model: nn.Module, params: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The model's logits at the given parameter values: a tensor, or the `.logits` of what forward returns.
+def call(
+    model: nn.Module, params: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor:
+    """The model's logits at the given parameter values: a tensor, or the `.logits` of what forward
+    returns.
 
     Raises:
         ModelError: If forward fails or returns neither.
     """
     try:
-        out = torch.func.functional_call(model, dict(params), args, kwargs) if params else model(*args, **kwargs)
+        out = (
+            torch.func.functional_call(model, dict(params), args, kwargs)
+            if params
+            else model(*args, **kwargs)
+        )
     except Exception as error:
         shapes = [tuple(a.shape) for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         raise ModelError(

@@ -42,14 +42,20 @@ class Page:
 
     def evaluate(self, expression: str) -> Any:
         """Value of a JavaScript expression, awaited."""
-        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        answer = self.call(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
         if "exceptionDetails" in answer:
             raise AssertionError(answer["exceptionDetails"])
         return answer["result"].get("value")
 
     def overflow(self) -> int:
         """Pixels by which the page is wider than its window."""
-        return int(self.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth"))
+        return int(
+            self.evaluate(
+                "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+            )
+        )
 
     def screenshot(self, path: Path) -> None:
         """The whole page as PNG."""
@@ -65,7 +71,8 @@ class Browser:
         self._count, self._buffer, self.events = 0, b"", list[dict[str, Any]]()
 
     def call(self, method: str, session: str | None = None, **params: Any) -> dict[str, Any]:
-        """Send a command of the DevTools protocol and wait for its answer; events on the way are kept."""
+        """Send a command of the DevTools protocol and wait for its answer; events on the way are
+        kept."""
         self._count += 1
         message = {"id": self._count, "method": method, "params": params}
         if session is not None:
@@ -108,9 +115,13 @@ class Browser:
         self.events.clear()
         if failure := call("Page.navigate", url=address).get("errorText"):
             raise AssertionError(f"{address}: {failure}")
-        self._until(lambda m: m.get("method") == "Page.loadEventFired" and m.get("sessionId") == session)
+        self._until(
+            lambda m: m.get("method") == "Page.loadEventFired" and m.get("sessionId") == session
+        )
         page = Page([], [], call)
-        page.evaluate("new Promise(done => setTimeout(done, 200))")  # scripts that run after loading
+        page.evaluate(
+            "new Promise(done => setTimeout(done, 200))"
+        )  # scripts that run after loading
         for event in self.events:
             self._note(page, event["method"], event.get("params", {}), address)
         return page
@@ -121,7 +132,11 @@ class Browser:
             page.requests.append(params["request"]["url"])
         elif kind == "Runtime.exceptionThrown":
             page.errors.append(str(params["exceptionDetails"]))
-        elif kind == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert"):
+        elif kind == "Runtime.consoleAPICalled" and params["type"] in (
+            "error",
+            "warning",
+            "assert",
+        ):
             page.errors.append(str(params["args"]))
         elif kind == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
             page.errors.append(params["entry"]["text"])
@@ -129,12 +144,15 @@ class Browser:
 
 @contextmanager
 def chromium(profile: Path) -> Iterator[Browser]:
-    """A running browser with an empty profile; commands go in by descriptor 3 and answers come out by 4."""
+    """A running browser with an empty profile; commands go in by descriptor 3 and answers come out
+    by 4."""
     theirs_in, write = os.pipe()
     read, theirs_out = os.pipe()
     command = f'exec chromium {FLAGS} --user-data-dir="$0" 3<&{theirs_in} 4>&{theirs_out}'
     process = subprocess.Popen(
-        ["bash", "-c", command, str(profile)], pass_fds=(theirs_in, theirs_out), stderr=subprocess.DEVNULL
+        ["bash", "-c", command, str(profile)],
+        pass_fds=(theirs_in, theirs_out),
+        stderr=subprocess.DEVNULL,
     )
     os.close(theirs_in)
     os.close(theirs_out)

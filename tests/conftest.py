@@ -61,16 +61,32 @@ def net() -> nn.Module:
 def _state(model: nn.Module) -> dict[str, Any]:
     """Everything about a model that a user could notice."""
     return {
-        "weights": {n: v.numpy().tobytes() for n, v in model.state_dict().items() if v.dtype != torch.bfloat16},
-        "bits": {n: v.view(torch.int16).tolist() for n, v in model.state_dict().items() if v.dtype == torch.bfloat16},
-        "grads": {n: None if p.grad is None else (id(p.grad), p.grad.tolist()) for n, p in model.named_parameters()},
+        "weights": {
+            n: v.numpy().tobytes()
+            for n, v in model.state_dict().items()
+            if v.dtype != torch.bfloat16
+        },
+        "bits": {
+            n: v.view(torch.int16).tolist()
+            for n, v in model.state_dict().items()
+            if v.dtype == torch.bfloat16
+        },
+        "grads": {
+            n: None if p.grad is None else (id(p.grad), p.grad.tolist())
+            for n, p in model.named_parameters()
+        },
         "identity": {n: (id(p), p.data_ptr()) for n, p in model.named_parameters()},
         "requires_grad": {n: p.requires_grad for n, p in model.named_parameters()},
         "training": {n: m.training for n, m in model.named_modules()},
         "hooks": {
             n: [
                 list(hooks)
-                for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+                for hooks in (
+                    m._forward_hooks,
+                    m._forward_pre_hooks,
+                    m._backward_hooks,
+                    m._backward_pre_hooks,
+                )
             ]
             for n, m in model.named_modules()
         },
@@ -103,5 +119,6 @@ def _untouched(model: nn.Module) -> Iterator[None]:
 
 @pytest.fixture
 def untouched() -> Callable[[nn.Module], AbstractContextManager[None]]:
-    """with untouched(model): neither the model nor a global random state may change, whatever is raised."""
+    """with untouched(model): neither the model nor a global random state may change, whatever is
+    raised."""
     return _untouched

@@ -1,4 +1,5 @@
-"""What examples of the documentation stand on where a page does not show it: a small trained model and its data."""
+"""What examples of the documentation stand on where a page does not show it: a small trained model
+and its data."""
 
 from __future__ import annotations
 

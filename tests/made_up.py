@@ -71,9 +71,20 @@ def summary_of_forget(seed: int) -> dict[str, Any]:
             "drop": 0.0,
             "information": 310.0,
             "error": 2e-3,
-            "target": {"loss": 1e-4, "accuracy": None, "information": None, "trade_off": None, "error": None},
+            "target": {
+                "loss": 1e-4,
+                "accuracy": None,
+                "information": None,
+                "trade_off": None,
+                "error": None,
+            },
         },
-        "losses": {"retain_before": 4.4e-3, "retain_after": 6.1e-3, "forget_before": 3.9e-3, "forget_after": 7.62},
+        "losses": {
+            "retain_before": 4.4e-3,
+            "retain_after": 6.1e-3,
+            "forget_before": 3.9e-3,
+            "forget_after": 7.62,
+        },
         "buffers_refreshed": False,
         "seconds": {"curvature": 0.4, "newton": 1.7, "noise": 0.2, "check": 0.1},
         "seed": seed,
@@ -85,7 +96,10 @@ def make_case(name: str, numbers: dict[str, tuple[float, ...]], seeds: int = 3) 
     sizes = {"forget": 146, "retain": 1291, "test": 360, "test, retained classes": 323}
     evaluations = [
         evaluate.Closeness(
-            {part: part_scores(values, sizes[part], 0.05 * (seed - 1)) for part, values in numbers.items()},
+            {
+                part: part_scores(values, sizes[part], 0.05 * (seed - 1))
+                for part, values in numbers.items()
+            },
             5,
             "accuracy",
         )
@@ -154,7 +168,14 @@ def make_sweep(
             continue
         strength = scale / 1e-3 * (1 if exponent == 0.25 else 4)
         wobble = 1 + 0.15 * rng.standard_normal() * (scale > 0)
-        row = {"noise": scale, "exponent": exponent, "seed": seed, "scale": scale, "information": 1.0, "seconds": 2.0}
+        row = {
+            "noise": scale,
+            "exponent": exponent,
+            "seed": seed,
+            "scale": scale,
+            "information": 1.0,
+            "seconds": 2.0,
+        }
         row |= {
             "status": "ruined" if strength > 10 else "done",
             "kl_forget": (1.2 / (1 + 0.6 * strength**0.7) + 0.3 * strength) * wobble,

@@ -1,4 +1,5 @@
-"""Independent float64 oracles: dense GGN, Fisher and Hessian by brute force, without the package's curvature."""
+"""Independent float64 oracles: dense GGN, Fisher and Hessian by brute force, without the package's
+curvature."""
 
 from __future__ import annotations
 
@@ -13,8 +14,11 @@ def start(model: nn.Module) -> Params:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def ggn(model: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihood, *, empirical: bool = False) -> Tensor:
-    """(1 / scored positions) sum_n J_n^T H_n J_n [d, d], sample by sample; r_n r_n^T for H_n if empirical."""
+def ggn(
+    model: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihood, *, empirical: bool = False
+) -> Tensor:
+    """(1 / scored positions) sum_n J_n^T H_n J_n [d, d], sample by sample; r_n r_n^T for H_n if
+    empirical."""
     like = start(model)
     flat = flatten(like)
     total = flat.new_zeros(len(flat), len(flat))
@@ -39,7 +43,9 @@ def ggn(model: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihood, *, empir
     return total / float(likelihood.counts(y).sum())
 
 
-def from_columns(model: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihood, columns: Tensor) -> Tensor:
+def from_columns(
+    model: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihood, columns: Tensor
+) -> Tensor:
     """(1 / scored positions) sum_nk (J_n^T s_nk)(J_n^T s_nk)^T [d, d] for columns [K, N, ...]."""
     like = start(model)
     flat = flatten(like)
@@ -47,9 +53,13 @@ def from_columns(model: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihood,
     for n in range(len(x)):
 
         def outputs(w: Tensor, n: int = n) -> Tensor:
-            return torch.func.functional_call(model, unflatten(w, like), (x[n : n + 1],)).reshape(-1)
+            return torch.func.functional_call(model, unflatten(w, like), (x[n : n + 1],)).reshape(
+                -1
+            )
 
-        pulled = columns[:, n].reshape(len(columns), -1) @ torch.autograd.functional.jacobian(outputs, flat)
+        pulled = columns[:, n].reshape(len(columns), -1) @ torch.autograd.functional.jacobian(
+            outputs, flat
+        )
         total += pulled.T @ pulled
     return total / float(likelihood.counts(y).sum())
 

@@ -1,4 +1,5 @@
-"""Classes that nothing is left of: found from labels, their output rows from what the network does."""
+"""Classes that nothing is left of: found from labels, their output rows from what the network
+does."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ def gone(targets: Tensor, idx: list[int], likelihood: Any, outputs: int = 3) -> 
     objective, split = Objective(nn.Linear(4, outputs), likelihood), resolve_split(data, idx)
     snapshot = take_snapshot(objective, split)
     return absent_classes(
-        snapshot.total, snapshot.retained(split, objective.gradient(split.batches("forget"), objective.start))
+        snapshot.total,
+        snapshot.retained(split, objective.gradient(split.batches("forget"), objective.start)),
     )
 
 
@@ -80,16 +82,23 @@ class TestAbsentClasses:
                 return self.head(x)[:, None].expand(-1, 2, -1)
 
         targets = torch.tensor([[0, 1], [2, 0], [1, -100], [-100, 0]])
-        objective, split = Objective(Tokens(), Categorical()), resolve_split(TensorDataset(X[:4], targets), [1])
+        objective, split = (
+            Objective(Tokens(), Categorical()),
+            resolve_split(TensorDataset(X[:4], targets), [1]),
+        )
         total = take_snapshot(objective, split).total
         assert total.classes.tolist() == [3, 2, 1]
-        assert absent_classes(total, objective.gradient(split.batches("retain"), objective.start)) == (2,)
+        assert absent_classes(
+            total, objective.gradient(split.batches("retain"), objective.start)
+        ) == (2,)
 
     @pytest.mark.parametrize(
         ("likelihood", "targets", "outputs"),
         [(Gaussian(), Y[:, None].float(), 1), (Bernoulli(), (Y == 0).float()[:, None], 1)],
     )
-    def test_other_likelihoods_have_none(self, likelihood: Any, targets: Tensor, outputs: int) -> None:
+    def test_other_likelihoods_have_none(
+        self, likelihood: Any, targets: Tensor, outputs: int
+    ) -> None:
         assert gone(targets, list(range(20)), likelihood, outputs) == ()
 
 
@@ -151,7 +160,10 @@ HEADS = {
     "hidden": (small_net, {"2.weight", "2.bias"}),
     "square": (Square, {"head.weight", "head.bias"}),
     "conv": (Pooled, {"head.weight", "head.bias"}),
-    "normalised": (Normalised, {"head.weight", "norm.bias"}),  # nothing is left for norm.weight to scale
+    "normalised": (
+        Normalised,
+        {"head.weight", "norm.bias"},
+    ),  # nothing is left for norm.weight to scale
     "weight norm": (
         lambda: weight_norm(nn.Linear(4, 3)),
         {"bias", "parametrizations.weight.original0"},  # a direction of length zero is none
@@ -162,13 +174,17 @@ HEADS = {
 class TestClearRows:
     @pytest.mark.parametrize("classes", [[1], [0, 2]])
     @pytest.mark.parametrize("head", HEADS)
-    def test_outputs_of_those_classes_are_zero_and_others_as_before(self, head: str, classes: list[int]) -> None:
+    def test_outputs_of_those_classes_are_zero_and_others_as_before(
+        self, head: str, classes: list[int]
+    ) -> None:
         build, rows = HEADS[head]
         model = seeded(build)
         objective, split = Objective(model, Categorical()), resolve_split(TensorDataset(X, Y), [0])
         cleared = clear_rows(objective, split, np.arange(8), classes)
         assert cleared is not None
-        changed = {name for name, value in cleared.items() if not torch.equal(value, objective.start[name])}
+        changed = {
+            name for name, value in cleared.items() if not torch.equal(value, objective.start[name])
+        }
         assert changed == rows
         with torch.no_grad():
             before, after = model(X), torch.func.functional_call(model, cleared, (X,))
@@ -178,7 +194,10 @@ class TestClearRows:
 
     @pytest.mark.parametrize("name", ["frozen", "skip", "coupled"])
     def test_networks_without_such_rows(self, name: str) -> None:
-        objective, split = Objective(seeded(unlike(name)), Categorical()), resolve_split(TensorDataset(X, Y), [0])
+        objective, split = (
+            Objective(seeded(unlike(name)), Categorical()),
+            resolve_split(TensorDataset(X, Y), [0]),
+        )
         assert clear_rows(objective, split, np.arange(8), [1]) is None
 
     def test_a_tied_embedding_only_where_the_token_is_not_read(self) -> None:
@@ -191,7 +210,10 @@ class TestClearRows:
                 return self.embedding(x) @ self.embedding.weight.T
 
         tokens, model = torch.arange(24) % 5, seeded(Tied)
-        objective, split = Objective(model, Categorical()), resolve_split(TensorDataset(tokens, tokens), [0])
+        objective, split = (
+            Objective(model, Categorical()),
+            resolve_split(TensorDataset(tokens, tokens), [0]),
+        )
         assert clear_rows(objective, split, np.arange(12), [5]) is not None
         assert clear_rows(objective, split, np.arange(12), [3]) is None
 
@@ -203,7 +225,9 @@ class TestForget:
         idx = torch.nonzero(data.tensors[1] == self.gone).flatten().tolist()
         return forget(model, data, idx, **(QUIET | options))
 
-    def test_at_a_minimum_one_sub_step_follows(self, trained: nn.Module, blobs: TensorDataset) -> None:
+    def test_at_a_minimum_one_sub_step_follows(
+        self, trained: nn.Module, blobs: TensorDataset
+    ) -> None:
         result = self.run(trained, blobs)
         assert result.newton.at_minimum
         assert result.newton.absent == (self.gone,)
@@ -214,7 +238,8 @@ class TestForget:
     def test_the_sub_step_is_the_newton_step_there(
         self, trained: nn.Module, blobs: TensorDataset, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """One step from the cleared rows is the Newton step there, by a dense system of all retained samples."""
+        """One step from the cleared rows is the Newton step there, by a dense system of all
+        retained samples."""
         x, y = (t[blobs.tensors[1] != self.gone] for t in blobs.tensors)
         model = seeded(small_net)
         model.load_state_dict(trained.state_dict())
@@ -228,9 +253,9 @@ class TestForget:
 
         outputs = model(x)
         loss = nn.functional.cross_entropy(outputs, y)
-        force = flat(torch.autograd.grad(loss, list(weights.values()), retain_graph=True)) + WEIGHT_DECAY * flat(
-            weights.values()
-        )
+        force = flat(
+            torch.autograd.grad(loss, list(weights.values()), retain_graph=True)
+        ) + WEIGHT_DECAY * flat(weights.values())
         p = outputs.softmax(1).detach()
         jacobian = torch.stack(
             [
@@ -242,7 +267,9 @@ class TestForget:
         ggn = torch.einsum("nip,nij,njq->pq", jacobian, h, jacobian) / len(x)
         tau = 1 / 125
         eye = torch.eye(len(force), dtype=torch.float64)
-        expected = flat(weights.values()) - torch.linalg.solve(ggn + (WEIGHT_DECAY + tau) * eye, force)
+        expected = flat(weights.values()) - torch.linalg.solve(
+            ggn + (WEIGHT_DECAY + tau) * eye, force
+        )
         monkeypatch.setattr("fisher_forget.unlearn.newton.flow.QUICK", EXACT)
         result = self.run(trained, blobs, budget=10.0)
         found = flat(result.newton.params.values())
@@ -259,7 +286,9 @@ class TestForget:
         assert not after[:, self.gone].any()
         assert "no step follows" in str(result)
 
-    def test_a_budget_that_it_leaves_undoes_it(self, trained: nn.Module, blobs: TensorDataset) -> None:
+    def test_a_budget_that_it_leaves_undoes_it(
+        self, trained: nn.Module, blobs: TensorDataset
+    ) -> None:
         shifted = seeded(small_net)
         shifted.load_state_dict(trained.state_dict())
         with torch.no_grad():  # all logits shifted: a row of zero is now the likeliest class of all
@@ -269,15 +298,21 @@ class TestForget:
         assert result.newton.accepted
         assert all(s.loss <= result.newton.loss_before + 0.1 for s in result.newton.accepted)
 
-    def test_the_textbook_step_leaves_the_rows_alone(self, trained: nn.Module, blobs: TensorDataset) -> None:
+    def test_the_textbook_step_leaves_the_rows_alone(
+        self, trained: nn.Module, blobs: TensorDataset
+    ) -> None:
         assert self.run(trained, blobs, steps=1).newton.absent == ()
 
-    def test_a_subset_without_the_head_keeps_its_rows(self, trained: nn.Module, blobs: TensorDataset) -> None:
+    def test_a_subset_without_the_head_keeps_its_rows(
+        self, trained: nn.Module, blobs: TensorDataset
+    ) -> None:
         result = self.run(trained, blobs, subset=("0.weight", "0.bias"))
         assert result.newton.absent == ()
         assert torch.equal(result.model[2].weight, trained[2].weight)
 
-    def test_samples_of_a_class_that_stays_take_the_plain_flow(self, trained: nn.Module, blobs: TensorDataset) -> None:
+    def test_samples_of_a_class_that_stays_take_the_plain_flow(
+        self, trained: nn.Module, blobs: TensorDataset
+    ) -> None:
         result = forget(trained, blobs, [1, 4, 7], **QUIET)
         assert result.newton.absent == ()
         assert result.newton.budget == 0.01  # not what is left of it after clearing a row
@@ -288,7 +323,9 @@ class TestForget:
     ) -> None:
         idx = torch.nonzero(blobs.tensors[1] == self.gone).flatten().tolist()
         for request, expected in ((idx[:-1], ()), (idx[-1:], (self.gone,))):
-            prepared = prepare(trained, blobs, folder=tmp_path / "sums", weight_decay=WEIGHT_DECAY, progress=False)
+            prepared = prepare(
+                trained, blobs, folder=tmp_path / "sums", weight_decay=WEIGHT_DECAY, progress=False
+            )
             assert prepared.forget(request, noise=None).newton.absent == expected
 
     def test_prepared_requests_find_it_when_the_last_sample_goes(
@@ -306,7 +343,8 @@ class TestForget:
 
 
 def test_the_flow_goes_on_from_cleared_weights_with_the_gradient_there() -> None:
-    """With every sample in the pool, the force is that of a full pass; then both of its parts change."""
+    """With every sample in the pool, the force is that of a full pass; then both of its parts
+    change."""
     model = seeded(small_net)
     objective, split = Objective(model, Categorical()), resolve_split(TensorDataset(X, Y), [1, 4])
     sums = objective.gradient(split.batches("retain"), objective.start)
@@ -322,7 +360,9 @@ def test_the_flow_goes_on_from_cleared_weights_with_the_gradient_there() -> None
         literal=False,
         working_set=10,
     )
-    correction = Correction(objective, split, flow, split.retain[:5], split.forget, budget=1e9, progress=False)
+    correction = Correction(
+        objective, split, flow, split.retain[:5], split.forget, budget=1e9, progress=False
+    )
     there = {name: value * 0.5 for name, value in objective.start.items()}
     assert correction.clear(there)
     expected = objective.gradient(split.batches("retain"), there)
@@ -330,7 +370,13 @@ def test_the_flow_goes_on_from_cleared_weights_with_the_gradient_there() -> None
 
     elsewhere = {name: value * 0.3 for name, value in objective.start.items()}
     flow.move(elsewhere)
-    after, before = (objective.gradient(split.batches(flow._working_set()), w) for w in (elsewhere, there))
-    others = curvature.power({name: value * (0.3 - 0.5) for name, value in objective.start.items()}, 1)
-    changed = {name: g + 18 / 28 * others[name] for name, g in (expected + (after - before)).mean().items()}
+    after, before = (
+        objective.gradient(split.batches(flow._working_set()), w) for w in (elsewhere, there)
+    )
+    others = curvature.power(
+        {name: value * (0.3 - 0.5) for name, value in objective.start.items()}, 1
+    )
+    changed = {
+        name: g + 18 / 28 * others[name] for name, g in (expected + (after - before)).mean().items()
+    }
     torch.testing.assert_close(flow._linearise()[0], changed, rtol=1e-4, atol=1e-6)

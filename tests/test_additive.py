@@ -31,11 +31,15 @@ def test_parts_add_up_and_can_be_taken_away(name: str, structure: object, kind: 
     if name == "sequence" and isinstance(structure, dict):
         structure = {"mlp*": "ekfac", "*": "diagonal"}
     model, data = prepared(name)
-    split = resolve_split(data, [0, 2])  # in the sequence model these have different numbers of scored positions
+    split = resolve_split(
+        data, [0, 2]
+    )  # in the sequence model these have different numbers of scored positions
     whole = estimate_curvature(model, split, structure=structure, kind=kind, part="all")
     basis = whole if structure != "diagonal" and structure != "dense" else None
     parts = {
-        part: estimate_curvature(model, split, structure=structure, kind=kind, part=part, basis=basis)
+        part: estimate_curvature(
+            model, split, structure=structure, kind=kind, part=part, basis=basis
+        )
         for part in ("retain", "forget")
     }
     assert same(merged(parts["retain"], parts["forget"]), whole)
@@ -108,9 +112,13 @@ class TestDisk:
 
 
 def test_float32_sums_do_not_drift() -> None:
-    """One million samples of a tiny model in float32, against the exact mean of the 1,000 distinct ones in float64."""
+    """One million samples of a tiny model in float32, against the exact mean of the 1,000 distinct
+    ones in float64."""
     generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(1000, 3, generator=generator), torch.randint(0, 3, (1000,), generator=generator)
+    x, y = (
+        torch.randn(1000, 3, generator=generator),
+        torch.randint(0, 3, (1000,), generator=generator),
+    )
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 3).eval()
     data = torch.utils.data.TensorDataset(x, y)
@@ -129,7 +137,10 @@ def test_float32_sums_do_not_drift() -> None:
 class TestPrior:
     def precision(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(0)
-        return {n: torch.rand(p.shape, generator=generator, dtype=p.dtype) for n, p in model.named_parameters()}
+        return {
+            n: torch.rand(p.shape, generator=generator, dtype=p.dtype)
+            for n, p in model.named_parameters()
+        }
 
     @pytest.mark.parametrize("structure", ["diagonal", "dense"])
     def test_adds_to_the_diagonal_exactly(self, structure: str) -> None:
@@ -144,7 +155,9 @@ class TestPrior:
     def test_decay_on_some_layers_of_an_ekfac(self) -> None:
         model, data = prepared("residual")
         curvature = estimate_curvature(model, data)
-        found = with_prior(curvature, {"head.weight": 0.3, "head.bias": 0.3, "norm.weight": torch.full((4,), 0.1)})
+        found = with_prior(
+            curvature, {"head.weight": 0.3, "head.bias": 0.3, "norm.weight": torch.full((4,), 0.1)}
+        )
         difference = {n: d - curvature.diagonal()[n] for n, d in found.diagonal().items()}
         for name, value in difference.items():
             expected = {"head.weight": 0.3, "head.bias": 0.3, "norm.weight": 0.1}.get(name, 0.0)
@@ -154,7 +167,10 @@ class TestPrior:
         model, data = prepared("mlp")
         for structure in ("diagonal", "dense", "ekfac"):
             curvature = estimate_curvature(model, data, structure=structure)
-            assert same(with_prior(curvature, dict.fromkeys(curvature.diagonal(), 0.7)), curvature.damped(0.7))
+            assert same(
+                with_prior(curvature, dict.fromkeys(curvature.diagonal(), 0.7)),
+                curvature.damped(0.7),
+            )
 
     def test_refusals(self) -> None:
         model, data = prepared("mlp")

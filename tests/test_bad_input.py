@@ -1,4 +1,5 @@
-"""Whatever is wrong with what was given: the package's own exception, and nothing given is changed."""
+"""Whatever is wrong with what was given: the package's own exception, and nothing given is
+changed."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ X, Y = blobs_data().tensors
 
 @pytest.fixture
 def refused(untouched):
-    """refused(error, words, model=, data=, idx=, **options): forget() raises exactly that, and changes nothing."""
+    """refused(error, words, model=, data=, idx=, **options): forget() raises exactly that, and
+    changes nothing."""
 
     def check(error, *words, model=None, data=None, idx=(0, 5), **options):
         model = seeded(small_net) if model is None else model
@@ -104,13 +106,21 @@ class NoLength(Dataset):
 
 class TestDataSet:
     @pytest.mark.parametrize(
-        "data", [Endless(), DataLoader(Endless(), batch_size=4), NoLength(), DataLoader(NoLength(), batch_size=4)]
+        "data",
+        [
+            Endless(),
+            DataLoader(Endless(), batch_size=4),
+            NoLength(),
+            DataLoader(NoLength(), batch_size=4),
+        ],
     )
     def test_without_length(self, refused, data):
         refused(SplitError, "without length", data=data)
 
     def test_whole_batches(self, refused):
-        refused(SplitError, "batch_size=None", data=DataLoader(TensorDataset(X, Y), batch_size=None))
+        refused(
+            SplitError, "batch_size=None", data=DataLoader(TensorDataset(X, Y), batch_size=None)
+        )
 
     def test_nan_inputs(self, refused):
         for row in (1, 40):  # among the first samples, which are read more than once, and later
@@ -128,7 +138,12 @@ class TestDataSet:
         targets[30, 1] = float("nan")
         refused(DataError, "targets", data=TensorDataset(X, targets), likelihood="gaussian")
         targets[:, 1] = float("nan")
-        refused(DataError, "NaN or infinite targets", data=TensorDataset(X, targets), likelihood="gaussian")
+        refused(
+            DataError,
+            "NaN or infinite targets",
+            data=TensorDataset(X, targets),
+            likelihood="gaussian",
+        )
 
     def test_a_bad_forgotten_target(self, refused):
         targets = Y.clone()
@@ -159,7 +174,9 @@ class TestDataSet:
 
     @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
     def test_target_shape(self, refused, likelihood):
-        refused(DataError, "[batch, 1]", data=TensorDataset(X, torch.ones(60)), likelihood=likelihood)
+        refused(
+            DataError, "[batch, 1]", data=TensorDataset(X, torch.ones(60)), likelihood=likelihood
+        )
 
     def test_string_targets(self, refused):
         samples = [(x, "cat" if y else "dog") for x, y in zip(X, Y, strict=True)]
@@ -172,16 +189,28 @@ class TestBatches:
         refused(DataError, "unpack", data=TensorDataset(X))
 
     def test_dict_without_targets(self, refused):
-        refused(DataError, "['inputs', 'truth']", data=[{"inputs": x, "truth": y} for x, y in zip(X, Y, strict=True)])
+        refused(
+            DataError,
+            "['inputs', 'truth']",
+            data=[{"inputs": x, "truth": y} for x, y in zip(X, Y, strict=True)],
+        )
 
     def test_unpack_that_raises(self, refused):
-        refused(DataError, "KeyError from unpack: 'pixels'", unpack=lambda batch: {"batch": batch}["pixels"])
+        refused(
+            DataError,
+            "KeyError from unpack: 'pixels'",
+            unpack=lambda batch: {"batch": batch}["pixels"],
+        )
 
     def test_unpack_that_returns_too_little(self, refused):
-        refused(DataError, "unpack(batch) to return (inputs, targets)", unpack=lambda batch: batch[:1])
+        refused(
+            DataError, "unpack(batch) to return (inputs, targets)", unpack=lambda batch: batch[:1]
+        )
 
     def test_lengths_that_differ(self, refused):
-        refused(DataError, "as many targets as inputs", unpack=lambda batch: (batch[0], batch[1][:-1]))
+        refused(
+            DataError, "as many targets as inputs", unpack=lambda batch: (batch[0], batch[1][:-1])
+        )
 
 
 class Forward(nn.Module):
@@ -263,7 +292,9 @@ class TestModel:
         refused(ModelError, word, "logits", model=seeded(lambda: Forward(after)))
 
     def test_one_number_a_sample(self, refused):
-        refused(DataError, "[batch, ..., classes]", model=seeded(lambda: Forward(lambda f: f[:, 0])))
+        refused(
+            DataError, "[batch, ..., classes]", model=seeded(lambda: Forward(lambda f: f[:, 0]))
+        )
 
     @pytest.mark.parametrize("after", [lambda f: f.mean(), lambda f: f.detach()])
     def test_outputs_that_cannot_be_used(self, refused, after):
@@ -356,8 +387,18 @@ class TestWarnings:
             (Augmented, "at random"),
             (lambda: Augmented(lambda x: x.numpy()), "at random"),
             (lambda: DataLoader(TensorDataset(X, Y), sampler=Backwards()), "Backwards"),
-            (lambda: DataLoader(TensorDataset(X, Y), sampler=WeightedRandomSampler([1.0] * 60, 60)), "Weighted"),
-            (lambda: DataLoader(TensorDataset(X, Y), batch_sampler=BatchSampler(Backwards(), 7, False)), "Backwards"),
+            (
+                lambda: DataLoader(
+                    TensorDataset(X, Y), sampler=WeightedRandomSampler([1.0] * 60, 60)
+                ),
+                "Weighted",
+            ),
+            (
+                lambda: DataLoader(
+                    TensorDataset(X, Y), batch_sampler=BatchSampler(Backwards(), 7, False)
+                ),
+                "Backwards",
+            ),
         ],
     )
     def test_warned(self, net, untouched, build, word):
@@ -426,7 +467,20 @@ class TestCommandLine:
         def check(content, *words, flags=()):
             path = tmp_path / "bad.yaml"
             path.write_bytes(content if isinstance(content, bytes) else content.encode())
-            assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--progress", "false", *flags]) == 2
+            assert (
+                main(
+                    [
+                        "run",
+                        str(path),
+                        "--out",
+                        str(tmp_path / "runs"),
+                        "--progress",
+                        "false",
+                        *flags,
+                    ]
+                )
+                == 2
+            )
             captured = capsys.readouterr()
             assert captured.err.startswith("fisher-forget: Got ")
             assert "Traceback" not in captured.err + captured.out

@@ -106,7 +106,10 @@ def ready(method: Any, trajectory: Trajectory) -> tuple[Any, nn.Module]:
 @pytest.mark.parametrize("method", CASES, ids=lambda m: m.name)
 class TestProtocol:
     def test_another_model_and_nothing_touched(
-        self, method: Any, trajectory: Trajectory, untouched: Callable[[nn.Module], AbstractContextManager[None]]
+        self,
+        method: Any,
+        trajectory: Trajectory,
+        untouched: Callable[[nn.Module], AbstractContextManager[None]],
     ) -> None:
         method, model = ready(method, trajectory)
         assert isinstance(method, Unlearner)
@@ -117,7 +120,9 @@ class TestProtocol:
         assert not found.model.training
         assert found.seconds > 0
         assert found.passes > 0
-        assert {p.data_ptr() for p in found.model.parameters()}.isdisjoint(p.data_ptr() for p in model.parameters())
+        assert {p.data_ptr() for p in found.model.parameters()}.isdisjoint(
+            p.data_ptr() for p in model.parameters()
+        )
         assert all(p.grad is None for p in found.model.parameters())
         assert not found.model._forward_hooks
 
@@ -149,10 +154,15 @@ class TestProtocol:
         wrapped = TwoInputs(model).eval()
         if isinstance(method, DeltaGrad):
             method = dataclasses.replace(
-                method, trajectory=dataclasses.replace(trajectory, model=TwoInputs(trajectory.model).eval())
+                method,
+                trajectory=dataclasses.replace(
+                    trajectory, model=TwoInputs(trajectory.model).eval()
+                ),
             )
         found = method.unlearn(wrapped, resolve_split(DataLoader(Samples(), batch_size=5), GONE))
-        torch.testing.assert_close(vector(found.model), vector(expected.model), rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(
+            vector(found.model), vector(expected.model), rtol=1e-6, atol=1e-8
+        )
         assert found.passes == pytest.approx(expected.passes)
 
     def test_frozen_parameters_stay(self, method: Any, trajectory: Trajectory) -> None:
@@ -167,16 +177,22 @@ class TestProtocol:
     def test_training_mode_is_refused(self, method: Any, trajectory: Trajectory) -> None:
         method, _ = ready(method, trajectory)
         with pytest.raises(ModelError, match="eval"):
-            method.unlearn(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)).double().train(), split_of())
+            method.unlearn(
+                nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)).double().train(), split_of()
+            )
 
 
-@pytest.mark.parametrize("method", [Ssd(alpha=1.0), Ntk(), WoodFisher(), Lissa(steps=3)], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "method", [Ssd(alpha=1.0), Ntk(), WoodFisher(), Lissa(steps=3)], ids=lambda m: m.name
+)
 def test_nothing_to_forget_moves_nothing(method: Any) -> None:
     assert torch.equal(vector(method.unlearn(net(), split_of(gone=[])).model), vector(net()))
 
 
 @pytest.mark.parametrize(
-    "method", [Ssd(alpha=1.0), Ntk(), WoodFisher(), Lissa(steps=3), FisherForget(drift=True)], ids=lambda m: m.name
+    "method",
+    [Ssd(alpha=1.0), Ntk(), WoodFisher(), Lissa(steps=3), FisherForget(drift=True)],
+    ids=lambda m: m.name,
 )
 def test_weights_outside_of_layers_are_weights_like_others(method: Any) -> None:
     class Bare(nn.Module):
@@ -187,10 +203,16 @@ def test_weights_outside_of_layers_are_weights_like_others(method: Any) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x @ self.w.T + self.b
 
-    if isinstance(method, FisherForget):  # other structures than a layer's: only that it runs is the same
-        assert bool(torch.isfinite(vector(method.unlearn(Bare(linear()).eval(), split_of()).model)).all())
+    if isinstance(
+        method, FisherForget
+    ):  # other structures than a layer's: only that it runs is the same
+        assert bool(
+            torch.isfinite(vector(method.unlearn(Bare(linear()).eval(), split_of()).model)).all()
+        )
         return
-    found, expected = (method.unlearn(model, split_of()).model for model in (Bare(linear()).eval(), linear()))
+    found, expected = (
+        method.unlearn(model, split_of()).model for model in (Bare(linear()).eval(), linear())
+    )
     torch.testing.assert_close(vector(found), vector(expected), **TIGHT)
 
 
@@ -234,7 +256,10 @@ class TestSsd:
             everyone = torch.stack(one).square().mean(0)
             forgotten = torch.stack([one[n] for n in GONE]).square().mean(0)
         else:  # one batch
-            everyone, forgotten = torch.stack(one).mean(0) ** 2, torch.stack([one[n] for n in GONE]).mean(0) ** 2
+            everyone, forgotten = (
+                torch.stack(one).mean(0) ** 2,
+                torch.stack([one[n] for n in GONE]).mean(0) ** 2,
+            )
         expected = vector(model).clone()
         changed = kept_whole = 0
         for i in range(len(expected)):
@@ -243,17 +268,23 @@ class TestSsd:
                 changed += 1
                 kept_whole += 0.8 * float(everyone[i]) > float(forgotten[i])
         assert 0 < kept_whole < changed < len(expected)  # every branch is taken
-        found = Ssd(alpha=0.5, lam=0.8, importance=importance, batch_size=N).unlearn(model, split_of())
+        found = Ssd(alpha=0.5, lam=0.8, importance=importance, batch_size=N).unlearn(
+            model, split_of()
+        )
         torch.testing.assert_close(vector(found.model), expected, **TIGHT)
         assert found.passes == pytest.approx((N + len(GONE)) / len(KEPT))
 
     def test_batches_change_the_published_importance_alone(self) -> None:
         def at(importance: Any, size: int) -> Tensor:
-            return vector(Ssd(1.0, importance=importance, batch_size=size).unlearn(net(), split_of()).model)
+            return vector(
+                Ssd(1.0, importance=importance, batch_size=size).unlearn(net(), split_of()).model
+            )
 
         assert torch.equal(at("sample", 1), at("sample", N))
         assert not torch.equal(at("batch", 2), at("batch", N))
-        torch.testing.assert_close(at("batch", 1), at("sample", 1), **TIGHT)  # batches of one are samples
+        torch.testing.assert_close(
+            at("batch", 1), at("sample", 1), **TIGHT
+        )  # batches of one are samples
 
 
 def tokens() -> tuple[nn.Module, Tensor, Tensor]:
@@ -297,7 +328,9 @@ class TestWoodFisher:
         torch.testing.assert_close(vector(found.model), expected, rtol=1e-7, atol=1e-9)
 
     def test_blocks_cost_more_and_change_nothing(self) -> None:
-        small = WoodFisher(memory=3 * 8 * len(KEPT) ** 2).unlearn(net(), split_of())  # rows of 7 samples
+        small = WoodFisher(memory=3 * 8 * len(KEPT) ** 2).unlearn(
+            net(), split_of()
+        )  # rows of 7 samples
         large = WoodFisher().unlearn(net(), split_of())
         torch.testing.assert_close(vector(small.model), vector(large.model), **TIGHT)
         assert large.passes == pytest.approx((N + len(KEPT)) / len(KEPT))
@@ -313,7 +346,9 @@ class TestWoodFisher:
         for row in g[1:]:
             inner = float(o @ row)
             x, o = x - float(x @ row) / (len(g) + inner) * o, o * (1 - inner / (len(g) + inner))
-        found = vector(WoodFisher(recursion="published").unlearn(model, split_of()).model) - vector(model)
+        found = vector(WoodFisher(recursion="published").unlearn(model, split_of()).model) - vector(
+            model
+        )
         torch.testing.assert_close(found, x, **TIGHT)
         basis = torch.stack([v, g[0]], 1)
         left = found - basis @ torch.linalg.lstsq(basis, found[:, None]).solution[:, 0]
@@ -322,16 +357,22 @@ class TestWoodFisher:
         assert float((exact - found).norm()) > 0.01 * float(exact.norm())
 
     def test_fewer_samples_are_drawn_from_the_seed(self) -> None:
-        found = [vector(WoodFisher(samples=5, seed=s).unlearn(net(), split_of()).model) for s in (0, 1)]
+        found = [
+            vector(WoodFisher(samples=5, seed=s).unlearn(net(), split_of()).model) for s in (0, 1)
+        ]
         assert not torch.equal(*found)
 
 
 class TestLissa:
     @pytest.mark.parametrize(("likelihood", "x", "y"), LIKELIHOODS)
     @pytest.mark.parametrize("curvature", ["hessian", "ggn"])
-    def test_converges_to_the_inverse(self, likelihood: Any, x: Tensor, y: Tensor, curvature: Any) -> None:
+    def test_converges_to_the_inverse(
+        self, likelihood: Any, x: Tensor, y: Tensor, curvature: Any
+    ) -> None:
         model, kind = net(), resolve_likelihood(likelihood)
-        dense = (oracle.hessian if curvature == "hessian" else oracle.ggn)(model, x[KEPT], y[KEPT], kind)
+        dense = (oracle.hessian if curvature == "hessian" else oracle.ggn)(
+            model, x[KEPT], y[KEPT], kind
+        )
         values = torch.linalg.eigvalsh(dense)
         damping = 0.5 * float(values[-1]) + max(0.0, -float(values[0]))
         method = Lissa(
@@ -351,7 +392,8 @@ class TestLissa:
         torch.testing.assert_close(found, step, rtol=1e-5, atol=1e-9)
 
     def test_series_of_random_batches_are_unbiased(self) -> None:
-        # Batches are independent of what they multiply, so the mean series is that of the mean Hessian, term by term.
+        # Batches are independent of what they multiply, so the mean series is that of the mean
+        # Hessian, term by term.
         model, kind, repeats = net(), Categorical(), 40
         dense = oracle.hessian(model, X[KEPT], CLASSES[KEPT], kind)
         v = pull(model, CLASSES, kind)
@@ -361,14 +403,17 @@ class TestLissa:
         settings = {"scale": 3.0, "damping": 0.1, "weight_decay": 0.0, "steps": 8, "batch_size": 4}
         found = torch.stack(
             [
-                vector(Lissa(repeats=1, seed=s, **settings).unlearn(model, split_of()).model) - vector(model)
+                vector(Lissa(repeats=1, seed=s, **settings).unlearn(model, split_of()).model)
+                - vector(model)
                 for s in range(repeats)
             ]
         )
         along = found @ v / v.norm()
         deviation = float(along.mean() - h @ v / v.norm() / 3.0)
         assert float(along.std()) > 0
-        assert abs(deviation) < 4 * float(along.std()) / repeats**0.5  # false alarm about 1 in 10,000
+        assert (
+            abs(deviation) < 4 * float(along.std()) / repeats**0.5
+        )  # false alarm about 1 in 10,000
         both = vector(Lissa(repeats=2, **settings).unlearn(model, split_of()).model) - vector(model)
         assert not torch.allclose(both, found[0])
 
@@ -402,7 +447,9 @@ def jacobian_of(model: nn.Module, x: Tensor) -> Tensor:
 class TestNtk:
     @pytest.mark.parametrize(("likelihood", "x", "y"), LIKELIHOODS)
     @pytest.mark.parametrize("form", ["block", "difference"])
-    def test_is_the_difference_of_two_primal_ridge_fits(self, likelihood: Any, x: Tensor, y: Tensor, form: Any) -> None:
+    def test_is_the_difference_of_two_primal_ridge_fits(
+        self, likelihood: Any, x: Tensor, y: Tensor, form: Any
+    ) -> None:
         model, kind = net(), resolve_likelihood(likelihood)
         outputs = model(x).detach()
         sigma = kind.sigma if isinstance(kind, Gaussian) else 1.0
@@ -412,16 +459,23 @@ class TestNtk:
             scored = (y != -100).repeat_interleave(3, 1)
             j = j * scored[..., None]
         counts = kind.counts(y).double()
-        ridges = {"block": 2 * [float(counts.sum())], "difference": [float(counts[KEPT].sum()), float(counts.sum())]}
+        ridges = {
+            "block": 2 * [float(counts.sum())],
+            "difference": [float(counts[KEPT].sum()), float(counts.sum())],
+        }
         kept, every = (0.3 * count for count in ridges[form])
-        expected = fit(j[KEPT].flatten(0, 1), r[KEPT].flatten(), kept) - fit(j.flatten(0, 1), r.flatten(), every)
+        expected = fit(j[KEPT].flatten(0, 1), r[KEPT].flatten(), kept) - fit(
+            j.flatten(0, 1), r.flatten(), every
+        )
         method = Ntk(weight_decay=0.3, form=form, likelihood=likelihood)
         found = vector(method.unlearn(model, split_of(y, x)).model) - vector(model)
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
     def test_retrains_a_linear_model_exactly(self) -> None:
         start, wd, sigma = linear(), 0.2, 0.5
-        wide = torch.cat([X, torch.ones(N, 1).double()], 1)  # one weight a feature and one bias, for each output
+        wide = torch.cat(
+            [X, torch.ones(N, 1).double()], 1
+        )  # one weight a feature and one bias, for each output
         origin = torch.cat([start.weight.detach(), start.bias.detach()[:, None]], 1).T
 
         def trained(chosen: list[int]) -> nn.Module:
@@ -431,7 +485,9 @@ class TestNtk:
             w = torch.linalg.solve(left, x.T @ y / sigma**2 + N * wd * origin)
             return load(start, {"weight": w.T[:, :4], "bias": w.T[:, 4]}).eval()
 
-        method = Ntk(weight_decay=wd, initial=start, linearise="initial", likelihood=Gaussian(sigma))
+        method = Ntk(
+            weight_decay=wd, initial=start, linearise="initial", likelihood=Gaussian(sigma)
+        )
         found = method.unlearn(trained(list(range(N))), split_of(VALUES))
         torch.testing.assert_close(vector(found.model), vector(trained(KEPT)), **TIGHT)
 
@@ -444,7 +500,10 @@ class TestNtk:
 
     def test_initial_weights_lengthen_the_step(self) -> None:
         model, start = net(), net(5)
-        j, r = jacobian_of(model, X).flatten(0, 1), Categorical().residual(model(X).detach(), CLASSES).flatten()
+        j, r = (
+            jacobian_of(model, X).flatten(0, 1),
+            Categorical().residual(model(X).detach(), CLASSES).flatten(),
+        )
         rows = [3 * n + k for n in KEPT for k in range(3)]
         retained = fit(j[rows], r[rows], N * 0.1)
         step = retained - fit(j, r, N * 0.1)
@@ -458,12 +517,16 @@ class TestNtk:
 
     def test_blocks_cost_more_and_change_nothing(self) -> None:
         small, large = Ntk(memory=3 * 8 * (3 * N) ** 2), Ntk()  # 4 samples at a time, or all
-        wide = seeded(lambda: nn.Sequential(nn.Linear(4, 400), nn.Tanh(), nn.Linear(400, 3))).double()
+        wide = seeded(
+            lambda: nn.Sequential(nn.Linear(4, 400), nn.Tanh(), nn.Linear(400, 3))
+        ).double()
         found, expected = small.unlearn(wide, split_of()), large.unlearn(wide, split_of())
         torch.testing.assert_close(vector(found.model), vector(expected.model), **TIGHT)
         assert found.passes > expected.passes
 
-    @pytest.mark.parametrize("options", [{"samples": 7}, {"memory": 3 * 8 * (3 * (7 + len(GONE))) ** 2}])
+    @pytest.mark.parametrize(
+        "options", [{"samples": 7}, {"memory": 3 * 8 * (3 * (7 + len(GONE))) ** 2}]
+    )
     def test_some_samples_stand_for_all(self, options: dict[str, int]) -> None:
         """Weighted ridge fits; where all fit, all are taken."""
         model, wd = net(), 0.3
@@ -473,7 +536,9 @@ class TestNtk:
         jr, rr = stand * j[few].flatten(0, 1), stand * r[few].flatten()
         jf, rf = j[GONE].flatten(0, 1), r[GONE].flatten()
         expected = fit(jr, rr, wd * N) - fit(torch.cat([jr, jf]), torch.cat([rr, rf]), wd * N)
-        found = vector(Ntk(weight_decay=wd, seed=3, **options).unlearn(model, split_of()).model) - vector(model)
+        found = vector(
+            Ntk(weight_decay=wd, seed=3, **options).unlearn(model, split_of()).model
+        ) - vector(model)
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
     def test_a_forget_set_that_is_too_large(self) -> None:
@@ -485,7 +550,10 @@ class TestNtk:
         fisher = oracle.ggn(moved, X[KEPT], CLASSES[KEPT], Categorical()).diag()
         generator = torch.Generator().manual_seed(4)
         xi = torch.cat(
-            [torch.randn(p.shape, generator=generator, dtype=p.dtype).reshape(-1) for p in moved.parameters()]
+            [
+                torch.randn(p.shape, generator=generator, dtype=p.dtype).reshape(-1)
+                for p in moved.parameters()
+            ]
         )
         found = NtkFisher(alpha=1e-4, tau=0.01, seed=4).unlearn(net(), split_of())
         expected = vector(moved) + (1e-4 / (fisher + 0.01)).sqrt() * xi
@@ -517,11 +585,15 @@ class TestDeltaGrad:
         assert found.batches[0].tolist() != list(range(8))
         assert torch.equal(found.weights[0], vector(net()))
 
-    @pytest.mark.parametrize("settings", [{"period": 1, "burn_in": 0}, {"period": 7, "burn_in": 1000}])
+    @pytest.mark.parametrize(
+        "settings", [{"period": 1, "burn_in": 0}, {"period": 7, "burn_in": 1000}]
+    )
     @pytest.mark.parametrize("size", [1, 9, N])
     def test_full_gradients_are_retraining(self, settings: Any, size: int) -> None:
         trajectory = record(
-            net(), split_of(), dataclasses.replace(self.PLAN, epochs=30 if size == N else 4, batch_size=size)
+            net(),
+            split_of(),
+            dataclasses.replace(self.PLAN, epochs=30 if size == N else 4, batch_size=size),
         )
         found = DeltaGrad(trajectory, **settings).unlearn(trajectory.model, split_of())
         expected = replayed(net(), trajectory, GONE)
@@ -529,7 +601,9 @@ class TestDeltaGrad:
         assert float((expected - vector(trajectory.model)).norm()) > 1e-3
 
     def test_corrected_gradients_come_close_to_retraining_and_cost_less(self) -> None:
-        trajectory = record(linear(), split_of(), Plan(epochs=100, lr=0.5, batch_size=N, weight_decay=0.02))
+        trajectory = record(
+            linear(), split_of(), Plan(epochs=100, lr=0.5, batch_size=N, weight_decay=0.02)
+        )
         found = DeltaGrad(trajectory, burn_in=10).unlearn(trajectory.model, split_of())
         expected = replayed(linear(), trajectory, GONE)
         error = float((vector(found.model) - expected).norm())
@@ -550,9 +624,13 @@ class TestDeltaGrad:
         assert (found.passes == every.passes) == full
 
     def test_steps_before_the_first_forgotten_sample_are_known(self) -> None:
-        trajectory = record(net(), split_of(), dataclasses.replace(self.PLAN, batch_size=1, epochs=1))
+        trajectory = record(
+            net(), split_of(), dataclasses.replace(self.PLAN, batch_size=1, epochs=1)
+        )
         last = trajectory.batches[-1].tolist()
-        found = DeltaGrad(trajectory, burn_in=0, period=100).unlearn(trajectory.model, split_of(gone=last))
+        found = DeltaGrad(trajectory, burn_in=0, period=100).unlearn(
+            trajectory.model, split_of(gone=last)
+        )
         torch.testing.assert_close(vector(found.model), trajectory.weights[-1], **TIGHT)
         assert found.passes == pytest.approx(1 / (N - 1))  # the first step alone is taken in full
 
@@ -570,7 +648,9 @@ class TestDeltaGrad:
             b = b - torch.outer(b @ s, b @ s) / (s @ b @ s) + torch.outer(y, y) / (y @ s)
         for v in torch.eye(6).double():
             torch.testing.assert_close(lbfgs_product(pairs, v), b @ v, rtol=1e-8, atol=1e-8)
-        torch.testing.assert_close(lbfgs_product(pairs, s), y, rtol=1e-8, atol=1e-8)  # the last pair is met
+        torch.testing.assert_close(
+            lbfgs_product(pairs, s), y, rtol=1e-8, atol=1e-8
+        )  # the last pair is met
         assert torch.equal(lbfgs_product([], s), torch.zeros(6).double())
 
     def test_refusals(self, trajectory: Trajectory) -> None:
@@ -597,7 +677,9 @@ class TestVariational:
         model = seeded(lambda: nn.Linear(60, 2), 0).double()
         split, sigma, lam = split_of(y, x), 0.5, 1e-4
         trace = float(x[KEPT].square().sum(1).mean()) / sigma**2
-        method = Variational(trade_off=lam, epochs=400, lr=0.05, batch_size=N, likelihood=Gaussian(sigma))
+        method = Variational(
+            trade_off=lam, epochs=400, lr=0.05, batch_size=N, likelihood=Gaussian(sigma)
+        )
         objective = Objective(model, Gaussian(sigma))
         found = method.log_variances(objective, split, torch.Generator().manual_seed(0))
         assert list(found) == ["weight"]
@@ -640,12 +722,20 @@ class TestVariational:
 class TestFisher:
     def test_each_is_the_function_that_it_stands_for(self) -> None:
         loader = DataLoader(TensorDataset(X, CLASSES), batch_size=7)
-        options = {"drift": True, "noise": 1e-3, "weight_decay": 0.01, "structure": "diagonal", "seed": 2}
+        options = {
+            "drift": True,
+            "noise": 1e-3,
+            "weight_decay": 0.01,
+            "structure": "diagonal",
+            "seed": 2,
+        }
         pairs = [
             (FisherForget(**options), forget(net(), loader, GONE, progress=False, **options).model),
             (
                 GolatkarPaper(scale=0.01, tau=1e-4, seed=3),
-                paper_forget(net(), loader, GONE, scale=0.01, tau=1e-4, seed=3, progress=False).model(),
+                paper_forget(
+                    net(), loader, GONE, scale=0.01, tau=1e-4, seed=3, progress=False
+                ).model(),
             ),
             (
                 GolatkarCode(alpha=1e-4, forgotten_class=1, seed=3),
@@ -655,12 +745,18 @@ class TestFisher:
             ),
         ]
         for method, expected in pairs:
-            assert torch.equal(vector(method.unlearn(net(), split_of()).model), vector(expected)), method.name
+            assert torch.equal(vector(method.unlearn(net(), split_of()).model), vector(expected)), (
+                method.name
+            )
 
     def test_buffers_follow(self) -> None:
-        model = seeded(lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))).double()
+        model = seeded(
+            lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+        ).double()
         method = FisherForget(drift=True, noise=None)
-        expected = forget(model, TensorDataset(X, CLASSES), GONE, drift=True, noise=None, progress=False).model
+        expected = forget(
+            model, TensorDataset(X, CLASSES), GONE, drift=True, noise=None, progress=False
+        ).model
         found = method.unlearn(model, split_of()).model
         for name, value in expected.state_dict().items():
             torch.testing.assert_close(found.state_dict()[name], value, rtol=1e-5, atol=1e-7)
@@ -688,7 +784,8 @@ class TestFisher:
         assert work[0] == pytest.approx(N * 11 / 3)
 
     def test_passes_of_the_published_forms(self) -> None:
-        # exact diagonal of 3 classes: a forward and two backward passes; the check of layers adds a few samples
+        # exact diagonal of 3 classes: a forward and two backward passes; the check of layers adds a
+        # few samples
         for method in (GolatkarPaper(), GolatkarCode()):
             assert method.unlearn(net(), split_of()).passes == pytest.approx(5 / 3, abs=0.5)
         assert FisherForget(drift=True).unlearn(net(), split_of()).passes > 2

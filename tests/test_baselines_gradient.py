@@ -1,4 +1,5 @@
-"""Every gradient-based method against a loop written out by hand, and the laws that all of them keep."""
+"""Every gradient-based method against a loop written out by hand, and the laws that all of them
+keep."""
 
 from __future__ import annotations
 
@@ -103,7 +104,10 @@ def by_hand(model, losses, lr, *, momentum=0.9, decay=0.0, adam=False, mask=None
 
 def assert_weights(found, expected, start, tolerance=1e-9):
     own = weights(found)
-    assert max(float((own[n] - p.detach()).abs().max()) for n, p in start.named_parameters()) > 1e4 * tolerance
+    assert (
+        max(float((own[n] - p.detach()).abs().max()) for n, p in start.named_parameters())
+        > 1e4 * tolerance
+    )
     for n, p in expected.items():
         torch.testing.assert_close(own[n], p, rtol=0, atol=tolerance)
 
@@ -146,7 +150,8 @@ class TestEveryMethod:
         assert not first.training
         assert all(p.requires_grad and p.grad is None for p in first.parameters())
         assert all(
-            torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True)
+            torch.equal(a, b)
+            for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True)
         )
         assert not torch.equal(flat(first), flat(other))
         assert not torch.equal(flat(first), flat(given))
@@ -180,7 +185,12 @@ class TestEveryMethod:
                 return N
 
             def __getitem__(self, i):
-                return {"left": X[i, :1], "right": X[i, 1:], "scale": torch.tensor([1, 1]), "y": X[i, 2:] ** 2}
+                return {
+                    "left": X[i, :1],
+                    "right": X[i, 1:],
+                    "scale": torch.tensor([1, 1]),
+                    "y": X[i, 2:] ** 2,
+                }
 
         class Labelled(Samples):
             def __getitem__(self, i):
@@ -211,7 +221,9 @@ class TestEveryMethod:
         found = method.unlearn(given, control).model
         assert torch.isfinite(flat(found)).all()
         still = torch.allclose(flat(found), flat(given), rtol=0, atol=1e-7)
-        assert still == isinstance(method, NegGrad | BadTeacher)  # they have nothing to climb, or to learn
+        assert still == isinstance(
+            method, NegGrad | BadTeacher
+        )  # they have nothing to climb, or to learn
 
     def test_a_data_set_that_draws_leaves_no_trace(self, method, untouched):
         class Drawing(Dataset):
@@ -245,11 +257,16 @@ class TestDescent:
     @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
     def test_masked_weights_feel_no_weight_decay(self, model, optimizer):
         generator = torch.Generator().manual_seed(0)
-        mask = {n: (torch.rand(p.shape, generator=generator) < 0.5).double() for n, p in model.named_parameters()}
+        mask = {
+            n: (torch.rand(p.shape, generator=generator) < 0.5).double()
+            for n, p in model.named_parameters()
+        }
         loss = lambda m: ce(m, KEPT)(dict(m.named_parameters()))  # noqa: E731
         settings = Descent(3, 0.05, weight_decay=0.1, optimizer=optimizer)
         found = descend(model, settings, lambda *_: [loss], seed=0, mask=mask)
-        expected = by_hand(model, [ce(model, KEPT)] * 3, 0.05, decay=0.1, adam=optimizer == "adam", mask=mask)
+        expected = by_hand(
+            model, [ce(model, KEPT)] * 3, 0.05, decay=0.1, adam=optimizer == "adam", mask=mask
+        )
         assert_weights(found, expected, model)
         for (n, p), q in zip(model.named_parameters(), found.parameters(), strict=True):
             assert torch.equal(p[mask[n] == 0], q[mask[n] == 0])
@@ -264,10 +281,16 @@ class TestDescent:
         at = {n: p.clone().requires_grad_() for n, p in w.items()}
         hidden = (X[[7]] @ at["0.weight"].T + at["0.bias"] - 0.5) / math.sqrt(2 + 1e-5)
         loss = F.cross_entropy(hidden * at["1.weight"] + at["1.bias"], Y[[7]])
-        for (n, p), g in zip(found.named_parameters(), torch.autograd.grad(loss, list(at.values())), strict=True):
+        for (n, p), g in zip(
+            found.named_parameters(), torch.autograd.grad(loss, list(at.values())), strict=True
+        ):
             torch.testing.assert_close(p.detach(), w[n] + 0.1 * g)
         assert found[1].running_mean.tolist() == [0.5] * 3
-        mixed = NegGrad(epochs=2, batch_size=2).unlearn(given, resolve_split(TensorDataset(X, Y), IDX)).model
+        mixed = (
+            NegGrad(epochs=2, batch_size=2)
+            .unlearn(given, resolve_split(TensorDataset(X, Y), IDX))
+            .model
+        )
         assert mixed[1].num_batches_tracked == 4  # an epoch has batches of 2, 2 and 1
 
     def test_numbered_names_the_samples_of_a_batch(self, split):
@@ -282,7 +305,9 @@ class TestDescent:
 
 class TestNegGrad:
     def test_by_hand(self, model, split):
-        found = NegGrad(epochs=3, lr=0.01, batch_size=ALL, weight_decay=0.1).unlearn(model, split).model
+        found = (
+            NegGrad(epochs=3, lr=0.01, batch_size=ALL, weight_decay=0.1).unlearn(model, split).model
+        )
         up = ce(model, IDX)
         assert_weights(found, by_hand(model, [lambda w: -up(w)] * 3, 0.01, decay=0.1), model)
         assert float(up(weights(found))) > float(up(weights(model)))
@@ -291,20 +316,32 @@ class TestNegGrad:
         data = TensorDataset(X, X[:, :1] * 100)
         given = seeded(lambda: nn.Linear(4, 1))
         with pytest.raises(NumericalError, match="learning rate"):
-            NegGrad(epochs=200, lr=1e3, likelihood="gaussian").unlearn(given, resolve_split(data, IDX))
+            NegGrad(epochs=200, lr=1e3, likelihood="gaussian").unlearn(
+                given, resolve_split(data, IDX)
+            )
 
 
 class TestNegGradPlus:
     def test_by_hand(self, model, split):
-        found = NegGradPlus(epochs=3, alpha=0.8, batch_size=ALL, weight_decay=0.1).unlearn(model, split).model
+        found = (
+            NegGradPlus(epochs=3, alpha=0.8, batch_size=ALL, weight_decay=0.1)
+            .unlearn(model, split)
+            .model
+        )
         down, up = ce(model, KEPT), ce(model, IDX)
         expected = by_hand(model, [lambda w: 0.8 * down(w) - 0.2 * up(w)] * 3, 0.01, decay=0.1)
         assert_weights(found, expected, model)
 
     def test_without_forgotten_samples_it_is_fine_tuning(self, model):
         control = resolve_split(TensorDataset(X, Y), [], allow_empty=True)
-        found = NegGradPlus(epochs=2, alpha=1.0, batch_size=16, weight_decay=0.0).unlearn(model, control).model
-        assert torch.equal(flat(found), flat(FineTune(epochs=2, batch_size=16).unlearn(model, control).model))
+        found = (
+            NegGradPlus(epochs=2, alpha=1.0, batch_size=16, weight_decay=0.0)
+            .unlearn(model, control)
+            .model
+        )
+        assert torch.equal(
+            flat(found), flat(FineTune(epochs=2, batch_size=16).unlearn(model, control).model)
+        )
 
     def test_alpha_out_of_range(self):
         with pytest.raises(ConfigError, match=r"alpha=1\.5"):
@@ -319,7 +356,11 @@ def labels(key, least=0):
 
 class TestRandomLabels:
     def test_by_hand(self, model, split):
-        found = RandomLabels(epochs=2, batch_size=ALL, weight_decay=0.1, seed=4).unlearn(model, split).model
+        found = (
+            RandomLabels(epochs=2, batch_size=ALL, weight_decay=0.1, seed=4)
+            .unlearn(model, split)
+            .model
+        )
         losses = []
         for epoch in range(2):
             losses += [ce(model, IDX, labels((4, epoch))), ce(model, KEPT)]
@@ -351,7 +392,9 @@ class TestRandomLabels:
         some = [9, 3, 30]
         part = relabel(Batch((), {}, targets[some]), rows[some], rows, 5, Categorical(), (1,))
         assert torch.equal(part.targets, whole[some])
-        assert not torch.equal(relabel(Batch((), {}, targets), rows, rows, 5, Categorical(), (2,)).targets, whole)
+        assert not torch.equal(
+            relabel(Batch((), {}, targets), rows, rows, 5, Categorical(), (2,)).targets, whole
+        )
 
     def test_padding_and_retained_samples_keep_their_labels(self):
         targets = torch.tensor([[0, 1, -100], [2, 2, 2], [1, -100, 0]])
@@ -378,16 +421,24 @@ class TestRandomLabels:
 
 class TestSalUn:
     def test_mask_keeps_the_largest_gradients(self, model, split):
-        gradients = torch.autograd.grad(ce(model, IDX)(at := dict(model.named_parameters())), list(at.values()))
+        gradients = torch.autograd.grad(
+            ce(model, IDX)(at := dict(model.named_parameters())), list(at.values())
+        )
         size = torch.cat([g.abs().reshape(-1) for g in gradients]).numpy()
         few = dataclasses.replace(split, batch_size=2)
-        mask = torch.cat([m.reshape(-1) for m in saliency(model, few, Categorical(), 0.3).values()]).numpy()
+        mask = torch.cat(
+            [m.reshape(-1) for m in saliency(model, few, Categorical(), 0.3).values()]
+        ).numpy()
         assert set(mask) == {0.0, 1.0}
         assert mask.sum() == round(0.3 * len(size))
         assert size[mask == 1].min() > size[mask == 0].max()
 
     def test_by_hand(self, model, split):
-        found = SalUn(share=0.4, epochs=2, batch_size=ALL, weight_decay=0.1, seed=4).unlearn(model, split).model
+        found = (
+            SalUn(share=0.4, epochs=2, batch_size=ALL, weight_decay=0.1, seed=4)
+            .unlearn(model, split)
+            .model
+        )
         mask = saliency(model, split, Categorical(), 0.4)
         losses = []
         for epoch in range(2):
@@ -399,7 +450,10 @@ class TestSalUn:
     def test_all_weights_is_random_labels(self, model, split):
         found = SalUn(share=1.0, epochs=2, batch_size=16).unlearn(model, split).model
         torch.testing.assert_close(
-            flat(found), flat(RandomLabels(epochs=2, batch_size=16).unlearn(model, split).model), rtol=0, atol=1e-12
+            flat(found),
+            flat(RandomLabels(epochs=2, batch_size=16).unlearn(model, split).model),
+            rtol=0,
+            atol=1e-12,
         )
 
     @pytest.mark.parametrize("share", [0.0, 1.1])
@@ -410,7 +464,11 @@ class TestSalUn:
 
 class TestL1Sparse:
     def test_by_hand(self, model, split):
-        found = L1Sparse(epochs=5, alpha=0.02, free=2, batch_size=ALL, weight_decay=0.1).unlearn(model, split).model
+        found = (
+            L1Sparse(epochs=5, alpha=0.02, free=2, batch_size=ALL, weight_decay=0.1)
+            .unlearn(model, split)
+            .model
+        )
         loss = ce(model, KEPT)
 
         def penalised(alpha):
@@ -428,7 +486,15 @@ class TestL1Sparse:
 class TestScrub:
     def test_by_hand(self, model, split):
         found = (
-            Scrub(epochs=3, max_epochs=2, alpha=0.7, gamma=0.6, temperature=3.0, milestones=(2,), batch_size=ALL)
+            Scrub(
+                epochs=3,
+                max_epochs=2,
+                alpha=0.7,
+                gamma=0.6,
+                temperature=3.0,
+                milestones=(2,),
+                batch_size=ALL,
+            )
             .unlearn(model, split)
             .model
         )
@@ -442,7 +508,9 @@ class TestScrub:
         up, follow, loss = leave(IDX), leave(KEPT), ce(model, KEPT)
         both = [lambda w: -up(w), lambda w: 0.6 * loss(w) + 0.7 * follow(w)]
         rates = [5e-4] * 4 + [5e-5]
-        assert_weights(found, by_hand(model, both * 2 + both[1:], rates, decay=0.1, adam=True), model, 1e-8)
+        assert_weights(
+            found, by_hand(model, both * 2 + both[1:], rates, decay=0.1, adam=True), model, 1e-8
+        )
 
     def test_it_leaves_the_teacher_on_forgotten_samples_alone(self, model, split):
         found = Scrub(lr=0.05, weight_decay=0.0, milestones=()).unlearn(model, split).model
@@ -450,11 +518,15 @@ class TestScrub:
         assert away(IDX) > 3 * away(KEPT)
 
     def test_the_first_step_alone_does_nothing(self, model, split):
-        one = Scrub(epochs=1, alpha=1.0, gamma=0.0, optimizer="sgd", weight_decay=0.0, batch_size=ALL)
+        one = Scrub(
+            epochs=1, alpha=1.0, gamma=0.0, optimizer="sgd", weight_decay=0.0, batch_size=ALL
+        )
         found = dataclasses.replace(one, forget_batch_size=ALL).unlearn(model, split).model
         torch.testing.assert_close(flat(found), flat(model), rtol=0, atol=1e-12)
 
-    @pytest.mark.parametrize("wrong", [{"alpha": -1.0}, {"gamma": -1.0}, {"temperature": 0.0}, {"max_epochs": -1}])
+    @pytest.mark.parametrize(
+        "wrong", [{"alpha": -1.0}, {"gamma": -1.0}, {"temperature": 0.0}, {"max_epochs": -1}]
+    )
     def test_bad_settings(self, wrong):
         with pytest.raises(ConfigError, match=f"{next(iter(wrong))}="):
             Scrub(**wrong)
@@ -477,14 +549,20 @@ class TestBadTeacher:
         """KL between Gaussians of variance 1 is half the squared distance, at any temperature."""
         data = TensorDataset(X, X[:, :1])
         given = seeded(lambda: nn.Linear(4, 1).double())
-        method = BadTeacher(epochs=3, share=1.0, temperature=2.0, lr=1e-2, batch_size=ALL, likelihood="gaussian")
+        method = BadTeacher(
+            epochs=3, share=1.0, temperature=2.0, lr=1e-2, batch_size=ALL, likelihood="gaussian"
+        )
         found = method.unlearn(given, resolve_split(data, IDX)).model
         untrained = fresh(given, 0)
         x = X.double()
         with torch.no_grad():
             taught = given(x)
             taught[IDX] = untrained(x[IDX])
-        loss = lambda w: (taught - torch.func.functional_call(given, w, (x,))).square().sum(-1).mean() / 2  # noqa: E731
+
+        def loss(w):
+            outputs = torch.func.functional_call(given, w, (x,))
+            return (taught - outputs).square().sum(-1).mean() / 2
+
         assert_weights(found, by_hand(given, [loss] * 3, 1e-2, adam=True), given, 1e-8)
 
     def test_only_a_share_of_the_retained_samples_is_used(self, model, split):
@@ -509,9 +587,13 @@ class TestLastLayers:
     def test_all_layers_are_fine_tuning_and_retraining(self, model, split):
         plain = {"epochs": 2, "batch_size": 16, "lr": 0.02, "weight_decay": 0.01}
         cfk, tuned = CFk(k=2, **plain), FineTune(**plain)
-        assert torch.equal(flat(cfk.unlearn(model, split).model), flat(tuned.unlearn(model, split).model))
+        assert torch.equal(
+            flat(cfk.unlearn(model, split).model), flat(tuned.unlearn(model, split).model)
+        )
         euk, retrained = EUk(k=2, **plain), Retrain(**plain)
-        assert torch.equal(flat(euk.unlearn(model, split).model), flat(retrained.unlearn(model, split).model))
+        assert torch.equal(
+            flat(euk.unlearn(model, split).model), flat(retrained.unlearn(model, split).model)
+        )
 
     def test_euk_starts_the_head_anew(self, model, split):
         found = EUk(k=1, epochs=0, seed=3).unlearn(model, split).model
@@ -528,7 +610,9 @@ class TestLastLayers:
         assert not torch.equal(found[2].weight, given[2].weight)
 
     def test_layers_take_the_norms_after_them(self):
-        net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 4), nn.LayerNorm(4))
+        net = nn.Sequential(
+            nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 4), nn.LayerNorm(4)
+        )
         assert last_layers(net, 1) == ("3", "4")
         assert last_layers(net, 2) == ("0", "1", "3", "4")
         with pytest.raises(ConfigError, match=r"k=3.*2 layers"):
@@ -546,9 +630,22 @@ class TestLastLayers:
 class TestRetrain:
     def test_against_the_trainer_of_the_recipes(self, split):
         given = seeded(small_net, 5)
-        found = Retrain(epochs=20, batch_size=ALL, weight_decay=0.01, seed=2).unlearn(given, split).model
-        settings = TrainSettings(epochs=20, batch_size=ALL, lr=0.05, weight_decay=0.01, schedule="constant")
-        expected = train(seeded(small_net, 2), TensorDataset(X, Y), settings, seed=0, indices=KEPT, progress=False)
+        found = (
+            Retrain(epochs=20, batch_size=ALL, weight_decay=0.01, seed=2)
+            .unlearn(given, split)
+            .model
+        )
+        settings = TrainSettings(
+            epochs=20, batch_size=ALL, lr=0.05, weight_decay=0.01, schedule="constant"
+        )
+        expected = train(
+            seeded(small_net, 2),
+            TensorDataset(X, Y),
+            settings,
+            seed=0,
+            indices=KEPT,
+            progress=False,
+        )
         torch.testing.assert_close(flat(found), flat(expected), rtol=0, atol=1e-5)
 
     def test_forgotten_samples_do_not_matter(self, model, split):
@@ -556,7 +653,9 @@ class TestRetrain:
         elsewhere[IDX] = 100.0
         other = resolve_split(TensorDataset(elsewhere, Y), IDX)
         method = Retrain(epochs=2)
-        assert torch.equal(flat(method.unlearn(model, split).model), flat(method.unlearn(model, other).model))
+        assert torch.equal(
+            flat(method.unlearn(model, split).model), flat(method.unlearn(model, other).model)
+        )
 
     def test_own_training_function(self, split, untouched):
         given, called = seeded(Noisy), []
@@ -639,7 +738,15 @@ class TestUnsir:
         torch.testing.assert_close(made.args[0], x, rtol=0, atol=1e-9)
 
     def test_impair_and_repair_by_hand(self, model, split):
-        method = Unsir(noises=4, copies=3, share=1.0, impair_epochs=2, repair_epochs=2, batch_size=ALL, impair_lr=0.01)
+        method = Unsir(
+            noises=4,
+            copies=3,
+            share=1.0,
+            impair_epochs=2,
+            repair_epochs=2,
+            batch_size=ALL,
+            impair_lr=0.01,
+        )
         found = method.unlearn(model, split).model
         noise = method.noise(model, split, Categorical())
         x = torch.cat([noise.args[0].repeat(3, 1), X[KEPT].double()])
@@ -647,16 +754,22 @@ class TestUnsir:
         impair = lambda w: F.cross_entropy(torch.func.functional_call(model, w, (x,)), y)  # noqa: E731
         impaired = copy.deepcopy(model)
         impaired.load_state_dict(by_hand(model, [impair] * 2, 0.01, adam=True))
-        assert_weights(found, by_hand(impaired, [ce(model, KEPT)] * 2, 0.01, adam=True), model, 1e-7)
+        assert_weights(
+            found, by_hand(impaired, [ce(model, KEPT)] * 2, 0.01, adam=True), model, 1e-7
+        )
 
     def test_noise_is_made_in_eval_mode(self, split):
         given, method = seeded(Noisy), Unsir(noises=5, steps=3)
         expected = method.noise(given, split, Categorical()).args[0]
-        torch.testing.assert_close(method.noise(given.train(), split, Categorical()).args[0], expected, rtol=0, atol=0)
+        torch.testing.assert_close(
+            method.noise(given.train(), split, Categorical()).args[0], expected, rtol=0, atol=0
+        )
 
     def test_token_ids_cannot_be_noise(self):
         given = seeded(lambda: nn.Sequential(nn.Embedding(9, 3), nn.Flatten(), nn.Linear(6, 3)))
-        data = TensorDataset(torch.randint(9, (N, 2), generator=torch.Generator().manual_seed(0)), Y)
+        data = TensorDataset(
+            torch.randint(9, (N, 2), generator=torch.Generator().manual_seed(0)), Y
+        )
         with pytest.raises(ConfigError, match="without a floating-point tensor"):
             Unsir().unlearn(given, resolve_split(data, IDX))
 
@@ -680,7 +793,15 @@ class TestUnsir:
             Unsir(noises=4).unlearn(seeded(Mean), resolve_split(Ragged(), IDX))
 
     @pytest.mark.parametrize(
-        "wrong", [{"noises": 0}, {"copies": 0}, {"steps": -1}, {"noise_lr": 0.0}, {"penalty": -1.0}, {"share": 0.0}]
+        "wrong",
+        [
+            {"noises": 0},
+            {"copies": 0},
+            {"steps": -1},
+            {"noise_lr": 0.0},
+            {"penalty": -1.0},
+            {"share": 0.0},
+        ],
     )
     def test_bad_settings(self, wrong):
         with pytest.raises(ConfigError, match=f"{next(iter(wrong))}="):

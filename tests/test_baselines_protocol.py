@@ -48,7 +48,9 @@ def test_a_method_of_ones_own(blobs):
 
         def unlearn(self, model: nn.Module, split: Split) -> Unlearned:
             twin = small_net()
-            twin.load_state_dict({key: self.by * value for key, value in model.state_dict().items()})
+            twin.load_state_dict(
+                {key: self.by * value for key, value in model.state_dict().items()}
+            )
             return Unlearned(twin.eval(), 0.0, 0.0)
 
     assert isinstance(Shrink(), Unlearner)

@@ -24,7 +24,11 @@ class TestEvaluate:
         y = torch.randint(0, 4, (6,), generator=torch.Generator().manual_seed(9))
         original, scrubbed, members = outputs(0), outputs(1), [outputs(s) for s in (2, 3, 4)]
         found = closeness(
-            Categorical(), {"forget": y}, {"forget": original}, {"forget": scrubbed}, [{"forget": m} for m in members]
+            Categorical(),
+            {"forget": y},
+            {"forget": original},
+            {"forget": scrubbed},
+            [{"forget": m} for m in members],
         ).parts["forget"]
 
         def kl(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -37,7 +41,9 @@ class TestEvaluate:
         assert found.kl_scrubbed_std == pytest.approx(np.std(to_scrubbed, ddof=1))
         assert found.floor == pytest.approx(np.mean(floors))
         assert found.floor_std == pytest.approx(np.std(floors, ddof=1))
-        assert found.score_scrubbed == pytest.approx(float((scrubbed.argmax(1) == y).double().mean()))
+        assert found.score_scrubbed == pytest.approx(
+            float((scrubbed.argmax(1) == y).double().mean())
+        )
         assert found.score_retrained == pytest.approx(
             np.mean([float((m.argmax(1) == y).double().mean()) for m in members])
         )
@@ -46,7 +52,9 @@ class TestEvaluate:
         y = torch.zeros(6, dtype=torch.long)
         members = [outputs(s) for s in range(2, 8)]
         far = outputs(0) * 8
-        held_out = closeness(Categorical(), {"a": y}, {"a": far}, {"a": far}, [{"a": m} for m in members]).parts["a"]
+        held_out = closeness(
+            Categorical(), {"a": y}, {"a": far}, {"a": far}, [{"a": m} for m in members]
+        ).parts["a"]
         assert held_out.gap_closed == pytest.approx(0.0)
         assert gap_closed(12.0, 0.5, 0.5, 0.1) == pytest.approx(1.0)
         assert gap_closed(12.0, 0.25, 0.5, 0.1) > 1.0
@@ -59,7 +67,9 @@ class TestEvaluate:
     def test_refusals(self) -> None:
         y = torch.zeros(6, dtype=torch.long)
         with pytest.raises(DataError, match="at least 2"):
-            closeness(Categorical(), {"a": y}, {"a": outputs(0)}, {"a": outputs(1)}, [{"a": outputs(2)}])
+            closeness(
+                Categorical(), {"a": y}, {"a": outputs(0)}, {"a": outputs(1)}, [{"a": outputs(2)}]
+            )
         with pytest.raises(DataError, match="same samples"):
             mean_kl(Categorical(), outputs(0), outputs(1)[:, :3], y)
         with pytest.raises(NumericalError, match="NaN"):
@@ -69,10 +79,14 @@ class TestEvaluate:
         data = TensorDataset(torch.randn(20, 3), torch.randint(0, 4, (20,)))
         nets = [nn.Linear(3, 4) for _ in range(5)]
         shared = Reference(nets[0], nets[2:4], {"forget": data}).of(nets[1])
-        assert shared.closeness(nets[4]) == Reference(nets[1], nets[2:4], {"forget": data}).closeness(nets[4])
+        assert shared.closeness(nets[4]) == Reference(
+            nets[1], nets[2:4], {"forget": data}
+        ).closeness(nets[4])
         y, x = data.tensors[1], data.tensors[0]
         each = [{"forget": net(x).detach()} for net in nets]
-        assert shared.closeness(nets[4]) == closeness(Categorical(), {"forget": y}, each[1], each[4], each[2:4])
+        assert shared.closeness(nets[4]) == closeness(
+            Categorical(), {"forget": y}, each[1], each[4], each[2:4]
+        )
 
     def test_summary_leaves_undefined_gaps_out(self) -> None:
         y = torch.zeros(6, dtype=torch.long)

@@ -99,7 +99,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]
 
 
 class TestWhole:
-    def test_every_method_and_forget_set_is_in_the_table_and_on_the_page(self, finished: Any) -> None:
+    def test_every_method_and_forget_set_is_in_the_table_and_on_the_page(
+        self, finished: Any
+    ) -> None:
         folder, _ = finished
         report = json.loads((folder / "small" / "comparison.json").read_text())
         page = (folder / "small" / "comparison.html").read_text()
@@ -118,12 +120,19 @@ class TestWhole:
         assert list(stored) == ["class 3", "ten wrong"]
         control = next(row for row in stored["class 3"] if row["method"] == CONTROL)
         assert math.isnan(control["kl_low"])  # a single model has no interval
-        assert to_markdown(stored["class 3"]) in (folder / "small" / "class-3" / "comparison.md").read_text()
+        assert (
+            to_markdown(stored["class 3"])
+            in (folder / "small" / "class-3" / "comparison.md").read_text()
+        )
 
-    def test_the_setting_is_chosen_on_the_first_original_and_used_on_all(self, finished: Any) -> None:
+    def test_the_setting_is_chosen_on_the_first_original_and_used_on_all(
+        self, finished: Any
+    ) -> None:
         folder, calls = finished
         report = json.loads((folder / "small" / "comparison.json").read_text())
-        assert len(calls) == 2 * (3 + 1)  # three trials on seed 0 and the chosen one on seed 1, for two forget sets
+        assert len(calls) == 2 * (
+            3 + 1
+        )  # three trials on seed 0 and the chosen one on seed 1, for two forget sets
         for case in report["cases"].values():
             outcome = next(o for o in case["outcomes"] if o["method"] == "shrink")
             judged = [t for t in outcome["trials"] if not t["error"]]
@@ -151,10 +160,17 @@ class TestWhole:
             if name == "class 3":
                 assert after["cases"][name] == case
 
-    def test_other_settings_of_the_comparison_are_not_taken_for_the_same(self, finished: Any) -> None:
+    def test_other_settings_of_the_comparison_are_not_taken_for_the_same(
+        self, finished: Any
+    ) -> None:
         folder, _ = finished
         CALLS.clear()
-        assert main(["compare", config(folder), "--trials", "1", "--methods", f"['{__name__}:Shrink']"]) == 0
+        assert (
+            main(
+                ["compare", config(folder), "--trials", "1", "--methods", f"['{__name__}:Shrink']"]
+            )
+            == 0
+        )
         assert CALLS == ["1 0", "1 1", "1 0", "1 1"]
 
 
@@ -163,7 +179,9 @@ def test_options_hold_in_every_trial_and_change_their_method_alone(finished: Any
     CALLS.clear()
     path = config(folder, options={"shrink": {"by": 0.25}, "ntk": {"memory": 1 << 20}})
     assert load_config(path, [], CompareConfig).options["shrink"] == {"by": 0.25}
-    stamps = {p: p.stat().st_mtime_ns for p in (folder / "small").glob("*/methods/finetune/outcome.json")}
+    stamps = {
+        p: p.stat().st_mtime_ns for p in (folder / "small").glob("*/methods/finetune/outcome.json")
+    }
     assert main(["compare", path]) == 0
     assert CALLS == ["0.25 0", "0.25 1"] * 2  # a field that is fixed is not tried
     assert len(stamps) == 2
@@ -190,7 +208,9 @@ def test_options_that_a_method_does_not_take_are_refused_before_training(
 def test_a_method_that_has_cost_enough_tries_no_more(tmp_path: Path) -> None:
     CALLS.clear()
     only = [{"name": "class 3", "kind": "class", "label": 3}]
-    path = config(tmp_path, methods=[f"{__name__}:Shrink"], seeds=[0], forget_sets=only, tuning=0.01)
+    path = config(
+        tmp_path, methods=[f"{__name__}:Shrink"], seeds=[0], forget_sets=only, tuning=0.01
+    )
     compare(load_config(path, [], CompareConfig))
     assert CALLS == ["1 0"]  # a quarter of a pass is more than a hundredth of fifteen
 
@@ -215,14 +235,19 @@ def test_methods_get_what_the_recipe_knows(tmp_path: Path) -> None:
     assert build("finetune", lr=0.3) == METHODS["finetune"](lr=0.3, weight_decay=0.001, seed=1)
     assert build("ntk").weight_decay == METHODS["ntk"]().weight_decay  # chosen from its grid
     initial, again = build("ntk").initial, recipe.untrained(settings, data, 1)
-    assert all(torch.equal(a, b) for a, b in zip(initial.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(initial.parameters(), again.parameters(), strict=True)
+    )
     torch.manual_seed(3)
     fresh = build("eu-k").init()
     others = [recipe.untrained(settings, data, s) for s in (0, 1, 3)] + list(case.retrained.models)
-    assert not any(torch.equal(next(fresh.parameters()), next(other.parameters())) for other in others)
+    assert not any(
+        torch.equal(next(fresh.parameters()), next(other.parameters())) for other in others
+    )
     retrained = build("retrain").unlearn(case.originals.models[1], _split(data, case.forget)).model
     assert not any(
-        torch.equal(next(retrained.parameters()), next(o.parameters())) for o in [*case.originals.models, *others]
+        torch.equal(next(retrained.parameters()), next(o.parameters()))
+        for o in [*case.originals.models, *others]
     )
 
 
@@ -246,7 +271,19 @@ class Made:
         ):
             mean, half = float(np.mean(values)), 0.1
             ends = (mean - half, mean + half, target, target - 1, target + 1)
-            row = (method, metric, part, "nats", mean, len(values), *ends, UNDECIDED, "", tuple(values), std)
+            row = (
+                method,
+                metric,
+                part,
+                "nats",
+                mean,
+                len(values),
+                *ends,
+                UNDECIDED,
+                "",
+                tuple(values),
+                std,
+            )
             self.scores.append(Score(*row))
         return self
 
@@ -270,7 +307,15 @@ class TestTable:
 
     def test_order_ties_and_costs(self) -> None:
         found = self.found()
-        assert [r["method"] for r in found] == ["near", "noisy", "far", "ruined", "retrain", CONTROL, "original"]
+        assert [r["method"] for r in found] == [
+            "near",
+            "noisy",
+            "far",
+            "ruined",
+            "retrain",
+            CONTROL,
+            "original",
+        ]
         by = {r["method"]: r for r in found}
         assert [r["method"] for r in found if r["tied"]] == ["near", "noisy"]
         assert not by["ruined"]["accurate"]
@@ -284,33 +329,56 @@ class TestTable:
         assert [r["pareto"] for r in rows(worse.table(), {}, 1.0)] == [True, False]
 
     def test_how_far_below_counts_as_equal_follows_the_retrained_models(self) -> None:
-        # one more of five models of standard deviation 2 lies 6.1 below their mean at most, in 97.5 % of cases
+        # one more of five models of standard deviation 2 lies 6.1 below their mean at most, in 97.5
+        # % of cases
         score = Made().add("a", [1.0], 84.0).add("b", [1.0], 83.8)
-        wide = [Score(**{**s.__dict__, "target_std": 2.0}) if s.metric == "score" else s for s in score.table().scores]
+        wide = [
+            Score(**{**s.__dict__, "target_std": 2.0}) if s.metric == "score" else s
+            for s in score.table().scores
+        ]
         found = {r["method"]: r["accurate"] for r in rows(Evaluation(tuple(wide), 5, {}), {}, 1.0)}
         assert found == {"a": True, "b": False}
 
     def test_answer_and_tables(self) -> None:
         found = self.found()
-        assert answer(found).startswith("Closest to retrained at equal accuracy: near, 0.61 nats for 50 % of one")
+        assert answer(found).startswith(
+            "Closest to retrained at equal accuracy: near, 0.61 nats for 50 % of one"
+        )
         assert "not told apart from it: noisy." in answer(found)
         assert list(frame(found)["method"])[:2] == ["near *", "noisy *"]
         assert to_markdown(found).count("\n| ") == 1 + len(found) - 1
         ours = Made().add("near", [0.6, 0.62], 90).add("fisher-forget", [3.0, 3.01], 90)
         assert "fisher-forget is behind: 3 nats" in answer(rows(ours.table(), {}, 1.0))
         none = Made().add("ruined", [0.6], 20)
-        assert answer(rows(none.table(), {}, 1.0)) == "No method keeps the accuracy of retrained models."
+        assert (
+            answer(rows(none.table(), {}, 1.0))
+            == "No method keeps the accuracy of retrained models."
+        )
 
     def test_all_forget_sets_in_one_table(self) -> None:
-        other = Made().add("far", [0.5, 0.5], 90).add("near", [0.7, 0.7], 90).add("original", [5.0, 5.0], 90)
-        table = overview({"one": self.found(), "two": rows(other.table(), {"far": [0.4]}, 4.0)}).set_index("method")
+        other = (
+            Made()
+            .add("far", [0.5, 0.5], 90)
+            .add("near", [0.7, 0.7], 90)
+            .add("original", [5.0, 5.0], 90)
+        )
+        table = overview(
+            {"one": self.found(), "two": rows(other.table(), {"far": [0.4]}, 4.0)}
+        ).set_index("method")
         assert list(table.index) == [
             "near", "far", "noisy", "ruined", "original", "retrain", CONTROL, "retrained, among themselves"
         ]  # fmt: skip
         assert table.loc["near"].tolist() == ["0.61 * (89.5 %)", "0.7 (90.0 %)", "0.25"]
         assert table.loc["ruined"].tolist() == ["0.1 † (50.0 %)", "–", "0"]
-        assert "–" in overview({"one": self.found()}, ["absent"]).set_index("method").loc["absent", "one"]
-        report = {"cases": {"one": {"rows": self.found(), "outcomes": [{"method": "absent", "refused": "why"}]}}}
+        assert (
+            "–"
+            in overview({"one": self.found()}, ["absent"]).set_index("method").loc["absent", "one"]
+        )
+        report = {
+            "cases": {
+                "one": {"rows": self.found(), "outcomes": [{"method": "absent", "refused": "why"}]}
+            }
+        }
         assert "| near | 0.61 * (89.5 %) |" in overview_markdown(report)
         assert "| absent | – |" in overview_markdown(report)
 

@@ -1,4 +1,5 @@
-"""Published single numbers against hand-computed values, scikit-learn and SciPy; their ends of the scale; refusals."""
+"""Published single numbers against hand-computed values, scikit-learn and SciPy; their ends of the
+scale; refusals."""
 
 from __future__ import annotations
 
@@ -110,7 +111,9 @@ class TestConfusion:
             expected = table[i, j] + table[j, i]
             args = torch.from_numpy(guess), torch.from_numpy(truth), i, j
             assert interclass_confusion(*args) == expected
-            assert interclass_confusion(*args, rate=True) == pytest.approx(expected / table[[i, j]].sum())
+            assert interclass_confusion(*args, rate=True) == pytest.approx(
+                expected / table[[i, j]].sum()
+            )
 
     def test_all_swapped_and_none(self) -> None:
         truth = torch.tensor([0, 0, 1, 2])

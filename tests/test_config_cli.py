@@ -46,7 +46,9 @@ def written(tmp_path):
 
 
 class TestLoad:
-    @pytest.mark.parametrize(("name", "kind"), [("digits", RunConfig), ("digits_sweep", SweepConfig)])
+    @pytest.mark.parametrize(
+        ("name", "kind"), [("digits", RunConfig), ("digits_sweep", SweepConfig)]
+    )
     def test_holds_what_the_file_says(self, name, kind):
         config = load_config(CONFIGS / f"{name}.yaml", kind=kind)
         assert type(config) is kind
@@ -65,7 +67,9 @@ class TestLoad:
 
     @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
     def test_every_shipped_file(self, path):
-        assert load_config(path, kind=CompareConfig if path.stem.startswith("compare_") else SweepConfig).name
+        assert load_config(
+            path, kind=CompareConfig if path.stem.startswith("compare_") else SweepConfig
+        ).name
 
     def test_defaults(self, written):
         config = load_config(written())
@@ -81,14 +85,18 @@ class TestLoad:
     def test_there_and_back(self, written, kind):
         """What is written beside the results is the same run again."""
         first = load_config(
-            written(), ["--forget.noise", "null", "--seeds", "[4, 2]", "--model.options.width", "8"], kind
+            written(),
+            ["--forget.noise", "null", "--seeds", "[4, 2]", "--model.options.width", "8"],
+            kind,
         )
         assert load_config(written(to_plain(first)), kind=kind) == first
         assert json.loads(json.dumps(to_plain(first))) == to_plain(first)
 
     def test_numbers_without_a_dot(self, written):
         """YAML 1.1 reads 1e-3 as text."""
-        config = load_config(written(yaml.safe_dump(LEAST) + "training: {lr: 1e-3}\nforget: {noise: 2e-3}\n"))
+        config = load_config(
+            written(yaml.safe_dump(LEAST) + "training: {lr: 1e-3}\nforget: {noise: 2e-3}\n")
+        )
         assert (config.training.lr, config.forget.noise) == (1e-3, 2e-3)
 
     @pytest.mark.parametrize(
@@ -108,11 +116,15 @@ class TestLoad:
         config = load_config(written(LEAST | {"forget": {"noise": noise}}))
         assert config.forget.noise == value
         assert load_config(written(to_plain(config))) == config  # as written beside the results
-        over = load_config(written(LEAST | {"forget": {"noise": {"loss": 0.2}}}), ["--forget.noise.loss", "0.3"])
+        over = load_config(
+            written(LEAST | {"forget": {"noise": {"loss": 0.2}}}), ["--forget.noise.loss", "0.3"]
+        )
         assert over.forget.noise == NoiseTarget(loss=0.3)
 
     def test_empty_section(self, written):
-        assert load_config(written(yaml.safe_dump(LEAST) + "training:\n")).training == TrainSettings()
+        assert (
+            load_config(written(yaml.safe_dump(LEAST) + "training:\n")).training == TrainSettings()
+        )
 
     def test_forget_settings_are_forgets_options(self):
         options = forget.__kwdefaults__
@@ -140,8 +152,14 @@ class TestNames:
         ids=" ".join,
     )
     def test_as_flags(self, written, flags):
-        config = load_config(written(LEAST | {"model": {"name": "cnn", "options": {"width": 3}}}), flags)
-        assert (config.model.name, config.model.options["width"], config.data.name) == ("a.b:c", 3, "d:e")
+        config = load_config(
+            written(LEAST | {"model": {"name": "cnn", "options": {"width": 3}}}), flags
+        )
+        assert (config.model.name, config.model.options["width"], config.data.name) == (
+            "a.b:c",
+            3,
+            "d:e",
+        )
 
     def test_option_names_are_the_flags(self, written):
         names = option_names(SweepConfig)
@@ -163,8 +181,14 @@ class TestFlags:
         [
             (["--training.epochs", "5"], lambda c: c.training.epochs == 5),
             (["--training.epochs=5"], lambda c: c.training.epochs == 5),
-            (["--training.epochs", "5", "--training.epochs", "6"], lambda c: c.training.epochs == 6),
-            (["--training", "{epochs: 5}"], lambda c: (c.training.epochs, c.training.optimizer) == (5, "sgd")),
+            (
+                ["--training.epochs", "5", "--training.epochs", "6"],
+                lambda c: c.training.epochs == 6,
+            ),
+            (
+                ["--training", "{epochs: 5}"],
+                lambda c: (c.training.epochs, c.training.optimizer) == (5, "sgd"),
+            ),
             (["--seeds", "[7, 8]"], lambda c: c.seeds == [7, 8]),
             (["--model.options.width", "4"], lambda c: c.model.options["width"] == 4),
             (["--data.max_train", "100"], lambda c: c.data.max_train == 100),
@@ -172,12 +196,18 @@ class TestFlags:
             (["--forget.noise", "null"], lambda c: c.forget.noise is None),
             (["--forget.noise", "0.5"], lambda c: c.forget.noise == 0.5),
             (["--forget.noise", "{loss: 0.5}"], lambda c: c.forget.noise == NoiseTarget(loss=0.5)),
-            (["--forget.noise.accuracy", "0.5"], lambda c: c.forget.noise == NoiseTarget(accuracy=0.5)),
+            (
+                ["--forget.noise.accuracy", "0.5"],
+                lambda c: c.forget.noise == NoiseTarget(accuracy=0.5),
+            ),
             (["--forget.steps", "3"], lambda c: c.forget.steps == 3),
             (["--forget.drift", "false"], lambda c: c.forget.drift is False),
             (["--forget.subset", "[head.*]"], lambda c: c.forget.subset == ["head.*"]),
             (["--name", "another run"], lambda c: c.name == "another run"),
-            (["--forget_sets", "[{name: a, kind: indices, indices: [1]}]"], lambda c: c.forget_sets[0].indices == [1]),
+            (
+                ["--forget_sets", "[{name: a, kind: indices, indices: [1]}]"],
+                lambda c: c.forget_sets[0].indices == [1],
+            ),
         ],
         ids=lambda x: " ".join(x) if isinstance(x, list) else "",
     )
@@ -193,10 +223,22 @@ class TestFlags:
     def test_through_the_command_line(self, monkeypatch, written, capsys):
         seen = []
         monkeypatch.setattr(
-            "fisher_forget.experiments.run.run", lambda config: seen.append(config) or Path("report.html")
+            "fisher_forget.experiments.run.run",
+            lambda config: seen.append(config) or Path("report.html"),
         )
         assert (
-            cli.main(["run", str(written()), "--training.epochs", "2", "--retrained=3", "--forget.noise", "null"]) == 0
+            cli.main(
+                [
+                    "run",
+                    str(written()),
+                    "--training.epochs",
+                    "2",
+                    "--retrained=3",
+                    "--forget.noise",
+                    "null",
+                ]
+            )
+            == 0
         )
         assert cli.main(["sweep", str(written()), "--scales", "[0.5]"]) == 0
         assert (seen[0].training.epochs, seen[0].retrained, seen[0].forget.noise) == (2, 3, None)
@@ -216,7 +258,10 @@ class TestUnknownKeys:
             ({"forget": {"nois": 5}}, ("'nois'", "run.yaml at 'forget'", "'noise'?")),
             ({"forget": {"noise": {"los": 5}}}, ("'los'", "at 'forget' at 'noise'", "'loss'?")),
             ({"forget": {"noise": {"information": 1.0, "lambda": 2}}}, ("'lambda'", "'trade_off'")),
-            ({"forget_sets": [LEAST["forget_sets"][0], {"lable": 3}]}, ("'lable'", "forget_sets[1]", "'label'?")),
+            (
+                {"forget_sets": [LEAST["forget_sets"][0], {"lable": 3}]},
+                ("'lable'", "forget_sets[1]", "'label'?"),
+            ),
             ({"zzz": 1}, ("'zzz'", "one of ['data', 'forget'", "Remove it")),
             ({"scales": [1.0]}, ("'scales'",)),
             ({1: 2}, ("key 1",)),
@@ -276,7 +321,10 @@ class TestWrongValues:
             ({"forget": {"noise": "some"}}, "forget.noise"),
             ({"forget": {"noise": {"loss": "much"}}}, "forget.noise"),
             ({"forget": {"noise": {"loss": -1.0}}}, "the noise target loss=-1.0"),
-            ({"forget": {"noise": {"loss": 0.1, "accuracy": 0.1}}}, "at most one of loss, accuracy"),
+            (
+                {"forget": {"noise": {"loss": 0.1, "accuracy": 0.1}}},
+                "at most one of loss, accuracy",
+            ),
             ({"forget": {"kind": "curvy"}}, "forget.kind"),
         ],
     )
@@ -288,7 +336,14 @@ class TestWrongValues:
 
     @pytest.mark.parametrize(
         "flags",
-        [["stray"], ["-x", "3"], ["--", "x"], ["--training", "3"], ["--training.epochs"], ["--training.epochs", "1.5"]],
+        [
+            ["stray"],
+            ["-x", "3"],
+            ["--", "x"],
+            ["--training", "3"],
+            ["--training.epochs"],
+            ["--training.epochs", "1.5"],
+        ],
     )
     def test_flags(self, written, flags):
         with pytest.raises(ConfigError):
@@ -341,7 +396,14 @@ class TestExitCodes:
 
     @pytest.mark.parametrize(
         "arguments",
-        [[], ["runn", "x.yaml"], ["run"], ["data", "stray"], ["init", "a.yaml", "--seeds", "3"], ["completion", "csh"]],
+        [
+            [],
+            ["runn", "x.yaml"],
+            ["run"],
+            ["data", "stray"],
+            ["init", "a.yaml", "--seeds", "3"],
+            ["completion", "csh"],
+        ],
     )
     def test_usage(self, arguments, capsys):
         with pytest.raises(SystemExit) as left:
@@ -378,8 +440,12 @@ class TestExitCodes:
     def test_as_a_program(self, written):
         """The installed entry point: message on stderr, nothing on stdout, no traceback."""
         program = Path(sys.executable).parent / "fisher-forget"
-        command = [str(program)] if program.exists() else [sys.executable, "-m", "fisher_forget.cli"]
-        done = subprocess.run([*command, "run", str(written("nope: 1"))], capture_output=True, text=True, check=False)
+        command = (
+            [str(program)] if program.exists() else [sys.executable, "-m", "fisher_forget.cli"]
+        )
+        done = subprocess.run(
+            [*command, "run", str(written("nope: 1"))], capture_output=True, text=True, check=False
+        )
         assert done.returncode == 2
         assert done.stdout == ""
         assert done.stderr.startswith("fisher-forget: Got the unknown key 'nope'")
@@ -402,7 +468,12 @@ class TestData:
             "breast_cancer": "found",
             "diabetes": "found",
         }
-        for word in ("train-images-idx3-ubyte", "yann.lecun.com", str(tmp_path / "MNIST" / "raw"), "~kriz/cifar.html"):
+        for word in (
+            "train-images-idx3-ubyte",
+            "yann.lecun.com",
+            str(tmp_path / "MNIST" / "raw"),
+            "~kriz/cifar.html",
+        ):
             assert word in out
         assert "FISHER_FORGET_DATA" in out
 
@@ -422,7 +493,14 @@ class TestCompletion:
     def test_knows_commands_and_keys(self, shell, capsys):
         assert cli.main(["completion", shell]) == 0
         out = capsys.readouterr().out
-        for word in (*cli.COMMANDS, "training.epochs", "forget.structure", "ekfac", "trials", "dry-run"):
+        for word in (
+            *cli.COMMANDS,
+            "training.epochs",
+            "forget.structure",
+            "ekfac",
+            "trials",
+            "dry-run",
+        ):
             assert word in out
 
     @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
@@ -446,5 +524,7 @@ class TestCompletion:
         script.write_text(
             f"{text}\nCOMP_WORDS=({line}) COMP_CWORD={len(words) - 1}\n{function}\nprintf '%s\\n' ${{COMPREPLY[@]}}"
         )
-        done = subprocess.run(["bash", str(script)], capture_output=True, text=True, cwd=tmp_path, check=False)
+        done = subprocess.run(
+            ["bash", str(script)], capture_output=True, text=True, cwd=tmp_path, check=False
+        )
         assert done.stdout.split() == found, done.stderr

@@ -1,4 +1,5 @@
-"""Every cell of the support table against a float64 dense oracle, and the laws every curvature obeys."""
+"""Every cell of the support table against a float64 dense oracle, and the laws every curvature
+obeys."""
 
 from __future__ import annotations
 
@@ -11,7 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from fisher_forget import Bernoulli, Categorical, CurvatureError, Gaussian, ModelError, estimate_curvature
+from fisher_forget import (
+    Bernoulli,
+    Categorical,
+    CurvatureError,
+    Gaussian,
+    ModelError,
+    estimate_curvature,
+)
 from fisher_forget.curvature.operator import BlockDiagonal, Spectral
 from fisher_forget.curvature.structures.dense import Dense
 from fisher_forget.curvature.tape import Tape
@@ -22,7 +30,8 @@ TIGHT = 1e-6  # relative, for every supported cell
 
 
 class Residual(nn.Module):
-    """Convolutions of several kinds, BatchNorm, a shared layer, an in-place ReLU and a bare parameter."""
+    """Convolutions of several kinds, BatchNorm, a shared layer, an in-place ReLU and a bare
+    parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +54,8 @@ class Residual(nn.Module):
 
 
 class Sequence(nn.Module):
-    """Tied embedding, position ids fed once a batch, LayerNorm, a Linear over positions that mixes them."""
+    """Tied embedding, position ids fed once a batch, LayerNorm, a Linear over positions that mixes
+    them."""
 
     def __init__(self, classes: int = 5) -> None:
         super().__init__()
@@ -62,7 +72,8 @@ class Sequence(nn.Module):
 
 
 class Patched(nn.Module):
-    """A weight used outside its module, and attention whose projections never run as modules: rules can't see these."""
+    """A weight used outside its module, and attention whose projections never run as modules: rules
+    can't see these."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,7 +97,9 @@ class Merged(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, t, d = x.shape
-        return self.conv(torch.tanh(self.a(x.reshape(n * t, d))).view(n, t, 4).transpose(1, 2)).flatten(1)
+        return self.conv(
+            torch.tanh(self.a(x.reshape(n * t, d))).view(n, t, 4).transpose(1, 2)
+        ).flatten(1)
 
 
 def data_for(name: str) -> tuple[nn.Module, Tensor, Tensor]:
@@ -133,11 +146,15 @@ class TestAgainstOracle:
 
     def test_diagonal(self, name: str, kind: str) -> None:
         model, data = prepared(name)
-        truth = oracle.ggn(model, *data.tensors, Categorical(), empirical=kind == "empirical").diag()
+        truth = oracle.ggn(
+            model, *data.tensors, Categorical(), empirical=kind == "empirical"
+        ).diag()
         found = flatten(estimate_curvature(model, data, structure="diagonal", kind=kind).diagonal())
         assert float((found - truth).abs().max() / truth.max()) < TIGHT
 
-    def test_ekfac_eigenvalues_are_the_exact_diagonal_in_an_orthonormal_basis(self, name: str, kind: str) -> None:
+    def test_ekfac_eigenvalues_are_the_exact_diagonal_in_an_orthonormal_basis(
+        self, name: str, kind: str
+    ) -> None:
         model, data = prepared(name)
         truth = oracle.ggn(model, *data.tensors, Categorical(), empirical=kind == "empirical")
         found = estimate_curvature(model, data, structure="ekfac", kind=kind)
@@ -149,17 +166,25 @@ class TestAgainstOracle:
             rows = torch.cat([where[n] for n in names])
             shapes = {n: like[n] for n in names}
             unit = torch.eye(len(rows), dtype=torch.float64)
-            basis = torch.stack([flatten(part.rotate(unflatten(e, shapes))) for e in unit], 1)  # Q^T
+            basis = torch.stack(
+                [flatten(part.rotate(unflatten(e, shapes))) for e in unit], 1
+            )  # Q^T
             assert float((basis @ basis.T - unit).abs().max()) < 1e-10
             expected = (basis @ truth[rows][:, rows] @ basis.T).diag()
-            error = (flatten(part.eigenvalues) - expected).abs().max() / expected.max().clamp(min=1e-12)
+            error = (flatten(part.eigenvalues) - expected).abs().max() / expected.max().clamp(
+                min=1e-12
+            )
             assert float(error) < TIGHT
 
     def test_every_structure_has_the_exact_trace(self, name: str, kind: str) -> None:
         model, data = prepared(name)
-        truth = float(oracle.ggn(model, *data.tensors, Categorical(), empirical=kind == "empirical").trace())
+        truth = float(
+            oracle.ggn(model, *data.tensors, Categorical(), empirical=kind == "empirical").trace()
+        )
         for structure in ("dense", "diagonal", "ekfac"):
-            assert estimate_curvature(model, data, structure=structure, kind=kind).trace() == pytest.approx(truth)
+            assert estimate_curvature(
+                model, data, structure=structure, kind=kind
+            ).trace() == pytest.approx(truth)
 
 
 @pytest.mark.parametrize("structure", ["dense", "diagonal", "ekfac"])
@@ -200,11 +225,15 @@ class TestPowers:
         operator, model = self.operator(structure)
         v = randn_like(oracle.start(model), torch.Generator().manual_seed(2))
         more = flatten(operator.damped(0.5).power(v, 1.0))
-        assert torch.allclose(more, flatten(operator.power(v, 1.0)) + 0.5 * flatten(v), rtol=1e-9, atol=1e-12)
+        assert torch.allclose(
+            more, flatten(operator.power(v, 1.0)) + 0.5 * flatten(v), rtol=1e-9, atol=1e-12
+        )
 
     def test_negative_power_of_a_singular_curvature_is_refused(self, structure: str) -> None:
         model, data = prepared("residual")
-        undamped = estimate_curvature(model, TensorDataset(*(t[:1] for t in data.tensors)), structure=structure)
+        undamped = estimate_curvature(
+            model, TensorDataset(*(t[:1] for t in data.tensors)), structure=structure
+        )
         if structure == "dense":  # rounding leaves tiny positive eigenvalues: cut them
             undamped = Dense(
                 eigenvalues={k: v.where(v > 1e-12, 0.0) for k, v in undamped.eigenvalues.items()},
@@ -223,7 +252,9 @@ def test_the_batch_size_does_not_matter(name: str, kind: str, structure: str) ->
     found = []
     for size in (1, 3, 64):
         loader = torch.utils.data.DataLoader(data, batch_size=size)
-        curvature = estimate_curvature(model, loader, structure=structure, kind=kind, draws=2, seed=5)
+        curvature = estimate_curvature(
+            model, loader, structure=structure, kind=kind, draws=2, seed=5
+        )
         found.append(torch.cat([flatten(curvature.diagonal()), torch.tensor([curvature.trace()])]))
     assert torch.allclose(found[0], found[1], rtol=1e-9, atol=1e-12)
     assert torch.allclose(found[0], found[2], rtol=1e-9, atol=1e-12)
@@ -241,22 +272,30 @@ def test_other_likelihoods(likelihood: Bernoulli | Gaussian) -> None:
     model, data = prepared("mlp")
     y = torch.rand(9, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     truth = oracle.ggn(model, data.tensors[0], y, likelihood)
-    found = estimate_curvature(model, TensorDataset(data.tensors[0], y), likelihood, structure="dense")
+    found = estimate_curvature(
+        model, TensorDataset(data.tensors[0], y), likelihood, structure="dense"
+    )
     assert float((found.matrix() - truth).abs().max() / truth.abs().max()) < TIGHT
 
 
 @pytest.mark.parametrize("kind", ["sketch", "sampled"])
 @pytest.mark.parametrize("likelihood", [Categorical(), Bernoulli(), Gaussian(0.5)])
-def test_random_kinds_are_unbiased(kind: str, likelihood: Categorical | Bernoulli | Gaussian) -> None:
-    """Mean of R independent one-draw diagonals within z = 4.5 standard errors of the exact one, entry by entry.
+def test_random_kinds_are_unbiased(
+    kind: str, likelihood: Categorical | Bernoulli | Gaussian
+) -> None:
+    """Mean of R independent one-draw diagonals within z = 4.5 standard errors of the exact one,
+    entry by entry.
 
-    44 entries x 6 cells, two-sided: expected false alarms 264 * 6.8e-6 = 0.002, and the seeds are fixed.
+    44 entries x 6 cells, two-sided: expected false alarms 264 * 6.8e-6 = 0.002, and the seeds are
+    fixed.
     """
     model, data = prepared("mlp")
     x, y = data.tensors
     if not isinstance(likelihood, Categorical):
         y = torch.rand(9, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    exact = flatten(estimate_curvature(model, TensorDataset(x, y), likelihood, structure="diagonal").diagonal())
+    exact = flatten(
+        estimate_curvature(model, TensorDataset(x, y), likelihood, structure="diagonal").diagonal()
+    )
     draws = torch.stack(
         [
             flatten(
@@ -267,7 +306,9 @@ def test_random_kinds_are_unbiased(kind: str, likelihood: Categorical | Bernoull
             for s in range(400)
         ]
     )
-    spread = draws.std(0) / len(draws) ** 0.5 + 1e-9 * exact.max()  # a sketch of diagonal H has none for a bias
+    spread = (
+        draws.std(0) / len(draws) ** 0.5 + 1e-9 * exact.max()
+    )  # a sketch of diagonal H has none for a bias
     error = (draws.mean(0) - exact) / spread
     assert float(error.abs().max()) < 4.5
 
@@ -275,7 +316,8 @@ def test_random_kinds_are_unbiased(kind: str, likelihood: Categorical | Bernoull
 def test_random_kinds_depend_on_the_seed_alone() -> None:
     model, data = prepared("residual")
     first, again, other = (
-        flatten(estimate_curvature(model, data, kind="sketch", seed=seed).diagonal()) for seed in (1, 1, 2)
+        flatten(estimate_curvature(model, data, kind="sketch", seed=seed).diagonal())
+        for seed in (1, 1, 2)
     )
     torch.manual_seed(99)
     assert torch.equal(first, again)
@@ -305,7 +347,9 @@ class TestTape:
 
         right = LinearRule.per_sample
         monkeypatch.setattr(
-            LinearRule, "per_sample", lambda self, a, g: {k: 2 * v for k, v in right(self, a, g).items()}
+            LinearRule,
+            "per_sample",
+            lambda self, a, g: {k: 2 * v for k, v in right(self, a, g).items()},
         )
         model, data = prepared("mlp")
         tape = Tape(model)
@@ -332,7 +376,9 @@ class TestTape:
 def test_subset_and_frozen_parameters() -> None:
     model, data = prepared("residual")
     full = estimate_curvature(model, data, structure="diagonal").diagonal()
-    part = estimate_curvature(model, data, structure="diagonal", subset=("head.*", "norm.weight")).diagonal()
+    part = estimate_curvature(
+        model, data, structure="diagonal", subset=("head.*", "norm.weight")
+    ).diagonal()
     assert set(part) == {"head.weight", "head.bias", "norm.weight"}
     for name, value in part.items():
         assert torch.allclose(value, full[name], rtol=1e-10)

@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from fisher_forget.errors import ConfigError, DataError
-from fisher_forget.experiments.datasets import CIFAR_FILES, DATASETS, MNIST_FILES, available, load_dataset, read_idx
+from fisher_forget.experiments.datasets import (
+    CIFAR_FILES,
+    DATASETS,
+    MNIST_FILES,
+    available,
+    load_dataset,
+    read_idx,
+)
 from fisher_forget.experiments.datasets import read_pickled_arrays as read_pickle
 
 SHIPPED = ["digits", "breast_cancer", "diabetes"]
@@ -33,8 +40,12 @@ def write_cifar10(root: Path, protocol: int) -> np.ndarray:
     folder.mkdir(parents=True)
     images = np.random.default_rng(0).integers(0, 256, (4, 3072), dtype=np.uint8)
     for name in CIFAR_FILES[:-1]:
-        (folder / name).write_bytes(pickle.dumps({"data": images, "labels": [0, 1, 2, 9]}, protocol))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"c{i}" for i in range(10)]}, protocol))
+        (folder / name).write_bytes(
+            pickle.dumps({"data": images, "labels": [0, 1, 2, 9]}, protocol)
+        )
+    (folder / "batches.meta").write_bytes(
+        pickle.dumps({"label_names": [f"c{i}" for i in range(10)]}, protocol)
+    )
     return images
 
 
@@ -63,8 +74,12 @@ class TestShipped:
     def test_standardised_on_the_training_samples(self, name):
         inputs, targets = load_dataset(name).train.tensors
         for values in [inputs] if name == "breast_cancer" else [inputs, targets]:
-            torch.testing.assert_close(values.mean(0), torch.zeros(values.shape[1]), atol=1e-5, rtol=0)
-            torch.testing.assert_close(values.std(0, correction=0), torch.ones(values.shape[1]), atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                values.mean(0), torch.zeros(values.shape[1]), atol=1e-5, rtol=0
+            )
+            torch.testing.assert_close(
+                values.std(0, correction=0), torch.ones(values.shape[1]), atol=1e-5, rtol=0
+            )
 
 
 class TestSubset:
@@ -89,11 +104,16 @@ class TestSubset:
         assert torch.equal(a.test.tensors[0], b.test.tensors[0])
 
     def test_train_size_does_not_choose_the_test_samples(self):
-        a, b = load_dataset("digits", max_test=30), load_dataset("digits", max_train=100, max_test=30)
+        a, b = (
+            load_dataset("digits", max_test=30),
+            load_dataset("digits", max_train=100, max_test=30),
+        )
         assert torch.equal(a.test.tensors[0], b.test.tensors[0])
 
     def test_a_larger_limit_takes_all(self):
-        assert len(load_dataset("digits", max_train=10**6).train) == len(load_dataset("digits").train)
+        assert len(load_dataset("digits", max_train=10**6).train) == len(
+            load_dataset("digits").train
+        )
 
     def test_global_random_state_is_left_alone(self):
         before = np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002 (the legacy state is meant)
@@ -209,7 +229,9 @@ class TestCifar10:
 
     def test_another_layout_is_refused(self, tmp_path):
         write_cifar10(tmp_path, 4)
-        (tmp_path / "cifar-10-batches-py" / "data_batch_3").write_bytes(pickle.dumps({"pixels": []}))
+        (tmp_path / "cifar-10-batches-py" / "data_batch_3").write_bytes(
+            pickle.dumps({"pixels": []})
+        )
         with pytest.raises(DataError, match="another layout"):
             load_dataset("cifar10", tmp_path)
 
@@ -252,7 +274,8 @@ class TestRestrictedPickle:
             read_pickle(tmp_path / "evil")
 
     def test_reads_what_python_2_wrote(self, tmp_path):
-        # {'data': array([[1, 200]], dtype=uint8), 'labels': [7]}, protocol 2, with NumPy's old module names
+        # {'data': array([[1, 200]], dtype=uint8), 'labels': [7]}, protocol 2, with NumPy's old
+        # module names
         (tmp_path / "old").write_bytes(
             b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
             b"(K\x01K\x01K\x02\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xff"

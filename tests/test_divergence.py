@@ -1,4 +1,5 @@
-"""Divergences against SciPy and hand-computed values; laws; the floor against all pairs; Gaussian fits; refusals."""
+"""Divergences against SciPy and hand-computed values; laws; the floor against all pairs; Gaussian
+fits; refusals."""
 
 from __future__ import annotations
 
@@ -42,7 +43,9 @@ class TestPerSample:
         p, q = logits(0, 50, 4), logits(1, 50, 4)
         a, b = probabilities(p), probabilities(q)
         np.testing.assert_allclose(kl(p, q), rel_entr(a, b).sum(1), rtol=1e-10)
-        np.testing.assert_allclose(jensen_shannon(p, q), jensenshannon(a, b, base=2, axis=1) ** 2, rtol=1e-9)
+        np.testing.assert_allclose(
+            jensen_shannon(p, q), jensenshannon(a, b, base=2, axis=1) ** 2, rtol=1e-9
+        )
         np.testing.assert_allclose(total_variation(p, q), np.maximum(a - b, 0).sum(1), rtol=1e-10)
         np.testing.assert_array_equal(agreement(p, q), a.argmax(1) == b.argmax(1))
         assert 0 < float(agreement(p, q).mean()) < 1
@@ -54,7 +57,9 @@ class TestPerSample:
         assert float(kl(q, p)) == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
         assert float(total_variation(p, q)) == pytest.approx(0.25)
         bits = [x * math.log2(x) for x in (0.625, 0.375, 0.75, 0.25)]
-        assert float(jensen_shannon(p, q)) == pytest.approx(-bits[0] - bits[1] - (1 - bits[2] - bits[3]) / 2)
+        assert float(jensen_shannon(p, q)) == pytest.approx(
+            -bits[0] - bits[1] - (1 - bits[2] - bits[3]) / 2
+        )
         assert float(agreement(p, q)) == 1  # the first of tied classes counts
         assert float(agreement(p, -q)) == 0
 
@@ -83,7 +88,9 @@ class TestPerSample:
         assert float((fn(p, shifted) - float(fn is agreement)).abs().max()) < 1e-14
 
     @pytest.mark.parametrize("fn", ALL)
-    def test_ensembles_and_chunks(self, fn: divergence.Divergence, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_ensembles_and_chunks(
+        self, fn: divergence.Divergence, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         many, one = logits(0, 3, 7, 4), logits(1, 7, 4)
         expected = torch.stack([fn(m, one) for m in many])
         back = torch.stack([fn(one, m) for m in many])
@@ -138,7 +145,11 @@ class TestPerClass:
 
     def test_refusals(self) -> None:
         values = torch.ones(3)
-        for targets in (torch.tensor([0, 1]), torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0, -1, 1])):
+        for targets in (
+            torch.tensor([0, 1]),
+            torch.tensor([0.0, 1.0, 2.0]),
+            torch.tensor([0, -1, 1]),
+        ):
             with pytest.raises(DataError, match=r"one class index a sample|class indices from 0"):
                 per_class(values, targets)
         with pytest.raises(DataError, match="one class index a sample"):
@@ -149,8 +160,8 @@ class TestFloor:
     def test_is_the_mean_over_all_ordered_pairs(self) -> None:
         """2,000 halvings of 5 models, 4 pairs each, reach the mean over the 20 ordered pairs.
 
-        A halving's mean has a standard deviation below that of the 20 values, so 4.5 of them / sqrt(2000) is a false
-        alarm below 7e-6; the seed is fixed.
+        A halving's mean has a standard deviation below that of the 20 values, so 4.5 of them /
+        sqrt(2000) is a false alarm below 7e-6; the seed is fixed.
         """
         ensemble = logits(0, 5, 8, 3)
         pairs = torch.stack([kl(a, b) for a, b in itertools.permutations(ensemble, 2)])
@@ -161,7 +172,13 @@ class TestFloor:
         assert found.mean == pytest.approx(float(found.values.mean()))
         assert found.members == 5
         means = [
-            np.mean([float(kl(a, b).mean() + kl(b, a).mean()) / 2 for j, b in enumerate(ensemble) if j != i])
+            np.mean(
+                [
+                    float(kl(a, b).mean() + kl(b, a).mean()) / 2
+                    for j, b in enumerate(ensemble)
+                    if j != i
+                ]
+            )
             for i, a in enumerate(ensemble)
         ]
         assert found.std == pytest.approx(np.std(means, ddof=1), rel=0.1)
@@ -176,7 +193,9 @@ class TestFloor:
         assert floor(logits(0, 4, 8, 3), kl, halvings=1).std > 0  # all four took part
 
     def test_no_model_meets_itself(self) -> None:
-        ensemble = torch.stack([50.0 * torch.eye(6)[i].expand(4, 6) for i in range(6)])  # six disjoint answers
+        ensemble = torch.stack(
+            [50.0 * torch.eye(6)[i].expand(4, 6) for i in range(6)]
+        )  # six disjoint answers
         found = floor(ensemble, total_variation, halvings=3)
         assert found.mean == pytest.approx(1.0)
         assert found.std == pytest.approx(0.0, abs=1e-12)
@@ -217,9 +236,13 @@ class TestGaussian:
     @pytest.mark.parametrize(("models", "oracles"), [(20, 20), (10, 40), (40, 10)])
     def test_floor_by_simulation(self, models: int, oracles: int) -> None:
         """Mean of 20,000 samples within 4.5 standard errors: false alarms below 7e-6 a case."""
-        values = gaussian_kl(logits(5, models, 20_000).double() + 3, logits(6, oracles, 20_000).double() + 3)
+        values = gaussian_kl(
+            logits(5, models, 20_000).double() + 3, logits(6, oracles, 20_000).double() + 3
+        )
         error = float(values.std()) / math.sqrt(len(values))
-        assert gaussian_floor(models, oracles) == pytest.approx(float(values.mean()), abs=4.5 * error)
+        assert gaussian_floor(models, oracles) == pytest.approx(
+            float(values.mean()), abs=4.5 * error
+        )
         assert error < 0.02 * gaussian_floor(models, oracles)
 
     def test_floor_of_many_models(self) -> None:

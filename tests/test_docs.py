@@ -1,4 +1,5 @@
-"""The documentation does what it says: its code runs, its commands are accepted, its links lead somewhere."""
+"""The documentation does what it says: its code runs, its commands are accepted, its links lead
+somewhere."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LANGUAGES = {"python", "sh", "yaml", "text"}
 # A fenced block; or a comment that the reader does not see, which sets up what a block needs.
-_BLOCK = re.compile(r"^```(?P<language>\S*)\n(?P<code>.*?)^```$|^<!-- python\n(?P<hidden>.*?)^-->$", re.M | re.S)
+_BLOCK = re.compile(
+    r"^```(?P<language>\S*)\n(?P<code>.*?)^```$|^<!-- python\n(?P<hidden>.*?)^-->$", re.M | re.S
+)
 KINDS: dict[str, type[RunConfig]] = {"sweep": SweepConfig, "compare": CompareConfig}
 
 
@@ -66,7 +69,9 @@ def test_python_runs(page, tmp_path, monkeypatch):
     names: dict[str, object] = {"__name__": "example"}
     for block in blocks(page):
         if block.language == "python":
-            source = "\n" * block.line + block.code  # so that a traceback names the line of the page
+            source = (
+                "\n" * block.line + block.code
+            )  # so that a traceback names the line of the page
             exec(compile(source, str(page), "exec"), names)
     plt.close("all")
 
@@ -74,7 +79,9 @@ def test_python_runs(page, tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_every_block_has_a_language_that_is_checked(page):
     fences = re.findall(r"^\s*```.*$", page.read_text(encoding="utf-8"), re.M)
-    assert len(fences) == 2 * len([b for b in _BLOCK.finditer(page.read_text(encoding="utf-8")) if b["hidden"] is None])
+    assert len(fences) == 2 * len(
+        [b for b in _BLOCK.finditer(page.read_text(encoding="utf-8")) if b["hidden"] is None]
+    )
     assert {b.language for b in blocks(page)} <= LANGUAGES
 
 
@@ -110,7 +117,8 @@ def test_commands_are_accepted(page, offered):
 
 
 def readable(words: list[str]) -> None:
-    """Refuse a recipe that is not there, and keys and values that its configuration does not take."""
+    """Refuse a recipe that is not there, and keys and values that its configuration does not
+    take."""
     if len(words) > 1 and words[1].startswith(("configs/", "examples/")):
         keys = [word for word in words[2:] if word not in ("--dry-run", "--debug")]
         load_config(ROOT / words[1], keys, KINDS.get(words[0], RunConfig))
@@ -121,7 +129,11 @@ def test_configurations_are_accepted(page, tmp_path):
     for index, block in enumerate(b for b in blocks(page) if b.language == "yaml"):
         content = yaml.safe_load(block.code)
         kind = (
-            SweepConfig if {"grid", "scales"} & set(content) else CompareConfig if "methods" in content else RunConfig
+            SweepConfig
+            if {"grid", "scales"} & set(content)
+            else CompareConfig
+            if "methods" in content
+            else RunConfig
         )
         path = tmp_path / f"{index}.yaml"
         path.write_text(block.code)
@@ -146,7 +158,9 @@ def test_every_method_has_a_row_with_what_a_comparison_may_choose():
     rows = [line.split(" | ") for line in (ROOT / "docs" / "methods.md").read_text().splitlines()]
     table = {row[0].strip("| `"): row[2] for row in rows if len(row) == 4}
     for name, method in METHODS.items():
-        choices = "; ".join(f"{key}: {', '.join(map(str, values))}" for key, values in method.grid.items())
+        choices = "; ".join(
+            f"{key}: {', '.join(map(str, values))}" for key, values in method.grid.items()
+        )
         assert table[name] == (choices or "nothing to choose")
 
 
@@ -154,9 +168,22 @@ def test_every_method_has_a_row_with_what_a_comparison_may_choose():
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site, built as `make docs` does; a warning is an error."""
     place = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(place)]
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--quiet",
+        "--site-dir",
+        str(place),
+    ]
     built = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
     )
     assert built.returncode == 0, built.stderr
     return place
@@ -165,7 +192,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.skipif(not installed(), reason="no chromium on the PATH: the site is not looked at")
 def test_the_site_opens_from_files_with_its_formulas_and_no_network(site, tmp_path):
     with chromium(tmp_path) as browser:
-        for name, width in itertools.product(("index", "concepts", "noise", "closeness", "api/curvature"), (390, 1280)):
+        for name, width in itertools.product(
+            ("index", "concepts", "noise", "closeness", "api/curvature"), (390, 1280)
+        ):
             page = browser.open((site / f"{name}.html").as_uri(), width)
             assert page.errors == []
             assert [r for r in page.requests if not r.startswith(("file:", "data:"))] == []

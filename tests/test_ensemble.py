@@ -45,7 +45,11 @@ def run(train_fn, seeds=(0, 1, 2), **options):
 
 def same(a, b) -> bool:
     pairs = zip(a.models, b.models, strict=True)
-    return all(torch.equal(x, y) for m, n in pairs for x, y in zip(m.parameters(), n.parameters(), strict=True))
+    return all(
+        torch.equal(x, y)
+        for m, n in pairs
+        for x, y in zip(m.parameters(), n.parameters(), strict=True)
+    )
 
 
 class TestMembers:
@@ -83,7 +87,9 @@ class TestMembers:
         assert workers.seeds == (0, 1, 2)
         for a, b in zip(here.models, workers.models, strict=True):
             torch.testing.assert_close(a.weight, b.weight)
-        assert same(workers, run(Recorder(fail_at=0), folder=tmp_path))  # each worker has stored its own
+        assert same(
+            workers, run(Recorder(fail_at=0), folder=tmp_path)
+        )  # each worker has stored its own
         # a single one that is left is trained here, in one thread as the others were
         before = torch.get_num_threads()
         (tmp_path / "seed-1.safetensors").unlink()
@@ -180,8 +186,12 @@ class TestRefusals:
 
 def test_members_of_a_dask_cluster_are_those_of_this_process() -> None:
     distributed = pytest.importorskip("distributed")
-    with distributed.Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None):
-        far = train_members(fit, [0, 1, 2], template=TEMPLATE, jobs=2, backend="dask", progress=False)
+    with distributed.Client(
+        processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None
+    ):
+        far = train_members(
+            fit, [0, 1, 2], template=TEMPLATE, jobs=2, backend="dask", progress=False
+        )
     here = train_members(fit, [0, 1, 2], template=TEMPLATE, progress=False)
     assert far.seeds == here.seeds
     for a, b in zip(far.models, here.models, strict=True):

@@ -38,23 +38,39 @@ SETTINGS = TrainSettings(epochs=60, batch_size=60, lr=0.3, weight_decay=WEIGHT_D
 
 
 def fit(indices, seed) -> nn.Module:
-    return train(seeded(small_net, int(seed)), DATA, SETTINGS, seed=int(seed), indices=indices, progress=False)
+    return train(
+        seeded(small_net, int(seed)),
+        DATA,
+        SETTINGS,
+        seed=int(seed),
+        indices=indices,
+        progress=False,
+    )
 
 
 def scrubbed_of(model):
-    return forget(model, DATA, IDX, weight_decay=WEIGHT_DECAY, drift=False, noise=None, progress=False)
+    return forget(
+        model, DATA, IDX, weight_decay=WEIGHT_DECAY, drift=False, noise=None, progress=False
+    )
 
 
 @pytest.fixture(scope="module")
 def ensemble() -> RetrainedEnsemble:
-    options = {"template": seeded(small_net), "seeds": range(100, 109), "original_seeds": (0, 1, 2), "progress": False}
+    options = {
+        "template": seeded(small_net),
+        "seeds": range(100, 109),
+        "original_seeds": (0, 1, 2),
+        "progress": False,
+    }
     return RetrainedEnsemble.fit(fit, DATA, IDX, **options)
 
 
 @pytest.fixture(scope="module")
 def table(ensemble) -> Evaluation:
     scrubbed = [scrubbed_of(m) for m in ensemble.originals.models]
-    return evaluate(scrubbed, ensemble, PARTS, split=resolve_split(DATA, IDX), teacher=seeded(small_net, 77))
+    return evaluate(
+        scrubbed, ensemble, PARTS, split=resolve_split(DATA, IDX), teacher=seeded(small_net, 77)
+    )
 
 
 class TestTable:
@@ -81,20 +97,32 @@ class TestTable:
             members = [m(x).double().softmax(1).numpy() for m in ensemble.retrained.models[:8]]
             own = ensemble.originals.models
             originals = [m(x).double().softmax(1).numpy() for m in own]
-        expected = np.mean([[(p * np.log(p / q)).sum(1).mean() for p in members] for q in originals])
+        expected = np.mean(
+            [[(p * np.log(p / q)).sum(1).mean() for p in members] for q in originals]
+        )
         assert table.get("kl", method="original").value == pytest.approx(expected, rel=1e-5)
         pairs = [(p * np.log(p / q)).sum(1).mean() for q in members for p in members if p is not q]
         assert table.get("kl").target == pytest.approx(np.mean(pairs), rel=1e-5)
 
     def test_accuracy_in_per_cent(self, table, ensemble):
         x, y = TEST.tensors
-        expected = np.mean([(m(x).argmax(1) == y).double().mean().item() for m in ensemble.originals.models])
+        expected = np.mean(
+            [(m(x).argmax(1) == y).double().mean().item() for m in ensemble.originals.models]
+        )
         assert table.get("score", "test", "original").value == pytest.approx(100 * expected)
 
     def test_each_scrub_is_held_against_its_own_original(self, table, ensemble):
         alone = [
-            evaluate(scrubbed_of(m), dataclasses.replace(ensemble, originals=one), PARTS, metrics=["step_cosine"])
-            for m, one in ((m, dataclasses.replace(ensemble.originals, models=(m,))) for m in ensemble.originals.models)
+            evaluate(
+                scrubbed_of(m),
+                dataclasses.replace(ensemble, originals=one),
+                PARTS,
+                metrics=["step_cosine"],
+            )
+            for m, one in (
+                (m, dataclasses.replace(ensemble.originals, models=(m,)))
+                for m in ensemble.originals.models
+            )
         ]
         expected = np.mean([a.get("step_cosine", method="scrubbed").value for a in alone])
         assert table.get("step_cosine", method="scrubbed").value == pytest.approx(expected)
@@ -120,7 +148,9 @@ class TestTable:
     def test_several_methods_keep_one_row_each(self, table, ensemble):
         models = ensemble.originals.models
         options = {"split": resolve_split(DATA, IDX), "teacher": seeded(small_net, 77)}
-        both = evaluate({"scrubbed": [scrubbed_of(m) for m in models], "b": models}, ensemble, PARTS, **options)
+        both = evaluate(
+            {"scrubbed": [scrubbed_of(m) for m in models], "b": models}, ensemble, PARTS, **options
+        )
         renamed = [s for s in both.scores if s.method == "b"]
         assert len(both.scores) == len(table.scores) + len(renamed)
         same = zip([s for s in both.scores if s.method != "b"], table.scores, strict=True)
@@ -135,12 +165,19 @@ class TestTable:
 class TestCosts:
     def test_relearning_only_where_asked_for(self, ensemble):
         model = ensemble.retrained.models[-1]
-        found = evaluate(model, ensemble, PARTS, split=resolve_split(DATA, IDX), metrics=["relearn"])
+        found = evaluate(
+            model, ensemble, PARTS, split=resolve_split(DATA, IDX), metrics=["relearn"]
+        )
         assert {s.metric for s in found.scores} == {"relearn"}
         assert found.get("relearn", method="original").value == 0
 
     def test_what_is_missing_is_said(self, ensemble):
-        found = evaluate(ensemble.retrained.models[0], ensemble, {"forget": PARTS["forget"]}, metrics=["zrf", "kl"])
+        found = evaluate(
+            ensemble.retrained.models[0],
+            ensemble,
+            {"forget": PARTS["forget"]},
+            metrics=["zrf", "kl"],
+        )
         assert list(found.left_out) == ["zrf"]
 
 
@@ -151,31 +188,49 @@ class TestEnsemble:
 
         real = module.predict
         monkeypatch.setattr(module, "predict", lambda *a: calls.append(1) or real(*a))
-        options = {"template": seeded(small_net), "seeds": (100, 101), "folder": tmp_path, "progress": False}
+        options = {
+            "template": seeded(small_net),
+            "seeds": (100, 101),
+            "folder": tmp_path,
+            "progress": False,
+        }
         first = RetrainedEnsemble.fit(fit, DATA, IDX, **options).outputs(PARTS)
         count = len(calls)
         again = RetrainedEnsemble.fit(lambda *a: 1 / 0, DATA, IDX, **options).outputs(PARTS)
         assert len(calls) == count == 9
-        assert all(torch.equal(a[p], b[p]) for a, b in zip(first, again, strict=True) for p in PARTS)
+        assert all(
+            torch.equal(a[p], b[p]) for a, b in zip(first, again, strict=True) for p in PARTS
+        )
         RetrainedEnsemble.fit(fit, DATA, IDX, **options).outputs({"test": DATA})
         assert len(calls) > count
 
     def test_another_forget_set_is_trained_anew(self, tmp_path):
-        options = {"template": seeded(small_net), "seeds": (100,), "folder": tmp_path, "progress": False}
+        options = {
+            "template": seeded(small_net),
+            "seeds": (100,),
+            "folder": tmp_path,
+            "progress": False,
+        }
         RetrainedEnsemble.fit(fit, DATA, IDX, **options)
         with pytest.warns(match="trained anew"):
             other = RetrainedEnsemble.fit(fit, DATA, IDX[:5], **options)
-        assert torch.equal(other.retrained.models[0][0].weight, fit(np.setdiff1d(range(240), IDX[:5]), 100)[0].weight)
+        assert torch.equal(
+            other.retrained.models[0][0].weight,
+            fit(np.setdiff1d(range(240), IDX[:5]), 100)[0].weight,
+        )
 
     def test_unknown_backend(self):
         with pytest.raises(ConfigError, match="backend"):
-            RetrainedEnsemble.fit(fit, DATA, IDX, template=small_net(), backend="carrier pigeon", progress=False)
+            RetrainedEnsemble.fit(
+                fit, DATA, IDX, template=small_net(), backend="carrier pigeon", progress=False
+            )
 
 
 class TestBadInput:
     def test_too_few_models(self, ensemble):
         few = dataclasses.replace(
-            ensemble, retrained=dataclasses.replace(ensemble.retrained, models=ensemble.retrained.models[:3])
+            ensemble,
+            retrained=dataclasses.replace(ensemble.retrained, models=ensemble.retrained.models[:3]),
         )
         with pytest.raises(DataError, match="3 retrained"):
             evaluate(few.retrained.models[0], few, PARTS)
@@ -215,10 +270,16 @@ class TestPage:
         assert ax.get_xlabel()
         assert len(ax.collections) >= 3
         rows = sum(s.method == "original" and s.label != "undefined" for s in table.scores)
-        assert len(ax.collections[0].get_offsets()) == rows == sum(s.method == "original" for s in table.scores) - 1
+        assert (
+            len(ax.collections[0].get_offsets())
+            == rows
+            == sum(s.method == "original" for s in table.scores) - 1
+        )
 
     def test_distance(self, table):
-        score = dataclasses.replace(table.scores[0], value=3.0, target=1.0, target_low=0.0, target_high=2.0)
+        score = dataclasses.replace(
+            table.scores[0], value=3.0, target=1.0, target_low=0.0, target_high=2.0
+        )
         assert distance(score) == 2.0
         assert distance(dataclasses.replace(score, target_low=1.0, target_high=1.0)) == 30.0
 
@@ -226,10 +287,14 @@ class TestPage:
 class TestGroups:
     """Metrics of several models at once."""
 
-    def test_klom_is_that_of_the_margins_and_its_target_that_of_as_many_retrained_models(self, ensemble, table):
+    def test_klom_is_that_of_the_margins_and_its_target_that_of_as_many_retrained_models(
+        self, ensemble, table
+    ):
         originals, retrained, targets = ensemble.outputs(PARTS)
         own, ones = (klom.margins(x["forget"], targets["forget"]) for x in (originals, retrained))
-        expected = float(klom.klom(own, ones[:5]).mean())  # five, as for the target: eight less three
+        expected = float(
+            klom.klom(own, ones[:5]).mean()
+        )  # five, as for the target: eight less three
         score = table.get("klom_mean", method="original")
         assert score.value == pytest.approx(expected)
         assert len(score.values) == 1
@@ -251,7 +316,14 @@ class TestGroups:
     def test_left_out_where_no_method_has_enough_models(self, ensemble):
         few = RetrainedEnsemble(
             Members(
-                *(x[:2] for x in (ensemble.originals.models, ensemble.originals.seeds, ensemble.originals.seconds))
+                *(
+                    x[:2]
+                    for x in (
+                        ensemble.originals.models,
+                        ensemble.originals.seeds,
+                        ensemble.originals.seconds,
+                    )
+                )
             ),
             ensemble.retrained,
             ensemble.forget,
@@ -265,6 +337,8 @@ class TestDocs:
     def test_every_metric_is_defined(self):
         text = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
         for metric in METRICS.values():
-            row = next(line for line in text.splitlines() if line.startswith(f"| `{metric.name}` |"))
+            row = next(
+                line for line in text.splitlines() if line.startswith(f"| `{metric.name}` |")
+            )
             assert metric.definition in row
             assert metric.source in row

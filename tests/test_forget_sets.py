@@ -11,7 +11,15 @@ from torch.utils.data import TensorDataset
 from fisher_forget import ConfigError
 from fisher_forget.experiments.config import ForgetSet
 from fisher_forget.experiments.datasets import DataBundle, load_dataset
-from fisher_forget.experiments.forget_sets import SHARE, Scores, choose, corrupted, memorisation, other_labels, subset
+from fisher_forget.experiments.forget_sets import (
+    SHARE,
+    Scores,
+    choose,
+    corrupted,
+    memorisation,
+    other_labels,
+    subset,
+)
 
 
 def never() -> Scores:
@@ -32,13 +40,18 @@ class TestChoose:
         assert set(y[some]) == {5}
         assert len(choose(ForgetSet("c", "random", count=9, seed=1), data, never)) == 9
         assert choose(ForgetSet("d", "indices", indices=[5, 2, 5]), data, never).tolist() == [2, 5]
-        one, other = (choose(ForgetSet("e", "random", count=9, seed=seed), data, never) for seed in (0, 1))
+        one, other = (
+            choose(ForgetSet("e", "random", count=9, seed=seed), data, never) for seed in (0, 1)
+        )
         assert not np.array_equal(one, other)
 
     def test_the_most_memorised(self, data: DataBundle) -> None:
         scores = np.zeros(len(data.train))
         scores[[7, 150, 31]] = 0.9, 0.4, 0.6
-        assert choose(ForgetSet("m", "memorised", count=2), data, lambda: scores).tolist() == [7, 31]
+        assert choose(ForgetSet("m", "memorised", count=2), data, lambda: scores).tolist() == [
+            7,
+            31,
+        ]
 
     @pytest.mark.parametrize(
         "wrong",
@@ -97,7 +110,9 @@ class TestMemorisation:
     def test_by_hand(self) -> None:
         total, seeds = 10, [0, 1, 2, 3]
         targets = torch.arange(total) % 2
-        data = DataBundle("x", TensorDataset(torch.arange(total).float()[:, None], targets), None, ("a", "b"))  # type: ignore[arg-type]
+        data = DataBundle(
+            "x", TensorDataset(torch.arange(total).float()[:, None], targets), None, ("a", "b")
+        )  # type: ignore[arg-type]
         p = torch.rand(4, total, generator=torch.Generator().manual_seed(0)) * 0.8 + 0.1
         found = memorisation([Table(row) for row in p], seeds, data)
         right = torch.where(targets == 1, p, 1 - p).double().numpy()

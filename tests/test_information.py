@@ -1,4 +1,5 @@
-"""Information in weights and outputs: explicit matrices, SciPy densities, data-processing inequality, draws."""
+"""Information in weights and outputs: explicit matrices, SciPy densities, data-processing
+inequality, draws."""
 
 from __future__ import annotations
 
@@ -20,22 +21,39 @@ from test_curvature import prepared
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from fisher_forget import ConfigError, ForgetResult, ModelError, draw_noise, estimate_curvature, forget
+from fisher_forget import (
+    ConfigError,
+    ForgetResult,
+    ModelError,
+    draw_noise,
+    estimate_curvature,
+    forget,
+)
 from fisher_forget.curvature.structures.diagonal import Diagonal
 from fisher_forget.data.split import Split, resolve_split
 from fisher_forget.errors import SplitError
-from fisher_forget.evaluate.information import NoiseLaw, gaussian_kl, information_in_outputs, information_in_weights
+from fisher_forget.evaluate.information import (
+    NoiseLaw,
+    gaussian_kl,
+    information_in_outputs,
+    information_in_weights,
+)
 from fisher_forget.params import Params, flatten, unflatten
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
-STRUCTURES: dict[str, object] = {name: name for name in ("diagonal", "ekfac", "dense", "low_rank", "matrix_free")}
+STRUCTURES: dict[str, object] = {
+    name: name for name in ("diagonal", "ekfac", "dense", "low_rank", "matrix_free")
+}
 STRUCTURES["mixed"] = {"0.*": "dense", "*": "ekfac"}
 TAU, SCALE = 0.05, 0.3
 
 
 def shifted(like: Params, length: float, seed: int = 7) -> Params:
     generator = torch.Generator().manual_seed(seed)
-    return {n: p + length * torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in like.items()}
+    return {
+        n: p + length * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        for n, p in like.items()
+    }
 
 
 def kl(mean: np.ndarray, cov: np.ndarray, other_mean: np.ndarray, other_cov: np.ndarray) -> float:
@@ -67,12 +85,19 @@ class Case:
         like = self.law.mean
 
         def outputs(w: Tensor) -> Tensor:
-            return torch.func.functional_call(self.model, unflatten(w, like), (self.x[n : n + 1],)).reshape(-1)
+            return torch.func.functional_call(
+                self.model, unflatten(w, like), (self.x[n : n + 1],)
+            ).reshape(-1)
 
         return torch.autograd.functional.jacobian(outputs, flatten(like)).numpy()
 
     def outputs(self, mean: Params, n: int) -> np.ndarray:
-        return torch.func.functional_call(self.model, mean, (self.x[n : n + 1],)).detach().reshape(-1).numpy()
+        return (
+            torch.func.functional_call(self.model, mean, (self.x[n : n + 1],))
+            .detach()
+            .reshape(-1)
+            .numpy()
+        )
 
 
 @cache
@@ -92,9 +117,9 @@ class TestWeights:
     def test_by_hand(self) -> None:
         law = one(1.0, 1.0)
         assert gaussian_kl(law, law.at({"w": torch.zeros(1)})) == pytest.approx(0.5)
-        assert gaussian_kl(law.at({"w": torch.zeros(1)}, 2.0), law.at({"w": torch.zeros(1)})) == pytest.approx(
-            (4 - 1 - math.log(4)) / 2
-        )
+        assert gaussian_kl(
+            law.at({"w": torch.zeros(1)}, 2.0), law.at({"w": torch.zeros(1)})
+        ) == pytest.approx((4 - 1 - math.log(4)) / 2)
         assert gaussian_kl(law, law.at({"w": torch.zeros(1)}, 2.0)) == pytest.approx(
             (1 / 4 + 1 / 4 - 1 + math.log(4)) / 2
         )
@@ -115,14 +140,19 @@ class TestWeights:
             assert gaussian_kl(law, reference) == pytest.approx(expected, rel=1e-5)
 
     def test_equals_the_mean_log_ratio_of_scipy(self) -> None:
-        """E_law[ln law - ln reference] over 6,000 draws of `draw_noise`; within 5 standard errors (5.7e-7)."""
+        """E_law[ln law - ln reference] over 6,000 draws of `draw_noise`; within 5 standard errors
+        (5.7e-7)."""
         c = case("ekfac")
         law, reference = c.law, c.reference(0.5)
         generator = torch.Generator().manual_seed(0)
-        noise = [flatten(draw_noise(law.curvature, law.mean, law.scale, generator)) for _ in range(6_000)]
+        noise = [
+            flatten(draw_noise(law.curvature, law.mean, law.scale, generator)) for _ in range(6_000)
+        ]
         points = (torch.stack(noise) + flatten(law.mean)).numpy()
         ratio = multivariate_normal(flatten(law.mean).numpy(), SCALE**2 * c.shape).logpdf(points)
-        ratio = ratio - multivariate_normal(flatten(reference.mean).numpy(), 0.25 * c.shape).logpdf(points)
+        ratio = ratio - multivariate_normal(flatten(reference.mean).numpy(), 0.25 * c.shape).logpdf(
+            points
+        )
         error = float(ratio.std() / len(ratio) ** 0.5)
         assert error < 0.03 * gaussian_kl(law, reference)
         assert abs(float(ratio.mean()) - gaussian_kl(law, reference)) < 5 * error
@@ -130,7 +160,9 @@ class TestWeights:
     def test_nearly_equal_scales_keep_their_digits(self) -> None:
         """(r - 1 - ln r) / 2 = x^2 / 4 to first order at r = 1 + x, far below rounding of 1."""
         law = one(0.0, (1 + 1e-8) ** 0.5)
-        assert gaussian_kl(law, one(0.0, 1.0, law.curvature)) == pytest.approx(1e-16 / 4, rel=1e-3, abs=0)
+        assert gaussian_kl(law, one(0.0, 1.0, law.curvature)) == pytest.approx(
+            1e-16 / 4, rel=1e-3, abs=0
+        )
 
     def test_other_shapes_are_refused(self) -> None:
         law = one(1.0, 1.0)
@@ -148,7 +180,11 @@ class TestWeights:
 
     def test_the_second_law_shares_no_memory_with_the_model(self) -> None:
         model = nn.Linear(1, 1, bias=False).double()
-        law = NoiseLaw({"weight": torch.zeros(1, 1).double()}, Diagonal({"weight": torch.ones(1, 1).double()}), 1.0)
+        law = NoiseLaw(
+            {"weight": torch.zeros(1, 1).double()},
+            Diagonal({"weight": torch.ones(1, 1).double()}),
+            1.0,
+        )
         moved = law.at(model)
         before = moved.mean["weight"].clone()
         with torch.no_grad():
@@ -166,18 +202,26 @@ class TestResult:
     def test_the_law_is_what_the_noise_was_drawn_from(self, result: ForgetResult) -> None:
         law = NoiseLaw.of(result)
         assert result.noise is not None
-        drawn = draw_noise(law.curvature, law.mean, law.scale, torch.Generator().manual_seed(3), law.exponent)
+        drawn = draw_noise(
+            law.curvature, law.mean, law.scale, torch.Generator().manual_seed(3), law.exponent
+        )
         for name, value in result.noise.params.items():
             assert torch.equal(drawn[name], value)
         found = dict(result.model.named_parameters())
         assert all(torch.equal(law.mean[name] + drawn[name], found[name]) for name in law.mean)
 
     def test_the_bound_is_the_expected_kl_over_isotropic_errors(self, result: ForgetResult) -> None:
-        """E over e ~ (0, sigma^2 I) of KL(h, h + e) is the sum over coordinates of KL(h, h + sigma e_i)."""
+        """E over e ~ (0, sigma^2 I) of KL(h, h + e) is the sum over coordinates of KL(h, h + sigma
+        e_i)."""
         law, sigma = NoiseLaw.of(result), 0.02
         flat = flatten(law.mean)
-        each = [gaussian_kl(law, law.at(unflatten(flat + sigma * e, law.mean))) for e in torch.eye(len(flat)).unbind()]
-        assert information_in_weights(result, error=sigma) == pytest.approx(math.fsum(each), rel=1e-3)
+        each = [
+            gaussian_kl(law, law.at(unflatten(flat + sigma * e, law.mean)))
+            for e in torch.eye(len(flat)).unbind()
+        ]
+        assert information_in_weights(result, error=sigma) == pytest.approx(
+            math.fsum(each), rel=1e-3
+        )
 
     def test_the_default_is_the_number_in_the_result(self, result: ForgetResult) -> None:
         assert result.noise is not None
@@ -194,7 +238,9 @@ class TestResult:
         retrained = seeded(small_net, 5)
         with untouched(result.model):
             bound = gaussian_kl(law, law.at(retrained))
-            found = information_in_outputs(result.model, law, law.at(retrained), result.split, linearised=True)
+            found = information_in_outputs(
+                result.model, law, law.at(retrained), result.split, linearised=True
+            )
         assert found.shape == (5,)
         assert found.dtype == torch.float64
         assert float(found.max()) <= bound
@@ -205,7 +251,9 @@ class TestOutputs:
     @structures
     @pytest.mark.parametrize("scale", [None, 0.5])
     @pytest.mark.parametrize("linearised", [False, True])
-    def test_equals_explicit_matrices(self, structure: str, scale: float | None, linearised: bool) -> None:
+    def test_equals_explicit_matrices(
+        self, structure: str, scale: float | None, linearised: bool
+    ) -> None:
         c = case(structure)
         law, reference = c.law, c.reference(scale)
         step = flatten(law.mean).numpy() - flatten(reference.mean).numpy()
@@ -217,7 +265,9 @@ class TestOutputs:
         }
         for i, n in enumerate(c.split.forget):
             j = c.jacobian(n)
-            shift = j @ step if linearised else c.outputs(law.mean, n) - c.outputs(reference.mean, n)
+            shift = (
+                j @ step if linearised else c.outputs(law.mean, n) - c.outputs(reference.mean, n)
+            )
             full = j @ c.shape @ j.T
             for covariance, gram in (("full", full), ("diagonal", np.diag(np.diag(full)))):
                 expected = kl(shift, law.scale**2 * gram, 0 * shift, reference.scale**2 * gram)
@@ -229,7 +279,9 @@ class TestOutputs:
         c = case(structure)
         for length in (1e-3, 1.0):
             reference = c.reference(scale, length)
-            found = information_in_outputs(c.model, c.law, reference, c.split, "all", linearised=True)
+            found = information_in_outputs(
+                c.model, c.law, reference, c.split, "all", linearised=True
+            )
             assert found.shape == (9,)
             assert float(found.min()) >= 0
             assert float(found.max()) <= gaussian_kl(c.law, reference) * (1 + 1e-9)
@@ -266,13 +318,23 @@ class TestOutputs:
         assert float(information_in_outputs(model, law, law, split)) == 0.0
 
     def test_weights_that_outputs_do_not_use_say_nothing(self) -> None:
-        """Where no gradient flows, J is zero, and so is what the outputs say, exactly and by draws."""
+        """Where no gradient flows, J is zero, and so is what the outputs say, exactly and by
+        draws."""
         model = Repeated()
         model.spare = nn.Parameter(torch.ones(1, dtype=torch.float64))
-        law = NoiseLaw({"spare": model.spare.detach()}, Diagonal({"spare": torch.ones(1).double()}), 0.5)
+        law = NoiseLaw(
+            {"spare": model.spare.detach()}, Diagonal({"spare": torch.ones(1).double()}), 0.5
+        )
         split = resolve_split(TensorDataset(torch.ones(2, 1).double(), torch.tensor([0, 1])), [0])
         for options in ({}, {"draws": 9}, {"linearised": True}):
-            assert float(information_in_outputs(model, law, law.at({"spare": torch.zeros(1)}), split, **options)) == 0.0
+            assert (
+                float(
+                    information_in_outputs(
+                        model, law, law.at({"spare": torch.zeros(1)}), split, **options
+                    )
+                )
+                == 0.0
+            )
 
     def test_sequences_and_batch_sizes(self, untouched: Untouched) -> None:
         c = Case("diagonal", name="sequence")
@@ -285,7 +347,12 @@ class TestOutputs:
         for size in (1, 2, 256):
             with untouched(c.model):
                 found = information_in_outputs(
-                    c.model, c.law, reference, replace(c.split, batch_size=size), "all", covariance="diagonal"
+                    c.model,
+                    c.law,
+                    reference,
+                    replace(c.split, batch_size=size),
+                    "all",
+                    covariance="diagonal",
                 )
             assert found.tolist() == pytest.approx(expected, rel=1e-9)
 
@@ -310,7 +377,9 @@ class TestOutputs:
         with pytest.raises(SplitError, match="without samples"):
             ask(replace(c.split, forget=c.split.forget[:0]))
         for draws in (0, 3, 5, 7.5, True):
-            with pytest.raises(ConfigError, match="of 4 outputs; expected a whole number of at least 6"):
+            with pytest.raises(
+                ConfigError, match="of 4 outputs; expected a whole number of at least 6"
+            ):
                 ask(draws=draws)
         with pytest.raises(ConfigError, match="at least 3"):
             ask(draws=2, covariance="diagonal")
@@ -333,30 +402,49 @@ class TestDraws:
     @pytest.mark.parametrize("structure", ["diagonal", "ekfac", "dense"])
     @pytest.mark.parametrize("covariance", ["full", "diagonal"])
     @pytest.mark.parametrize("linearised", [False, True])
-    def test_many_draws_come_to_the_exact_number(self, structure: str, covariance: Any, linearised: bool) -> None:
-        """Relative standard deviation at most (2 / (R - c - 3))^1/2 of each sample; 3 samples at z = 5 in 12 cells:
-        36 * 5.7e-7 = 2e-5 false alarms, and the seed is fixed. Of a sum over correlated outputs it is no more.
+    def test_many_draws_come_to_the_exact_number(
+        self, structure: str, covariance: Any, linearised: bool
+    ) -> None:
+        """Relative standard deviation at most (2 / (R - c - 3))^1/2 of each sample; 3 samples at z
+        = 5 in 12 cells: 36 * 5.7e-7 = 2e-5 false alarms, and the seed is fixed. Of a sum over
+        correlated outputs it is no more.
         """
         c, draws = case(structure), 600
         options: dict[str, Any] = {"covariance": covariance, "linearised": linearised}
         exact = information_in_outputs(c.model, c.law, c.reference(), c.split, **options)
-        found = information_in_outputs(c.model, c.law, c.reference(), c.split, draws=draws, **options)
+        found = information_in_outputs(
+            c.model, c.law, c.reference(), c.split, draws=draws, **options
+        )
         allowed = 5 * (2 / (draws - 4 - 3)) ** 0.5
         assert float((found / exact - 1).abs().max()) < allowed
         assert not torch.equal(found, exact)
 
     @pytest.mark.parametrize("covariance", ["full", "diagonal"])
-    def test_few_draws_are_corrected_for_the_mean_of_an_inverse_wishart(self, covariance: Any) -> None:
+    def test_few_draws_are_corrected_for_the_mean_of_an_inverse_wishart(
+        self, covariance: Any
+    ) -> None:
         """The same draws by hand; R G_drawn is Wishart, of whose inverse SciPy knows the mean."""
         c, draws, size = case("diagonal"), 9, 4 if covariance == "full" else 1
         reference = c.reference(0.5)
         generator, law = torch.Generator().manual_seed(2), c.law
-        noise = [flatten(draw_noise(law.curvature, law.mean, 1.0, generator)).numpy() for _ in range(draws)]
+        noise = [
+            flatten(draw_noise(law.curvature, law.mean, 1.0, generator)).numpy()
+            for _ in range(draws)
+        ]
         step = flatten(law.mean).numpy() - flatten(reference.mean).numpy()
-        too_large = draws * invwishart(df=draws, scale=np.eye(size)).mean().reshape(size, size)[0, 0]
+        too_large = (
+            draws * invwishart(df=draws, scale=np.eye(size)).mean().reshape(size, size)[0, 0]
+        )
         ratio = (SCALE / 0.5) ** 2
         found = information_in_outputs(
-            c.model, law, reference, c.split, covariance=covariance, linearised=True, draws=draws, seed=2
+            c.model,
+            law,
+            reference,
+            c.split,
+            covariance=covariance,
+            linearised=True,
+            draws=draws,
+            seed=2,
         )
         for i, n in enumerate(c.split.forget):
             j = c.jacobian(n)
@@ -364,7 +452,9 @@ class TestDraws:
             gram = y.T @ y / draws
             gram = gram if covariance == "full" else np.diag(np.diag(gram))
             quadratic = (j @ step) @ np.linalg.inv(gram) @ (j @ step) / too_large / 0.5**2
-            assert float(found[i]) == pytest.approx((quadratic + 4 * (ratio - 1 - math.log(ratio))) / 2, rel=1e-9)
+            assert float(found[i]) == pytest.approx(
+                (quadratic + 4 * (ratio - 1 - math.log(ratio))) / 2, rel=1e-9
+            )
 
     def test_scales_need_no_draws(self) -> None:
         """Of laws with the same mean only the known part is left."""
@@ -381,7 +471,14 @@ class TestDraws:
             split = replace(c.split, batch_size=size)
             with untouched(c.model):
                 return information_in_outputs(
-                    c.model, c.law, reference, split, "all", covariance="diagonal", draws=9, seed=seed
+                    c.model,
+                    c.law,
+                    reference,
+                    split,
+                    "all",
+                    covariance="diagonal",
+                    draws=9,
+                    seed=seed,
                 ).tolist()
 
         assert ask(1, 0) == pytest.approx(ask(256, 0), rel=1e-9)

@@ -1,4 +1,5 @@
-"""However the data is laid out, the same samples give the same weights; and a result is complete."""
+"""However the data is laid out, the same samples give the same weights; and a result is
+complete."""
 
 from __future__ import annotations
 
@@ -105,7 +106,9 @@ class TestBatchLayouts:
         ],
     )
     def test_understood(self, trained, expected, make):
-        assert_same(forget(trained, DataLoader(Samples(make), batch_size=16), IDX, **PLAIN), expected)
+        assert_same(
+            forget(trained, DataLoader(Samples(make), batch_size=16), IDX, **PLAIN), expected
+        )
 
     @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int16])
     def test_integer_targets(self, trained, expected, dtype):
@@ -129,25 +132,39 @@ class TestBatchLayouts:
     )
     def test_several_inputs(self, trained, expected, make, model):
         if model is None:
-            loader, unpack = DataLoader(Samples(make), batch_size=16), lambda b: ({"parts": b["parts"]}, b["y"])
-            found = forget(Nested(copy.deepcopy(trained)).eval(), loader, IDX, unpack=unpack, **PLAIN)
+            loader, unpack = (
+                DataLoader(Samples(make), batch_size=16),
+                lambda b: ({"parts": b["parts"]}, b["y"]),
+            )
+            found = forget(
+                Nested(copy.deepcopy(trained)).eval(), loader, IDX, unpack=unpack, **PLAIN
+            )
         else:
-            found = forget(model(copy.deepcopy(trained)).eval(), DataLoader(Samples(make)), IDX, **PLAIN)
+            found = forget(
+                model(copy.deepcopy(trained)).eval(), DataLoader(Samples(make)), IDX, **PLAIN
+            )
         assert_same(found, expected, "net.")
 
     def test_object_with_logits(self, trained, expected):
-        assert_same(forget(WithLogits(copy.deepcopy(trained)).eval(), BASE, IDX, **PLAIN), expected, "net.")
+        assert_same(
+            forget(WithLogits(copy.deepcopy(trained)).eval(), BASE, IDX, **PLAIN), expected, "net."
+        )
 
     def test_custom_collate(self, trained, expected):
         def collate(samples):
             xs, ys = zip(*samples, strict=True)
             return {"labels": torch.tensor([int(y) for y in ys]), "x": torch.stack(xs)}
 
-        assert_same(forget(trained, DataLoader(BASE, batch_size=7, collate_fn=collate), IDX, **PLAIN), expected)
+        assert_same(
+            forget(trained, DataLoader(BASE, batch_size=7, collate_fn=collate), IDX, **PLAIN),
+            expected,
+        )
 
     def test_workers(self, trained, expected):
         data = Samples(lambda x, y: (x, y))
-        assert_same(forget(trained, DataLoader(data, batch_size=60, num_workers=1), IDX, **PLAIN), expected)
+        assert_same(
+            forget(trained, DataLoader(data, batch_size=60, num_workers=1), IDX, **PLAIN), expected
+        )
 
     def test_float64_model(self, trained, expected):
         found = forget(copy.deepcopy(trained).double(), BASE, IDX, **PLAIN)
@@ -168,7 +185,9 @@ class TestLoaders:
             lambda: DataLoader(BASE, batch_size=16, shuffle=True),
             lambda: DataLoader(Subset(BASE, range(60)), batch_size=16),
             lambda: DataLoader(BASE, batch_size=16, sampler=SubsetRandomSampler(range(60))),
-            lambda: DataLoader(BASE, batch_size=16, collate_fn=lambda samples: default_collate(samples)),
+            lambda: DataLoader(
+                BASE, batch_size=16, collate_fn=lambda samples: default_collate(samples)
+            ),
         ],
     )
     def test_same_samples(self, trained, expected, build):
@@ -177,14 +196,21 @@ class TestLoaders:
     @pytest.mark.parametrize(
         "build",
         [
-            # the same 40 samples: 59, 57, 55, ... and then 0, 2, 4, ...; positions count in the given order
+            # the same 40 samples: 59, 57, 55, ... and then 0, 2, 4, ...; positions count in the
+            # given order
             lambda order: DataLoader(Subset(BASE, order), batch_size=16),
-            lambda order: DataLoader(Subset(Subset(BASE, range(59, -1, -1)), [59 - i for i in order]), shuffle=True),
+            lambda order: DataLoader(
+                Subset(Subset(BASE, range(59, -1, -1)), [59 - i for i in order]), shuffle=True
+            ),
             lambda order: DataLoader(BASE, sampler=SubsetRandomSampler(order), batch_size=16),
             lambda order: DataLoader(
-                Subset(BASE, [*order, 1, 3, 5]), sampler=SubsetRandomSampler(range(len(order))), batch_size=16
+                Subset(BASE, [*order, 1, 3, 5]),
+                sampler=SubsetRandomSampler(range(len(order))),
+                batch_size=16,
             ),
-            lambda order: DataLoader(BASE, batch_sampler=BatchSampler(SubsetRandomSampler(order), 16, False)),
+            lambda order: DataLoader(
+                BASE, batch_sampler=BatchSampler(SubsetRandomSampler(order), 16, False)
+            ),
         ],
     )
     def test_forget_idx_counts_in_the_base(self, trained, build):
@@ -194,7 +220,12 @@ class TestLoaders:
         assert found.split.retain.tolist() == sorted(set(order) - set(IDX))
         assert found.split.forget.tolist() == IDX
         kept = TensorDataset(X[found.split.retain], Y[found.split.retain])
-        reference = forget(trained, ConcatDataset([kept, Subset(BASE, IDX)]), range(len(kept), len(kept) + 4), **PLAIN)
+        reference = forget(
+            trained,
+            ConcatDataset([kept, Subset(BASE, IDX)]),
+            range(len(kept), len(kept) + 4),
+            **PLAIN,
+        )
         assert_same(found, reference)
 
     @pytest.mark.parametrize(
@@ -215,17 +246,24 @@ class TestLoaders:
         assert_same(forget(trained, BASE, idx, **PLAIN), expected)
 
     def test_range(self, trained):
-        assert_same(forget(trained, BASE, range(10, 20), **PLAIN), forget(trained, BASE, list(range(10, 20)), **PLAIN))
+        assert_same(
+            forget(trained, BASE, range(10, 20), **PLAIN),
+            forget(trained, BASE, list(range(10, 20)), **PLAIN),
+        )
 
     def test_the_forgotten_need_not_be_in_the_loader(self, trained, expected):
         rest = sorted(set(range(60)) - set(IDX))
-        assert_same(forget(trained, DataLoader(Subset(BASE, rest), batch_size=16), IDX, **PLAIN), expected)
+        assert_same(
+            forget(trained, DataLoader(Subset(BASE, rest), batch_size=16), IDX, **PLAIN), expected
+        )
 
 
 @pytest.fixture(scope="module")
 def automatic(trained):
     """With every default: nothing tuned, no warning."""
-    return forget(trained, DataLoader(BASE, batch_size=16), IDX, weight_decay=WEIGHT_DECAY, progress=False)
+    return forget(
+        trained, DataLoader(BASE, batch_size=16), IDX, weight_decay=WEIGHT_DECAY, progress=False
+    )
 
 
 class TestResult:
@@ -235,11 +273,18 @@ class TestResult:
                 setattr(automatic, field.name, None)
 
     def test_complete(self, automatic):
-        assert [f.name for f in dataclasses.fields(automatic) if getattr(automatic, f.name) is None] == []
+        assert [
+            f.name for f in dataclasses.fields(automatic) if getattr(automatic, f.name) is None
+        ] == []
         assert automatic.versions.keys() == {"fisher_forget", "torch", "python"}
         assert automatic.seconds.keys() == {"curvature", "gradient", "newton", "noise", "check"}
         assert all(value >= 0 for value in automatic.seconds.values())
-        assert automatic.losses.keys() == {"retain_before", "retain_after", "forget_before", "forget_after"}
+        assert automatic.losses.keys() == {
+            "retain_before",
+            "retain_after",
+            "forget_before",
+            "forget_after",
+        }
         assert automatic.newton.at_minimum
         assert automatic.newton.accepted
         assert not automatic.newton.drift_removed
@@ -253,7 +298,9 @@ class TestResult:
                 assert automatic.losses[f"{part}_{when}"] == pytest.approx(loss, rel=1e-5)
 
     def test_forgetting_raises_the_forget_loss(self, trained):
-        result = forget(trained, BASE, range(0, 60, 3), weight_decay=WEIGHT_DECAY, noise=None, progress=False)
+        result = forget(
+            trained, BASE, range(0, 60, 3), weight_decay=WEIGHT_DECAY, noise=None, progress=False
+        )
         assert result.losses["forget_after"] > 1.5 * result.losses["forget_before"]
 
     def test_str(self, automatic):
@@ -288,7 +335,14 @@ class TestResult:
 
     def test_deterministic_by_seed(self, trained, automatic):
         again, other = (
-            forget(trained, DataLoader(BASE, batch_size=16), IDX, weight_decay=WEIGHT_DECAY, seed=s, progress=False)
+            forget(
+                trained,
+                DataLoader(BASE, batch_size=16),
+                IDX,
+                weight_decay=WEIGHT_DECAY,
+                seed=s,
+                progress=False,
+            )
             for s in (0, 1)
         )
         assert_same(again, automatic, rtol=0, atol=0)
@@ -324,7 +378,10 @@ class TestWithNoise:
         small, large = (automatic.with_noise(s, seed=1) for s in (0.01, 0.04))
         for name, p in small.named_parameters():
             torch.testing.assert_close(
-                4 * (p - center[name]), large.get_parameter(name) - center[name], rtol=1e-3, atol=1e-5
+                4 * (p - center[name]),
+                large.get_parameter(name) - center[name],
+                rtol=1e-3,
+                atol=1e-5,
             )
 
     def test_leaves_the_result_and_the_random_state_alone(self, automatic, untouched):
@@ -334,18 +391,26 @@ class TestWithNoise:
 
 def norm_net():
     return nn.Sequential(
-        nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)
+        nn.Linear(4, 8),
+        nn.BatchNorm1d(8),
+        nn.ReLU(),
+        nn.Linear(8, 5),
+        nn.BatchNorm1d(5),
+        nn.Linear(5, 3),
     )
 
 
 def normalised(model, x):
-    """(mean, unbiased variance) of both BatchNorm inputs in training mode, layer by layer, on one batch."""
+    """(mean, unbiased variance) of both BatchNorm inputs in training mode, layer by layer, on one
+    batch."""
     found = []
     for layer in model:
         if isinstance(layer, nn.BatchNorm1d):
             mean, var = x.mean(0), x.var(0, unbiased=True)
             found.append((mean, var))
-            x = (x - mean) / torch.sqrt(x.var(0, unbiased=False) + layer.eps) * layer.weight + layer.bias
+            x = (x - mean) / torch.sqrt(
+                x.var(0, unbiased=False) + layer.eps
+            ) * layer.weight + layer.bias
         else:
             x = layer(x)
     return found
@@ -365,7 +430,10 @@ class TestBatchNorm:
     def test_statistics_of_the_retained_data_alone(self, model, untouched, batch_size):
         with untouched(model):
             result = forget(
-                model, DataLoader(BASE, batch_size=batch_size), range(0, 60, 3), **(PLAIN | {"noise": 0.01})
+                model,
+                DataLoader(BASE, batch_size=batch_size),
+                range(0, 60, 3),
+                **(PLAIN | {"noise": 0.01}),
             )
         assert result.buffers_refreshed
         assert "BatchNorm" in str(result)
@@ -381,7 +449,8 @@ class TestBatchNorm:
             assert not torch.allclose(norm.running_mean, old.running_mean, atol=1e-2)
 
     def test_sorted_data_of_many_batches(self):
-        """Neighbours are alike here: batches in index order would see no variance between the classes."""
+        """Neighbours are alike here: batches in index order would see no variance between the
+        classes."""
         x, y = blobs_data(603).tensors
         order = torch.argsort(y, stable=True)
         data = TensorDataset(10 * x[order], y[order])
@@ -390,7 +459,8 @@ class TestBatchNorm:
         with torch.no_grad():
             inputs = first(data.tensors[0][result.split.retain])
         torch.testing.assert_close(norm.running_mean, inputs.mean(0), rtol=1e-4, atol=1e-3)
-        # the mean of within-batch variances: unbiased for random batches; 3 % is four times its spread here
+        # the mean of within-batch variances: unbiased for random batches; 3 % is four times its
+        # spread here
         torch.testing.assert_close(norm.running_var, inputs.var(0), rtol=0.03, atol=0)
 
     def test_with_noise_refreshes_too(self, model):
@@ -432,7 +502,9 @@ class TestSequences:
         model = seeded(Tagger).double()
         options = PLAIN | {"structure": "dense"}
         padded = TensorDataset(tokens, targets.masked_fill(~scored, ignored))
-        found = forget(model, padded, [3, 4], likelihood=Categorical(ignore_index=ignored), **options)
+        found = forget(
+            model, padded, [3, 4], likelihood=Categorical(ignore_index=ignored), **options
+        )
         owner = torch.arange(20)[:, None].expand(20, 5)[scored]
         flat = TensorDataset(tokens[scored][:, None], targets[scored][:, None])
         forgotten = torch.nonzero((owner == 3) | (owner == 4)).flatten()
@@ -460,7 +532,8 @@ class TestLikelihoods:
     @pytest.mark.parametrize("drift", [False, True])
     @pytest.mark.parametrize("likelihood", TARGETS)
     def test_textbook_newton_step_of_a_linear_model(self, likelihood, drift):
-        """w - (H_r + (wd + tau) I)^-1 (grad L_r + wd w - g), g = grad L_D + wd w where the drift is subtracted.
+        """w - (H_r + (wd + tau) I)^-1 (grad L_r + wd w - g), g = grad L_D + wd w where the drift is
+        subtracted.
 
         Of a linear model the GGN is autograd's Hessian.
         """
@@ -470,22 +543,33 @@ class TestLikelihoods:
         start = torch.cat([model.weight.detach().flatten(), model.bias.detach()])
 
         def objective(w, rows):
-            return loss(x[rows] @ w[:12].view(3, 4).T + w[12:], targets[rows]) + 0.05 / 2 * w.square().sum()
+            return (
+                loss(x[rows] @ w[:12].view(3, 4).T + w[12:], targets[rows])
+                + 0.05 / 2 * w.square().sum()
+            )
 
         def gradient(rows):
             return torch.autograd.functional.jacobian(lambda w: objective(w, rows), start)
 
         hessian = torch.autograd.functional.hessian(lambda w: objective(w, keep), start)
         force = gradient(keep) - gradient(range(60)) if drift else gradient(keep)
-        truth = start - torch.linalg.solve(hessian + 0.2 * torch.eye(15, dtype=torch.float64), force)
-        options = PLAIN | {"structure": "dense", "drift": drift, "damping": 0.2, "weight_decay": 0.05}
+        truth = start - torch.linalg.solve(
+            hessian + 0.2 * torch.eye(15, dtype=torch.float64), force
+        )
+        options = PLAIN | {
+            "structure": "dense",
+            "drift": drift,
+            "damping": 0.2,
+            "weight_decay": 0.05,
+        }
         result = forget(model, TensorDataset(x, targets), IDX, likelihood=likelihood, **options)
         found = torch.cat([result.model.weight.detach().flatten(), result.model.bias.detach()])
         torch.testing.assert_close(found, truth, rtol=1e-8, atol=1e-10)
 
     @pytest.mark.parametrize("sigma", [1.0, 0.3])
     def test_ridge_regression_is_retrained_exactly(self, sigma):
-        """The objective is quadratic, so one undamped step ends at the closed form without the forgotten samples."""
+        """The objective is quadratic, so one undamped step ends at the closed form without the
+        forgotten samples."""
         targets = TARGETS["gaussian"][0]
         design = torch.cat([X.double(), torch.ones(60, 1, dtype=torch.float64)], 1)
 
@@ -502,12 +586,19 @@ class TestLikelihoods:
             return model
 
         everyone, keep = list(range(60)), [i for i in range(60) if i not in IDX]
-        options = PLAIN | {"structure": "dense", "drift": "auto", "damping": 0.0, "weight_decay": 0.1}
+        options = PLAIN | {
+            "structure": "dense",
+            "drift": "auto",
+            "damping": 0.0,
+            "weight_decay": 0.1,
+        }
         data = TensorDataset(X, targets)
         result = forget(model_of(ridge(everyone)), data, IDX, likelihood=Gaussian(sigma), **options)
         assert result.newton.at_minimum
         truth = ridge(keep)
-        torch.testing.assert_close(result.model.weight.detach(), truth[:, :4], rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(
+            result.model.weight.detach(), truth[:, :4], rtol=1e-9, atol=1e-11
+        )
         torch.testing.assert_close(result.model.bias.detach(), truth[:, 4], rtol=1e-9, atol=1e-11)
 
     @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
@@ -536,7 +627,10 @@ class TestSubset:
         ("subset", "moves"),
         [
             ("head.*", {"head.0.weight", "head.0.bias", "head.1.weight", "head.1.bias"}),
-            (("*.bias", "norm.*"), {"body.bias", "head.0.bias", "head.1.bias", "norm.weight", "norm.bias"}),
+            (
+                ("*.bias", "norm.*"),
+                {"body.bias", "head.0.bias", "head.1.bias", "norm.weight", "norm.bias"},
+            ),
             (["head.1.weight"], {"head.1.weight"}),
         ],
     )
@@ -545,5 +639,9 @@ class TestSubset:
         with untouched(model):
             result = forget(model, BASE, IDX, subset=subset, **(PLAIN | {"noise": 0.01}))
         after = result.model.state_dict()
-        assert {name for name, value in model.state_dict().items() if not torch.equal(after[name], value)} == moves
+        assert {
+            name
+            for name, value in model.state_dict().items()
+            if not torch.equal(after[name], value)
+        } == moves
         assert result.newton.params.keys() == moves

@@ -43,7 +43,8 @@ class TestStudent:
         assert math.isnan(found.high)
 
     def test_covers_at_the_stated_rate(self) -> None:
-        # 2000 intervals at 90 %: misses ~ B(2000, 0.1); the bounds below are passed with probability 1e-4.
+        # 2000 intervals at 90 %: misses ~ B(2000, 0.1); the bounds below are passed with
+        # probability 1e-4.
         rng = np.random.default_rng(1)
         misses = 0
         for _ in range(2000):
@@ -67,7 +68,8 @@ class TestBootstrap:
                 rng=np.random.default_rng(3),
             ).confidence_interval
             ours = bootstrap(difference, *data, draws=20000, paired=paired)
-            # Quantiles of 20000 draws have a standard error near 0.02 standard deviations (0.2): 0.02 is 5 of them.
+            # Quantiles of 20000 draws have a standard error near 0.02 standard deviations (0.2):
+            # 0.02 is 5 of them.
             assert ours.low == pytest.approx(theirs.low, abs=0.02)
             assert ours.high == pytest.approx(theirs.high, abs=0.02)
             assert ours.value == pytest.approx(data[0].mean() - data[1].mean())

@@ -1,4 +1,5 @@
-"""KLoM against a slow loop, SciPy and the published null values; ceiling, laws, parity quirks, refusals."""
+"""KLoM against a slow loop, SciPy and the published null values; ceiling, laws, parity quirks,
+refusals."""
 
 from __future__ import annotations
 
@@ -85,7 +86,9 @@ class TestMargins:
 
 
 class TestKlom:
-    @pytest.mark.parametrize(("published", "renormalise"), [*itertools.product((False, True), repeat=2)])
+    @pytest.mark.parametrize(
+        ("published", "renormalise"), [*itertools.product((False, True), repeat=2)]
+    )
     @pytest.mark.parametrize("direction", ["unlearned||oracle", "oracle||unlearned"])
     def test_equals_the_slow_loop(self, published: bool, renormalise: bool, direction: str) -> None:
         unlearned, oracle = 3 * normal(0, 30, 40) + 1, 2 * normal(1, 45, 40)
@@ -93,21 +96,30 @@ class TestKlom:
         unlearned[:, 1] = oracle[0, 1]  # one value
         oracle[3, 2] = oracle[:, 2].max() + 5  # a lone maximum
         unlearned[:5, 3] = unlearned[:, 3].max() + 5  # a shared one
-        first, second = (unlearned, oracle) if direction == "unlearned||oracle" else (oracle, unlearned)
+        first, second = (
+            (unlearned, oracle) if direction == "unlearned||oracle" else (oracle, unlearned)
+        )
         expected = [
-            slow(a.tolist(), b.tolist(), published, renormalise) for a, b in zip(first.T, second.T, strict=True)
+            slow(a.tolist(), b.tolist(), published, renormalise)
+            for a, b in zip(first.T, second.T, strict=True)
         ]
         settings = KlomSettings(published=published, renormalise=renormalise, direction=direction)  # type: ignore[arg-type]
-        np.testing.assert_allclose(klom(unlearned, oracle, settings), expected, rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(
+            klom(unlearned, oracle, settings), expected, rtol=1e-10, atol=1e-12
+        )
 
     def test_ceiling(self) -> None:
         low, high = normal(0, 40, 5) / 10, normal(1, 40, 5) / 10 + 50
         for settings in (KlomSettings(), PUBLISHED):
             values = klom(low, high, settings)
-            assert values.tolist() == pytest.approx([CEILING - float(e) for e in _entropy(low, high, settings)])
+            assert values.tolist() == pytest.approx(
+                [CEILING - float(e) for e in _entropy(low, high, settings)]
+            )
         point = torch.zeros(7, 5)  # all mass in one bin, so no entropy is taken off
         assert klom(point, high).tolist() == pytest.approx([11.512925465] * 5)
-        assert klom(point, high, KlomSettings(floor=1e-3)).tolist() == pytest.approx([math.log(1e3)] * 5)
+        assert klom(point, high, KlomSettings(floor=1e-3)).tolist() == pytest.approx(
+            [math.log(1e3)] * 5
+        )
 
     def test_by_hand(self) -> None:
         """Two bins; p = (3/4, 1/4), q = (1/2, 1/2)."""
@@ -125,14 +137,21 @@ class TestKlom:
         torch.testing.assert_close(klom(4 * u + 8, 4 * o + 8), klom(u, o))  # within the clip
         assert torch.equal(klom(u, o), klom(o, u, BACK))
         assert not torch.allclose(klom(u, o), klom(o, u))
-        for settings in (KlomSettings(), KlomSettings(published=True, renormalise=True)):  # all clipped alike
-            assert torch.equal(klom(1000 + u, 1000 + o, settings), torch.zeros(20, dtype=torch.float64))
+        for settings in (
+            KlomSettings(),
+            KlomSettings(published=True, renormalise=True),
+        ):  # all clipped alike
+            assert torch.equal(
+                klom(1000 + u, 1000 + o, settings), torch.zeros(20, dtype=torch.float64)
+            )
 
     def test_the_published_form_calls_a_saturated_ensemble_perfect(self) -> None:
         saturated, oracle = torch.full((10, 1), 100.0), normal(0, 10, 1)
         assert float(klom(saturated, oracle, PUBLISHED)) == 0
         assert float(klom(saturated, oracle)) == pytest.approx(CEILING)
-        assert math.isnan(float(klom(saturated, oracle, KlomSettings(published=True, renormalise=True))))
+        assert math.isnan(
+            float(klom(saturated, oracle, KlomSettings(published=True, renormalise=True)))
+        )
 
     def test_wide_against_narrow_depends_on_direction(self) -> None:
         wide, narrow = 2 * normal(0, 100, 500), normal(1, 100, 500)
@@ -145,7 +164,13 @@ class TestKlom:
                 klom(u, other)
         with pytest.raises(NumericalError, match="NaN"):
             klom(u, u / 0)
-        for bad in ({"bins": 1}, {"clip": 0.0}, {"floor": 0.0}, {"floor": math.nan}, {"direction": "both"}):
+        for bad in (
+            {"bins": 1},
+            {"clip": 0.0},
+            {"floor": 0.0},
+            {"floor": math.nan},
+            {"direction": "both"},
+        ):
             with pytest.raises(ConfigError, match=next(iter(bad))):
                 KlomSettings(**bad)
         for values in (u, u[:0, 0]):
@@ -163,10 +188,12 @@ def _entropy(low: Tensor, high: Tensor, settings: KlomSettings) -> list[float]:
 
 class TestNull:
     @pytest.mark.parametrize(
-        ("models", "mean", "p95"), [(20, 3.01, 5.02), (50, 0.86, 1.68), (100, 0.345, 0.666), (200, 0.144, 0.269)]
+        ("models", "mean", "p95"),
+        [(20, 3.01, 5.02), (50, 0.86, 1.68), (100, 0.345, 0.666), (200, 0.144, 0.269)],
     )
     def test_reference_table(self, models: int, mean: float, p95: float) -> None:
-        """Reference values come from simulations of unstated size: 3 % on means and 5 % on percentiles.
+        """Reference values come from simulations of unstated size: 3 % on means and 5 % on
+        percentiles.
 
         The standard errors here, at 10,000 samples, are below 0.6 % and 1 %.
         """
@@ -176,17 +203,24 @@ class TestNull:
         assert found.samples == 10_000
 
     def test_equals_simulation_with_numpy_and_the_slow_loop(self) -> None:
-        """Two means over 2,000 independent samples each, 4.5 joint standard errors: false alarms below 7e-6."""
+        """Two means over 2,000 independent samples each, 4.5 joint standard errors: false alarms
+        below 7e-6."""
         rng = np.random.default_rng(0)
-        values = [slow(rng.normal(size=12).tolist(), rng.normal(size=8).tolist(), False, False) for _ in range(2000)]
+        values = [
+            slow(rng.normal(size=12).tolist(), rng.normal(size=8).tolist(), False, False)
+            for _ in range(2000)
+        ]
         error = float(np.std(values)) * math.sqrt(2 / 2000)
-        assert klom_null(12, 8, samples=2000).mean == pytest.approx(np.mean(values), abs=4.5 * error)
+        assert klom_null(12, 8, samples=2000).mean == pytest.approx(
+            np.mean(values), abs=4.5 * error
+        )
 
     def test_shrinks_with_the_ensemble(self) -> None:
         assert klom_null(20).mean > 2 * klom_null(60).mean > 4 * klom_null(180).mean
 
     def test_floor_of_gaussian_oracles_is_the_null(self) -> None:
-        """Halves of 100 oracles are the null of 50; 3,000 samples, 4.5 joint standard errors of the mean."""
+        """Halves of 100 oracles are the null of 50; 3,000 samples, 4.5 joint standard errors of the
+        mean."""
         oracle = 4 + 3 * normal(7, 100, 3000)
         found = klom_floor(oracle, halvings=6)
         null = klom_null(50, samples=3000, seed=9)
@@ -197,7 +231,8 @@ class TestNull:
         assert found.mean_std < spread * 3 / math.sqrt(3000)
 
     def test_floor_of_four(self) -> None:
-        """Four oracles have three halvings, each in two directions; 400 draws come near the mean of the six."""
+        """Four oracles have three halvings, each in two directions; 400 draws come near the mean of
+        the six."""
         oracle = normal(3, 5, 6)[:4]
         halves = [[0, 1], [0, 2], [0, 3], [2, 3], [1, 3], [1, 2]]
         six = [klom(oracle[h], oracle[[i for i in range(4) if i not in h]]) for h in halves]
@@ -215,8 +250,14 @@ class TestNull:
         state, before = torch.random.get_rng_state(), oracle.clone()
         first = klom_floor(oracle, seed=1, halvings=1)
         assert (first.models, first.mean_std, first.p95_std) == (5, 0.0, 0.0)
-        assert first == klom_floor(oracle, seed=1, halvings=1) != klom_floor(oracle, seed=2, halvings=1)
-        assert klom_null(5, samples=50) == klom_null(5, samples=50) != klom_null(5, samples=50, seed=1)
+        assert (
+            first
+            == klom_floor(oracle, seed=1, halvings=1)
+            != klom_floor(oracle, seed=2, halvings=1)
+        )
+        assert (
+            klom_null(5, samples=50) == klom_null(5, samples=50) != klom_null(5, samples=50, seed=1)
+        )
         assert torch.equal(torch.random.get_rng_state(), state)
         assert torch.equal(oracle, before)
 

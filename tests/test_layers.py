@@ -77,8 +77,12 @@ def test_convolution_moments_equal_those_of_unfolded_patches(
     channels, kernel = module.weight.shape[1], module.weight.shape[2:]
     rows = []
     for group in range(module.groups):
-        unit = torch.eye(size - bias, dtype=torch.float64).view(-1, *kernel, channels).movedim(-1, 1)
-        seen = nn.Conv2d(channels, len(unit), **{"kernel_size": 3, **options, "groups": 1}, bias=False).double()
+        unit = (
+            torch.eye(size - bias, dtype=torch.float64).view(-1, *kernel, channels).movedim(-1, 1)
+        )
+        seen = nn.Conv2d(
+            channels, len(unit), **{"kernel_size": 3, **options, "groups": 1}, bias=False
+        ).double()
         seen.weight.data = unit
         part = x[:, group * channels : (group + 1) * channels]
         rows.append(seen(part).flatten(2).transpose(1, 2).flatten(0, 1).detach())
@@ -133,7 +137,13 @@ def test_volumes_and_rms_norm(options: dict[str, object], kind: str, structure: 
 
 def test_rms_norm_over_several_dimensions() -> None:
     torch.manual_seed(0)
-    layers = (nn.RMSNorm((3, 4)), nn.Tanh(), nn.RMSNorm(4, elementwise_affine=False), nn.Flatten(), nn.Linear(12, 3))
+    layers = (
+        nn.RMSNorm((3, 4)),
+        nn.Tanh(),
+        nn.RMSNorm(4, elementwise_affine=False),
+        nn.Flatten(),
+        nn.Linear(12, 3),
+    )
     model = nn.Sequential(*layers).double().eval()
     data = TensorDataset(torch.randn(6, 3, 4, dtype=torch.float64), torch.randint(0, 3, (6,)))
     truth = oracle.ggn(model, *data.tensors, Categorical())
@@ -146,13 +156,16 @@ def test_rms_norm_over_several_dimensions() -> None:
 @pytest.mark.parametrize("kind", ["exact", "empirical"])
 @pytest.mark.parametrize("name", ["mlp", "residual", "merged"])
 def test_ekfac_bases_diagonalise_the_second_moments(name: str, kind: str) -> None:
-    """Hooks gather inputs and output gradients sample by sample; Q^T (sum of their products) Q must be diagonal."""
+    """Hooks gather inputs and output gradients sample by sample; Q^T (sum of their products) Q must
+    be diagonal."""
     model, data = prepared(name)
     found = estimate_curvature(model, data, kind=kind)
     seen: dict[int, list[torch.Tensor]] = {}
     for module in model.modules():
         if type(module) is nn.Linear:
-            module.register_forward_hook(lambda m, a, _: seen.setdefault(id(m.weight), []).append(a[0].detach()))
+            module.register_forward_hook(
+                lambda m, a, _: seen.setdefault(id(m.weight), []).append(a[0].detach())
+            )
     for x in data.tensors[0]:
         model(x[None])
     by_weight = {id(p): n for n, p in model.named_parameters()}
@@ -164,7 +177,9 @@ def test_ekfac_bases_diagonalise_the_second_moments(name: str, kind: str) -> Non
             rows = torch.cat([a.reshape(-1, a.shape[-1]) for a in inputs])
             rows = torch.cat([rows, torch.ones(len(rows), 1, dtype=rows.dtype)], 1)
             turned = part.col.T @ (rows.T @ rows) @ part.col
-            assert float((turned - turned.diag().diag()).abs().max()) < 1e-9 * float(turned.abs().max())
+            assert float((turned - turned.diag().diag()).abs().max()) < 1e-9 * float(
+                turned.abs().max()
+            )
             checked += 1
     assert checked
     assert set(MODELS) >= {name}

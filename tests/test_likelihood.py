@@ -1,7 +1,9 @@
-"""Likelihoods against autograd in float64, against distributions of SciPy and torch, and against their own chunks.
+"""Likelihoods against autograd in float64, against distributions of SciPy and torch, and against
+their own chunks.
 
-Random columns are tested with a fixed seed: a test that passes goes on passing. The stated false-alarm rates say how
-likely a *correct* implementation would have been to fail at the seed that was picked first.
+Random columns are tested with a fixed seed: a test that passes goes on passing. The stated
+false-alarm rates say how likely a *correct* implementation would have been to fail at the seed that
+was picked first.
 """
 
 from __future__ import annotations
@@ -15,7 +17,14 @@ from scipy import stats
 from torch import Tensor
 
 from fisher_forget.errors import ConfigError
-from fisher_forget.likelihood import LIKELIHOODS, Bernoulli, Categorical, Gaussian, Likelihood, resolve_likelihood
+from fisher_forget.likelihood import (
+    LIKELIHOODS,
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    Likelihood,
+    resolve_likelihood,
+)
 
 SIGMAS = 5.0  # standard errors; two-sided normal tail 5.7e-7 for each entry looked at
 FLOAT64 = {"rtol": 1e-9, "atol": 1e-12}
@@ -42,17 +51,41 @@ CASES: dict[str, tuple[Likelihood, Tensor, Tensor]] = {
     "two classes": (Categorical(), 2 * randn(3, 2), classes(3, count=2)),
     "probabilities": (Categorical(), randn(3, 4), randn(3, 4, seed=1).softmax(-1)),
     "sequences": (Categorical(), randn(3, 4, 3), classes(3, 4, count=3)),
-    "padded": (Categorical(), randn(3, 4, 3), classes(3, 4, count=3, ignored=((0, 3), (1, 0), (1, 1), (2, 2)))),
-    "all padding": (Categorical(), randn(2, 2, 3), classes(2, 2, count=3, ignored=((0, 0), (0, 1)))),
+    "padded": (
+        Categorical(),
+        randn(3, 4, 3),
+        classes(3, 4, count=3, ignored=((0, 3), (1, 0), (1, 1), (2, 2))),
+    ),
+    "all padding": (
+        Categorical(),
+        randn(2, 2, 3),
+        classes(2, 2, count=3, ignored=((0, 0), (0, 1))),
+    ),
     "padded with a class": (Categorical(ignore_index=1), randn(3, 4, 3), classes(3, 4, count=3)),
-    "images of classes": (Categorical(), randn(2, 2, 2, 3), classes(2, 2, 2, count=3, ignored=((1, 0, 1),))),
-    "sequences of probabilities": (Categorical(), randn(2, 3, 3), randn(2, 3, 3, seed=1).softmax(-1)),
-    "confident": (Categorical(), torch.tensor([[50.0, -50, 0], [-50, 50, 50], [0, 0, -50]]).double(), torch.arange(3)),
+    "images of classes": (
+        Categorical(),
+        randn(2, 2, 2, 3),
+        classes(2, 2, 2, count=3, ignored=((1, 0, 1),)),
+    ),
+    "sequences of probabilities": (
+        Categorical(),
+        randn(2, 3, 3),
+        randn(2, 3, 3, seed=1).softmax(-1),
+    ),
+    "confident": (
+        Categorical(),
+        torch.tensor([[50.0, -50, 0], [-50, 50, 50], [0, 0, -50]]).double(),
+        torch.arange(3),
+    ),
     "labels": (Bernoulli(), 2 * randn(4, 3), (fractions(4, 3) < 0.5).double()),
     "soft labels": (Bernoulli(), randn(3, 2), fractions(3, 2)),
     "boolean labels": (Bernoulli(), randn(3, 2), fractions(3, 2) < 0.5),
     "sequences of labels": (Bernoulli(), randn(2, 3, 2), (fractions(2, 3, 2) < 0.5).double()),
-    "confident labels": (Bernoulli(), torch.tensor([[50.0, -50], [-50, 0]]).double(), torch.eye(2).double()),
+    "confident labels": (
+        Bernoulli(),
+        torch.tensor([[50.0, -50], [-50, 0]]).double(),
+        torch.eye(2).double(),
+    ),
     "means": (Gaussian(), randn(4, 3), randn(4, 3, seed=1)),
     "narrow means": (Gaussian(0.2), randn(4, 1), randn(4, 1, seed=1)),
     "sequences of means": (Gaussian(3.0), randn(2, 3, 2), randn(2, 3, 2, seed=1)),
@@ -100,7 +133,9 @@ def moments(columns: Tensor) -> Tensor:
 class TestDerivatives:
     def test_losses(self, case):
         likelihood, outputs, targets = case
-        truth = torch.stack([plain_loss(likelihood, f, y) for f, y in zip(outputs, targets, strict=True)])
+        truth = torch.stack(
+            [plain_loss(likelihood, f, y) for f, y in zip(outputs, targets, strict=True)]
+        )
         found = likelihood.losses(outputs, targets)
         assert found.shape == (len(outputs),)
         torch.testing.assert_close(found, truth, **FLOAT64)
@@ -123,7 +158,9 @@ class TestDerivatives:
         columns = torch.stack(list(likelihood.columns(outputs, targets)))
         assert len(columns) == likelihood.column_count(outputs)
         assert columns.shape[1:] == outputs.shape
-        torch.testing.assert_close(moments(columns), torch.stack(hessians(likelihood, outputs, targets)), **FLOAT64)
+        torch.testing.assert_close(
+            moments(columns), torch.stack(hessians(likelihood, outputs, targets)), **FLOAT64
+        )
 
     def test_output_curvature_is_the_trace(self, case):
         likelihood, outputs, targets = case
@@ -140,9 +177,14 @@ class TestDerivatives:
     def test_extreme_logits_stay_finite(self, dtype):
         for f in itertools.product((-50.0, 0.0, 50.0), repeat=3):
             outputs = torch.tensor([f], dtype=dtype)
-            for likelihood, targets in ((Categorical(), torch.tensor([1])), (Bernoulli(), torch.tensor([[1.0, 0, 1]]))):
+            for likelihood, targets in (
+                (Categorical(), torch.tensor([1])),
+                (Bernoulli(), torch.tensor([[1.0, 0, 1]])),
+            ):
                 everything = [
-                    likelihood.losses(outputs, targets.to(dtype) if targets.is_floating_point() else targets),
+                    likelihood.losses(
+                        outputs, targets.to(dtype) if targets.is_floating_point() else targets
+                    ),
                     likelihood.residual(outputs, targets),
                     *likelihood.columns(outputs, targets),
                     likelihood.sketch(outputs, 2, torch.Generator(), targets),
@@ -155,7 +197,15 @@ class TestDerivatives:
                 torch.testing.assert_close(exact.double(), truth, rtol=1e-5, atol=1e-7)
 
 
-RANDOM = ("classes", "two classes", "padded", "labels", "sequences of labels", "means", "narrow means")
+RANDOM = (
+    "classes",
+    "two classes",
+    "padded",
+    "labels",
+    "sequences of labels",
+    "means",
+    "narrow means",
+)
 
 
 class TestRandomColumns:
@@ -164,8 +214,9 @@ class TestRandomColumns:
     def test_unbiased(self, name, kind):
         """The mean of S S^T over draws is H, entry by entry.
 
-        At most 3 x 12 x 13 / 2 = 234 different entries a case at 5 standard errors: a false-alarm rate below 1.4e-4 a
-        case under normality, 2e-3 for all 14. An entry without variance (a sign squared) must be right to rounding.
+        At most 3 x 12 x 13 / 2 = 234 different entries a case at 5 standard errors: a false-alarm
+        rate below 1.4e-4 a case under normality, 2e-3 for all 14. An entry without variance (a sign
+        squared) must be right to rounding.
         """
         likelihood, outputs, targets = CASES[name]
         draws = 20_000
@@ -182,17 +233,22 @@ class TestRandomColumns:
     def test_the_check_above_can_fail(self):
         """A sketch whose mean is 5 % too large is noticed at this number of draws."""
         likelihood, outputs, targets = CASES["classes"]
-        flat = 1.025 * likelihood.sampled(outputs, 20_000, torch.Generator().manual_seed(5), targets) * 20_000**0.5
+        flat = (
+            1.025
+            * likelihood.sampled(outputs, 20_000, torch.Generator().manual_seed(5), targets)
+            * 20_000**0.5
+        )
         mean, square = torch.einsum("kbi,kbi->bi", flat, flat) / 20_000, (flat**4).mean(0)
         error = ((square - mean**2) / 20_000).sqrt()
         truth = torch.stack([h.diagonal() for h in hessians(likelihood, outputs, targets)])
         assert float(((mean - truth).abs() - SIGMAS * error).max()) > 0
 
     def test_variance_of_the_sketch(self):
-        """Var[(S^T j)^2] = 2 F^2 - 2 sum_y b_y^4 with b_y = sqrt(p_y) d ln p_y, for any direction j of one sample.
+        """Var[(S^T j)^2] = 2 F^2 - 2 sum_y b_y^4 with b_y = sqrt(p_y) d ln p_y, for any direction j
+        of one sample.
 
-        Sixteen sign patterns exhaust the distribution, so nothing is random here but the order they come in: each is
-        seen, and the mean over the *different* columns is exact.
+        Sixteen sign patterns exhaust the distribution, so nothing is random here but the order they
+        come in: each is seen, and the mean over the *different* columns is exact.
         """
         logits, j = 2 * randn(1, 4), randn(4, seed=4)
         p = logits.softmax(-1)[0]
@@ -200,23 +256,35 @@ class TestRandomColumns:
         fisher = float((b**2).sum())
         drawn = Categorical().sketch(logits, 400, torch.Generator().manual_seed(0), None)[:, 0] * 20
         patterns = torch.unique((drawn @ torch.eye(4).double()).round(decimals=10), dim=0)
-        assert len(patterns) == 16  # a miss of any in 400 draws has probability 16 (15/16)^400 = 1e-10
+        assert (
+            len(patterns) == 16
+        )  # a miss of any in 400 draws has probability 16 (15/16)^400 = 1e-10
         squares = (patterns @ j) ** 2
         assert float(squares.mean()) == pytest.approx(fisher, rel=1e-8)
-        assert float(squares.var(unbiased=False)) == pytest.approx(2 * fisher**2 - 2 * float((b**4).sum()), rel=1e-7)
+        assert float(squares.var(unbiased=False)) == pytest.approx(
+            2 * fisher**2 - 2 * float((b**4).sum()), rel=1e-7
+        )
 
     def test_sampled_labels_follow_the_model(self):
         """Chi-square of label frequencies; false-alarm rate 1e-6."""
         logits = torch.tensor([[2.0, 0.0, -1.0, 0.5]]).double()
-        scores = Categorical().sampled(logits, 50_000, torch.Generator().manual_seed(0), None)[:, 0] * 50_000**0.5
+        scores = (
+            Categorical().sampled(logits, 50_000, torch.Generator().manual_seed(0), None)[:, 0]
+            * 50_000**0.5
+        )
         labels = (logits.softmax(-1) - scores).argmax(-1)
         seen = torch.bincount(labels, minlength=4).numpy()
         assert stats.chisquare(seen, 50_000 * logits.softmax(-1)[0].numpy()).pvalue > 1e-6
 
     def test_gaussian_scores_are_normal(self):
         """Kolmogorov-Smirnov against N(0, 1/sigma^2); false-alarm rate 1e-6."""
-        scores = Gaussian(0.5).sampled(torch.zeros(1, 1), 20_000, torch.Generator().manual_seed(0), None) * 20_000**0.5
-        assert stats.kstest(scores.flatten().double().numpy(), stats.norm(scale=2).cdf).pvalue > 1e-6
+        scores = (
+            Gaussian(0.5).sampled(torch.zeros(1, 1), 20_000, torch.Generator().manual_seed(0), None)
+            * 20_000**0.5
+        )
+        assert (
+            stats.kstest(scores.flatten().double().numpy(), stats.norm(scale=2).cdf).pvalue > 1e-6
+        )
 
     @pytest.mark.parametrize("name", CASES)
     @pytest.mark.parametrize("kind", ["sketch", "sampled"])
@@ -247,7 +315,10 @@ class TestKl:
             torch.distributions.Categorical(logits=p), torch.distributions.Categorical(logits=q)
         )
         torch.testing.assert_close(Categorical().kl(p, q), truth, **FLOAT64)
-        entropy = [stats.entropy(a, b) for a, b in zip(p.softmax(-1).numpy(), q.softmax(-1).numpy(), strict=True)]
+        entropy = [
+            stats.entropy(a, b)
+            for a, b in zip(p.softmax(-1).numpy(), q.softmax(-1).numpy(), strict=True)
+        ]
         assert Categorical().kl(p, q).tolist() == pytest.approx(entropy)
 
     def test_bernoulli_sums_over_labels(self):
@@ -268,7 +339,9 @@ class TestKl:
         q = randn(*p.shape, seed=1)
         each = Categorical().kl(p.reshape(-1, 3), q.reshape(-1, 3)).view(3, 4)
         scored = (targets != -100).double()
-        torch.testing.assert_close(likelihood.kl(p, q, targets), (each * scored).sum(1) / scored.sum(1), **FLOAT64)
+        torch.testing.assert_close(
+            likelihood.kl(p, q, targets), (each * scored).sum(1) / scored.sum(1), **FLOAT64
+        )
         torch.testing.assert_close(likelihood.kl(p, q), each.mean(1), **FLOAT64)
 
     def test_none_scored(self):
@@ -277,7 +350,9 @@ class TestKl:
 
     def test_between_equals_is_zero_and_otherwise_positive(self, case):
         likelihood, outputs, _ = case
-        assert torch.equal(likelihood.kl(outputs, outputs.clone()), torch.zeros(len(outputs), dtype=torch.float64))
+        assert torch.equal(
+            likelihood.kl(outputs, outputs.clone()), torch.zeros(len(outputs), dtype=torch.float64)
+        )
         assert bool((likelihood.kl(outputs, outputs + randn(*outputs.shape, seed=9)) > 0).all())
 
     def test_float64_whatever_comes_in(self):
@@ -307,9 +382,15 @@ class TestCountsAndScores:
     def test_scores(self):
         likelihood, outputs, targets = CASES["padded"]
         right = ((outputs.argmax(-1) == targets) & (targets != -100)).sum(1)
-        torch.testing.assert_close(likelihood.scores(outputs, targets), right / torch.tensor([3.0, 2, 3]).double())
-        assert Bernoulli().scores(torch.tensor([[1.0, -1.0]]), torch.tensor([[1.0, 1.0]])).tolist() == [0.5]
-        assert Gaussian().scores(torch.tensor([[1.0, -1.0]]), torch.tensor([[0.0, 1.0]])).tolist() == [5.0]
+        torch.testing.assert_close(
+            likelihood.scores(outputs, targets), right / torch.tensor([3.0, 2, 3]).double()
+        )
+        assert Bernoulli().scores(
+            torch.tensor([[1.0, -1.0]]), torch.tensor([[1.0, 1.0]])
+        ).tolist() == [0.5]
+        assert Gaussian().scores(
+            torch.tensor([[1.0, -1.0]]), torch.tensor([[0.0, 1.0]])
+        ).tolist() == [5.0]
 
     def test_checks_pass(self, case):
         likelihood, outputs, targets = case

@@ -1,4 +1,5 @@
-"""Functions of the user's own, by import path: found, called with a seed, and told apart when they go wrong."""
+"""Functions of the user's own, by import path: found, called with a seed, and told apart when they
+go wrong."""
 
 from __future__ import annotations
 
@@ -67,7 +68,11 @@ class TestFind:
 
     @pytest.mark.parametrize(
         ("code", "word"),
-        [("import own_other_absent", "own_other_absent"), ("1 / 0", "ZeroDivision"), ("x =", "Syntax")],
+        [
+            ("import own_other_absent", "own_other_absent"),
+            ("1 / 0", "ZeroDivision"),
+            ("x =", "Syntax"),
+        ],
     )
     def test_a_module_that_fails_is_not_a_missing_one(self, module, code, word):
         name = f"own_fails_{word.lower()}"
@@ -83,7 +88,9 @@ class TestMake:
     def test_the_seed_alone_decides_and_nothing_global_moves(self, module):
         module("own_seeded", DRAWS)
         before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002 - as given
-        first, again, other = (make("own_seeded:drawn", "the data", {"count": 2}, seed=seed) for seed in (3, 3, 4))
+        first, again, other = (
+            make("own_seeded:drawn", "the data", {"count": 2}, seed=seed) for seed in (3, 3, 4)
+        )
         assert first == again
         assert not set(first) & set(other)  # each of the three generators was seeded
         assert random.getstate() == before[0]

@@ -1,4 +1,5 @@
-"""Membership attacks: SciPy, scikit-learn, closed forms, and null distributions at a stated false-alarm rate."""
+"""Membership attacks: SciPy, scikit-learn, closed forms, and null distributions at a stated
+false-alarm rate."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ Z = 4.4172  # two-sided false-alarm rate of 1e-5 for a normal statistic
 
 
 def features(seed: int, n: int, shift: float) -> dict[str, np.ndarray]:
-    """Features of n samples of 4 classes; the larger the shift, the surer and more often right the model is."""
+    """Features of n samples of 4 classes; the larger the shift, the surer and more often right the
+    model is."""
     generator = torch.Generator().manual_seed(seed)
     targets = torch.randint(0, 4, (n,), generator=generator)
     logits = torch.randn(n, 4, generator=generator)
@@ -55,26 +57,35 @@ class TestFeatures:
         for m in range(3):
             for n in range(50):
                 q, y = p[m, n], int(targets[n])
-                modified = -(1 - q[y]) * math.log(q[y]) - sum(q[c] * math.log(1 - q[c]) for c in range(5) if c != y)
+                modified = -(1 - q[y]) * math.log(q[y]) - sum(
+                    q[c] * math.log(1 - q[c]) for c in range(5) if c != y
+                )
                 expected = (-math.log(q[y]), q[y], float(special.entr(q).sum()), modified)
                 assert [found[name][m, n] for name in SIGNS] == pytest.approx(expected, rel=1e-9)
 
     def test_by_hand(self) -> None:
-        # p = (3/4, 1/4). Right class 0: -(1/4) ln(3/4) - (1/4) ln(3/4); wrong class 1: twice (3/4) ln 4.
+        # p = (3/4, 1/4). Right class 0: -(1/4) ln(3/4) - (1/4) ln(3/4); wrong class 1: twice (3/4)
+        # ln 4.
         logits = torch.tensor([[math.log(3.0), 0.0]] * 2, dtype=torch.float64)
         found = attack_features(logits, torch.tensor([0, 1]))
-        assert found["modified_entropy"] == pytest.approx([0.5 * math.log(4 / 3), 1.5 * math.log(4)])
+        assert found["modified_entropy"] == pytest.approx(
+            [0.5 * math.log(4 / 3), 1.5 * math.log(4)]
+        )
         assert found["entropy"] == pytest.approx([0.25 * math.log(4) + 0.75 * math.log(4 / 3)] * 2)
 
     def test_survive_certainty(self) -> None:
-        # Logits 100 apart: 1 - p is 3.7e-44, which 1 - softmax rounds to 0, and its logarithm is -100.
+        # Logits 100 apart: 1 - p is 3.7e-44, which 1 - softmax rounds to 0, and its logarithm is
+        # -100.
         logits = torch.tensor([[100.0, 0.0], [100.0, 0.0]])
         right, wrong = attack_features(logits, torch.tensor([0, 1]))["modified_entropy"]
         assert right == pytest.approx(2 * math.exp(-100))
         assert wrong == pytest.approx(200.0)
 
     def test_the_models_of_an_ensemble_are_independent(self) -> None:
-        logits, targets = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(1)), torch.arange(6) % 3
+        logits, targets = (
+            torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(1)),
+            torch.arange(6) % 3,
+        )
         together = attack_features(logits, targets)
         for m in range(2):
             alone = attack_features(logits[m], targets)
@@ -95,9 +106,13 @@ class TestRoc:
     def test_tpr_is_the_best_of_all_thresholds(self, fpr: float, decimals: int) -> None:
         rng = np.random.default_rng(7)
         a, b = np.round(rng.normal(1, 1, 70), decimals), np.round(rng.normal(size=100), decimals)
-        rates = roc_curve(np.repeat([1, 0], [70, 100]), np.concatenate([a, b]), drop_intermediate=False)
+        rates = roc_curve(
+            np.repeat([1, 0], [70, 100]), np.concatenate([a, b]), drop_intermediate=False
+        )
         limit = Fraction(str(fpr))
-        best = max(t for f, t, _ in zip(*rates, strict=True) if Fraction(round(f * 100), 100) <= limit)
+        best = max(
+            t for f, t, _ in zip(*rates, strict=True) if Fraction(round(f * 100), 100) <= limit
+        )
         assert tpr_at_fpr(a, b, fpr) == pytest.approx(best)
 
     def test_by_hand(self) -> None:
@@ -110,7 +125,9 @@ class TestRoc:
         rng = np.random.default_rng(8)
         a, b = rng.normal(size=(3, 9)), rng.normal(size=(3, 40))
         assert auc(a, b) == pytest.approx([float(auc(x, y)) for x, y in zip(a, b, strict=True)])
-        assert tpr_at_fpr(a, b, 0.1) == pytest.approx([float(tpr_at_fpr(x, y, 0.1)) for x, y in zip(a, b, strict=True)])
+        assert tpr_at_fpr(a, b, 0.1) == pytest.approx(
+            [float(tpr_at_fpr(x, y, 0.1)) for x, y in zip(a, b, strict=True)]
+        )
 
     @pytest.mark.parametrize("distance", [0.0, 1.0, 2.5])
     def test_normal_scores_have_the_closed_form(self, distance: float) -> None:
@@ -119,11 +136,14 @@ class TestRoc:
         expected = stats.norm.cdf(distance / math.sqrt(2))
         # The variance of an AUC is at most A (1 - A) / min(P, Q) (Birnbaum & Klose 1957).
         tolerance = Z * math.sqrt(expected * (1 - expected) / n)
-        assert auc(rng.normal(distance, 1, n), rng.normal(size=n)) == pytest.approx(expected, abs=tolerance)
+        assert auc(rng.normal(distance, 1, n), rng.normal(size=n)) == pytest.approx(
+            expected, abs=tolerance
+        )
 
     def test_intervals_cover_the_closed_form(self) -> None:
-        # 100 intervals at 90 % for AUC = Phi(1/sqrt 2): misses ~ B(100, 0.1), above 22 with probability 1e-4. The
-        # percentile bootstrap is itself approximate, so only a gross failure is looked for.
+        # 100 intervals at 90 % for AUC = Phi(1/sqrt 2): misses ~ B(100, 0.1), above 22 with
+        # probability 1e-4. The percentile bootstrap is itself approximate, so only a gross failure
+        # is looked for.
         rng = np.random.default_rng(10)
         misses = 0
         for _ in range(100):
@@ -151,13 +171,18 @@ class TestPopulation:
         assert as_members.called_members > 0.65
         assert as_strangers.called_members < 0.45
         assert as_members.control(draws=40).auc.value > 0.75
-        # An exchangeable queried set: AUC 1/2 within 1e-5 (variance at most (P + Q + 1) / 12 P Q, here 300 and 150).
-        assert as_strangers.leak(draws=40).auc.value == pytest.approx(0.5, abs=Z * math.sqrt(451 / (12 * 300 * 150)))
+        # An exchangeable queried set: AUC 1/2 within 1e-5 (variance at most (P + Q + 1) / 12 P Q,
+        # here 300 and 150).
+        assert as_strangers.leak(draws=40).auc.value == pytest.approx(
+            0.5, abs=Z * math.sqrt(451 / (12 * 300 * 150))
+        )
 
     @pytest.mark.parametrize("attack", ATTACKS)
     def test_without_a_difference_nothing_is_found(self, attack: str) -> None:
         # Scores of samples that were not fitted on are exchangeable: false alarm 1e-5.
-        found = population_attack(features(5, 600, 1.0), features(6, 600, 1.0), features(7, 200, 1.0), attack)
+        found = population_attack(
+            features(5, 600, 1.0), features(6, 600, 1.0), features(7, 200, 1.0), attack
+        )
         deviation = Z * math.sqrt(601 / (12 * 300 * 300))
         assert found.control(draws=40).auc.value == pytest.approx(0.5, abs=deviation)
 
@@ -171,21 +196,28 @@ class TestPopulation:
         assert found.called_members == np.mean(a >= found.cutoff)
 
     def test_published_svc_is_the_published_one(self) -> None:
-        member, nonmember, queried = features(10, 120, 3.0), features(11, 80, 1.0), features(12, 40, 2.0)
+        member, nonmember, queried = (
+            features(10, 120, 3.0),
+            features(11, 80, 1.0),
+            features(12, 40, 2.0),
+        )
         entropies = np.concatenate([member["entropy"], nonmember["entropy"]])[:, None]
         svc = SVC(C=3, kernel="rbf", gamma="auto").fit(entropies, np.repeat([1, 0], [120, 80]))
         found = population_attack(member, nonmember, queried, "svc", published=True)
         assert found.called_members == svc.predict(queried["entropy"][:, None]).mean()
 
     def test_sides_weigh_the_same(self) -> None:
-        # Twenty times as many members: the unweighted rule calls everything a member, ours does not.
+        # Twenty times as many members: the unweighted rule calls everything a member, ours does
+        # not.
         data = features(13, 2000, 1.2), features(14, 100, 1.0), features(15, 200, 1.0)
         for attack in ("all", "svc"):
             assert population_attack(*data, attack, published=True).called_members > 0.99
             assert population_attack(*data, attack).called_members < 0.9
 
     def test_interval_of_the_called_fraction_is_binomial(self) -> None:
-        found = population_attack(features(16, 100, 3.0), features(17, 100, 1.0), features(18, 400, 2.0))
+        found = population_attack(
+            features(16, 100, 3.0), features(17, 100, 1.0), features(18, 400, 2.0)
+        )
         interval = found.called_members_interval(draws=4000)
         deviation = math.sqrt(found.called_members * (1 - found.called_members) / 400)
         assert interval.value == found.called_members
@@ -225,10 +257,15 @@ class TestShadow:
             for k in range(2):
                 for n in range(6):
                     a, b = (
-                        math.exp(KernelDensity(bandwidth=width).fit(s[:, n : n + 1]).score([[x[k, n]]])) for s in (u, o)
+                        math.exp(
+                            KernelDensity(bandwidth=width).fit(s[:, n : n + 1]).score([[x[k, n]]])
+                        )
+                        for s in (u, o)
                     )
                     assert found[k, n] == pytest.approx(a / (a + b), rel=1e-7)
-        far = (u.max(0) > o.max(0)).astype(float)  # where both densities underflow the nearest kernel decides
+        far = (u.max(0) > o.max(0)).astype(
+            float
+        )  # where both densities underflow the nearest kernel decides
         assert ruli(u, o, np.full(6, 1e4)) == pytest.approx(far, abs=1e-9)
 
     @pytest.mark.parametrize("attack", [u_lira, ruli])
@@ -239,17 +276,21 @@ class TestShadow:
 
     @pytest.mark.parametrize("attack", [u_lira, ruli])
     def test_null_is_one_half(self, attack: object) -> None:
-        # 200 ensembles of 3 models: within an ensemble the left-out models are exchangeable, so its mean AUC has
-        # expectation 1/2. The mean over the independent ensembles is normal: false alarm 1e-5.
+        # 200 ensembles of 3 models: within an ensemble the left-out models are exchangeable, so its
+        # mean AUC has expectation 1/2. The mean over the independent ensembles is normal: false
+        # alarm 1e-5.
         found = [
-            shadow_attack(shadows(2 * s, 3, 40), shadows(2 * s + 1, 3, 40), attack).separation().auc.value  # type: ignore[arg-type]
+            shadow_attack(shadows(2 * s, 3, 40), shadows(2 * s + 1, 3, 40), attack)
+            .separation()
+            .auc.value  # type: ignore[arg-type]
             for s in range(100, 300)
         ]
         assert np.mean(found) == pytest.approx(0.5, abs=Z * np.std(found, ddof=1) / math.sqrt(200))
         assert np.std(found) < 0.1
 
     def test_separation_reaches_the_optimum_with_many_shadows(self) -> None:
-        # Known N(d, 1) and N(0, 1): the ratio is d (x - d/2), so AUC = Phi(d / sqrt 2). 400 shadows: 1 % of slack.
+        # Known N(d, 1) and N(0, 1): the ratio is d (x - d/2), so AUC = Phi(d / sqrt 2). 400
+        # shadows: 1 % of slack.
         distance = 1.5
         found = shadow_attack(shadows(31, 400, 30, distance), shadows(32, 400, 30)).separation().auc
         assert found.value == pytest.approx(stats.norm.cdf(distance / math.sqrt(2)), abs=0.015)
@@ -263,7 +304,10 @@ class TestShadow:
             rest_u, rest_o = u[[i for i in range(4) if i != k]], o[[i for i in range(6) if i != k]]
             assert found.unlearned[k] == pytest.approx(u_lira(rest_u, rest_o, u[k]))
             assert found.out[k] == pytest.approx(u_lira(rest_u, rest_o, o[k]))
-        rates = [roc_auc_score(np.repeat([1, 0], 5), [*a, *b]) for a, b in zip(found.unlearned, found.out, strict=True)]
+        rates = [
+            roc_auc_score(np.repeat([1, 0], 5), [*a, *b])
+            for a, b in zip(found.unlearned, found.out, strict=True)
+        ]
         assert found.separation().auc.value == pytest.approx(np.mean(rates))
 
 

@@ -66,14 +66,19 @@ class TestArchitecture:
         # weights and biases of All-CNN-C as in table 1: 1.37 million
         channels = [3, 96, 96, 96, 192, 192, 192, 192, 192, 10]
         kernels = [3] * 7 + [1, 1]
-        expected = sum(a * b * k * k + b for a, b, k in zip(channels, channels[1:], kernels, strict=False))
+        expected = sum(
+            a * b * k * k + b for a, b, k in zip(channels, channels[1:], kernels, strict=False)
+        )
         assert count(build_model("all_cnn", CIFAR, 10, seed=0, width=1.0)) == expected == 1_369_738
 
     def test_resnet18_has_the_known_size(self):
         assert count(build_model("resnet18", CIFAR, 10, seed=0, width=1.0)) == 11_173_962
 
     def test_batch_norm_is_an_option(self):
-        plain, normed = (build_model("all_cnn", CIFAR, 10, seed=0, width=0.1, batch_norm=b) for b in (False, True))
+        plain, normed = (
+            build_model("all_cnn", CIFAR, 10, seed=0, width=0.1, batch_norm=b)
+            for b in (False, True)
+        )
         assert not any(isinstance(m, nn.BatchNorm2d) for m in plain.modules())
         assert sum(isinstance(m, nn.BatchNorm2d) for m in normed.modules()) == 8
 

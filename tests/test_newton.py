@@ -41,7 +41,8 @@ def ridge(x: Tensor, y: Tensor, decay: float) -> nn.Linear:
     """Closed-form minimiser of (1/n) sum |y - Wx - b|^2 / 2 + (decay/2) |(W, b)|^2."""
     ones = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
     w = torch.linalg.solve(
-        ones.T @ ones / len(x) + decay * torch.eye(ones.shape[1], dtype=x.dtype), ones.T @ y / len(x)
+        ones.T @ ones / len(x) + decay * torch.eye(ones.shape[1], dtype=x.dtype),
+        ones.T @ y / len(x),
     )
     model = nn.Linear(x.shape[1], y.shape[1]).double()
     with torch.no_grad():
@@ -53,7 +54,9 @@ def ridge(x: Tensor, y: Tensor, decay: float) -> nn.Linear:
 def regression() -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(0)
     x = torch.randn(60, 5, generator=g, dtype=torch.float64)
-    return x, x @ torch.randn(5, 2, generator=g, dtype=torch.float64) + 0.3 * torch.randn(60, 2, generator=g).double()
+    return x, x @ torch.randn(5, 2, generator=g, dtype=torch.float64) + 0.3 * torch.randn(
+        60, 2, generator=g
+    ).double()
 
 
 def seeded_moves(model: nn.Module, scale: float) -> nn.Module:
@@ -75,9 +78,17 @@ def softmax_minimiser(model: nn.Module, x: Tensor, y: Tensor, decay: float) -> n
         loss = Categorical().losses(out, y).mean() + decay / 2 * flat.square().sum()
         return float(loss), torch.autograd.grad(loss, flat)[0].numpy()
 
-    found = minimize(value, flatten(like).numpy(), jac=True, method="BFGS", options={"gtol": 1e-10, "maxiter": 2000})
+    found = minimize(
+        value,
+        flatten(like).numpy(),
+        jac=True,
+        method="BFGS",
+        options={"gtol": 1e-10, "maxiter": 2000},
+    )
     with torch.no_grad():
-        for p, v in zip(model.parameters(), unflatten(torch.from_numpy(found.x), like).values(), strict=True):
+        for p, v in zip(
+            model.parameters(), unflatten(torch.from_numpy(found.x), like).values(), strict=True
+        ):
             p.copy_(v)
     return model
 
@@ -111,7 +122,13 @@ class TestRidge:
         gone = np.arange(10)
         original, retrained = ridge(x, y, DECAY), ridge(x[10:], y[10:], DECAY)
         result = forget(
-            original, TensorDataset(x, y), gone, likelihood="gaussian", weight_decay=DECAY, noise=None, progress=False
+            original,
+            TensorDataset(x, y),
+            gone,
+            likelihood="gaussian",
+            weight_decay=DECAY,
+            noise=None,
+            progress=False,
         )
         before = norm(add(oracle.start(original), oracle.start(retrained), -1))
         after = norm(add(oracle.start(result.model), oracle.start(retrained), -1))
@@ -119,9 +136,14 @@ class TestRidge:
 
 
 @pytest.mark.parametrize(("steps", "residual"), [(1, 1e-3), (2, 1e-6), (3, 1e-11)])
-def test_logistic_regression_converges_quadratically_to_the_retrained_minimum(steps: int, residual: float) -> None:
+def test_logistic_regression_converges_quadratically_to_the_retrained_minimum(
+    steps: int, residual: float
+) -> None:
     g = torch.Generator().manual_seed(1)
-    x, y = torch.randn(300, 3, generator=g, dtype=torch.float64), torch.randint(0, 3, (300,), generator=g)
+    x, y = (
+        torch.randn(300, 3, generator=g, dtype=torch.float64),
+        torch.randint(0, 3, (300,), generator=g),
+    )
     torch.manual_seed(0)
     model = softmax_minimiser(nn.Linear(3, 3).double(), x, y, DECAY).eval()
     result = forget(
@@ -142,19 +164,29 @@ def test_logistic_regression_converges_quadratically_to_the_retrained_minimum(st
 
 
 class TestControls:
-    def flow(self, model: nn.Module, data: TensorDataset, idx: list[int], **options: object) -> object:
+    def flow(
+        self, model: nn.Module, data: TensorDataset, idx: list[int], **options: object
+    ) -> object:
         split = resolve_split(data, idx, allow_empty=True)
         curvature = estimate_curvature(model, split)
-        return newton_step(Objective(model, Categorical()), split, curvature, weight_decay=DECAY, **options)
+        return newton_step(
+            Objective(model, Categorical()), split, curvature, weight_decay=DECAY, **options
+        )
 
     def data(self) -> tuple[nn.Module, TensorDataset]:
         g = torch.Generator().manual_seed(2)
-        x, y = torch.randn(70, 4, generator=g, dtype=torch.float64), torch.randint(0, 3, (70,), generator=g)
+        x, y = (
+            torch.randn(70, 4, generator=g, dtype=torch.float64),
+            torch.randint(0, 3, (70,), generator=g),
+        )
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double().eval(), TensorDataset(x, y)
+        return nn.Sequential(
+            nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)
+        ).double().eval(), TensorDataset(x, y)
 
     def test_nothing_to_forget_changes_nothing_when_the_drift_is_removed(self) -> None:
-        """Far from a minimum: the plain flow would train on, the force minus the full gradient is exactly zero."""
+        """Far from a minimum: the plain flow would train on, the force minus the full gradient is
+        exactly zero."""
         model, data = self.data()
         step = self.flow(model, data, [])
         assert not step.at_minimum
@@ -179,7 +211,9 @@ class TestControls:
         each = []
         for i in range(len(x)):
             loss = likelihood.losses(model(x[i : i + 1]), y[i : i + 1]).sum()
-            each.append(flatten(dict(zip(w, torch.autograd.grad(loss, list(w.values())), strict=True))))
+            each.append(
+                flatten(dict(zip(w, torch.autograd.grad(loss, list(w.values())), strict=True)))
+            )
         g = torch.stack(each)
         full = g.mean(0) + DECAY * flatten({name: p.detach() for name, p in w.items()})
         kept = np.setdiff1d(np.arange(len(x)), gone)
@@ -193,7 +227,8 @@ class TestControls:
         assert before > 0.5 > 1e-3 > after
 
     def test_a_small_gradient_is_no_minimum_where_training_on_would_lower_the_loss(self) -> None:
-        """At a high loss the gradient's sampling variance is large, too; a step over all samples tells."""
+        """At a high loss the gradient's sampling variance is large, too; a step over all samples
+        tells."""
         data = blobs_data()
         settings = TrainSettings(epochs=50, batch_size=60, lr=0.3, weight_decay=0.0)
         short = train(seeded(small_net), data, settings, seed=0, progress=False)
@@ -237,7 +272,9 @@ class TestControls:
         ((before, y),) = objective.forward(split.batches(held), objective.start)
         whole = self.flow(model, data, forgotten, drift=False, budget=10.0, seed=2).path[0]
         allowed = float(likelihood.losses(before, y).mean()) + 0.01
-        assert whole.loss < allowed < whole.loss + whole.shift  # the mean loss alone would let it pass
+        assert (
+            whole.loss < allowed < whole.loss + whole.shift
+        )  # the mean loss alone would let it pass
         found = self.flow(model, data, forgotten, drift=False, budget=0.01, seed=2)
         ((after, _),) = objective.forward(split.batches(held), found.params)
         worse = likelihood.losses(after, y) > likelihood.losses(before, y)
@@ -253,15 +290,25 @@ class TestControls:
             step = self.flow(model, data, list(range(20)), drift=False, budget=budget)
             losses = [step.loss_before, *(s.loss for s in step.accepted)]
             assert len(losses) > 2
-            assert min(losses) < step.loss_before  # the budget is one from the lowest loss on the way
-            assert all(s.loss + s.shift <= min(losses[:k]) + budget for k, s in enumerate(step.accepted, 1))
+            assert (
+                min(losses) < step.loss_before
+            )  # the budget is one from the lowest loss on the way
+            assert all(
+                s.loss + s.shift <= min(losses[:k]) + budget for k, s in enumerate(step.accepted, 1)
+            )
 
     def test_moves_to_the_worse_are_counted_from_the_lowest_loss_on_the_way(self) -> None:
         model, data = self.data()
-        objective, likelihood, forgotten = Objective(model, Categorical()), Categorical(), list(range(20))
+        objective, likelihood, forgotten = (
+            Objective(model, Categorical()),
+            Categorical(),
+            list(range(20)),
+        )
         split = resolve_split(data, forgotten)
         held = some(split.retain, len(split.retain) // 10, np.random.default_rng(0))
-        one, two = (self.flow(model, data, forgotten, steps=k, drift=False, budget=0.5) for k in (1, 2))
+        one, two = (
+            self.flow(model, data, forgotten, steps=k, drift=False, budget=0.5) for k in (1, 2)
+        )
         assert two.accepted[0] == one.accepted[0]
         assert one.accepted[0].loss < one.loss_before
         ((best, y),) = objective.forward(split.batches(held), one.params)
@@ -272,14 +319,20 @@ class TestControls:
         assert two.accepted[1].shift == pytest.approx(shift)
 
     @pytest.mark.parametrize(("scale", "removed"), [(0.28, False), (0.8, True)])
-    def test_the_drift_is_subtracted_where_it_outweighs_what_is_owed(self, scale: float, removed: bool) -> None:
-        """Near a minimum of wrong labels the force is mostly the forget set's; farther away it is not."""
+    def test_the_drift_is_subtracted_where_it_outweighs_what_is_owed(
+        self, scale: float, removed: bool
+    ) -> None:
+        """Near a minimum of wrong labels the force is mostly the forget set's; farther away it is
+        not."""
         model, data = self.data()
         (x, y), gone = data.tensors, list(range(20))
         y[gone] = softmax_minimiser(model, x, y, DECAY)(x[gone]).argmin(1)
         moved = seeded_moves(softmax_minimiser(model, x, y, DECAY), scale)
         objective, split = Objective(moved, Categorical()), resolve_split(data, gone)
-        sums = {part: objective.gradient(split.batches(part), objective.start) for part in ("all", "retain")}
+        sums = {
+            part: objective.gradient(split.batches(part), objective.start)
+            for part in ("all", "retain")
+        }
         full = flatten(sums["all"].mean())
         drift = float((full + DECAY * flatten(objective.start)).norm())
         owed = float((flatten(sums["retain"].mean()) - full).norm())
@@ -303,10 +356,18 @@ class TestControls:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
         objective = Objective(model, Categorical())
-        blind = Diagonal(eigenvalues={name: torch.zeros_like(p) for name, p in objective.start.items()})
+        blind = Diagonal(
+            eigenvalues={name: torch.zeros_like(p) for name, p in objective.start.items()}
+        )
         with pytest.raises(NumericalError, match="left the finite numbers"):
             newton_step(
-                objective, resolve_split(data, [0, 1]), blind, steps=1, damping=1e-35, solver="direct", drift=False
+                objective,
+                resolve_split(data, [0, 1]),
+                blind,
+                steps=1,
+                damping=1e-35,
+                solver="direct",
+                drift=False,
             )
 
 
@@ -319,7 +380,9 @@ class TestGgnProduct:
             model, data = prepared(name)
             truth = oracle.ggn(model, *data.tensors, Categorical())
             objective = Objective(model, Categorical())
-            split = resolve_split(torch.utils.data.DataLoader(data, batch_size=size), [], allow_empty=True)
+            split = resolve_split(
+                torch.utils.data.DataLoader(data, batch_size=size), [], allow_empty=True
+            )
             count = float(Categorical().counts(data.tensors[1]).sum())
             product = objective.ggn(split.batches("all"), objective.start, count)
             v = randn_like(objective.start, torch.Generator().manual_seed(0))
@@ -331,18 +394,25 @@ class TestConjugateGradient:
     def system(self) -> tuple[Tensor, dict[str, Tensor]]:
         g = torch.Generator().manual_seed(0)
         a = torch.randn(12, 12, generator=g, dtype=torch.float64)
-        return a @ a.T + 0.1 * torch.eye(12, dtype=torch.float64), {"x": torch.randn(12, generator=g).double()}
+        return a @ a.T + 0.1 * torch.eye(12, dtype=torch.float64), {
+            "x": torch.randn(12, generator=g).double()
+        }
 
     def test_solves(self) -> None:
         a, b = self.system()
-        found = conjugate_gradient(lambda v: {"x": a @ v["x"]}, b, dict, iterations=40, tolerance=1e-12)
+        found = conjugate_gradient(
+            lambda v: {"x": a @ v["x"]}, b, dict, iterations=40, tolerance=1e-12
+        )
         assert torch.allclose(found.x["x"], torch.linalg.solve(a, b["x"]), rtol=1e-8)
         assert found.residual < 1e-11
 
     def test_a_perfect_preconditioner_needs_one_product(self) -> None:
         a, b = self.system()
         found = conjugate_gradient(
-            lambda v: {"x": a @ v["x"]}, b, lambda r: {"x": torch.linalg.solve(a, r["x"])}, tolerance=1e-8
+            lambda v: {"x": a @ v["x"]},
+            b,
+            lambda r: {"x": torch.linalg.solve(a, r["x"])},
+            tolerance=1e-8,
         )
         assert found.iterations == 1
 
@@ -354,7 +424,10 @@ class TestConjugateGradient:
 
 def test_variance_reduction_is_exact_when_every_sample_is_in_the_working_set() -> None:
     g = torch.Generator().manual_seed(4)
-    x, y = torch.randn(200, 4, generator=g, dtype=torch.float64), torch.randint(0, 3, (200,), generator=g)
+    x, y = (
+        torch.randn(200, 4, generator=g, dtype=torch.float64),
+        torch.randint(0, 3, (200,), generator=g),
+    )
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double().eval()
     split = resolve_split(TensorDataset(x, y), range(30))
@@ -363,7 +436,14 @@ def test_variance_reduction_is_exact_when_every_sample_is_in_the_working_set() -
     def weights(working_set: int) -> Tensor:
         objective = Objective(model, Categorical())
         step = newton_step(
-            objective, split, curvature, weight_decay=DECAY, steps=3, damping=1.0, drift=True, working_set=working_set
+            objective,
+            split,
+            curvature,
+            weight_decay=DECAY,
+            steps=3,
+            damping=1.0,
+            drift=True,
+            working_set=working_set,
         )
         return flatten(step.params)
 
@@ -375,7 +455,8 @@ def test_variance_reduction_is_exact_when_every_sample_is_in_the_working_set() -
 
 
 def test_the_curvature_stands_for_samples_outside_the_working_set() -> None:
-    """Every retained sample twice: the curvature of all is that of the copies, so backward Euler steps are exact."""
+    """Every retained sample twice: the curvature of all is that of the copies, so backward Euler
+    steps are exact."""
     x, y = regression()
     x, y = torch.cat([x[:50], x]), torch.cat([y[:50], y])
     split = resolve_split(TensorDataset(x, y), range(100, 110))
@@ -389,18 +470,29 @@ def test_the_curvature_stands_for_samples_outside_the_working_set() -> None:
     b = ones.T @ ones / 100 + DECAY * torch.eye(6, dtype=x.dtype)
     w = torch.cat([model.weight.T, model.bias[None]]).detach()
     for _ in range(2):
-        w = w - torch.linalg.solve(b + 0.05 * torch.eye(6, dtype=x.dtype), b @ w - ones.T @ y[:100] / 100)
-    torch.testing.assert_close(torch.cat([step.params["weight"].T, step.params["bias"][None]]), w, rtol=0, atol=1e-7)
+        w = w - torch.linalg.solve(
+            b + 0.05 * torch.eye(6, dtype=x.dtype), b @ w - ones.T @ y[:100] / 100
+        )
+    torch.testing.assert_close(
+        torch.cat([step.params["weight"].T, step.params["bias"][None]]), w, rtol=0, atol=1e-7
+    )
 
 
 def test_an_indefinite_hessian_is_damped_or_refused() -> None:
-    """Away from a minimum a Hessian curves downwards: "auto" finds a damping that is enough, a given one may not be."""
+    """Away from a minimum a Hessian curves downwards: "auto" finds a damping that is enough, a
+    given one may not be."""
     x, y = regression()
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)).double().eval()
     data = TensorDataset(x, y / 3)
-    options = {"likelihood": "gaussian", "structure": "dense", "kind": "hessian", "noise": None, "progress": False}
+    options = {
+        "likelihood": "gaussian",
+        "structure": "dense",
+        "kind": "hessian",
+        "noise": None,
+        "progress": False,
+    }
     found = forget(model, data, [1, 2], steps=1, drift=True, budget=math.inf, **options)
     assert found.newton.accepted
     with pytest.raises(CurvatureError, match="indefinite"):
@@ -408,7 +500,8 @@ def test_an_indefinite_hessian_is_damped_or_refused() -> None:
 
 
 class TestLinearModels:
-    """scikit-learn's data and solvers: what retraining would give, in closed form or to the optimiser's last digit."""
+    """scikit-learn's data and solvers: what retraining would give, in closed form or to the
+    optimiser's last digit."""
 
     def test_ridge_regression_on_diabetes(self) -> None:
         x, y = (t.double() for t in load_dataset("diabetes").train.tensors)
@@ -427,10 +520,19 @@ class TestLinearModels:
             progress=False,
         )
         ones = np.hstack([x[kept].numpy(), np.ones((len(kept), 1))])
-        retrained = Ridge(alpha=DECAY * len(kept), fit_intercept=False).fit(ones, y[kept].numpy()).coef_.ravel()
+        retrained = (
+            Ridge(alpha=DECAY * len(kept), fit_intercept=False)
+            .fit(ones, y[kept].numpy())
+            .coef_.ravel()
+        )
         found = np.append(result.model.weight.detach().numpy(), result.model.bias.detach().numpy())
         np.testing.assert_allclose(found, retrained, rtol=0, atol=1e-6)
-        assert np.abs(found - np.append(model.weight.detach().numpy(), model.bias.detach().numpy())).max() > 1e-3
+        assert (
+            np.abs(
+                found - np.append(model.weight.detach().numpy(), model.bias.detach().numpy())
+            ).max()
+            > 1e-3
+        )
 
     @pytest.mark.parametrize(("gone", "steps"), [(10, 2), (40, 2)])
     def test_logistic_regression_on_breast_cancer(self, gone: int, steps: int) -> None:
@@ -451,13 +553,22 @@ class TestLinearModels:
             progress=False,
         )
         w = {name: p.detach().requires_grad_() for name, p in result.model.named_parameters()}
-        loss = Categorical().losses(torch.func.functional_call(result.model, w, (x[kept],)), y[kept]).mean()
+        loss = (
+            Categorical()
+            .losses(torch.func.functional_call(result.model, w, (x[kept],)), y[kept])
+            .mean()
+        )
         loss = loss + DECAY / 2 * sum(p.square().sum() for p in w.values())
-        residual = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(w.values()))]).norm()
+        residual = torch.cat(
+            [g.flatten() for g in torch.autograd.grad(loss, list(w.values()))]
+        ).norm()
         assert float(residual) <= 1e-6
-        # softmax over two classes with decay wd is a logistic regression of the difference with decay wd / 2
+        # softmax over two classes with decay wd is a logistic regression of the difference with
+        # decay wd / 2
         ones = np.hstack([x[kept].numpy(), np.ones((len(kept), 1))])
-        theirs = LogisticRegression(C=2 / (DECAY * len(kept)), fit_intercept=False, tol=1e-10, max_iter=10_000)
+        theirs = LogisticRegression(
+            C=2 / (DECAY * len(kept)), fit_intercept=False, tol=1e-10, max_iter=10_000
+        )
         theirs.fit(ones, y[kept].numpy())
         ours = torch.cat([w["weight"], w["bias"][:, None]], 1)
         np.testing.assert_allclose((ours[1] - ours[0]).detach().numpy(), theirs.coef_[0], atol=1e-4)
@@ -465,7 +576,8 @@ class TestLinearModels:
 
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.375])
 def test_the_force_is_taken_where_a_share_of_the_step_over_all_leads(share: float) -> None:
-    """On a quadratic objective the equation of the step is exact: F = (m/n_r) (grad L_D - grad L_f) at w + s delta."""
+    """On a quadratic objective the equation of the step is exact: F = (m/n_r) (grad L_D - grad L_f)
+    at w + s delta."""
     x, y = regression()
     data, likelihood = TensorDataset(x, y), Gaussian()
     gone = [1, 4, 9]
@@ -481,7 +593,9 @@ def test_the_force_is_taken_where_a_share_of_the_step_over_all_leads(share: floa
 
     everyone, retained = flow(everybody), flow(split)
     delta = everyone.solve(1 / AHEAD).x
-    correction = Correction(objective, split, retained, split.retain[:20], split.forget, 0.0, progress=False)
+    correction = Correction(
+        objective, split, retained, split.retain[:20], split.forget, 0.0, progress=False
+    )
     correction._look = lambda at, s=1.0: Look(at, s, -math.inf if s <= share else math.inf)
     correction.remove_drift(everyone)
 

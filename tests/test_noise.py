@@ -52,8 +52,9 @@ def dense(operator: object, like: dict[str, Tensor], p: float) -> Tensor:
 def test_covariance(structure: str, exponent: float) -> None:
     """Sample covariance of R draws against s^2 (B + tau I)^-2p.
 
-    For a Gaussian the entry C_ij has standard error sqrt((C_ii C_jj + C_ij^2) / R); 44 * 45 / 2 = 990 entries in each
-    of 6 cells at z = 5 (two-sided 5.7e-7) give an expected 0.004 false alarms; the seed is fixed.
+    For a Gaussian the entry C_ij has standard error sqrt((C_ii C_jj + C_ij^2) / R); 44 * 45 / 2 =
+    990 entries in each of 6 cells at z = 5 (two-sided 5.7e-7) give an expected 0.004 false alarms;
+    the seed is fixed.
     """
     model, data = prepared("mlp")
     operator = estimate_curvature(model, data, structure=structure).damped(0.05)
@@ -61,7 +62,9 @@ def test_covariance(structure: str, exponent: float) -> None:
     scale = 0.3
     expected = scale**2 * dense(operator, like, -2 * exponent)
     generator = torch.Generator().manual_seed(0)
-    draws = torch.stack([flatten(draw_noise(operator, like, scale, generator, exponent)) for _ in range(DRAWS)])
+    draws = torch.stack(
+        [flatten(draw_noise(operator, like, scale, generator, exponent)) for _ in range(DRAWS)]
+    )
     found = draws.T @ draws / DRAWS
     spread = ((expected.diag()[:, None] * expected.diag() + expected.square()) / DRAWS).sqrt()
     assert float(((found - expected) / spread).abs().max()) < 5.0
@@ -69,7 +72,8 @@ def test_covariance(structure: str, exponent: float) -> None:
 
 
 def test_the_exponent_is_the_minimiser_of_the_forgetting_lagrangian() -> None:
-    """Prop. 4: Sigma* = (lambda s_h^2)^(1/2) B^(-1/2) minimises tr(B Sigma)/2 + lambda s_h^2 tr(Sigma^-1)/2,
+    """Prop. 4: Sigma* = (lambda s_h^2)^(1/2) B^(-1/2) minimises tr(B Sigma)/2 + lambda s_h^2
+    tr(Sigma^-1)/2,
 
     with Sigma B Sigma = lambda s_h^2 I and value sqrt(lambda s_h^2) tr(B^(1/2)).
     """
@@ -83,15 +87,26 @@ def test_the_exponent_is_the_minimiser_of_the_forgetting_lagrangian() -> None:
     def lagrangian(s: Tensor) -> float:
         return float((b @ s).trace() / 2 + strength / 2 * torch.linalg.inv(s).trace())
 
-    assert torch.allclose(sigma @ b @ sigma, strength * torch.eye(len(b), dtype=torch.float64), atol=1e-10)
+    assert torch.allclose(
+        sigma @ b @ sigma, strength * torch.eye(len(b), dtype=torch.float64), atol=1e-10
+    )
     assert lagrangian(sigma) == pytest.approx(strength**0.5 * float(oracle.power(b, 0.5).trace()))
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         a = torch.randn(b.shape, generator=generator, dtype=torch.float64)
-        assert lagrangian(sigma + 0.02 * float(sigma.trace()) / len(b) * (a @ a.T) / len(b)) > lagrangian(sigma)
+        assert lagrangian(
+            sigma + 0.02 * float(sigma.trace()) / len(b) * (a @ a.T) / len(b)
+        ) > lagrangian(sigma)
 
 
-STRUCTURES = ["diagonal", "ekfac", "dense", "low_rank", "matrix_free", {"0.*": "dense", "*": "ekfac"}]
+STRUCTURES = [
+    "diagonal",
+    "ekfac",
+    "dense",
+    "low_rank",
+    "matrix_free",
+    {"0.*": "dense", "*": "ekfac"},
+]
 
 
 class TestPowerTrace:
@@ -100,7 +115,8 @@ class TestPowerTrace:
     def test_equals_the_eigenvalues_of_the_matrix(
         self, structure: object, p: float, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Of products alone an estimate, within 5 standard errors (2 sum_{i != j} A_ij^2 / probes)^1/2 (Hutchinson)."""
+        """Of products alone an estimate, within 5 standard errors (2 sum_{i != j} A_ij^2 /
+        probes)^1/2 (Hutchinson)."""
         model, data = prepared("mlp")
         plain = estimate_curvature(model, data, structure=structure)
         damped, like = plain.damped(0.05), oracle.start(model)
@@ -117,19 +133,29 @@ class TestPowerTrace:
 
     def test_the_probes_are_seeded(self) -> None:
         model, data = prepared("mlp")
-        damped, like = estimate_curvature(model, data, structure="matrix_free").damped(0.05), oracle.start(model)
+        damped, like = (
+            estimate_curvature(model, data, structure="matrix_free").damped(0.05),
+            oracle.start(model),
+        )
         one, again, other = (power_trace(damped, like, 0.5, seed=seed) for seed in (3, 3, 4))
         assert one == again != other
 
     def test_single_precision_is_summed_in_double(self) -> None:
         values = torch.rand(200_000, generator=torch.Generator().manual_seed(0))
-        found = power_trace(Diagonal({"w": values}, tau=1e-3), {"w": values}, -0.5, times_curvature=True)
+        found = power_trace(
+            Diagonal({"w": values}, tau=1e-3), {"w": values}, -0.5, times_curvature=True
+        )
         expected = values.numpy().astype(np.float64)
         assert found == pytest.approx(float((expected / np.sqrt(expected + 1e-3)).sum()), rel=1e-12)
 
     def test_all_eigenpairs_of_a_low_rank_leave_no_rest(self) -> None:
         like = {"w": torch.zeros(2, dtype=torch.float64)}
-        full = LowRank(basis=torch.eye(2).double(), eigenvalues=torch.tensor([4.0, 1.0]).double(), delta=0.0, like=like)
+        full = LowRank(
+            basis=torch.eye(2).double(),
+            eigenvalues=torch.tensor([4.0, 1.0]).double(),
+            delta=0.0,
+            like=like,
+        )
         assert power_trace(full, like, -0.5, times_curvature=True) == 3.0
 
 
@@ -164,22 +190,38 @@ class TestTarget:
     def test_a_squared_error_is_no_accuracy(self) -> None:
         objective, split, operator = ridge()
         with pytest.raises(ConfigError, match="squared error"):
-            calibrate_noise(objective, split, operator, objective.start, target=NoiseTarget(accuracy=0.1))
+            calibrate_noise(
+                objective, split, operator, objective.start, target=NoiseTarget(accuracy=0.1)
+            )
         data = TensorDataset(torch.zeros(9, 2), torch.zeros(9, 1))
         with pytest.raises(ConfigError, match="squared error"):  # before any work
-            forget(nn.Linear(2, 1), data, [0], likelihood="gaussian", noise=NoiseTarget(accuracy=0.1), progress=False)
+            forget(
+                nn.Linear(2, 1),
+                data,
+                [0],
+                likelihood="gaussian",
+                noise=NoiseTarget(accuracy=0.1),
+                progress=False,
+            )
 
 
 def pieces(structure: object = "ekfac") -> tuple[Objective, Split, Curvature]:
     model, data = prepared("mlp")
     split = resolve_split(data, [], allow_empty=True)
-    return Objective(model, Categorical()), split, estimate_curvature(model, split, structure=structure).damped(0.05)
+    return (
+        Objective(model, Categorical()),
+        split,
+        estimate_curvature(model, split, structure=structure).damped(0.05),
+    )
 
 
 def ridge(structure: str = "dense") -> tuple[Objective, Split, Curvature]:
     """Least squares at its minimum: the loss is exactly quadratic, with the GGN as its matrix."""
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(80, 5, generator=g, dtype=torch.float64) * torch.tensor([3.0, 1.0, 0.3, 0.1, 0.03]).double()
+    x = (
+        torch.randn(80, 5, generator=g, dtype=torch.float64)
+        * torch.tensor([3.0, 1.0, 0.3, 0.1, 0.03]).double()
+    )
     y = torch.randn(80, 2, generator=g, dtype=torch.float64)
     model = nn.Linear(5, 2, bias=False).double().eval()
     with torch.no_grad():
@@ -189,7 +231,9 @@ def ridge(structure: str = "dense") -> tuple[Objective, Split, Curvature]:
     return Objective(model, Gaussian(0.5)), split, curvature
 
 
-def measured(objective: Objective, split: Split, operator: Curvature, scale: float, seed: int) -> tuple[float, float]:
+def measured(
+    objective: Objective, split: Split, operator: Curvature, scale: float, seed: int
+) -> tuple[float, float]:
     """Rise of the loss and drop of the accuracy, again, without the search."""
     generator = torch.Generator().manual_seed(seed)
     (batch,) = split.batches("retain")
@@ -201,7 +245,8 @@ def measured(objective: Objective, split: Split, operator: Curvature, scale: flo
 
     loss, score = means(objective.start)
     noisy = [
-        means(add(objective.start, draw_noise(operator, objective.start, scale, generator))) for _ in range(noise.DRAWS)
+        means(add(objective.start, draw_noise(operator, objective.start, scale, generator)))
+        for _ in range(noise.DRAWS)
     ]
     return np.mean([x for x, _ in noisy]) - loss, score - np.mean([y for _, y in noisy])
 
@@ -211,7 +256,9 @@ class TestCalibration:
     @pytest.mark.parametrize("structure", STRUCTURES, ids=str)
     def test_the_rise_meets_the_loss_from_below(self, budget: float, structure: object) -> None:
         objective, split, operator = pieces(structure)
-        found = calibrate_noise(objective, split, operator, objective.start, target=NoiseTarget(loss=budget), seed=3)
+        found = calibrate_noise(
+            objective, split, operator, objective.start, target=NoiseTarget(loss=budget), seed=3
+        )
         assert found.target == NoiseTarget(loss=budget)
         assert found.rise <= budget < measured(objective, split, operator, 1.03 * found.scale, 3)[0]
         rise, drop = measured(objective, split, operator, found.scale, 3)
@@ -230,30 +277,49 @@ class TestCalibration:
     @pytest.mark.parametrize("allowed", [0.05, 0.2])
     def test_the_drop_meets_the_accuracy_from_below(self, allowed: float) -> None:
         objective, split, operator = pieces()
-        labels = torch.cat([f.argmax(-1) for f, _ in objective.forward(split.batches("retain"), objective.start)])
+        labels = torch.cat(
+            [f.argmax(-1) for f, _ in objective.forward(split.batches("retain"), objective.start)]
+        )
         (batch,) = split.batches("retain")
         split = resolve_split(
             TensorDataset(*batch.args, labels), [], allow_empty=True
         )  # which the model gets all right
         found = calibrate_noise(
-            objective, split, operator, objective.start, target=NoiseTarget(accuracy=allowed), seed=3
+            objective,
+            split,
+            operator,
+            objective.start,
+            target=NoiseTarget(accuracy=allowed),
+            seed=3,
         )
         rise, drop = measured(objective, split, operator, found.scale, 3)
         assert drop == pytest.approx(found.drop)
         assert rise == pytest.approx(found.rise)
         assert found.drop <= allowed
         assert found.scale > 0
-        assert measured(objective, split, operator, 1.03 * found.scale, 3)[1] > allowed  # the largest that does
+        assert (
+            measured(objective, split, operator, 1.03 * found.scale, 3)[1] > allowed
+        )  # the largest that does
 
     def test_an_accuracy_that_noise_cannot_reach(self) -> None:
         objective, split, operator = pieces()
         with pytest.raises(ConfigError, match=r"accuracy=0\.99, within which"):
-            calibrate_noise(objective, split, operator, objective.start, target=NoiseTarget(accuracy=0.99))
+            calibrate_noise(
+                objective, split, operator, objective.start, target=NoiseTarget(accuracy=0.99)
+            )
 
     def test_the_search_ends_below_from_either_side(self) -> None:
         assert noise._largest(lambda s: math.inf, 1.0, 1.0, NoiseTarget()) == 0.0
-        assert 0.97 < noise._largest(lambda s: 0.0 if s <= 1.0 else math.inf, 1.0, 1e4, NoiseTarget()) <= 1.0
-        assert 0.97 < noise._largest(lambda s: 0.0 if s <= 1.0 else math.inf, 1.0, 1e-4, NoiseTarget()) <= 1.0
+        assert (
+            0.97
+            < noise._largest(lambda s: 0.0 if s <= 1.0 else math.inf, 1.0, 1e4, NoiseTarget())
+            <= 1.0
+        )
+        assert (
+            0.97
+            < noise._largest(lambda s: 0.0 if s <= 1.0 else math.inf, 1.0, 1e-4, NoiseTarget())
+            <= 1.0
+        )
 
     @pytest.mark.parametrize("first", [1e-3, 0.1, 1.0, 20.0, 1e3])
     def test_quadratic_harm_is_found_in_a_few_looks(self, first: float) -> None:
@@ -270,7 +336,9 @@ class TestCalibration:
     def test_a_larger_loss_gives_a_larger_scale(self) -> None:
         objective, split, operator = pieces()
         scales = [
-            calibrate_noise(objective, split, operator, objective.start, target=NoiseTarget(loss=b)).scale
+            calibrate_noise(
+                objective, split, operator, objective.start, target=NoiseTarget(loss=b)
+            ).scale
             for b in (1e-4, 1e-3, 1e-2)
         ]
         assert scales == sorted(scales)
@@ -281,42 +349,63 @@ class TestCalibration:
     def test_the_rise_of_a_quadratic_loss(
         self, structure: str, exponent: float, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """E[rise] = s^2/2 tr(A), A = B (B + tau)^-2p; the mean over R draws has the variance s^4/2 tr(A^2) / R."""
+        """E[rise] = s^2/2 tr(A), A = B (B + tau)^-2p; the mean over R draws has the variance s^4/2
+        tr(A^2) / R."""
         monkeypatch.setattr(noise, "DRAWS", 400)
         objective, split, operator = ridge(structure)
         b = oracle.ggn(objective.twin(), *split.base.tensors, objective.likelihood)
         shape = b @ oracle.power(b + 0.02 * torch.eye(len(b)).double(), -2 * exponent)
         target = NoiseTarget(loss=0.01)
-        found = calibrate_noise(objective, split, operator, objective.start, target=target, exponent=exponent)
+        found = calibrate_noise(
+            objective, split, operator, objective.start, target=target, exponent=exponent
+        )
         expected = found.scale**2 / 2 * float(shape.trace())
         spread = found.scale**2 * float((shape @ shape).trace() / 2 / noise.DRAWS) ** 0.5
         assert 0.0096 < found.rise <= 0.01
         assert abs(expected - found.rise) < 5 * spread
-        assert found.drop == pytest.approx(2 * 0.5**2 * found.rise)  # the squared error is the loss times 2 sigma^2
+        assert found.drop == pytest.approx(
+            2 * 0.5**2 * found.rise
+        )  # the squared error is the loss times 2 sigma^2
 
     @pytest.mark.parametrize("structure", STRUCTURES, ids=str)
     @pytest.mark.parametrize("exponent", [0.25, 0.5])
-    def test_information(self, structure: object, exponent: float, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Against the KL between the two Gaussians, averaged over the error's covariance sigma_h^2 I."""
+    def test_information(
+        self, structure: object, exponent: float, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Against the KL between the two Gaussians, averaged over the error's covariance sigma_h^2
+        I."""
         objective, split, operator = pieces(structure)
         if structure == "matrix_free":  # as exact as the others: its probes are the coordinates
             monkeypatch.setattr(noise, "power_trace", exactly)
         target = NoiseTarget(information=40.0, error=0.02)
-        found = calibrate_noise(objective, split, operator, objective.start, target=target, exponent=exponent, seed=3)
+        found = calibrate_noise(
+            objective, split, operator, objective.start, target=target, exponent=exponent, seed=3
+        )
         sigma = found.scale**2 * dense(operator, objective.start, -2 * exponent)
         assert 0.02**2 / 2 * float(torch.linalg.inv(sigma).trace()) == pytest.approx(40.0)
         assert 40.0 * (1 - 1e-12) < found.information <= 40.0
         if exponent == noise.EXPONENT:
-            assert (found.rise, found.drop) == pytest.approx(measured(objective, split, operator, found.scale, 3))
+            assert (found.rise, found.drop) == pytest.approx(
+                measured(objective, split, operator, found.scale, 3)
+            )
 
     def test_information_halves_when_the_scale_grows_by_the_root_of_two(self) -> None:
         objective, split, operator = pieces()
         one, two = (
-            calibrate_noise(objective, split, operator, objective.start, target=NoiseTarget(information=i), error=0.1)
+            calibrate_noise(
+                objective,
+                split,
+                operator,
+                objective.start,
+                target=NoiseTarget(information=i),
+                error=0.1,
+            )
             for i in (2.0, 1.0)
         )
         assert two.scale == pytest.approx(2**0.5 * one.scale)
-        assert noise.information(2**0.5, 0.3, 7.0) == pytest.approx(noise.information(1.0, 0.3, 7.0) / 2)
+        assert noise.information(2**0.5, 0.3, 7.0) == pytest.approx(
+            noise.information(1.0, 0.3, 7.0) / 2
+        )
         assert noise.information(0.0, 0.3, 7.0) == float("inf")
 
     @pytest.mark.parametrize("structure", ["diagonal", "ekfac", "dense", "low_rank", "matrix_free"])
@@ -332,11 +421,17 @@ class TestCalibration:
 
         def lagrangian(log: float) -> float:
             sigma = np.exp(2 * log) * shape
-            return float((plain @ sigma).trace() / 2 + 0.3 * 0.02**2 / 2 * torch.linalg.inv(sigma).trace())
+            return float(
+                (plain @ sigma).trace() / 2 + 0.3 * 0.02**2 / 2 * torch.linalg.inv(sigma).trace()
+            )
 
         target = NoiseTarget(trade_off=0.3, error=0.02)
-        found = calibrate_noise(objective, split, operator, objective.start, target=target, exponent=exponent)
-        least = minimize_scalar(lagrangian, bounds=(-10, 3), method="bounded", options={"xatol": 1e-8})
+        found = calibrate_noise(
+            objective, split, operator, objective.start, target=target, exponent=exponent
+        )
+        least = minimize_scalar(
+            lagrangian, bounds=(-10, 3), method="bounded", options={"xatol": 1e-8}
+        )
         assert np.log(found.scale) == pytest.approx(least.x, abs=1e-5)
 
     def test_the_papers_scale(self) -> None:
@@ -351,19 +446,31 @@ class TestCalibration:
     def test_an_error_is_needed(self, kind: str) -> None:
         objective, split, operator = pieces()
         with pytest.raises(ConfigError, match=re.escape("NoiseTarget(..., error=...)")):
-            calibrate_noise(objective, split, operator, objective.start, target=NoiseTarget(**{kind: 1.0}))
+            calibrate_noise(
+                objective, split, operator, objective.start, target=NoiseTarget(**{kind: 1.0})
+            )
         own = NoiseTarget(**{kind: 1.0}, error=0.1)
         found = calibrate_noise(objective, split, operator, objective.start, target=own, error=9.0)
         assert found.error == 0.1  # the target's goes first
 
     def test_without_curvature_there_is_no_trade_off(self) -> None:
         objective, split, _ = pieces()
-        flat = Diagonal({name: torch.zeros_like(p) for name, p in objective.start.items()}).damped(0.1)
+        flat = Diagonal({name: torch.zeros_like(p) for name, p in objective.start.items()}).damped(
+            0.1
+        )
         with pytest.raises(NumericalError, match="curvature of zero"):
-            calibrate_noise(objective, split, flat, objective.start, target=NoiseTarget(trade_off=1.0, error=0.1))
+            calibrate_noise(
+                objective,
+                split,
+                flat,
+                objective.start,
+                target=NoiseTarget(trade_off=1.0, error=0.1),
+            )
 
 
-def exactly(operator: Any, like: dict[str, Tensor], p: float, times_curvature: bool = False, **_: object) -> float:
+def exactly(
+    operator: Any, like: dict[str, Tensor], p: float, times_curvature: bool = False, **_: object
+) -> float:
     """What `power_trace` estimates for an operator that only has products."""
     found = dense(operator, like, p)
     plain = dense(operator, like, 1.0) - operator.tau * torch.eye(len(found)).double()
@@ -374,7 +481,9 @@ def test_draws_depend_on_the_generator_alone() -> None:
     model, data = prepared("residual")
     operator = estimate_curvature(model, data).damped(0.1)
     like = oracle.start(model)
-    one, two = (flatten(draw_noise(operator, like, 1.0, torch.Generator().manual_seed(7))) for _ in range(2))
+    one, two = (
+        flatten(draw_noise(operator, like, 1.0, torch.Generator().manual_seed(7))) for _ in range(2)
+    )
     other = flatten(draw_noise(operator, like, 1.0, torch.Generator().manual_seed(8)))
     assert torch.equal(one, two)
     assert not torch.equal(one, other)
@@ -382,7 +491,9 @@ def test_draws_depend_on_the_generator_alone() -> None:
 
 def test_forget_adds_exactly_the_noise_it_reports() -> None:
     model, data = prepared("mlp")
-    result = forget(model, data, [0, 1], steps=1, damping=1.0, drift=True, noise=0.05, progress=False)
+    result = forget(
+        model, data, [0, 1], steps=1, damping=1.0, drift=True, noise=0.05, progress=False
+    )
     assert result.noise is not None
     moved = add(oracle.start(result.model), result.newton.params, -1)
     assert norm(add(moved, result.noise.params, -1)) < 1e-12
@@ -391,12 +502,16 @@ def test_forget_adds_exactly_the_noise_it_reports() -> None:
 
 
 @pytest.mark.parametrize(
-    "target", [None, {"loss": 0.01}, {"accuracy": 0.02}, {"information": 100.0}, {"trade_off": 1e-3}], ids=str
+    "target",
+    [None, {"loss": 0.01}, {"accuracy": 0.02}, {"information": 100.0}, {"trade_off": 1e-3}],
+    ids=str,
 )
 def test_forget_reports_what_its_noise_does(target: dict[str, float] | None) -> None:
     model, data = prepared("mlp")
     wanted: Any = "auto" if target is None else NoiseTarget(**target)
-    result = forget(model, data, [0, 1], steps=2, damping=0.1, drift=False, noise=wanted, progress=False)
+    result = forget(
+        model, data, [0, 1], steps=2, damping=0.1, drift=False, noise=wanted, progress=False
+    )
     z, step = result.noise, result.newton.accepted[-1]
     assert z is not None
     assert z.error == pytest.approx(step.norm / size(result.newton.params) ** 0.5)
@@ -409,7 +524,9 @@ def test_forget_reports_what_its_noise_does(target: dict[str, float] | None) -> 
     else:
         assert z.target == wanted
     summary = result.summary()["noise"]
-    assert {k: v for k, v in summary["target"].items() if v is not None} == (target or {"loss": z.target.loss})
+    assert {k: v for k, v in summary["target"].items() if v is not None} == (
+        target or {"loss": z.target.loss}
+    )
     assert summary["information"] == z.information
     line = next(line for line in str(result).splitlines() if line.startswith("  noise"))
     reached = f"drop {z.drop:.1e}" if z.target.accuracy else f"loss {z.rise:+.1e}"
@@ -419,7 +536,9 @@ def test_forget_reports_what_its_noise_does(target: dict[str, float] | None) -> 
 
 def test_a_given_scale_has_no_target() -> None:
     model, data = prepared("mlp")
-    result = forget(model, data, [0, 1], steps=1, damping=1.0, drift=True, noise=0.05, progress=False)
+    result = forget(
+        model, data, [0, 1], steps=1, damping=1.0, drift=True, noise=0.05, progress=False
+    )
     z = result.noise
     assert z.target is None
     assert np.isnan(z.rise)
@@ -428,14 +547,20 @@ def test_a_given_scale_has_no_target() -> None:
 
 
 @pytest.mark.parametrize("kind", ["information", "trade_off"])
-def test_without_a_step_there_is_no_estimate_of_its_error(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_step_there_is_no_estimate_of_its_error(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, data = prepared("mlp")
     module = sys.modules["fisher_forget.unlearn.forget"]
-    monkeypatch.setattr(module, "newton_step", lambda *a, **o: replace(newton_step(*a, **o), path=()))
+    monkeypatch.setattr(
+        module, "newton_step", lambda *a, **o: replace(newton_step(*a, **o), path=())
+    )
     options: dict[str, Any] = {"steps": 1, "damping": 1.0, "drift": True, "progress": False}
     result = forget(model, data, [0, 1], noise="auto", **options)
     assert np.isnan([result.noise.error, result.noise.information, result.information(1.0)]).all()
     assert result.noise.rise > 0
-    assert "bound" not in next(line for line in str(result).splitlines() if line.startswith("  noise"))
+    assert "bound" not in next(
+        line for line in str(result).splitlines() if line.startswith("  noise")
+    )
     with pytest.raises(ConfigError, match="no step was taken"):
         forget(model, data, [0, 1], noise=NoiseTarget(**{kind: 1.0}), **options)

@@ -1,4 +1,5 @@
-"""Every notebook runs from top to bottom in an empty folder, and is committed with the outputs that this gives."""
+"""Every notebook runs from top to bottom in an empty folder, and is committed with the outputs that
+this gives."""
 
 from __future__ import annotations
 
@@ -96,7 +97,8 @@ def code(notebook: Any) -> list[Any]:
 
 
 def kinds(cell: Any) -> list[tuple[str, ...]]:
-    """What a cell shows, output by output: text that it printed, or the media types of what it displayed."""
+    """What a cell shows, output by output: text that it printed, or the media types of what it
+    displayed."""
     found = [(o.get("name", o.output_type), *sorted(o.get("data", {}))) for o in cell.outputs]
     return [kind for kind, _ in itertools.groupby(found)]  # a printed text may arrive in pieces
 
@@ -104,11 +106,18 @@ def kinds(cell: Any) -> list[tuple[str, ...]]:
 def words(cell: Any) -> str:
     """All text of a cell's outputs, as somebody reads it."""
     shown = [o.get("text", "") for o in cell.outputs]
-    shown += [text for o in cell.outputs for kind, text in o.get("data", {}).items() if kind.startswith("text/")]
+    shown += [
+        text
+        for o in cell.outputs
+        for kind, text in o.get("data", {}).items()
+        if kind.startswith("text/")
+    ]
     return "\n".join(shown)
 
 
-def test_runs_in_an_empty_folder_shows_what_is_committed_and_its_claims_hold(path: Path, tmp_path: Path) -> None:
+def test_runs_in_an_empty_folder_shows_what_is_committed_and_its_claims_hold(
+    path: Path, tmp_path: Path
+) -> None:
     committed, fresh = read(path), read(path)
     fresh.cells.append(nbformat.v4.new_code_cell(textwrap.dedent(CLAIMS[path.stem])))
     where = {"metadata": {"path": str(tmp_path)}}
@@ -119,7 +128,9 @@ def test_runs_in_an_empty_folder_shows_what_is_committed_and_its_claims_hold(pat
 
 def test_outputs_are_committed_in_order_and_clean(path: Path) -> None:
     cells = code(read(path))
-    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run from top to bottom"
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), (
+        "run from top to bottom"
+    )
     assert any("image/png" in kind for cell in cells for kind in kinds(cell))
     for cell in cells:
         assert not any(kind[0] in ("stderr", "error") for kind in kinds(cell)), cell.source
@@ -139,7 +150,9 @@ def test_says_what_is_learned_and_what_to_take_away(path: Path) -> None:
 def test_every_figure_and_table_stands_between_texts(path: Path) -> None:
     cells = read(path).cells
     for i, cell in enumerate(cells):
-        if cell.cell_type == "code" and any("image/png" in kind or "text/html" in kind for kind in kinds(cell)):
+        if cell.cell_type == "code" and any(
+            "image/png" in kind or "text/html" in kind for kind in kinds(cell)
+        ):
             assert cells[i - 1].cell_type == cells[i + 1].cell_type == "markdown", cell.source
 
 
@@ -147,5 +160,15 @@ def test_imports_and_defines_no_algorithm(path: Path) -> None:
     """Training, curvature, steps, noise and scores come from the package."""
     source = "\n".join(cell.source for cell in code(read(path)))
     names = {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
-    assert not names & {"backward", "step", "grad", "vmap", "jacrev", "hessian", "eigh", "kl_div", "randn_like"}
+    assert not names & {
+        "backward",
+        "step",
+        "grad",
+        "vmap",
+        "jacrev",
+        "hessian",
+        "eigh",
+        "kl_div",
+        "randn_like",
+    }
     assert "fisher_forget" in source

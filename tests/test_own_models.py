@@ -1,4 +1,5 @@
-"""Models and data of the user's own, by configuration alone: every file that `init` writes, and the text example."""
+"""Models and data of the user's own, by configuration alone: every file that `init` writes, and the
+text example."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ from fisher_forget.experiments.training import TrainSettings, train
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--progress", "false", "--jobs", "1", "--retrained", "2"]
-pytestmark = pytest.mark.filterwarnings("ignore::fisher_forget.FisherForgetWarning")  # trained for a moment only
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::fisher_forget.FisherForgetWarning"
+)  # trained for a moment only
 
 MODULES = {
     "classifier": """
@@ -121,8 +124,25 @@ class TestStarters:
         name = yaml.safe_load(written)["name"]
         assert main(["run", "new.yaml", "--dry-run"]) == 0
         assert not Path("runs").exists()
-        flags = ["--training.epochs", "3", "--data.max_train", "700"] if template == "digits" else []
-        assert main(["run", "new.yaml", "--progress", "false", "--jobs", "1", "--retrained", "4", *flags]) == 0
+        flags = (
+            ["--training.epochs", "3", "--data.max_train", "700"] if template == "digits" else []
+        )
+        assert (
+            main(
+                [
+                    "run",
+                    "new.yaml",
+                    "--progress",
+                    "false",
+                    "--jobs",
+                    "1",
+                    "--retrained",
+                    "4",
+                    *flags,
+                ]
+            )
+            == 0
+        )
         assert (tmp_path / "runs" / name / "report.html").exists()
         assert Path("new.yaml").read_text() == written
         assert main(["evaluate", f"runs/{name}"]) == 0
@@ -134,7 +154,10 @@ class TestStarters:
         assert Path("mine.yaml").read_text() == "mine"
 
     def test_every_template_lies_in_the_package(self):
-        found = {path.stem for path in (ROOT / "fisher_forget" / "experiments" / "templates").glob("*.yaml")}
+        found = {
+            path.stem
+            for path in (ROOT / "fisher_forget" / "experiments" / "templates").glob("*.yaml")
+        }
         assert found == set(TEMPLATES)
 
 
@@ -152,12 +175,16 @@ class TestStoredModels:
         capsys.readouterr()
         assert main(["run", "new.yaml", *SMALL, "--training.epochs", "2", "--dry-run", *flags]) == 0
         said = capsys.readouterr().out
-        assert ("original: 0 to train, 1 stored" in said) != ("original: 1 to train, 0 stored" in said)
+        assert ("original: 0 to train, 1 stored" in said) != (
+            "original: 1 to train, 0 stored" in said
+        )
         return "original: 0 to train, 1 stored" in said
 
     def test_options(self, finished, capsys):
         assert self.stored(capsys)
-        assert self.stored(capsys, "--data.options", "{shift: 0.0}")  # another way to say the same data
+        assert self.stored(
+            capsys, "--data.options", "{shift: 0.0}"
+        )  # another way to say the same data
         assert not self.stored(capsys, "--data.options", "{shift: 1.0}")
         assert not self.stored(capsys, "--model.options", "{width: 9}")
         assert not self.stored(capsys, "--training.lr", "0.06")
@@ -168,7 +195,9 @@ class TestStoredModels:
         assert self.stored(capsys)
         own(code.replace("ReLU", "Tanh"))
         assert not self.stored(capsys)
-        own(code.replace("return nn.Sequential", "torch.rand(1); return nn.Sequential"))  # other first weights
+        own(
+            code.replace("return nn.Sequential", "torch.rand(1); return nn.Sequential")
+        )  # other first weights
         assert not self.stored(capsys)
         own(code.replace("2 * torch.eye", "3 * torch.eye"))
         assert not self.stored(capsys)
@@ -179,12 +208,16 @@ class TestLoad:
         own(MODULES["text"])
         sys.path.insert(0, "")
         whole = load_dataset("my_package.my_module:load", options={"count": 60})
-        again = load_dataset("my_package.my_module:load", options={"count": 60}, max_train=30, max_test=9, seed=1)
+        again = load_dataset(
+            "my_package.my_module:load", options={"count": 60}, max_train=30, max_test=9, seed=1
+        )
         assert whole.classes == ("0", "1", "2")
         assert (len(whole.train), len(whole.test)) == (60, 30)
         assert again.train.tensors[-1].bincount().tolist() == [10, 10, 10]
         rows = {tuple(x) for x in whole.train[:][0]["input_ids"].tolist()}
-        assert {tuple(x) for x in again.train[:][0]["input_ids"].tolist()} <= rows  # the load itself is seeded
+        assert {
+            tuple(x) for x in again.train[:][0]["input_ids"].tolist()
+        } <= rows  # the load itself is seeded
 
     @pytest.mark.parametrize(
         ("code", "name", "words"),
@@ -192,7 +225,11 @@ class TestLoad:
             ("def load(): return 3", "load", "a pair (train, test)"),
             ("def load(): return [], []", "load", "at least one sample"),
             ("def load(): return ([[1.0]], ['cat']), ([[1.0]], ['dog'])", "load", "numbers"),
-            ("def load(): raise OSError('no disk')", "load", "OSError from my_package.my_module:load: no disk"),
+            (
+                "def load(): raise OSError('no disk')",
+                "load",
+                "OSError from my_package.my_module:load: no disk",
+            ),
             ("def lode(): pass", "load", "Did you mean 'lode'?"),
         ],
     )
@@ -214,7 +251,8 @@ class TestBuild:
         sys.path.insert(0, "")
         state = torch.get_rng_state()
         first, again, other = (
-            build_model("my_package.my_module:build", (4,), 3, seed=s, width=5).state_dict() for s in (0, 0, 1)
+            build_model("my_package.my_module:build", (4,), 3, seed=s, width=5).state_dict()
+            for s in (0, 0, 1)
         )
         assert all(torch.equal(x, again[name]) for name, x in first.items())
         assert not any(torch.equal(x, other[name]) for name, x in first.items())
@@ -232,7 +270,12 @@ class TestBuild:
 class TestCommandLine:
     def test_a_missing_module(self, own, capsys):
         assert main(["init", "new.yaml"]) == 0
-        assert main(["run", "new.yaml", "--model", "absent.thing:build", "--data", "absent.thing:load"]) == 2
+        assert (
+            main(
+                ["run", "new.yaml", "--model", "absent.thing:build", "--data", "absent.thing:load"]
+            )
+            == 2
+        )
         said = capsys.readouterr().err
         assert said.startswith("fisher-forget: Got 'absent.thing:load', but no module 'absent'")
         assert "Traceback" not in said
@@ -260,11 +303,21 @@ class TestTextExample:
         pytest.importorskip("transformers", reason="not installed")
         monkeypatch.chdir(ROOT)
         path = "examples/text_classifier/config.yaml"
-        flags = [*self.TINY, "--training.epochs", "20", "--training.batch_size", "16", "--out", str(tmp_path)]
+        flags = [
+            *self.TINY,
+            "--training.epochs",
+            "20",
+            "--training.batch_size",
+            "16",
+            "--out",
+            str(tmp_path),
+        ]
         assert main(["run", path, *SMALL, *flags]) == 0
         folder = tmp_path / "text-classifier"
         assert "all of pandas" in (folder / "report.html").read_text()
-        parts = json.loads((folder / "metrics.json").read_text())["cases"][0]["runs"][0]["evaluation"]["parts"]
+        parts = json.loads((folder / "metrics.json").read_text())["cases"][0]["runs"][0][
+            "evaluation"
+        ]["parts"]
         assert {name: part["samples"] for name, part in parts.items()} == {
             "forget": 100,
             "retain": 300,
@@ -276,10 +329,14 @@ class TestTextExample:
         config = load_config(folder / "config.yaml")
         data = config.data.load()
         model = build_model(config.model.name, (), 4, seed=0, **config.model.options)
-        scrubbed = files.load_model(folder / "all-of-pandas" / "seed-0" / "scrubbed.safetensors", model)
+        scrubbed = files.load_model(
+            folder / "all-of-pandas" / "seed-0" / "scrubbed.safetensors", model
+        )
         inputs, targets = data.train[:]
         ours = scrubbed(**inputs).logits.argmax(1) == targets
-        assert float(ours[targets == 1].double().mean()) == pytest.approx(parts["forget"]["score_scrubbed"])
+        assert float(ours[targets == 1].double().mean()) == pytest.approx(
+            parts["forget"]["score_scrubbed"]
+        )
 
     def test_padding_is_masked(self, own, monkeypatch):
         """Training sees the attention mask: what stands under the padding makes no difference."""
@@ -289,14 +346,22 @@ class TestTextExample:
         options = {"per_class": 10, "test_per_class": 5, "vocabulary": 300, "tokens": 40}
         data = load_dataset("examples.text_classifier.docstrings:load", options=options).train
         model = build_model(
-            "examples.text_classifier.docstrings:build", (), 4, seed=0, width=8, vocabulary=300, tokens=40
+            "examples.text_classifier.docstrings:build",
+            (),
+            4,
+            seed=0,
+            width=8,
+            vocabulary=300,
+            tokens=40,
         )
         other = load_dataset("examples.text_classifier.docstrings:load", options=options).train
         ids, mask, _ = other.tensors
         assert 0 < int(mask.sum()) < mask.numel()
         ids[mask == 0] = 7
         settings = TrainSettings(epochs=2, lr=0.01)
-        a, b = (train(model, d, settings, seed=0, progress=False).state_dict() for d in (data, other))
+        a, b = (
+            train(model, d, settings, seed=0, progress=False).state_dict() for d in (data, other)
+        )
         for name, value in a.items():
             if name != "distilbert.embeddings.word_embeddings.weight":
                 torch.testing.assert_close(value, b[name])

@@ -1,4 +1,5 @@
-"""Both pages in a real browser, made from a small model that is really trained, forgotten and retrained."""
+"""Both pages in a real browser, made from a small model that is really trained, forgotten and
+retrained."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ from chromium import Browser, chromium, installed
 from fisher_forget.cli import main
 from fisher_forget.report.plots.hover import SVG, explain, explain_all, titled
 
-needs_chromium = pytest.mark.skipif(not installed(), reason="no chromium on the PATH: the pages are not looked at")
+needs_chromium = pytest.mark.skipif(
+    not installed(), reason="no chromium on the PATH: the pages are not looked at"
+)
 PAGES = ("report.html", "evaluation.html")
 WIDTHS = (390, 1280)
 CONFIG = """
@@ -69,12 +72,25 @@ class TestPages:
         word, lead, value, plot, table, more, again = heights
         assert word < lead < value < table < more < again
         assert word < plot < table
-        assert len(page.evaluate("[...document.querySelector('.card').querySelectorAll('.value')].map(n => 1)")) == 3
+        assert (
+            len(
+                page.evaluate(
+                    "[...document.querySelector('.card').querySelectorAll('.value')].map(n => 1)"
+                )
+            )
+            == 3
+        )
         text = page.evaluate("document.body.textContent")
-        for words in ("An estimate, not a certificate", "approximate", "training.weight_decay", "processor"):
+        for words in (
+            "An estimate, not a certificate",
+            "approximate",
+            "training.weight_decay",
+            "processor",
+        ):
             assert words in text
         assert re.fullmatch(
-            r"fisher-forget (run|evaluate) \S*/pages\S*", page.evaluate("document.querySelector('pre').textContent")
+            r"fisher-forget (run|evaluate) \S*/pages\S*",
+            page.evaluate("document.querySelector('pre').textContent"),
         )
 
     def test_tables_sort_by_a_click(self, folder, browser, name, width):
@@ -102,11 +118,20 @@ class TestPages:
         metrics = json.loads((folder / "metrics.json").read_text())
         if name == "report.html":
             scores = metrics["cases"][0]["summary"]["forget"]["kl_scrubbed"]["mean"]
-            assert f"scrubbed\nforgotten data\nKL(retrained ‖ model) (nats): {scores:.3g}" in [t for t, _ in found]
+            assert f"scrubbed\nforgotten data\nKL(retrained ‖ model) (nats): {scores:.3g}" in [
+                t for t, _ in found
+            ]
         else:
             rows = json.loads((folder / "evaluation.json").read_text())["class 3"]["scores"]
-            row = next(r for r in rows if (r["metric"], r["part"], r["method"]) == ("kl", "forget", "default"))
-            assert any(t.startswith(f"default\nkl, forget: {row['value']:.3g} nats\nretrained") for t, _ in found)
+            row = next(
+                r
+                for r in rows
+                if (r["metric"], r["part"], r["method"]) == ("kl", "forget", "default")
+            )
+            assert any(
+                t.startswith(f"default\nkl, forget: {row['value']:.3g} nats\nretrained")
+                for t, _ in found
+            )
         assert sum(hit for _, hit in found) > 0.9 * len(found)  # the pointer reaches them
 
 
@@ -116,7 +141,10 @@ class TestTitles:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg")
         plt.close(figure)
-        return [e.text for e in ElementTree.fromstring(titled(buffer.getvalue())).iter(f"{{{SVG}}}title")]
+        return [
+            e.text
+            for e in ElementTree.fromstring(titled(buffer.getvalue())).iter(f"{{{SVG}}}title")
+        ]
 
     def test_legend_and_axes_give_the_words(self):
         figure, ax = plt.subplots()

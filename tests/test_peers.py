@@ -1,4 +1,5 @@
-"""Cross-checks with other libraries, in float64: BackPACK's diagonal, curvlinops' GGN products and EKFAC.
+"""Cross-checks with other libraries, in float64: BackPACK's diagonal, curvlinops' GGN products and
+EKFAC.
 
 They are installed by `make bench` and not needed for anything else.
 """
@@ -25,12 +26,19 @@ pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 
 
 def mlp() -> tuple[nn.Module, Tensor]:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.Sigmoid(), nn.Linear(4, 3))
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.Sigmoid(), nn.Linear(4, 3)
+    )
     return model, torch.randn(17, 2, 3)
 
 
 def cnn() -> tuple[nn.Module, Tensor]:
-    convolutions = [nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 4, 2, stride=2, bias=False), nn.ReLU()]
+    convolutions = [
+        nn.Conv2d(2, 3, 3, padding=1),
+        nn.Tanh(),
+        nn.Conv2d(3, 4, 2, stride=2, bias=False),
+        nn.ReLU(),
+    ]
     # no pooling: BackPACK's derivative of AvgPool2d is in float32 only
     return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(16, 3)), torch.randn(17, 2, 4, 4)
 
@@ -44,7 +52,9 @@ def problem(request: pytest.FixtureRequest) -> tuple[nn.Module, TensorDataset]:
 
 
 def ours(model: nn.Module, data: TensorDataset, structure: Any, kind: Any = "exact") -> Any:
-    return estimate_curvature(model, DataLoader(data, batch_size=BATCH), structure=structure, kind=kind)
+    return estimate_curvature(
+        model, DataLoader(data, batch_size=BATCH), structure=structure, kind=kind
+    )
 
 
 def batches(data: TensorDataset) -> list[tuple[Tensor, Tensor]]:
@@ -57,11 +67,17 @@ def close(found: Tensor, truth: Tensor) -> bool:
 
 
 class TestBackpack:
-    def total(self, model: nn.Module, data: TensorDataset, extension: str, field: str, power: int) -> Params:
-        """Sum over batches of (batch size)^power / N times what BackPACK finds for a batch's mean loss."""
+    def total(
+        self, model: nn.Module, data: TensorDataset, extension: str, field: str, power: int
+    ) -> Params:
+        """Sum over batches of (batch size)^power / N times what BackPACK finds for a batch's mean
+        loss."""
         backpack = pytest.importorskip("backpack", reason=HOW)
         extensions = pytest.importorskip("backpack.extensions", reason=HOW)
-        twin, lossfunc = backpack.extend(copy.deepcopy(model)), backpack.extend(nn.CrossEntropyLoss())
+        twin, lossfunc = (
+            backpack.extend(copy.deepcopy(model)),
+            backpack.extend(nn.CrossEntropyLoss()),
+        )
         total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
         for x, y in batches(data):
             with backpack.backpack(getattr(extensions, extension)()):
@@ -116,7 +132,10 @@ class TestCurvlinops:
     @pytest.mark.parametrize("kind", ["exact", "empirical"])
     def test_ekfac(self, problem: tuple[nn.Module, TensorDataset], kind: str) -> None:
         model, data = problem
-        options = {"fisher_type": "type-2" if kind == "exact" else "empirical", "separate_weight_and_bias": False}
+        options = {
+            "fisher_type": "type-2" if kind == "exact" else "empirical",
+            "separate_weight_and_bias": False,
+        }
         peer = self.operator("EKFACLinearOperator", model, data, **options)
         found = ours(model, data, "ekfac", kind)
         for v in self.vectors(model):

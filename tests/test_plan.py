@@ -1,4 +1,5 @@
-"""`--dry-run`: it writes nothing, counts what a run then does, and its times are of the right size."""
+"""`--dry-run`: it writes nothing, counts what a run then does, and its times are of the right
+size."""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ CONTENT = {
     "progress": False,
 }
 COMMANDS = ["run", "sweep", "compare", "evaluate"]
-pytestmark = pytest.mark.filterwarnings("ignore::fisher_forget.FisherForgetWarning")  # trained for a moment only
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::fisher_forget.FisherForgetWarning"
+)  # trained for a moment only
 
 
 @pytest.fixture
@@ -45,7 +48,9 @@ def counts(text: str) -> dict[str, tuple[int, int]]:
     """Title -> (to train, stored)."""
     return {
         t: (int(a), int(b))
-        for t, a, b in re.findall(r"^(?:  models)? +(\w[\w ]*): (?:at most )?(\d+) to train, (\d+) stored", text, re.M)
+        for t, a, b in re.findall(
+            r"^(?:  models)? +(\w[\w ]*): (?:at most )?(\d+) to train, (\d+) stored", text, re.M
+        )
     }
 
 
@@ -69,10 +74,16 @@ def test_counts_what_the_run_then_trains(
     assert "class 3: 20 samples, 180 retained" in text
     assert "digits, 200 training and 60 test samples, 10 classes" in text
     assert first["without some"] == (3, 0)  # its own number
-    assert first["original"] == first["original with wrong"] == (2, 0)  # labels made wrong want their own
+    assert (
+        first["original"] == first["original with wrong"] == (2, 0)
+    )  # labels made wrong want their own
     trained = []
     real = ensemble._member
-    monkeypatch.setattr(ensemble, "_member", lambda f, s, *rest, **more: trained.append(s) or real(f, s, *rest, **more))
+    monkeypatch.setattr(
+        ensemble,
+        "_member",
+        lambda f, s, *rest, **more: trained.append(s) or real(f, s, *rest, **more),
+    )
     assert main(["run", path]) == 0
     assert len(trained) == 2 + 2 + 2 + 2 + 3 == int(re.search(r"training: (\d+) models", text)[1])
     for file in Path("runs/small/some/retrained").glob("seed-1001*"):
@@ -91,7 +102,18 @@ def test_counts_what_the_run_then_trains(
 
 
 def test_memorised_samples_need_models_first(path: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", path, "--dry-run", "--forget_sets", "[{name: known, kind: memorised, count: 9}]"]) == 0
+    assert (
+        main(
+            [
+                "run",
+                path,
+                "--dry-run",
+                "--forget_sets",
+                "[{name: known, kind: memorised, count: 9}]",
+            ]
+        )
+        == 0
+    )
     text = capsys.readouterr().out
     assert counts(text)["on subsets"] == (20, 0)
     assert "without known: at most 2 to train" in text
@@ -117,7 +139,10 @@ def test_prints_the_resolved_configuration(path: str, capsys: pytest.CaptureFixt
         (["--data.name", "minst"], "'mnist'"),
         (["--forget_sets", "[{name: a, kind: class, label: 77}]"], "label 77"),
         (["--model.options", "{depth: 3}"], "depth"),
-        (["--training.augment", "true", "--data.name", "diabetes", "--model.name", "linear"], "label"),
+        (
+            ["--training.augment", "true", "--data.name", "diabetes", "--model.name", "linear"],
+            "label",
+        ),
     ],
 )
 def test_finds_mistakes_without_training(
@@ -128,8 +153,11 @@ def test_finds_mistakes_without_training(
 
 
 def test_time_and_memory_are_of_the_right_size(path: str) -> None:
-    """Against the run itself: an epoch within a factor of three, and the bytes of weights and activations exactly."""
-    config = load_config(path, ["--training.epochs", "8", "--data.max_train", "1000", "--model.options.width", "8"])
+    """Against the run itself: an epoch within a factor of three, and the bytes of weights and
+    activations exactly."""
+    config = load_config(
+        path, ["--training.epochs", "8", "--data.max_train", "1000", "--model.options.width", "8"]
+    )
     data = config.data.load()
     model = recipe.untrained(config, data, 0)
     cost = plan._cost(config, data, model, plan._choice(config.forget_sets[0], data))
@@ -139,5 +167,6 @@ def test_time_and_memory_are_of_the_right_size(path: str) -> None:
     assert 1 / 3 < 8 * cost.epoch / taken < 3
     assert cost.weights == 4 * sum(p.numel() for p in model.parameters())
     linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
-    # of Flatten's view the images' own memory is kept, and the weights for the gradient of the input are not
+    # of Flatten's view the images' own memory is kept, and the weights for the gradient of the
+    # input are not
     assert plan._activations(linear, data, torch.arange(32).numpy()) == 4 * 32 * 64

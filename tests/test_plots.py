@@ -1,4 +1,5 @@
-"""Figures: every number stands where it should, checked against computations of its own; and no text covers another."""
+"""Figures: every number stands where it should, checked against computations of its own; and no
+text covers another."""
 
 from __future__ import annotations
 
@@ -82,19 +83,26 @@ def test_the_tradeoff_shows_the_marks_and_the_floor_where_they_are():
     assert ax.get_yscale() == "log"
     for name in ("original", "retrained"):
         x, y = _line(ax, plots.LABELS[name])
-        assert (x.item(), y.item()) == (100 * table.marks[name]["score_test"], table.marks[name]["kl_forget"])
+        assert (x.item(), y.item()) == (
+            100 * table.marks[name]["score_test"],
+            table.marks[name]["kl_forget"],
+        )
     newton = table.frame[table.frame["scale"] == 0].iloc[0]
     x, y = _line(ax, plots.LABELS["newton"])
     assert (x.item(), y.item()) == (100 * newton["score_test"], newton["kl_forget"])
     assert set(_line(ax, "floor ± std")[1]) == {0.55}
     band = next(p for p in ax.patches if p.get_hatch())
-    assert band.get_extents().transformed(ax.transData.inverted()).intervaly == pytest.approx([0.49, 0.61])
+    assert band.get_extents().transformed(ax.transData.inverted()).intervaly == pytest.approx(
+        [0.49, 0.61]
+    )
 
 
 def test_the_tradeoff_has_a_point_a_scale_at_the_mean_over_draws_with_its_interval():
     table = make_sweep(scales=(1e-2, 1e-4, 1e-3))
     ax = plots.plot_tradeoff(table)
-    path = next(line for line in ax.lines if len(line.get_xdata()) == 3 and line.get_marker() == "None")
+    path = next(
+        line for line in ax.lines if len(line.get_xdata()) == 3 and line.get_marker() == "None"
+    )
     groups = table.frame.groupby("scale")[["score_test", "kl_forget"]]  # in order of scale
     means = groups.mean()
     assert path.get_xdata() == pytest.approx(100 * means["score_test"].to_numpy())
@@ -133,9 +141,13 @@ def test_ruined_settings_are_hollow():
 
 def test_methods_without_noise_stand_beside_the_curves():
     table = make_sweep(scales=(1e-4, 1e-3))
-    other = table.frame.iloc[:2].assign(method="finetune", noise=np.nan, scale=np.nan, kl_forget=3.0, score_test=0.8)
+    other = table.frame.iloc[:2].assign(
+        method="finetune", noise=np.nan, scale=np.nan, kl_forget=3.0, score_test=0.8
+    )
     frame = pd.concat([table.frame, other], ignore_index=True)
-    ax = plots.plot_tradeoff(SweepTable(frame, table.axes, table.marks, table.score_name, table.ruin))
+    ax = plots.plot_tradeoff(
+        SweepTable(frame, table.axes, table.marks, table.score_name, table.ruin)
+    )
     assert "finetune" in [text.get_text() for text in ax.texts]
     assert (80.0, 3.0) in _points(ax)
     assert "fisher-forget" in [text.get_text() for text in ax.get_legend().get_texts()]
@@ -151,7 +163,8 @@ def test_accuracies_that_differ_much_are_stretched_towards_the_top():
 
 
 @pytest.mark.parametrize(
-    "table", [make_sweep(), make_sweep(exponents=(0.25, 0.5)), make_sweep((0.0, 1e-4, 1e-3), seeds=1)]
+    "table",
+    [make_sweep(), make_sweep(exponents=(0.25, 0.5)), make_sweep((0.0, 1e-4, 1e-3), seeds=1)],
 )
 def test_no_text_of_the_tradeoff_covers_another(table):
     ax = plots.plot_tradeoff(table)
@@ -169,12 +182,21 @@ def no_overlap(ax: Axes) -> None:
         text.update_positions(renderer)
         boxes.append(super(type(text), text).get_window_extent(renderer))
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
-    rest = [ax.xaxis.label, ax.yaxis.label, ax.get_legend(), *ax.get_xticklabels(), *ax.get_yticklabels()]
+    rest = [
+        ax.xaxis.label,
+        ax.yaxis.label,
+        ax.get_legend(),
+        *ax.get_xticklabels(),
+        *ax.get_yticklabels(),
+    ]
     shown = [r.get_window_extent(renderer) for r in rest if r.get_visible()]
     shown = [b for b in shown if b.width > 0 and b.height > 0]
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes + shown[:3], 2))
     page = figure.bbox.padded(1)
-    assert all(page.x0 <= b.x0 and b.x1 <= page.x1 and page.y0 <= b.y0 and b.y1 <= page.y1 for b in boxes + shown[:3])
+    assert all(
+        page.x0 <= b.x0 and b.x1 <= page.x1 and page.y0 <= b.y0 and b.y1 <= page.y1
+        for b in boxes + shown[:3]
+    )
 
 
 @pytest.mark.parametrize("quantity", ["kl", "loss"])
@@ -193,7 +215,9 @@ def test_the_noise_figure_shows_means_bands_and_targets(quantity):
         x, y = _line(ax, label)
         assert x == pytest.approx(means.index.to_numpy())
         assert y == pytest.approx(means.to_numpy())
-        assert set(_line(ax, f"{target}, {label}")[1]) == {table.marks["retrained"][f"{quantity}_{part}"]}
+        assert set(_line(ax, f"{target}, {label}")[1]) == {
+            table.marks["retrained"][f"{quantity}_{part}"]
+        }
         half = stats.t.ppf(0.975, 3) * groups[f"{quantity}_{part}"].sem()
         edge = area.get_paths()[0].vertices
         for scale in means.index[[0, 5, -1]]:
@@ -207,7 +231,14 @@ def test_the_damping_figure_leaves_out_what_has_no_place(blobs, trained, referen
 
     grid = {"damping": [0.1, 0.01, "auto"], "steps": [1]}
     table = sweep(
-        trained, blobs, FORGET, grid, reference=reference, weight_decay=WEIGHT_DECAY, noise=None, progress=False
+        trained,
+        blobs,
+        FORGET,
+        grid,
+        reference=reference,
+        weight_decay=WEIGHT_DECAY,
+        noise=None,
+        progress=False,
     )
     ax = plots.plot_damping(table)
     x, y = _line(ax, "forgotten data")
@@ -238,18 +269,32 @@ def make_methods(count: int, seed: int = 0) -> pd.DataFrame:
     accuracy[2:4] = 10, 62
     names = ["fisher-forget", *(f"method-{i}" for i in range(1, count))]
     frame = pd.DataFrame({"method": names, "kl": kl, "accuracy": accuracy})
-    frame = frame.assign(kl_low=0.8 * kl, kl_high=1.25 * kl, accuracy_low=accuracy - 0.4, accuracy_high=accuracy + 0.4)
+    frame = frame.assign(
+        kl_low=0.8 * kl,
+        kl_high=1.25 * kl,
+        accuracy_low=accuracy - 0.4,
+        accuracy_high=accuracy + 0.4,
+    )
     frame["cost"] = np.exp(rng.uniform(np.log(0.01), np.log(3), count))
     worse = (kl[:, None] >= kl) & (accuracy[:, None] <= accuracy)
     frame["pareto"] = worse.sum(1) == 1  # by itself alone
     frame["ours"] = frame["method"] == "fisher-forget"
-    marks = {"method": ["original", "retrained"], "kl": [12.3, 0.5], "accuracy": [97.8, 97.6], "cost": [0.0, 1.0]}
-    return pd.concat([frame, pd.DataFrame(marks).assign(pareto=False, ours=False)], ignore_index=True)
+    marks = {
+        "method": ["original", "retrained"],
+        "kl": [12.3, 0.5],
+        "accuracy": [97.8, 97.6],
+        "cost": [0.0, 1.0],
+    }
+    return pd.concat(
+        [frame, pd.DataFrame(marks).assign(pareto=False, ours=False)], ignore_index=True
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
-    ("plot", "column"), [(plots.plot_methods, "accuracy"), (plots.plot_cost, "cost")], ids=["accuracy", "cost"]
+    ("plot", "column"),
+    [(plots.plot_methods, "accuracy"), (plots.plot_cost, "cost")],
+    ids=["accuracy", "cost"],
 )
 def test_each_of_many_methods_is_drawn_and_can_be_told(plot, column, seed):
     frame = make_methods(24, seed)
@@ -262,7 +307,9 @@ def test_each_of_many_methods_is_drawn_and_can_be_told(plot, column, seed):
     assert sorted(texts) == sorted([*rows[direct]["method"], *map(str, range(1, numbered + 1))])
     key = [text.get_text() for text in ax.get_legend().get_texts()]
     ranked = rows[~direct].sort_values("kl")["method"]
-    assert [k for k in key if k[0].isdigit()] == [f"{i}  {name}" for i, name in enumerate(ranked, 1)]
+    assert [k for k in key if k[0].isdigit()] == [
+        f"{i}  {name}" for i, name in enumerate(ranked, 1)
+    ]
     assert set(_line(ax, "floor")[1]) == {0.5}
     assert ax.get_yscale() == "log"
     no_overlap(ax)
@@ -270,7 +317,10 @@ def test_each_of_many_methods_is_drawn_and_can_be_told(plot, column, seed):
 
 def test_the_kinds_of_methods_differ_in_shape_and_fill():
     ax = plots.plot_methods(make_methods(12))
-    looks = {label: ax.get_legend_handles_labels()[1].index(label) for label in ("other methods", "fisher_forget")}
+    looks = {
+        label: ax.get_legend_handles_labels()[1].index(label)
+        for label in ("other methods", "fisher_forget")
+    }
     handles = ax.get_legend_handles_labels()[0]
     fills = {label: handles[i].get_markerfacecolor() for label, i in looks.items()}
     assert fills["other methods"] == "white" != fills["fisher_forget"]
@@ -307,7 +357,10 @@ def test_a_comparison_that_lacks_something_is_refused():
 def test_classes_show_the_kl_of_each(reference, result):
     ax = plots.plot_classes(reference, result.model, classes=["a", "b", "c"])
     y = reference.targets["test"].numpy()
-    for name, outputs in (("original", reference.original), ("scrubbed", reference.outputs(result.model))):
+    for name, outputs in (
+        ("original", reference.original),
+        ("scrubbed", reference.outputs(result.model)),
+    ):
         kl = _kl(reference, outputs["test"], "test")
         assert _line(ax, name)[0] == pytest.approx([kl[y == c].mean() for c in range(3)], rel=1e-5)
     others = [[m for m in reference.retrained if m is not one] for one in reference.retrained]
@@ -325,7 +378,9 @@ def test_classes_show_the_kl_of_each(reference, result):
 def test_samples_before_and_after(reference, result):
     ax = plots.plot_samples(reference, result.model)
     dots = np.asarray(ax.collections[-1].get_offsets())
-    assert dots[:, 0] == pytest.approx(_kl(reference, reference.original["forget"], "forget"), rel=1e-5)
+    assert dots[:, 0] == pytest.approx(
+        _kl(reference, reference.original["forget"], "forget"), rel=1e-5
+    )
     after = _kl(reference, reference.outputs(result.model)["forget"], "forget")
     assert dots[:, 1] == pytest.approx(after, rel=1e-5)
 
@@ -336,7 +391,9 @@ def test_margins_are_shares_of_the_samples(reference, result):
 
     def margins(outputs: torch.Tensor) -> np.ndarray:
         z = outputs.double().numpy()
-        return np.array([row[c] - logsumexp(np.delete(row, c)) for row, c in zip(z, y, strict=True)])
+        return np.array(
+            [row[c] - logsumexp(np.delete(row, c)) for row, c in zip(z, y, strict=True)]
+        )
 
     pooled = np.concatenate([margins(m["forget"]) for m in reference.retrained])
     wanted = {
@@ -361,8 +418,12 @@ def test_the_samples_that_resisted_are_the_farthest(reference, result):
     assert [float(image.get_array()[0, 0]) for image in ax.images] == pytest.approx(order / 9)
     said = [text.get_text() for text in ax.texts]
     y = reference.targets["forget"]
-    assert [text.split("\n")[0] for text in said] == [f"{int(y[i])} → {int(outputs[i].argmax())}" for i in order]
-    assert [float(text.split("\n")[1].split()[0]) for text in said] == pytest.approx(kl[order], rel=5e-3)
+    assert [text.split("\n")[0] for text in said] == [
+        f"{int(y[i])} → {int(outputs[i].argmax())}" for i in order
+    ]
+    assert [float(text.split("\n")[1].split()[0]) for text in said] == pytest.approx(
+        kl[order], rel=5e-3
+    )
     with pytest.raises(DataError, match="10 samples"):
         plots.plot_resistant(reference, result.model, images[:5])
     with pytest.raises(DataError, match="one of"):
@@ -386,7 +447,15 @@ def test_the_path_of_the_flow(result):
 
 @pytest.mark.parametrize("structure", ["diagonal", "ekfac", "dense", "low_rank"])
 def test_spectra_are_those_of_the_curvature(trained, blobs, structure):
-    found = forget(trained, blobs, FORGET, weight_decay=WEIGHT_DECAY, structure=structure, noise=None, progress=False)
+    found = forget(
+        trained,
+        blobs,
+        FORGET,
+        weight_decay=WEIGHT_DECAY,
+        structure=structure,
+        noise=None,
+        progress=False,
+    )
     ax = plots.plot_spectrum(found)
     names = [t.get_text() for t in ax.get_yticklabels()]
     largest = [line.get_xdata()[0] for line in ax.lines if line.get_marker() == ">"]
@@ -402,9 +471,13 @@ def test_spectra_are_those_of_the_curvature(trained, blobs, structure):
         for name, p in basis.items():
             for i in range(p.numel()):
                 unit = basis | {name: torch.eye(p.numel())[i].view_as(p)}
-                columns.append(torch.cat([v.flatten() for v in found.curvature.power(unit, 1).values()]))
+                columns.append(
+                    torch.cat([v.flatten() for v in found.curvature.power(unit, 1).values()])
+                )
         assert names == ["all layers"]
-        assert largest == pytest.approx([float(np.linalg.eigvalsh(torch.stack(columns).double()).max())], rel=1e-4)
+        assert largest == pytest.approx(
+            [float(np.linalg.eigvalsh(torch.stack(columns).double()).max())], rel=1e-4
+        )
     else:
         assert names == (["0", "2"] if structure == "ekfac" else list(found.newton.params))
 
@@ -433,14 +506,24 @@ def test_the_figures_by_part_show_every_value(case, plot, factor, first, unit):
     ax = plot(case)
     assert unit in ax.get_xlabel()
     assert ax.get_xscale() == ("log" if first == "kl" else "linear")
-    assert [t.get_text().replace("\n", " ") for t in ax.get_yticklabels()] == tables.case_table(case)["part"].tolist()
+    assert [t.get_text().replace("\n", " ") for t in ax.get_yticklabels()] == tables.case_table(
+        case
+    )["part"].tolist()
     drawn: dict[str, Axes] = {
-        (line.get_marker(), *map(float, (line.get_xdata()[0], line.get_ydata()[0]))) for line in ax.lines
+        (line.get_marker(), *map(float, (line.get_xdata()[0], line.get_ydata()[0])))
+        for line in ax.lines
     }
     for row, part in enumerate(CLASS_3):
         for name, marker in (("original", "s"), ("scrubbed", "o")):
-            assert (marker, factor * tables.estimate(case, part, f"{first}_{name}").mean, float(row)) in drawn
-        target = factor * tables.estimate(case, part, "floor" if first == "kl" else "score_retrained").mean
+            assert (
+                marker,
+                factor * tables.estimate(case, part, f"{first}_{name}").mean,
+                float(row),
+            ) in drawn
+        target = (
+            factor
+            * tables.estimate(case, part, "floor" if first == "kl" else "score_retrained").mean
+        )
         assert ("None", target, row - 0.32) in drawn
     assert ax.yaxis_inverted()
 
@@ -463,10 +546,19 @@ def test_files_are_the_same_to_the_byte_in_every_process(case, tmp_path):
         "from fisher_forget.report import plots;"
         "plots.save_figure(plots.plot_parts(t.make_case('class 3', t.CLASS_3)).figure, Path(sys.argv[2]))"
     )
-    subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path / "b")], check=True)
+    subprocess.run(
+        [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path / "b")], check=True
+    )
     assert (tmp_path / "b.svg").read_bytes() == svg.read_bytes()
-    again = plots.save_figure(plots.plot_tradeoff(make_sweep()).figure, tmp_path / "c")[1].read_bytes()
-    assert again == plots.save_figure(plots.plot_tradeoff(make_sweep()).figure, tmp_path / "d")[1].read_bytes()
+    again = plots.save_figure(plots.plot_tradeoff(make_sweep()).figure, tmp_path / "c")[
+        1
+    ].read_bytes()
+    assert (
+        again
+        == plots.save_figure(plots.plot_tradeoff(make_sweep()).figure, tmp_path / "d")[
+            1
+        ].read_bytes()
+    )
 
 
 def test_a_new_figure_is_one_that_notebooks_show_and_given_axes_open_none(case):
@@ -483,7 +575,11 @@ def test_a_new_figure_is_one_that_notebooks_show_and_given_axes_open_none(case):
 
 class TestShards:
     def table(self):
-        rows = [(s, k, a) for k in (1, 3) for s, a in ((1, 97.0), (1, 95.0), (5, 90.0 + k), (5, 88.0 + k))]
+        rows = [
+            (s, k, a)
+            for k in (1, 3)
+            for s, a in ((1, 97.0), (1, 95.0), (5, 90.0 + k), (5, 88.0 + k))
+        ]
         return pd.DataFrame(rows, columns=["shards", "slices", "accuracy"])
 
     def test_a_line_for_each_number_of_slices_and_one_model(self):

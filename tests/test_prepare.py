@@ -1,4 +1,5 @@
-"""Deletion requests from prepared sums: the same result as from the start, accumulated, kept on disk."""
+"""Deletion requests from prepared sums: the same result as from the start, accumulated, kept on
+disk."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ from fisher_forget.unlearn.newton import step as newton
 
 WD = 0.01
 # by name, because the package exports the functions of the same names
-PREPARE, FORGET = (importlib.import_module(f"fisher_forget.unlearn.{name}") for name in ("prepare", "forget"))
+PREPARE, FORGET = (
+    importlib.import_module(f"fisher_forget.unlearn.{name}") for name in ("prepare", "forget")
+)
 QUIET = {"noise": None, "drift": False}
 
 
@@ -26,15 +29,26 @@ QUIET = {"noise": None, "drift": False}
 def data() -> TensorDataset:
     g = torch.Generator().manual_seed(0)
     x = torch.randn(240, 1, 6, 6, generator=g)
-    return TensorDataset(x, (x[:, 0, :3].sum((1, 2)) > x[:, 0, 3:].sum((1, 2))).long() + (x[:, 0, 0, 0] > 1).long())
+    return TensorDataset(
+        x, (x[:, 0, :3].sum((1, 2)) > x[:, 0, 3:].sum((1, 2))).long() + (x[:, 0, 0, 0] > 1).long()
+    )
 
 
 @pytest.fixture(scope="module")
 def model(data: TensorDataset) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3))
-    return train(net, data, TrainSettings(epochs=200, lr=0.05, weight_decay=WD), seed=0, progress=False)
+        net = nn.Sequential(
+            nn.Conv2d(1, 4, 3),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(64, 8),
+            nn.ReLU(),
+            nn.Linear(8, 3),
+        )
+    return train(
+        net, data, TrainSettings(epochs=200, lr=0.05, weight_decay=WD), seed=0, progress=False
+    )
 
 
 def weights(model: nn.Module) -> P.Params:
@@ -48,8 +62,11 @@ def distance(a: nn.Module, b: nn.Module, start: nn.Module) -> float:
 
 
 @pytest.mark.parametrize("structure", ["diagonal", "dense", "ekfac", "low_rank"])
-def test_literal_step_equals_the_one_off_call(model: nn.Module, data: TensorDataset, structure: str) -> None:
-    """Inverting the curvature itself: sums less a part are the sums of the rest; EKFAC keeps its old eigenbasis."""
+def test_literal_step_equals_the_one_off_call(
+    model: nn.Module, data: TensorDataset, structure: str
+) -> None:
+    """Inverting the curvature itself: sums less a part are the sums of the rest; EKFAC keeps its
+    old eigenbasis."""
     idx = list(range(0, 30, 3))
     options = {"steps": 1, "damping": 0.1, "solver": "direct", **QUIET}
     shared = {"structure": structure, "weight_decay": WD, "max_samples": None, "progress": False}
@@ -60,7 +77,8 @@ def test_literal_step_equals_the_one_off_call(model: nn.Module, data: TensorData
 
 
 def test_the_flow_is_the_same(model: nn.Module, data: TensorDataset) -> None:
-    """Preconditioned by another basis, the flow ends at the same place up to the solver's tolerance."""
+    """Preconditioned by another basis, the flow ends at the same place up to the solver's
+    tolerance."""
     idx = list(range(12))
     prepared = prepare(model, data, weight_decay=WD, progress=False).forget(idx, **QUIET)
     plain = forget(model, data, idx, weight_decay=WD, progress=False, **QUIET)
@@ -76,13 +94,16 @@ def test_requests_accumulate_in_any_order(model: nn.Module, data: TensorDataset)
     a, b = [1, 5, 9], [2, 5, 77]
     once = request([1, 2, 5, 9, 77])
     for other in (request(a, b), request(b, a)):
-        assert all(torch.equal(x, y) for x, y in zip(once.parameters(), other.parameters(), strict=True))
+        assert all(
+            torch.equal(x, y) for x, y in zip(once.parameters(), other.parameters(), strict=True)
+        )
 
 
 def test_its_cost_grows_with_the_forget_set_only(
     model: nn.Module, data: TensorDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counted, not timed: a literal step reads the forget set a few times, and a fixed number of others."""
+    """Counted, not timed: a literal step reads the forget set a few times, and a fixed number of
+    others."""
 
     class Counting(TensorDataset):
         reads = 0
@@ -95,7 +116,12 @@ def test_its_cost_grows_with_the_forget_set_only(
     monkeypatch.setattr(FORGET, "LOSS_SAMPLES", shown)
     monkeypatch.setattr(newton, "SAMPLED", shown)
     prepared = prepare(
-        model, Counting(*data.tensors), structure="diagonal", weight_decay=WD, max_samples=None, progress=False
+        model,
+        Counting(*data.tensors),
+        structure="diagonal",
+        weight_decay=WD,
+        max_samples=None,
+        progress=False,
     )
     assert Counting.reads >= 2 * len(data)
     for few in ([3, 4], [10, 11, 12, 13]):
@@ -105,7 +131,9 @@ def test_its_cost_grows_with_the_forget_set_only(
 
 
 class TestOnDisk:
-    def test_a_second_process_goes_on(self, model: nn.Module, data: TensorDataset, tmp_path: Path) -> None:
+    def test_a_second_process_goes_on(
+        self, model: nn.Module, data: TensorDataset, tmp_path: Path
+    ) -> None:
         first = prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
         literal = {"steps": 1, "damping": 0.1, "solver": "direct", **QUIET}
         first.forget([3, 8], **literal)
@@ -151,7 +179,9 @@ class TestOnDisk:
             with pytest.raises(KeyboardInterrupt):
                 prepared.forget([4], **QUIET)
         assert not len(prepared.forgotten)
-        assert not len(prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False).forgotten)
+        assert not len(
+            prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False).forgotten
+        )
 
     def test_another_model_data_or_option_is_refused(
         self, model: nn.Module, data: TensorDataset, tmp_path: Path
@@ -163,7 +193,9 @@ class TestOnDisk:
             with pytest.raises(StorageError, match="another model, other data or other options"):
                 prepare(bad[0], bad[1], weight_decay=bad[2], folder=tmp_path, progress=False)
 
-    def test_a_damaged_file_is_refused(self, model: nn.Module, data: TensorDataset, tmp_path: Path) -> None:
+    def test_a_damaged_file_is_refused(
+        self, model: nn.Module, data: TensorDataset, tmp_path: Path
+    ) -> None:
         prepared = prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
         path = tmp_path / "snapshot.safetensors"
         content = bytearray(path.read_bytes())
@@ -176,7 +208,12 @@ class TestOnDisk:
 
 def test_bad_requests(model: nn.Module, data: TensorDataset) -> None:
     prepared = prepare(model, data, structure="diagonal", weight_decay=WD, progress=False)
-    for bad, match in (([], "empty"), ([240], "index 240"), ([-1], "negative"), ([1, 1], "repeats")):
+    for bad, match in (
+        ([], "empty"),
+        ([240], "index 240"),
+        ([-1], "negative"),
+        ([1, 1], "repeats"),
+    ):
         with pytest.raises(SplitError, match=match):
             prepared.forget(bad, **QUIET)
     prepared.forget(range(239), steps=1, damping=1.0, solver="direct", **QUIET)

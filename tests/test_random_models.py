@@ -1,4 +1,5 @@
-"""Random small architectures: the exact diagonal and the dense matrix are those of the float64 oracle."""
+"""Random small architectures: the exact diagonal and the dense matrix are those of the float64
+oracle."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ class Residual(nn.Module):
 
 
 class Positions(nn.Module):
-    """A Linear layer over the positions: [N, C, ...] -> [N, D, ...]; `merge` hides the samples from it."""
+    """A Linear layer over the positions: [N, C, ...] -> [N, D, ...]; `merge` hides the samples from
+    it."""
 
     def __init__(self, before: int, after: int, merge: bool) -> None:
         super().__init__()
@@ -49,7 +51,8 @@ class Positions(nn.Module):
             out = self.linear(rows.flatten(0, -2)).unflatten(0, rows.shape[:-1])
         else:
             out = self.linear(rows)
-        # contiguous: torch 2.13 crashes in GroupNorm on channels-last inputs that need no gradient themselves
+        # contiguous: torch 2.13 crashes in GroupNorm on channels-last inputs that need no gradient
+        # themselves
         return out.movedim(-1, 1).contiguous()
 
 
@@ -84,7 +87,9 @@ def norm(draw: st.DrawFn, channels: int, dims: int, sizes: tuple[int, ...]) -> n
     return nn.Identity()
 
 
-def conv(draw: st.DrawFn, channels: int, dims: int, sizes: tuple[int, ...], keep: bool) -> nn.Module:
+def conv(
+    draw: st.DrawFn, channels: int, dims: int, sizes: tuple[int, ...], keep: bool
+) -> nn.Module:
     """A convolution that fits; `keep` keeps the shape."""
     after = channels if keep else draw(st.sampled_from([2, 4]))
     dilation = draw(st.integers(1, 2))
@@ -94,7 +99,9 @@ def conv(draw: st.DrawFn, channels: int, dims: int, sizes: tuple[int, ...], keep
     if not keep and draw(st.booleans()):
         stride = tuple(draw(st.integers(1, 2)) for _ in range(dims))
         options = {"stride": stride, "padding": draw(st.integers(0, 1))}
-        if options["padding"] == 0 and any(dilation * (k - 1) >= size for k, size in zip(kernel, sizes, strict=True)):
+        if options["padding"] == 0 and any(
+            dilation * (k - 1) >= size for k, size in zip(kernel, sizes, strict=True)
+        ):
             options["padding"] = 1
     modes = ["zeros", "circular", "replicate", "reflect"]
     return CONV[dims](
@@ -123,9 +130,13 @@ def problems(draw: st.DrawFn) -> Problem:
             added = stage(draw, current.shape[1], tuple(current.shape[2:]))
             layers += added
             current = nn.Sequential(*added).double().eval()(current.clone()).detach()
-        model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(current[0].numel(), OUTPUTS)).double()
+        model = nn.Sequential(
+            *layers, nn.Flatten(), nn.Linear(current[0].numel(), OUTPUTS)
+        ).double()
         for name, value in [*model.named_parameters(), *model.named_buffers()]:
-            if value.is_floating_point():  # running statistics, too; a scale or variance must stay positive
+            if (
+                value.is_floating_point()
+            ):  # running statistics, too; a scale or variance must stay positive
                 value.data = 0.3 * torch.randn_like(value) + (1 if value.min() > 0.99 else 0)
             if name.endswith("running_var"):
                 value.data = value.data.abs() + 0.5
@@ -149,7 +160,9 @@ def stage(draw: st.DrawFn, channels: int, sizes: tuple[int, ...]) -> list[nn.Mod
         after = channels if keep else draw(st.sampled_from([2, 4]))
         over_positions = Positions(channels, after, draw(st.booleans())) if dims else None
         layer = over_positions or nn.Linear(channels, after, bias=draw(st.booleans()))
-    used = {"plain": [layer], "residual": [Residual(layer)], "twice": [layer, nn.Tanh(), layer]}[use]
+    used = {"plain": [layer], "residual": [Residual(layer)], "twice": [layer, nn.Tanh(), layer]}[
+        use
+    ]
     out = nn.Sequential(*used).eval()(torch.zeros(1, channels, *sizes))
     return [*used, norm(draw, out.shape[1], dims, tuple(out.shape[2:])), activation(draw)]
 
@@ -163,8 +176,12 @@ def targets(likelihood: Likelihood) -> Tensor:
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap over layers without a batching rule
-@settings(deadline=None, max_examples=50, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.filterwarnings(
+    "ignore:There is a performance drop"
+)  # vmap over layers without a batching rule
+@settings(
+    deadline=None, max_examples=50, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 @given(problem=problems())
 def test_exact_curvature_is_the_oracle(problem: Problem) -> None:
     model, data = problem.model, torch.utils.data.TensorDataset(problem.x, problem.y)
@@ -175,7 +192,11 @@ def test_exact_curvature_is_the_oracle(problem: Problem) -> None:
     dense = estimate_curvature(model, data, problem.likelihood, structure="dense", **options)
     assert isinstance(dense, Dense)
     assert float((dense.matrix() - truth).abs().max()) < TIGHT * scale
-    diagonal = flatten(estimate_curvature(model, data, problem.likelihood, structure="diagonal", **options).diagonal())
+    diagonal = flatten(
+        estimate_curvature(
+            model, data, problem.likelihood, structure="diagonal", **options
+        ).diagonal()
+    )
     assert float((diagonal - truth.diag()).abs().max()) < TIGHT * scale
     ekfac = estimate_curvature(model, data, problem.likelihood, structure="ekfac", **options)
     assert ekfac.trace() == pytest.approx(float(truth.trace()), rel=TIGHT, abs=TIGHT)

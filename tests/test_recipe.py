@@ -53,7 +53,13 @@ class TestRun:
         assert forgotten["runs"][0]["forget"]["forgotten"] == forgotten["forgotten"] > 0
         assert set(forgotten["summary"]) == {"forget", "retain", "test", "test, retained classes"}
         assert set(metrics["cases"][1]["summary"]) == {"forget", "retain", "test"}
-        for name in ("kl.png", "kl.svg", "scores.png", "seed-0/scrubbed.safetensors", "seed-1/result.txt"):
+        for name in (
+            "kl.png",
+            "kl.svg",
+            "scores.png",
+            "seed-0/scrubbed.safetensors",
+            "seed-1/result.txt",
+        ):
             assert (folder / "class-3" / name).stat().st_size > 0
         resolved = yaml.safe_load((folder / "config.yaml").read_text())
         assert resolved["training"]["batch_size"] == 64  # defaults are written out
@@ -83,13 +89,24 @@ class TestRun:
         assert main(["run", path]) == 130
         assert "start it again" in capsys.readouterr().err
         monkeypatch.setattr(
-            ensemble, "_member", lambda f, seed, *r, **o: trained.append(seed) or real(f, seed, *r, **o)
+            ensemble,
+            "_member",
+            lambda f, seed, *r, **o: trained.append(seed) or real(f, seed, *r, **o),
         )
         assert main(["run", path]) == 0
-        assert sorted(trained) == [0, 1, 1000, 1000, 1001, 1001]  # none twice: two forget sets share two seeds
+        assert sorted(trained) == [
+            0,
+            1,
+            1000,
+            1000,
+            1001,
+            1001,
+        ]  # none twice: two forget sets share two seeds
 
     def test_sweep_and_plot(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        path = write(tmp_path, scales=[1e-3, 1e-1], draws=2, seeds=[0], forget={"noise": {"accuracy": 0.05}})
+        path = write(
+            tmp_path, scales=[1e-3, 1e-1], draws=2, seeds=[0], forget={"noise": {"accuracy": 0.05}}
+        )
         assert main(["sweep", path]) == 0
         metrics = json.loads((tmp_path / "small" / "metrics.json").read_text())
         jsonschema.validate(metrics, load_schema())
@@ -97,9 +114,15 @@ class TestRun:
         assert noise["drop"] <= noise["target"]["accuracy"] == 0.05
         place = tmp_path / "small" / "class-3"
         table = SweepTable.load(place / "sweep.parquet")
-        assert table.frontier()["draws"].tolist() == [1, 2, 2]  # without noise there is nothing to draw
+        assert table.frontier()["draws"].tolist() == [
+            1,
+            2,
+            2,
+        ]  # without noise there is nothing to draw
         assert len(pd.read_csv(place / "sweep.csv")) == len(table.to_pandas()) == 5
-        assert (tmp_path / "small" / "report.html").read_text().count("<svg") == 8  # four figures a forget set
+        assert (tmp_path / "small" / "report.html").read_text().count(
+            "<svg"
+        ) == 8  # four figures a forget set
         before = (place / "tradeoff.svg").read_bytes()
         (place / "tradeoff.svg").unlink()
         capsys.readouterr()
@@ -120,7 +143,12 @@ class TestRun:
             assert found["alpha"] in ALPHAS
             for part, scores in found["evaluation"]["parts"].items():
                 own = case["runs"][0]["evaluation"]["parts"][part]
-                for key in ("kl_original", "floor", "score_original", "score_retrained"):  # the same yardstick
+                for key in (
+                    "kl_original",
+                    "floor",
+                    "score_original",
+                    "score_retrained",
+                ):  # the same yardstick
                     assert scores[key] == own[key]
                 assert scores["kl_scrubbed"] != own["kl_scrubbed"]
                 assert case["reference_code"][part]["kl_scrubbed"]["mean"] == scores["kl_scrubbed"]
@@ -128,11 +156,15 @@ class TestRun:
         assert page.count("KL reference code (nats)") == 2
         assert "Golatkar" in page
 
-    def test_reference_variant_needs_classes(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_reference_variant_needs_classes(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         assert main(["run", write(tmp_path, reference_variant=True, likelihood="gaussian")]) == 2
         assert "reference_variant" in capsys.readouterr().err
 
-    def test_plot_needs_a_finished_run(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_plot_needs_a_finished_run(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         assert main(["plot", write(tmp_path)]) == 2
         assert "metrics.json" in capsys.readouterr().err
 
@@ -148,7 +180,12 @@ def scored(scale: float, kl: float, retained: float) -> tuple[float, Closeness]:
 
 class TestBestScale:
     def test_smallest_kl_among_those_that_cost_a_point_at_most(self) -> None:
-        tried = [scored(1, 4.0, 0.99), scored(2, 3.0, 0.98), scored(3, 2.0, 0.979), scored(4, 3.5, 0.985)]
+        tried = [
+            scored(1, 4.0, 0.99),
+            scored(2, 3.0, 0.98),
+            scored(3, 2.0, 0.979),
+            scored(4, 3.5, 0.985),
+        ]
         assert best_scale(tried) == tried[1]
 
     def test_else_the_smallest_cost(self) -> None:

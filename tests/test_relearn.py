@@ -43,9 +43,14 @@ class TestTime:
     @pytest.mark.parametrize(("start", "end", "lr", "samples", "batch"), [
         (4.0, 1.0, 0.01, 500, 128), (4.0, 1.0, 0.03, 5, 5), (-2.0, 0.7, 0.01, 7, 3), (1.0, 0.999, 0.1, 1, 1),
     ])  # fmt: skip
-    def test_closed_form(self, start: float, end: float, lr: float, samples: int, batch: int) -> None:
-        """All samples are x = 1, y = 0, so that each step multiplies w by 1 - lr, and the loss is w^2 / 2."""
-        data = TensorDataset(torch.ones(6, 1, dtype=torch.float64), torch.zeros(6, 1, dtype=torch.float64))
+    def test_closed_form(
+        self, start: float, end: float, lr: float, samples: int, batch: int
+    ) -> None:
+        """All samples are x = 1, y = 0, so that each step multiplies w by 1 - lr, and the loss is
+        w^2 / 2."""
+        data = TensorDataset(
+            torch.ones(6, 1, dtype=torch.float64), torch.zeros(6, 1, dtype=torch.float64)
+        )
         steps = math.ceil(samples / batch)
         expected = math.ceil(math.log(end / abs(start)) / (steps * math.log(1 - lr)))
         found = relearn_time(
@@ -83,14 +88,23 @@ class TestTime:
             losses.append(loss())
         target = (losses[8] + min(losses[:8])) / 2
         assert losses[8] < target  # the eighth epoch is the first below
-        options: dict[str, Any] = {"samples": 25, "batch_size": 10, "lr": lr, "weight_decay": weight_decay, "seed": 11}
+        options: dict[str, Any] = {
+            "samples": 25,
+            "batch_size": 10,
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "seed": 11,
+        }
         with untouched(model):
             found = relearn_time(model, split, target, "gaussian", **options)
         assert found.epochs == 8
         assert found.reached
         assert found.losses == pytest.approx(losses[:9], rel=1e-9)
         assert relearn_time(model, split, target, "gaussian", **options) == found
-        assert relearn_time(model, split, target, "gaussian", **options | {"seed": 12}).losses != found.losses
+        assert (
+            relearn_time(model, split, target, "gaussian", **options | {"seed": 12}).losses
+            != found.losses
+        )
 
     def test_the_original_needs_no_epoch(self) -> None:
         model = seeded(small_net)
@@ -100,9 +114,13 @@ class TestTime:
         assert found.losses == (found.target,)
 
     def test_a_cap_is_said(self) -> None:
-        found = relearn_time(seeded(small_net), resolve_split(blobs_data(), range(7)), -1.0, max_epochs=3, samples=8)
+        found = relearn_time(
+            seeded(small_net), resolve_split(blobs_data(), range(7)), -1.0, max_epochs=3, samples=8
+        )
         assert (found.epochs, found.reached, len(found.losses)) == (3, False, 4)
-        found = relearn_time(seeded(small_net), resolve_split(blobs_data(), range(7)), -1.0, max_epochs=0)
+        found = relearn_time(
+            seeded(small_net), resolve_split(blobs_data(), range(7)), -1.0, max_epochs=0
+        )
         assert (found.epochs, found.reached) == (0, False)
 
     def test_a_target_met_by_the_last_epoch_is_reached(self) -> None:
@@ -114,15 +132,21 @@ class TestTime:
 
     def test_frozen_parameters_stay(self) -> None:
         """Only the bias learns: f = 1 + b on targets 0, so b + 1 shrinks by 1 - lr a step."""
-        data = TensorDataset(torch.ones(4, 1, dtype=torch.float64), torch.zeros(4, 1, dtype=torch.float64))
+        data = TensorDataset(
+            torch.ones(4, 1, dtype=torch.float64), torch.zeros(4, 1, dtype=torch.float64)
+        )
         model = linear([[1.0]], bias=0.0)
         model.weight.requires_grad_(False)
-        found = relearn_time(model, resolve_split(data, [0]), -1.0, "gaussian", samples=4, lr=0.1, max_epochs=3)
+        found = relearn_time(
+            model, resolve_split(data, [0]), -1.0, "gaussian", samples=4, lr=0.1, max_epochs=3
+        )
         assert found.losses == pytest.approx([0.9 ** (2 * t) / 2 for t in range(4)])
 
     def test_training_mode_changes_nothing(self, untouched: Untouched) -> None:
         def build() -> nn.Module:
-            return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.5), nn.Linear(6, 3))
+            return nn.Sequential(
+                nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.5), nn.Linear(6, 3)
+            )
 
         split = resolve_split(blobs_data(), range(7))
         model = seeded(build)
@@ -135,13 +159,22 @@ class TestTime:
         with pytest.raises(NumericalError, match="Lower lr"):
             relearn_time(linear([[2.0] * 3]), split, -1.0, "gaussian", lr=1e6)
         with pytest.raises(SplitError, match="learn again"):
-            relearn_time(linear([[2.0] * 3]), resolve_split(split.base, [], allow_empty=True), 0.1, "gaussian")
+            relearn_time(
+                linear([[2.0] * 3]),
+                resolve_split(split.base, [], allow_empty=True),
+                0.1,
+                "gaussian",
+            )
         for options in (
             {"samples": 0}, {"batch_size": 1.5}, {"lr": 0.0}, {"lr": math.nan}, {"lr": True}, {"weight_decay": -1.0},
             {"max_epochs": -1}, {"seed": "1"}, {"original": math.nan}, {"original": "model"},
         ):  # fmt: skip
             with pytest.raises(ConfigError, match=next(iter(options))):
-                relearn_time(linear([[2.0] * 3]), split, **{"original": 0.1, "likelihood": "gaussian"} | options)
+                relearn_time(
+                    linear([[2.0] * 3]),
+                    split,
+                    **{"original": 0.1, "likelihood": "gaussian"} | options,
+                )
 
 
 class Rows(Dataset[Any]):
@@ -172,7 +205,9 @@ class TestInputs:
         plain, named = blobs_data(), Named().eval()
         split = resolve_split(DataLoader(Rows(plain), batch_size=16), range(7))
         found = relearn_time(named, split, -1.0, max_epochs=2, samples=20)
-        expected = relearn_time(named.net, resolve_split(plain, range(7)), -1.0, max_epochs=2, samples=20)
+        expected = relearn_time(
+            named.net, resolve_split(plain, range(7)), -1.0, max_epochs=2, samples=20
+        )
         assert found.losses == pytest.approx(expected.losses, rel=1e-5)
 
     def test_sequences_count_scored_positions(self) -> None:
@@ -198,7 +233,8 @@ class TestInputs:
 
 class TestSteps:
     def test_against_a_loop_in_numpy(self, untouched: Untouched) -> None:
-        """Softmax regression; the original separates its forgotten samples, the start takes each for the other."""
+        """Softmax regression; the original separates its forgotten samples, the start takes each
+        for the other."""
         rng = np.random.default_rng(0)
         x = rng.normal(size=(40, 2)) + 1.5 * np.repeat([[1.0, 0.0], [-1.0, 0.0]], 20, axis=0)
         y = np.repeat([0, 1], 20)
@@ -228,13 +264,23 @@ class TestSteps:
         assert found.reached
         assert found.target == pytest.approx(target)
         assert found.accuracies == pytest.approx(expected)
-        capped = relearn_steps(model, split, original, lr=lr, batch_size=16, seed=5, max_steps=found.steps - 1)
-        assert (capped.steps, capped.reached, capped.accuracies) == (found.steps - 1, False, found.accuracies[:-1])
+        capped = relearn_steps(
+            model, split, original, lr=lr, batch_size=16, seed=5, max_steps=found.steps - 1
+        )
+        assert (capped.steps, capped.reached, capped.accuracies) == (
+            found.steps - 1,
+            False,
+            found.accuracies[:-1],
+        )
 
     def test_the_margin_is_a_share_of_the_original_accuracy(self) -> None:
         split = resolve_split(blobs_data(), range(7))
-        assert relearn_steps(seeded(small_net), split, 0.8, max_steps=0).target == pytest.approx(0.76)
-        assert relearn_steps(seeded(small_net), split, 0.8, margin=0.5, max_steps=0).target == pytest.approx(0.4)
+        assert relearn_steps(seeded(small_net), split, 0.8, max_steps=0).target == pytest.approx(
+            0.76
+        )
+        assert relearn_steps(
+            seeded(small_net), split, 0.8, margin=0.5, max_steps=0
+        ).target == pytest.approx(0.4)
 
     def test_a_model_that_knows_needs_no_step(self, trained: nn.Module) -> None:
         found = relearn_steps(trained, resolve_split(blobs_data(), range(7)), trained, margin=0.0)
@@ -245,7 +291,12 @@ class TestSteps:
         with pytest.raises(ConfigError, match="squared error"):
             relearn_steps(linear([[2.0] * 3]), split, 0.5, "gaussian")
         split = resolve_split(blobs_data(), range(7))
-        for options in ({"margin": 1.0}, {"margin": math.nan}, {"max_steps": 1.5}, {"batch_size": 0}):
+        for options in (
+            {"margin": 1.0},
+            {"margin": math.nan},
+            {"max_steps": 1.5},
+            {"batch_size": 0},
+        ):
             with pytest.raises(ConfigError, match=next(iter(options))):
                 relearn_steps(seeded(small_net), split, 0.5, **options)
         with pytest.raises(SplitError, match="learn again"):

@@ -71,7 +71,11 @@ def test_the_schema_rejects_what_is_wrong(metrics, path, value):
 def test_the_schema_knows_every_score_and_describes_every_field():
     schema = load_schema()
     fields = {f.name for f in dataclasses.fields(evaluate.PartScores)}
-    assert set(schema["$defs"]["part"]["properties"]) == fields == set(schema["$defs"]["part"]["required"])
+    assert (
+        set(schema["$defs"]["part"]["properties"])
+        == fields
+        == set(schema["$defs"]["part"]["required"])
+    )
     assert set(schema["$defs"]["part_summary"]["properties"]) == fields
 
     def undescribed(node: Any, path: str) -> list[str]:
@@ -81,7 +85,11 @@ def test_the_schema_knows_every_score_and_describes_every_field():
         for name, field in node.get("properties", {}).items():
             found += [f"{path}/{name}"] if "description" not in field else []
             found += undescribed(field, f"{path}/{name}")
-        return found + undescribed(node.get("items"), path) + undescribed(node.get("additionalProperties"), path)
+        return (
+            found
+            + undescribed(node.get("items"), path)
+            + undescribed(node.get("additionalProperties"), path)
+        )
 
     assert undescribed(schema, "") == []
     assert [p for name, node in schema["$defs"].items() for p in undescribed(node, name)] == []
@@ -91,7 +99,13 @@ def test_the_schema_accepts_the_summary_that_forget_writes(metrics):
     x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
     data = torch.utils.data.TensorDataset(x, (x[:, 0] > 0).long())
     torch.manual_seed(0)
-    result = forget(torch.nn.Linear(3, 2).eval(), torch.utils.data.DataLoader(data), [0, 5], drift=True, progress=False)
+    result = forget(
+        torch.nn.Linear(3, 2).eval(),
+        torch.utils.data.DataLoader(data),
+        [0, 5],
+        drift=True,
+        progress=False,
+    )
     summary = json.loads(json.dumps(result.summary()), parse_constant=lambda _: None)
     metrics["cases"][0]["runs"][0]["forget"] = summary
     jsonschema.validate(metrics, load_schema())
@@ -103,7 +117,12 @@ def test_the_schema_accepts_the_summary_that_forget_writes(metrics):
 
 def test_the_table_holds_each_part_with_its_spread(case):
     frame = tables.case_table(case)
-    assert frame["part"].tolist() == ["forgotten data", "retained data", "test data", "test, retained classes"]
+    assert frame["part"].tolist() == [
+        "forgotten data",
+        "retained data",
+        "test data",
+        "test, retained classes",
+    ]
     forgotten = frame.iloc[0]
     assert forgotten["samples"] == "146"
     # over the seeds: 1.2 * (0.95, 1, 1.05); the floor over the members: 10 % of it
@@ -115,7 +134,9 @@ def test_the_table_holds_each_part_with_its_spread(case):
 
 
 def test_one_seed_shows_the_spread_over_retrained_models():
-    case = make_case("one", CLASS_3, seeds=1)  # scrubbed 1.2 * 0.95, its spread over members 20 % of that
+    case = make_case(
+        "one", CLASS_3, seeds=1
+    )  # scrubbed 1.2 * 0.95, its spread over members 20 % of that
     assert tables.case_table(case)["KL scrubbed (nats)"][0] == "1.14 ± 0.23"
     assert "over the 5 retrained models" in tables.spread_note(case)
 
@@ -160,7 +181,10 @@ def test_the_verdict_follows_from_the_numbers(scrubbed, kept, word, said):
     assert said in tables.sentence(case)
     lost = tables.cost(case)
     assert (lost is not None) == (word == "costly")
-    assert lost is None or "6.9 points below the retrained models on the test, retained classes" in lost
+    assert (
+        lost is None
+        or "6.9 points below the retrained models on the test, retained classes" in lost
+    )
 
 
 def test_a_squared_error_is_not_a_percentage_and_small_is_good():
@@ -202,7 +226,9 @@ def test_markdown_escapes_and_aligns():
 def test_the_reference_code_beside_the_method(metrics):
     for case in metrics["cases"]:
         other = {
-            part: (*v[:1], 10 * v[1], *v[2:4], 0.5, *v[5:]) for part, v in CLASS_3.items() if part in case["summary"]
+            part: (*v[:1], 10 * v[1], *v[2:4], 0.5, *v[5:])
+            for part, v in CLASS_3.items()
+            if part in case["summary"]
         }
         rival = make_case(case["name"], other, len(case["runs"]))
         case["reference_code"] = rival["summary"]
@@ -214,17 +240,24 @@ def test_the_reference_code_beside_the_method(metrics):
     assert frame["accuracy reference code (%)"][0].startswith("50.0")
     text = tables.console(metrics)
     assert max(map(len, text.splitlines())) <= tables.WIDTH
-    assert "reference code: on forget, at the best of twelve scales; accuracy (%) on retain 50.0; test 50.0" in text
+    assert (
+        "reference code: on forget, at the best of twelve scales; accuracy (%) on retain 50.0; test 50.0"
+        in text
+    )
 
 
 def test_the_console_fits_a_terminal(metrics):
     long = make_case("a case whose name " + "goes on and on " * 12, CLASS_3)
     summary = long["summary"]
     long["summary"] = {
-        f"{part} {'and much more ' * 4 if part != 'forget' else ''}".strip(): summary[part] for part in summary
+        f"{part} {'and much more ' * 4 if part != 'forget' else ''}".strip(): summary[part]
+        for part in summary
     }
     for scale in (1e-6, 1e6):
-        wide = make_case("wide", {p: (*(scale * v for v in values[:3]), *values[3:]) for p, values in CLASS_3.items()})
+        wide = make_case(
+            "wide",
+            {p: (*(scale * v for v in values[:3]), *values[3:]) for p, values in CLASS_3.items()},
+        )
         text = tables.console(make_metrics(*metrics["cases"], long, wide))
         assert max(map(len, text.splitlines())) <= 100
     assert "class 3: close." in text
@@ -271,7 +304,10 @@ def figures(case, tmp_path) -> dict[str, Path]:
         "scores": plots.plot_scores(case),
         "trade-off": plots.plot_tradeoff(make_sweep()),
     }
-    return {f"class 3: {kind}": plots.save_figure(ax.figure, tmp_path / kind)[1] for kind, ax in drawn.items()}
+    return {
+        f"class 3: {kind}": plots.save_figure(ax.figure, tmp_path / kind)[1]
+        for kind, ax in drawn.items()
+    }
 
 
 def test_the_page_asks_for_nothing_over_a_network(metrics, figures, tmp_path):
@@ -291,9 +327,21 @@ def test_the_page_asks_for_nothing_over_a_network(metrics, figures, tmp_path):
 def test_the_page_gives_the_answer_first_and_then_everything_else(metrics, figures, tmp_path):
     page = _Page(write_report(metrics, figures, tmp_path))
     text = page.text
-    order = ["94 % of the gap is closed", "An estimate, not a certificate", "1.20 ± 0.06", "no (ε, δ) guarantee"]
+    order = [
+        "94 % of the gap is closed",
+        "An estimate, not a certificate",
+        "1.20 ± 0.06",
+        "no (ε, δ) guarantee",
+    ]
     assert [text.index(words) for words in order] == sorted(text.index(words) for words in order)
-    for words in ("fell from 12.3 to 1.20 nats", "0.55 ± 0.06", "96.6", "training.weight_decay", "0.0005", "64, 64"):
+    for words in (
+        "fell from 12.3 to 1.20 nats",
+        "0.55 ± 0.06",
+        "96.6",
+        "training.weight_decay",
+        "0.0005",
+        "64, 64",
+    ):
         assert words in text
     assert metrics["command"] in text
     assert "1 March 2026, 12:00 UTC" in text
@@ -303,10 +351,14 @@ def test_the_page_gives_the_answer_first_and_then_everything_else(metrics, figur
         text.index("class 3, part by"),
         text.index("random 100, part by"),
     )
-    assert "light dots are single draws" in text[answer:first]  # the trade-off stands in the answer, the rest below
+    assert (
+        "light dots are single draws" in text[answer:first]
+    )  # the trade-off stands in the answer, the rest below
     assert "The green bar is the floor" in text[first:second]
     assert len(page.ids) == len(set(page.ids))
-    used = set(re.findall(r"url\(#([^)]+)\)", page.source)) | {r[1:] for r in page.references if r.startswith("#")}
+    used = set(re.findall(r"url\(#([^)]+)\)", page.source)) | {
+        r[1:] for r in page.references if r.startswith("#")
+    }
     assert used <= set(page.ids)
 
 

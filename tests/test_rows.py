@@ -1,4 +1,5 @@
-"""Rows of Jacobians against torch.func, whole and in blocks, of layers that stay factors and of others."""
+"""Rows of Jacobians against torch.func, whole and in blocks, of layers that stay factors and of
+others."""
 
 from __future__ import annotations
 
@@ -30,7 +31,13 @@ class Scaled(nn.Module):
 
 def mixed() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8, 5, bias=False), nn.Tanh(), nn.Linear(5, 3), Scaled()
+        nn.Conv2d(1, 2, 3),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(8, 5, bias=False),
+        nn.Tanh(),
+        nn.Linear(5, 3),
+        Scaled(),
     )
 
 
@@ -47,10 +54,19 @@ def test_products_equal_those_of_the_jacobian(make: object, memory: int) -> None
     split = resolve_split(DataLoader(TensorDataset(x, y), batch_size=4), [2, 5])
     parts = (split.retain, split.forget)
     eye = torch.eye(CLASSES, dtype=torch.float64)
-    rows = Rows(model, split, parts, Categorical(), lambda f, _: [e.expand_as(f).contiguous() for e in eye], memory)
+    rows = Rows(
+        model,
+        split,
+        parts,
+        Categorical(),
+        lambda f, _: [e.expand_as(f).contiguous() for e in eye],
+        memory,
+    )
     start = detached(dict(model.named_parameters()))
     found = torch.func.jacrev(lambda theta: torch.func.functional_call(model, theta, (x,)))(start)
-    j = torch.cat([found[name].flatten(2) for name in start], 2)[np.concatenate(parts)].flatten(0, 1)
+    j = torch.cat([found[name].flatten(2) for name in start], 2)[np.concatenate(parts)].flatten(
+        0, 1
+    )
 
     assert len(rows._blocks) > 2 if memory < 1 << 30 else len(rows._blocks) == 2
     torch.testing.assert_close(torch.cat(list(rows)), j)

@@ -1,4 +1,5 @@
-"""Samples in memory, with inputs by name: what is read is what a loader over the user's data set yields."""
+"""Samples in memory, with inputs by name: what is read is what a loader over the user's data set
+yields."""
 
 from __future__ import annotations
 
@@ -98,7 +99,18 @@ class TestRead:
             ([{"input_ids": IDS[0]}], "labels"),
             (TensorDataset(IDS), "pairs (inputs, targets)"),
         ],
-        ids=["number", "empty", "words", "ragged", "short", "unequal", "none", "shapes", "no targets", "inputs alone"],
+        ids=[
+            "number",
+            "empty",
+            "words",
+            "ragged",
+            "short",
+            "unequal",
+            "none",
+            "shapes",
+            "no targets",
+            "inputs alone",
+        ],
     )
     def test_refused(self, source, words):
         with pytest.raises(DataError) as caught:
@@ -108,7 +120,8 @@ class TestRead:
 
 class TestKeywordDataset:
     def test_a_loader_yields_what_the_rows_are(self):
-        """The quick way that `Split` and training take, against PyTorch's own loader over plain samples."""
+        """The quick way that `Split` and training take, against PyTorch's own loader over plain
+        samples."""
         data = samples({"input_ids": IDS, "attention_mask": MASK}, LABELS)
         split = resolve_split(data, [0, 7])
         loader = DataLoader([data[i] for i in range(300) if i not in (0, 7)], batch_size=256)
@@ -120,7 +133,9 @@ class TestKeywordDataset:
             assert all(torch.equal(x, plain.kwargs[name]) for name, x in quick.kwargs.items())
 
     @pytest.mark.parametrize(
-        "rows", [np.array([5, 2, 2]), torch.arange(300) > 290, slice(3, 9)], ids=["rows", "mask", "slice"]
+        "rows",
+        [np.array([5, 2, 2]), torch.arange(300) > 290, slice(3, 9)],
+        ids=["rows", "mask", "slice"],
     )
     def test_take(self, rows):
         for data in (samples({"input_ids": IDS}, LABELS), samples(IDS, LABELS)):

@@ -21,7 +21,9 @@ CALLS: list[set[int]] = []
 
 def fit(model: nn.Module, data: Any, rows: Any, seed: int) -> nn.Module:
     CALLS.append(set(np.asarray(rows).tolist()))
-    return train(model, data, TrainSettings(epochs=3, batch_size=8), seed=seed, indices=rows, progress=False)
+    return train(
+        model, data, TrainSettings(epochs=3, batch_size=8), seed=seed, indices=rows, progress=False
+    )
 
 
 @pytest.fixture
@@ -31,7 +33,9 @@ def data() -> TensorDataset:
     return TensorDataset(x, (x[:, 0] > 0).long())
 
 
-def test_only_the_shards_that_are_hit_are_trained_again_and_without_the_forgotten(data: TensorDataset) -> None:
+def test_only_the_shards_that_are_hit_are_trained_again_and_without_the_forgotten(
+    data: TensorDataset,
+) -> None:
     net, split = nn.Linear(4, 2), resolve_split(data, [5])
     CALLS.clear()
     found = Sharded(train=fit, shards=4).unlearn(net, split)
@@ -42,7 +46,9 @@ def test_only_the_shards_that_are_hit_are_trained_again_and_without_the_forgotte
     assert found.seconds > 0
     assert len(found.model.members) == 4
     template = Sharded(shards=4).template(net).state_dict()
-    assert {k: v.shape for k, v in template.items()} == {k: v.shape for k, v in found.model.state_dict().items()}
+    assert {k: v.shape for k, v in template.items()} == {
+        k: v.shape for k, v in found.model.state_dict().items()
+    }
 
 
 def test_rows_are_those_of_the_data_set_below_a_subset(data: TensorDataset) -> None:
@@ -55,7 +61,9 @@ def test_rows_are_those_of_the_data_set_below_a_subset(data: TensorDataset) -> N
 
 def test_seeds_and_shards_start_from_different_weights(data: TensorDataset) -> None:
     one, same, other = (
-        Sharded(train=fit, shards=2, seed=seed).unlearn(nn.Linear(4, 2), resolve_split(data, [5])).model.state_dict()
+        Sharded(train=fit, shards=2, seed=seed)
+        .unlearn(nn.Linear(4, 2), resolve_split(data, [5]))
+        .model.state_dict()
         for seed in (0, 0, 1)
     )
     assert all(torch.equal(one[key], same[key]) for key in one)

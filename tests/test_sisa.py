@@ -1,4 +1,5 @@
-"""SISA: what a checkpoint has read, equality with training from scratch, cost, kills, storage, aggregation."""
+"""SISA: what a checkpoint has read, equality with training from scratch, cost, kills, storage,
+aggregation."""
 
 from __future__ import annotations
 
@@ -20,7 +21,13 @@ from fisher_forget._util.files import load_tensors, read_json, write_json
 from fisher_forget.baselines.sisa import partition
 from fisher_forget.baselines.sisa.aggregate import Aggregate
 from fisher_forget.baselines.sisa.ensemble import SISA, initial_model, slice_seed
-from fisher_forget.errors import ConfigError, FisherForgetError, ModelError, SplitError, StorageError
+from fisher_forget.errors import (
+    ConfigError,
+    FisherForgetError,
+    ModelError,
+    SplitError,
+    StorageError,
+)
 from fisher_forget.experiments.training import TrainSettings, train
 
 COUNT = 24
@@ -73,7 +80,8 @@ def members(sisa: SISA) -> list[bytes]:
 
 
 def from_scratch(data: TensorDataset, sisa: SISA, gone: set[int], seed: int = 0) -> list[bytes]:
-    """What the paper prescribes, written as loops: every shard trained slice by slice on what is left."""
+    """What the paper prescribes, written as loops: every shard trained slice by slice on what is
+    left."""
     models = []
     for shard, slices in enumerate(sisa.cut):
         model = initial_model(build, seed, shard)
@@ -81,7 +89,9 @@ def from_scratch(data: TensorDataset, sisa: SISA, gone: set[int], seed: int = 0)
         for number, piece in enumerate(slices):
             seen += [int(i) for i in piece if int(i) not in gone]
             if seen:
-                model = fit(model, data, np.array(sorted(seen)), slice_seed(seed, shard, number + 1))
+                model = fit(
+                    model, data, np.array(sorted(seen)), slice_seed(seed, shard, number + 1)
+                )
         if seen:
             models.append(bits(model))
     return models
@@ -104,7 +114,9 @@ class TestExactness:
         after = members(sisa)
         assert after[hit] == bits(alone)
         assert after[hit] != before[hit]
-        assert [m for n, m in enumerate(after) if n != hit] == [m for n, m in enumerate(before) if n != hit]
+        assert [m for n, m in enumerate(after) if n != hit] == [
+            m for n, m in enumerate(before) if n != hit
+        ]
 
     @pytest.mark.parametrize("gone", [(), (0,), (3, 17, 18, 4, 9)])
     def test_slices_are_training_from_scratch_on_what_is_left(self, data, gone):
@@ -181,7 +193,9 @@ class TestExactness:
         assert len(set(members(first))) == 3
 
     def test_every_slice_has_a_seed_of_its_own(self):
-        seeds = [slice_seed(*numbers) for numbers in itertools.product(range(3), range(4), range(5))]
+        seeds = [
+            slice_seed(*numbers) for numbers in itertools.product(range(3), range(4), range(5))
+        ]
         assert len(set(seeds)) == len(seeds)
 
     def test_only_what_is_in_state_dict_carries_over(self, data):
@@ -233,7 +247,9 @@ class TestExactness:
         given = seeded(small_net)
         before = [t.clone() for t in data.tensors]
         with untouched(given):
-            sisa = SISA(lambda: given, fit, shards=2)  # what build returns is copied before it is trained
+            sisa = SISA(
+                lambda: given, fit, shards=2
+            )  # what build returns is copied before it is trained
             sisa.fit(data)
             sisa.forget([1])
             sisa.module()
@@ -255,7 +271,8 @@ class Recording(Dataset):
 
 
 class Provenance:
-    """A training function that knows of every state of weights which samples were read on the way to it."""
+    """A training function that knows of every state of weights which samples were read on the way
+    to it."""
 
     def __init__(self) -> None:
         self.of: dict[bytes, frozenset[int]] = {}
@@ -264,7 +281,13 @@ class Provenance:
         inherited = self.of.get(bits(model), frozenset())
         dataset.read.clear()
         x, y = zip(*(dataset[int(i)] for i in indices), strict=True)
-        trained = train(model, TensorDataset(torch.stack(x), torch.stack(y)), SETTINGS, seed=seed, progress=False)
+        trained = train(
+            model,
+            TensorDataset(torch.stack(x), torch.stack(y)),
+            SETTINGS,
+            seed=seed,
+            progress=False,
+        )
         self.of[bits(trained)] = inherited | frozenset(dataset.read)
         return trained
 
@@ -283,7 +306,9 @@ class TestReads:
             assert len(kept) == sum(map(len, sisa._fitted().kept)) >= 3
             assert all(provenance.of[state] and not provenance.of[state] & gone for state in kept)
             final = [provenance.of[state] for state in members(sisa)]
-            assert frozenset().union(*final) == set(range(COUNT)) - gone  # and nothing else was dropped
+            assert (
+                frozenset().union(*final) == set(range(COUNT)) - gone
+            )  # and nothing else was dropped
             assert sum(map(len, final)) == COUNT - len(gone)  # no shard has read another's samples
 
     def test_fit_and_forget_themselves_read_nothing(self, data):
@@ -300,7 +325,12 @@ class TestWork:
         seen = KilledAfter()
         sisa = make(seen, shards=2, slices=3)  # shards of 12, slices of 4
         work = sisa.fit(data)
-        assert (work.shards, work.first_slices, work.calls, work.points) == ((0, 1), (0, 0), 6, 2 * (4 + 8 + 12))
+        assert (work.shards, work.first_slices, work.calls, work.points) == (
+            (0, 1),
+            (0, 0),
+            6,
+            2 * (4 + 8 + 12),
+        )
         seen.indices.clear()
         work = sisa.forget([int(sisa.cut[1][1][0])])
         assert (work.shards, work.first_slices, work.calls, work.points) == ((1,), (1,), 2, 7 + 11)
@@ -330,10 +360,15 @@ class TestCost:
         return sisa
 
     def test_closed_forms(self):
-        assert partition.expected_points_sequential(10_000, 20, 50) == pytest.approx(24_888.75, abs=1e-9)
-        # the sum that it is in closed form: request i meets (N - i + 1) / S points and keeps all but one
+        assert partition.expected_points_sequential(10_000, 20, 50) == pytest.approx(
+            24_888.75, abs=1e-9
+        )
+        # the sum that it is in closed form: request i meets (N - i + 1) / S points and keeps all
+        # but one
         total = sum((10_000 - i + 1) / 20 - 1 for i in range(1, 51))
-        assert partition.expected_points_sequential(10_000, 20, 50) == pytest.approx(total, rel=1e-12)
+        assert partition.expected_points_sequential(10_000, 20, 50) == pytest.approx(
+            total, rel=1e-12
+        )
         # two shards, two requests: one shard is hit with chance 1/2, both with chance 1/2
         assert partition.expected_points_batch(100, 2, 2) == pytest.approx(0.5 * 50 + 0.5 * 100 - 2)
         assert partition.expected_points_batch(100, 1, 3) == 97
@@ -345,35 +380,51 @@ class TestCost:
     def test_passes_are_constant_and_the_fraction_is_the_mean_over_slices(self, slices):
         each = partition.epochs_per_slice(12, slices)
         assert sum(r / slices * each for r in range(1, slices + 1)) == pytest.approx(12)
-        costs = [sum(r / slices * each for r in range(first, slices + 1)) for first in range(1, slices + 1)]
+        costs = [
+            sum(r / slices * each for r in range(first, slices + 1))
+            for first in range(1, slices + 1)
+        ]
         assert np.mean(costs) / 12 == pytest.approx(partition.slicing_fraction(slices))
 
     @pytest.mark.parametrize("together", [False, True])
     def test_retrained_points_over_all_ways_to_hit(self, together):
-        """Exact: three requests that hit three shards at random, as the formulas assume, in all 27 ways."""
+        """Exact: three requests that hit three shards at random, as the formulas assume, in all 27
+        ways."""
         samples, shards, requests = 12, 3, 3
         counts = []
         for hit in itertools.product(range(shards), repeat=requests):
             sisa = self.idle(samples, shards=shards)
             left = [list(shard[0]) for shard in sisa.cut]
             chosen = [int(left[shard].pop()) for shard in hit]
-            counts.append(sum(sisa.forget(batch).points for batch in ([chosen] if together else [[i] for i in chosen])))
-        formula = partition.expected_points_batch if together else partition.expected_points_sequential
+            counts.append(
+                sum(
+                    sisa.forget(batch).points
+                    for batch in ([chosen] if together else [[i] for i in chosen])
+                )
+            )
+        formula = (
+            partition.expected_points_batch if together else partition.expected_points_sequential
+        )
         assert len(set(counts)) >= 3
         assert np.mean(counts) == pytest.approx(formula(samples, shards, requests), rel=1e-12)
 
     def test_retrained_points_of_random_samples(self):
         """Requests for samples at random; |z| < 4.4: false alarm 1e-5 by the normal law.
 
-        They hit large shards more often than the formula has it: request j + 1 meets S Var(size) / (N - j) =
-        j (1 - 1/S) / (N - 1) more points, which the tolerance allows.
+        They hit large shards more often than the formula has it: request j + 1 meets S Var(size) /
+        (N - j) = j (1 - 1/S) / (N - 1) more points, which the tolerance allows.
         """
         samples, shards, requests, runs = 120, 4, 6, 25
         rng = np.random.default_rng(3)
         counts = []
         for run in range(runs):
             sisa = self.idle(samples, shards=shards, seed=run)
-            counts.append(sum(sisa.forget([int(i)]).points for i in rng.choice(samples, requests, replace=False)))
+            counts.append(
+                sum(
+                    sisa.forget([int(i)]).points
+                    for i in rng.choice(samples, requests, replace=False)
+                )
+            )
         error = np.std(counts, ddof=1) / math.sqrt(runs)
         excess = sum(range(requests)) * (1 - 1 / shards) / (samples - 1)
         expected = partition.expected_points_sequential(samples, shards, requests)
@@ -381,7 +432,8 @@ class TestCost:
         assert -4.4 * error < np.mean(counts) - expected < excess + 4.4 * error
 
     def test_slices_save_what_the_fraction_says(self):
-        """Exact: over every sample of a shard, each call of e_r epochs has one sample fewer than the formula counts."""
+        """Exact: over every sample of a shard, each call of e_r epochs has one sample fewer than
+        the formula counts."""
         size, slices, epochs = 12, 4, 10
         passes = []
         for index in range(size):
@@ -485,14 +537,17 @@ class TestKill:
         sisa = make(fit, shards=1, slices=3, folder=tmp_path)
         sisa.fit(data)
         there = []
-        sisa.train = lambda *args: there.append({p.name for p in tmp_path.glob("*.safetensors")}) or fit(*args)
+        sisa.train = lambda *args: (
+            there.append({p.name for p in tmp_path.glob("*.safetensors")}) or fit(*args)
+        )
         sisa.forget([int(sisa.cut[0][1][0])])
         assert there[0] == {"shard-0-after-1.safetensors"}
 
 
 class TestBudget:
     @pytest.mark.parametrize(
-        ("slices", "room", "kept"), [(4, 4, {1, 2, 3, 4}), (4, 2, {2, 4}), (5, 1, {5}), (3, 9, {1, 2, 3})]
+        ("slices", "room", "kept"),
+        [(4, 4, {1, 2, 3, 4}), (4, 2, {2, 4}), (5, 1, {5}), (3, 9, {1, 2, 3})],
     )
     def test_kept_evenly(self, slices, room, kept):
         assert partition.kept_checkpoints(slices, room) == kept
@@ -524,7 +579,8 @@ class TestBudget:
             sisa.forget([0, 9])
         assert max(most) <= budget
         assert sorted(p.name for p in folder.glob("*.safetensors")) == [
-            f"shard-{shard}-after-{done}.safetensors" for shard, done in ((0, 2), (0, 3), (0, 4), (1, 2), (1, 4))
+            f"shard-{shard}-after-{done}.safetensors"
+            for shard, done in ((0, 2), (0, 3), (0, 4), (1, 2), (1, 4))
         ]
         assert members(free) == members(bound)
 
@@ -539,7 +595,9 @@ class TestBudget:
         one.fit(data)
         assert one.forget([int(one.cut[0][3][0])]).first_slices == (0,)
         folder = tmp_path / "refused"
-        with pytest.raises(ConfigError, match=rf"at least {3 * size}: one checkpoint of {size} bytes"):
+        with pytest.raises(
+            ConfigError, match=rf"at least {3 * size}: one checkpoint of {size} bytes"
+        ):
             make(untrained, shards=3, budget=3 * size - 1, folder=folder).fit(data)
         assert list(folder.glob("*.safetensors")) == []
 
@@ -574,7 +632,11 @@ class TestCuts:
         ):
             assert flat(cut) == list(range(samples))
             assert [len(shard) for shard in cut] == [slices] * shards
-            assert all(len(piece) and np.array_equal(piece, np.sort(piece)) for shard in cut for piece in shard)
+            assert all(
+                len(piece) and np.array_equal(piece, np.sort(piece))
+                for shard in cut
+                for piece in shard
+            )
 
     def test_uniform_sizes_and_chance(self):
         cuts = [partition.uniform(23, 4, 2, seed) for seed in range(400)]
@@ -582,7 +644,8 @@ class TestCuts:
             sizes = [sum(map(len, shard)) for shard in cut]
             assert max(sizes) - min(sizes) <= 1
             assert all(abs(len(a) - len(b)) <= 1 for a, b in cut)
-        # sample 0 is in the first shard, of 6 samples, with chance 6/23; |z| < 4.4: false alarm 1e-5
+        # sample 0 is in the first shard, of 6 samples, with chance 6/23; |z| < 4.4: false alarm
+        # 1e-5
         hits = sum(0 in np.concatenate(cut[0]) for cut in cuts)
         assert abs(hits - 400 * 6 / 23) < 4.4 * math.sqrt(400 * 6 / 23 * 17 / 23)
 
@@ -596,18 +659,27 @@ class TestCuts:
                 counts = [Counter(labels[group])[name] for group in groups]
                 assert max(counts) - min(counts) <= 1
         assert flat(cut) != np.concatenate(shards).tolist()
-        assert not np.array_equal(shards[0], np.concatenate(partition.balanced(labels, 4, 3, seed=6)[0]))
+        assert not np.array_equal(
+            shards[0], np.concatenate(partition.balanced(labels, 4, 3, seed=6)[0])
+        )
 
     def test_likely_deletions_are_together_and_last(self):
         chances = np.array([0.1] * 12 + [0.6] * 4)[np.random.default_rng(1).permutation(16)]
         cut = partition.by_deletion_probability(chances, 3, 2, seed=0, exponent=1)
         shards = [np.concatenate(shard) for shard in cut]
-        # the total of 3.6 is cut at 1.2 and 2.4: twelve unlikely samples, then two and two likely ones
+        # the total of 3.6 is cut at 1.2 and 2.4: twelve unlikely samples, then two and two likely
+        # ones
         assert [len(shard) for shard in shards] == [12, 2, 2]
         assert [chances[shard].sum() for shard in shards] == pytest.approx([1.2] * 3)
-        # roots: 12 of 0.316 and 4 of 0.775, 6.89 in all, cut at 2.30 (7.3 samples) and 4.60 (12 and 1.04 samples)
-        assert [sum(map(len, shard)) for shard in partition.by_deletion_probability(chances, 3, 2, 0)] == [7, 6, 3]
-        assert [sum(map(len, s)) for s in partition.by_deletion_probability(chances, 4, 2, 0, exponent=0)] == [4] * 4
+        # roots: 12 of 0.316 and 4 of 0.775, 6.89 in all, cut at 2.30 (7.3 samples) and 4.60 (12 and
+        # 1.04 samples)
+        assert [
+            sum(map(len, shard)) for shard in partition.by_deletion_probability(chances, 3, 2, 0)
+        ] == [7, 6, 3]
+        assert [
+            sum(map(len, s))
+            for s in partition.by_deletion_probability(chances, 4, 2, 0, exponent=0)
+        ] == [4] * 4
         two = partition.by_deletion_probability(np.array([0.9, 0.0, 0.1, 0.2]), 1, 2, seed=0)
         assert [piece.tolist() for piece in two[0]] == [[1, 2], [0, 3]]
         equal = partition.by_deletion_probability(np.full(30, 0.1), 3, 1, seed=0)
@@ -621,14 +693,17 @@ class TestCuts:
         chances = np.exp(np.random.default_rng(0).normal(-4, 1.5, 2000)).clip(max=1)
 
         def points(cut):
-            """Of one request on average: it hits a shard with the chance of its probabilities in the total."""
+            """Of one request on average: it hits a shard with the chance of its probabilities in
+            the total."""
             parts = [np.concatenate(shard) for shard in cut]
             return sum(chances[part].sum() * len(part) for part in parts) / chances.sum()
 
         def aware(exponent):
             return points(partition.by_deletion_probability(chances, shards, 1, 0, exponent))
 
-        assert aware(0.5) == pytest.approx(np.sqrt(chances).sum() ** 2 / (shards * chances.sum()), rel=0.02)
+        assert aware(0.5) == pytest.approx(
+            np.sqrt(chances).sum() ** 2 / (shards * chances.sum()), rel=0.02
+        )
         assert aware(0.5) < min(aware(0.35), aware(0.65))
         for same in (aware(0), aware(1), points(partition.uniform(2000, shards, 1, 0))):
             assert same == pytest.approx(2000 / shards, rel=0.01)
@@ -637,8 +712,12 @@ class TestCuts:
         labels = data.tensors[1].numpy()
         by_class = make(untrained, labels=labels, seed=4)
         by_class.fit(data)
-        assert all((np.bincount(labels[piece]) >= 1).all() for shard in by_class.cut for piece in shard)
-        assert [p.tolist() for p in by_class.cut[1]] == [p.tolist() for p in partition.balanced(labels, 3, 2, 4)[1]]
+        assert all(
+            (np.bincount(labels[piece]) >= 1).all() for shard in by_class.cut for piece in shard
+        )
+        assert [p.tolist() for p in by_class.cut[1]] == [
+            p.tolist() for p in partition.balanced(labels, 3, 2, 4)[1]
+        ]
         chances = np.linspace(0, 1, COUNT)
         aware = make(untrained, probabilities=chances)
         aware.fit(data)
@@ -651,7 +730,9 @@ class Fixed(nn.Module):
 
     def __init__(self, *probabilities: float) -> None:
         super().__init__()
-        self.logits = nn.Parameter(torch.tensor(probabilities).log() + 0.7)  # a shift does not matter
+        self.logits = nn.Parameter(
+            torch.tensor(probabilities).log() + 0.7
+        )  # a shift does not matter
 
     def forward(self, inputs):
         return self.logits.expand(len(inputs), -1)
@@ -667,15 +748,20 @@ class TestAggregate:
         return out[0].exp().tolist()
 
     def test_mean_by_hand(self):
-        assert self.probabilities([1, 1, 1], "mean") == pytest.approx([0.8 / 3, 1 / 3, 0.4], abs=1e-6)
-        assert self.probabilities([2, 1, 5], "mean") == pytest.approx([1.8 / 8, 3.3 / 8, 2.9 / 8], abs=1e-6)
+        assert self.probabilities([1, 1, 1], "mean") == pytest.approx(
+            [0.8 / 3, 1 / 3, 0.4], abs=1e-6
+        )
+        assert self.probabilities([2, 1, 5], "mean") == pytest.approx(
+            [1.8 / 8, 3.3 / 8, 2.9 / 8], abs=1e-6
+        )
 
     def test_vote_by_hand(self):
         three = (*self.MEMBERS[:2], Fixed(0.4, 0.3, 0.3))
         # votes 2, 0, 1, and one that is divided as the mean is: (1.1, 0.8, 1.1) / 3
         expected = [(2 + 1.1 / 3) / 4, 0.8 / 3 / 4, (1 + 1.1 / 3) / 4]
         assert self.probabilities([1, 1, 1], "vote", three) == pytest.approx(expected, abs=1e-6)
-        # counts 1, 4, 2: votes 3, 0, 4, mean (0.6 + 0.4 + 0.8, 0.3 + 0.8 + 0.6, 0.1 + 2.8 + 0.6) / 7
+        # counts 1, 4, 2: votes 3, 0, 4, mean (0.6 + 0.4 + 0.8, 0.3 + 0.8 + 0.6, 0.1 + 2.8 + 0.6) /
+        # 7
         expected = [(3 + 1.8 / 7) / 8, 1.7 / 7 / 8, (4 + 3.5 / 7) / 8]
         assert self.probabilities([1, 4, 2], "vote", three) == pytest.approx(expected, abs=1e-6)
 
@@ -722,7 +808,8 @@ class TestAggregate:
         torch.testing.assert_close(out, torch.log_softmax(inputs, -1))
 
     @pytest.mark.parametrize(
-        ("count", "counts", "kind"), [(0, [], "mean"), (2, [1], "mean"), (1, [0], "vote"), (1, [1], "median")]
+        ("count", "counts", "kind"),
+        [(0, [], "mean"), (2, [1], "mean"), (1, [0], "vote"), (1, [1], "median")],
     )
     def test_refusals(self, count, counts, kind):
         with pytest.raises(ConfigError):
@@ -803,7 +890,12 @@ class TestRefusals:
 
     def test_before_fit(self):
         sisa = make()
-        for call in (lambda: sisa.forget([1]), sisa.module, lambda: sisa.predict(torch.zeros(1, 4)), lambda: sisa.cut):
+        for call in (
+            lambda: sisa.forget([1]),
+            sisa.module,
+            lambda: sisa.predict(torch.zeros(1, 4)),
+            lambda: sisa.cut,
+        ):
             with pytest.raises(ModelError, match="fit"):
                 call()
 
@@ -815,7 +907,9 @@ class TestRefusals:
         with pytest.raises(SplitError, match="without length"):
             make(untrained).fit(iter(()))
 
-    @pytest.mark.parametrize("options", [{"seed": 1}, {"slices": 1}, {"shards": 2}, {"fingerprint": "b"}])
+    @pytest.mark.parametrize(
+        "options", [{"seed": 1}, {"slices": 1}, {"shards": 2}, {"fingerprint": "b"}]
+    )
     def test_a_folder_of_another_run(self, data, tmp_path, options):
         make(untrained, folder=tmp_path).fit(data)
         with pytest.raises(StorageError, match="Name another folder"):

@@ -44,13 +44,18 @@ def seen(split, part):
 class TestResolve:
     @pytest.mark.parametrize("seed", range(20))
     def test_partition(self, seed):
-        """D_r and D_f are disjoint, sorted, and together what the loader holds and what is forgotten."""
+        """D_r and D_f are disjoint, sorted, and together what the loader holds and what is
+        forgotten."""
         rng = np.random.default_rng(seed)
         outer = rng.permutation(N)[: rng.integers(8, N + 1)]
         inner = rng.permutation(len(outer))[: rng.integers(4, len(outer) + 1)]
         held = outer[inner]
         forget = rng.permutation(N)[: rng.integers(1, 4)]
-        loader = DataLoader(Subset(Subset(BASE, outer.tolist()), inner.tolist()), batch_size=5, shuffle=bool(seed % 2))
+        loader = DataLoader(
+            Subset(Subset(BASE, outer.tolist()), inner.tolist()),
+            batch_size=5,
+            shuffle=bool(seed % 2),
+        )
         split = resolve_split(loader, forget)
         assert split.base is BASE
         assert split.retain.dtype == split.forget.dtype == np.int64
@@ -64,7 +69,9 @@ class TestResolve:
         rng = np.random.default_rng(seed)
         members = rng.permutation(N)[:12]
         positions = rng.permutation(12)[:7]
-        loader = DataLoader(Subset(BASE, members.tolist()), batch_size=3, sampler=SubsetRandomSampler(positions))
+        loader = DataLoader(
+            Subset(BASE, members.tolist()), batch_size=3, sampler=SubsetRandomSampler(positions)
+        )
         yielded = sorted(int(i) for _, y in loader for i in y)
         forget = yielded[:2]
         assert resolve_split(loader, forget).retain.tolist() == yielded[2:]
@@ -78,7 +85,9 @@ class TestResolve:
 
     def test_what_is_taken_from_the_loader(self):
         collate = lambda samples: default_collate(samples)  # noqa: E731
-        split = resolve_split(DataLoader(BASE, batch_size=4, collate_fn=collate, num_workers=2), [0])
+        split = resolve_split(
+            DataLoader(BASE, batch_size=4, collate_fn=collate, num_workers=2), [0]
+        )
         assert (split.batch_size, split.collate, split.workers) == (4, collate, 2)
 
     def test_control_run(self):
@@ -91,13 +100,18 @@ class TestResolve:
             resolve_split(BASE, [])
 
     def test_plain_samplers_are_silent(self):
-        for loader in (DataLoader(BASE, shuffle=True), DataLoader(BASE, sampler=RandomSampler(BASE))):
+        for loader in (
+            DataLoader(BASE, shuffle=True),
+            DataLoader(BASE, sampler=RandomSampler(BASE)),
+        ):
             assert len(resolve_split(loader, [0]).retain) == N - 1
 
     def test_the_loader_is_not_consumed(self):
         generator = torch.Generator().manual_seed(3)
         before = generator.get_state()
-        split = resolve_split(DataLoader(BASE, batch_size=4, shuffle=True, generator=generator), [0])
+        split = resolve_split(
+            DataLoader(BASE, batch_size=4, shuffle=True, generator=generator), [0]
+        )
         state = torch.get_rng_state()
         seen(split, "all"), seen(Split(Plain(), split.retain, split.forget), "all")
         assert torch.equal(generator.get_state(), before)
@@ -108,7 +122,9 @@ class TestResolve:
 
 
 class TestBatchesOfASplit:
-    @pytest.fixture(params=[BASE, Plain(), ConcatDataset([Subset(BASE, range(9)), Subset(BASE, range(9, N))])])
+    @pytest.fixture(
+        params=[BASE, Plain(), ConcatDataset([Subset(BASE, range(9)), Subset(BASE, range(9, N))])]
+    )
     def split(self, request):
         return resolve_split(DataLoader(request.param, batch_size=4), [3, 11, 20])
 
@@ -167,7 +183,10 @@ class TestFingerprint:
             resolve_split(BASE, [1, 2]).fingerprint()
             == resolve_split(DataLoader(BASE, batch_size=3), [2, 1]).fingerprint()
         )
-        assert resolve_split(BASE, [1, 2]).fingerprint() == resolve_split(Plain(), [1, 2]).fingerprint()
+        assert (
+            resolve_split(BASE, [1, 2]).fingerprint()
+            == resolve_split(Plain(), [1, 2]).fingerprint()
+        )
 
     @pytest.mark.parametrize(
         "other",
@@ -191,7 +210,10 @@ class TestFingerprint:
     def test_equal_samples_are_told_apart(self):
         alike = TensorDataset(torch.ones(6, 2), torch.ones(6))
         kept = np.array([0, 1])
-        assert Split(alike, kept, np.array([2])).fingerprint() != Split(alike, kept, np.array([3])).fingerprint()
+        assert (
+            Split(alike, kept, np.array([2])).fingerprint()
+            != Split(alike, kept, np.array([3])).fingerprint()
+        )
 
     def test_any_single_sample_of_a_small_data_set(self):
         small = TensorDataset(X[:16], Y[:16])
@@ -202,8 +224,14 @@ class TestFingerprint:
             assert resolve_split(TensorDataset(changed, Y[:16]), [0]).fingerprint() != before
 
     def test_the_middle_of_large_arrays(self):
-        assert resolve_split(Arrays(1.0), [0]).fingerprint() != resolve_split(Arrays(2.0), [0]).fingerprint()
-        assert resolve_split(Arrays(1.0), [0]).fingerprint() == resolve_split(Arrays(1.0), [0]).fingerprint()
+        assert (
+            resolve_split(Arrays(1.0), [0]).fingerprint()
+            != resolve_split(Arrays(2.0), [0]).fingerprint()
+        )
+        assert (
+            resolve_split(Arrays(1.0), [0]).fingerprint()
+            == resolve_split(Arrays(1.0), [0]).fingerprint()
+        )
 
 
 class TestUnpack:
@@ -267,13 +295,20 @@ class TestMakeBatch:
 class TestBatch:
     @pytest.fixture
     def batch(self):
-        """Two inputs, one of them nested, a constant that does not lead with the batch, and a flag."""
-        return Batch((X, {"deep": [X + 1]}), {"table": torch.zeros(4, 2), "scale": torch.tensor(2.0), "flag": True}, Y)
+        """Two inputs, one of them nested, a constant that does not lead with the batch, and a
+        flag."""
+        return Batch(
+            (X, {"deep": [X + 1]}),
+            {"table": torch.zeros(4, 2), "scale": torch.tensor(2.0), "flag": True},
+            Y,
+        )
 
     @pytest.mark.parametrize("size", [1, 4, N, 100])
     def test_chunks_put_together_are_the_batch(self, batch, size):
         pieces = list(batch.chunks(size))
-        assert [len(piece) for piece in pieces] == [size] * (N // size) + [N % size] * (N % size > 0)
+        assert [len(piece) for piece in pieces] == [size] * (N // size) + [N % size] * (
+            N % size > 0
+        )
         assert torch.equal(torch.cat([p.targets for p in pieces]), Y)
         assert torch.equal(torch.cat([p.args[0] for p in pieces]), X)
         assert torch.equal(torch.cat([p.args[1]["deep"][0] for p in pieces]), X + 1)

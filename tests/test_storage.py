@@ -110,8 +110,13 @@ class TestModel:
         template = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
         before = {name: value.clone() for name, value in template.state_dict().items()}
         loaded = load_model(tmp_path / "m", template, {"kind": "a"})
-        assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
-        assert all(torch.equal(value, template.state_dict()[name]) for name, value in before.items())
+        assert all(
+            torch.equal(value, loaded.state_dict()[name])
+            for name, value in model.state_dict().items()
+        )
+        assert all(
+            torch.equal(value, template.state_dict()[name]) for name, value in before.items()
+        )
         assert not loaded.training
         assert template.training
 
@@ -124,7 +129,12 @@ class TestModel:
 
     @pytest.mark.parametrize(
         "other",
-        [nn.Linear(3, 5), nn.Linear(3, 4, bias=False), nn.Linear(3, 4).double(), nn.Sequential(nn.Linear(3, 4))],
+        [
+            nn.Linear(3, 5),
+            nn.Linear(3, 4, bias=False),
+            nn.Linear(3, 4).double(),
+            nn.Sequential(nn.Linear(3, 4)),
+        ],
     )
     def test_another_model_is_refused(self, tmp_path, other):
         save_model(tmp_path / "m", nn.Linear(3, 4), {})

@@ -1,4 +1,5 @@
-"""Every supported (kind, structure) cell against float64 oracles; estimates against their variance; options."""
+"""Every supported (kind, structure) cell against float64 oracles; estimates against their variance;
+options."""
 
 from __future__ import annotations
 
@@ -19,7 +20,14 @@ from test_curvature import prepared
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from fisher_forget import Categorical, CurvatureError, Gaussian, NumericalError, SplitError, estimate_curvature
+from fisher_forget import (
+    Categorical,
+    CurvatureError,
+    Gaussian,
+    NumericalError,
+    SplitError,
+    estimate_curvature,
+)
 from fisher_forget.curvature import estimate
 from fisher_forget.curvature import passes as walk
 from fisher_forget.curvature.cost import Estimate
@@ -76,7 +84,9 @@ def claim(found: Curvature, matrix: Tensor, like: Params) -> Tensor:
         rank = min(RANK, len(matrix))
         top = vectors[:, -rank:]
         rest = float(values[:-rank].mean())
-        return (top * (values[-rank:] - rest)) @ top.T + rest * torch.eye(len(matrix), dtype=matrix.dtype)
+        return (top * (values[-rank:] - rest)) @ top.T + rest * torch.eye(
+            len(matrix), dtype=matrix.dtype
+        )
     assert isinstance(found, BlockDiagonal)
     whole = torch.zeros_like(matrix)
     for names, part in found.parts:
@@ -99,7 +109,9 @@ def obeys(found: Curvature, matrix: Tensor, like: Params, accuracy: float = 1e-6
     """All five methods, against a dense matrix."""
     v = randn_like(like, torch.Generator().manual_seed(0))
     for p in POWERS:
-        assert relative(flatten(found.power(v, p)), oracle.power(matrix, p) @ flatten(v)) < accuracy, p
+        assert (
+            relative(flatten(found.power(v, p)), oracle.power(matrix, p) @ flatten(v)) < accuracy
+        ), p
     assert relative(flatten(found.diagonal()), matrix.diag()) < accuracy
     assert found.trace() == pytest.approx(float(matrix.trace()), rel=accuracy)
     assert found.logdet() == pytest.approx(float(torch.linalg.slogdet(matrix)[1]), rel=accuracy)
@@ -112,11 +124,16 @@ def obeys(found: Curvature, matrix: Tensor, like: Params, accuracy: float = 1e-6
 def test_a_supported_cell_is_what_the_oracle_says(kind: str, structure: str, name: str) -> None:
     model, data = prepared(name)
     like = oracle.start(model)
-    found = estimate_curvature(model, data, structure=structure, kind=kind, draws=DRAWS, seed=SEED, rank=RANK)
+    found = estimate_curvature(
+        model, data, structure=structure, kind=kind, draws=DRAWS, seed=SEED, rank=RANK
+    )
     matrix = truth(model, data, kind)
     count = float(Categorical().counts(data.tensors[1]).sum())
     assert found.info == Info(count, kind, structure)
-    if (kind, structure) == ("hessian", "diagonal"):  # an estimate: its values are tested by their variance below
+    if (kind, structure) == (
+        "hessian",
+        "diagonal",
+    ):  # an estimate: its values are tested by their variance below
         matrix = flatten(found.diagonal()).diag()
     else:
         matrix = claim(found, matrix, like)
@@ -140,20 +157,30 @@ def test_an_unsupported_cell_says_why(kind: str, structure: str) -> None:
 def test_the_support_table_shows_every_cell() -> None:
     rows = [line.split("|")[1:-1] for line in support_table().splitlines() if line.startswith("|")]
     structures = [cell.strip() for cell in rows[0][1:]]
-    shown = {(row[0].strip(), s): cell.strip() for row in rows[2:] for s, cell in zip(structures, row[1:], strict=True)}
+    shown = {
+        (row[0].strip(), s): cell.strip()
+        for row in rows[2:]
+        for s, cell in zip(structures, row[1:], strict=True)
+    }
     assert shown.keys() == SUPPORT.keys()
     assert all((cell == "yes") == (SUPPORT[at] is None) for at, cell in shown.items())
     assert all(reason in support_table() for reason in SUPPORT.values() if reason)
 
 
-@pytest.mark.parametrize(("kind", "structure"), [cell for cell in SUPPORTED if cell[0] in ("sketch", "hessian")])
+@pytest.mark.parametrize(
+    ("kind", "structure"), [cell for cell in SUPPORTED if cell[0] in ("sketch", "hessian")]
+)
 def test_neither_memory_nor_batch_size_matters(kind: str, structure: str) -> None:
     model, data = prepared("sequence")
     v = randn_like(oracle.start(model), torch.Generator().manual_seed(0))
     found = [
         flatten(
             estimate_curvature(
-                model, DataLoader(data, batch_size=size), structure=structure, kind=kind, memory=memory
+                model,
+                DataLoader(data, batch_size=size),
+                structure=structure,
+                kind=kind,
+                memory=memory,
             ).power(v, 1.0)
         )
         for size, memory in ((64, None), (64, 1), (2, None), (3, 1))
@@ -174,7 +201,8 @@ def test_a_second_pass_over_the_data_counts_nothing_twice(monkeypatch: pytest.Mo
 
 
 def test_products_work_on_a_convolutional_net() -> None:
-    """BatchNorm, grouped and circular convolutions, a shared layer, an in-place ReLU and a bare parameter."""
+    """BatchNorm, grouped and circular convolutions, a shared layer, an in-place ReLU and a bare
+    parameter."""
     model, data = prepared("residual")
     like = oracle.start(model)
     v = randn_like(like, torch.Generator().manual_seed(0))
@@ -187,7 +215,9 @@ def test_products_work_on_a_convolutional_net() -> None:
     grads = torch.autograd.grad(loss, list(w.values()), create_graph=True)
     expected = torch.autograd.grad(grads, list(w.values()), list(v.values()))
     found = estimate_curvature(model, data, structure="matrix_free", kind="hessian")
-    assert relative(flatten(found.power(v, 1.0)), torch.cat([e.reshape(-1) for e in expected])) < 1e-9
+    assert (
+        relative(flatten(found.power(v, 1.0)), torch.cat([e.reshape(-1) for e in expected])) < 1e-9
+    )
 
 
 @pytest.mark.parametrize("structure", get_args(Structure))
@@ -219,7 +249,9 @@ class TestLowRank:
         assert isinstance(found, LowRank)
         assert found.basis.shape == (len(matrix), 6)
         assert found.products < 60 < len(matrix)
-        assert torch.allclose(found.eigenvalues, torch.linalg.eigvalsh(matrix).flip(0)[:6], rtol=1e-8)
+        assert torch.allclose(
+            found.eigenvalues, torch.linalg.eigvalsh(matrix).flip(0)[:6], rtol=1e-8
+        )
         assert found.trace() == pytest.approx(float(matrix.trace()))
         assert found.residual < 2e-8
         assert not found.trace_estimated
@@ -238,7 +270,9 @@ class TestLowRank:
         data = TensorDataset(torch.randn(20, 3).double(), torch.randn(20, 4).double())
         found = estimate_curvature(model, data, "gaussian", structure="low_rank", rank=8)
         matrix = oracle.ggn(model, *data.tensors, Gaussian())
-        assert torch.allclose(found.eigenvalues, torch.linalg.eigvalsh(matrix).flip(0)[:8], rtol=1e-8)
+        assert torch.allclose(
+            found.eigenvalues, torch.linalg.eigvalsh(matrix).flip(0)[:8], rtol=1e-8
+        )
 
     def test_a_singular_one_is_refused(self) -> None:
         model, data = prepared("mlp")
@@ -251,12 +285,16 @@ class TestLowRank:
         with pytest.raises(CurvatureError, match="Damp it first"):
             found.power(v, -1.0)
 
-    def test_the_trace_of_many_columns_is_an_unbiased_estimate(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Mean of 200 seeds within 4.5 standard errors: one comparison, false alarms 7e-6, and the seeds are fixed."""
+    def test_the_trace_of_many_columns_is_an_unbiased_estimate(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Mean of 200 seeds within 4.5 standard errors: one comparison, false alarms 7e-6, and the
+        seeds are fixed."""
         monkeypatch.setattr(estimate, "EXACT_UP_TO", 1)
         model, data = prepared("mlp")
         found = [
-            estimate_curvature(model, data, structure="low_rank", kind="exact", rank=1, seed=s) for s in range(200)
+            estimate_curvature(model, data, structure="low_rank", kind="exact", rank=1, seed=s)
+            for s in range(200)
         ]
         assert all(f.trace_estimated for f in found)
         traces = torch.tensor([f.trace() for f in found], dtype=torch.float64)
@@ -295,7 +333,9 @@ class TestMatrixFree:
         v = randn_like(oracle.start(model), torch.Generator().manual_seed(0))
         plain, without = self.counted(estimate_curvature(model, data, structure="matrix_free"))
         ekfac = estimate_curvature(model, data, structure="ekfac")
-        helped, calls = self.counted(estimate_curvature(model, data, structure="matrix_free", preconditioner=ekfac))
+        helped, calls = self.counted(
+            estimate_curvature(model, data, structure="matrix_free", preconditioner=ekfac)
+        )
         expected = flatten(plain.damped(1e-4).power(v, -1.0))
         assert relative(flatten(helped.damped(1e-4).power(v, -1.0)), expected) < 1e-4
         assert len(calls) < 0.6 * len(without)
@@ -325,7 +365,8 @@ class TestMatrixFree:
         assert float(flatten(nothing).abs().max()) == 0.0
 
     def test_diagonal_of_a_large_one_by_random_signs(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Entry i is a Rademacher sum of variance s_i^2: P(error > 6 s_i) <= 2 exp(-18) (Hoeffding), 44 entries: 1e-6.
+        """Entry i is a Rademacher sum of variance s_i^2: P(error > 6 s_i) <= 2 exp(-18)
+        (Hoeffding), 44 entries: 1e-6.
 
         For the trace 6 standard errors, 2e-9 if it is near normal; the seed is fixed.
         """
@@ -340,7 +381,8 @@ class TestMatrixFree:
         assert abs(found.trace() - float(matrix.trace())) < 6 * spread
 
     def test_logdet_of_a_large_one_by_quadrature(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Within 6 standard errors of z^T log(B + tau I) z over random signs: 2e-9 if near normal; fixed seed."""
+        """Within 6 standard errors of z^T log(B + tau I) z over random signs: 2e-9 if near normal;
+        fixed seed."""
         monkeypatch.setattr(matrix_free, "SMALL", 0)
         found, matrix, _ = self.operator()
         for tau in (0.01, 0.3):  # the second comes from the first one's quadrature
@@ -361,19 +403,29 @@ class TestMatrixFree:
         for p in POWERS:
             found = flatten(single.power(short, p))
             assert found.dtype == torch.float32
-            assert relative(found.double(), oracle.power(matrix, p) @ flatten(v)) < 1e-3  # eps |B| / tau = 6e-5
+            assert (
+                relative(found.double(), oracle.power(matrix, p) @ flatten(v)) < 1e-3
+            )  # eps |B| / tau = 6e-5
         low = estimate_curvature(model, data, structure="low_rank", rank=44).damped(0.01)
-        assert relative(flatten(low.power(short, -0.5)).double(), oracle.power(matrix, -0.5) @ flatten(v)) < 1e-3
+        assert (
+            relative(
+                flatten(low.power(short, -0.5)).double(), oracle.power(matrix, -0.5) @ flatten(v)
+            )
+            < 1e-3
+        )
 
 
 class TestHessian:
     def test_diagonal_is_an_estimate_within_its_variance(self) -> None:
-        """Rademacher sums: P(error > 6 standard deviations) <= 2 exp(-18) (Hoeffding); 44 entries: 1e-6."""
+        """Rademacher sums: P(error > 6 standard deviations) <= 2 exp(-18) (Hoeffding); 44 entries:
+        1e-6."""
         model, data = prepared("mlp")
         matrix = truth(model, data, "hessian")
         off = matrix - matrix.diag().diag()
         for draws in (1, 400):
-            found = estimate_curvature(model, data, structure="diagonal", kind="hessian", draws=draws)
+            found = estimate_curvature(
+                model, data, structure="diagonal", kind="hessian", draws=draws
+            )
             error = (flatten(found.diagonal()) - matrix.diag()).abs()
             assert bool((error <= 6 * (off.square().sum(1) / draws).sqrt() + 1e-12).all())
 
@@ -417,12 +469,18 @@ class TestHessian:
         torch.manual_seed(0)
         model = nn.Linear(3, 4).double().eval()
         data = TensorDataset(torch.randn(9, 3).double(), torch.randint(0, 4, (9,)))
-        found = [estimate_curvature(model, data, structure="dense", kind=k).matrix() for k in ("hessian", "exact")]
+        found = [
+            estimate_curvature(model, data, structure="dense", kind=k).matrix()
+            for k in ("hessian", "exact")
+        ]
         assert torch.allclose(found[0], found[1], atol=1e-12)
 
     def test_only_rounding_is_clamped_in_a_ggn(self) -> None:
         like = {"w": torch.zeros(2, dtype=torch.float64)}
-        assert from_matrix(torch.tensor([[1.0, 0.0], [0.0, -1e-12]]).double(), like).logdet() == -math.inf
+        assert (
+            from_matrix(torch.tensor([[1.0, 0.0], [0.0, -1e-12]]).double(), like).logdet()
+            == -math.inf
+        )
         with pytest.raises(CurvatureError, match=r"eigenvalue -0\.1"):
             from_matrix(torch.tensor([[1.0, 0.0], [0.0, -0.1]]).double(), like)
 
@@ -437,12 +495,19 @@ class TestHessian:
                 return x + self.shift
 
         data = TensorDataset(torch.randn(5, 2), torch.randn(5, 2))
-        found = estimate_curvature(Shifted().eval(), data, "gaussian", structure="dense", kind="hessian")
+        found = estimate_curvature(
+            Shifted().eval(), data, "gaussian", structure="dense", kind="hessian"
+        )
         assert torch.allclose(found.matrix().diag(), torch.tensor([1.0, 1.0, 0, 0, 0]))
 
 
 class TestMixed:
-    MIX: Mapping[str, Any] = {"first.*": "diagonal", "*.bias": "low_rank", "shared.*": "dense", "*": "ekfac"}
+    MIX: Mapping[str, Any] = {
+        "first.*": "diagonal",
+        "*.bias": "low_rank",
+        "shared.*": "dense",
+        "*": "ekfac",
+    }
 
     def test_each_group_has_its_structure(self) -> None:
         model, data = prepared("residual")
@@ -456,22 +521,35 @@ class TestMixed:
         assert kinds["head.bias"] is LowRank
         assert kinds["head.weight"] is Kronecker
         assert kinds["shared.weight"] is Dense
-        assert found.info == Info(7.0, "exact", "first.*: diagonal, *.bias: low_rank, shared.*: dense, *: ekfac")
-        matrix = claim(found, truth(model, data, "exact"), like) + 0.02 * torch.eye(flatten(like).numel())
+        assert found.info == Info(
+            7.0, "exact", "first.*: diagonal, *.bias: low_rank, shared.*: dense, *: ekfac"
+        )
+        matrix = claim(found, truth(model, data, "exact"), like) + 0.02 * torch.eye(
+            flatten(like).numel()
+        )
         obeys(found.damped(0.02), matrix, like)
 
     def test_random_columns_are_the_same_in_all_groups(self) -> None:
         model, data = prepared("sequence")
-        whole = estimate_curvature(model, data, structure="diagonal", kind="sketch", seed=3).diagonal()
+        whole = estimate_curvature(
+            model, data, structure="diagonal", kind="sketch", seed=3
+        ).diagonal()
         split = estimate_curvature(
-            model, data, structure={"mlp.*": "diagonal", "*": "dense"}, kind="sketch", seed=3, max_samples=5
+            model,
+            data,
+            structure={"mlp.*": "diagonal", "*": "dense"},
+            kind="sketch",
+            seed=3,
+            max_samples=5,
         ).diagonal()
         assert list(split) == list(whole)
         assert torch.allclose(flatten(split), flatten(whole), rtol=1e-9)
 
     def test_with_a_subset(self) -> None:
         model, data = prepared("mlp")
-        found = estimate_curvature(model, data, structure={"0.*": "dense", "*": "diagonal"}, subset=("0.*", "2.bias"))
+        found = estimate_curvature(
+            model, data, structure={"0.*": "dense", "*": "diagonal"}, subset=("0.*", "2.bias")
+        )
         assert list(found.diagonal()) == ["0.weight", "0.bias", "2.bias"]
 
     @pytest.mark.parametrize(
@@ -525,7 +603,8 @@ class TestSamples:
         assert torch.allclose(flatten(found.diagonal()), expected, rtol=1e-8)
 
     def test_each_is_drawn_equally_often(self) -> None:
-        """400 draws of 3 of 12: counts within z = 5 of binomial, 12 comparisons, false alarms 7e-6; fixed seeds."""
+        """400 draws of 3 of 12: counts within z = 5 of binomial, 12 comparisons, false alarms 7e-6;
+        fixed seeds."""
         from fisher_forget.data.split import resolve_split
 
         split = resolve_split(TensorDataset(*many(12)[1:]), [], allow_empty=True)
@@ -572,13 +651,17 @@ class TestMemory:
     def test_graphs_are_kept_where_they_fit(self) -> None:
         model, x, y = many(64)
         kept = estimate_curvature(model, TensorDataset(x, y), structure="matrix_free").product
-        rebuilt = estimate_curvature(model, TensorDataset(x, y), structure="matrix_free", memory=5_000).product
+        rebuilt = estimate_curvature(
+            model, TensorDataset(x, y), structure="matrix_free", memory=5_000
+        ).product
         assert kept.kept
         assert not rebuilt.kept
         v = randn_like(oracle.start(model), torch.Generator().manual_seed(0))
         assert torch.allclose(flatten(kept(v)), flatten(rebuilt(v)), rtol=1e-4, atol=1e-7)
 
-    def test_the_default_is_a_quarter_of_what_is_free(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_default_is_a_quarter_of_what_is_free(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         pages = {"SC_AVPHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}
         monkeypatch.setattr(os, "sysconf", pages.__getitem__)
         assert walk.default_memory(torch.device("cpu")) == 1_024_000
@@ -613,7 +696,10 @@ class TestDryRun:
         for structure in ("dense", "diagonal", "matrix_free"):
             options: Any = {"structure": structure, "kind": "hessian", "draws": 2}
             predicted = estimate_curvature(model, TensorDataset(x, y), dry_run=True, **options)
-            assert predicted.bytes_result == estimate_curvature(model, TensorDataset(x, y), **options).nbytes()
+            assert (
+                predicted.bytes_result
+                == estimate_curvature(model, TensorDataset(x, y), **options).nbytes()
+            )
 
     @pytest.mark.parametrize(
         ("structure", "kind"),
@@ -662,7 +748,8 @@ class TestDryRun:
 
 
 def test_float32_sums_do_not_drift() -> None:
-    """A million samples in chunks of 50: 200 times the same 100 chunks, against one exact float64 sum of these."""
+    """A million samples in chunks of 50: 200 times the same 100 chunks, against one exact float64
+    sum of these."""
     model, x, y = many(5000)
 
     def pieces(net: nn.Module) -> Iterator[tuple[Tape, Any]]:
@@ -671,7 +758,13 @@ def test_float32_sums_do_not_drift() -> None:
             batch = Batch((x[start : start + 50],), {}, y[start : start + 50]).on(tape.model)
             record = tape.run(batch)
             columns = list(Categorical().columns(record.outputs.detach(), batch.targets))
-            yield tape, (record, [(c, record.pull(c), c is columns[-1]) for c in columns[:2] + columns[-1:]])
+            yield (
+                tape,
+                (
+                    record,
+                    [(c, record.pull(c), c is columns[-1]) for c in columns[:2] + columns[-1:]],
+                ),
+            )
 
     single = list(pieces(model))
     total = DiagonalSum(single[0][0])

@@ -1,4 +1,5 @@
-"""Sweeps: every cell is what `forget` would give, nothing is computed twice, and a killed sweep goes on."""
+"""Sweeps: every cell is what `forget` would give, nothing is computed twice, and a killed sweep
+goes on."""
 
 from __future__ import annotations
 
@@ -39,14 +40,17 @@ def reference(trained: nn.Module, blobs: TensorDataset) -> Reference:
     keep = np.setdiff1d(np.arange(len(blobs)), FORGET)
     settings = TrainSettings(epochs=100, batch_size=56, lr=0.3, weight_decay=WEIGHT_DECAY)
     retrained = [
-        train(seeded(small_net, seed), blobs, settings, seed=seed, indices=keep, progress=False) for seed in (1, 2, 3)
+        train(seeded(small_net, seed), blobs, settings, seed=seed, indices=keep, progress=False)
+        for seed in (1, 2, 3)
     ]
     parts = {"forget": Subset(blobs, FORGET), "retain": Subset(blobs, keep.tolist()), "test": blobs}
     return Reference(trained, retrained, parts)
 
 
 @pytest.fixture
-def swept(trained: nn.Module, blobs: TensorDataset, reference: Reference) -> Callable[..., SweepTable]:
+def swept(
+    trained: nn.Module, blobs: TensorDataset, reference: Reference
+) -> Callable[..., SweepTable]:
     def call(grid: dict[str, Any], **options: Any) -> SweepTable:
         given = {"reference": reference, "weight_decay": WEIGHT_DECAY, "progress": False} | options
         return sweep(trained, DataLoader(blobs, batch_size=16), FORGET, grid, **given)
@@ -80,7 +84,9 @@ def scores(reference: Reference, model: nn.Module) -> dict[str, float]:
         y = reference.targets[part]
         q = log_softmax(outputs.double().numpy(), 1)
         p = [log_softmax(member[part].double().numpy(), 1) for member in reference.retrained]
-        found[f"kl_{part}"] = float(np.mean([rel_entr(np.exp(a), np.exp(q)).sum(1).mean() for a in p]))
+        found[f"kl_{part}"] = float(
+            np.mean([rel_entr(np.exp(a), np.exp(q)).sum(1).mean() for a in p])
+        )
         found[f"score_{part}"] = float((outputs.argmax(1) == y).double().mean())
         found[f"loss_{part}"] = float(nn.functional.cross_entropy(outputs, y))
     return found
@@ -109,23 +115,48 @@ class TestCells:
             expected = result.information(row["noise"]) if row["noise"] else math.inf
             assert row["information"] == pytest.approx(expected)
 
-    def test_a_noise_target_finds_the_scale_that_forget_finds(self, swept, trained, blobs, reference) -> None:
+    def test_a_noise_target_finds_the_scale_that_forget_finds(
+        self, swept, trained, blobs, reference
+    ) -> None:
         target = NoiseTarget(loss=0.05)
         frame = swept({"noise": ["auto", target, 0.1]}).to_pandas().set_index("noise")
         for noise, word in (("auto", "auto"), (target, "loss 0.05")):
-            result = forget(trained, blobs, FORGET, weight_decay=WEIGHT_DECAY, noise=noise, progress=False)
-            assert frame.loc[word, "scale"] == pytest.approx(result.noise.scale, rel=1e-3)  # both searched, to 2 %
-            assert frame.loc[word, "loss_test"] == pytest.approx(scores(reference, result.model)["loss_test"], rel=1e-4)
+            result = forget(
+                trained, blobs, FORGET, weight_decay=WEIGHT_DECAY, noise=noise, progress=False
+            )
+            assert frame.loc[word, "scale"] == pytest.approx(
+                result.noise.scale, rel=1e-3
+            )  # both searched, to 2 %
+            assert frame.loc[word, "loss_test"] == pytest.approx(
+                scores(reference, result.model)["loss_test"], rel=1e-4
+            )
         assert frame.loc["0.1", "scale"] == 0.1
 
-    def test_newton_options_share_one_curvature(self, swept, counted, trained, blobs, reference) -> None:
-        grid = {"damping": [0.1, 0.01], "steps": [1, 2], "noise": [0.05], "exponent": [0.25, 0.5], "seed": range(3)}
+    def test_newton_options_share_one_curvature(
+        self, swept, counted, trained, blobs, reference
+    ) -> None:
+        grid = {
+            "damping": [0.1, 0.01],
+            "steps": [1, 2],
+            "noise": [0.05],
+            "exponent": [0.25, 0.5],
+            "seed": range(3),
+        }
         frame = swept(grid).to_pandas()
         assert (counted["estimate_curvature"], counted["newton_step"]) == (1, 4)
         assert counted["outputs"] == len(frame) == 4 * 2 * (1 + 3)
-        row = frame[(frame["damping"] == 0.01) & (frame["steps"] == 2) & (frame["noise"] == 0)].iloc[0]
+        row = frame[
+            (frame["damping"] == 0.01) & (frame["steps"] == 2) & (frame["noise"] == 0)
+        ].iloc[0]
         alone = forget(
-            trained, blobs, FORGET, weight_decay=WEIGHT_DECAY, damping=0.01, steps=2, noise=None, progress=False
+            trained,
+            blobs,
+            FORGET,
+            weight_decay=WEIGHT_DECAY,
+            damping=0.01,
+            steps=2,
+            noise=None,
+            progress=False,
         )
         for name, value in scores(reference, alone.model).items():
             assert row[name] == pytest.approx(value, rel=1e-4)
@@ -135,9 +166,18 @@ class TestCells:
         assert (counted["estimate_curvature"], counted["newton_step"]) == (2, 2)
 
     def test_axes_cross_the_methods_that_have_them(self, swept, trained, blobs, reference) -> None:
-        grid = {"method": ["fisher-forget", "finetune", "neggrad"], "noise": [0.1], "lr": [0.01, 0.1], "seed": [4]}
+        grid = {
+            "method": ["fisher-forget", "finetune", "neggrad"],
+            "noise": [0.1],
+            "lr": [0.01, 0.1],
+            "seed": [4],
+        }
         frame = swept(grid, epochs=2).to_pandas()
-        assert frame["method"].value_counts().to_dict() == {"fisher-forget": 2, "finetune": 2, "neggrad": 2}
+        assert frame["method"].value_counts().to_dict() == {
+            "fisher-forget": 2,
+            "finetune": 2,
+            "neggrad": 2,
+        }
         assert frame[frame["method"] == "finetune"]["noise"].isna().all()
         assert frame[frame["method"] == "fisher-forget"]["lr"].isna().all()
         tuned = FineTune(epochs=2, lr=0.1, weight_decay=WEIGHT_DECAY, seed=4).unlearn(
@@ -147,7 +187,9 @@ class TestCells:
         for name, value in scores(reference, tuned.model).items():
             assert row[name] == pytest.approx(value, rel=1e-4)
 
-    def test_nothing_given_is_changed(self, swept, trained, untouched: Callable[..., AbstractContextManager]) -> None:
+    def test_nothing_given_is_changed(
+        self, swept, trained, untouched: Callable[..., AbstractContextManager]
+    ) -> None:
         with untouched(trained):
             swept({"noise": [0.1], "method": ["fisher-forget", "finetune"]})
 
@@ -193,7 +235,10 @@ class TestRuin:
         assert loss[0.1] < bound < loss[30.0]
         assert math.isnan(loss[100.0])
         assert table.frontier()["noise"].tolist() == [0.0, 0.1, 30.0]
-        assert "2 raised the retained loss by more than 1 nats: ruined; 4 with more noise were skipped" in str(table)
+        assert (
+            "2 raised the retained loss by more than 1 nats: ruined; 4 with more noise were skipped"
+            in str(table)
+        )
 
     def test_one_draw_that_survives_lets_the_next_scale_run(self, swept) -> None:
         """The bound lies between the losses of the two draws of a scale."""
@@ -216,7 +261,9 @@ class TestRuin:
 
 class TestFile:
     def test_there_and_back_with_units(self, swept, tmp_path: Path) -> None:
-        table = swept({"damping": ["auto", 0.1], "steps": [1], "noise": [0.1]}, file=tmp_path / "t.parquet")
+        table = swept(
+            {"damping": ["auto", 0.1], "steps": [1], "noise": [0.1]}, file=tmp_path / "t.parquet"
+        )
         again = SweepTable.load(tmp_path / "t.parquet")
         pd.testing.assert_frame_equal(again.to_pandas(), table.to_pandas())
         assert (again.axes, again.marks, again.score_name, again.ruin) == (
@@ -229,10 +276,17 @@ class TestFile:
         assert plain["damping"].tolist() == ["auto", "auto", "0.1", "0.1"]
         units = plain.attrs["units"]
         assert {units[name] for name in ("kl_forget", "loss_retain", "information")} == {"nats"}
-        assert (units["seconds"], units["scale"], units["damping"], units["status"]) == ("s", "1", "", "")
+        assert (units["seconds"], units["scale"], units["damping"], units["status"]) == (
+            "s",
+            "1",
+            "",
+            "",
+        )
         assert set(units) == set(plain)
 
-    def test_a_killed_sweep_goes_on(self, swept, counted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_killed_sweep_goes_on(
+        self, swept, counted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         whole = swept(GRID).to_pandas().drop(columns="seconds")
         file = tmp_path / "t.parquet"
         real = run._Work.draw
@@ -249,7 +303,11 @@ class TestFile:
         for name in counted:
             counted[name] = 0
         resumed = swept(GRID, file=file).to_pandas().drop(columns="seconds")
-        assert counted == {"estimate_curvature": 1, "newton_step": 1, "outputs": 3}  # one structure was finished
+        assert counted == {
+            "estimate_curvature": 1,
+            "newton_step": 1,
+            "outputs": 3,
+        }  # one structure was finished
         pd.testing.assert_frame_equal(resumed, whole, rtol=1e-6)
         swept(GRID, file=file)
         assert counted["estimate_curvature"] == 1  # nothing is left to do
@@ -263,10 +321,16 @@ class TestFile:
 
     def test_what_was_skipped_is_decided_again(self, swept, tmp_path: Path) -> None:
         file = tmp_path / "t.parquet"
-        assert swept({"noise": [30.0, 300.0]}, file=file).frame["status"].tolist() == ["done", "ruined", "skipped"]
+        assert swept({"noise": [30.0, 300.0]}, file=file).frame["status"].tolist() == [
+            "done",
+            "ruined",
+            "skipped",
+        ]
         assert swept({"noise": [300.0]}, file=file).frame["status"].tolist() == ["done", "ruined"]
 
-    def test_another_model_or_a_damaged_file_starts_anew(self, swept, blobs, tmp_path: Path) -> None:
+    def test_another_model_or_a_damaged_file_starts_anew(
+        self, swept, blobs, tmp_path: Path
+    ) -> None:
         file = tmp_path / "t.parquet"
         first = swept({"noise": [0.1]}, file=file)
         with pytest.warns(FisherForgetWarning, match="another model"):
@@ -276,7 +340,9 @@ class TestFile:
             SweepTable.load(file)
         with pytest.warns(FisherForgetWarning, match="written anew"):
             again = swept({"noise": [0.1]}, file=file)
-        pd.testing.assert_frame_equal(again.frame.drop(columns="seconds"), first.frame.drop(columns="seconds"))
+        pd.testing.assert_frame_equal(
+            again.frame.drop(columns="seconds"), first.frame.drop(columns="seconds")
+        )
 
     def test_two_workers_give_what_one_gives(self, swept, tmp_path: Path) -> None:
         grid = GRID | {"method": ["fisher-forget", "finetune"]}
@@ -324,14 +390,25 @@ class TestTable:
         assert frontier["pareto"].tolist() == [not b for b in beaten]
 
     def test_the_best_keeps_the_score(self) -> None:
-        rows = [(0.0, 0.9, 0.99), (0.1, 0.4, 0.985), (0.2, 0.31, 0.984), (0.3, 0.3, 0.97), (0.4, 2.0, 0.5)]
+        rows = [
+            (0.0, 0.9, 0.99),
+            (0.1, 0.4, 0.985),
+            (0.2, 0.31, 0.984),
+            (0.3, 0.3, 0.97),
+            (0.4, 2.0, 0.5),
+        ]
         table = made_up(rows, floor=0.35, target=0.99)
         assert table.best()["noise"] == 0.2  # 0.4 is above the floor, 0.3 costs too much
         assert table.best(cost=0.02)["noise"] == 0.2  # both lie below the floor: the better score
         assert table.best(cost=0.001)["noise"] == 0.0
-        assert made_up(rows, floor=0.35, target=1.2).best()["noise"] == 0.0  # all cost too much: the cheapest
+        assert (
+            made_up(rows, floor=0.35, target=1.2).best()["noise"] == 0.0
+        )  # all cost too much: the cheapest
         errors = [(noise, kl, 1 - score) for noise, kl, score in rows]
-        assert made_up(errors, floor=0.35, target=0.015, name="squared error").best(0.1)["noise"] == 0.2
+        assert (
+            made_up(errors, floor=0.35, target=0.015, name="squared error").best(0.1)["noise"]
+            == 0.2
+        )
 
     def test_the_front(self) -> None:
         rng = np.random.default_rng(0)
@@ -352,13 +429,26 @@ class TestTable:
         assert "nan" not in text.lower()
         assert page.count("<tr") == 1 + 3
 
-    def test_test_data_of_retained_classes_is_where_costs_show(self, swept, trained, blobs, reference) -> None:
+    def test_test_data_of_retained_classes_is_where_costs_show(
+        self, swept, trained, blobs, reference
+    ) -> None:
         keep = torch.utils.data.Subset(blobs, [i for i in range(len(blobs)) if i % 3])
-        parts = {"forget": Subset(blobs, FORGET), "retain": blobs, "test": blobs, "test, retained classes": keep}
-        table = swept({"noise": [0.1]}, reference=Reference(trained, [seeded(small_net, 1), trained], parts))
+        parts = {
+            "forget": Subset(blobs, FORGET),
+            "retain": blobs,
+            "test": blobs,
+            "test, retained classes": keep,
+        }
+        table = swept(
+            {"noise": [0.1]}, reference=Reference(trained, [seeded(small_net, 1), trained], parts)
+        )
         assert table.kept == "test_retained_classes"
         assert table.marks["original"]["score_test_retained_classes"] == pytest.approx(
-            float((trained(blobs.tensors[0]).argmax(1) == blobs.tensors[1])[np.arange(60) % 3 > 0].double().mean())
+            float(
+                (trained(blobs.tensors[0]).argmax(1) == blobs.tensors[1])[np.arange(60) % 3 > 0]
+                .double()
+                .mean()
+            )
         )
 
 
@@ -374,9 +464,13 @@ def dominates(q: Any, p: Any) -> bool:
     return bool(q[0] <= p[0] and q[1] >= p[1] and (q[0] < p[0] or q[1] > p[1]))
 
 
-def made_up(rows: list[tuple[float, float, float]], floor: float, target: float, name: str = "accuracy") -> SweepTable:
+def made_up(
+    rows: list[tuple[float, float, float]], floor: float, target: float, name: str = "accuracy"
+) -> SweepTable:
     frame = pd.DataFrame(rows, columns=["noise", "kl_forget", "score_test"])
-    frame = frame.assign(method="fisher-forget", seed=0, status="done", scale=frame["noise"], loss_retain=0.0)
+    frame = frame.assign(
+        method="fisher-forget", seed=0, status="done", scale=frame["noise"], loss_retain=0.0
+    )
     frame = frame.assign(information=1.0, gap_closed=0.5, seconds=1.0)
     marks = {"retrained": {"kl_forget": floor, "score_test": target}}
     return SweepTable(frame, ("method", "noise"), marks, name)
@@ -385,16 +479,25 @@ def made_up(rows: list[tuple[float, float, float]], floor: float, target: float,
 class TestConfiguration:
     def test_a_grid_in_a_file_and_on_the_command_line(self) -> None:
         config = load_config(
-            ROOT / "configs/digits_sweep.yaml", ["--scales", "[0.1, 0.2]", "--draws", "2"], SweepConfig
+            ROOT / "configs/digits_sweep.yaml",
+            ["--scales", "[0.1, 0.2]", "--draws", "2"],
+            SweepConfig,
         )
         assert isinstance(config, SweepConfig)
-        assert config.axes == {"noise": [0.1, 0.2], "seed": [0, 1], "structure": ["ekfac", "diagonal"]}
+        assert config.axes == {
+            "noise": [0.1, 0.2],
+            "seed": [0, 1],
+            "structure": ["ekfac", "diagonal"],
+        }
         grid = '{"method": ["finetune"], "lr": [0.01]}'
         other = load_config(ROOT / "configs/digits_sweep.yaml", ["--grid", grid], SweepConfig)
         assert isinstance(other, SweepConfig)
         assert other.axes == {"seed": [0, 1, 2, 3, 4], "method": ["finetune"], "lr": [0.01]}
 
     def test_a_grid_that_cannot_be_is_refused_before_anything_is_trained(self) -> None:
-        for grid, words in (('{"structur": ["ekfac"]}', "'structure'"), ('{"steps": [0]}', "steps=0")):
+        for grid, words in (
+            ('{"structur": ["ekfac"]}', "'structure'"),
+            ('{"steps": [0]}', "steps=0"),
+        ):
             with pytest.raises(ConfigError, match=words):
                 load_config(ROOT / "configs/digits_sweep.yaml", ["--grid", grid], SweepConfig)

@@ -33,7 +33,9 @@ def images() -> TensorDataset:
 def dropout_net() -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 3))
+        return nn.Sequential(
+            nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 3)
+        )
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
@@ -78,20 +80,33 @@ class TestDeterminism:
 class TestTraining:
     def test_one_step_is_the_gradient_step_of_the_mean_loss(self, blobs):
         model = nn.Linear(4, 3)
-        settings = TrainSettings(epochs=1, batch_size=100, lr=0.1, momentum=0.0, weight_decay=0.01, schedule="constant")
+        settings = TrainSettings(
+            epochs=1, batch_size=100, lr=0.1, momentum=0.0, weight_decay=0.01, schedule="constant"
+        )
         result = train(model, blobs, settings, seed=0, progress=False)
         loss = nn.functional.cross_entropy(model(blobs.tensors[0]), blobs.tensors[1])
         loss = loss + 0.01 / 2 * sum(p.square().sum() for p in model.parameters())
         for p, grad, q in zip(
-            model.parameters(), torch.autograd.grad(loss, list(model.parameters())), result.parameters(), strict=True
+            model.parameters(),
+            torch.autograd.grad(loss, list(model.parameters())),
+            result.parameters(),
+            strict=True,
         ):
             torch.testing.assert_close(q, p - 0.1 * grad)
 
     @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
     @pytest.mark.parametrize("schedule", SCHEDULES)
     def test_learns(self, blobs, optimizer, schedule):
-        settings = TrainSettings(epochs=15, batch_size=16, lr=0.03, optimizer=optimizer, schedule=schedule)
-        result = train(build_model("mlp", (4,), 3, seed=0, hidden=(16,)), blobs, settings, seed=0, progress=False)
+        settings = TrainSettings(
+            epochs=15, batch_size=16, lr=0.03, optimizer=optimizer, schedule=schedule
+        )
+        result = train(
+            build_model("mlp", (4,), 3, seed=0, hidden=(16,)),
+            blobs,
+            settings,
+            seed=0,
+            progress=False,
+        )
         assert not any(m.training for m in result.modules())
         assert (result(blobs.tensors[0]).argmax(1) == blobs.tensors[1]).double().mean() > 0.9
 
@@ -99,7 +114,9 @@ class TestTraining:
         inputs = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
         data = TensorDataset(inputs, inputs @ torch.tensor([[1.0], [-2.0]]) + 0.5)
         settings = TrainSettings(epochs=40, batch_size=10, lr=0.05, weight_decay=0.0)
-        result = train(nn.Linear(2, 1), data, settings, seed=0, likelihood="gaussian", progress=False)
+        result = train(
+            nn.Linear(2, 1), data, settings, seed=0, likelihood="gaussian", progress=False
+        )
         torch.testing.assert_close(result.weight, torch.tensor([[1.0, -2.0]]), atol=1e-3, rtol=0)
 
     def test_indices_equal_the_subset(self, blobs):
@@ -107,7 +124,9 @@ class TestTraining:
         part = TensorDataset(*(t[torch.from_numpy(rows)] for t in blobs.tensors))
         expected = train(dropout_net(), part, FAST, seed=0, progress=False)
         for given in (rows, rows.tolist(), torch.from_numpy(rows)):
-            assert same(expected, train(dropout_net(), blobs, FAST, seed=0, indices=given, progress=False))
+            assert same(
+                expected, train(dropout_net(), blobs, FAST, seed=0, indices=given, progress=False)
+            )
 
     def test_batch_norm_never_sees_a_single_sample(self, blobs):
         assert len(blobs) % 64 == 1
@@ -127,7 +146,10 @@ class TestTraining:
         assert result is not model
 
     def test_float64_model_takes_float32_data(self, blobs):
-        assert train(nn.Linear(4, 3).double(), blobs, FAST, seed=0, progress=False).weight.dtype == torch.float64
+        assert (
+            train(nn.Linear(4, 3).double(), blobs, FAST, seed=0, progress=False).weight.dtype
+            == torch.float64
+        )
 
     def test_ignored_positions_do_not_count(self):
         inputs, targets = torch.randn(6, 4), torch.tensor([0, 1, -100, 2, -100, 1])
@@ -135,7 +157,9 @@ class TestTraining:
         settings = TrainSettings(epochs=1, lr=0.1, momentum=0.0, schedule="constant")
         model = nn.Linear(4, 3)
         a = train(model, TensorDataset(inputs, targets), settings, seed=0, progress=False)
-        b = train(model, TensorDataset(inputs[kept], targets[kept]), settings, seed=0, progress=False)
+        b = train(
+            model, TensorDataset(inputs[kept], targets[kept]), settings, seed=0, progress=False
+        )
         torch.testing.assert_close(a.weight, b.weight)
 
     def test_progress_bar_shows_the_loss(self, blobs, capsys, monkeypatch):
@@ -168,7 +192,9 @@ class TestAugmentation:
         image = torch.rand(1, 32, 32) + 1
         moved = augmented(image.expand(200, 1, 32, 32), torch.Generator().manual_seed(0))
         padded = nn.functional.pad(image, (4, 4, 4, 4))
-        windows = {padded[:, y : y + 32, x : x + 32].numpy().tobytes() for y in range(9) for x in range(9)}
+        windows = {
+            padded[:, y : y + 32, x : x + 32].numpy().tobytes() for y in range(9) for x in range(9)
+        }
         seen = {x.numpy().tobytes() for x in moved}
         assert seen <= windows
         assert len(seen) > 50
@@ -191,22 +217,42 @@ class TestAugmentation:
 class TestChannelsLast:
     def test_same_mathematics_and_a_model_laid_out_as_before(self):
         torch.manual_seed(0)
-        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 3)).double()
-        data = TensorDataset(torch.randn(40, 3, 8, 8, dtype=torch.float64), torch.randint(0, 3, (40,)))
+        net = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 3)
+        ).double()
+        data = TensorDataset(
+            torch.randn(40, 3, 8, 8, dtype=torch.float64), torch.randint(0, 3, (40,))
+        )
         plain, fast = (
-            train(net, data, TrainSettings(epochs=3, batch_size=8, channels_last=chosen), seed=0, progress=False)
+            train(
+                net,
+                data,
+                TrainSettings(epochs=3, batch_size=8, channels_last=chosen),
+                seed=0,
+                progress=False,
+            )
             for chosen in (False, True)
         )
         for name, value in fast.state_dict().items():
             assert value.is_contiguous()
             torch.testing.assert_close(value, plain.state_dict()[name], rtol=1e-9, atol=1e-12)
-        assert all(not torch.equal(a, b) for a, b in zip(net.parameters(), fast.parameters(), strict=True))
+        assert all(
+            not torch.equal(a, b) for a, b in zip(net.parameters(), fast.parameters(), strict=True)
+        )
 
 
 class TestRefusals:
     @pytest.mark.parametrize(
         "wrong",
-        ["epochs=-1.0", "batch_size=0.0", "lr=0.0", "lr=nan", "momentum=1.0", "weight_decay=-1.0", "optimizer='lbfgs'"],
+        [
+            "epochs=-1.0",
+            "batch_size=0.0",
+            "lr=0.0",
+            "lr=nan",
+            "momentum=1.0",
+            "weight_decay=-1.0",
+            "optimizer='lbfgs'",
+        ],
     )
     def test_settings(self, wrong):
         name, value = wrong.split("=")

@@ -1,4 +1,5 @@
-"""Models of `transformers` go through unchanged: GPT-2 with dict batches, padding and a tied embedding, and ViT."""
+"""Models of `transformers` go through unchanged: GPT-2 with dict batches, padding and a tied
+embedding, and ViT."""
 
 from __future__ import annotations
 
@@ -39,9 +40,13 @@ class Dicts(Dataset[dict[str, Tensor]]):
         return {name: x[index] for name, x in self.tensors.items()}
 
 
-def texts(lengths: tuple[int, ...] = (TOKENS, TOKENS - 1, TOKENS - 3), padding: int = PADDING) -> Dicts:
+def texts(
+    lengths: tuple[int, ...] = (TOKENS, TOKENS - 1, TOKENS - 3), padding: int = PADDING
+) -> Dicts:
     """Random sequences, padded on the right; the label of a token is the one after it."""
-    ids = torch.randint(1, VOCABULARY, (len(lengths), TOKENS + 1), generator=torch.Generator().manual_seed(2))
+    ids = torch.randint(
+        1, VOCABULARY, (len(lengths), TOKENS + 1), generator=torch.Generator().manual_seed(2)
+    )
     kept = torch.arange(TOKENS) < torch.tensor(lengths)[:, None]
     inputs, labels = ids[:, :-1].where(kept, padding), ids[:, 1:].where(kept, -100)
     return Dicts(input_ids=inputs, attention_mask=kept.long(), labels=labels)
@@ -49,7 +54,9 @@ def texts(lengths: tuple[int, ...] = (TOKENS, TOKENS - 1, TOKENS - 3), padding: 
 
 def images() -> Dicts:
     generator = torch.Generator().manual_seed(3)
-    return Dicts(pixel_values=torch.randn(5, 1, 4, 4, generator=generator), labels=torch.arange(5) % 3)
+    return Dicts(
+        pixel_values=torch.randn(5, 1, 4, 4, generator=generator), labels=torch.arange(5) % 3
+    )
 
 
 def seeded(build: Callable[[Any], nn.Module], config: Any, attention: str) -> nn.Module:
@@ -58,25 +65,42 @@ def seeded(build: Callable[[Any], nn.Module], config: Any, attention: str) -> nn
         torch.manual_seed(0)
         model = build(config)
         with torch.no_grad():
-            for p in model.parameters():  # the default's norms of 1 and biases of 0 would hide errors
+            for (
+                p
+            ) in model.parameters():  # the default's norms of 1 and biases of 0 would hide errors
                 p.add_(0.3 * torch.randn_like(p))
     return model.eval()
 
 
 def gpt2(attention: str, **options: int) -> nn.Module:
     sizes = {"n_embd": 4, "n_layer": 1, "n_head": 2, **options}
-    tokens = {"vocab_size": VOCABULARY, "n_positions": TOKENS, "bos_token_id": None, "eos_token_id": None}
-    return seeded(transformers.GPT2LMHeadModel, transformers.GPT2Config(**sizes, **tokens), attention)
+    tokens = {
+        "vocab_size": VOCABULARY,
+        "n_positions": TOKENS,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    return seeded(
+        transformers.GPT2LMHeadModel, transformers.GPT2Config(**sizes, **tokens), attention
+    )
 
 
 def vit(attention: str) -> nn.Module:
-    sizes = {"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 6}
-    config = transformers.ViTConfig(image_size=4, patch_size=2, num_channels=1, num_labels=3, **sizes)
+    sizes = {
+        "hidden_size": 4,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 6,
+    }
+    config = transformers.ViTConfig(
+        image_size=4, patch_size=2, num_channels=1, num_labels=3, **sizes
+    )
     return seeded(transformers.ViTForImageClassification, config, attention)
 
 
 def brute_force(model: nn.Module, data: Dicts) -> Params:
-    """Sum over samples, scored positions t and classes y of p_ty (d log p_ty / dw)^2, per scored position."""
+    """Sum over samples, scored positions t and classes y of p_ty (d log p_ty / dw)^2, per scored
+    position."""
     total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     count = 0
     for n in range(len(data)):
@@ -107,15 +131,20 @@ class TestUnchanged:
         model = build(attention).double()
         loader = DataLoader(data, batch_size=2)
         assert_close(
-            estimate_curvature(model, loader, structure="diagonal", kind="exact").diagonal(), brute_force(model, data)
+            estimate_curvature(model, loader, structure="diagonal", kind="exact").diagonal(),
+            brute_force(model, data),
         )
 
     def test_ekfac_keeps_the_trace(self, build: Any, data: Dicts, attention: str) -> None:
         model = build(attention).double()
-        found = estimate_curvature(model, DataLoader(data, batch_size=2), structure="ekfac", kind="exact")
+        found = estimate_curvature(
+            model, DataLoader(data, batch_size=2), structure="ekfac", kind="exact"
+        )
         truth = brute_force(model, data)
         assert set(found.diagonal()) == set(truth)
-        assert found.trace() == pytest.approx(sum(float(value.sum()) for value in truth.values()), rel=TIGHT)
+        assert found.trace() == pytest.approx(
+            sum(float(value.sum()) for value in truth.values()), rel=TIGHT
+        )
 
     @pytest.mark.parametrize("structure", ["diagonal", "ekfac"])
     def test_model_is_untouched(
@@ -129,7 +158,9 @@ class TestUnchanged:
         model: Any = build(attention)
         config = model.config.to_dict()
         with untouched(model):
-            found = estimate_curvature(model, DataLoader(data, batch_size=2), structure=structure, kind="sketch")
+            found = estimate_curvature(
+                model, DataLoader(data, batch_size=2), structure=structure, kind="sketch"
+            )
         assert model.config.to_dict() == config
         assert 0 < found.trace() < float("inf")
 
@@ -137,7 +168,9 @@ class TestUnchanged:
 def test_padding_takes_no_part(attention: str) -> None:
     model = gpt2(attention).double()
     first, second = (
-        estimate_curvature(model, texts(padding=token), structure="diagonal", kind="exact").diagonal()
+        estimate_curvature(
+            model, texts(padding=token), structure="diagonal", kind="exact"
+        ).diagonal()
         for token in (PADDING, 5)
     )
     assert_close(first, second)
@@ -154,7 +187,9 @@ def test_ekfac_of_several_blocks_does_not_depend_on_the_batch_size(attention: st
     model = gpt2(attention, n_layer=3, n_embd=8).double()
     data = texts((TOKENS, 2, 4, 3, TOKENS, 1, 4))
     one, other = (
-        estimate_curvature(model, DataLoader(data, batch_size=size), structure="ekfac", kind="sketch")
+        estimate_curvature(
+            model, DataLoader(data, batch_size=size), structure="ekfac", kind="sketch"
+        )
         for size in (2, 7)
     )
     assert_close(one.diagonal(), other.diagonal())

@@ -42,7 +42,9 @@ def data() -> DataBundle:
     return DataBundle("made up", bundle(30, 0), bundle(6, 9), CLASSES)
 
 
-def judge(data: DataBundle, forget: Any, kind: Any, original: nn.Module | None = None) -> tuple[Judge, TensorDataset]:
+def judge(
+    data: DataBundle, forget: Any, kind: Any, original: nn.Module | None = None
+) -> tuple[Judge, TensorDataset]:
     validation = bundle(24, 1)
     settings = ForgetSet("x", kind, count=3)
     return Judge.of(original or Echo(), data, np.asarray(forget), settings, validation), validation
@@ -66,13 +68,18 @@ class TestJudge:
         loss = nn.CrossEntropyLoss(reduction="none")
         x, y = data.train.tensors
         like = validation.tensors[1] <= 1
-        members, others = loss(x[forget], y[forget]), loss(validation.tensors[0][like], validation.tensors[1][like])
+        members, others = (
+            loss(x[forget], y[forget]),
+            loss(validation.tensors[0][like], validation.tensors[1][like]),
+        )
         u = mannwhitneyu(members.numpy(), others.numpy()).statistic / (len(members) * len(others))
         assert not found.whole
         assert found(Echo()).memory == pytest.approx(100 * abs(2 * u - 1))
         assert found(Echo()).total == found(Echo()).damage + found(Echo()).memory
 
-    def test_mislabelled_samples_against_unseen_ones_with_wrong_labels(self, data: DataBundle) -> None:
+    def test_mislabelled_samples_against_unseen_ones_with_wrong_labels(
+        self, data: DataBundle
+    ) -> None:
         found, validation = judge(data, [1, 2, 5], "mislabelled")
         labels = validation.tensors[1]
         assert torch.equal(found.unseen.tensors[1], other_labels(labels, 3, 0))
@@ -110,4 +117,6 @@ class TestSettings:
 
         tried = list(settings(Method, 100))  # type: ignore[arg-type]
         assert len(tried) == 6
-        assert {(t.get("a", 1), t.get("b", 4)) for t in tried} == {(a, b) for a in (1, 2) for b in (3, 4, 5)}
+        assert {(t.get("a", 1), t.get("b", 4)) for t in tried} == {
+            (a, b) for a in (1, 2) for b in (3, 4, 5)
+        }

@@ -1,4 +1,5 @@
-"""The published forms of Fisher forgetting against a loop over samples and classes, written from their descriptions."""
+"""The published forms of Fisher forgetting against a loop over samples and classes, written from
+their descriptions."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ def images(width: int = 6) -> tuple[nn.Module, TensorDataset]:
 
 
 def fisher(model: nn.Module, data: TensorDataset, forgotten: list[int]) -> list[Tensor]:
-    """(1/n_r) sum_n sum_y p_ny (d log p_ny / dw)^2 with batches of one sample and one backward pass a class."""
+    """(1/n_r) sum_n sum_y p_ny (d log p_ny / dw)^2 with batches of one sample and one backward pass
+    a class."""
     retained = [n for n in range(SAMPLES) if n not in forgotten]
     sums = [torch.zeros_like(p) for p in model.parameters()]
     for n in retained:
@@ -76,11 +78,15 @@ def assert_weights(found: nn.Module, expected: list[Tensor]) -> None:
 @pytest.mark.parametrize("forgotten", [CLASS_1, SOME])
 def test_paper(forgotten: list[int]) -> None:
     model, data = images()
-    variant = paper_forget(model, DataLoader(data, batch_size=4), forgotten, scale=0.02, seed=3, progress=False)
+    variant = paper_forget(
+        model, DataLoader(data, batch_size=4), forgotten, scale=0.02, seed=3, progress=False
+    )
     roots = [(f + 1e-8) ** -0.25 for f in fisher(model, data, forgotten)]
     for scale, seed, found in ((0.02, 3, variant.model()), (0.3, 8, variant.model(0.3, 8))):
         xi = draws(model, seed)
-        expected = [p + scale * r * z for p, r, z in zip(model.parameters(), roots, xi, strict=True)]
+        expected = [
+            p + scale * r * z for p, r, z in zip(model.parameters(), roots, xi, strict=True)
+        ]
         assert_weights(found, expected)
 
 
@@ -94,13 +100,19 @@ def test_tau_of_the_paper() -> None:
 def by_the_code(
     model: nn.Module, fishers: list[Tensor], reset: int | None, alpha: float, seed: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Row by row of every tensor, what the public code does to it: expected weights and variances."""
+    """Row by row of every tensor, what the public code does to it: expected weights and
+    variances."""
     weights, variances = [], []
     for p, f, xi in zip(model.parameters(), fishers, draws(model, seed), strict=True):
         last = p.shape[0] == CLASSES
         rows, spreads = [], []
         for row in range(p.shape[0]):
-            var = torch.minimum(1 / (f[row] + 1e-8), torch.tensor(1e2 if last else 1e3, dtype=f.dtype)) * alpha
+            var = (
+                torch.minimum(
+                    1 / (f[row] + 1e-8), torch.tensor(1e2 if last else 1e3, dtype=f.dtype)
+                )
+                * alpha
+            )
             if p.dim() > 1:  # dimension 1 of the tensor is dimension 0 of its row
                 var = torch.zeros_like(var) + sum(var) / len(var)
             mu = p[row].detach()
@@ -117,19 +129,24 @@ def by_the_code(
 
 @pytest.mark.parametrize("width", [6, CLASSES])
 @pytest.mark.parametrize(
-    ("forgotten", "asked", "reset"), [(CLASS_1, "auto", 1), (SOME, "auto", None), (CLASS_1, None, None), (SOME, 2, 2)]
+    ("forgotten", "asked", "reset"),
+    [(CLASS_1, "auto", 1), (SOME, "auto", None), (CLASS_1, None, None), (SOME, 2, 2)],
 )
 def test_reference_code(forgotten: list[int], asked: Any, reset: int | None, width: int) -> None:
     model, data = images(width)
     loader = DataLoader(data, batch_size=4)
-    variant = reference_code_forget(model, loader, forgotten, forgotten_class=asked, seed=3, progress=False)
+    variant = reference_code_forget(
+        model, loader, forgotten, forgotten_class=asked, seed=3, progress=False
+    )
     assert (variant.classes, variant.forgotten_class) == (CLASSES, reset)
     fishers = fisher(model, data, forgotten)
     for alpha, seed, found in ((3e-6, 3, variant.model()), (1e-3, 8, variant.model(1e-3, 8))):
         expected, variances = by_the_code(model, fishers, reset, alpha, seed)
         assert_weights(found, expected)
     if reset is not None:
-        assert all(bool((v[reset] == 1e-3).all()) for v in variances[-2:])  # 1e-4, then the factor of the last layer
+        assert all(
+            bool((v[reset] == 1e-3).all()) for v in variances[-2:]
+        )  # 1e-4, then the factor of the last layer
 
 
 def test_every_clamp_of_the_reference_code_matters_here() -> None:
@@ -145,7 +162,9 @@ def test_every_clamp_of_the_reference_code_matters_here() -> None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 class TestLaws:
-    def variant(self, name: str, model: nn.Module, data: Any, forgotten: Any, **options: Any) -> Variant:
+    def variant(
+        self, name: str, model: nn.Module, data: Any, forgotten: Any, **options: Any
+    ) -> Variant:
         scale = {"scale": 1e-2} if name == "paper" else {"alpha": 1e-4}
         return VARIANTS[name](model, data, forgotten, **(scale | {"progress": False} | options))
 
@@ -163,16 +182,22 @@ class TestLaws:
         with untouched(model):
             drawn = self.variant(name, model, data, SOME).model()
         assert all(p.grad is None and p.requires_grad for p in drawn.parameters())
-        assert not {p.data_ptr() for p in drawn.parameters()} & {p.data_ptr() for p in model.parameters()}
+        assert not {p.data_ptr() for p in drawn.parameters()} & {
+            p.data_ptr() for p in model.parameters()
+        }
 
     def test_draws_depend_on_scale_and_seed_alone(self, name: str) -> None:
         model, data = images()
         variant = self.variant(name, model, data, SOME)
-        first, again, other = (nn.utils.parameters_to_vector(variant.model(seed=s).parameters()) for s in (1, 1, 2))
+        first, again, other = (
+            nn.utils.parameters_to_vector(variant.model(seed=s).parameters()) for s in (1, 1, 2)
+        )
         assert torch.equal(first, again)
         assert not torch.equal(first, other)
         none = variant.model(0)
-        assert all(torch.equal(a, b) for a, b in zip(none.parameters(), model.parameters(), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(none.parameters(), model.parameters(), strict=True)
+        )
 
     def test_later_changes_of_the_model_do_not_matter(self, name: str) -> None:
         model, data = images()
@@ -192,14 +217,18 @@ class TestLaws:
         model[0].weight.requires_grad_(False)
         drawn = self.variant(name, model, data, SOME).model()
         assert all(torch.equal(a, b) for a, b in zip(drawn.buffers(), model.buffers(), strict=True))
-        moved = {n for n, p in drawn.named_parameters() if not torch.equal(p, model.get_parameter(n))}
+        moved = {
+            n for n, p in drawn.named_parameters() if not torch.equal(p, model.get_parameter(n))
+        }
         assert moved == {n for n, _ in model.named_parameters()} - {"0.weight"}
         assert not drawn.training
 
 
 class TestForgottenClass:
     def found(self, data: Any, forgotten: Any) -> int | None:
-        return reference_code_forget(seeded(small_net), data, forgotten, progress=False).forgotten_class
+        return reference_code_forget(
+            seeded(small_net), data, forgotten, progress=False
+        ).forgotten_class
 
     def test_all_of_one_class(self) -> None:
         data = blobs_data()
@@ -216,7 +245,10 @@ class TestForgottenClass:
 
     def test_probabilities_have_no_class(self) -> None:
         x, y = blobs_data().tensors
-        assert self.found(TensorDataset(x, nn.functional.one_hot(y, 3).float()), range(2, 60, 3)) is None
+        assert (
+            self.found(TensorDataset(x, nn.functional.one_hot(y, 3).float()), range(2, 60, 3))
+            is None
+        )
 
 
 @pytest.mark.parametrize(
@@ -237,7 +269,11 @@ class TestForgottenClass:
         (SplitError, "empty", {"forget_idx": []}),
         (SplitError, "60", {"forget_idx": [60]}),
         (ModelError, "eval", {"model": nn.Sequential(nn.Linear(4, 3), nn.Dropout())}),
-        (FisherForgetError, "logits", {"model": nn.Sequential(nn.Linear(4, 3), nn.Flatten(0)).eval()}),
+        (
+            FisherForgetError,
+            "logits",
+            {"model": nn.Sequential(nn.Linear(4, 3), nn.Flatten(0)).eval()},
+        ),
     ],
 )
 def test_the_reference_code_refuses(
@@ -245,7 +281,9 @@ def test_the_reference_code_refuses(
 ) -> None:
     model = options.pop("model", None) or seeded(small_net)
     with untouched(model), pytest.raises(error, match=word):
-        reference_code_forget(model, blobs_data(), options.pop("forget_idx", [0, 5]), progress=False, **options)
+        reference_code_forget(
+            model, blobs_data(), options.pop("forget_idx", [0, 5]), progress=False, **options
+        )
 
 
 @pytest.mark.parametrize(
@@ -270,7 +308,9 @@ def test_the_paper_refuses(
 
 
 def test_draws_refuse_too() -> None:
-    variant = paper_forget(seeded(small_net), blobs_data(), [0, 5], scale=np.float32(0.1), progress=False)
+    variant = paper_forget(
+        seeded(small_net), blobs_data(), [0, 5], scale=np.float32(0.1), progress=False
+    )
     for scale, seed in ((-1, 0), (0.1, -1)):
         with pytest.raises(ConfigError):
             variant.model(scale, seed)
@@ -289,5 +329,7 @@ def test_the_paper_takes_other_likelihoods() -> None:
     targets = torch.rand(60, 3, generator=torch.Generator().manual_seed(0))
     for likelihood in ("gaussian", "bernoulli"):
         data = TensorDataset(x, targets)
-        variant = paper_forget(seeded(small_net), data, [0], scale=0.1, likelihood=likelihood, progress=False)
+        variant = paper_forget(
+            seeded(small_net), data, [0], scale=0.1, likelihood=likelihood, progress=False
+        )
         assert all(bool(torch.isfinite(p).all()) for p in variant.model().parameters())

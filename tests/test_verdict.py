@@ -22,18 +22,26 @@ from fisher_forget.evaluate.verdict import (
 )
 
 RETRAINED = [0.60, 0.64, 0.62, 0.66, 0.63]  # mean 0.63, s = 0.02236
-WIDE = np.linspace(-1.6, 1.6, 20) / np.std(np.linspace(-1.6, 1.6, 20), ddof=1)  # 20 models, mean 0, s = 1
+WIDE = np.linspace(-1.6, 1.6, 20) / np.std(
+    np.linspace(-1.6, 1.6, 20), ddof=1
+)  # 20 models, mean 0, s = 1
 
 
-def rate(models: int, margin: float | None, distance: float | None, seed: int, runs: int = 1) -> dict[str, float]:
-    """Shares of labels over 1000 worlds of retrained models N(0, 1); no distance: the scrubbed are such models."""
+def rate(
+    models: int, margin: float | None, distance: float | None, seed: int, runs: int = 1
+) -> dict[str, float]:
+    """Shares of labels over 1000 worlds of retrained models N(0, 1); no distance: the scrubbed are
+    such models."""
     rng = np.random.default_rng(seed)
     labels = []
     for _ in range(1000):
         r = rng.normal(size=models)
         x = rng.normal(size=runs) if distance is None else np.full(1, distance)
         labels.append(verdict(x, r, original=1e3, margin=margin).label)
-    return {label: labels.count(label) / 1000 for label in (NOT_FORGOTTEN, INDISTINGUISHABLE, OVER_FORGOTTEN)}
+    return {
+        label: labels.count(label) / 1000
+        for label in (NOT_FORGOTTEN, INDISTINGUISHABLE, OVER_FORGOTTEN)
+    }
 
 
 def likely(share: float, probability: float) -> bool:
@@ -45,7 +53,9 @@ def likely(share: float, probability: float) -> bool:
 class TestErrorRates:
     @pytest.fixture(autouse=True)
     def _quick(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(module, "_needed", lambda *_: None)  # most of the time, and nothing to the labels
+        monkeypatch.setattr(
+            module, "_needed", lambda *_: None
+        )  # most of the time, and nothing to the labels
 
     @pytest.mark.parametrize("models", [2, 5, 20])
     def test_a_retrained_model_is_rejected_in_five_percent(self, models: int) -> None:
@@ -60,14 +70,18 @@ class TestErrorRates:
 
     @pytest.mark.parametrize("models", [5, 20])
     def test_so_is_one_at_a_given_margin(self, models: int) -> None:
-        # The two one-sided tests are exact at one side of the margin; the other side only takes probability away.
+        # The two one-sided tests are exact at one side of the margin; the other side only takes
+        # probability away.
         found = rate(models, 1.5, 1.5, seed=40 + models)[INDISTINGUISHABLE]
         assert round(1000 * found) <= stats.binom.ppf(1 - 1e-5, 1000, 0.05)
         assert found > 0.02
 
     @pytest.mark.parametrize("distance", [0.0, 0.5, 1.2])
     def test_power_is_what_it_says(self, distance: float) -> None:
-        assert likely(rate(10, None, distance, seed=50)[INDISTINGUISHABLE], equivalence_power(10, 2.0, distance))
+        assert likely(
+            rate(10, None, distance, seed=50)[INDISTINGUISHABLE],
+            equivalence_power(10, 2.0, distance),
+        )
 
     def test_several_runs_are_judged_by_welch(self) -> None:
         found = rate(8, None, None, seed=60, runs=6)
@@ -82,7 +96,9 @@ class TestAgainstScipy:
         assert found.target == pytest.approx(0.63)
         assert found.margin == pytest.approx(2 * 0.0223607, rel=1e-5)
         # The same as a t-test with equal variances of one value against five.
-        assert found.p_value == pytest.approx(stats.ttest_ind([0.65], RETRAINED, equal_var=True).pvalue)
+        assert found.p_value == pytest.approx(
+            stats.ttest_ind([0.65], RETRAINED, equal_var=True).pvalue
+        )
 
     def test_welch(self) -> None:
         x = torch.tensor([0.60, 0.66, 0.69], dtype=torch.float64)
@@ -105,16 +121,26 @@ class TestAgainstScipy:
     def test_two_one_sided_welch_tests(self) -> None:
         x = np.array([0.62, 0.65, 0.66])
         for margin in (0.03, 0.04, 0.05, 0.06):
-            below = stats.ttest_ind(x - margin, RETRAINED, equal_var=False, alternative="less").pvalue < 0.05
-            above = stats.ttest_ind(x + margin, RETRAINED, equal_var=False, alternative="greater").pvalue < 0.05
+            below = (
+                stats.ttest_ind(x - margin, RETRAINED, equal_var=False, alternative="less").pvalue
+                < 0.05
+            )
+            above = (
+                stats.ttest_ind(
+                    x + margin, RETRAINED, equal_var=False, alternative="greater"
+                ).pvalue
+                < 0.05
+            )
             found = verdict(x, RETRAINED, original=1.0, margin=margin).label
             assert found == (INDISTINGUISHABLE if below and above else UNDECIDED)
 
     def test_power_by_hand(self) -> None:
-        # Known margin c, M = 16, t_{15, 0.95} = 1.75305: |x - rbar| / s < c - 1.75305 / 4, and for a retrained model
-        # (x - rbar) / (s sqrt(17/16)) is Student's t with 15 degrees of freedom.
+        # Known margin c, M = 16, t_{15, 0.95} = 1.75305: |x - rbar| / s < c - 1.75305 / 4, and for
+        # a retrained model (x - rbar) / (s sqrt(17/16)) is Student's t with 15 degrees of freedom.
         bound = (3 - 1.75305 / 4) / math.sqrt(17 / 16)
-        assert equivalence_power(16, 3.0, known=True) == pytest.approx(2 * stats.t.cdf(bound, 15) - 1, abs=1e-5)
+        assert equivalence_power(16, 3.0, known=True) == pytest.approx(
+            2 * stats.t.cdf(bound, 15) - 1, abs=1e-5
+        )
         assert verdict(0.0, WIDE, original=9.0).power == pytest.approx(equivalence_power(20))
 
 
@@ -152,7 +178,10 @@ class TestLabels:
 
     def test_does_not_depend_on_unit_and_origin(self) -> None:
         for x in (0.3, 1.8, 4.0):
-            ours, theirs = verdict(x, WIDE, original=10.0), verdict(5 - 100 * x, 5 - 100 * WIDE, original=5 - 1000.0)
+            ours, theirs = (
+                verdict(x, WIDE, original=10.0),
+                verdict(5 - 100 * x, 5 - 100 * WIDE, original=5 - 1000.0),
+            )
             assert (ours.label, ours.models_needed) == (theirs.label, theirs.models_needed)
             assert ours.p_value == pytest.approx(theirs.p_value)
 
@@ -219,7 +248,8 @@ class TestModelsNeeded:
         assert equivalence_power(found - 1, 2.0, distance, known=known) < 0.8
 
     def test_approaches_the_normal_formula(self) -> None:
-        # A known margin c at distance d: n = ((z_0.8 + z_0.95) / (c - d))^2 = 618 for c - d = 0.1, d small.
+        # A known margin c at distance d: n = ((z_0.8 + z_0.95) / (c - d))^2 = 618 for c - d = 0.1,
+        # d small.
         expected = ((stats.norm.ppf(0.8) + stats.norm.ppf(0.95)) / 0.1) ** 2
         assert models_needed(0.2, 0.1, known=True) == pytest.approx(expected, rel=0.02)
 

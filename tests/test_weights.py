@@ -1,4 +1,5 @@
-"""Distances, cosines and efficacy: hand-computed values, the dense empirical Fisher, Jensen's inequality."""
+"""Distances, cosines and efficacy: hand-computed values, the dense empirical Fisher, Jensen's
+inequality."""
 
 from __future__ import annotations
 
@@ -65,10 +66,18 @@ class TestCosine:
 
     @pytest.mark.parametrize(
         ("retrained", "expected"),
-        [((9.0, 1.0), 1.0), ((1.0, 3.0), 0.0), ((0.5, 1.0), -1.0), ((3.0, 3.0), 0.5**0.5), ((0.0, 2.0), -(0.5**0.5))],
+        [
+            ((9.0, 1.0), 1.0),
+            ((1.0, 3.0), 0.0),
+            ((0.5, 1.0), -1.0),
+            ((3.0, 3.0), 0.5**0.5),
+            ((0.0, 2.0), -(0.5**0.5)),
+        ],
     )
     def test_by_hand(self, retrained: tuple[float, float], expected: float) -> None:
-        assert step_cosine(self.ORIGINAL, self.SCRUBBED, linear(*retrained)) == pytest.approx(expected, abs=1e-12)
+        assert step_cosine(self.ORIGINAL, self.SCRUBBED, linear(*retrained)) == pytest.approx(
+            expected, abs=1e-12
+        )
 
     def test_several_retrained_models_are_averaged(self) -> None:
         members = [linear(9.0, 1.0), linear(1.0, 3.0), linear(3.0, 3.0)]
@@ -98,7 +107,9 @@ def case(name: str) -> tuple[nn.Module, Tensor, Tensor, Likelihood]:
 
 class TestEfficacy:
     @pytest.mark.parametrize("name", ["mlp", "sequence", "bernoulli", "gaussian"])
-    def test_against_the_dense_empirical_fisher_and_jensen(self, name: str, untouched: Untouched) -> None:
+    def test_against_the_dense_empirical_fisher_and_jensen(
+        self, name: str, untouched: Untouched
+    ) -> None:
         model, x, y, likelihood = case(name)
         chosen = [0, 2, 3]
         split = resolve_split(TensorDataset(x, y), chosen)
@@ -106,19 +117,29 @@ class TestEfficacy:
         with untouched(model):
             found = efficacy(model, split, likelihood)
         assert found == pytest.approx(1 / float(fisher.trace()), rel=1e-9)
-        mean = likelihood.losses(model(x[chosen]), y[chosen]).sum() / likelihood.counts(y[chosen]).sum()
+        mean = (
+            likelihood.losses(model(x[chosen]), y[chosen]).sum()
+            / likelihood.counts(y[chosen]).sum()
+        )
         gradient = torch.autograd.grad(mean, list(model.parameters()))
         assert found <= 1 / sum(float(g.square().sum()) for g in gradient)
 
     def test_one_forgotten_sample_attains_the_bound(self) -> None:
         model, x, y, likelihood = case("mlp")
         loss = likelihood.losses(model(x[4:5]), y[4:5]).sum()
-        square = sum(float(g.square().sum()) for g in torch.autograd.grad(loss, list(model.parameters())))
-        assert efficacy(model, resolve_split(TensorDataset(x, y), [4])) == pytest.approx(1 / square, rel=1e-9)
+        square = sum(
+            float(g.square().sum()) for g in torch.autograd.grad(loss, list(model.parameters()))
+        )
+        assert efficacy(model, resolve_split(TensorDataset(x, y), [4])) == pytest.approx(
+            1 / square, rel=1e-9
+        )
 
     def test_by_hand(self) -> None:
-        """f = w x with w = 2, y = 1, squared error over 2: g = (w x - y) x = 1 at x = 1, and 6 at x = 2."""
-        data = TensorDataset(torch.tensor([[1.0], [2.0], [0.5]]), torch.tensor([[1.0], [1.0], [1.0]]))
+        """f = w x with w = 2, y = 1, squared error over 2: g = (w x - y) x = 1 at x = 1, and 6 at x
+        = 2."""
+        data = TensorDataset(
+            torch.tensor([[1.0], [2.0], [0.5]]), torch.tensor([[1.0], [1.0], [1.0]])
+        )
         found = efficacy(linear(2.0).eval(), resolve_split(data, [0, 1]), "gaussian")
         assert found == pytest.approx(1 / ((1 + 36) / 2))
 

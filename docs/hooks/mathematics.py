@@ -1,4 +1,5 @@
-"""Formulas of the documentation as inline SVG: readable without a network, a script or a font of the reader's."""
+"""Formulas of the documentation as inline SVG: readable without a network, a script or a font of
+the reader's."""
 
 from __future__ import annotations
 
@@ -14,17 +15,22 @@ with warnings.catch_warnings():
     import ziamath
 
 SIZE = 16.0  # pixels a line of text; the page scales it
-_FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>([.,;:)’]*)', re.DOTALL)
+_FORMULA = re.compile(
+    r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>([.,;:)’]*)', re.DOTALL
+)
 
 
 def on_page_content(content: str, **_: Any) -> str:
     """Draw what the Markdown extension has marked as a formula."""
-    return _FORMULA.sub(lambda found: drawn(html.unescape(found[2]).strip(), found[1] == "div", found[3]), content)
+    return _FORMULA.sub(
+        lambda found: drawn(html.unescape(found[2]).strip(), found[1] == "div", found[3]), content
+    )
 
 
 @cache
 def drawn(tex: str, display: bool, after: str = "") -> str:
-    """An SVG element of a formula, on the line where it is inline, named by its TeX source for screen readers.
+    """An SVG element of a formula, on the line where it is inline, named by its TeX source for
+    screen readers.
 
     Args:
         tex: Formula in TeX.
@@ -33,7 +39,9 @@ def drawn(tex: str, display: bool, after: str = "") -> str:
     """
     formula = ziamath.Latex(tex, size=SIZE, color="currentColor", inline=not display)
     svg = formula.svgxml()
-    width, height, drop = (float(x) / SIZE for x in (svg.get("width"), svg.get("height"), formula.getyofst()))
+    width, height, drop = (
+        float(x) / SIZE for x in (svg.get("width"), svg.get("height"), formula.getyofst())
+    )
     svg.set("width", f"{width:.3f}em")
     svg.set("height", f"{height:.3f}em")
     svg.set("role", "img")
@@ -42,4 +50,6 @@ def drawn(tex: str, display: bool, after: str = "") -> str:
         svg.set("style", f"vertical-align: {drop:.3f}em")
     ElementTree.register_namespace("", "http://www.w3.org/2000/svg")
     kind = "div" if display else "span"
-    return f'<{kind} class="formula">{ElementTree.tostring(svg, encoding="unicode")}{after}</{kind}>'
+    return (
+        f'<{kind} class="formula">{ElementTree.tostring(svg, encoding="unicode")}{after}</{kind}>'
+    )

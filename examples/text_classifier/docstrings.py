@@ -1,7 +1,9 @@
-"""A text classifier that is not ours: DistilBERT of `transformers`, telling from which library a sentence comes.
+"""A text classifier that is not ours: DistilBERT of `transformers`, telling from which library a
+sentence comes.
 
-The text needs no download: it is the docstrings of four libraries that are installed with fisher_forget. Classes, in
-this order: matplotlib, pandas, sklearn, torch. A sentence that names its library is left out.
+The text needs no download: it is the docstrings of four libraries that are installed with
+fisher_forget. Classes, in this order: matplotlib, pandas, sklearn, torch. A sentence that names its
+library is left out.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 LIBRARIES = ("matplotlib", "pandas", "sklearn", "torch")
 NAMES = re.compile(
-    "|".join([*LIBRARIES, "numpy", "scipy", "scikit", "pyplot", "mpl"]) + r"|\b(np|pd|plt)\b", re.IGNORECASE
+    "|".join([*LIBRARIES, "numpy", "scipy", "scikit", "pyplot", "mpl"]) + r"|\b(np|pd|plt)\b",
+    re.IGNORECASE,
 )
 WORDS = range(12, 40)  # of a sentence
 FILES = 40  # read at a time
@@ -52,7 +55,12 @@ def load(
 
 
 def build(
-    classes: int = 4, vocabulary: int = 1500, tokens: int = 24, width: int = 64, layers: int = 1, spread: float = 0.1
+    classes: int = 4,
+    vocabulary: int = 1500,
+    tokens: int = 24,
+    width: int = 64,
+    layers: int = 1,
+    spread: float = 0.1,
 ) -> nn.Module:
     """DistilBERT, much smaller than the published one, with random weights from the global seed."""
     config = DistilBertConfig(
@@ -70,7 +78,8 @@ def build(
 
 
 def sentences(library: str) -> Iterator[str]:
-    """Different sentences of a library's docstrings in an order that mixes its files; nothing is imported.
+    """Different sentences of a library's docstrings in an order that mixes its files; nothing is
+    imported.
 
     Raises:
         ModuleNotFoundError: If it is not installed.
@@ -78,11 +87,15 @@ def sentences(library: str) -> Iterator[str]:
     spec = find_spec(library)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"{library} is not installed")
-    files = sorted(path for path in Path(spec.origin).parent.rglob("*.py") if "tests" not in path.parts)
+    files = sorted(
+        path for path in Path(spec.origin).parent.rglob("*.py") if "tests" not in path.parts
+    )
     mixed, seen = random.Random(0), set[str]()
     mixed.shuffle(files)
     for start in range(0, len(files), FILES):
-        found = sorted({text for path in files[start : start + FILES] for text in in_file(path)} - seen)
+        found = sorted(
+            {text for path in files[start : start + FILES] for text in in_file(path)} - seen
+        )
         seen.update(found)
         mixed.shuffle(found)
         yield from found
@@ -111,10 +124,14 @@ def learnt(texts: list[str], vocabulary: int, tokens: int) -> Tokenizer:
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     special = [PADDING, UNKNOWN, FIRST]  # with the ids 0, 1, 2
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=special, show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
     # DistilBERT classifies by what it made of the first token
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{FIRST} $A", special_tokens=[(FIRST, 2)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{FIRST} $A", special_tokens=[(FIRST, 2)]
+    )
     tokenizer.enable_truncation(tokens)
     tokenizer.enable_padding(length=tokens, pad_id=0, pad_token=PADDING)
     return tokenizer

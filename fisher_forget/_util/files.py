@@ -1,4 +1,5 @@
-"""Files that survive a kill: written beside their place and moved into it, read without running anything in them."""
+"""Files that survive a kill: written beside their place and moved into it, read without running
+anything in them."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ CHECKSUM = "sha256"  # the format itself does not notice a flipped bit
 AGAIN = "Remove it and compute it again."
 
 
-def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def save_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
     """Write tensors of any layout and device; the file appears complete or not at all.
 
     Tensors that share memory are written once each, and come back as separate ones.
@@ -37,7 +40,10 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
         StorageError: If the file cannot be written.
     """
     # a clone of each, because the format refuses shared memory and strides
-    own = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+    own = {
+        name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, t in tensors.items()
+    }
     notes = {**metadata, CHECKSUM: _hash(own)}
     write_file(Path(path), lambda temporary: save_file(own, temporary, metadata=notes))
 
@@ -53,7 +59,9 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         metadata = dict(file.metadata() or {})
     expected = metadata.pop(CHECKSUM, None)
     if expected is not None and expected != _hash(tensors):
-        raise StorageError(f"{path} with another checksum than it was written with", "an undamaged file", AGAIN)
+        raise StorageError(
+            f"{path} with another checksum than it was written with", "an undamaged file", AGAIN
+        )
     return tensors, metadata
 
 
@@ -76,11 +84,17 @@ def save_model(path: str | Path, model: nn.Module, metadata: Mapping[str, str]) 
     state = model.state_dict()
     odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if odd:
-        raise StorageError(f"state that is not a tensor: {odd}", "tensors only", "Drop get_extra_state from the model.")
+        raise StorageError(
+            f"state that is not a tensor: {odd}",
+            "tensors only",
+            "Drop get_extra_state from the model.",
+        )
     save_tensors(path, state, metadata)
 
 
-def load_model(path: str | Path, model: nn.Module, expect: Mapping[str, str] | None = None) -> nn.Module:
+def load_model(
+    path: str | Path, model: nn.Module, expect: Mapping[str, str] | None = None
+) -> nn.Module:
     """A deep copy of `model`, in eval mode, with the weights and buffers of a file of `save_model`.
 
     Args:
@@ -89,13 +103,16 @@ def load_model(path: str | Path, model: nn.Module, expect: Mapping[str, str] | N
         expect: Metadata that the file must have.
 
     Raises:
-        StorageError: If the file is missing or damaged, its metadata differ from `expect`, or it is of another model.
+        StorageError: If the file is missing or damaged, its metadata differ from `expect`, or it is
+            of another model.
     """
     tensors, metadata = load_tensors(path)
     for name, value in (expect or {}).items():
         if metadata.get(name) != value:
             raise StorageError(
-                f"{path} with {name}={metadata.get(name)!r}", f"{name}={value!r}", "It belongs to another run."
+                f"{path} with {name}={metadata.get(name)!r}",
+                f"{name}={value!r}",
+                "It belongs to another run.",
             )
     return fill_model(model, tensors)
 
@@ -116,14 +133,19 @@ def fill_model(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     if wrong:
         got = ", ".join(wrong[:5]) + (", ..." if len(wrong) > 5 else "")
         fix = "Build the model with the options that the stored one was built with."
-        raise StorageError(f"weights that differ from the model's in {got}", f"those of {type(model).__name__}", fix)
+        raise StorageError(
+            f"weights that differ from the model's in {got}",
+            f"those of {type(model).__name__}",
+            fix,
+        )
     twin.load_state_dict(dict(state))
     twin.zero_grad(set_to_none=True)
     return twin.eval()
 
 
 def write_json(path: str | Path, obj: object) -> None:
-    """Write dataclasses, mappings, sequences, arrays, tensors and scalars as JSON; NaN and infinity become null.
+    """Write dataclasses, mappings, sequences, arrays, tensors and scalars as JSON; NaN and infinity
+    become null.
 
     Raises:
         StorageError: If something else is in it, or the file cannot be written.
@@ -141,7 +163,9 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise StorageError(f"{path}: {error}", "a JSON file written by a finished run", AGAIN) from error
+        raise StorageError(
+            f"{path}: {error}", "a JSON file written by a finished run", AGAIN
+        ) from error
 
 
 def ensure_folder(path: str | Path) -> Path:
@@ -154,15 +178,20 @@ def ensure_folder(path: str | Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StorageError(f"{folder}: {error}", "a folder that can be made", "Name another folder.") from error
+        raise StorageError(
+            f"{folder}: {error}", "a folder that can be made", "Name another folder."
+        ) from error
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise StorageError(f"{folder} without permission to write", "a writable folder", "Name another folder.")
+        raise StorageError(
+            f"{folder} without permission to write", "a writable folder", "Name another folder."
+        )
     return folder
 
 
 @dataclasses.dataclass(frozen=True)
 class RequestLog:
-    """The deletion requests made so far, in a folder that belongs to one model, its data and its options.
+    """The deletion requests made so far, in a folder that belongs to one model, its data and its
+    options.
 
     Attributes:
         folder: Exists and is writable.
@@ -194,14 +223,18 @@ class RequestLog:
 
     def record(self, requests: Sequence[Sequence[int]]) -> None:
         """Write all requests so far."""
-        write_json(self.folder / REQUESTS, {"format": REQUESTS_FORMAT, "mark": self.mark, "requests": requests})
+        write_json(
+            self.folder / REQUESTS,
+            {"format": REQUESTS_FORMAT, "mark": self.mark, "requests": requests},
+        )
 
 
 def fingerprint(*parts: object) -> str:
     """16 hexadecimal digits that change when any part does, and are the same on every machine.
 
-    Parts are scalars, strings, paths, sequences, sets, mappings (in any order), dataclasses, arrays, tensors, modules,
-    functions by their name, and anything whose `repr` says all of it. A tuple equals a list.
+    Parts are scalars, strings, paths, sequences, sets, mappings (in any order), dataclasses,
+    arrays, tensors, modules, functions by their name, and anything whose `repr` says all of it. A
+    tuple equals a list.
 
     Raises:
         StorageError: If a part's `repr` holds a memory address, as that of a lambda does.
@@ -221,7 +254,9 @@ def _hash(part: object) -> str:
 def _pieces(part: object) -> Iterator[bytes | memoryview]:
     """The bytes that stand for a part, type by type."""
     if isinstance(part, Tensor):
-        flat = part.detach().cpu().contiguous().reshape(-1)  # viewed as bytes because NumPy knows no bfloat16
+        flat = (
+            part.detach().cpu().contiguous().reshape(-1)
+        )  # viewed as bytes because NumPy knows no bfloat16
         yield f"tensor {part.dtype} {tuple(part.shape)}".encode()
         yield flat.view(torch.uint8).numpy().data
     elif isinstance(part, np.ndarray) and part.dtype != object:
@@ -232,7 +267,9 @@ def _pieces(part: object) -> Iterator[bytes | memoryview]:
         yield from _pieces(part.state_dict())
     elif dataclasses.is_dataclass(part) and not isinstance(part, type):
         yield f"dataclass {type(part).__qualname__}".encode()
-        yield from _pieces({field.name: getattr(part, field.name) for field in dataclasses.fields(part)})
+        yield from _pieces(
+            {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
+        )
     elif isinstance(part, Mapping):
         yield f"mapping {len(part)}".encode()
         for key in sorted(part, key=repr):
@@ -259,7 +296,9 @@ def _text(part: object) -> str:
     text = f"{part.__module__}.{name}" if "<" not in name else repr(part)
     if re.search(r" at 0x[0-9a-fA-F]+", text):
         fix = "Pass what it is made of instead."
-        raise StorageError(f"{text}, which differs in every run", "a part whose repr says all of it", fix)
+        raise StorageError(
+            f"{text}, which differs in every run", "a part whose repr says all of it", fix
+        )
     return f"{type(part).__name__} {text}"
 
 
@@ -281,18 +320,26 @@ def _plain(obj: object) -> Any:
         return [_plain(item) for item in obj]
     if isinstance(obj, os.PathLike):
         return str(os.fspath(obj))
-    raise StorageError(f"an object of type {type(obj).__name__}", "what JSON can hold", "Convert it before writing it.")
+    raise StorageError(
+        f"an object of type {type(obj).__name__}",
+        "what JSON can hold",
+        "Convert it before writing it.",
+    )
 
 
 @contextmanager
 def _reading(path: Path) -> Iterator[Any]:
     if not path.is_file():
-        raise StorageError(f"no file {path}", "a file written earlier", "Check the path, or compute it again.")
+        raise StorageError(
+            f"no file {path}", "a file written earlier", "Check the path, or compute it again."
+        )
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise StorageError(f"{path}, which cannot be read: {error}", "an undamaged safetensors file", AGAIN) from error
+        raise StorageError(
+            f"{path}, which cannot be read: {error}", "an undamaged safetensors file", AGAIN
+        ) from error
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:

@@ -1,10 +1,11 @@
-r"""Bad teaching: learn from the given model on retained samples, and from an untrained one on forgotten ones.
+r"""Bad teaching: learn from the given model on retained samples, and from an untrained one on
+forgotten ones.
 
     w <- w - lr grad mean over a batch of D_f and part of D_r of KL_T(teacher || student)
 
-with the untrained teacher for samples of D_f, the given model for those of D_r, and KL_T = T^2 KL(. / T || . / T), nats
-per scored position. Chundawat et al. 2023 (arXiv:2205.08096). The public code averages over classes, too, which divides
-the loss by C; Adam does not feel that.
+with the untrained teacher for samples of D_f, the given model for those of D_r, and KL_T = T^2 KL(.
+/ T || . / T), nats per scored position. Chundawat et al. 2023 (arXiv:2205.08096). The public code
+averages over classes, too, which divides the loss by C; Adam does not feel that.
 """
 
 from __future__ import annotations
@@ -56,7 +57,11 @@ class BadTeacher:
     """
 
     name: ClassVar[str] = "bad-teacher"
-    grid: ClassVar[dict[str, tuple[Any, ...]]] = {"lr": (1e-4, 1e-3, 1e-2), "epochs": (1, 3, 5), "share": (0.3, 1.0)}
+    grid: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "lr": (1e-4, 1e-3, 1e-2),
+        "epochs": (1, 3, 5),
+        "share": (0.3, 1.0),
+    }
 
     epochs: int = 1
     share: float = 0.3
@@ -80,7 +85,10 @@ class BadTeacher:
         begun = time.perf_counter()
         likelihood = resolve_likelihood(self.likelihood)
         good, bad = copy.deepcopy(model).eval(), fresh(model, self.seed, self.init).eval()
-        used = np.union1d(some(split.retain, max(1, round(self.share * len(split.retain))), self.seed), split.forget)
+        used = np.union1d(
+            some(split.retain, max(1, round(self.share * len(split.retain))), self.seed),
+            split.forget,
+        )
 
         def loss(forgotten: Tensor, batch: Batch, student: nn.Module) -> Tensor:
             outputs, targets = checked(student, likelihood, batch)
@@ -93,6 +101,10 @@ class BadTeacher:
             for rows, batch in numbered(split, used, self.batch_size, rng):
                 yield partial(loss, torch.from_numpy(np.isin(rows, split.forget)), batch)
 
-        found = descend(model, Descent(self.epochs, self.lr, optimizer="adam"), epoch, seed=self.seed)
-        passes = self.epochs * len(used) * (1 + 2 / 3) / len(split.retain)  # two teachers look at every sample
+        found = descend(
+            model, Descent(self.epochs, self.lr, optimizer="adam"), epoch, seed=self.seed
+        )
+        passes = (
+            self.epochs * len(used) * (1 + 2 / 3) / len(split.retain)
+        )  # two teachers look at every sample
         return Unlearned(found, time.perf_counter() - begun, passes)

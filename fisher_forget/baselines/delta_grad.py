@@ -1,17 +1,21 @@
-r"""DeltaGrad: replay the training without the forgotten samples, with gradients corrected from those of the first run.
+r"""DeltaGrad: replay the training without the forgotten samples, with gradients corrected from
+those of the first run.
 
-Training by gradient descent is recorded: weights w_t and gradients grad L_t of every batch t. The replay knows the
-gradients of the forgotten samples exactly and guesses those of the others from the recorded ones,
+Training by gradient descent is recorded: weights w_t and gradients grad L_t of every batch t. The
+replay knows the gradients of the forgotten samples exactly and guesses those of the others from the
+recorded ones,
 
     w <- w - lr / (n_t - m_t) [n_t (B_t (w - w_t) + grad L_t(w_t)) - sum_{forgotten in t} grad l_i(w)] - lr wd w
 
-with n_t samples in a batch, m_t of them forgotten, and B_t a limited-memory BFGS approximation of the Hessian from
-steps whose gradient is computed in full: the first j_0 and then every T_0-th. Wu, Dobriban and Davidson 2020
-(arXiv:2006.14755); compact form of B_t from Byrd, Nocedal and Schnabel 1994 (Mathematical Programming 63, 129-156).
+with n_t samples in a batch, m_t of them forgotten, and B_t a limited-memory BFGS approximation of
+the Hessian from steps whose gradient is computed in full: the first j_0 and then every T_0-th. Wu,
+Dobriban and Davidson 2020 (arXiv:2006.14755); compact form of B_t from Byrd, Nocedal and Schnabel
+1994 (Mathematical Programming 63, 129-156).
 
-The weight decay is exact in every step. Networks are neither convex nor smooth everywhere: a pair that shows no
-positive curvature does not enter B_t, and a step is computed in full where there is no pair yet, or where
-|B_t (w - w_t)| exceeds |w - w_t| / lr, a curvature that the recorded descent could not have followed either.
+The weight decay is exact in every step. Networks are neither convex nor smooth everywhere: a pair
+that shows no positive curvature does not enter B_t, and a step is computed in full where there is
+no pair yet, or where |B_t (w - w_t)| exceeds |w - w_t| / lr, a curvature that the recorded descent
+could not have followed either.
 """
 
 from __future__ import annotations
@@ -38,12 +42,15 @@ from fisher_forget.params import Params
 from fisher_forget.unlearn.objective import Gradient, Objective
 
 MEMORY = 4 << 30
-CONVEX = 1e-6  # least cosine between a change of weights and one of gradients that tells of a curvature
+CONVEX = (
+    1e-6  # least cosine between a change of weights and one of gradients that tells of a curvature
+)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Plain gradient descent, the training that DeltaGrad can replay. BatchNorm and Dropout stay in eval mode.
+    """Plain gradient descent, the training that DeltaGrad can replay. BatchNorm and Dropout stay in
+    eval mode.
 
     Attributes:
         epochs: Passes over the data.
@@ -101,7 +108,8 @@ class Trajectory:
 
 
 def record(model: nn.Module, split: Split, plan: Plan) -> Trajectory:
-    """Train a copy of the model on all samples of the split, retained and forgotten, and keep the way.
+    """Train a copy of the model on all samples of the split, retained and forgotten, and keep the
+    way.
 
     Args:
         model: At its initial weights, in eval mode; untouched.
@@ -117,7 +125,9 @@ def record(model: nn.Module, split: Split, plan: Plan) -> Trajectory:
         objective = Objective(model, resolve_likelihood(plan.likelihood))
         every, at = split.indices("all"), objective.start
         per_epoch = -(-len(every) // plan.batch_size)
-        needed = 2 * plan.epochs * per_epoch * sum(x.numel() * x.element_size() for x in at.values())
+        needed = (
+            2 * plan.epochs * per_epoch * sum(x.numel() * x.element_size() for x in at.values())
+        )
         if needed > plan.memory:
             raise ConfigError(
                 f"{plan.epochs * per_epoch:,} steps whose weights and gradients need {needed / 2**30:,.1f} GiB",
@@ -164,7 +174,9 @@ class DeltaGrad:
         for name, least in (("period", 1), ("burn_in", 0), ("history", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(
-                    f"{name}={getattr(self, name)!r}", f"a number of at least {least}", "Correct the method's settings."
+                    f"{name}={getattr(self, name)!r}",
+                    f"a number of at least {least}",
+                    "Correct the method's settings.",
                 )
 
     def unlearn(self, model: nn.Module, split: Split) -> Unlearned:
@@ -184,11 +196,19 @@ class DeltaGrad:
             objective = Objective(model, resolve_likelihood(plan.likelihood))
             at, gradients = P.unflatten(trajectory.weights[0], objective.start), 0
             pairs: deque[tuple[Tensor, Tensor]] = deque(maxlen=self.history)
-            steps = zip(trajectory.batches, trajectory.weights, trajectory.gradients, trajectory.counts, strict=True)
+            steps = zip(
+                trajectory.batches,
+                trajectory.weights,
+                trajectory.gradients,
+                trajectory.counts,
+                strict=True,
+            )
             for number, (rows, before, known, count) in enumerate(steps):
                 gone = np.intersect1d(rows, split.forget)
                 kept = np.setdiff1d(rows, split.forget)
-                if not len(kept):  # training without the forgotten samples would not have had this batch
+                if not len(
+                    kept
+                ):  # training without the forgotten samples would not have had this batch
                     continue
                 away = P.flatten(at) - before
                 forgotten = objective.gradient(split.batches(gone), at)
@@ -209,7 +229,9 @@ class DeltaGrad:
                     if _convex(away, change):
                         pairs.append((away, change))
                 at = _step(at, gradient, plan)
-        return Unlearned(P.load(model, at).eval(), time.perf_counter() - begun, gradients / len(split.retain))
+        return Unlearned(
+            P.load(model, at).eval(), time.perf_counter() - begun, gradients / len(split.retain)
+        )
 
     def _checked(self, model: nn.Module, split: Split) -> Trajectory:
         if self.trajectory is None:
@@ -219,7 +241,9 @@ class DeltaGrad:
                 "Train with delta_grad.record(), and pass DeltaGrad(trajectory=...).",
             )
         own, end = P.trainable(model), P.trainable(self.trajectory.model)
-        if own.keys() != end.keys() or not all(torch.equal(p, end[name]) for name, p in own.items()):
+        if own.keys() != end.keys() or not all(
+            torch.equal(p, end[name]) for name, p in own.items()
+        ):
             raise ModelError(
                 "a model whose weights are not those that the trajectory ends with",
                 "trajectory.model",
@@ -237,7 +261,8 @@ class DeltaGrad:
 def lbfgs_product(pairs: Sequence[tuple[Tensor, Tensor]], v: Tensor) -> Tensor:
     r"""B v, where B is what BFGS updates make of sigma I, pair after pair; zero without pairs.
 
-    Columns S and Y, sigma = y^T s / s^T s of the last pair, D the diagonal and L what is below it of S^T Y:
+    Columns S and Y, sigma = y^T s / s^T s of the last pair, D the diagonal and L what is below it
+    of S^T Y:
 
         B = sigma I - [sigma S, Y] [[sigma S^T S, L], [L^T, -D]]^-1 [sigma S, Y]^T
 
@@ -251,7 +276,9 @@ def lbfgs_product(pairs: Sequence[tuple[Tensor, Tensor]], v: Tensor) -> Tensor:
     sigma = (s[:, -1] @ y[:, -1]) / (s[:, -1] @ s[:, -1])
     across = s.T @ y
     below = across.tril(-1)
-    middle = torch.cat([torch.cat([sigma * s.T @ s, below], 1), torch.cat([below.T, -across.diag().diag()], 1)])
+    middle = torch.cat(
+        [torch.cat([sigma * s.T @ s, below], 1), torch.cat([below.T, -across.diag().diag()], 1)]
+    )
     sides = torch.cat([sigma * s, y], 1)
     wide = v.double()
     product: Tensor = sigma * wide - sides @ torch.linalg.solve(middle, sides.T @ wide)
@@ -268,5 +295,7 @@ def _step(at: Params, gradient: Params, plan: Plan) -> Params:
     """w - lr (gradient + wd w)."""
     after = P.add(at, P.add(gradient, at, plan.weight_decay), -plan.lr)
     if not P.finite(after):
-        raise NumericalError("weights that are not finite", "a descent that converges", "Lower the plan's lr.")
+        raise NumericalError(
+            "weights that are not finite", "a descent that converges", "Lower the plan's lr."
+        )
     return after

@@ -1,4 +1,5 @@
-r"""Fine-tuning: go on training on the retained samples alone, and hope that the others are forgotten on the way.
+r"""Fine-tuning: go on training on the retained samples alone, and hope that the others are
+forgotten on the way.
 
     w <- w - lr (grad of the mean loss of a batch of D_r + wd w)
 
@@ -52,7 +53,8 @@ class FineTune:
             model,
             Descent(self.epochs, self.lr, self.momentum, self.weight_decay),
             lambda _, rng: each(
-                shuffled(split, split.retain, self.batch_size, rng), lambda m, b: mean_loss(m, likelihood, b)
+                shuffled(split, split.retain, self.batch_size, rng),
+                lambda m, b: mean_loss(m, likelihood, b),
             ),
             seed=self.seed,
         )

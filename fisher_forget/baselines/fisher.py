@@ -1,8 +1,9 @@
-r"""Fisher forgetting as a method to compare: the package's own `forget`, and the two published forms
-(Golatkar et al. 2020, arXiv:1911.04933, and its public code).
+r"""Fisher forgetting as a method to compare: the package's own `forget`, and the two published
+forms (Golatkar et al. 2020, arXiv:1911.04933, and its public code).
 
-The work is counted as it happens: a forward pass of a sample is a third of a sample gradient, a backward pass from its
-outputs two thirds. A product with the curvature is two backward passes over a graph that is kept.
+The work is counted as it happens: a forward pass of a sample is a third of a sample gradient, a
+backward pass from its outputs two thirds. A product with the curvature is two backward passes over
+a graph that is kept.
 """
 
 from __future__ import annotations
@@ -57,14 +58,17 @@ class FisherForget:
 
         def run(twin: nn.Module, loader: DataLoader[Any]) -> nn.Module:
             options = {f.name: getattr(self, f.name) for f in fields(self)}
-            return forget(twin, loader, split.forget, unpack=split.unpack, progress=False, **options).model
+            return forget(
+                twin, loader, split.forget, unpack=split.unpack, progress=False, **options
+            ).model
 
         return _measured(model, split, run)
 
 
 @dataclass(frozen=True)
 class GolatkarPaper:
-    """The paper's Fisher forgetting, noise s (F + tau I)^-1/4 xi alone: `fisher_forget.paper_forget`.
+    """The paper's Fisher forgetting, noise s (F + tau I)^-1/4 xi alone:
+    `fisher_forget.paper_forget`.
 
     Attributes:
         scale: s. The paper gives it by constants that are not known; choose it from the grid.
@@ -102,11 +106,13 @@ class GolatkarPaper:
 
 @dataclass(frozen=True)
 class GolatkarCode:
-    """Fisher forgetting as the public code does it: `fisher_forget.reference_code_forget`; classes only.
+    """Fisher forgetting as the public code does it: `fisher_forget.reference_code_forget`; classes
+    only.
 
     Attributes:
         alpha: Scale of the variance.
-        forgotten_class: The class whose row is reset; "auto" for one that is forgotten as a whole, `None` for no row.
+        forgotten_class: The class whose row is reset; "auto" for one that is forgotten as a whole,
+            `None` for no row.
         likelihood: "categorical", or such an instance.
         seed: Of the draw.
     """
@@ -145,8 +151,8 @@ def metered(model: nn.Module) -> tuple[nn.Module, list[float]]:
         model: Untouched.
 
     Returns:
-        The copy, and a list of one number: sample gradients so far, of which a forward pass is a third and a backward
-        pass from the outputs two thirds.
+        The copy, and a list of one number: sample gradients so far, of which a forward pass is a
+        third and a backward pass from the outputs two thirds.
     """
     twin, work = copy.deepcopy(model), [0.0]
 
@@ -157,7 +163,9 @@ def metered(model: nn.Module) -> tuple[nn.Module, list[float]]:
         def back(_gradient: torch.Tensor) -> None:
             nonlocal twice
             work[0] += samples * (4 if twice else 2) / 3
-            twice = twice or torch.is_grad_enabled()  # a graph of the gradient is made, for products to come
+            twice = (
+                twice or torch.is_grad_enabled()
+            )  # a graph of the gradient is made, for products to come
 
         work[0] += samples / 3
         if outputs.requires_grad:
@@ -167,8 +175,11 @@ def metered(model: nn.Module) -> tuple[nn.Module, list[float]]:
     return twin, work
 
 
-def _measured(model: nn.Module, split: Split, run: Callable[[nn.Module, DataLoader[Any]], nn.Module]) -> Unlearned:
-    """What a function makes of a copy of the model and a loader over all samples, in a clean copy, with its cost."""
+def _measured(
+    model: nn.Module, split: Split, run: Callable[[nn.Module, DataLoader[Any]], nn.Module]
+) -> Unlearned:
+    """What a function makes of a copy of the model and a loader over all samples, in a clean copy,
+    with its cost."""
     begun = time.perf_counter()
     check_model(model)
     loader: DataLoader[Any] = DataLoader(

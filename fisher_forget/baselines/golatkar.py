@@ -1,18 +1,21 @@
-r"""The two published forms of Fisher forgetting, to compare `forget` with (Golatkar et al. 2020, arXiv:1911.04933).
+r"""The two published forms of Fisher forgetting, to compare `forget` with (Golatkar et al. 2020,
+arXiv:1911.04933).
 
-Neither has a Newton term: noise alone, shaped by the diagonal Fisher information F of the retained data, hides what the
-forgotten samples left in the weights. The paper and its public code (github.com/AdityaGolatkar/SelectiveForgetting)
-are different methods, the noise being as wide as F^-1/4 in one and F^-1/2 in the other:
+Neither has a Newton term: noise alone, shaped by the diagonal Fisher information F of the retained
+data, hides what the forgotten samples left in the weights. The paper and its public code
+(github.com/AdityaGolatkar/SelectiveForgetting) are different methods, the noise being as wide as
+F^-1/4 in one and F^-1/2 in the other:
 
     paper           w <- w + s (F + tau I)^-1/4 xi           xi ~ N(0, I)
     reference-code  w <- mu + sqrt(var) xi                   var = alpha / (F + 1e-8), clamped, averaged and rescaled
 
-F is the exact diagonal of the generalised Gauss-Newton matrix of the mean loss, in nats per squared weight. The code
-sums (1/n_r) sum_n sum_y p_ny (d log p_ny / dw)^2 sample by sample and class by class. That is the same diagonal, since
-sum_y p_y (e_y - p)(e_y - p)^T = diag(p) - p p^T is the output Hessian of the categorical loss.
+F is the exact diagonal of the generalised Gauss-Newton matrix of the mean loss, in nats per squared
+weight. The code sums (1/n_r) sum_n sum_y p_ny (d log p_ny / dw)^2 sample by sample and class by
+class. That is the same diagonal, since sum_y p_y (e_y - p)(e_y - p)^T = diag(p) - p p^T is the
+output Hessian of the categorical loss.
 
-BatchNorm's running statistics, which hold the forgotten data too, stay as they are, as in the public code; `forget`
-recomputes them.
+BatchNorm's running statistics, which hold the forgotten data too, stay as they are, as in the
+public code; `forget` recomputes them.
 """
 
 from __future__ import annotations
@@ -39,10 +42,13 @@ from fisher_forget.errors import ConfigError
 from fisher_forget.likelihood import Categorical, Likelihood, resolve_likelihood
 from fisher_forget.params import Params
 
-EXPONENT = 0.25  # of the paper, Prop. 4; its own name, since the default method's exponent is an option
+EXPONENT = (
+    0.25  # of the paper, Prop. 4; its own name, since the default method's exponent is an option
+)
 TAU = 1e-8  # the paper has none, and a weight that no retained sample uses has F = 0
 
-# Of the public code, where var is the variance of the noise before and after it is multiplied by alpha.
+# Of the public code, where var is the variance of the noise before and after it is multiplied by
+# alpha.
 ALPHA = 3e-6
 OFFSET = 1e-8  # added to F
 CLAMP, CLAMP_LAST = 1e3, 1e2  # largest var before alpha
@@ -75,7 +81,8 @@ class Variant(ABC):
         """Mean and standard deviation of every weight at a scale."""
 
     def model(self, scale: float | None = None, seed: int | None = None) -> nn.Module:
-        """One draw: a scrubbed copy of the given model, in eval mode; parameters without requires_grad stay.
+        """One draw: a scrubbed copy of the given model, in eval mode; parameters without
+        requires_grad stay.
 
         Args:
             scale: s of the paper's form, alpha of the reference code's.
@@ -89,7 +96,9 @@ class Variant(ABC):
         _check(seed, scale=scale)
         mean, deviation = self.moments(scale)
         xi = P.randn_like(mean, torch.Generator().manual_seed(int(seed)))
-        return P.load(self.given, P.map_params(lambda m, d, x: m + d * x, mean, deviation, xi)).eval()
+        return P.load(
+            self.given, P.map_params(lambda m, d, x: m + d * x, mean, deviation, xi)
+        ).eval()
 
 
 @dataclass(frozen=True)
@@ -115,7 +124,8 @@ class ReferenceCode(Variant):
     """mu + sqrt(var) xi, see `reference_code_forget`.
 
     Attributes:
-        classes: Number of outputs; parameters whose first dimension is as long count as the last layer.
+        classes: Number of outputs; parameters whose first dimension is as long count as the last
+            layer.
         forgotten_class: The class whose row is reset, or `None`.
     """
 
@@ -153,17 +163,20 @@ def paper_forget(
     seed: int = 0,
     progress: bool = True,
 ) -> Paper:
-    r"""Fisher forgetting as the paper has it: w <- w + s (F + tau I)^-1/4 xi, without a Newton term.
+    r"""Fisher forgetting as the paper has it: w <- w + s (F + tau I)^-1/4 xi, without a Newton
+    term.
 
-    s = (lambda sigma_h^2)^(1/4) in the paper (Prop. 4), where neither lambda nor sigma_h is known: try several scales.
+    s = (lambda sigma_h^2)^(1/4) in the paper (Prop. 4), where neither lambda nor sigma_h is known:
+    try several scales.
 
     Args:
-        model: As for `forget`; never changed. BatchNorm's running statistics stay as they are in the result, too.
+        model: As for `forget`; never changed. BatchNorm's running statistics stay as they are in
+            the result, too.
         retain_loader: As for `forget`.
         forget_idx: As for `forget`.
         scale: s >= 0; `Variant.model` draws others from the same estimate.
-        tau: Added to F, nats per squared weight. The paper has none; without it a weight that no retained sample uses
-            gets infinitely wide noise.
+        tau: Added to F, nats per squared weight. The paper has none; without it a weight that no
+            retained sample uses gets infinitely wide noise.
         likelihood: "categorical", "bernoulli", "gaussian", or an instance.
         unpack: As for `forget`.
         seed: Of the draw.
@@ -199,27 +212,33 @@ def reference_code_forget(
     seed: int = 0,
     progress: bool = True,
 ) -> ReferenceCode:
-    """Fisher forgetting as the public code of the paper does it, clamps and all, which is not what the paper says.
+    """Fisher forgetting as the public code of the paper does it, clamps and all, which is not what
+    the paper says.
 
     For every parameter tensor, in this order:
 
-    1. var = 1 / (F + 1e-8), at most 1e3; at most 1e2 where the first dimension equals the number of classes, which is
-       the code's notion of the last layer (its bias included, and any hidden layer that happens to be as wide);
+    1. var = 1 / (F + 1e-8), at most 1e3; at most 1e2 where the first dimension equals the number of
+    classes, which is
+       the code's notion of the last layer (its bias included, and any hidden layer that happens to
+       be as wide);
     2. var *= alpha;
     3. var = its mean over the second dimension, for tensors of more than one;
-    4. where a whole class is forgotten, mean 0 and var 1e-4 for that class's row of the last layer, whatever alpha is;
-    5. var *= 10 in the last layer and in one-dimensional tensors, so that the class's row ends at 1e-3;
+    4. where a whole class is forgotten, mean 0 and var 1e-4 for that class's row of the last layer,
+    whatever alpha is;
+    5. var *= 10 in the last layer and in one-dimensional tensors, so that the class's row ends at
+    1e-3;
     6. w <- mean + sqrt(var) xi.
 
     The code fails on parameters without requires_grad; here they stay as they are.
 
     Args:
-        model: As for `forget`; never changed. BatchNorm's running statistics stay as they are in the result, too.
+        model: As for `forget`; never changed. BatchNorm's running statistics stay as they are in
+            the result, too.
         retain_loader: As for `forget`.
         forget_idx: As for `forget`.
         alpha: Scale of the variance; `Variant.model` draws others from the same estimate.
-        forgotten_class: The class whose row is reset, or `None` for no row; "auto" for the class that all forgotten
-            samples and no retained ones have, if there is one.
+        forgotten_class: The class whose row is reset, or `None` for no row; "auto" for the class
+            that all forgotten samples and no retained ones have, if there is one.
         likelihood: Only "categorical", or such an instance: the code sums over classes.
         unpack: As for `forget`.
         seed: Of the draw.
@@ -247,7 +266,11 @@ def reference_code_forget(
         )
     named = isinstance(forgotten_class, Integral) and not isinstance(forgotten_class, bool)
     if not (named or forgotten_class is None or forgotten_class == "auto"):
-        raise ConfigError(f"forgotten_class={forgotten_class!r}", "a class, None or 'auto'", "Leave it at its default.")
+        raise ConfigError(
+            f"forgotten_class={forgotten_class!r}",
+            "a class, None or 'auto'",
+            "Leave it at its default.",
+        )
     check_model(model)
     with preserved_rng():
         split = resolve_split(retain_loader, forget_idx, unpack=unpack)
@@ -255,20 +278,31 @@ def reference_code_forget(
         chosen = _whole_class(split, classes) if forgotten_class == "auto" else forgotten_class
         if chosen is not None and not 0 <= chosen < classes:
             raise ConfigError(
-                f"forgotten_class={chosen}", f"a class from 0 to {classes - 1}", "Name a class of the model's outputs."
+                f"forgotten_class={chosen}",
+                f"a class from 0 to {classes - 1}",
+                "Name a class of the model's outputs.",
             )
         curvature = _estimate(model, split, likelihood, progress)
     return ReferenceCode(split, curvature, alpha, seed, P.load(model, {}), classes, chosen)
 
 
-VARIANTS: dict[str, Callable[..., Variant]] = {"paper": paper_forget, "reference-code": reference_code_forget}
+VARIANTS: dict[str, Callable[..., Variant]] = {
+    "paper": paper_forget,
+    "reference-code": reference_code_forget,
+}
 """The published forms by name."""
 
 
 def _estimate(model: nn.Module, split: Split, likelihood: Likelihood, progress: bool) -> Curvature:
     """F."""
     return estimate_curvature(
-        model, split, likelihood, structure="diagonal", kind="exact", part="retain", progress=progress
+        model,
+        split,
+        likelihood,
+        structure="diagonal",
+        kind="exact",
+        part="retain",
+        progress=progress,
     )
 
 
@@ -305,7 +339,15 @@ def _check(seed: Any, **numbers: Any) -> None:
         ConfigError: For the first that is out of range or of a wrong type.
     """
     for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
-            raise ConfigError(f"{name}={value!r}", "a finite number of at least 0", f"Correct {name}.")
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, Real)
+            or not 0 <= float(value) < math.inf
+        ):
+            raise ConfigError(
+                f"{name}={value!r}", "a finite number of at least 0", f"Correct {name}."
+            )
     if isinstance(seed, bool) or not isinstance(seed, Integral) or int(seed) < 0:
-        raise ConfigError(f"seed={seed!r}", "a whole number of at least 0", "Correct seed, or leave it at 0.")
+        raise ConfigError(
+            f"seed={seed!r}", "a whole number of at least 0", "Correct seed, or leave it at 0."
+        )

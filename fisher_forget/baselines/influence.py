@@ -2,20 +2,22 @@ r"""Influence unlearning: take the first-order influence of the forgotten sample
 
     w <- w + alpha H^-1 v    v = grad L_D - grad L_r = (m/n) (g_f - g_r)
 
-with g_f, g_r the mean gradients of D_f and D_r, and H the curvature of the retained loss. At a minimum of L_D this is
-the Newton step towards one of L_r (Koh and Liang 2017, arXiv:1703.04730). Two ways to H^-1 v:
+with g_f, g_r the mean gradients of D_f and D_r, and H the curvature of the retained loss. At a
+minimum of L_D this is the Newton step towards one of L_r (Koh and Liang 2017, arXiv:1703.04730).
+Two ways to H^-1 v:
 
-- `WoodFisher`: the damped empirical Fisher of N retained samples, F = lambda I + (1/N) sum_n g_n g_n^T. Adding one
-  sample after the other (Singh and Alistarh 2020, arXiv:2004.14340; for unlearning Izzo et al. 2021, arXiv:2002.10077,
-  and Jia et al. 2023, arXiv:2304.04934),
+- `WoodFisher`: the damped empirical Fisher of N retained samples, F = lambda I + (1/N) sum_n g_n
+  g_n^T. Adding one sample after the other (Singh and Alistarh 2020, arXiv:2004.14340; for
+  unlearning Izzo et al. 2021, arXiv:2002.10077, and Jia et al. 2023, arXiv:2304.04934),
 
       F_{k+1}^-1 x = F_k^-1 x - F_k^-1 g (g^T F_k^-1 x) / (N + g^T F_k^-1 g)
 
-  leads to the same as all of them at once, F^-1 v = (v - G^T (N lambda I + G G^T)^-1 G v) / lambda with rows G [N, d].
-  The public code keeps only one vector o in place of every F_k^-1 g, so that its result lies in the span of v and the
-  first sample's gradient.
-- `Lissa`: the Neumann series h <- v + h - (H_batch + gamma I) h / s on random batches, whose fixed point is
-  s (H + gamma I)^-1 v (Agarwal et al. 2017, arXiv:1602.03943; settings of Zhang et al. 2024, arXiv:2408.00920).
+  leads to the same as all of them at once, F^-1 v = (v - G^T (N lambda I + G G^T)^-1 G v) / lambda
+  with rows G [N, d]. The public code keeps only one vector o in place of every F_k^-1 g, so that
+  its result lies in the span of v and the first sample's gradient.
+- `Lissa`: the Neumann series h <- v + h - (H_batch + gamma I) h / s on random batches, whose fixed
+  point is s (H + gamma I)^-1 v (Agarwal et al. 2017, arXiv:1602.03943; settings of Zhang et al.
+  2024, arXiv:2408.00920).
 """
 
 from __future__ import annotations
@@ -63,7 +65,10 @@ class WoodFisher:
     """
 
     name: ClassVar[str] = "influence"
-    grid: ClassVar[dict[str, tuple[Any, ...]]] = {"alpha": (0.3, 1.0, 3.0, 10.0), "damping": (0.01, 0.1, 1.0)}
+    grid: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "alpha": (0.3, 1.0, 3.0, 10.0),
+        "damping": (0.01, 0.1, 1.0),
+    }
 
     alpha: float = 1.0
     damping: float = 1.0
@@ -76,13 +81,19 @@ class WoodFisher:
     def __post_init__(self) -> None:
         for name, good, expected in (
             ("alpha", 0 <= self.alpha < math.inf, "a number of at least 0"),
-            ("damping", 0 < self.damping < math.inf, "a number above 0: without damping F is singular"),
+            (
+                "damping",
+                0 < self.damping < math.inf,
+                "a number above 0: without damping F is singular",
+            ),
             ("samples", self.samples >= 1, "a number of at least 1"),
             ("recursion", self.recursion in ("exact", "published"), "'exact' or 'published'"),
             ("memory", self.memory >= 1, "bytes"),
         ):
             if not good:
-                raise ConfigError(f"{name}={getattr(self, name)!r}", expected, "Correct the method's settings.")
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r}", expected, "Correct the method's settings."
+                )
 
     def unlearn(self, model: nn.Module, split: Split) -> Unlearned:
         """Forget `split.forget`; the given model is untouched."""
@@ -115,7 +126,8 @@ class Lissa:
 
     Attributes:
         alpha: Length of the step.
-        scale: s, above half the largest eigenvalue of any batch's H + gamma I, or the series diverges.
+        scale: s, above half the largest eigenvalue of any batch's H + gamma I, or the series
+            diverges.
         damping: gamma, nats per squared weight.
         weight_decay: wd of the objective, added to gamma.
         steps: Terms of a series; eigenvalues far below s / steps are not inverted.
@@ -130,7 +142,10 @@ class Lissa:
     """
 
     name: ClassVar[str] = "influence-lissa"
-    grid: ClassVar[dict[str, tuple[Any, ...]]] = {"alpha": (0.3, 1.0, 3.0, 10.0), "scale": (10.0, 100.0, 1000.0)}
+    grid: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "alpha": (0.3, 1.0, 3.0, 10.0),
+        "scale": (10.0, 100.0, 1000.0),
+    }
 
     alpha: float = 1.0
     scale: float = 1000.0
@@ -155,7 +170,9 @@ class Lissa:
             ("curvature", self.curvature in ("hessian", "ggn"), "'hessian' or 'ggn'"),
         ):
             if not good:
-                raise ConfigError(f"{name}={getattr(self, name)!r}", expected, "Correct the method's settings.")
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r}", expected, "Correct the method's settings."
+                )
 
     def unlearn(self, model: nn.Module, split: Split) -> Unlearned:
         """Forget `split.forget`; the given model is untouched.
@@ -177,7 +194,11 @@ class Lissa:
 
     def _series(self, objective: Objective, split: Split, v: Params, repeat: int) -> Params:
         rng = np.random.default_rng([self.seed, repeat])
-        size, ridge, h = min(self.batch_size, len(split.retain)), self.damping + self.weight_decay, v
+        size, ridge, h = (
+            min(self.batch_size, len(split.retain)),
+            self.damping + self.weight_decay,
+            v,
+        )
         for _ in range(self.steps):
             chosen = some(split.retain, size, rng)
             batch = next(replace(split, batch_size=size).batches(chosen)).on(objective.model)
@@ -199,13 +220,20 @@ class Lissa:
         with twice_differentiable():
             outputs = objective.outputs(batch, leaves)
             if self.curvature == "hessian":
-                return summed([HessianChunk(likelihood.losses(outputs, targets).sum(), leaves)], h, count)
+                return summed(
+                    [HessianChunk(likelihood.losses(outputs, targets).sum(), leaves)], h, count
+                )
             at = outputs.detach()
-            return summed([GgnChunk(outputs, leaves, lambda u: likelihood.hessian_product(at, u, targets))], h, count)
+            return summed(
+                [GgnChunk(outputs, leaves, lambda u: likelihood.hessian_product(at, u, targets))],
+                h,
+                count,
+            )
 
 
 def forgotten_pull(objective: Objective, split: Split) -> Params:
-    """v = grad L_D - grad L_r = (m/n) (g_f - g_r) at the weights of the objective; zero without a forget set."""
+    """v = grad L_D - grad L_r = (m/n) (g_f - g_r) at the weights of the objective; zero without a
+    forget set."""
     kept = objective.gradient(split.batches("retain"), objective.start)
     gone = objective.gradient(split.batches("forget"), objective.start)
     share = gone.count / max(gone.count + kept.count, 1.0)
@@ -228,7 +256,8 @@ def solved(rows: Rows, v: Params, damping: float, count: float) -> Params:
 
 
 def single_vector(rows: Iterable[Tensor], v: Params, damping: float, count: float) -> Params:
-    """What the public code computes in place of F^-1 v: every F_k^-1 g is taken to lie along one vector o.
+    """What the public code computes in place of F^-1 v: every F_k^-1 g is taken to lie along one
+    vector o.
 
     Args:
         rows: G, one gradient a sample, in the order of the recursion.
@@ -248,9 +277,13 @@ def single_vector(rows: Iterable[Tensor], v: Params, damping: float, count: floa
     return P.unflatten(x, v)
 
 
-def _moved(model: nn.Module, start: Params, x: Params, alpha: float, begun: float, passes: float) -> Unlearned:
+def _moved(
+    model: nn.Module, start: Params, x: Params, alpha: float, begun: float, passes: float
+) -> Unlearned:
     """w + alpha x."""
     final = P.add(start, x, alpha)
     if not P.finite(final):
-        raise NumericalError("weights that are not finite", "finite weights", "Raise the damping, or lower alpha.")
+        raise NumericalError(
+            "weights that are not finite", "finite weights", "Raise the damping, or lower alpha."
+        )
     return Unlearned(P.load(model, final).eval(), time.perf_counter() - begun, passes)

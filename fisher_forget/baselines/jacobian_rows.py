@@ -1,7 +1,8 @@
 r"""Rows s^T J_n of many samples, and the products of all with each other, within a bound on memory.
 
-The rows of a linear layer that sees one input a sample are g a^T, with a its input and g what comes back to its output.
-They stay factors, since the product of g a^T and h b^T is (g, h) (a, b): I + O numbers in place of I O.
+The rows of a linear layer that sees one input a sample are g a^T, with a its input and g what comes
+back to its output. They stay factors, since the product of g a^T and h b^T is (g, h) (a, b): I + O
+numbers in place of I O.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from fisher_forget.errors import ConfigError
 from fisher_forget.likelihood import Likelihood
 from fisher_forget.params import Params
 
-Columns = Callable[[Tensor, Tensor], Sequence[Tensor]]  # (outputs, targets) -> vectors of the outputs' shape
+Columns = Callable[
+    [Tensor, Tensor], Sequence[Tensor]
+]  # (outputs, targets) -> vectors of the outputs' shape
 MEMORY = 1 << 29
 ALIVE = 4  # blocks of rows that may exist at one moment, copies included
 SQUARES = 3  # matrices of the Gram matrix's size that a solve needs
@@ -57,7 +60,11 @@ class Factors:
 
     def join(self, v: Params) -> Tensor:
         """Inverse of `part`."""
-        return v[self.weight] if self.bias is None else torch.cat([v[self.weight], v[self.bias][:, None]], 1)
+        return (
+            v[self.weight]
+            if self.bias is None
+            else torch.cat([v[self.weight], v[self.bias][:, None]], 1)
+        )
 
 
 @dataclass(frozen=True)
@@ -118,13 +125,16 @@ class Block:
 
     def numbers(self) -> int:
         """Held for each row."""
-        count = sum(x.numel() for x in self.rest.values()) + sum(f.a.numel() + f.g.numel() for f in self.thin)
+        count = sum(x.numel() for x in self.rest.values()) + sum(
+            f.a.numel() + f.g.numel() for f in self.thin
+        )
         shape = next(iter(self.rest.values())).shape if self.rest else self.thin[0].g.shape
         return -(-count // (shape[0] * shape[1]))
 
 
 class Rows:
-    """The rows s_nk^T J_n of G [R, d], sample after sample; blocks that do not fit the memory are made again.
+    """The rows s_nk^T J_n of G [R, d], sample after sample; blocks that do not fit the memory are
+    made again.
 
     Args:
         model: Copied; never touched.
@@ -135,7 +145,8 @@ class Rows:
         memory: Bytes that rows may take at a time, and that a solve with the Gram matrix may take.
 
     Attributes:
-        gradients: Sample gradients computed so far; a forward pass is a third, a backward pass two thirds.
+        gradients: Sample gradients computed so far; a forward pass is a third, a backward pass two
+            thirds.
 
     Raises:
         ConfigError: If the Gram matrix does not fit the memory.
@@ -151,7 +162,12 @@ class Rows:
         memory: int,
     ) -> None:
         check_model(model)
-        self.tape, self.split, self.likelihood, self.columns = Tape(model), split, likelihood, columns
+        self.tape, self.split, self.likelihood, self.columns = (
+            Tape(model),
+            split,
+            likelihood,
+            columns,
+        )
         self.like = P.detached(self.tape.params)
         first = next(split.batches(np.concatenate(list(parts))[:2])).on(self.tape.model)
         probe = self.tape.verify(first)
@@ -224,7 +240,9 @@ class Rows:
 
     def outputs(self, read: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
         """What `read` makes of outputs and targets: one vector a part, float64, on the CPU."""
-        found: list[list[Tensor]] = [[torch.zeros(0, dtype=torch.float64)] for _ in range(self._count)]
+        found: list[list[Tensor]] = [
+            [torch.zeros(0, dtype=torch.float64)] for _ in range(self._count)
+        ]
         for index, part in enumerate(self._parts):
             batch = self._batch(index)
             with torch.no_grad():
@@ -245,9 +263,14 @@ class Rows:
         lines = []
         for i in range(len(self._blocks)):
             own = self._block(i)  # held by its name while the blocks before it are made again
-            lines.append([own.gram(self._block(j) if j < i else own).double().cpu() for j in range(i + 1)])
+            lines.append(
+                [own.gram(self._block(j) if j < i else own).double().cpu() for j in range(i + 1)]
+            )
         return torch.cat(
-            [torch.cat([*line, *(lines[k][i].T for k in range(i + 1, len(lines)))], 1) for i, line in enumerate(lines)]
+            [
+                torch.cat([*line, *(lines[k][i].T for k in range(i + 1, len(lines)))], 1)
+                for i, line in enumerate(lines)
+            ]
         )
 
     def times(self, v: Params) -> Tensor:
@@ -256,12 +279,18 @@ class Rows:
 
     def transposed(self, c: Tensor) -> list[Params]:
         """G^T c for every column of c [R, k]."""
-        totals = [{name: p.double() * 0 for name, p in self.like.items()} for _ in range(c.shape[1])]
+        totals = [
+            {name: p.double() * 0 for name, p in self.like.items()} for _ in range(c.shape[1])
+        ]
         at = 0
         for i, chosen in enumerate(self._blocks):
             block, end = self._block(i), at + len(chosen) * self.each
             for total, column in zip(totals, c[at:end].T, strict=True):
-                for name, value in block.transposed(column.to(self.like[next(iter(self.like))])).items():
+                for name, value in block.transposed(
+                    column.to(self.like[next(iter(self.like))])
+                ).items():
                     total[name] += value.double()
             at = end
-        return [{name: x.to(self.like[name].dtype) for name, x in total.items()} for total in totals]
+        return [
+            {name: x.to(self.like[name].dtype) for name, x in total.items()} for total in totals
+        ]

@@ -1,12 +1,14 @@
-r"""Work on the last k layers alone: fine-tune them (CF-k), or train them from scratch (EU-k), on the retained samples.
+r"""Work on the last k layers alone: fine-tune them (CF-k), or train them from scratch (EU-k), on
+the retained samples.
 
     CF-k:  (w_1 ... w_L-k fixed)   w_j <- w_j - lr grad_j L_r(w)                         from the given weights
     EU-k:  the same                                                                      from fresh w_L-k+1 ... w_L
 
-Goel et al. 2022 (arXiv:2201.06640): with k = L these are fine-tuning and retraining; a smaller k costs less and keeps
-what the first layers know of D_f. The learning rate and epochs are those of Kurmanji et al. 2023 (arXiv:2302.09880).
-A layer is a module that holds weights of two or more dimensions, with the norms that follow it; the order is the one in
-which the model's `__init__` names them. BatchNorm statistics are estimated on D_r in all layers, fixed or not.
+Goel et al. 2022 (arXiv:2201.06640): with k = L these are fine-tuning and retraining; a smaller k
+costs less and keeps what the first layers know of D_f. The learning rate and epochs are those of
+Kurmanji et al. 2023 (arXiv:2302.09880). A layer is a module that holds weights of two or more
+dimensions, with the norms that follow it; the order is the one in which the model's `__init__`
+names them. BatchNorm statistics are estimated on D_r in all layers, fixed or not.
 """
 
 from __future__ import annotations
@@ -21,7 +23,14 @@ from torch import nn
 
 from fisher_forget.baselines.protocol import Unlearned
 from fisher_forget.baselines.retrain import Init, fresh
-from fisher_forget.baselines.training_loop import Descent, descend, each, mean_loss, require, shuffled
+from fisher_forget.baselines.training_loop import (
+    Descent,
+    descend,
+    each,
+    mean_loss,
+    require,
+    shuffled,
+)
 from fisher_forget.data.split import Split
 from fisher_forget.errors import ConfigError
 from fisher_forget.likelihood import Likelihood, resolve_likelihood
@@ -69,14 +78,17 @@ class CFk:
         begun = time.perf_counter()
         likelihood = resolve_likelihood(self.likelihood)
         twin = copy.deepcopy(start)
-        moving = {id(p) for name in modules for p in twin.get_submodule(name).parameters(recurse=False)}
+        moving = {
+            id(p) for name in modules for p in twin.get_submodule(name).parameters(recurse=False)
+        }
         for p in twin.parameters():
             p.requires_grad_(p.requires_grad and id(p) in moving)
         found = descend(
             twin,
             Descent(self.epochs, self.lr, self.momentum, self.weight_decay),
             lambda _, rng: each(
-                shuffled(split, split.retain, self.batch_size, rng), lambda m, b: mean_loss(m, likelihood, b)
+                shuffled(split, split.retain, self.batch_size, rng),
+                lambda m, b: mean_loss(m, likelihood, b),
             ),
             seed=self.seed,
         )
@@ -96,7 +108,8 @@ class EUk:
         batch_size: Samples per step.
         momentum: Of SGD.
         weight_decay: L2 coefficient.
-        init: Makes an untrained model of the same kind; by default the modules' own `reset_parameters`.
+        init: Makes an untrained model of the same kind; by default the modules' own
+            `reset_parameters`.
         likelihood: Name or instance.
         seed: Of the fresh weights and the order of the samples.
 
@@ -141,7 +154,8 @@ class EUk:
 
 
 def last_layers(model: nn.Module, k: int) -> tuple[str, ...]:
-    """Names of the modules of the last k layers, in order; see the head of this file for what a layer is.
+    """Names of the modules of the last k layers, in order; see the head of this file for what a
+    layer is.
 
     Raises:
         ConfigError: If there are fewer layers with trainable parameters.
@@ -154,5 +168,7 @@ def last_layers(model: nn.Module, k: int) -> tuple[str, ...]:
         if own:
             layers[-1].append(name)
     if k > len(layers):
-        raise ConfigError(f"k={k}", f"at most the model's {len(layers)} layers that can move", "Lower k.")
+        raise ConfigError(
+            f"k={k}", f"at most the model's {len(layers)} layers that can move", "Lower k."
+        )
     return tuple(name for layer in layers[-k:] for name in layer)

@@ -1,11 +1,12 @@
-r"""Ascent on the forgotten samples: alone (NegGrad), or against descent on the retained ones (NegGrad+).
+r"""Ascent on the forgotten samples: alone (NegGrad), or against descent on the retained ones
+(NegGrad+).
 
     NegGrad:   w <- w + lr grad L_f(w)                              L_f, L_r: mean loss of a batch of D_f, D_r, nats
     NegGrad+:  w <- w - lr grad [alpha L_r(w) - (1 - alpha) L_f(w)]
 
-NegGrad is the baseline of Golatkar et al. 2020 (arXiv:1911.04933), here with the settings of Jia et al. 2023
-(arXiv:2304.04934); NegGrad+ that of Kurmanji et al. 2023 (arXiv:2302.09880). The loss has no upper bound, so the
-distance travelled is a matter of learning rate and epochs alone.
+NegGrad is the baseline of Golatkar et al. 2020 (arXiv:1911.04933), here with the settings of Jia et
+al. 2023 (arXiv:2304.04934); NegGrad+ that of Kurmanji et al. 2023 (arXiv:2302.09880). The loss has
+no upper bound, so the distance travelled is a matter of learning rate and epochs alone.
 """
 
 from __future__ import annotations
@@ -19,7 +20,15 @@ import numpy as np
 from torch import Tensor, nn
 
 from fisher_forget.baselines.protocol import Unlearned
-from fisher_forget.baselines.training_loop import Descent, Loss, descend, each, mean_loss, require, shuffled
+from fisher_forget.baselines.training_loop import (
+    Descent,
+    Loss,
+    descend,
+    each,
+    mean_loss,
+    require,
+    shuffled,
+)
 from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Split
 from fisher_forget.likelihood import Likelihood, resolve_likelihood
@@ -58,7 +67,8 @@ class NegGrad:
             model,
             Descent(self.epochs, self.lr, self.momentum, self.weight_decay),
             lambda _, rng: each(
-                shuffled(split, split.forget, self.batch_size, rng), lambda m, b: -mean_loss(m, likelihood, b)
+                shuffled(split, split.forget, self.batch_size, rng),
+                lambda m, b: -mean_loss(m, likelihood, b),
             ),
             seed=self.seed,
         )
@@ -85,7 +95,10 @@ class NegGradPlus:
     """
 
     name: ClassVar[str] = "neggrad+"
-    grid: ClassVar[dict[str, tuple[Any, ...]]] = {"lr": (0.001, 0.01), "alpha": (0.9, 0.95, 0.99, 0.999)}
+    grid: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "lr": (0.001, 0.01),
+        "alpha": (0.9, 0.95, 0.99, 0.999),
+    }
 
     epochs: int = 10
     alpha: float = 0.95
@@ -108,7 +121,11 @@ class NegGradPlus:
         def difference(retained: Batch, forgotten: Batch | None) -> Loss:
             def loss(model: nn.Module) -> Tensor:
                 kept = self.alpha * mean_loss(model, likelihood, retained)
-                return kept if forgotten is None else kept - (1 - self.alpha) * mean_loss(model, likelihood, forgotten)
+                return (
+                    kept
+                    if forgotten is None
+                    else kept - (1 - self.alpha) * mean_loss(model, likelihood, forgotten)
+                )
 
             return loss
 
@@ -120,7 +137,12 @@ class NegGradPlus:
                 samples += len(retained) + (0 if forgotten is None else len(forgotten))
                 yield difference(retained, forgotten)
 
-        found = descend(model, Descent(self.epochs, self.lr, self.momentum, self.weight_decay), epoch, seed=self.seed)
+        found = descend(
+            model,
+            Descent(self.epochs, self.lr, self.momentum, self.weight_decay),
+            epoch,
+            seed=self.seed,
+        )
         return Unlearned(found, time.perf_counter() - begun, samples / len(split.retain))
 
 

@@ -1,21 +1,24 @@
-r"""NTK scrubbing: the change of weights that leaving D_f out would have made, were the network linear in its weights.
+r"""NTK scrubbing: the change of weights that leaving D_f out would have made, were the network
+linear in its weights.
 
-With outputs f(w') = f(w) + J (w' - w), J [R, d] where R = samples x outputs, residuals r = f(w) - Y (softmax - onehot
-for classes) and the ridge rho = n wd of the objective's sum over n samples, the fit of a part is
+With outputs f(w') = f(w) + J (w' - w), J [R, d] where R = samples x outputs, residuals r = f(w) - Y
+(softmax - onehot for classes) and the ridge rho = n wd of the objective's sum over n samples, the
+fit of a part is
 
     Delta(part) = -J^T (J J^T + rho I)^-1 r
 
-and w <- w + Delta(D_r) - Delta(D). Golatkar et al. 2020b (arXiv:2003.02960). In block form, Theta = J J^T + rho I,
+and w <- w + Delta(D_r) - Delta(D). Golatkar et al. 2020b (arXiv:2003.02960). In block form, Theta =
+J J^T + rho I,
 
     Delta(D_r) - Delta(D) = (J_f^T - J_r^T Theta_rr^-1 Theta_rf) M V
     M = (Theta_ff - Theta_rf^T Theta_rr^-1 Theta_rf)^-1
     V = r_f - Theta_rf^T Theta_rr^-1 r_r
 
-which does not subtract two large fits from each other. The kernel of n C outputs is large: where it does not fit, it is
-that of a uniform draw of m retained samples, each of which stands for n_r / m, so that its rows and residuals are
-times (n_r / m)^1/2. Both fits have the same ridge there; the public code has n wd
-for D and n_r wd for D_r, and moves the weights by that alone. It linearises at the trained weights, the paper at the
-initial ones.
+which does not subtract two large fits from each other. The kernel of n C outputs is large: where it
+does not fit, it is that of a uniform draw of m retained samples, each of which stands for n_r / m,
+so that its rows and residuals are times (n_r / m)^1/2. Both fits have the same ridge there; the
+public code has n wd for D and n_r wd for D_r, and moves the weights by that alone. It linearises at
+the trained weights, the paper at the initial ones.
 """
 
 from __future__ import annotations
@@ -47,10 +50,13 @@ class Ntk:
 
     Attributes:
         weight_decay: wd of the objective, mean loss + (wd/2)|w - w_0|^2; above 0.
-        initial: The model before its training. With it the step is lengthened as in the public code (see `stretch`).
-        linearise: "trained" takes J and r at the given weights, "initial" at those of `initial`, without lengthening.
+        initial: The model before its training. With it the step is lengthened as in the public code
+            (see `stretch`).
+        linearise: "trained" takes J and r at the given weights, "initial" at those of `initial`,
+            without lengthening.
         form: "block", or "difference" for the public code's two fits with a ridge each.
-        samples: Retained samples that the kernel is of; `None` takes as many as fit the memory, all if they do.
+        samples: Retained samples that the kernel is of; `None` takes as many as fit the memory, all
+            if they do.
         memory: Bytes for rows of J at a time, and for a solve with J J^T; a solve needs 24 (n C)^2.
         likelihood: Name or instance. The Gaussian's residuals and rows are in units of its sigma.
         seed: Of the draw of samples.
@@ -73,15 +79,29 @@ class Ntk:
 
     def __post_init__(self) -> None:
         for name, good, expected in (
-            ("weight_decay", 0 < self.weight_decay < math.inf, "a number above 0: without a ridge J J^T is singular"),
+            (
+                "weight_decay",
+                0 < self.weight_decay < math.inf,
+                "a number above 0: without a ridge J J^T is singular",
+            ),
             ("linearise", self.linearise in ("trained", "initial"), "'trained' or 'initial'"),
-            ("linearise", self.linearise == "trained" or self.initial is not None, "'trained' without `initial`"),
+            (
+                "linearise",
+                self.linearise == "trained" or self.initial is not None,
+                "'trained' without `initial`",
+            ),
             ("form", self.form in ("block", "difference"), "'block' or 'difference'"),
-            ("samples", self.samples is None or self.samples >= 1, "a number of at least 1, or None"),
+            (
+                "samples",
+                self.samples is None or self.samples >= 1,
+                "a number of at least 1, or None",
+            ),
             ("memory", self.memory >= 1, "bytes"),
         ):
             if not good:
-                raise ConfigError(f"{name}={getattr(self, name)!r}", expected, "Correct the method's settings.")
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r}", expected, "Correct the method's settings."
+                )
 
     def unlearn(self, model: nn.Module, split: Split) -> Unlearned:
         """Forget `split.forget`; the given model is untouched."""
@@ -111,10 +131,14 @@ class Ntk:
             lambda outputs, targets: _coordinates(likelihood, outputs, targets, unit),
             self.memory,
         )
-        residuals = rows.outputs(lambda outputs, targets: likelihood.residual(outputs, targets) / unit)
+        residuals = rows.outputs(
+            lambda outputs, targets: likelihood.residual(outputs, targets) / unit
+        )
         counts = rows.positions()
         stand = len(split.retain) / len(kept)
-        weights = torch.cat([torch.full_like(residuals[0], math.sqrt(stand)), torch.ones_like(residuals[1])])
+        weights = torch.cat(
+            [torch.full_like(residuals[0], math.sqrt(stand)), torch.ones_like(residuals[1])]
+        )
         gram, heard = rows.gram() * weights[:, None] * weights, math.sqrt(stand) * residuals[0]
         solve = by_blocks if self.form == "block" else by_difference
         both = solve(gram, heard, residuals[1], counts[0] * stand, counts[1], self.weight_decay)
@@ -123,13 +147,16 @@ class Ntk:
         if before is not None and self.linearise == "trained":
             step = P.scale(step, stretch(step, P.add(P.add(start, before, -1), fit, -1)))
         if not P.finite(step):
-            raise NumericalError("a step that is not finite", "finite weights", "Raise weight_decay.")
+            raise NumericalError(
+                "a step that is not finite", "finite weights", "Raise weight_decay."
+            )
         return P.load(model, P.add(start, step)).eval(), rows.gradients
 
 
 @dataclass(frozen=True)
 class NtkFisher(Ntk):
-    """NTK scrubbing and then noise N(0, alpha (F + tau I)^-1), F the diagonal Fisher of D_r at the scrubbed weights.
+    """NTK scrubbing and then noise N(0, alpha (F + tau I)^-1), F the diagonal Fisher of D_r at the
+    scrubbed weights.
 
     Attributes:
         alpha: Scale of the variance.
@@ -149,7 +176,9 @@ class NtkFisher(Ntk):
             ("tau", 0 < self.tau < math.inf, "a number above 0"),
         ):
             if not good:
-                raise ConfigError(f"{name}={getattr(self, name)!r}", expected, "Correct the method's settings.")
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r}", expected, "Correct the method's settings."
+                )
 
     def _scrub(self, model: nn.Module, split: Split) -> tuple[nn.Module, float]:
         moved, gradients = super()._scrub(model, split)
@@ -157,7 +186,9 @@ class NtkFisher(Ntk):
         fisher = estimate_curvature(moved, split, likelihood, structure="diagonal", kind="exact")
         start = P.detached(P.trainable(moved))
         generator = torch.Generator().manual_seed(self.seed)
-        noise = draw_noise(fisher.damped(self.tau), start, math.sqrt(self.alpha), generator, exponent=0.5)
+        noise = draw_noise(
+            fisher.damped(self.tau), start, math.sqrt(self.alpha), generator, exponent=0.5
+        )
         batch = next(split.batches(split.retain[:1])).on(moved)
         columns = likelihood.column_count(P.call(moved, {}, batch.args, batch.kwargs))
         gradients += len(split.retain) * (1 + 2 * columns) / 3
@@ -167,7 +198,8 @@ class NtkFisher(Ntk):
 def by_blocks(
     gram: Tensor, kept: Tensor, gone: Tensor, n_kept: float, n_gone: float, weight_decay: float
 ) -> tuple[Tensor, Tensor]:
-    r"""Coefficients c of Delta(D_r) - Delta(D) = J^T c, and of Delta(D_r), with the common ridge n wd.
+    r"""Coefficients c of Delta(D_r) - Delta(D) = J^T c, and of Delta(D_r), with the common ridge n
+    wd.
 
     Args:
         gram: J J^T [R, R], rows of D_r first.
@@ -189,7 +221,8 @@ def by_blocks(
 def by_difference(
     gram: Tensor, kept: Tensor, gone: Tensor, n_kept: float, n_gone: float, weight_decay: float
 ) -> tuple[Tensor, Tensor]:
-    r"""The same as two separate fits with the ridges n_r wd and n wd; arguments as in `by_blocks`."""
+    r"""The same as two separate fits with the ridges n_r wd and n wd; arguments as in
+    `by_blocks`."""
     cut = len(kept)
     retained = -_solve(_ridged(gram[:cut, :cut], n_kept * weight_decay), kept[:, None])[:, 0]
     fit = torch.cat([retained, torch.zeros_like(gone)])
@@ -198,10 +231,12 @@ def by_difference(
 
 
 def stretch(step: Params, missing: Params) -> float:
-    r"""By how much the public code lengthens the step: (|delta| + 2 |cos(delta, e)| |e|) / |delta|; 1 for no step.
+    r"""By how much the public code lengthens the step: (|delta| + 2 |cos(delta, e)| |e|) / |delta|;
+    1 for no step.
 
-    A linearised step is too short where the network is not linear. e = w - w_0 - Delta(D_r) is the part of the training
-    path that linearisation does not explain; step and path are taken for the sides of a symmetric trapezium.
+    A linearised step is too short where the network is not linear. e = w - w_0 - Delta(D_r) is the
+    part of the training path that linearisation does not explain; step and path are taken for the
+    sides of a symmetric trapezium.
 
     Args:
         step: delta.
@@ -214,7 +249,9 @@ def stretch(step: Params, missing: Params) -> float:
     return (length + 2 * abs(cosine) * rest) / length
 
 
-def _coordinates(likelihood: Likelihood, outputs: Tensor, targets: Tensor, unit: float) -> list[Tensor]:
+def _coordinates(
+    likelihood: Likelihood, outputs: Tensor, targets: Tensor, unit: float
+) -> list[Tensor]:
     """One unit vector an output, zero where it is not scored."""
     mask, found = likelihood.mask(outputs, targets), []
     for k in range(outputs[0].numel()):

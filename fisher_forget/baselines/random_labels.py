@@ -2,11 +2,12 @@ r"""Relabelling: go on training with wrong labels for the forgotten samples.
 
     w <- w - lr grad of the mean cross-entropy of D_r with its labels and of D_f with random ones
 
-`RandomLabels` draws from all C classes, anew in every epoch, and goes through D_f before D_r: the baseline of Golatkar
-et al. 2020 (arXiv:1911.04933) as Fan et al. 2024 (arXiv:2310.12508) run it. `Amnesiac` draws once from the C - 1 other
-classes, and mixes both sets: the relabelling of Graves et al. 2021 (arXiv:2010.10981, "unlearning"), which comparisons
-since Chundawat et al. 2023 list under the name of that paper. Its other method takes the recorded updates of the
-batches that held forgotten samples off the weights, which needs a log of the training run.
+`RandomLabels` draws from all C classes, anew in every epoch, and goes through D_f before D_r: the
+baseline of Golatkar et al. 2020 (arXiv:1911.04933) as Fan et al. 2024 (arXiv:2310.12508) run it.
+`Amnesiac` draws once from the C - 1 other classes, and mixes both sets: the relabelling of Graves
+et al. 2021 (arXiv:2010.10981, "unlearning"), which comparisons since Chundawat et al. 2023 list
+under the name of that paper. Its other method takes the recorded updates of the batches that held
+forgotten samples off the weights, which needs a log of the training run.
 """
 
 from __future__ import annotations
@@ -81,7 +82,10 @@ class RandomLabels:
 
         def epoch(number: int, rng: np.random.Generator) -> Iterator[Loss]:
             forgotten = numbered(split, split.forget, self.batch_size, rng)
-            wrong = (relabel(b, rows, split.forget, classes, likelihood, (self.seed, number)) for rows, b in forgotten)
+            wrong = (
+                relabel(b, rows, split.forget, classes, likelihood, (self.seed, number))
+                for rows, b in forgotten
+            )
             for batches in (wrong, shuffled(split, split.retain, self.batch_size, rng)):
                 yield from each(batches, lambda m, b: mean_loss(m, likelihood, b))
 
@@ -122,10 +126,15 @@ class Amnesiac:
 
         def epoch(_: int, rng: np.random.Generator) -> Iterator[Loss]:
             mixed = numbered(split, split.indices("all"), self.batch_size, rng)
-            batches = (relabel(b, rows, split.forget, classes, likelihood, (self.seed,), least=1) for rows, b in mixed)
+            batches = (
+                relabel(b, rows, split.forget, classes, likelihood, (self.seed,), least=1)
+                for rows, b in mixed
+            )
             yield from each(batches, lambda m, b: mean_loss(m, likelihood, b))
 
-        found = descend(model, Descent(self.epochs, self.lr, optimizer="adam"), epoch, seed=self.seed)
+        found = descend(
+            model, Descent(self.epochs, self.lr, optimizer="adam"), epoch, seed=self.seed
+        )
         return Unlearned(found, time.perf_counter() - begun, _passes(self.epochs, split))
 
 
@@ -164,11 +173,13 @@ def relabel(
     key: tuple[int, ...],
     least: int = 0,
 ) -> Batch:
-    """Label (y + k) mod C at every scored position of the forgotten samples, k uniform on least ... C - 1.
+    """Label (y + k) mod C at every scored position of the forgotten samples, k uniform on least ...
+    C - 1.
 
     Args:
         batch: Targets are classes [B, ...] or probabilities [B, ..., C], which become one-hot.
-        rows: Index of every sample [B]: with the key, it fixes the sample's draw, whichever batch it is in.
+        rows: Index of every sample [B]: with the key, it fixes the sample's draw, whichever batch
+            it is in.
         forget: Indices of the forgotten samples.
         classes: C.
         likelihood: Says which positions are scored.
@@ -181,7 +192,9 @@ def relabel(
     wrong = np.isin(rows, forget)
     shifts = torch.zeros(labels.shape, dtype=torch.long)
     for at in np.flatnonzero(wrong):
-        drawn = np.random.default_rng((*key, int(rows[at]))).integers(least, max(classes, least + 1), labels.shape[1:])
+        drawn = np.random.default_rng((*key, int(rows[at]))).integers(
+            least, max(classes, least + 1), labels.shape[1:]
+        )
         shifts[at] = torch.as_tensor(drawn)
     moved = (labels + shifts.to(labels.device)) % classes
     moved = (

@@ -1,4 +1,5 @@
-r"""Retraining without the forgotten samples: what every other method is to come close to, and the cost it is to save.
+r"""Retraining without the forgotten samples: what every other method is to come close to, and the
+cost it is to save.
 
     w = train(fresh weights, D_r)
 
@@ -26,7 +27,9 @@ from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import ConfigError, ModelError
 from fisher_forget.likelihood import Likelihood, resolve_likelihood
 
-Train = Callable[[nn.Module, Dataset[Any], Indices, int], nn.Module]  # (fresh model, data, D_r, seed) -> trained
+Train = Callable[
+    [nn.Module, Dataset[Any], Indices, int], nn.Module
+]  # (fresh model, data, D_r, seed) -> trained
 Init = Callable[[], nn.Module]  # an untrained model; torch's global seed is set before
 
 
@@ -35,9 +38,10 @@ class Retrain:
     """Training from scratch on D_r.
 
     Attributes:
-        train: How the model was trained: (fresh model, training data set, indices of D_r, seed) -> trained model. By
-            default SGD at a constant rate, as the next fields say.
-        init: Makes an untrained model of the same kind; by default the modules' own `reset_parameters`.
+        train: How the model was trained: (fresh model, training data set, indices of D_r, seed) ->
+            trained model. By default SGD at a constant rate, as the next fields say.
+        init: Makes an untrained model of the same kind; by default the modules' own
+            `reset_parameters`.
         epochs: Passes over D_r.
         lr: Learning rate.
         batch_size: Samples per step.
@@ -61,7 +65,8 @@ class Retrain:
     seed: int = 0
 
     def unlearn(self, model: nn.Module, split: Split) -> Unlearned:
-        """Forget `split.forget`; the given model is untouched. `passes` is NaN where `train` is given: it is not known.
+        """Forget `split.forget`; the given model is untouched. `passes` is NaN where `train` is
+        given: it is not known.
 
         Raises:
             ModelError: If the model has layers that cannot be reset.
@@ -75,7 +80,8 @@ class Retrain:
                 start,
                 Descent(self.epochs, self.lr, self.momentum, self.weight_decay),
                 lambda _, rng: each(
-                    shuffled(split, split.retain, self.batch_size, rng), lambda m, b: mean_loss(m, likelihood, b)
+                    shuffled(split, split.retain, self.batch_size, rng),
+                    lambda m, b: mean_loss(m, likelihood, b),
                 ),
                 seed=self.seed,
             )
@@ -84,13 +90,18 @@ class Retrain:
             found = self.train(start, split.base, split.retain.copy(), self.seed)
         if not isinstance(found, nn.Module):
             raise ConfigError(
-                f"train to return {type(found).__name__}", "the trained model", "Return the model at the end of train."
+                f"train to return {type(found).__name__}",
+                "the trained model",
+                "Return the model at the end of train.",
             )
         return Unlearned(found.eval(), time.perf_counter() - begun, math.nan)
 
 
-def fresh(model: nn.Module, seed: int, init: Init | None = None, only: Collection[str] | None = None) -> nn.Module:
-    """A copy of the model whose trainable parameters, and statistics, are those of an untrained model.
+def fresh(
+    model: nn.Module, seed: int, init: Init | None = None, only: Collection[str] | None = None
+) -> nn.Module:
+    """A copy of the model whose trainable parameters, and statistics, are those of an untrained
+    model.
 
     Parameters without `requires_grad` (a frozen backbone) keep their values.
 
@@ -98,7 +109,8 @@ def fresh(model: nn.Module, seed: int, init: Init | None = None, only: Collectio
         model: Untouched.
         seed: Of the draw.
         init: Makes an untrained model; `None` calls the modules' own `reset_parameters`.
-        only: Names of the modules whose own parameters and buffers are drawn anew; `None` means all of them.
+        only: Names of the modules whose own parameters and buffers are drawn anew; `None` means all
+            of them.
 
     Raises:
         ModelError: If a module with trainable parameters of its own has no `reset_parameters`.
@@ -124,7 +136,9 @@ def _reset(name: str, module: nn.Module) -> None:
     own = list(module.parameters(recurse=False))
     if own and not any(p.requires_grad for p in own):
         return
-    reset = getattr(module, "reset_parameters", None) or (own and getattr(module, "_reset_parameters", None))
+    reset = getattr(module, "reset_parameters", None) or (
+        own and getattr(module, "_reset_parameters", None)
+    )
     if callable(reset):
         reset()
     elif own:
@@ -140,7 +154,9 @@ def _copy_from(made: nn.Module, modules: dict[str, nn.Module]) -> None:
     """Parameters and buffers of the modules, from the modules of the same names."""
     given = dict(made.named_modules()) if isinstance(made, nn.Module) else {}
     for name, module in modules.items():
-        frozen = bool(own := list(module.parameters(recurse=False))) and not any(p.requires_grad for p in own)
+        frozen = bool(own := list(module.parameters(recurse=False))) and not any(
+            p.requires_grad for p in own
+        )
         for kind in () if frozen else ("_parameters", "_buffers"):
             for key, value in getattr(module, kind).items():
                 new = getattr(given.get(name), kind, {}).get(key)

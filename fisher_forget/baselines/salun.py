@@ -1,11 +1,12 @@
-r"""Saliency unlearning: random labels, but only for the weights that the forgotten samples pull at most.
+r"""Saliency unlearning: random labels, but only for the weights that the forgotten samples pull at
+most.
 
     m = 1 for the share k of weights with the largest |grad of L_f(w)|, 0 for the others
     w <- w - lr m (grad of the loss with random labels on D_f, own labels on D_r, + wd w)
 
-Fan et al. 2024, SalUn (arXiv:2310.12508). The gradient is taken at the given weights, in eval mode, over all of D_f. A
-release of the public code steps the model uphill between the batches of that sum and keeps the smallest gradients
-instead of the largest; both are put right here.
+Fan et al. 2024, SalUn (arXiv:2310.12508). The gradient is taken at the given weights, in eval mode,
+over all of D_f. A release of the public code steps the model uphill between the batches of that sum
+and keeps the smallest gradients instead of the largest; both are put right here.
 """
 
 from __future__ import annotations
@@ -47,7 +48,10 @@ class SalUn:
     """
 
     name: ClassVar[str] = "salun"
-    grid: ClassVar[dict[str, tuple[Any, ...]]] = {"lr": (0.001, 0.013, 0.05), "share": (0.1, 0.3, 0.5)}
+    grid: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "lr": (0.001, 0.013, 0.05),
+        "share": (0.1, 0.3, 0.5),
+    }
 
     share: float = 0.5
     epochs: int = 10
@@ -66,7 +70,13 @@ class SalUn:
         begun = time.perf_counter()
         mask = saliency(model, split, labelled(self.likelihood, self.name), self.share)
         relabelled = RandomLabels(
-            self.epochs, self.lr, self.batch_size, self.momentum, self.weight_decay, self.likelihood, self.seed
+            self.epochs,
+            self.lr,
+            self.batch_size,
+            self.momentum,
+            self.weight_decay,
+            self.likelihood,
+            self.seed,
         )
         done = relabelled.masked(model, split, mask)
         passes = done.passes + len(split.forget) / len(split.retain)
@@ -74,7 +84,8 @@ class SalUn:
 
 
 def saliency(model: nn.Module, split: Split, likelihood: Likelihood, share: float) -> Params:
-    """1 for the weights with the largest gradient of the loss on D_f, 0 for the others, over all layers together.
+    """1 for the weights with the largest gradient of the loss on D_f, 0 for the others, over all
+    layers together.
 
     Args:
         model: Its trainable parameters are looked at.

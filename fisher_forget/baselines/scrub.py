@@ -1,17 +1,19 @@
-r"""SCRUB: a student leaves its teacher, the given model, on the forgotten samples and follows it on the retained ones.
+r"""SCRUB: a student leaves its teacher, the given model, on the forgotten samples and follows it on
+the retained ones.
 
     max step, batch of D_f:   w <- w + lr grad KL_T(w0 || w)
     min step, batch of D_r:   w <- w - lr grad [gamma L_r(w) + alpha KL_T(w0 || w)]
 
-with KL_T = T^2 KL(teacher / T || student / T), nats per scored position, and L_r the mean loss. Every epoch has a pass
-of max steps over D_f, as long as it is among the first `max_epochs`, and then one of min steps over D_r; one optimizer
-serves both. Kurmanji et al. 2023 (arXiv:2302.09880). The defaults are those of their small-scale experiments; the
-large-scale ones are alpha 0.001, gamma 0.99, temperature 4, max_epochs 2, SGD, 3 epochs. Some versions in circulation
-give the optimizer the teacher's weights, so that the student never moves.
+with KL_T = T^2 KL(teacher / T || student / T), nats per scored position, and L_r the mean loss.
+Every epoch has a pass of max steps over D_f, as long as it is among the first `max_epochs`, and
+then one of min steps over D_r; one optimizer serves both. Kurmanji et al. 2023 (arXiv:2302.09880).
+The defaults are those of their small-scale experiments; the large-scale ones are alpha 0.001, gamma
+0.99, temperature 4, max_epochs 2, SGD, 3 epochs. Some versions in circulation give the optimizer
+the teacher's weights, so that the student never moves.
 
-KL and its gradient vanish where student and teacher agree: without dropout, BatchNorm and weight decay, the first pass
-over D_f does nothing. Their SCRUB+R, which goes back to the checkpoint whose error on D_f matches that on held-out
-samples, is not here: held-out samples are no part of a split.
+KL and its gradient vanish where student and teacher agree: without dropout, BatchNorm and weight
+decay, the first pass over D_f does nothing. Their SCRUB+R, which goes back to the checkpoint whose
+error on D_f matches that on held-out samples, is not here: held-out samples are no part of a split.
 """
 
 from __future__ import annotations
@@ -59,7 +61,8 @@ class Scrub:
         forget_batch_size: Samples per max step.
         weight_decay: L2 coefficient.
         optimizer: "adam" or "sgd", whose momentum is 0.9.
-        milestones: Epochs, counted from 0, from which on the learning rate is a tenth of what it was.
+        milestones: Epochs, counted from 0, from which on the learning rate is a tenth of what it
+            was.
         likelihood: Name or instance.
         seed: Of the order of the samples.
 
@@ -68,7 +71,11 @@ class Scrub:
     """
 
     name: ClassVar[str] = "scrub"
-    grid: ClassVar[dict[str, tuple[Any, ...]]] = {"lr": (1e-4, 5e-4, 2e-3), "alpha": (0.1, 0.5), "max_epochs": (1, 3)}
+    grid: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "lr": (1e-4, 5e-4, 2e-3),
+        "alpha": (0.1, 0.5),
+        "max_epochs": (1, 3),
+    }
 
     epochs: int = 10
     max_epochs: int = 3
@@ -122,5 +129,9 @@ class Scrub:
             milestones=self.milestones,
         )
         found = descend(model, settings, epoch, seed=self.seed)
-        samples = self.epochs * len(split.retain) + min(self.epochs, self.max_epochs) * len(split.forget)
-        return Unlearned(found, time.perf_counter() - begun, samples * (1 + 1 / 3) / len(split.retain))
+        samples = self.epochs * len(split.retain) + min(self.epochs, self.max_epochs) * len(
+            split.forget
+        )
+        return Unlearned(
+            found, time.perf_counter() - begun, samples * (1 + 1 / 3) / len(split.retain)
+        )

@@ -1,12 +1,14 @@
-r"""Selective Synaptic Dampening: shrink the weights that the forgotten samples need far more than all samples do.
+r"""Selective Synaptic Dampening: shrink the weights that the forgotten samples need far more than
+all samples do.
 
     w_i <- w_i min(lambda I_D,i / I_f,i, 1)    where I_f,i > alpha I_D,i
 
-I_f and I_D are the diagonals of the empirical Fisher of D_f and of all of D, (1/N) sum_n (dl_n / dw_i)^2. Nothing is
-trained. Foster, Schoepf and Brintrup 2024 (arXiv:2308.07707).
+I_f and I_D are the diagonals of the empirical Fisher of D_f and of all of D, (1/N) sum_n (dl_n /
+dw_i)^2. Nothing is trained. Foster, Schoepf and Brintrup 2024 (arXiv:2308.07707).
 
-Their public code squares the gradient of a *batch's* mean loss. Where gradients cancel within a batch, which at a
-minimum is what they do over D, that is no estimate of the formula above: its size depends on the batch size.
+Their public code squares the gradient of a *batch's* mean loss. Where gradients cancel within a
+batch, which at a minimum is what they do over D, that is no estimate of the formula above: its size
+depends on the batch size.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ class Ssd:
     Attributes:
         alpha: How many times more important for D_f than for D a weight must be.
         lam: lambda, how strongly such a weight is dampened.
-        importance: "sample" squares the gradient of every sample; "batch" that of every batch, as the public code does.
+        importance: "sample" squares the gradient of every sample; "batch" that of every batch, as
+            the public code does.
         batch_size: Of importance="batch".
         likelihood: Name or instance.
         seed: Of the batches of importance="batch".
@@ -50,7 +53,10 @@ class Ssd:
     """
 
     name: ClassVar[str] = "ssd"
-    grid: ClassVar[dict[str, tuple[Any, ...]]] = {"alpha": (2.0, 5.0, 10.0, 30.0, 100.0), "lam": (0.1, 0.5, 1.0)}
+    grid: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "alpha": (2.0, 5.0, 10.0, 30.0, 100.0),
+        "lam": (0.1, 0.5, 1.0),
+    }
 
     alpha: float = 10.0
     lam: float = 1.0
@@ -67,7 +73,9 @@ class Ssd:
             ("batch_size", self.batch_size >= 1, "a number of at least 1"),
         ):
             if not good:
-                raise ConfigError(f"{name}={getattr(self, name)!r}", expected, "Correct the method's settings.")
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r}", expected, "Correct the method's settings."
+                )
 
     def unlearn(self, model: nn.Module, split: Split) -> Unlearned:
         """Forget `split.forget`; the given model is untouched."""
@@ -78,7 +86,11 @@ class Ssd:
         start = P.detached(P.trainable(model))
         with preserved_rng():
             everyone = measure(model, split, likelihood, split.indices("all"))
-            forgotten = measure(model, split, likelihood, split.forget) if len(split.forget) else P.zeros_like(start)
+            forgotten = (
+                measure(model, split, likelihood, split.forget)
+                if len(split.forget)
+                else P.zeros_like(start)
+            )
         final = P.map_params(self._dampened, start, everyone, forgotten)
         passes = (len(split.retain) + 2 * len(split.forget)) / len(split.retain)
         return Unlearned(P.load(model, final).eval(), time.perf_counter() - begun, passes)
@@ -87,7 +99,9 @@ class Ssd:
         shrunk = w * (self.lam * everyone / forgotten).clamp(max=1)
         return torch.where(forgotten > self.alpha * everyone, shrunk, w)
 
-    def _batch_importance(self, model: nn.Module, split: Split, likelihood: Likelihood, chosen: Indices) -> Params:
+    def _batch_importance(
+        self, model: nn.Module, split: Split, likelihood: Likelihood, chosen: Indices
+    ) -> Params:
         """Mean over random batches of the squared gradient of the batch's mean loss."""
         objective = Objective(model, likelihood)
         total, batches = P.zeros_like(objective.start), 0
@@ -97,7 +111,12 @@ class Ssd:
         return P.scale(total, 1 / batches)
 
 
-def sample_importance(model: nn.Module, split: Split, likelihood: Likelihood, chosen: Indices) -> Params:
-    """Diagonal of the empirical Fisher: squared gradients of the chosen samples, summed, per scored position."""
-    found = estimate_curvature(model, split, likelihood, structure="diagonal", kind="empirical", part=chosen)
+def sample_importance(
+    model: nn.Module, split: Split, likelihood: Likelihood, chosen: Indices
+) -> Params:
+    """Diagonal of the empirical Fisher: squared gradients of the chosen samples, summed, per scored
+    position."""
+    found = estimate_curvature(
+        model, split, likelihood, structure="diagonal", kind="empirical", part=chosen
+    )
     return found.diagonal()

@@ -1,4 +1,5 @@
-"""The training loop that the methods share: gradient descent on any loss of any batches, on a copy of the model."""
+"""The training loop that the methods share: gradient descent on any loss of any batches, on a copy
+of the model."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ from fisher_forget.errors import ConfigError, NumericalError
 from fisher_forget.likelihood import Likelihood
 
 Loss = Callable[[nn.Module], Tensor]  # scalar to be minimised by one step
-Epoch = Callable[[int, np.random.Generator], Iterable[Loss]]  # (epoch, generator) -> the losses of its steps
+Epoch = Callable[
+    [int, np.random.Generator], Iterable[Loss]
+]  # (epoch, generator) -> the losses of its steps
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class Descent:
         optimizer: "sgd" or "adam".
         clip: Largest gradient norm; `None` does not clip.
         frozen_statistics: Leave BatchNorm and Dropout in eval mode.
-        milestones: Epochs, counted from 0, from which on the learning rate is a tenth of what it was.
+        milestones: Epochs, counted from 0, from which on the learning rate is a tenth of what it
+            was.
 
     Raises:
         ConfigError: If a value is out of range.
@@ -78,8 +82,8 @@ def descend(
         settings: See `Descent`.
         epoch: Called with the number of the epoch and a generator; yields one loss function a step.
         seed: Of the generator, and of dropout; the global random states are put back at the end.
-        mask: Multiplies the gradients, weight decay included, name by name, so that a weight of mask 0 stays where it
-            is; a parameter that it does not name moves freely.
+        mask: Multiplies the gradients, weight decay included, name by name, so that a weight of
+            mask 0 stays where it is; a parameter that it does not name moves freely.
 
     Raises:
         NumericalError: If a loss or a weight leaves the finite numbers.
@@ -88,12 +92,16 @@ def descend(
     twin.train(not settings.frozen_statistics)
     weights = P.trainable(twin)
     values = list(weights.values())
-    decay = 0.0 if mask is not None else settings.weight_decay  # the optimizer's own would move masked weights
+    decay = (
+        0.0 if mask is not None else settings.weight_decay
+    )  # the optimizer's own would move masked weights
     optimizer: torch.optim.Optimizer
     if settings.optimizer == "adam":
         optimizer = torch.optim.Adam(values, lr=settings.lr, weight_decay=decay)
     else:
-        optimizer = torch.optim.SGD(values, settings.lr, momentum=settings.momentum, weight_decay=decay)
+        optimizer = torch.optim.SGD(
+            values, settings.lr, momentum=settings.momentum, weight_decay=decay
+        )
     rng = np.random.default_rng(seed)
     with preserved_rng(), torch.enable_grad():
         torch.manual_seed(seed)
@@ -120,8 +128,11 @@ def descend(
     return twin.eval()
 
 
-def shuffled(split: Split, chosen: Indices, batch_size: int, rng: np.random.Generator) -> Iterator[Batch]:
-    """The chosen samples once, in random order, in batches whose sizes differ by one sample at most."""
+def shuffled(
+    split: Split, chosen: Indices, batch_size: int, rng: np.random.Generator
+) -> Iterator[Batch]:
+    """The chosen samples once, in random order, in batches whose sizes differ by one sample at
+    most."""
     for _, batch in numbered(split, chosen, batch_size, rng):
         yield batch
 
@@ -165,10 +176,15 @@ def mean_of(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> Tensor:
 def checked(model: nn.Module, likelihood: Likelihood, batch: Batch) -> tuple[Tensor, Tensor]:
     """Outputs [B, ...] with their graph, and targets that fit them, both where the model is.
 
-    BatchNorm cannot normalise a sample by itself: for a batch of one, it uses its running statistics.
+    BatchNorm cannot normalise a sample by itself: for a batch of one, it uses its running
+    statistics.
     """
     batch = batch.on(model)
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training] if len(batch) == 1 else []
+    norms = (
+        [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
+        if len(batch) == 1
+        else []
+    )
     for norm in norms:
         norm.eval()
     outputs = P.call(model, {}, batch.args, batch.kwargs)
@@ -185,7 +201,11 @@ def outputs_of(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def distillation(
-    likelihood: Likelihood, teacher: Tensor, student: Tensor, targets: Tensor, temperature: float = 1.0
+    likelihood: Likelihood,
+    teacher: Tensor,
+    student: Tensor,
+    targets: Tensor,
+    temperature: float = 1.0,
 ) -> Tensor:
     """T^2 KL(teacher / T || student / T), mean over samples of nats per scored position.
 
@@ -194,7 +214,8 @@ def distillation(
         teacher: Outputs [B, ...].
         student: Outputs [B, ...].
         targets: Say which positions are scored.
-        temperature: T divides the outputs; T^2 keeps the size of the gradient (Hinton et al. 2015, arXiv:1503.02531).
+        temperature: T divides the outputs; T^2 keeps the size of the gradient (Hinton et al. 2015,
+            arXiv:1503.02531).
     """
     kl = likelihood.kl(teacher / temperature, student / temperature, targets)
     return temperature * temperature * kl.mean()

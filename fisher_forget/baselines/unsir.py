@@ -1,13 +1,14 @@
-r"""UNSIR: impair with noise that the model gets most wrong for what is forgotten, then repair on retained samples.
+r"""UNSIR: impair with noise that the model gets most wrong for what is forgotten, then repair on
+retained samples.
 
     noise:   x <- Adam step down  -loss(f_w(x), y) + penalty |x|^2,   x from N(0, I), y the target of a sample of D_f
     impair:  w <- Adam step down  the mean loss of (x, y), shown `copies` times each, mixed with part of D_r
     repair:  w <- Adam step down  the mean loss of the same part of D_r
 
-Tarun et al. 2023 (arXiv:2111.08947) forget whole classes, with 256 noise inputs for each. Here the noise inputs share
-the targets of samples drawn from D_f: the same where D_f is one class, and in its proportions where it is not. The
-public code labels the noise of every class as class 0 and optimises it in training mode; here it keeps its target, and
-the model is in eval mode.
+Tarun et al. 2023 (arXiv:2111.08947) forget whole classes, with 256 noise inputs for each. Here the
+noise inputs share the targets of samples drawn from D_f: the same where D_f is one class, and in
+its proportions where it is not. The public code labels the noise of every class as class 0 and
+optimises it in training mode; here it keeps its target, and the model is in eval mode.
 """
 
 from __future__ import annotations
@@ -26,7 +27,15 @@ from torch.utils import _pytree as pytree
 
 from fisher_forget._util.random_state import preserved_rng
 from fisher_forget.baselines.protocol import Unlearned
-from fisher_forget.baselines.training_loop import Descent, Loss, descend, each, mean_loss, require, shuffled
+from fisher_forget.baselines.training_loop import (
+    Descent,
+    Loss,
+    descend,
+    each,
+    mean_loss,
+    require,
+    shuffled,
+)
 from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Indices, Split, some
 from fisher_forget.errors import ConfigError
@@ -89,8 +98,8 @@ class Unsir:
         """Forget `split.forget`; the given model is untouched.
 
         Raises:
-            ConfigError: If the inputs hold no floating-point tensor that could be noise, or the shapes of the samples
-                differ.
+            ConfigError: If the inputs hold no floating-point tensor that could be noise, or the
+                shapes of the samples differ.
         """
         begun = time.perf_counter()
         likelihood = resolve_likelihood(self.likelihood)
@@ -99,7 +108,9 @@ class Unsir:
         noise = self.noise(model, split, likelihood) if noises else None
 
         def impair(_: int, rng: np.random.Generator) -> Iterator[Loss]:
-            order = rng.permutation(np.concatenate([np.repeat(-1 - np.arange(noises), self.copies), kept]))
+            order = rng.permutation(
+                np.concatenate([np.repeat(-1 - np.arange(noises), self.copies), kept])
+            )
             for rows in np.array_split(order, -(-len(order) // self.batch_size)):
                 yield partial(_mixed_loss, likelihood, split, noise, rows)
 
@@ -111,7 +122,9 @@ class Unsir:
         impaired = descend(model, settings, impair, seed=self.seed)
         settings = Descent(self.repair_epochs, self.repair_lr, optimizer="adam")
         found = descend(impaired, settings, repair, seed=self.seed + 1)
-        shown = self.impair_epochs * (noises * self.copies + len(kept)) + self.repair_epochs * len(kept)
+        shown = self.impair_epochs * (noises * self.copies + len(kept)) + self.repair_epochs * len(
+            kept
+        )
         passes = (self.steps * noises + shown) / len(split.retain)
         return Unlearned(found, time.perf_counter() - begun, passes)
 
@@ -149,8 +162,11 @@ class Unsir:
         return batch.map(Tensor.detach)
 
 
-def _mixed_loss(likelihood: Likelihood, split: Split, noise: Batch | None, rows: Indices, model: nn.Module) -> Tensor:
-    """Mean loss of one batch of retained samples (rows from 0) and noise inputs (rows below 0: -1 is the first)."""
+def _mixed_loss(
+    likelihood: Likelihood, split: Split, noise: Batch | None, rows: Indices, model: nn.Module
+) -> Tensor:
+    """Mean loss of one batch of retained samples (rows from 0) and noise inputs (rows below 0: -1
+    is the first)."""
     parts = []
     if noise is not None and (rows < 0).any():
         parts.append(_rows(noise, -1 - rows[rows < 0]))

@@ -1,15 +1,18 @@
-r"""Variational forgetting: noise as wide in every filter as the retained loss allows, learned by gradient descent.
+r"""Variational forgetting: noise as wide in every filter as the retained loss allows, learned by
+gradient descent.
 
     Sigma* = argmin E_{n ~ N(0, Sigma)} L_r(w + n) - lambda ln|Sigma|,    w <- w + n
 
-Sigma is diagonal, with one log-variance a filter (a slice along the first dimension of a weight of two dimensions or
-more), from 0.005 times the variance of its weights and never above e^-3. Where the loss is quadratic with curvature B
-the variance of a filter of k weights becomes 2 lambda k / tr(B of the filter). One-dimensional parameters get no noise.
-Golatkar et al. 2020 (arXiv:1911.04933), section on variational forgetting and public code.
+Sigma is diagonal, with one log-variance a filter (a slice along the first dimension of a weight of
+two dimensions or more), from 0.005 times the variance of its weights and never above e^-3. Where
+the loss is quadratic with curvature B the variance of a filter of k weights becomes 2 lambda k /
+tr(B of the filter). One-dimensional parameters get no noise. Golatkar et al. 2020
+(arXiv:1911.04933), section on variational forgetting and public code.
 
-The code draws noise at the outputs of layers (local reparameterisation), which needs to know every kind of layer. Here
-weights are drawn in pairs w + n, w - n, whose first-order effects on the loss cancel. The code's learned prior on each
-layer, which keeps flat directions finite, is left out: the limit e^-3 does that.
+The code draws noise at the outputs of layers (local reparameterisation), which needs to know every
+kind of layer. Here weights are drawn in pairs w + n, w - n, whose first-order effects on the loss
+cancel. The code's learned prior on each layer, which keeps flat directions finite, is left out: the
+limit e^-3 does that.
 """
 
 from __future__ import annotations
@@ -72,7 +75,9 @@ class Variational:
             ("batch_size", self.batch_size >= 1, "a number of at least 1"),
         ):
             if not good:
-                raise ConfigError(f"{name}={getattr(self, name)!r}", expected, "Correct the method's settings.")
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r}", expected, "Correct the method's settings."
+                )
 
     def unlearn(self, model: nn.Module, split: Split) -> Unlearned:
         """Forget `split.forget`; the given model is untouched.
@@ -88,9 +93,13 @@ class Variational:
             generator = torch.Generator().manual_seed(self.seed)
             found = self.log_variances(objective, split, generator)
             final = objective.start | _noisy(objective.start, found, generator)[0]
-        return Unlearned(P.load(model, final).eval(), time.perf_counter() - begun, 2.0 * self.epochs)
+        return Unlearned(
+            P.load(model, final).eval(), time.perf_counter() - begun, 2.0 * self.epochs
+        )
 
-    def log_variances(self, objective: Objective, split: Split, generator: torch.Generator) -> Params:
+    def log_variances(
+        self, objective: Objective, split: Split, generator: torch.Generator
+    ) -> Params:
         """ln of the variance of every filter [filters, 1, ...], for the weights that have filters.
 
         Args:
@@ -98,7 +107,9 @@ class Variational:
             split: Its retained samples count.
             generator: Of the noise.
         """
-        logs = {name: _start(w).requires_grad_() for name, w in objective.start.items() if w.dim() > 1}
+        logs = {
+            name: _start(w).requires_grad_() for name, w in objective.start.items() if w.dim() > 1
+        }
         if not logs:
             raise ModelError(
                 "a model without a weight of two dimensions or more",
@@ -113,13 +124,20 @@ class Variational:
                 with torch.enable_grad():
                     pair = _noisy(objective.start, logs, generator)
                     outputs = [objective.outputs(batch, objective.start | noisy) for noisy in pair]
-                    losses = [objective.likelihood.losses(f, batch.targets).sum() / count for f in outputs]
-                    spread = [x.sum() * (objective.start[name].numel() / x.numel()) for name, x in logs.items()]
+                    losses = [
+                        objective.likelihood.losses(f, batch.targets).sum() / count for f in outputs
+                    ]
+                    spread = [
+                        x.sum() * (objective.start[name].numel() / x.numel())
+                        for name, x in logs.items()
+                    ]
                     value = (losses[0] + losses[1]) / 2 - self.trade_off * torch.stack(spread).sum()
                     grads = torch.autograd.grad(value, list(logs.values()))
                 if not math.isfinite(float(value.detach())):
                     raise NumericalError(
-                        f"the objective {float(value.detach())}", "finite losses under noise", "Lower trade_off or lr."
+                        f"the objective {float(value.detach())}",
+                        "finite losses under noise",
+                        "Lower trade_off or lr.",
                     )
                 for x, g in zip(logs.values(), grads, strict=True):
                     x.grad = g

@@ -1,4 +1,5 @@
-"""Curvatures add up: of two data sets together, of one without a part of it (downdate), and of a prior."""
+"""Curvatures add up: of two data sets together, of one without a part of it (downdate), and of a
+prior."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from fisher_forget.errors import CurvatureError
 def merged(a: Curvature, b: Curvature) -> Curvature:
     """Curvature of the mean loss over the samples of both: (N_a A + N_b B) / (N_a + N_b).
 
-    Exact for diagonal and dense structures, and for EKFAC in a common basis (`estimate_curvature(..., basis=a)`).
+    Exact for diagonal and dense structures, and for EKFAC in a common basis
+    (`estimate_curvature(..., basis=a)`).
 
     Args:
         a: From `estimate_curvature`, without damping.
@@ -35,19 +37,27 @@ def without(a: Curvature, b: Curvature) -> Curvature:
 
     Args:
         a: From `estimate_curvature`, without damping.
-        b: The same kind, structure and parameters, of a part of a's samples. For the random kinds the two draw other
-            columns, so that the difference is unbiased but noisier; eigenvalues that come out negative count as 0.
+        b: The same kind, structure and parameters, of a part of a's samples. For the random kinds
+            the two draw other columns, so that the difference is unbiased but noisier; eigenvalues
+            that come out negative count as 0.
 
     Raises:
-        CurvatureError: If the two don't go together, b has as many samples as a, or the structure is not a sum.
+        CurvatureError: If the two don't go together, b has as many samples as a, or the structure
+            is not a sum.
     """
     return _combined(a, b, -1.0)
 
 
 def _combined(a: Curvature, b: Curvature, sign: float) -> Curvature:
-    if a.info is None or b.info is None or (a.info.kind, a.info.structure) != (b.info.kind, b.info.structure):
+    if (
+        a.info is None
+        or b.info is None
+        or (a.info.kind, a.info.structure) != (b.info.kind, b.info.structure)
+    ):
         raise CurvatureError(
-            f"curvatures from {a.info} and {b.info}", "the same kind and structure", "Estimate both in the same way."
+            f"curvatures from {a.info} and {b.info}",
+            "the same kind and structure",
+            "Estimate both in the same way.",
         )
     total = a.info.count + sign * b.info.count
     if total <= 0:
@@ -62,15 +72,25 @@ def _combined(a: Curvature, b: Curvature, sign: float) -> Curvature:
 
 def _mix(a: Curvature, b: Curvature, x: float, y: float) -> Curvature:
     """x A + y B."""
-    if isinstance(a, BlockDiagonal) and isinstance(b, BlockDiagonal) and len(a.parts) == len(b.parts):
+    if (
+        isinstance(a, BlockDiagonal)
+        and isinstance(b, BlockDiagonal)
+        and len(a.parts) == len(b.parts)
+    ):
         pairs = zip(a.parts, b.parts, strict=True)
         return replace(a, parts=tuple((names, _mix(p, q, x, y)) for (names, p), (_, q) in pairs))
     damping = getattr(a, "tau", 0.0), getattr(b, "tau", 0.0)
     if any(damping):
-        raise CurvatureError(f"dampings {damping}", "undamped curvatures", "Add first, damp afterwards.")
+        raise CurvatureError(
+            f"dampings {damping}", "undamped curvatures", "Add first, damp afterwards."
+        )
     if isinstance(a, Dense) and isinstance(b, Dense) and a.basis.shape == b.basis.shape:
         return replace(from_matrix(x * a.matrix() + y * b.matrix(), a.like), signed=a.signed)
-    same = isinstance(a, Diagonal) and isinstance(b, Diagonal) and list(a.eigenvalues) == list(b.eigenvalues)
+    same = (
+        isinstance(a, Diagonal)
+        and isinstance(b, Diagonal)
+        and list(a.eigenvalues) == list(b.eigenvalues)
+    )
     if isinstance(a, Kronecker) and isinstance(b, Kronecker):
         if not (_equal(a.row, b.row) and _equal(a.col, b.col)):
             raise CurvatureError(
@@ -87,7 +107,12 @@ def _mix(a: Curvature, b: Curvature, x: float, y: float) -> Curvature:
         )
     assert isinstance(a, (Diagonal, Kronecker))
     assert isinstance(b, (Diagonal, Kronecker))
-    return replace(a, eigenvalues={key: x * value + y * b.eigenvalues[key] for key, value in a.eigenvalues.items()})
+    return replace(
+        a,
+        eigenvalues={
+            key: x * value + y * b.eigenvalues[key] for key, value in a.eigenvalues.items()
+        },
+    )
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:
@@ -97,20 +122,26 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def with_prior(curvature: Curvature, precision: Mapping[str, Tensor | float]) -> Curvature:
-    """Add the curvature of a Gaussian prior on the weights, B + diag(precision), as what it is: not per sample.
+    """Add the curvature of a Gaussian prior on the weights, B + diag(precision), as what it is: not
+    per sample.
 
-    Weight decay of strength wd on all parameters is `curvature.damped(wd)`; this is for decay on some of them, or for
-    precisions of their own.
+    Weight decay of strength wd on all parameters is `curvature.damped(wd)`; this is for decay on
+    some of them, or for precisions of their own.
 
     Args:
-        curvature: Diagonal, dense, or blocks; an EKFAC block only where the precision is one number for its weight and
-            bias, since other precisions have no closed form in its basis.
-        precision: By parameter name, a number or a tensor of the parameter's shape, >= 0; missing names get 0.
+        curvature: Diagonal, dense, or blocks; an EKFAC block only where the precision is one number
+            for its weight and bias, since other precisions have no closed form in its basis.
+        precision: By parameter name, a number or a tensor of the parameter's shape, >= 0; missing
+            names get 0.
 
     Raises:
         CurvatureError: If a name is unknown, a precision negative, or the structure can't hold it.
     """
-    names = list(curvature.diagonal()) if not isinstance(curvature, BlockDiagonal) else list(curvature.order)
+    names = (
+        list(curvature.diagonal())
+        if not isinstance(curvature, BlockDiagonal)
+        else list(curvature.order)
+    )
     unknown = [name for name in precision if name not in names]
     if unknown or any(float(torch.as_tensor(value).min()) < 0 for value in precision.values()):
         raise CurvatureError(
@@ -120,7 +151,8 @@ def with_prior(curvature: Curvature, precision: Mapping[str, Tensor | float]) ->
         )
     if isinstance(curvature, BlockDiagonal):
         parts = [
-            (own, with_prior(part, {n: precision[n] for n in own if n in precision})) for own, part in curvature.parts
+            (own, with_prior(part, {n: precision[n] for n in own if n in precision}))
+            for own, part in curvature.parts
         ]
         return replace(curvature, parts=tuple(parts))
     if isinstance(curvature, Diagonal):
@@ -128,13 +160,16 @@ def with_prior(curvature: Curvature, precision: Mapping[str, Tensor | float]) ->
         return replace(curvature, eigenvalues=found)
     like = curvature.like if isinstance(curvature, Dense) else curvature.diagonal()
     each = [
-        torch.as_tensor(precision.get(n, 0.0), dtype=p.dtype, device=p.device).expand(p.shape) for n, p in like.items()
+        torch.as_tensor(precision.get(n, 0.0), dtype=p.dtype, device=p.device).expand(p.shape)
+        for n, p in like.items()
     ]
     full = torch.cat([value.reshape(-1) for value in each])
     if isinstance(curvature, Dense):
         plain = replace(curvature, tau=0.0).matrix()
         return replace(
-            from_matrix(plain + full.diag(), like, signed=curvature.signed), tau=curvature.tau, info=curvature.info
+            from_matrix(plain + full.diag(), like, signed=curvature.signed),
+            tau=curvature.tau,
+            info=curvature.info,
         )
     if bool((full == full[0]).all()):
         return curvature.damped(float(full[0]))

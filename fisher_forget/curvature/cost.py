@@ -26,10 +26,12 @@ class Estimate:
     """The predicted cost of `estimate_curvature`.
 
     Attributes:
-        seconds: Wall time on this machine; an upper bound for low_rank, which stops when it has converged.
+        seconds: Wall time on this machine; an upper bound for low_rank, which stops when it has
+            converged.
         bytes_result: Bytes of the result's tensors, exact where no graph is kept.
-        bytes_peak: Bytes held at the worst moment: result, sums, recorded tensors and graphs, copy of the model.
-            What single operations need while they run (unfolded convolutions, eigendecompositions) comes on top.
+        bytes_peak: Bytes held at the worst moment: result, sums, recorded tensors and graphs, copy
+            of the model. What single operations need while they run (unfolded convolutions,
+            eigendecompositions) comes on top.
         samples: How many samples are walked through.
         passes: How often; at most, for low_rank.
         columns: Backward passes a sample and pass; 0 where products are used.
@@ -55,7 +57,8 @@ class Estimate:
 
 
 def of_columns(walk: Walk, build: Callable[[Tape], Accumulator], columns: int) -> Estimate:
-    """Cost of feeding columns to a structure; eigendecompositions are left out of the run and added by their size."""
+    """Cost of feeding columns to a structure; eigendecompositions are left out of the run and added
+    by their size."""
     total = build(walk.tape)
     sides: list[int] = []
     samples, replays, bytes_result = len(walk.chosen), True, 0
@@ -71,13 +74,17 @@ def of_columns(walk: Walk, build: Callable[[Tape], Accumulator], columns: int) -
         if not isinstance(total, DenseSum):
             bytes_result = total.result(count).nbytes()
         if isinstance(total, EkfacSum) and replays:
-            replays = total._bytes / n * samples <= REPLAY_BYTES  # from the first look on, as with all samples
+            replays = (
+                total._bytes / n * samples <= REPLAY_BYTES
+            )  # from the first look on, as with all samples
         return time.perf_counter() - begun
 
     seconds = _extrapolate(run, walk) + sum(eigh_seconds(walk, side) for side in sides)
     d, each = size(walk.tape.params), _itemsize(walk)
     recorded = walk.recorded_bytes(next(walk.batches()))
-    peak = d * each + max(recorded, min(recorded * min(walk.split.batch_size, samples), walk.chunk_bytes))
+    peak = d * each + max(
+        recorded, min(recorded * min(walk.split.batch_size, samples), walk.chunk_bytes)
+    )
     if isinstance(total, DenseSum):
         bytes_result = (d * d + 2 * d) * each
         seconds += eigh_seconds(walk, d)
@@ -94,7 +101,8 @@ def of_products(walk: Walk, products: int, bytes_result: int, vectors: int = 0) 
         walk: The data.
         products: How many.
         bytes_result: Of the result's tensors, kept graphs excluded.
-        vectors: Vectors of the parameters' size that are orthogonalised against each other on the way.
+        vectors: Vectors of the parameters' size that are orthogonalised against each other on the
+            way.
     """
     samples = len(walk.chosen)
     probe = walk.first(FEW).product(keep=False)
@@ -130,17 +138,21 @@ def kept_bytes(walk: Walk) -> int:
 
 
 def eigh_seconds(walk: Walk, side: int) -> float:
-    """Time of the eigendecomposition of a symmetric matrix, on the model's device and in its type."""
+    """Time of the eigendecomposition of a symmetric matrix, on the model's device and in its
+    type."""
     k = min(side, EIGH)
     first = next(iter(walk.tape.params.values()))
-    a = torch.randn(k, k, dtype=first.dtype, generator=torch.Generator().manual_seed(0)).to(first.device)
+    a = torch.randn(k, k, dtype=first.dtype, generator=torch.Generator().manual_seed(0)).to(
+        first.device
+    )
     begun = time.perf_counter()
     float(torch.linalg.eigh(a + a.T)[0][0])
     return (time.perf_counter() - begun) * (side / k) ** 3
 
 
 def _extrapolate(run: Callable[[int], float], walk: Walk) -> float:
-    """Fixed and marginal time from two runs that differ by a batch, or by few samples where a batch takes long."""
+    """Fixed and marginal time from two runs that differ by a batch, or by few samples where a batch
+    takes long."""
     total = len(walk.chosen)
     few = min(FEW, total)
     run(few)  # the first one pays for caches and allocations

@@ -39,7 +39,10 @@ ACCUMULATORS: dict[str, Callable[[Tape], Accumulator]] = {
 }
 
 SUPPORT: dict[tuple[str, str], str | None] = {
-    (kind, structure): None for kind in get_args(Kind) if kind != "auto" for structure in get_args(Structure)
+    (kind, structure): None
+    for kind in get_args(Kind)
+    if kind != "auto"
+    for structure in get_args(Structure)
 }
 """Whether a kind (resolved) can be held in a structure: `None`, or the reason why not."""
 
@@ -56,7 +59,8 @@ RANK = 32
 
 
 def support_table() -> str:
-    """`SUPPORT` as a Markdown table, kinds down and structures across, with the reasons as notes below."""
+    """`SUPPORT` as a Markdown table, kinds down and structures across, with the reasons as notes
+    below."""
     reasons = list(dict.fromkeys(reason for reason in SUPPORT.values() if reason))
     structures = list(dict.fromkeys(structure for _, structure in SUPPORT))
     lines = ["| kind | " + " | ".join(structures) + " |", "|---" * (len(structures) + 1) + "|"]
@@ -130,43 +134,52 @@ def estimate_curvature(
     progress: bool = False,
     dry_run: bool = False,
 ) -> Curvature | Estimate:
-    r"""Per-sample curvature of the mean loss, B = (1/N) sum_n J_n^T H_n J_n, without weight decay or damping.
+    r"""Per-sample curvature of the mean loss, B = (1/N) sum_n J_n^T H_n J_n, without weight decay
+    or damping.
 
-    J_n is the Jacobian of sample n's outputs with respect to the parameters and H_n the output Hessian of its loss;
-    N counts samples, or scored positions where a sample has several. For the empirical kind H_n is r_n r_n^T; the
-    Hessian adds sum_k r_nk d^2 f_nk / dw^2, which can make it indefinite. `support_table` says what goes with what.
+    J_n is the Jacobian of sample n's outputs with respect to the parameters and H_n the output
+    Hessian of its loss; N counts samples, or scored positions where a sample has several. For the
+    empirical kind H_n is r_n r_n^T; the Hessian adds sum_k r_nk d^2 f_nk / dw^2, which can make it
+    indefinite. `support_table` says what goes with what.
 
     Args:
         model: In eval mode, float32 or float64. It is copied and never touched.
         data: A `Split`, or a loader or data set whose samples all count.
         likelihood: Name or instance.
-        structure: `"ekfac"` (Kronecker basis, exact diagonal in it), `"diagonal"`, `"dense"` (small models),
-            `"low_rank"` (largest eigenpairs and the mean of the rest), `"matrix_free"` (exact products over the data
-            at every use). Or structures by shell pattern of parameter names, first match wins:
-            `{"conv*": "diagonal", "*": "ekfac"}`; blocks of different patterns are taken as uncorrelated.
-        kind: `"exact"`, `"sketch"` (one random column per draw, unbiased), `"sampled"` (Monte-Carlo labels),
-            `"empirical"` (true labels), `"hessian"`, or `"auto"`: exact where that needs at most 16 columns or no
-            columns at all (low_rank, matrix_free), else sketch.
-        draws: Columns a sample for `sketch` and `sampled`. For the diagonal of a Hessian, the Rademacher probes z of
-            the estimate z * Hz: entry i has the variance sum_{j != i} H_ij^2 / draws, so take hundreds.
+        structure: `"ekfac"` (Kronecker basis, exact diagonal in it), `"diagonal"`, `"dense"` (small
+            models), `"low_rank"` (largest eigenpairs and the mean of the rest), `"matrix_free"`
+            (exact products over the data at every use). Or structures by shell pattern of parameter
+            names, first match wins: `{"conv*": "diagonal", "*": "ekfac"}`; blocks of different
+            patterns are taken as uncorrelated.
+        kind: `"exact"`, `"sketch"` (one random column per draw, unbiased), `"sampled"` (Monte-Carlo
+            labels), `"empirical"` (true labels), `"hessian"`, or `"auto"`: exact where that needs
+            at most 16 columns or no columns at all (low_rank, matrix_free), else sketch.
+        draws: Columns a sample for `sketch` and `sampled`. For the diagonal of a Hessian, the
+            Rademacher probes z of the estimate z * Hz: entry i has the variance sum_{j != i} H_ij^2
+            / draws, so take hundreds.
         part: `"retain"`, `"forget"`, `"all"`, or indices.
         subset: Shell patterns of parameter names; `None` takes every parameter with requires_grad.
         seed: Of everything random. The result does not depend on the batch size.
         rank: Eigenpairs of low_rank.
-        preconditioner: For inverses of matrix_free: any curvature of the same parameters, without damping.
-        basis: For ekfac: take the eigenbases of this EKFAC of the same model instead of estimating new ones. One pass
-            is then enough, and the two add up (`merged`, `without`).
-        max_samples: Walk through so many samples only, a uniform draw without replacement; the mean is over these.
-        memory: Bytes that recorded tensors may take at a time. Default: a quarter of the available memory, at most
-            256 MiB. matrix_free and low_rank keep their graphs where all of them fit, which makes products faster.
+        preconditioner: For inverses of matrix_free: any curvature of the same parameters, without
+            damping.
+        basis: For ekfac: take the eigenbases of this EKFAC of the same model instead of estimating
+            new ones. One pass is then enough, and the two add up (`merged`, `without`).
+        max_samples: Walk through so many samples only, a uniform draw without replacement; the mean
+            is over these.
+        memory: Bytes that recorded tensors may take at a time. Default: a quarter of the available
+            memory, at most 256 MiB. matrix_free and low_rank keep their graphs where all of them
+            fit, which makes products faster.
         progress: Show a progress bar.
         dry_run: Time a few samples, and return the predicted cost instead of the curvature.
 
     Raises:
-        ModelError, DataError, NumericalError: If model or data cannot be used; the message says what to do.
+        ModelError, DataError, NumericalError: If model or data cannot be used; the message says
+            what to do.
         SplitError: If the part has no samples.
-        CurvatureError: If an option is out of range, kind and structure do not go together, a pattern matches nothing
-            or a parameter no pattern, or the structure does not fit the model.
+        CurvatureError: If an option is out of range, kind and structure do not go together, a
+            pattern matches nothing or a parameter no pattern, or the structure does not fit the
+            model.
 
     Example:
         >>> import torch
@@ -178,10 +191,19 @@ def estimate_curvature(
         Info(count=3.0, kind='exact', structure='diagonal')
     """
     _check_structure(structure, kind)
-    for name, value in (("draws", draws), ("rank", rank), ("max_samples", max_samples), ("memory", memory)):
+    for name, value in (
+        ("draws", draws),
+        ("rank", rank),
+        ("max_samples", max_samples),
+        ("memory", memory),
+    ):
         optional = value is None and name in ("max_samples", "memory")
-        if not optional and (not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1):
-            raise CurvatureError(f"{name}={value!r}", "a whole number of at least 1", f"Pass {name}=1 or more.")
+        if not optional and (
+            not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1
+        ):
+            raise CurvatureError(
+                f"{name}={value!r}", "a whole number of at least 1", f"Pass {name}=1 or more."
+            )
     check_model(model)
     split = data if isinstance(data, Split) else resolve_split(data, [], allow_empty=True)
     chosen = _chosen(split, part, max_samples, seed)
@@ -189,7 +211,9 @@ def estimate_curvature(
     if isinstance(structure, Mapping):
         names = list(trainable(model, subset))
         groups = mixed.assign(structure, names)
-        one = cast(Any, estimate_curvature)  # each with its own walk: the same samples and random columns
+        one = cast(
+            Any, estimate_curvature
+        )  # each with its own walk: the same samples and random columns
         found = [
             one(
                 model,
@@ -223,8 +247,11 @@ def estimate_curvature(
     if memory is None:
         memory = default_memory(outputs.device)
     walk = Walk(tape, split, chosen, likelihood, kind, draws, seed, memory, progress)
-    # the trace of many exact columns costs as many backward passes; one random column a sample is unbiased
-    tracing = replace(walk, kind="sketch") if kind == "exact" and exact_columns > EXACT_UP_TO else walk
+    # the trace of many exact columns costs as many backward passes; one random column a sample is
+    # unbiased
+    tracing = (
+        replace(walk, kind="sketch") if kind == "exact" and exact_columns > EXACT_UP_TO else walk
+    )
     if dry_run:
         columns = {"exact": exact_columns, "empirical": 1}.get(kind, draws)
         begun = time.perf_counter()  # again: the first time may have paid for lazy imports
@@ -234,7 +261,9 @@ def estimate_curvature(
         return replace(predicted, seconds=predicted.seconds + prepared)
     if basis is not None:
         if structure != "ekfac":
-            raise CurvatureError(f"basis= with structure={structure!r}", "structure='ekfac'", "Leave basis= out.")
+            raise CurvatureError(
+                f"basis= with structure={structure!r}", "structure='ekfac'", "Leave basis= out."
+            )
         curvature, count = walk.estimate(EkfacSum(tape, basis))
     else:
         curvature, count = _estimate(walk, tracing, structure, rank, preconditioner)
@@ -253,19 +282,28 @@ def _estimate(
         trace = tracing.estimate(DiagonalSum(walk.tape))[0].trace()
         product = walk.product()
         estimated = tracing is not walk
-        found = top_eigenpairs(product, like, rank, trace, seed=walk.seed, trace_estimated=estimated)
+        found = top_eigenpairs(
+            product, like, rank, trace, seed=walk.seed, trace_estimated=estimated
+        )
         return found, product.count
     product = walk.product()
     if structure == "dense":
         return hessian.dense(product, like), product.count
     if structure == "diagonal":
         return hessian.diagonal(product, like, walk.draws, walk.seed), product.count
-    operator = MatrixFree(product=product, like=like, signed=signed, preconditioner=preconditioner, seed=walk.seed)
+    operator = MatrixFree(
+        product=product, like=like, signed=signed, preconditioner=preconditioner, seed=walk.seed
+    )
     return operator, product.count
 
 
 def _predict(
-    walk: Walk, tracing: Walk, structure: str, rank: int, preconditioner: Curvature | None, columns: int
+    walk: Walk,
+    tracing: Walk,
+    structure: str,
+    rank: int,
+    preconditioner: Curvature | None,
+    columns: int,
 ) -> Estimate:
     """What `_estimate` would cost."""
     if structure in ACCUMULATORS and walk.kind != "hessian":
@@ -296,21 +334,31 @@ def _predict(
 def _check_structure(structure: Structure | Mapping[str, Structure], kind: Kind) -> None:
     """Refuse unknown names and cells of `SUPPORT` that have a reason."""
     if isinstance(structure, Mapping) and not structure:
-        raise CurvatureError("an empty structure=", "at least one pattern", "Pass {'*': 'ekfac'}, say.")
+        raise CurvatureError(
+            "an empty structure=", "at least one pattern", "Pass {'*': 'ekfac'}, say."
+        )
     kinds.choose(kind, 0)
     for name in structure.values() if isinstance(structure, Mapping) else (structure,):
         if name not in get_args(Structure):
             known = get_args(Structure)
-            raise CurvatureError(f"structure={name!r}", f"one of {known}", "Pass one of these names.")
+            raise CurvatureError(
+                f"structure={name!r}", f"one of {known}", "Pass one of these names."
+            )
         if kind != "auto" and (reason := SUPPORT[kind, name]) is not None:
-            raise CurvatureError(f"kind={kind!r} with structure={name!r}", "a supported pair", reason)
+            raise CurvatureError(
+                f"kind={kind!r} with structure={name!r}", "a supported pair", reason
+            )
 
 
 def _chosen(split: Split, part: Part | Indices, max_samples: int | None, seed: int) -> Indices:
     """Indices of the samples to walk through."""
     every = split.indices(part) if isinstance(part, str) else part
     if not len(every):
-        raise SplitError(f"part={part!r} of {split}, without samples", "at least one sample", "Choose another part.")
+        raise SplitError(
+            f"part={part!r} of {split}, without samples",
+            "at least one sample",
+            "Choose another part.",
+        )
     if max_samples is None or max_samples >= len(every):
         return every
     return np.sort(np.random.default_rng(seed).choice(every, max_samples, replace=False))

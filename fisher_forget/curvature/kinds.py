@@ -1,8 +1,9 @@
 """Kinds of curvature: which vectors are back-propagated from the outputs.
 
-Every kind yields columns S of the outputs' shape with sum_k E[S_k S_k^T] = H_n per sample, or r_n r_n^T for the
-empirical Fisher, which is *not* the Fisher (Kunstner et al. 2019, arXiv:1905.12558) and vanishes at interpolation.
-The Hessian has a second part, sum_k r_nk d^2 f_nk / dw^2, that no column can carry: it is known by products only.
+Every kind yields columns S of the outputs' shape with sum_k E[S_k S_k^T] = H_n per sample, or r_n
+r_n^T for the empirical Fisher, which is *not* the Fisher (Kunstner et al. 2019, arXiv:1905.12558)
+and vanishes at interpolation. The Hessian has a second part, sum_k r_nk d^2 f_nk / dw^2, that no
+column can carry: it is known by products only.
 """
 
 from __future__ import annotations
@@ -27,21 +28,29 @@ def choose(kind: Kind, columns: int) -> Kind:
         CurvatureError: If there is no such kind.
     """
     if kind not in get_args(Kind):
-        raise CurvatureError(f"kind={kind!r}", f"one of {get_args(Kind)}", "Pass one of these names.")
+        raise CurvatureError(
+            f"kind={kind!r}", f"one of {get_args(Kind)}", "Pass one of these names."
+        )
     if kind != "auto":
         return kind
     return "exact" if columns <= EXACT_UP_TO else "sketch"
 
 
 def columns(
-    kind: Kind, likelihood: Likelihood, outputs: Tensor, targets: Tensor, draws: int, generator: torch.Generator
+    kind: Kind,
+    likelihood: Likelihood,
+    outputs: Tensor,
+    targets: Tensor,
+    draws: int,
+    generator: torch.Generator,
 ) -> Iterator[Tensor]:
     """The columns of one chunk.
 
     Args:
         kind: Resolved by `choose`.
         outputs: Detached outputs [N, ...].
-        targets: Targets [N, ...]; only the empirical kind reads labels, the others only what is ignored.
+        targets: Targets [N, ...]; only the empirical kind reads labels, the others only what is
+            ignored.
         draws: Columns of the random kinds.
         generator: Stream of the random kinds, consumed sample after sample.
     """
@@ -56,9 +65,15 @@ def columns(
 
 
 def weight(
-    kind: Kind, likelihood: Likelihood, outputs: Tensor, targets: Tensor, draws: int, generator: torch.Generator
+    kind: Kind,
+    likelihood: Likelihood,
+    outputs: Tensor,
+    targets: Tensor,
+    draws: int,
+    generator: torch.Generator,
 ) -> Callable[[Tensor], Tensor]:
-    """u_n -> H_n u_n on tensors of the outputs' shape, sum_k S_nk <S_nk, u_n> where the kind has columns of its own.
+    """u_n -> H_n u_n on tensors of the outputs' shape, sum_k S_nk <S_nk, u_n> where the kind has
+    columns of its own.
 
     Args:
         kind: Any but "hessian", which does not pass through the outputs alone.
@@ -66,7 +81,8 @@ def weight(
         outputs: Detached outputs [N, ...].
         targets: Targets [N, ...].
         draws: Columns of the random kinds.
-        generator: Stream of the random kinds, consumed sample after sample: the same columns as those of `columns`.
+        generator: Stream of the random kinds, consumed sample after sample: the same columns as
+            those of `columns`.
     """
     if kind == "exact":
         return lambda u: likelihood.hessian_product(outputs, u, targets)

@@ -1,6 +1,8 @@
-"""The abstract curvature: a symmetric positive semi-definite operator on parameter space, and its five methods.
+"""The abstract curvature: a symmetric positive semi-definite operator on parameter space, and its
+five methods.
 
-*Matrix power is the primitive*: Newton is B^-1, the paper's noise B^-1/4, a product B^1, whitening B^-1/2.
+*Matrix power is the primitive*: Newton is B^-1, the paper's noise B^-1/4, a product B^1, whitening
+B^-1/2.
 """
 
 from __future__ import annotations
@@ -54,8 +56,9 @@ class Curvature(ABC):
             p: Exponent: 1 product, -1 Newton, -1/4 noise of Golatkar et al. 2020, Prop. 4.
 
         Raises:
-            CurvatureError: If p < 0 and the operator is singular, or p is negative or fractional and it is indefinite
-                (only a Hessian can be); the message then says which damping is enough.
+            CurvatureError: If p < 0 and the operator is singular, or p is negative or fractional
+                and it is indefinite (only a Hessian can be); the message then says which damping is
+                enough.
         """
 
     @abstractmethod
@@ -90,7 +93,8 @@ class Spectral(Curvature):
     Attributes:
         eigenvalues: One tensor per coordinate block, without damping.
         tau: Damping.
-        signed: Whether negative eigenvalues are real. If not, B is semi-definite and they are rounding errors: 0.
+        signed: Whether negative eigenvalues are real. If not, B is semi-definite and they are
+            rounding errors: 0.
     """
 
     eigenvalues: Params
@@ -165,7 +169,8 @@ _REHEARSAL: ContextVar[list[int] | None] = ContextVar("rehearsal", default=None)
 
 @contextmanager
 def rehearsal() -> Iterator[list[int]]:
-    """Inside, `symmetric_basis` returns its argument at once and notes the side: for timing all the rest."""
+    """Inside, `symmetric_basis` returns its argument at once and notes the side: for timing all the
+    rest."""
     sides: list[int] = []
     token = _REHEARSAL.set(sides)
     try:
@@ -175,14 +180,17 @@ def rehearsal() -> Iterator[list[int]]:
 
 
 def symmetric_basis(covariance: Tensor) -> Tensor:
-    """Orthonormal eigenvectors [k, k] of a matrix given by its upper triangle, in float64 where that is cheap."""
+    """Orthonormal eigenvectors [k, k] of a matrix given by its upper triangle, in float64 where
+    that is cheap."""
     if (sides := _REHEARSAL.get()) is not None:
         sides.append(len(covariance))
         return covariance
     exact = covariance.double() if len(covariance) <= 512 else covariance
     try:
         basis: Tensor = torch.linalg.eigh(exact, UPLO="U")[1]
-    except RuntimeError:  # LinAlgError: single precision may not converge where the rank is low (dead pixels)
+    except (
+        RuntimeError
+    ):  # LinAlgError: single precision may not converge where the rank is low (dead pixels)
         basis = torch.linalg.eigh(covariance.double(), UPLO="U")[1]
     return basis.to(covariance.dtype)
 

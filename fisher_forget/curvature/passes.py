@@ -1,4 +1,5 @@
-"""Walks over the data: columns into an accumulator, pass by pass, or exact products batch by batch."""
+"""Walks over the data: columns into an accumulator, pass by pass, or exact products batch by
+batch."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ class Accumulator(Protocol):
 
     passes: int
 
-    def add(self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool) -> None: ...
+    def add(
+        self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool
+    ) -> None: ...
 
     def end_pass(self) -> None: ...
 
@@ -74,7 +77,8 @@ class Walk:
         return (batch.on(self.tape.model) for batch in self.split.batches(self.chosen))
 
     def accumulate(self, total: Accumulator) -> float:
-        """Feed all columns of all samples to a structure, once per pass; returns the scored positions."""
+        """Feed all columns of all samples to a structure, once per pass; returns the scored
+        positions."""
         count = 0.0
         pass_index = 0
         steps: dict[tuple[torch.Size, ...], int] = {}
@@ -87,7 +91,9 @@ class Walk:
                     self.likelihood.check(outputs, targets)
                     if pass_index == 0:
                         count += float(self.likelihood.counts(targets).double().sum())
-                    columns = kinds.columns(self.kind, self.likelihood, outputs, targets, self.draws, generator)
+                    columns = kinds.columns(
+                        self.kind, self.likelihood, outputs, targets, self.draws, generator
+                    )
                     for column, last in _with_last(columns):
                         grads = record.pull(column)
                         with torch.no_grad():  # sums must not drag the graphs of all chunks along
@@ -103,7 +109,8 @@ class Walk:
         return total.result(count), count
 
     def product(self, keep: bool | None = None) -> DataProduct:
-        """v -> B v, exact (for a random kind, exact for its columns); see `DataProduct` about `keep`."""
+        """v -> B v, exact (for a random kind, exact for its columns); see `DataProduct` about
+        `keep`."""
         live = self.tape.params
 
         def build(batch: Batch, generator: torch.Generator) -> Chunk:
@@ -112,7 +119,9 @@ class Walk:
             self.likelihood.check(detached, batch.targets)
             if self.kind == "hessian":
                 return HessianChunk(self.likelihood.losses(outputs, batch.targets).sum(), live)
-            weight = kinds.weight(self.kind, self.likelihood, detached, batch.targets, self.draws, generator)
+            weight = kinds.weight(
+                self.kind, self.likelihood, detached, batch.targets, self.draws, generator
+            )
             return GgnChunk(outputs, live, weight)
 
         return DataProduct(
@@ -137,7 +146,8 @@ class Walk:
         return min(self.memory, REUSED) if self._several else self.memory
 
     def recorded_bytes(self, batch: Batch) -> int:
-        """Bytes that one sample's recorded tensors take: inputs, outputs, gradients, graph; stray parameters' rows.
+        """Bytes that one sample's recorded tensors take: inputs, outputs, gradients, graph; stray
+        parameters' rows.
 
         Where several columns follow each other, also what layers keep for all of them.
         """
@@ -147,10 +157,13 @@ class Walk:
             for use, g in zip(probe.uses, probe.pull(torch.ones_like(probe.outputs)), strict=True):
                 shared = None if g is None else use.block.rule.shared(use.a, g)
                 recorded += 0 if shared is None else shared.numel() * shared.element_size()
-        return max(recorded + size({name: self.tape.params[name] for name in self.tape.stray}) * 8, 1)
+        return max(
+            recorded + size({name: self.tape.params[name] for name in self.tape.stray}) * 8, 1
+        )
 
     def _records(self, batch: Batch, steps: dict[tuple[torch.Size, ...], int]) -> Iterator[Record]:
-        """Forward passes over chunks whose recorded tensors fit the memory; `steps` remembers sizes by sample shape."""
+        """Forward passes over chunks whose recorded tensors fit the memory; `steps` remembers sizes
+        by sample shape."""
         shape = batch.sample_shapes()
         if shape not in steps:
             steps[shape] = max(1, self.chunk_bytes // self.recorded_bytes(batch))

@@ -15,14 +15,17 @@ from fisher_forget.data.batches import Batch
 from fisher_forget.likelihood import Likelihood
 from fisher_forget.params import Params
 
-Chunk = Callable[[Mapping[str, Tensor]], Params]  # v -> sum over some samples, keyed by the parameters they use
+Chunk = Callable[
+    [Mapping[str, Tensor]], Params
+]  # v -> sum over some samples, keyed by the parameters they use
 
 
 class GgnChunk:
     r"""v -> sum_n J_n^T H_n J_n v over some samples, on the graph of one forward and backward pass.
 
-    J v comes from differentiating u -> J^T u (Pearlmutter's R-operator by double backward), so each product costs
-    about one training pass over the samples and works for every layer that autograd can differentiate twice.
+    J v comes from differentiating u -> J^T u (Pearlmutter's R-operator by double backward), so each
+    product costs about one training pass over the samples and works for every layer that autograd
+    can differentiate twice.
 
     Args:
         outputs: The model's, with their graph.
@@ -41,7 +44,9 @@ class GgnChunk:
     def __call__(self, v: Mapping[str, Tensor]) -> Params:
         """Keyed by the parameters that the samples use."""
         leaves, grads = [p for p, _ in self._used.values()], [g for _, g in self._used.values()]
-        (jv,) = torch.autograd.grad(grads, self._u, [v[name] for name in self._used], retain_graph=True)
+        (jv,) = torch.autograd.grad(
+            grads, self._u, [v[name] for name in self._used], retain_graph=True
+        )
         back = torch.autograd.grad(self._outputs, leaves, self._weight(jv), retain_graph=True)
         return dict(zip(self._used, back, strict=True))
 
@@ -63,11 +68,13 @@ def summed(chunks: Iterable[Chunk], v: Mapping[str, Tensor], count: float) -> Pa
 
 
 class DataProduct:
-    """v -> B v over a data set: the graphs are kept where all of them fit the memory, else rebuilt chunk by chunk.
+    """v -> B v over a data set: the graphs are kept where all of them fit the memory, else rebuilt
+    chunk by chunk.
 
     Args:
         batches: The same samples at every call, on the model's device.
-        build: Makes the chunk of some samples; a random kind draws its columns from the generator, the same each time.
+        build: Makes the chunk of some samples; a random kind draws its columns from the generator,
+            the same each time.
         live: The parameters.
         likelihood: Counts the scored positions.
         samples: How many samples `batches` yields.

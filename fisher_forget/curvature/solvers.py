@@ -1,4 +1,5 @@
-"""What products v -> A v alone tell about a symmetric A: Krylov spaces, the diagonal, the matrix itself."""
+"""What products v -> A v alone tell about a symmetric A: Krylov spaces, the diagonal, the matrix
+itself."""
 
 from __future__ import annotations
 
@@ -15,16 +16,18 @@ FlatProduct = Callable[[Tensor], Tensor]
 
 
 class Lanczos:
-    """Orthonormal rows Q [m, d] of a Krylov space of a symmetric A, and T = Q A Q^T, tridiagonal [m, m].
+    """Orthonormal rows Q [m, d] of a Krylov space of a symmetric A, and T = Q A Q^T, tridiagonal
+    [m, m].
 
-    Full reorthogonalisation, two Gram-Schmidt passes a step: without it rounding brings back copies of eigenvalues that
-    were found already (Golub & Van Loan, Matrix Computations, section 10.3).
+    Full reorthogonalisation, two Gram-Schmidt passes a step: without it rounding brings back copies
+    of eigenvalues that were found already (Golub & Van Loan, Matrix Computations, section 10.3).
 
     Args:
         product: v [d] -> A v [d].
         start: First direction [d], of any length.
         steps: Most rows.
-        generator: Where the space is exhausted, go on in a random direction from here. Without one, stop there.
+        generator: Where the space is exhausted, go on in a random direction from here. Without one,
+            stop there.
 
     Attributes:
         length: |start|.
@@ -34,7 +37,11 @@ class Lanczos:
     """
 
     def __init__(
-        self, product: FlatProduct, start: Tensor, steps: int, generator: torch.Generator | None = None
+        self,
+        product: FlatProduct,
+        start: Tensor,
+        steps: int,
+        generator: torch.Generator | None = None,
     ) -> None:
         self.length = float(start.double().norm())
         self.exhausted = self.length == 0.0
@@ -75,7 +82,11 @@ class Lanczos:
         self.residual = float(w.double().norm())
         self._scale = max(self._scale, abs(self._alpha[-1]), self.residual)
         if not self._scale < float("inf"):
-            raise NumericalError("a curvature product that is not finite", "finite weights and data", "Check for NaN.")
+            raise NumericalError(
+                "a curvature product that is not finite",
+                "finite weights and data",
+                "Check for NaN.",
+            )
         if self.residual > len(q) ** 0.5 * 8 * torch.finfo(q.dtype).eps * self._scale:
             self._next = w / self.residual
             return True
@@ -108,7 +119,8 @@ def flat(product: Product, like: Params) -> FlatProduct:
 
 
 def rademacher(size: int, like: Tensor, generator: torch.Generator) -> Tensor:
-    """Random signs [size] on the device and of the type of `like`; the draw does not depend on the device."""
+    """Random signs [size] on the device and of the type of `like`; the draw does not depend on the
+    device."""
     return (torch.randint(0, 2, (size,), generator=generator) * 2 - 1).to(like)
 
 
@@ -124,7 +136,8 @@ def matrix(product: FlatProduct, like: Tensor) -> Tensor:
 
 
 def hutchinson(product: FlatProduct, like: Tensor, probes: int, seed: int) -> Tensor:
-    """Unbiased estimate [d] of A's diagonal: the mean of z * (A z) over random signs z (Bekas et al. 2007).
+    """Unbiased estimate [d] of A's diagonal: the mean of z * (A z) over random signs z (Bekas et
+    al. 2007).
 
     Entry i has the variance sum_{j != i} A_ij^2 / probes, their sum 2 sum_{i != j} A_ij^2 / probes.
     """

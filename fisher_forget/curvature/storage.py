@@ -1,4 +1,5 @@
-"""Curvature on disk: safetensors with metadata that says which model, which data and what kind it belongs to."""
+"""Curvature on disk: safetensors with metadata that says which model, which data and what kind it
+belongs to."""
 
 from __future__ import annotations
 
@@ -49,14 +50,21 @@ def load_curvature(path: str | Path, model: nn.Module, data: Split) -> Curvature
     """Read a curvature back.
 
     Raises:
-        StorageError: If the file is damaged, of another format, or was made for another model or other data.
+        StorageError: If the file is damaged, of another format, or was made for another model or
+            other data.
     """
     tensors, metadata = files.load_tensors(path)
-    asked = {"format": FORMAT, "model": files.fingerprint(dict(model.state_dict())), "data": data.fingerprint()}
+    asked = {
+        "format": FORMAT,
+        "model": files.fingerprint(dict(model.state_dict())),
+        "data": data.fingerprint(),
+    }
     for key, expected in asked.items():
         if metadata.get(key) != expected:
             raise StorageError(
-                f"{path} made for {key} {metadata.get(key)}", f"{key} {expected}", "Estimate the curvature again."
+                f"{path} made for {key} {metadata.get(key)}",
+                f"{key} {expected}",
+                "Estimate the curvature again.",
             )
     info = json.loads(metadata["info"])
     found = _unpack(json.loads(metadata["tree"]), "", tensors, model)
@@ -66,12 +74,20 @@ def load_curvature(path: str | Path, model: nn.Module, data: Split) -> Curvature
 def _pack(curvature: Curvature, at: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Describe the operator; its tensors go into `tensors` under `at`."""
     if isinstance(curvature, BlockDiagonal):
-        parts = [[list(names), _pack(part, f"{at}{i}/", tensors)] for i, (names, part) in enumerate(curvature.parts)]
+        parts = [
+            [list(names), _pack(part, f"{at}{i}/", tensors)]
+            for i, (names, part) in enumerate(curvature.parts)
+        ]
         return {"type": "blocks", "parts": parts, "order": list(curvature.order)}
     if isinstance(curvature, LowRank):
         tensors |= {f"{at}basis": curvature.basis, f"{at}eigenvalues": curvature.eigenvalues}
         tensors |= {f"{at}like/{name}": p for name, p in curvature.like.items()}
-        return {"type": "low_rank", "delta": curvature.delta, "tau": curvature.tau, "like": list(curvature.like)}
+        return {
+            "type": "low_rank",
+            "delta": curvature.delta,
+            "tau": curvature.tau,
+            "like": list(curvature.like),
+        }
     if not isinstance(curvature, (Diagonal, Kronecker, Dense)):
         raise CurvatureError(
             f"a {type(curvature).__name__}",
@@ -79,24 +95,37 @@ def _pack(curvature: Curvature, at: str, tensors: dict[str, Tensor]) -> dict[str
             "A matrix-free curvature is its model and data: store these.",
         )
     tensors |= {f"{at}eigenvalues/{key}": value for key, value in curvature.eigenvalues.items()}
-    tree: dict[str, Any] = {"tau": curvature.tau, "signed": curvature.signed, "keys": list(curvature.eigenvalues)}
+    tree: dict[str, Any] = {
+        "tau": curvature.tau,
+        "signed": curvature.signed,
+        "keys": list(curvature.eigenvalues),
+    }
     if isinstance(curvature, Diagonal):
         return tree | {"type": "diagonal"}
     if isinstance(curvature, Dense):
-        tensors |= {f"{at}basis": curvature.basis} | {f"{at}like/{name}": p for name, p in curvature.like.items()}
+        tensors |= {f"{at}basis": curvature.basis} | {
+            f"{at}like/{name}": p for name, p in curvature.like.items()
+        }
         return tree | {"type": "dense", "like": list(curvature.like)}
     if curvature.row is not None:
         tensors[f"{at}row"] = curvature.row
     tensors[f"{at}col"] = curvature.col
-    return tree | {"type": "kronecker", "weight": curvature.layout.weight, "bias": curvature.layout.bias}
+    return tree | {
+        "type": "kronecker",
+        "weight": curvature.layout.weight,
+        "bias": curvature.layout.bias,
+    }
 
 
-def _unpack(tree: dict[str, Any], at: str, tensors: dict[str, Tensor], model: nn.Module) -> Curvature:
+def _unpack(
+    tree: dict[str, Any], at: str, tensors: dict[str, Tensor], model: nn.Module
+) -> Curvature:
     """Inverse of `_pack`; the layout of a Kronecker block comes from the model's layer."""
     kind = tree["type"]
     if kind == "blocks":
         parts = [
-            (tuple(names), _unpack(part, f"{at}{i}/", tensors, model)) for i, (names, part) in enumerate(tree["parts"])
+            (tuple(names), _unpack(part, f"{at}{i}/", tensors, model))
+            for i, (names, part) in enumerate(tree["parts"])
         ]
         return BlockDiagonal(tuple(parts), tuple(tree["order"]))
     like: Params = {name: tensors[f"{at}like/{name}"] for name in tree.get("like", [])}
@@ -113,7 +142,9 @@ def _unpack(tree: dict[str, Any], at: str, tensors: dict[str, Tensor], model: nn
     if kind == "diagonal":
         return Diagonal(eigenvalues, tau, signed=signed)
     if kind == "dense":
-        return Dense(eigenvalues=eigenvalues, tau=tau, signed=signed, basis=tensors[f"{at}basis"], like=like)
+        return Dense(
+            eigenvalues=eigenvalues, tau=tau, signed=signed, basis=tensors[f"{at}basis"], like=like
+        )
     layout = Matrix(_rule_of(tree["weight"], model), tree["weight"], tree["bias"])
     return Kronecker(
         eigenvalues=eigenvalues,
@@ -128,7 +159,13 @@ def _unpack(tree: dict[str, Any], at: str, tensors: dict[str, Tensor], model: nn
 def _rule_of(weight: str, model: nn.Module) -> MatrixRule:
     wanted = dict(model.named_parameters())[weight]
     for module in model.modules():
-        rule = rule_for(module) if any(p is wanted for p in module.parameters(recurse=False)) else None
+        rule = (
+            rule_for(module) if any(p is wanted for p in module.parameters(recurse=False)) else None
+        )
         if isinstance(rule, MatrixRule):
             return rule
-    raise StorageError(f"a block of {weight}", "a layer with a matrix of that name", "Estimate the curvature again.")
+    raise StorageError(
+        f"a block of {weight}",
+        "a layer with a matrix of that name",
+        "Estimate the curvature again.",
+    )

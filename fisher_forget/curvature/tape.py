@@ -1,9 +1,11 @@
-"""The tape: one forward pass that records what every layer saw, and per-sample gradients read off it.
+"""The tape: one forward pass that records what every layer saw, and per-sample gradients read off
+it.
 
-Backward passes stop at the layer *outputs* (autograd.grad on recorded gradient edges), so weight gradients are never
-formed by autograd. Before any work the tape is verified on a few samples of the user's own data: a layer whose rule
-does not reproduce autograd's per-sample gradients (a weight used outside its module, merged batch dimensions, a
-patched forward) has its parameters moved to the torch.func fallback, so the result is exact either way.
+Backward passes stop at the layer *outputs* (autograd.grad on recorded gradient edges), so weight
+gradients are never formed by autograd. Before any work the tape is verified on a few samples of the
+user's own data: a layer whose rule does not reproduce autograd's per-sample gradients (a weight
+used outside its module, merged batch dimensions, a patched forward) has its parameters moved to the
+torch.func fallback, so the result is exact either way.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ TOLERANCE = 1e-3  # relative, float32; a wrong rule is wrong by its own size
 
 @dataclass
 class Use:
-    """One call of a layer: which block it feeds, its input, and where its output gradient can be read."""
+    """One call of a layer: which block it feeds, its input, and where its output gradient can be
+    read."""
 
     block: Block
     a: Tensor
@@ -66,16 +69,20 @@ class Record:
         if not self.uses:
             return []
         edges = [use.edge for use in self.uses if use.edge is not None]
-        grads = torch.autograd.grad(self.outputs, edges, column, retain_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(
+            self.outputs, edges, column, retain_graph=True, allow_unused=True
+        )
         return [None if g is None else _lead(g, len(self.batch)) for g in grads]
 
     def without_graph(self) -> Record:
-        """The same layer inputs without the graph that holds every activation, for a replay of known gradients."""
+        """The same layer inputs without the graph that holds every activation, for a replay of
+        known gradients."""
         uses = [Use(use.block, use.a, None, use.version) for use in self.uses]
         return Record(self.tape, self.batch, self.outputs.detach(), uses)
 
     def groups(self) -> list[Group]:
-        """Layer calls that share parameters, together: the per-sample gradients of a tensor add over its uses."""
+        """Layer calls that share parameters, together: the per-sample gradients of a tensor add
+        over its uses."""
         if self._groups is None:
             by_name: dict[str, Group] = {}
             for index, use in enumerate(self.uses):
@@ -103,7 +110,8 @@ class Record:
 
 @dataclass(eq=False)
 class Group:
-    """Calls (indices into `record.uses`) that share parameters, and the canonical names of those parameters."""
+    """Calls (indices into `record.uses`) that share parameters, and the canonical names of those
+    parameters."""
 
     record: Record
     calls: list[int]
@@ -120,9 +128,15 @@ class Group:
         return [self.record.uses[i] for i in self.calls]
 
     def rank_one(self, grads: Sequence[Tensor | None]) -> tuple[Tensor, Tensor] | None:
-        """a [N, I] and g [N, O] where each sample's gradient is g a^T: a Linear layer called once, at one position."""
+        """a [N, I] and g [N, O] where each sample's gradient is g a^T: a Linear layer called once,
+        at one position."""
         use, g = self.uses[0], grads[self.calls[0]]
-        if len(self.calls) > 1 or g is None or type(use.block.rule) is not LinearRule or use.a.dim() != 2:
+        if (
+            len(self.calls) > 1
+            or g is None
+            or type(use.block.rule) is not LinearRule
+            or use.a.dim() != 2
+        ):
             return None
         return use.a, g
 
@@ -130,7 +144,9 @@ class Group:
         """Per-sample gradients [rows, *shape] of this group's parameters."""
         total: Params = {}
         # embeddings last: they add a few rows to the matrix that a tied layer has formed
-        for call in sorted(self.calls, key=lambda i: isinstance(self.record.uses[i].block.rule, EmbeddingRule)):
+        for call in sorted(
+            self.calls, key=lambda i: isinstance(self.record.uses[i].block.rule, EmbeddingRule)
+        ):
             use, g = self.record.uses[call], grads[call]
             if g is None:
                 continue
@@ -140,7 +156,9 @@ class Group:
             total |= {names[local]: value for local, value in added.items() if local in names}
         return total
 
-    def add_squares(self, totals: Params, grads: Sequence[Tensor | None], more: bool = False) -> None:
+    def add_squares(
+        self, totals: Params, grads: Sequence[Tensor | None], more: bool = False
+    ) -> None:
         """Add sum_n of squared per-sample gradients to the totals of this group's parameters.
 
         Args:
@@ -171,7 +189,8 @@ class Group:
 
 
 def _lead(x: Tensor, size: int) -> Tensor:
-    """Give a tensor a leading sample dimension: [B T, ...] becomes [B, T, ...] (checked by the verification)."""
+    """Give a tensor a leading sample dimension: [B T, ...] becomes [B, T, ...] (checked by the
+    verification)."""
     if x.dim() and len(x) != size and len(x) % size == 0:
         return x.reshape(size, -1, *x.shape[1:])
     return x
@@ -203,7 +222,11 @@ class Tape:
     def _attach(self) -> None:
         canonical = {id(p): name for name, p in self.params.items()}
         for module in self.model.modules():
-            local = {n: canonical[id(p)] for n, p in module.named_parameters(recurse=False) if id(p) in canonical}
+            local = {
+                n: canonical[id(p)]
+                for n, p in module.named_parameters(recurse=False)
+                if id(p) in canonical
+            }
             rule = rule_for(module) if local else None
             if rule is None:
                 continue
@@ -215,7 +238,8 @@ class Tape:
         self.stray = tuple(name for name in self.params if name not in covered)
 
     def _widen(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """A layer fed once for the whole batch (position ids [1, T]) is fed once a sample: gradients stay apart."""
+        """A layer fed once for the whole batch (position ids [1, T]) is fed once a sample:
+        gradients stay apart."""
         if self._recording and args and isinstance(args[0], Tensor) and self._size > 1:
             x = args[0]
             if x.dim() > 1 and len(x) == 1:
@@ -250,7 +274,8 @@ class Tape:
         return Record(self, batch, outputs, uses)
 
     def functional(self, batch: Batch, column: Tensor) -> Params:
-        """Per-sample gradients of the stray parameters by torch.func; sample by sample where vmap can't trace."""
+        """Per-sample gradients of the stray parameters by torch.func; sample by sample where vmap
+        can't trace."""
         stray = {name: self.params[name].detach() for name in self.stray}
 
         def outputs(theta: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -265,14 +290,20 @@ class Tape:
         if self._vectorised:
             try:
                 dims = torch.utils._pytree.tree_map(
-                    lambda x: 0 if isinstance(x, Tensor) and x.dim() and len(x) == len(batch) else None,
+                    lambda x: (
+                        0 if isinstance(x, Tensor) and x.dim() and len(x) == len(batch) else None
+                    ),
                     (batch.args, batch.kwargs),
                 )
                 with torch.no_grad():
-                    each: Params = torch.func.vmap(one, in_dims=(*dims, 0))(batch.args, batch.kwargs, column)
+                    each: Params = torch.func.vmap(one, in_dims=(*dims, 0))(
+                        batch.args, batch.kwargs, column
+                    )
                     return each
             except (RuntimeError, ModelError):
-                self._vectorised = False  # data-dependent control flow: the loop below is slower and always right
+                self._vectorised = (
+                    False  # data-dependent control flow: the loop below is slower and always right
+                )
         with torch.no_grad():
             rows = [one(*_unbatched(b), column[i]) for i, b in enumerate(batch.chunks(1))]
         return {name: torch.stack([row[name] for row in rows]) for name in stray}
@@ -280,14 +311,16 @@ class Tape:
     def verify(self, batch: Batch) -> Record:
         """Compare with autograd on two samples, and move what disagrees to the fallback.
 
-        One weighted backward pass sum_n c_n <v_n, f_n> is held against sum_n c_n M_n, with M_n the rules' per-sample
-        gradients for columns v_n: random v and unequal c make a wrong rule, and a right sum wrongly split, disagree.
+        One weighted backward pass sum_n c_n <v_n, f_n> is held against sum_n c_n M_n, with M_n the
+        rules' per-sample gradients for columns v_n: random v and unequal c make a wrong rule, and a
+        right sum wrongly split, disagree.
 
         Returns:
             What the two samples' forward pass recorded.
 
         Raises:
-            ModelError: If outputs are not one differentiable row a sample, or depend on the others in the batch.
+            ModelError: If outputs are not one differentiable row a sample, or depend on the others
+                in the batch.
         """
         probe = next(batch.chunks(len(WEIGHTS)))
         record = self.run(probe)
@@ -304,7 +337,9 @@ class Tape:
         weights = outputs.new_tensor(WEIGHTS[: len(probe)])
         weighted = column * weights.view(-1, *(1,) * (outputs.dim() - 1))
         found = self._by_rules(record, column, weights)
-        truth = torch.autograd.grad(outputs, list(self.params.values()), weighted, allow_unused=True)
+        truth = torch.autograd.grad(
+            outputs, list(self.params.values()), weighted, allow_unused=True
+        )
         found = {name: value.detach() for name, value in found.items()}
         stray = set(self.stray)
         for (name, p), g in zip(self.params.items(), truth, strict=True):

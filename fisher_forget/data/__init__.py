@@ -1,1 +1,2 @@
-"""Data: who is retained and forgotten (`split`), what a batch is (`batches`), the recipes' data (`datasets`)."""
+"""Data: who is retained and forgotten (`split`), what a batch is (`batches`), the recipes' data
+(`datasets`)."""

@@ -1,4 +1,5 @@
-"""Batches: how inputs and targets are taken out of what a loader yields, moved, cut into chunks and walked through."""
+"""Batches: how inputs and targets are taken out of what a loader yields, moved, cut into chunks and
+walked through."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ Unpack = Callable[[Any], tuple[Any, Any]]
 
 @dataclass(frozen=True)
 class Batch:
-    """Positional and keyword inputs of one forward call, and the targets; every tensor leads with the batch dim."""
+    """Positional and keyword inputs of one forward call, and the targets; every tensor leads with
+    the batch dim."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -29,14 +31,19 @@ class Batch:
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
         """Apply `fn` to every tensor."""
-        args, kwargs, targets = pytree.tree_map_only(Tensor, fn, (self.args, self.kwargs, self.targets))
+        args, kwargs, targets = pytree.tree_map_only(
+            Tensor, fn, (self.args, self.kwargs, self.targets)
+        )
         return Batch(args, kwargs, targets)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
-        """Move to a device; floating inputs to `dtype`, so that a float64 model takes float32 data."""
+        """Move to a device; floating inputs to `dtype`, so that a float64 model takes float32
+        data."""
 
         def move(x: Tensor) -> Tensor:
-            return x.to(device, dtype) if dtype is not None and x.is_floating_point() else x.to(device)
+            return (
+                x.to(device, dtype) if dtype is not None and x.is_floating_point() else x.to(device)
+            )
 
         return self.map(move)
 
@@ -52,7 +59,11 @@ class Batch:
 
     def sample_shapes(self) -> tuple[torch.Size, ...]:
         """Shapes of one sample's tensors."""
-        return tuple(x.shape[1:] for x in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor))
+        return tuple(
+            x.shape[1:]
+            for x in pytree.tree_leaves((self.args, self.kwargs))
+            if isinstance(x, Tensor)
+        )
 
     def take(self, rows: slice) -> Batch:
         """The samples of a slice; tensors that do not lead with the batch go along whole."""
@@ -63,9 +74,9 @@ class Batch:
 def default_unpack(batch: Any) -> tuple[Any, Any]:
     """(inputs, targets) of a tuple, list or dict.
 
-    A tuple or list gives its first two elements; further ones are ignored. A dict gives its target key
-    (`labels`, `label`, `targets`, `target` or `y`); a single remaining entry is passed to forward by position,
-    several by keyword.
+    A tuple or list gives its first two elements; further ones are ignored. A dict gives its target
+    key (`labels`, `label`, `targets`, `target` or `y`); a single remaining entry is passed to
+    forward by position, several by keyword.
     """
     if isinstance(batch, (tuple, list)) and len(batch) >= 2:
         return batch[0], batch[1]
@@ -121,7 +132,9 @@ def make_batch(raw: Any, unpack: Unpack | None = None) -> Batch:
         kwargs = dict(inputs.items())
     else:
         args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-    lengths = {len(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()}
+    lengths = {
+        len(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()
+    }
     if len(targets) not in lengths:
         raise DataError(
             f"{len(targets)} targets for inputs of length {sorted(lengths)}",

@@ -1,4 +1,5 @@
-"""Samples in memory, with one input tensor or several by name: what training, forgetting and evaluation index."""
+"""Samples in memory, with one input tensor or several by name: what training, forgetting and
+evaluation index."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ BATCH = 256  # samples read at a time
 class KeywordDataset(TensorDataset):
     """Inputs that forward takes by keyword, such as token ids and attention mask, and targets.
 
-    As of any `TensorDataset`, the targets are the last of `tensors`, and an index may be a number, a slice or a tensor
-    of rows: `data[rows]` is a pair (inputs by name, targets).
+    As of any `TensorDataset`, the targets are the last of `tensors`, and an index may be a number,
+    a slice or a tensor of rows: `data[rows]` is a pair (inputs by name, targets).
 
     Example:
         >>> data = KeywordDataset({"input_ids": torch.tensor([[5, 2], [7, 0]])}, torch.tensor([1, 0]))
@@ -58,7 +59,11 @@ def samples(inputs: Any, targets: Any) -> TensorDataset:
         ) from error
     lengths = {name: len(x) if x.dim() else 0 for name, x in (tensors | {"targets": goal}).items()}
     if len(set(lengths.values())) > 1 or not len(goal):
-        raise DataError(f"samples in the numbers {lengths}", "the same number of each, at least one", "Correct them.")
+        raise DataError(
+            f"samples in the numbers {lengths}",
+            "the same number of each, at least one",
+            "Correct them.",
+        )
     goal = goal if goal.is_floating_point() else goal.long()
     if hasattr(inputs, "items"):
         return KeywordDataset(tensors, goal)
@@ -74,9 +79,10 @@ def read_samples(source: Any) -> TensorDataset:
     """Samples in memory from what a user has.
 
     Args:
-        source: A map-style data set of samples (inputs, target) or of dicts with a target under "labels", "label",
-            "targets", "target" or "y"; or all of the samples at once: a tuple (inputs, targets) or such a dict. Inputs
-            are a tensor, or tensors by name, which forward takes by keyword. A data set is read once.
+        source: A map-style data set of samples (inputs, target) or of dicts with a target under
+            "labels", "label", "targets", "target" or "y"; or all of the samples at once: a tuple
+            (inputs, targets) or such a dict. Inputs are a tensor, or tensors by name, which forward
+            takes by keyword. A data set is read once.
 
     Raises:
         DataError: If it is something else, or samples differ in shape.
@@ -97,10 +103,16 @@ def read_samples(source: Any) -> TensorDataset:
             "Return such from the function.",
         )
     try:
-        pieces = [_unpacked(raw) for raw in DataLoader(source, batch_size=BATCH, generator=torch.Generator())]
+        pieces = [
+            _unpacked(raw)
+            for raw in DataLoader(source, batch_size=BATCH, generator=torch.Generator())
+        ]
         inputs, targets = zip(*pieces, strict=True)
         if hasattr(inputs[0], "items"):
-            return samples({name: torch.cat([x[name] for x in inputs]) for name in inputs[0]}, torch.cat(targets))
+            return samples(
+                {name: torch.cat([x[name] for x in inputs]) for name in inputs[0]},
+                torch.cat(targets),
+            )
         return samples(torch.cat(inputs), torch.cat(targets))
     except DataError:
         raise

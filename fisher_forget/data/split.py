@@ -1,7 +1,7 @@
 """Who is retained and who is forgotten.
 
-`forget_idx` indexes the training data set: `retain_loader.dataset`, or its base where that is a `Subset`. Forget
-samples that the loader would yield are left out.
+`forget_idx` indexes the training data set: `retain_loader.dataset`, or its base where that is a
+`Subset`. Forget samples that the loader would yield are left out.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class Split:
         """Batches of a part (or of given indices) in index order, the same at every pass."""
         chosen = self.indices(part) if isinstance(part, str) else part
         if type(self.base) in (TensorDataset, KeywordDataset) and self.collate is default_collate:
-            # Indexing tensors directly is two orders of magnitude faster than collating single samples.
+            # Indexing tensors directly is two orders of magnitude faster than collating single
+            # samples.
             for start in range(0, len(chosen), self.batch_size):
                 rows = torch.from_numpy(chosen[start : start + self.batch_size])
                 yield make_batch(list(self.base[rows]), self.unpack)
@@ -89,7 +90,8 @@ class Split:
         return replace(self, retain=retain)
 
     def forgetting(self, forget_idx: Sequence[int] | Indices | Tensor | range) -> Split:
-        """The same data with these samples forgotten, too; naming one twice over several requests is no error.
+        """The same data with these samples forgotten, too; naming one twice over several requests
+        is no error.
 
         Raises:
             SplitError: As for `resolve_split`.
@@ -97,7 +99,11 @@ class Split:
         wanted = np.union1d(_validated(forget_idx, len(self.base), False), self.forget)  # type: ignore[arg-type]
         retain = np.setdiff1d(self.retain, wanted)
         if not len(retain):
-            raise SplitError("requests that leave no retained sample", "at least one", "Train a new model instead.")
+            raise SplitError(
+                "requests that leave no retained sample",
+                "at least one",
+                "Train a new model instead.",
+            )
         return replace(self, retain=retain, forget=wanted)
 
     def __repr__(self) -> str:
@@ -111,7 +117,9 @@ class Split:
         probe = every[np.unique(np.linspace(0, len(every) - 1, 16).astype(int))]
         for leaf in pytree.tree_leaves([self.base[int(i)] for i in probe]):
             array = leaf.detach().cpu().numpy() if isinstance(leaf, Tensor) else leaf
-            digest.update(array.tobytes() if isinstance(array, np.ndarray) else repr(array).encode())
+            digest.update(
+                array.tobytes() if isinstance(array, np.ndarray) else repr(array).encode()
+            )
         return digest.hexdigest()[:16]
 
 
@@ -125,14 +133,15 @@ def resolve_split(
     """The `Split` that a loader and a list of indices describe.
 
     Args:
-        retain_loader: A loader over the training data set, or over a `Subset` of it. A bare data set works too.
+        retain_loader: A loader over the training data set, or over a `Subset` of it. A bare data
+            set works too.
         forget_idx: Distinct indices into the training data set.
         unpack: Takes (inputs, targets) out of a batch; see `default_unpack`.
         allow_empty: Accept an empty `forget_idx`, for control runs.
 
     Raises:
-        SplitError: If the data set has no length, or `forget_idx` is empty, everything, duplicated, negative, out of
-            range or not made of integers.
+        SplitError: If the data set has no length, or `forget_idx` is empty, everything, duplicated,
+            negative, out of range or not made of integers.
     """
     loader = retain_loader if isinstance(retain_loader, DataLoader) else None
     data: Any = retain_loader.dataset if isinstance(retain_loader, DataLoader) else retain_loader
@@ -157,7 +166,15 @@ def resolve_split(
     _warn_if_random(base, retain)
     if loader is None:
         return Split(base, retain, forget, unpack=unpack)
-    return Split(base, retain, forget, loader.batch_size or 256, loader.collate_fn, loader.num_workers, unpack)
+    return Split(
+        base,
+        retain,
+        forget,
+        loader.batch_size or 256,
+        loader.collate_fn,
+        loader.num_workers,
+        unpack,
+    )
 
 
 def some(indices: Indices, few: int, seed: int | np.random.Generator) -> Indices:
@@ -177,7 +194,8 @@ def _unnest(data: Any) -> tuple[Any, Indices]:
 
 
 def _sampled(loader: DataLoader[Any], members: Indices) -> Indices:
-    """The members that the loader yields: a sampler counts positions in the loader's own data set."""
+    """The members that the loader yields: a sampler counts positions in the loader's own data
+    set."""
     if loader.batch_sampler is None:
         raise SplitError(
             "a loader with batch_size=None, whose data set yields whole batches",
@@ -187,7 +205,9 @@ def _sampled(loader: DataLoader[Any], members: Indices) -> Indices:
     sampler = getattr(loader.batch_sampler, "sampler", loader.batch_sampler)
     if isinstance(sampler, IndexSampler):
         return members[np.asarray(list(sampler.indices), dtype=np.int64)]
-    plain = isinstance(sampler, SequentialSampler) or (isinstance(sampler, RandomSampler) and not sampler.replacement)
+    plain = isinstance(sampler, SequentialSampler) or (
+        isinstance(sampler, RandomSampler) and not sampler.replacement
+    )
     if not plain:
         warnings.warn(
             f"The loader's sampler ({type(sampler).__name__}) is ignored: every sample of the data set counts once.",
@@ -207,30 +227,52 @@ def _sampled(loader: DataLoader[Any], members: Indices) -> Indices:
 def _validated(forget_idx: Any, total: int, allow_empty: bool) -> Indices:
     where = f"indices into the training data set of {total} samples"
     try:
-        raw = forget_idx.detach().cpu().numpy() if isinstance(forget_idx, Tensor) else np.asarray(list(forget_idx))
+        raw = (
+            forget_idx.detach().cpu().numpy()
+            if isinstance(forget_idx, Tensor)
+            else np.asarray(list(forget_idx))
+        )
     except (TypeError, ValueError) as error:  # a bare number, or lists of different lengths
         raise SplitError(
-            f"forget_idx of type {type(forget_idx).__name__} ({error})", where, "Pass a flat list of int."
+            f"forget_idx of type {type(forget_idx).__name__} ({error})",
+            where,
+            "Pass a flat list of int.",
         ) from error
     if raw.size == 0:
         if allow_empty:
             return np.zeros(0, dtype=np.int64)
         raise SplitError("an empty forget_idx", where, "Name at least one sample to forget.")
     if raw.ndim != 1 or raw.dtype.kind not in "iu":
-        fix = "For a boolean mask pass np.flatnonzero(mask)." if raw.dtype.kind == "b" else "Pass a flat list of int."
+        fix = (
+            "For a boolean mask pass np.flatnonzero(mask)."
+            if raw.dtype.kind == "b"
+            else "Pass a flat list of int."
+        )
         raise SplitError(f"forget_idx with dtype {raw.dtype} and shape {raw.shape}", where, fix)
     forget = raw.astype(np.int64)
     if forget.min() < 0:
-        raise SplitError(f"the negative index {forget.min()} in forget_idx", where, "Count from the start: 0 is first.")
+        raise SplitError(
+            f"the negative index {forget.min()} in forget_idx",
+            where,
+            "Count from the start: 0 is first.",
+        )
     if forget.max() >= total:
         fix = "If the loader holds a copy of the retained samples, give it the full data set or a Subset of it."
-        raise SplitError(f"the index {forget.max()} in forget_idx", f"{where} (0 to {total - 1})", fix)
+        raise SplitError(
+            f"the index {forget.max()} in forget_idx", f"{where} (0 to {total - 1})", fix
+        )
     values, times = np.unique(forget, return_counts=True)
     if len(values) < len(forget):
         twice = values[times > 1][:5].tolist()
-        raise SplitError(f"forget_idx that repeats {twice}", where + ", each once", "Remove the duplicates.")
+        raise SplitError(
+            f"forget_idx that repeats {twice}", where + ", each once", "Remove the duplicates."
+        )
     if len(values) == total:
-        raise SplitError("a forget_idx that names every sample", where, "To forget everything, train a new model.")
+        raise SplitError(
+            "a forget_idx that names every sample",
+            where,
+            "To forget everything, train a new model.",
+        )
     return values
 
 
@@ -249,8 +291,12 @@ def _warn_if_random(base: Any, retain: Indices) -> None:
 
 
 def _differ(first: Any, second: Any) -> bool:
-    """Whether two reads of an array differ; NaN equals NaN, or broken data would pass for augmented."""
+    """Whether two reads of an array differ; NaN equals NaN, or broken data would pass for
+    augmented."""
     if not isinstance(first, (Tensor, np.ndarray)):
         return False
-    same = first.shape == second.shape and ((first == second) | ((first != first) & (second != second))).all()
+    same = (
+        first.shape == second.shape
+        and ((first == second) | ((first != first) & (second != second))).all()
+    )
     return not bool(same)

@@ -4,7 +4,8 @@ r"""Scores of a scrubbed model against models retrained without the forgotten da
     floor      = the same between two different retrained models, mean over ordered pairs           [nats]
     gap_closed = (KL_original - KL_scrubbed) / (KL_original - floor)
 
-The target of every score is the retrained value: a KL below the floor is not better, gap_closed above 1 neither.
+The target of every score is the retrained value: a KL below the floor is not better, gap_closed
+above 1 neither.
 """
 
 from __future__ import annotations
@@ -85,12 +86,15 @@ class Closeness:
 
     def to_pandas(self) -> pd.DataFrame:
         """One row a part."""
-        rows = pd.DataFrame.from_dict({name: asdict(part) for name, part in self.parts.items()}, orient="index")
+        rows = pd.DataFrame.from_dict(
+            {name: asdict(part) for name, part in self.parts.items()}, orient="index"
+        )
         return rows.rename_axis("part").reset_index()
 
 
 class Reference:
-    """The retrained models' outputs and what they score themselves, computed once, to hold scrubbed models against.
+    """The retrained models' outputs and what they score themselves, computed once, to hold scrubbed
+    models against.
 
     Args:
         original: The model before forgetting.
@@ -113,7 +117,10 @@ class Reference:
         unpack: Unpack | None = None,
     ) -> None:
         self.likelihood = resolve_likelihood(likelihood)
-        self._splits = {name: resolve_split(part, [], unpack=unpack, allow_empty=True) for name, part in parts.items()}
+        self._splits = {
+            name: resolve_split(part, [], unpack=unpack, allow_empty=True)
+            for name, part in parts.items()
+        }
         self.targets = {name: predict(original, split)[1] for name, split in self._splits.items()}
         self.original = self.outputs(original)
         self.retrained = tuple(self.outputs(model) for model in retrained)
@@ -135,7 +142,9 @@ class Reference:
 
     def score(self, scrubbed: Outputs) -> Closeness:
         """Scores of the outputs of a scrubbed model."""
-        return closeness(self.likelihood, self.targets, self.original, scrubbed, self.retrained, self._bars)
+        return closeness(
+            self.likelihood, self.targets, self.original, scrubbed, self.retrained, self._bars
+        )
 
 
 def mean_kl(likelihood: Likelihood, p: Tensor, q: Tensor, targets: Tensor) -> float:
@@ -152,12 +161,15 @@ def mean_kl(likelihood: Likelihood, p: Tensor, q: Tensor, targets: Tensor) -> fl
             "Predict both models on the same data set, and keep every class in the retrained models.",
         )
     if not bool(torch.isfinite(p).all() and torch.isfinite(q).all()):
-        raise NumericalError("outputs that are NaN or infinite", "finite outputs", "Check the model that made them.")
+        raise NumericalError(
+            "outputs that are NaN or infinite", "finite outputs", "Check the model that made them."
+        )
     return float(likelihood.kl(p, q, targets).mean())
 
 
 def gap_closed(kl_original: float, kl: float, floor: float, floor_std: float) -> float | None:
-    """(KL_original - KL) / (KL_original - floor), or `None` where the original is within the floor's spread."""
+    """(KL_original - KL) / (KL_original - floor), or `None` where the original is within the
+    floor's spread."""
     if not kl_original > floor + floor_std:
         return None
     return (kl_original - kl) / (kl_original - floor)
@@ -180,7 +192,9 @@ class Bar:
     score_std: float
 
 
-def bars(likelihood: Likelihood, targets: Mapping[str, Tensor], retrained: Sequence[Outputs]) -> dict[str, Bar]:
+def bars(
+    likelihood: Likelihood, targets: Mapping[str, Tensor], retrained: Sequence[Outputs]
+) -> dict[str, Bar]:
     """Part -> what the retrained models score themselves.
 
     Raises:
@@ -189,14 +203,21 @@ def bars(likelihood: Likelihood, targets: Mapping[str, Tensor], retrained: Seque
     """
     if len(retrained) < 2:
         raise DataError(
-            f"{len(retrained)} retrained model(s)", "at least 2, whose mutual KL is the floor", "Retrain more seeds."
+            f"{len(retrained)} retrained model(s)",
+            "at least 2, whose mutual KL is the floor",
+            "Retrain more seeds.",
         )
     found = {}
     for part, y in targets.items():
         members = [r[part] for r in retrained]
-        floors = [float(np.mean([mean_kl(likelihood, a, b, y) for b in members if b is not a])) for a in members]
+        floors = [
+            float(np.mean([mean_kl(likelihood, a, b, y) for b in members if b is not a]))
+            for a in members
+        ]
         scores = [_score(likelihood, m, y) for m in members]
-        found[part] = Bar(*(float(f) for x in (floors, scores) for f in (np.mean(x), np.std(x, ddof=1))))
+        found[part] = Bar(
+            *(float(f) for x in (floors, scores) for f in (np.mean(x), np.std(x, ddof=1)))
+        )
     return found
 
 
@@ -215,7 +236,8 @@ def closeness(
         targets: Part -> targets [N, ...].
         original: Part -> outputs of the model before forgetting.
         scrubbed: Part -> outputs after.
-        retrained: One such mapping for each retrained model; at least two, since the floor needs a pair.
+        retrained: One such mapping for each retrained model; at least two, since the floor needs a
+            pair.
         standard: What `bars` has found for them; by default it is found here.
 
     Raises:
@@ -235,7 +257,9 @@ def closeness(
             kl_scrubbed_std=float(np.std(to_scrubbed, ddof=1)),
             floor=bar.floor,
             floor_std=bar.floor_std,
-            gap_closed=gap_closed(to_original, float(np.mean(to_scrubbed)), bar.floor, bar.floor_std),
+            gap_closed=gap_closed(
+                to_original, float(np.mean(to_scrubbed)), bar.floor, bar.floor_std
+            ),
             score_original=_score(likelihood, original[part], y),
             score_scrubbed=_score(likelihood, scrubbed[part], y),
             score_retrained=bar.score,
@@ -248,8 +272,11 @@ def _score(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> float:
     return float(likelihood.scores(outputs, targets).mean()) if len(targets) else math.nan
 
 
-def summarise(evaluations: Sequence[Closeness]) -> dict[str, dict[str, dict[str, float | int | None]]]:
-    """Mean and standard deviation over seeds: part -> score -> {mean, std, n}; undefined values are left out of n."""
+def summarise(
+    evaluations: Sequence[Closeness],
+) -> dict[str, dict[str, dict[str, float | int | None]]]:
+    """Mean and standard deviation over seeds: part -> score -> {mean, std, n}; undefined values are
+    left out of n."""
     summary: dict[str, dict[str, dict[str, float | int | None]]] = {}
     for part in evaluations[0].parts:
         columns: dict[str, list[float]] = {}

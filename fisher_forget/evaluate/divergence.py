@@ -1,8 +1,8 @@
 r"""How far apart two models' predictions are, sample by sample, from stored logits.
 
-Logits of one model are [N, C], of an ensemble of M models [M, N, C]; N samples over C classes, p = softmax(logits).
-Every divergence takes either on both sides and gives [N] or [M, N] in float64. Its target against a retrained model is
-not 0: two retrained models differ, too, by the `floor`.
+Logits of one model are [N, C], of an ensemble of M models [M, N, C]; N samples over C classes, p =
+softmax(logits). Every divergence takes either on both sides and gives [N] or [M, N] in float64. Its
+target against a retrained model is not 0: two retrained models differ, too, by the `floor`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) = sum_c p_c (log p_c - log q_c) in nats, at least 0: [N] or [M, N].
 
     Args:
-        p: Logits [N, C] or [M, N, C]; the retrained model's, for the direction that `closeness` reports.
+        p: Logits [N, C] or [M, N, C]; the retrained model's, for the direction that `closeness`
+            reports.
         q: Logits of the same samples and classes.
 
     Raises:
@@ -36,9 +37,11 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
 
 
 def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
-    """[KL(p || m) + KL(q || m)] / 2 with m = (p + q) / 2, in bits: [N] or [M, N], 0 (equal) to 1 (disjoint).
+    """[KL(p || m) + KL(q || m)] / 2 with m = (p + q) / 2, in bits: [N] or [M, N], 0 (equal) to 1
+    (disjoint).
 
-    Symmetric. It is the divergence, not the distance, which is its square root (Lin 1991, IEEE Trans. Inf. Theory 37).
+    Symmetric. It is the divergence, not the distance, which is its square root (Lin 1991, IEEE
+    Trans. Inf. Theory 37).
 
     Raises:
         DataError: As for `kl`.
@@ -58,7 +61,8 @@ def total_variation(p: Tensor, q: Tensor) -> Tensor:
 
 
 def agreement(p: Tensor, q: Tensor) -> Tensor:
-    """1 where both predict the same class, 0 elsewhere; the first of tied classes counts: [N] or [M, N], float64.
+    """1 where both predict the same class, 0 elsewhere; the first of tied classes counts: [N] or
+    [M, N], float64.
 
     Raises:
         DataError: As for `kl`.
@@ -87,7 +91,8 @@ class Floor:
 
     Attributes:
         mean: Over ordered pairs and samples.
-        std: Over members, of a member's mean over its pairs; NaN where fewer than three members took part.
+        std: Over members, of a member's mean over its pairs; NaN where fewer than three members
+            took part.
         values: Mean over ordered pairs for each sample [N], float64.
         members: M.
     """
@@ -99,17 +104,19 @@ class Floor:
 
 
 def floor(ensemble: Tensor, fn: Divergence, seed: int = 0, halvings: int = 4) -> Floor:
-    """What `fn` gives between two models that differ in nothing but their seeds: the target of an unlearned model.
+    """What `fn` gives between two models that differ in nothing but their seeds: the target of an
+    unlearned model.
 
-    The ensemble is cut at random into two disjoint halves, whose members meet in pairs, in both orders; this is
-    repeated and averaged. So no model is held against itself, and the expectation over halvings is the mean over all
-    ordered pairs of different members.
+    The ensemble is cut at random into two disjoint halves, whose members meet in pairs, in both
+    orders; this is repeated and averaged. So no model is held against itself, and the expectation
+    over halvings is the mean over all ordered pairs of different members.
 
     Args:
         ensemble: Logits [M, N, C] of models that were retrained alike.
         fn: A divergence of this module.
         seed: Of the halvings.
-        halvings: How many; more cost little where M is small. With an odd M a random member sits out in each.
+        halvings: How many; more cost little where M is small. With an odd M a random member sits
+            out in each.
 
     Raises:
         ConfigError: If there is no halving.
@@ -135,20 +142,23 @@ def floor(ensemble: Tensor, fn: Divergence, seed: int = 0, halvings: int = 4) ->
 
 
 def gaussian_kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(P || Q), in nats, between Gaussians fitted to a scalar output (the margin) over two ensembles: [N], float64.
+    """KL(P || Q), in nats, between Gaussians fitted to a scalar output (the margin) over two
+    ensembles: [N], float64.
 
         [log(v_q / v_p) + (v_p + (m_p - m_q)^2) / v_q - 1] / 2
 
-    with means m and unbiased variances v over models. It compares the distributions that the *training procedures*
-    draw from, where `kl` compares the predictions of two given models. Unlike a histogram it does not saturate; it sees
-    means and variances only. Its target for M and M' models of one procedure is `gaussian_floor(M, M')`, not 0.
+    with means m and unbiased variances v over models. It compares the distributions that the
+    *training procedures* draw from, where `kl` compares the predictions of two given models. Unlike
+    a histogram it does not saturate; it sees means and variances only. Its target for M and M'
+    models of one procedure is `gaussian_floor(M, M')`, not 0.
 
     Args:
         p: Margins [M, N], the unlearned models' by the convention of `klom`.
         q: Margins [M', N], the retrained models'.
 
     Raises:
-        DataError: If there are fewer than two models on a side, other samples, or models that do not differ at all.
+        DataError: If there are fewer than two models on a side, other samples, or models that do
+            not differ at all.
         NumericalError: If margins are not finite.
     """
     check_ensembles(p, q)
@@ -164,7 +174,8 @@ def gaussian_kl(p: Tensor, q: Tensor) -> Tensor:
 
 
 def gaussian_floor(p_models: int, q_models: int) -> float:
-    """Expectation of `gaussian_kl` where both ensembles are draws of one Gaussian, nats; about 2 / M for M = M'.
+    """Expectation of `gaussian_kl` where both ensembles are draws of one Gaussian, nats; about 2 /
+    M for M = M'.
 
         [psi((M'-1)/2) - psi((M-1)/2) + log((M-1)/(M'-1)) + (1 + 1/M + 1/M') (M'-1)/(M'-3) - 1] / 2
 
@@ -173,7 +184,9 @@ def gaussian_floor(p_models: int, q_models: int) -> float:
     """
     if p_models < 2 or q_models < 4:
         raise DataError(
-            f"{p_models} and {q_models} models", "at least 2 and 4", "Use more models: the expectation is infinite."
+            f"{p_models} and {q_models} models",
+            "at least 2 and 4",
+            "Use more models: the expectation is infinite.",
         )
     a, b = p_models - 1, q_models - 1
     halves = torch.tensor([a / 2, b / 2], dtype=torch.float64)
@@ -189,7 +202,12 @@ def check_logits(logits: Tensor) -> None:
         DataError: If the shape or type is another.
         NumericalError: If a logit is NaN or infinite.
     """
-    if logits.dim() not in (2, 3) or not logits.numel() or logits.shape[-1] < 2 or not logits.is_floating_point():
+    if (
+        logits.dim() not in (2, 3)
+        or not logits.numel()
+        or logits.shape[-1] < 2
+        or not logits.is_floating_point()
+    ):
         raise DataError(
             f"{logits.dtype} outputs of shape {tuple(logits.shape)}",
             "floating-point logits [N, C] or [M, N, C] of at least one sample and two classes",
@@ -204,7 +222,12 @@ def check_targets(targets: Tensor, samples: int, classes: int | None = None) -> 
     Raises:
         DataError: If so.
     """
-    if targets.shape != (samples,) or not samples or targets.is_floating_point() or targets.dtype == torch.bool:
+    if (
+        targets.shape != (samples,)
+        or not samples
+        or targets.is_floating_point()
+        or targets.dtype == torch.bool
+    ):
         raise DataError(
             f"{targets.dtype} targets of shape {tuple(targets.shape)} for {samples} samples",
             "one class index a sample, for at least one sample",
@@ -226,9 +249,9 @@ def check_ensembles(*margins: Tensor) -> None:
         NumericalError: If a margin is NaN or infinite.
     """
     shapes = [tuple(m.shape) for m in margins]
-    if any(m.dim() != 2 or len(m) < 2 or not m.numel() or not m.is_floating_point() for m in margins) or (
-        len({shape[1] for shape in shapes}) > 1
-    ):
+    if any(
+        m.dim() != 2 or len(m) < 2 or not m.numel() or not m.is_floating_point() for m in margins
+    ) or (len({shape[1] for shape in shapes}) > 1):
         raise DataError(
             f"margins of shapes {shapes}",
             "floating-point margins [M, N] of the same samples, at least 2 models each",
@@ -272,7 +295,9 @@ def _per_sample(fn: Divergence, p: Tensor, q: Tensor) -> Tensor:
             "Predict both on one data set and keep every class; to compare all pairs of models, loop over one side.",
         )
     slices = sample_slices(p.shape[-2], max(p.numel(), q.numel()) // p.shape[-2])
-    return torch.cat([fn(p[..., rows, :].double(), q[..., rows, :].double()) for rows in slices], -1)
+    return torch.cat(
+        [fn(p[..., rows, :].double(), q[..., rows, :].double()) for rows in slices], -1
+    )
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
@@ -289,4 +314,6 @@ def _jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
 
 def _check_finite(values: Tensor) -> None:
     if not bool(torch.isfinite(values).all()):
-        raise NumericalError("outputs that are NaN or infinite", "finite outputs", "Check the model that made them.")
+        raise NumericalError(
+            "outputs that are NaN or infinite", "finite outputs", "Check the model that made them."
+        )

@@ -1,6 +1,7 @@
 """Ensembles trained with and without the forget set: what forgetting is compared with.
 
-Members are cached one by one, so a killed run resumes; their outputs are stored, so that no metric runs a model again.
+Members are cached one by one, so a killed run resumes; their outputs are stored, so that no metric
+runs a model again.
 """
 
 from __future__ import annotations
@@ -88,18 +89,20 @@ class RetrainedEnsemble:
         backend: str = "loky",
         progress: bool = True,
     ) -> RetrainedEnsemble:
-        """Train, or load where an earlier call has stored them, the members with and without the forget set.
+        """Train, or load where an earlier call has stored them, the members with and without the
+        forget set.
 
         Args:
-            train_fn: Takes the indices to train on and a seed, and returns a trained model of the template's
-                architecture.
+            train_fn: Takes the indices to train on and a seed, and returns a trained model of the
+                template's architecture.
             data: The training data set, or a `Split` of it.
             forget_idx: Distinct indices into it; none where a `Split` is given.
             template: Gives the architecture; untouched.
             seeds: Of the retrained models.
             original_seeds: Of the models trained on everything.
             folder: Where to store models and outputs.
-            fingerprint: Of whatever else the weights depend on: settings, data, version of your code.
+            fingerprint: Of whatever else the weights depend on: settings, data, version of your
+                code.
             jobs: Worker processes, see `train_members`.
             backend: See `train_members`.
             progress: Show bars with the time left.
@@ -130,7 +133,8 @@ class RetrainedEnsemble:
     def outputs(
         self, parts: Mapping[str, Dataset[Any]], *, unpack: Unpack | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        """(originals' outputs [K, N, ...], retrained models' outputs [M, N, ...], targets [N, ...]) by data set.
+        """(originals' outputs [K, N, ...], retrained models' outputs [M, N, ...], targets [N, ...])
+        by data set.
 
         Computed once and stored.
 
@@ -141,12 +145,21 @@ class RetrainedEnsemble:
         Raises:
             DataError, StorageError: If a data set cannot be read, or the folder not be written.
         """
-        splits = {name: resolve_split(part, [], unpack=unpack, allow_empty=True) for name, part in parts.items()}
+        splits = {
+            name: resolve_split(part, [], unpack=unpack, allow_empty=True)
+            for name, part in parts.items()
+        }
         both = {"original": self.originals, "retrained": self.retrained}
         prints = [splits[name].fingerprint() for name in splits]
-        key = files.fingerprint(self.fingerprint, list(splits), prints, *(m.seeds for m in both.values()))
+        key = files.fingerprint(
+            self.fingerprint, list(splits), prints, *(m.seeds for m in both.values())
+        )
         path = None if self.folder is None else self.folder / "outputs.safetensors"
-        if path is not None and path.exists() and files.read_metadata(path).get("fingerprint") == key:
+        if (
+            path is not None
+            and path.exists()
+            and files.read_metadata(path).get("fingerprint") == key
+        ):
             stored, _ = files.load_tensors(path)
         else:
             stored = {}
@@ -157,12 +170,15 @@ class RetrainedEnsemble:
                     stored[f"targets/{name}"] = every[0][1]
             if path is not None:
                 files.save_tensors(path, stored, {"fingerprint": key})
-        found = {kind: {name: stored[f"{kind}/{name}"] for name in splits} for kind in (*both, "targets")}
+        found = {
+            kind: {name: stored[f"{kind}/{name}"] for name in splits} for kind in (*both, "targets")
+        }
         return found["original"], found["retrained"], found["targets"]
 
 
 def predict(model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
-    """Outputs [N, ...] of the model in eval mode and targets [N, ...] of all samples of a split, on the CPU.
+    """Outputs [N, ...] of the model in eval mode and targets [N, ...] of all samples of a split, on
+    the CPU.
 
     Raises:
         DataError: If the split is empty.
@@ -189,11 +205,18 @@ class _Cache:
         return self.folder / f"seed-{seed}.safetensors"
 
     def save(self, seed: int, model: nn.Module, seconds: float) -> None:
-        notes = {"fingerprint": self.fingerprint, "seed": str(seed), "seconds": repr(seconds), "version": _version()}
+        notes = {
+            "fingerprint": self.fingerprint,
+            "seed": str(seed),
+            "seconds": repr(seconds),
+            "version": _version(),
+        }
         files.save_model(self.path(seed), model, notes)
 
     def load(self, seed: int, template: nn.Module) -> tuple[nn.Module, float]:
-        model = files.load_model(self.path(seed), template, {"fingerprint": self.fingerprint, "seed": str(seed)})
+        model = files.load_model(
+            self.path(seed), template, {"fingerprint": self.fingerprint, "seed": str(seed)}
+        )
         return model, float(files.read_metadata(self.path(seed)).get("seconds", "nan"))
 
 
@@ -211,8 +234,9 @@ def train_members(
 ) -> Members:
     """Train one model per seed, or load it where an earlier run has stored it.
 
-    Each model is stored as soon as it is trained: to resume a killed run, start it again. A stored model with another
-    fingerprint, or a damaged file, is trained anew and overwritten, with a warning.
+    Each model is stored as soon as it is trained: to resume a killed run, start it again. A stored
+    model with another fingerprint, or a damaged file, is trained anew and overwritten, with a
+    warning.
 
     Args:
         train_fn: Takes a seed and returns a trained model of the template's architecture.
@@ -220,17 +244,20 @@ def train_members(
         template: Gives the architecture; untouched.
         folder: Where to store the models; `None` stores nothing.
         fingerprint: Of everything but the seed that the weights depend on; see `files.fingerprint`.
-        jobs: Worker processes. With more than one, each uses one torch thread and receives `train_fn`, with what it
-            refers to, by copy. Sums are then added in another order than with several threads, so the weights may
-            differ from those of `jobs=1` by rounding, which training amplifies; the number of workers alone changes
-            nothing. With one job, training runs in this process and torch's threads are left alone.
-        backend: Joblib's: "loky" (processes here), "dask" or "ray" (a cluster that you have connected to), "threading".
+        jobs: Worker processes. With more than one, each uses one torch thread and receives
+            `train_fn`, with what it refers to, by copy. Sums are then added in another order than
+            with several threads, so the weights may differ from those of `jobs=1` by rounding,
+            which training amplifies; the number of workers alone changes nothing. With one job,
+            training runs in this process and torch's threads are left alone.
+        backend: Joblib's: "loky" (processes here), "dask" or "ray" (a cluster that you have
+            connected to), "threading".
         progress: Show a bar with the time left.
         description: Text of the bar.
 
     Raises:
         ConfigError: If `seeds` is empty or repeats one, or `jobs` is less than 1.
-        StorageError: If the folder cannot be written, or `train_fn` returns another architecture than the template's.
+        StorageError: If the folder cannot be written, or `train_fn` returns another architecture
+            than the template's.
     """
     seeds = tuple(int(seed) for seed in seeds)
     if not seeds or len(set(seeds)) < len(seeds):
@@ -238,12 +265,19 @@ def train_members(
     if jobs < 1:
         raise ConfigError(f"jobs={jobs}", "at least 1", "Pass the number of worker processes.")
     if backend not in BACKENDS:
-        raise ConfigError(f"backend={backend!r}", f"one of {sorted(BACKENDS)}", "Pass one of these names.")
+        raise ConfigError(
+            f"backend={backend!r}", f"one of {sorted(BACKENDS)}", "Pass one of these names."
+        )
     cache = None if folder is None else _Cache(files.ensure_folder(folder), fingerprint)
     members = _stored(cache, seeds, template)
     todo = [seed for seed in seeds if seed not in members]
     bar = tqdm(
-        total=len(seeds), initial=len(members), desc=description, unit="model", disable=not progress, leave=False
+        total=len(seeds),
+        initial=len(members),
+        desc=description,
+        unit="model",
+        disable=not progress,
+        leave=False,
     )
     with bar:
         for seed, state, seconds in _trained(train_fn, todo, cache, jobs, backend):
@@ -253,7 +287,9 @@ def train_members(
     return Members(models, seeds, durations)
 
 
-def _stored(cache: _Cache | None, seeds: Sequence[int], template: nn.Module) -> dict[int, tuple[nn.Module, float]]:
+def _stored(
+    cache: _Cache | None, seeds: Sequence[int], template: nn.Module
+) -> dict[int, tuple[nn.Module, float]]:
     members: dict[int, tuple[nn.Module, float]] = {}
     refused: dict[int, Exception] = {}
     for seed in seeds:
@@ -274,7 +310,8 @@ def _stored(cache: _Cache | None, seeds: Sequence[int], template: nn.Module) -> 
 
 
 def stored_seeds(folder: Path, seeds: Sequence[int], fingerprint: str) -> list[int]:
-    """The seeds whose models an earlier call of `train_members` has stored, by their files' headers."""
+    """The seeds whose models an earlier call of `train_members` has stored, by their files'
+    headers."""
     cache, found = _Cache(folder, fingerprint), []
     for seed in seeds:
         with suppress(StorageError):
@@ -291,7 +328,8 @@ def _trained(
 ) -> Iterator[Member]:
     """Members in the order in which they are finished."""
     if jobs == 1 or len(seeds) < 2:
-        # a single one left over from a killed run gets one thread too, so that resuming changes nothing
+        # a single one left over from a killed run gets one thread too, so that resuming changes
+        # nothing
         threads = None if jobs == 1 else 1
         yield from (_member(train_fn, seed, cache, threads) for seed in seeds)
         return
@@ -323,7 +361,9 @@ def _register(backend: str) -> None:
         module.register_ray()
 
 
-def _member(train_fn: TrainFn, seed: int, cache: _Cache | None, threads: int | None = None) -> Member:
+def _member(
+    train_fn: TrainFn, seed: int, cache: _Cache | None, threads: int | None = None
+) -> Member:
     """Train one member, and store it before anything else can go wrong."""
     before = torch.get_num_threads()
     if threads is not None:

@@ -1,4 +1,5 @@
-"""evaluate(): every metric of a scrubbed model beside the original's and what retrained models score themselves."""
+"""evaluate(): every metric of a scrubbed model beside the original's and what retrained models
+score themselves."""
 
 from __future__ import annotations
 
@@ -20,7 +21,13 @@ from fisher_forget.errors import ConfigError, DataError, NumericalError
 from fisher_forget.evaluate.ensemble import RetrainedEnsemble, predict
 from fisher_forget.evaluate.intervals import t_interval
 from fisher_forget.evaluate.metrics import LEAST, METRICS, Context, Metric, Subject
-from fisher_forget.evaluate.verdict import INDISTINGUISHABLE, NOT_FORGOTTEN, OVER_FORGOTTEN, UNDECIDED, verdict
+from fisher_forget.evaluate.verdict import (
+    INDISTINGUISHABLE,
+    NOT_FORGOTTEN,
+    OVER_FORGOTTEN,
+    UNDECIDED,
+    verdict,
+)
 from fisher_forget.likelihood import Likelihood, resolve_likelihood
 from fisher_forget.unlearn.result import ForgetResult
 
@@ -29,8 +36,13 @@ Scrubbed = ForgetResult | nn.Module
 COSTLY = ("relearn",)  # trains; only where asked for by name
 FALSE_ALARM = 0.05  # that a retrained model fails any of the rows
 UNDEFINED = "undefined"
-TOO_FEW = f"it takes {LEAST} models of a method and {LEAST} retrained ones beside as many for the target"
-ENOUGH = {"%": 1.0, "epochs": 1.0}  # a difference that counts where all retrained models score the same
+TOO_FEW = (
+    f"it takes {LEAST} models of a method and {LEAST} retrained ones beside as many for the target"
+)
+ENOUGH = {
+    "%": 1.0,
+    "epochs": 1.0,
+}  # a difference that counts where all retrained models score the same
 
 
 @dataclass(frozen=True)
@@ -47,11 +59,11 @@ class Score:
         low: Lower end of the 95 % confidence interval of `value` over them; NaN for a single one.
         high: Upper end.
         target: Mean over the retrained models of what they score themselves.
-        target_low: Lower end of the interval where as many further retrained models would have their mean; the
-            intervals of all rows of a method hold together with 95 % (Bonferroni).
+        target_low: Lower end of the interval where as many further retrained models would have
+            their mean; the intervals of all rows of a method hold together with 95 % (Bonferroni).
         target_high: Upper end.
-        label: "not forgotten", "indistinguishable from retrained", "over-forgotten", "undecided" (see `verdict`) or
-            "undefined" where a value is not finite.
+        label: "not forgotten", "indistinguishable from retrained", "over-forgotten", "undecided"
+            (see `verdict`) or "undefined" where a value is not finite.
         reason: Why, and how many models would tell more.
         values: Of every model of the method.
         target_std: Standard deviation over the retrained models.
@@ -97,11 +109,17 @@ class Evaluation:
         for score in self.scores:
             if (score.metric, score.part) == (metric, part) and method in (None, score.method):
                 return score
-        raise ConfigError(f"no score {metric!r} on {part!r} of {method!r}", "a row of the table", "See to_pandas().")
+        raise ConfigError(
+            f"no score {metric!r} on {part!r} of {method!r}",
+            "a row of the table",
+            "See to_pandas().",
+        )
 
     def to_pandas(self) -> pd.DataFrame:
         """One row a score, with the columns of `Score`."""
-        return pd.DataFrame([asdict(s) for s in self.scores], columns=[f.name for f in fields(Score)])
+        return pd.DataFrame(
+            [asdict(s) for s in self.scores], columns=[f.name for f in fields(Score)]
+        )
 
     def to_markdown(self) -> str:
         """Metrics down, methods across; the target with its 95 % prediction interval first."""
@@ -128,7 +146,8 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a JSON file, see `report/evaluation.schema.json`; NaN is null."""
         rows = [
-            {name: _null(value) for name, value in asdict(s).items()} | {"values": [_null(x) for x in s.values]}
+            {name: _null(value) for name, value in asdict(s).items()}
+            | {"values": [_null(x) for x in s.values]}
             for s in self.scores
         ]
         return {"schema": 1, "retrained": self.retrained, "left_out": self.left_out, "scores": rows}
@@ -139,7 +158,13 @@ def shown(score: Score) -> str:
     return "–" if score.label == UNDEFINED else f"{score.value:.3g} {MARKS[score.label]}"
 
 
-MARKS = {NOT_FORGOTTEN: "−", INDISTINGUISHABLE: "=", OVER_FORGOTTEN: "+", UNDECIDED: "≈", UNDEFINED: ""}
+MARKS = {
+    NOT_FORGOTTEN: "−",
+    INDISTINGUISHABLE: "=",
+    OVER_FORGOTTEN: "+",
+    UNDECIDED: "≈",
+    UNDEFINED: "",
+}
 MEANING = {
     INDISTINGUISHABLE: "shown to be as retrained",
     UNDECIDED: "not told apart from retrained, more models would tell",
@@ -163,12 +188,12 @@ def evaluate(
 ) -> Evaluation:
     """How close to retrained, metric by metric, with targets and verdicts.
 
-    The last `held_out` retrained models are scored like scrubbed ones, as a control that must pass, and take no part
-    in the targets.
+    The last `held_out` retrained models are scored like scrubbed ones, as a control that must pass,
+    and take no part in the targets.
 
     Args:
-        scrubbed: One result or model, or several, one for each of the ensemble's originals; or those of several methods
-            by name.
+        scrubbed: One result or model, or several, one for each of the ensemble's originals; or
+            those of several methods by name.
         ensemble: Models trained with and without the forget set.
         data: Data sets by name; "forget", "retain" and "test" are what membership attacks read.
         likelihood: Name or instance.
@@ -181,13 +206,16 @@ def evaluate(
 
     Raises:
         ConfigError: Unknown metrics.
-        DataError: Fewer than three retrained models in the reference, other shapes, or another forget set.
+        DataError: Fewer than three retrained models in the reference, other shapes, or another
+            forget set.
         NumericalError: Outputs that are not finite.
     """
     kind = resolve_likelihood(likelihood)
     chosen = [name for name in METRICS if name not in COSTLY] if metrics is None else list(metrics)
     if unknown := [name for name in chosen if name not in METRICS]:
-        raise ConfigError(f"the metrics {unknown}", f"some of {list(METRICS)}", "Correct the names.")
+        raise ConfigError(
+            f"the metrics {unknown}", f"some of {list(METRICS)}", "Correct the names."
+        )
     given = scrubbed if isinstance(scrubbed, Mapping) else {"scrubbed": scrubbed}
     methods = {name: _models(results, ensemble) for name, results in given.items()}
     reference = len(ensemble.retrained.models) - held_out
@@ -198,7 +226,10 @@ def evaluate(
             "Retrain more seeds.",
         )
     originals, retrained, targets = ensemble.outputs(data, unpack=unpack)
-    splits = {name: resolve_split(part, [], unpack=unpack, allow_empty=True) for name, part in data.items()}
+    splits = {
+        name: resolve_split(part, [], unpack=unpack, allow_empty=True)
+        for name, part in data.items()
+    }
     outputs = {
         method: [{part: predict(model, splits[part])[0] for part in splits} for model in models]
         for method, models in methods.items()
@@ -210,9 +241,14 @@ def evaluate(
         stacked: Mapping[str, Tensor], members: Sequence[nn.Module], made_from: Sequence[nn.Module]
     ) -> list[Subject]:
         pairs = zip(members, made_from, strict=True)
-        return [Subject({part: x[i] for part, x in stacked.items()}, *pair) for i, pair in enumerate(pairs)]
+        return [
+            Subject({part: x[i] for part, x in stacked.items()}, *pair)
+            for i, pair in enumerate(pairs)
+        ]
 
-    every = subjects(retrained, ensemble.retrained.models, sources[:1] * len(ensemble.retrained.models))
+    every = subjects(
+        retrained, ensemble.retrained.models, sources[:1] * len(ensemble.retrained.models)
+    )
     ones, control = every[:reference], every[reference:]
     groups = {"original": subjects(originals, sources, sources)}
     for method, models in methods.items():
@@ -220,17 +256,26 @@ def evaluate(
         groups[method] = [Subject(*each) for each in zip(outputs[method], models, own, strict=True)]
     if control:
         groups["retrained, left out"] = control
-    blank = None if teacher is None or "forget" not in splits else predict(teacher, splits["forget"])[0]
+    blank = (
+        None if teacher is None or "forget" not in splits else predict(teacher, splits["forget"])[0]
+    )
     context = Context(kind, targets, split, blank, seed)
     left_out = {name: why for name in chosen if (why := METRICS[name].missing(context))}
     rows = [
-        (m, part) for m in map(METRICS.__getitem__, chosen) if m.name not in left_out for part in m.parts or targets
+        (m, part)
+        for m in map(METRICS.__getitem__, chosen)
+        if m.name not in left_out
+        for part in m.parts or targets
     ]
     level = 1 - FALSE_ALARM / max(len(rows), 1)
     few = max(map(len, groups.values())) < LEAST or len(ones) < 2 * LEAST
     left_out |= {m.name: TOO_FEW for m, _ in rows if few and m.group is not None}
     rows = [(m, part) for m, part in rows if m.name not in left_out]
-    scores = [score for metric, part in rows for score in _scored(metric, part, groups, ones, context, level)]
+    scores = [
+        score
+        for metric, part in rows
+        for score in _scored(metric, part, groups, ones, context, level)
+    ]
     return Evaluation(tuple(scores), reference, left_out)
 
 
@@ -238,7 +283,9 @@ def _models(given: Scrubbed | Sequence[Scrubbed], ensemble: RetrainedEnsemble) -
     """The models of one method, which must have forgotten what the ensemble was trained without."""
     results = list(given) if isinstance(given, Sequence) else [given]
     for result in results:
-        if isinstance(result, ForgetResult) and not np.array_equal(result.split.forget, ensemble.forget):
+        if isinstance(result, ForgetResult) and not np.array_equal(
+            result.split.forget, ensemble.forget
+        ):
             raise DataError(
                 f"a result that forgot {len(result.split.forget)} samples",
                 "the forget set of the ensemble",
@@ -262,18 +309,25 @@ def _scored(
     for method, group in groups.items():
         if metric.group is not None:
             own = _targets(metric, ones, len(group), part, context)
-            # against as many as the groups of the target are: such numbers depend on how many models there are
-            found = [metric.group(group, ones[: len(ones) - len(group)], part, context)] if own else []
+            # against as many as the groups of the target are: such numbers depend on how many
+            # models there are
+            found = (
+                [metric.group(group, ones[: len(ones) - len(group)], part, context)] if own else []
+            )
         else:
             found = [_value(metric, a, ones, part, context) for a in group]
-        # where the score is not defined for the original itself, such as the direction of no step, any side is off
+        # where the score is not defined for the original itself, such as the direction of no step,
+        # any side is off
         before = before or [v for v in found if math.isfinite(v)]
         rows.append(_score(metric, method, part, found, own, before or found, level))
     return rows
 
 
-def _targets(metric: Metric, ones: Sequence[Subject], size: int, part: str, context: Context) -> list[float]:
-    """What retrained models score: each for itself; for a group metric, as many as the method has models, by turns."""
+def _targets(
+    metric: Metric, ones: Sequence[Subject], size: int, part: str, context: Context
+) -> list[float]:
+    """What retrained models score: each for itself; for a group metric, as many as the method has
+    models, by turns."""
     if metric.group is None:
         return [_value(metric, a, _others(ones, i), part, context) for i, a in enumerate(ones)]
     if size < LEAST or len(ones) - size < LEAST:
@@ -293,18 +347,38 @@ def _score(
     level: float,
 ) -> Score:
     common = method, metric.name, part, metric.unit
-    capped = f" Counting ended at {metric.cap:g}." if max([*found, *own], default=0) >= metric.cap else ""
+    capped = (
+        f" Counting ended at {metric.cap:g}."
+        if max([*found, *own], default=0) >= metric.cap
+        else ""
+    )
     if not found or not np.isfinite([*found, *own]).all():
         why = "A value is not finite." if found else TOO_FEW
         return Score(*common, math.nan, len(found), *(math.nan,) * 5, UNDEFINED, why, tuple(found))
-    margin = ENOUGH.get(metric.unit) if np.ptp(own) == 0 else None  # without a spread only a margin can judge
-    judged, interval = verdict(found, own, original=before, margin=margin, level=level), t_interval(found)
+    margin = (
+        ENOUGH.get(metric.unit) if np.ptp(own) == 0 else None
+    )  # without a spread only a margin can judge
+    judged, interval = (
+        verdict(found, own, original=before, margin=margin, level=level),
+        t_interval(found),
+    )
     ends = interval.low, interval.high, float(np.mean(own)), judged.low, judged.high
     spread = float(np.std(own, ddof=1))
-    return Score(*common, interval.value, len(found), *ends, judged.label, judged.reason + capped, tuple(found), spread)
+    return Score(
+        *common,
+        interval.value,
+        len(found),
+        *ends,
+        judged.label,
+        judged.reason + capped,
+        tuple(found),
+        spread,
+    )
 
 
-def _value(metric: Metric, a: Subject, others: Sequence[Subject], part: str, context: Context) -> float:
+def _value(
+    metric: Metric, a: Subject, others: Sequence[Subject], part: str, context: Context
+) -> float:
     if "weights" in metric.needs and not _alike(a.model, a.original):
         return math.nan
     if metric.solo is not None:
@@ -323,13 +397,16 @@ def _alike(a: nn.Module, b: nn.Module) -> bool:
 
 
 def _others(ones: Sequence[Subject], index: int) -> list[Subject]:
-    """The next few members after one, in a ring: every member is compared with, and is compared, equally often."""
+    """The next few members after one, in a ring: every member is compared with, and is compared,
+    equally often."""
     count = min(OTHERS, len(ones) - 1)
     return [ones[(index + k) % len(ones)] for k in range(1, count + 1)]
 
 
 def _check(
-    outputs: Sequence[Mapping[str, Tensor]], retrained: Mapping[str, Tensor], targets: Mapping[str, Tensor]
+    outputs: Sequence[Mapping[str, Tensor]],
+    retrained: Mapping[str, Tensor],
+    targets: Mapping[str, Tensor],
 ) -> None:
     for part, members in retrained.items():
         expected = tuple(members.shape[1:])
@@ -340,6 +417,11 @@ def _check(
                     "the same samples and labels",
                     "Keep every class in the retrained models, and predict on the same data.",
                 )
-        for what, tensor in (("scrubbed", torch.stack([o[part] for o in outputs])), ("retrained", members)):
+        for what, tensor in (
+            ("scrubbed", torch.stack([o[part] for o in outputs])),
+            ("retrained", members),
+        ):
             if not bool(torch.isfinite(tensor).all()):
-                raise NumericalError(f"NaN or infinite outputs of a {what} model on {part!r}", "finite", "Check it.")
+                raise NumericalError(
+                    f"NaN or infinite outputs of a {what} model on {part!r}", "finite", "Check it."
+                )

@@ -1,15 +1,18 @@
-r"""What noisy weights, and the outputs they compute, can still say about the forgotten samples, in nats.
+r"""What noisy weights, and the outputs they compute, can still say about the forgotten samples, in
+nats.
 
-Noise makes a model a draw from the law N(h, s^2 K) with K = (B + tau I)^-2p. With a second law N(h', s0^2 K) of the
-same shape around a model that never saw D_f, h' a retrained one, and r = s^2 / s0^2,
+Noise makes a model a draw from the law N(h, s^2 K) with K = (B + tau I)^-2p. With a second law
+N(h', s0^2 K) of the same shape around a model that never saw D_f, h' a retrained one, and r = s^2 /
+s0^2,
 
     KL = 1/2 [ |(B + tau I)^p (h - h')|^2 / s0^2 + d (r - 1 - ln r) ]                                   weights
     KL = 1/2 [ df^T (J K J^T)^-1 df / s0^2       + c (r - 1 - ln r) ]                                   outputs of x
 
-since both log-determinants are those of K. J [c, d] is the Jacobian of the c outputs of a query x, df [c] the
-difference of their means. Outputs are a function of the weights, so in the linearised model they say no more than
-these (data-processing inequality). Golatkar et al. 2020 (arXiv:1911.04933, Prop. 2; arXiv:2003.02960, section 4);
-their public code leaves the 1/2 out, and keeps only the diagonal of J K J^T.
+since both log-determinants are those of K. J [c, d] is the Jacobian of the c outputs of a query x,
+df [c] the difference of their means. Outputs are a function of the weights, so in the linearised
+model they say no more than these (data-processing inequality). Golatkar et al. 2020
+(arXiv:1911.04933, Prop. 2; arXiv:2003.02960, section 4); their public code leaves the 1/2 out, and
+keeps only the diagonal of J K J^T.
 """
 
 from __future__ import annotations
@@ -69,7 +72,9 @@ class NoiseLaw:
         """
         z = result.noise
         if z is None:
-            raise ConfigError("a result without noise", "noise that was drawn", "Call forget with noise='auto'.")
+            raise ConfigError(
+                "a result without noise", "noise that was drawn", "Call forget with noise='auto'."
+            )
         return cls(result.newton.params, result.curvature.damped(z.damping), z.scale, z.exponent)
 
     def at(self, mean: nn.Module | Mapping[str, Tensor], scale: float | None = None) -> Self:
@@ -83,7 +88,11 @@ class NoiseLaw:
             ModelError: If names or shapes do not match.
         """
         found = dict(mean.named_parameters()) if isinstance(mean, nn.Module) else mean
-        odd = [name for name, p in self.mean.items() if name not in found or found[name].shape != p.shape]
+        odd = [
+            name
+            for name, p in self.mean.items()
+            if name not in found or found[name].shape != p.shape
+        ]
         if odd:
             raise ModelError(
                 f"weights that differ in {', '.join(odd[:4])}",
@@ -95,7 +104,8 @@ class NoiseLaw:
 
 
 def information_in_weights(result: ForgetResult, *, error: float | None = None) -> float:
-    """Local forgetting bound of a result, nats: the expected KL to the same noise around the exact Newton step.
+    """Local forgetting bound of a result, nats: the expected KL to the same noise around the exact
+    Newton step.
 
     It rests on a guess of that step's error. Against a retrained model nothing is guessed:
     `gaussian_kl(law, law.at(retrained))` with `law = NoiseLaw.of(result)`.
@@ -124,7 +134,9 @@ def gaussian_kl(law: NoiseLaw, reference: NoiseLaw) -> float:
     """
     _check_shared(law, reference)
     whitened = law.curvature.power(P.add(law.mean, reference.mean, -1.0), law.exponent)
-    return P.dot(whitened, whitened) / (2 * reference.scale**2) + P.size(law.mean) * _spread(law, reference)
+    return P.dot(whitened, whitened) / (2 * reference.scale**2) + P.size(law.mean) * _spread(
+        law, reference
+    )
 
 
 def information_in_outputs(
@@ -141,23 +153,27 @@ def information_in_outputs(
 ) -> Tensor:
     """KL between the outputs of both laws for each sample queried on its own, nats: [N], float64.
 
-    Outputs are logits or means, all positions of a sequence together, whether scored or not. They are taken as
-    Gaussian, with the covariance s^2 J K J^T of the model linearised at the law's mean.
+    Outputs are logits or means, all positions of a sequence together, whether scored or not. They
+    are taken as Gaussian, with the covariance s^2 J K J^T of the model linearised at the law's
+    mean.
 
     Args:
-        model: Gives architecture, buffers and all parameters that the laws do not name; untouched, used in eval mode.
+        model: Gives architecture, buffers and all parameters that the laws do not name; untouched,
+            used in eval mode.
         law: Of the scrubbed weights.
         reference: Made by `law.at(...)`.
         split: Gives the queries.
         part: `"forget"`, `"retain"`, `"all"`, or indices.
-        covariance: `"full"`, or `"diagonal"` as published: outputs as if they were independent. Several outputs that
-            move together then count several times, even beyond what the weights say.
-        linearised: Take J (h - h') for the difference of the mean outputs, so that they never say more than the
-            weights; by default the true one, f(h) - f(h').
-        draws: `None` is exact and takes one gradient and one power of the curvature for every output of every sample.
-            A number of draws takes for each one power and about one training pass over all samples, and estimates
-            J K J^T from them; the mean difference's part is then unbiased, with the relative standard deviation
-            (2 / (draws - c - 3))^1/2 for c outputs, 1 where the covariance is diagonal.
+        covariance: `"full"`, or `"diagonal"` as published: outputs as if they were independent.
+            Several outputs that move together then count several times, even beyond what the
+            weights say.
+        linearised: Take J (h - h') for the difference of the mean outputs, so that they never say
+            more than the weights; by default the true one, f(h) - f(h').
+        draws: `None` is exact and takes one gradient and one power of the curvature for every
+            output of every sample. A number of draws takes for each one power and about one
+            training pass over all samples, and estimates J K J^T from them; the mean difference's
+            part is then unbiased, with the relative standard deviation (2 / (draws - c - 3))^1/2
+            for c outputs, 1 where the covariance is diagonal.
         seed: Of the draws.
 
     Returns:
@@ -169,12 +185,20 @@ def information_in_outputs(
     """
     _check_shared(law, reference)
     if covariance not in ("full", "diagonal"):
-        raise ConfigError(f"covariance={covariance!r}", "'full' or 'diagonal'", "Pass one of these.")
+        raise ConfigError(
+            f"covariance={covariance!r}", "'full' or 'diagonal'", "Pass one of these."
+        )
     batches = list(split.batches(part))
     if not batches:
-        raise SplitError(f"part={part!r} of {split}, without samples", "at least one sample", "Choose another part.")
+        raise SplitError(
+            f"part={part!r} of {split}, without samples",
+            "at least one sample",
+            "Choose another part.",
+        )
     device = next(iter(law.mean.values())).device
-    twin = copy.deepcopy(model).to(device).eval().requires_grad_()  # outputs have a graph, whatever the laws name
+    twin = (
+        copy.deepcopy(model).to(device).eval().requires_grad_()
+    )  # outputs have a graph, whatever the laws name
     batches = [batch.on(twin) for batch in batches]
     shifts = [_shift(twin, law, reference, batch, linearised) for batch in batches]
     if draws is None:
@@ -209,7 +233,11 @@ def _exact(model: nn.Module, law: NoiseLaw, batch: Batch) -> Tensor:
         rows = []
         for output in outputs:
             grads = torch.autograd.grad(
-                output, list(leaves.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+                output,
+                list(leaves.values()),
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
             )
             row = law.curvature.power(dict(zip(leaves, grads, strict=True)), -law.exponent)
             rows.append(P.flatten(row).double())
@@ -218,7 +246,9 @@ def _exact(model: nn.Module, law: NoiseLaw, batch: Batch) -> Tensor:
     return torch.stack(found)
 
 
-def _sampled(model: nn.Module, law: NoiseLaw, batches: list[Batch], draws: int, seed: int) -> list[Tensor]:
+def _sampled(
+    model: nn.Module, law: NoiseLaw, batches: list[Batch], draws: int, seed: int
+) -> list[Tensor]:
     """Mean over draws of y y^T with y = J K^1/2 xi, for each batch [B, c, c], float64."""
     generator = torch.Generator().manual_seed(seed)
     totals: list[Tensor] = []
@@ -231,12 +261,15 @@ def _sampled(model: nn.Module, law: NoiseLaw, batches: list[Batch], draws: int, 
 
 
 def _pushed(model: nn.Module, law: NoiseLaw, direction: Params, batch: Batch) -> Tensor:
-    """J v [B, c], float64: the derivative of u -> J^T u, for any layer that can be differentiated twice."""
+    """J v [B, c], float64: the derivative of u -> J^T u, for any layer that can be differentiated
+    twice."""
     leaves = {name: p.detach().clone().requires_grad_() for name, p in law.mean.items()}
     with twice_differentiable():
         outputs = P.call(model, leaves, batch.args, batch.kwargs)
         u = torch.zeros_like(outputs, requires_grad=True)
-        grads = torch.autograd.grad(outputs, list(leaves.values()), u, create_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(
+            outputs, list(leaves.values()), u, create_graph=True, allow_unused=True
+        )
         used = {name: g for name, g in zip(leaves, grads, strict=True) if g is not None}
         if not used:
             return outputs.new_zeros(len(batch), outputs[0].numel(), dtype=torch.float64)
@@ -244,17 +277,23 @@ def _pushed(model: nn.Module, law: NoiseLaw, direction: Params, batch: Batch) ->
     return moved.reshape(len(batch), -1).double()
 
 
-def _shift(model: nn.Module, law: NoiseLaw, reference: NoiseLaw, batch: Batch, linearised: bool) -> Tensor:
+def _shift(
+    model: nn.Module, law: NoiseLaw, reference: NoiseLaw, batch: Batch, linearised: bool
+) -> Tensor:
     """Difference of the mean outputs [B, c], float64."""
     if linearised:
         return _pushed(model, law, P.add(law.mean, reference.mean, -1.0), batch)
     with torch.no_grad():
-        one, other = (P.call(model, at, batch.args, batch.kwargs).double() for at in (law.mean, reference.mean))
+        one, other = (
+            P.call(model, at, batch.args, batch.kwargs).double()
+            for at in (law.mean, reference.mean)
+        )
     return (one - other).reshape(len(batch), -1)
 
 
 def _mahalanobis(shift: Tensor, gram: Tensor, tiny: float) -> tuple[Tensor, Tensor]:
-    """(df^T G^-1 df [B], rank of G [B]); infinite where df leaves the range of G by more than rounding."""
+    """(df^T G^-1 df [B], rank of G [B]); infinite where df leaves the range of G by more than
+    rounding."""
     values, vectors = torch.linalg.eigh(gram)
     along = (vectors.mT @ shift[..., None]).squeeze(-1)
     seen = values > 10 * shift.shape[1] * tiny * values[:, -1:]

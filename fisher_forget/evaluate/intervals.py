@@ -1,8 +1,10 @@
-r"""How far a number could have come out otherwise: confidence intervals over models and over samples.
+r"""How far a number could have come out otherwise: confidence intervals over models and over
+samples.
 
-Two sources of variation are kept apart. A score differs between *models* (seeds), of which there are few: Student's t.
-A score of one model differs between the *samples* it was measured on, of which there are many: the percentile
-bootstrap (Efron 1979). An interval of one kind says nothing about the other.
+Two sources of variation are kept apart. A score differs between *models* (seeds), of which there
+are few: Student's t. A score of one model differs between the *samples* it was measured on, of
+which there are many: the percentile bootstrap (Efron 1979). An interval of one kind says nothing
+about the other.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ CHUNK = 2**21  # resampled numbers held at once: 16 MiB
 
 @dataclass(frozen=True)
 class Interval:
-    """A number and its confidence interval, in the unit of the number; NaN bounds where they cannot be known.
+    """A number and its confidence interval, in the unit of the number; NaN bounds where they cannot
+    be known.
 
     Attributes:
         value: The number itself.
@@ -43,7 +46,8 @@ class Interval:
 
 
 def t_interval(values: Values, level: float = 0.95) -> Interval:
-    r"""Student's interval for the mean of independent, roughly normal values: mean ± t_{n-1} s / sqrt(n).
+    r"""Student's interval for the mean of independent, roughly normal values: mean ± t_{n-1} s /
+    sqrt(n).
 
     Args:
         values: [n], one a model or seed.
@@ -77,19 +81,23 @@ def bootstrap(
     """Percentile bootstrap over samples: the quantiles of the statistic over resampled data sets.
 
     Args:
-        statistic: Takes stacks [draws, n, ...], one for each array, and returns [draws]: it reduces all axes but the
-            first. For a function of one data set: `lambda x: np.array([f(row) for row in x])`.
-        *samples: Arrays [n, ...], whose rows are resampled with replacement, each array independently of the others.
+        statistic: Takes stacks [draws, n, ...], one for each array, and returns [draws]: it reduces
+            all axes but the first. For a function of one data set: `lambda x: np.array([f(row) for
+            row in x])`.
+        *samples: Arrays [n, ...], whose rows are resampled with replacement, each array
+            independently of the others.
         level: Probability that the interval covers the statistic's value for unlimited samples.
         draws: Resampled data sets.
         seed: Of the resampling.
         paired: Resample the same rows of all arrays, which then describe the same samples.
 
     Returns:
-        The statistic of the data as they are, and its bounds; NaN bounds where an array has one row.
+        The statistic of the data as they are, and its bounds; NaN bounds where an array has one
+        row.
 
     Raises:
-        ConfigError: If the level is not between 0 and 1, or there are too few draws to reach its quantiles.
+        ConfigError: If the level is not between 0 and 1, or there are too few draws to reach its
+            quantiles.
         DataError: If there is no array, an array is empty, or paired arrays differ in length.
     """
     check_level(level)
@@ -103,7 +111,9 @@ def bootstrap(
     lengths = [len(a) if a.ndim else 0 for a in arrays]
     if not arrays or min(lengths) == 0 or (paired and len(set(lengths)) > 1):
         raise DataError(
-            f"arrays with {lengths} rows", "non-empty arrays, of one length if paired", "Pass the samples' rows."
+            f"arrays with {lengths} rows",
+            "non-empty arrays, of one length if paired",
+            "Pass the samples' rows.",
         )
     value = float(statistic(*(a[None] for a in arrays))[0])
     if min(lengths) == 1:  # resampling one row never varies, which would look like certainty
@@ -113,7 +123,10 @@ def bootstrap(
     found = []
     for start in range(0, draws, step):
         size = min(step, draws - start)
-        stacks = [a[rng.integers(len(a), size=(size, len(a)))] for a, rng in zip(arrays, rngs, strict=True)]
+        stacks = [
+            a[rng.integers(len(a), size=(size, len(a)))]
+            for a, rng in zip(arrays, rngs, strict=True)
+        ]
         found.append(statistic(*stacks))
     low, high = np.quantile(np.concatenate(found), [(1 - level) / 2, (1 + level) / 2])
     return Interval(value, float(low), float(high))
@@ -121,7 +134,9 @@ def bootstrap(
 
 def as_array(values: Values) -> Array:
     """The values as a float64 array that shares nothing with a graph or a device."""
-    return np.asarray(values.detach().cpu().double() if isinstance(values, Tensor) else values, dtype=np.float64)
+    return np.asarray(
+        values.detach().cpu().double() if isinstance(values, Tensor) else values, dtype=np.float64
+    )
 
 
 def finite_vector(values: Values, name: str) -> Array:
@@ -133,13 +148,21 @@ def finite_vector(values: Values, name: str) -> Array:
     """
     x = np.atleast_1d(as_array(values))
     if x.ndim > 1 or not len(x):
-        raise DataError(f"{name} of shape {x.shape}", "one number for each model", "Pass a flat, non-empty list.")
+        raise DataError(
+            f"{name} of shape {x.shape}",
+            "one number for each model",
+            "Pass a flat, non-empty list.",
+        )
     if not np.isfinite(x).all():
-        raise NumericalError(f"{name} with NaN or infinite entries", "finite numbers", "Leave failed runs out.")
+        raise NumericalError(
+            f"{name} with NaN or infinite entries", "finite numbers", "Leave failed runs out."
+        )
     return x
 
 
 def check_level(level: float) -> None:
     """Refuse a confidence level outside (0, 1)."""
     if not 0 < level < 1:
-        raise ConfigError(f"level={level}", "a probability between 0 and 1", "For 95 % pass level=0.95.")
+        raise ConfigError(
+            f"level={level}", "a probability between 0 and 1", "For 95 % pass level=0.95."
+        )

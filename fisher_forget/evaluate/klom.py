@@ -1,11 +1,13 @@
 r"""KLoM: KL divergence of margins between unlearned and retrained ensembles, sample by sample.
 
-For each sample, the margins of M unlearned and M' retrained ("oracle") models become two histograms p and q over their
-joint range, and KLoM = KL(p || q) in nats (Georgiev et al. 2024, arXiv:2410.23232; EasyDUB, arXiv:2602.16400):
+For each sample, the margins of M unlearned and M' retrained ("oracle") models become two histograms
+p and q over their joint range, and KLoM = KL(p || q) in nats (Georgiev et al. 2024,
+arXiv:2410.23232; EasyDUB, arXiv:2602.16400):
 
-- It is never 0 for finite ensembles, and depends on their size: `klom_null` and `klom_floor` say where "as good as
-  retrained" lies. Compare only values of equal M and M'.
-- It saturates at -log(floor) = 11.51 nats, where no oracle margin shares a bin with an unlearned one.
+- It is never 0 for finite ensembles, and depends on their size: `klom_null` and `klom_floor` say
+  where "as good as retrained" lies. Compare only values of equal M and M'.
+- It saturates at -log(floor) = 11.51 nats, where no oracle margin shares a bin with an unlearned
+  one.
 - It is not symmetric; the direction is part of the number.
 """
 
@@ -37,10 +39,12 @@ class KlomSettings:
         bins: Equal bins over the joint range of a sample's margins.
         clip: Margins are cut to +-clip first.
         floor: Smallest probability of the second distribution, applied where the first is positive.
-        published: Drop margins equal to the largest of both ensembles, as the published programs do, whose last bin is
-            half open. Where all margins of the first ensemble are equal to it (both at +clip, say), KLoM is then 0, a
-            perfect score, whatever the other ensemble is (NaN with `renormalise`); so the default keeps them.
-        renormalise: Let the floored distribution sum to 1 again, as data-unlearning-bench does and EasyDUB does not.
+        published: Drop margins equal to the largest of both ensembles, as the published programs
+            do, whose last bin is half open. Where all margins of the first ensemble are equal to it
+            (both at +clip, say), KLoM is then 0, a perfect score, whatever the other ensemble is
+            (NaN with `renormalise`); so the default keeps them.
+        renormalise: Let the floored distribution sum to 1 again, as data-unlearning-bench does and
+            EasyDUB does not.
         direction: "unlearned||oracle", as published, or "oracle||unlearned".
 
     Raises:
@@ -59,10 +63,16 @@ class KlomSettings:
             ("bins", self.bins >= 2, "at least 2"),
             ("clip", 0 < self.clip < math.inf, "a positive number"),
             ("floor", 0 < self.floor < 1, "a probability between 0 and 1"),
-            ("direction", self.direction in ("unlearned||oracle", "oracle||unlearned"), "'unlearned||oracle' or back"),
+            (
+                "direction",
+                self.direction in ("unlearned||oracle", "oracle||unlearned"),
+                "'unlearned||oracle' or back",
+            ),
         ):
             if not good:
-                raise ConfigError(f"{name}={getattr(self, name)!r}", expected, "Correct the settings of KLoM.")
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r}", expected, "Correct the settings of KLoM."
+                )
 
 
 DEFAULT = KlomSettings()
@@ -89,7 +99,8 @@ class KlomFloor:
 
     Attributes:
         mean: Mean over halvings of the mean over samples.
-        mean_std: Its standard deviation over halvings, which share models: too small for a standard error.
+        mean_std: Its standard deviation over halvings, which share models: too small for a standard
+            error.
         p95: Mean over halvings of the 95th percentile over samples.
         p95_std: Its standard deviation over halvings.
         models: Models in each half: the M and M' that these values hold for.
@@ -132,7 +143,8 @@ def klom(unlearned: Tensor, oracle: Tensor, settings: KlomSettings = DEFAULT) ->
 
     Args:
         unlearned: Margins [M, N], one row for each unlearned model.
-        oracle: Margins [M', N], one row for each model that was retrained without the forgotten data.
+        oracle: Margins [M', N], one row for each model that was retrained without the forgotten
+            data.
         settings: Histograms and direction.
 
     Raises:
@@ -140,7 +152,9 @@ def klom(unlearned: Tensor, oracle: Tensor, settings: KlomSettings = DEFAULT) ->
         NumericalError: If margins are not finite.
     """
     check_ensembles(unlearned, oracle)
-    first, second = (unlearned, oracle) if settings.direction == "unlearned||oracle" else (oracle, unlearned)
+    first, second = (
+        (unlearned, oracle) if settings.direction == "unlearned||oracle" else (oracle, unlearned)
+    )
     slices = sample_slices(first.shape[1], len(first) + len(second))
     return torch.cat([_klom(first[:, rows], second[:, rows], settings) for rows in slices])
 
@@ -152,7 +166,11 @@ def summarise_klom(values: Tensor) -> KlomSummary:
         DataError: If values are not [N] of at least one sample.
     """
     if values.dim() != 1 or not len(values):
-        raise DataError(f"values of shape {tuple(values.shape)}", "one value a sample", "Pass what `klom` returned.")
+        raise DataError(
+            f"values of shape {tuple(values.shape)}",
+            "one value a sample",
+            "Pass what `klom` returned.",
+        )
     array = values.double().cpu().numpy()
     return KlomSummary(float(array.mean()), float(np.percentile(array, 95)), len(array))
 
@@ -187,12 +205,17 @@ def klom_null(
             "Correct the sizes.",
         )
     generator = torch.Generator().manual_seed(seed)
-    drawn = [torch.randn(m, samples, generator=generator, dtype=torch.float64) for m in (models, oracles)]
+    drawn = [
+        torch.randn(m, samples, generator=generator, dtype=torch.float64) for m in (models, oracles)
+    ]
     return summarise_klom(klom(drawn[0], drawn[1], settings))
 
 
-def klom_floor(oracle: Tensor, settings: KlomSettings = DEFAULT, *, seed: int = 0, halvings: int = 10) -> KlomFloor:
-    """KLoM between random disjoint halves of the oracles: what the perfect method scores with M // 2 models a side.
+def klom_floor(
+    oracle: Tensor, settings: KlomSettings = DEFAULT, *, seed: int = 0, halvings: int = 10
+) -> KlomFloor:
+    """KLoM between random disjoint halves of the oracles: what the perfect method scores with M //
+    2 models a side.
 
     Args:
         oracle: Margins [M, N]; an odd model sits out.
@@ -240,7 +263,8 @@ def _klom(first: Tensor, second: Tensor, settings: KlomSettings) -> Tensor:
 
 
 def _histogram(values: Tensor, edges: Tensor, drop_maximum: bool) -> Tensor:
-    """Shares [n, bins] of values [n, M] in half-open bins; the last edge counts to the last bin or is dropped."""
+    """Shares [n, bins] of values [n, M] in half-open bins; the last edge counts to the last bin or
+    is dropped."""
     bins = edges.shape[1] - 1
     at = torch.searchsorted(edges, values, right=True) - 1  # `bins` for a value on the last edge
     counts = torch.zeros(len(values), bins + 1, dtype=torch.float64, device=values.device)

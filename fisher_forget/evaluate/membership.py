@@ -1,16 +1,20 @@
-r"""Membership inference: can one tell from a model's outputs that it was trained on the forgotten samples?
+r"""Membership inference: can one tell from a model's outputs that it was trained on the forgotten
+samples?
 
-*Population attacks* know one model. A rule is fitted to tell retained samples (members) from test samples
-(non-members) and then asked about the forgotten ones (Golatkar et al. 2020, arXiv:1911.04933; Song & Mittal 2021,
-arXiv:2003.10595). They average over samples, and a sample that gives itself away is easily lost among the others.
+*Population attacks* know one model. A rule is fitted to tell retained samples (members) from test
+samples (non-members) and then asked about the forgotten ones (Golatkar et al. 2020,
+arXiv:1911.04933; Song & Mittal 2021, arXiv:2003.10595). They average over samples, and a sample
+that gives itself away is easily lost among the others.
 
-*Shadow attacks* know many models and ask sample by sample: does its margin look like that of models that had learned
-and forgotten it ("unlearned"), or of models that never saw it ("out")? U-LiRA (Hayes et al. 2024, arXiv:2403.01218)
-fits Gaussians, RULI (Naderloui et al. 2025, arXiv:2506.13009) kernel densities.
+*Shadow attacks* know many models and ask sample by sample: does its margin look like that of models
+that had learned and forgotten it ("unlearned"), or of models that never saw it ("out")? U-LiRA
+(Hayes et al. 2024, arXiv:2403.01218) fits Gaussians, RULI (Naderloui et al. 2025, arXiv:2506.13009)
+kernel densities.
 
-Scores are oriented so that higher means "member" (shadow attacks: "unlearned"). The target of every number of a
-population attack is its value at retrained models, which is rarely 0 or 1/2: a forgotten class is not test data. For
-shadow attacks the two hypotheses coincide at retrained models, so the target of their AUC is 1/2.
+Scores are oriented so that higher means "member" (shadow attacks: "unlearned"). The target of every
+number of a population attack is its value at retrained models, which is rarely 0 or 1/2: a
+forgotten class is not test data. For shadow attacks the two hypotheses coincide at retrained
+models, so the target of their AUC is 1/2.
 """
 
 from __future__ import annotations
@@ -26,11 +30,23 @@ from scipy import special, stats
 from torch import Tensor
 
 from fisher_forget.errors import ConfigError, DataError, NumericalError
-from fisher_forget.evaluate.intervals import Array, Interval, Values, as_array, bootstrap, t_interval
+from fisher_forget.evaluate.intervals import (
+    Array,
+    Interval,
+    Values,
+    as_array,
+    bootstrap,
+    t_interval,
+)
 
 Features = Mapping[str, Array]
 
-SIGNS = {"loss": -1.0, "confidence": 1.0, "entropy": -1.0, "modified_entropy": -1.0}  # times the feature: "member"
+SIGNS = {
+    "loss": -1.0,
+    "confidence": 1.0,
+    "entropy": -1.0,
+    "modified_entropy": -1.0,
+}  # times the feature: "member"
 ATTACKS = (*SIGNS, "all", "svc")
 FPRS = (0.01, 0.001)
 LIMIT = 2000  # samples a side that a rule is fitted on: a kernel machine costs their square
@@ -43,7 +59,8 @@ class Separation:
     Attributes:
         auc: P(positive > negative) + P(equal) / 2; 1/2 where they cannot be told apart.
         tpr_1: True positive rate at a false positive rate of at most 1 %.
-        tpr_01: The same at 0.1 %. With fewer than 1000 negatives it allows no false positive at all.
+        tpr_01: The same at 0.1 %. With fewer than 1000 negatives it allows no false positive at
+        all.
     """
 
     auc: Interval
@@ -53,7 +70,8 @@ class Separation:
 
 @dataclass(frozen=True)
 class PopulationAttack:
-    """What one population attack says about one model; the target of each number is that of retrained models.
+    """What one population attack says about one model; the target of each number is that of
+    retrained models.
 
     Attributes:
         attack: Its name.
@@ -74,8 +92,11 @@ class PopulationAttack:
         """Fraction of the queried samples that are called members."""
         return float(np.mean(self.queried >= self.cutoff))
 
-    def called_members_interval(self, *, level: float = 0.95, draws: int = 1000, seed: int = 0) -> Interval:
-        """The same with a bootstrap interval over the queried samples, the fitted rule being held fixed."""
+    def called_members_interval(
+        self, *, level: float = 0.95, draws: int = 1000, seed: int = 0
+    ) -> Interval:
+        """The same with a bootstrap interval over the queried samples, the fitted rule being held
+        fixed."""
         called = (self.queried >= self.cutoff).astype(np.float64)
         return bootstrap(lambda x: as_array(x.mean(1)), called, level=level, draws=draws, seed=seed)
 
@@ -105,7 +126,9 @@ class ShadowAttack:
 
         The t-intervals treat pairs as independent, although their fits overlap.
         """
-        tpr_1, tpr_01 = (t_interval(tpr_at_fpr(self.unlearned, self.out, fpr), level) for fpr in FPRS)
+        tpr_1, tpr_01 = (
+            t_interval(tpr_at_fpr(self.unlearned, self.out, fpr), level) for fpr in FPRS
+        )
         return Separation(t_interval(auc(self.unlearned, self.out), level), tpr_1, tpr_01)
 
 
@@ -117,8 +140,8 @@ def attack_features(logits: Tensor, targets: Tensor) -> dict[str, Array]:
         entropy          = -sum_c p_c ln p_c                                                      [nats]
         modified_entropy = -(1 - p_y) ln p_y - sum_{c != y} p_c ln(1 - p_c)                       [nats]
 
-    The last (Song & Mittal 2021, arXiv:2003.10595, eq. 8) is 0 for a certain and correct prediction and grows without
-    bound for a certain and wrong one.
+    The last (Song & Mittal 2021, arXiv:2003.10595, eq. 8) is 0 for a certain and correct prediction
+    and grows without bound for a certain and wrong one.
 
     Args:
         logits: [N, C] of one model or [M, N, C] of several; C >= 2.
@@ -134,8 +157,8 @@ def attack_features(logits: Tensor, targets: Tensor) -> dict[str, Array]:
     _check_logits(logits, targets)
     log_p = torch.log_softmax(logits.detach().double(), -1)
     p = log_p.exp()
-    # ln(1 - p_c) is exact as log1p where p_c <= 1/2; only the most probable class may lie above, and there the sum of
-    # the other classes keeps what 1 - p_c would cancel.
+    # ln(1 - p_c) is exact as log1p where p_c <= 1/2; only the most probable class may lie above,
+    # and there the sum of the other classes keeps what 1 - p_c would cancel.
     top = log_p.argmax(-1, keepdim=True)
     others = log_p.scatter(-1, top, -torch.inf).logsumexp(-1, keepdim=True)
     log_rest = torch.log1p(-p.scatter(-1, top, 0.0)).scatter(-1, top, others)
@@ -147,7 +170,8 @@ def attack_features(logits: Tensor, targets: Tensor) -> dict[str, Array]:
 
 
 def auc(positive: Values, negative: Values) -> Array:
-    """Area under the ROC curve, P(positive > negative) + P(equal) / 2, over the last axis: [..., P], [..., Q] -> [...].
+    """Area under the ROC curve, P(positive > negative) + P(equal) / 2, over the last axis: [...,
+    P], [..., Q] -> [...].
 
     Raises:
         DataError: If a side is empty.
@@ -160,7 +184,8 @@ def auc(positive: Values, negative: Values) -> Array:
 
 
 def tpr_at_fpr(positive: Values, negative: Values, fpr: float) -> Array:
-    """The largest true positive rate of a threshold whose false positive rate is at most `fpr`: [..., P] -> [...].
+    """The largest true positive rate of a threshold whose false positive rate is at most `fpr`:
+    [..., P] -> [...].
 
     Nothing is interpolated between thresholds: of Q negatives, floor(fpr Q) may be false positives.
 
@@ -182,10 +207,16 @@ def tpr_at_fpr(positive: Values, negative: Values, fpr: float) -> Array:
 def separation(
     positive: Values, negative: Values, *, level: float = 0.95, draws: int = 1000, seed: int = 0
 ) -> Separation:
-    """AUC and true positive rates of scores [P] and [Q], with bootstrap intervals over the samples."""
+    """AUC and true positive rates of scores [P] and [Q], with bootstrap intervals over the
+    samples."""
 
-    statistics: tuple[Callable[..., Array], ...] = (auc, *(partial(tpr_at_fpr, fpr=fpr) for fpr in FPRS))
-    return Separation(*(bootstrap(s, positive, negative, level=level, draws=draws, seed=seed) for s in statistics))
+    statistics: tuple[Callable[..., Array], ...] = (
+        auc,
+        *(partial(tpr_at_fpr, fpr=fpr) for fpr in FPRS),
+    )
+    return Separation(
+        *(bootstrap(s, positive, negative, level=level, draws=draws, seed=seed) for s in statistics)
+    )
 
 
 def population_attack(
@@ -199,23 +230,25 @@ def population_attack(
 ) -> PopulationAttack:
     """Fit a rule to members and non-members, and ask it about other samples of the same model.
 
-    A feature's rule is the threshold of largest balanced accuracy. "all" is a logistic regression on the four
-    standardised features, "svc" the kernel machine of Golatkar et al. 2020 on the entropy (C = 3, RBF, gamma = 1).
-    Members and non-members weigh the same, however many there are; half of each side (at most 2000) is fitted on, the
-    rest is scored.
+    A feature's rule is the threshold of largest balanced accuracy. "all" is a logistic regression
+    on the four standardised features, "svc" the kernel machine of Golatkar et al. 2020 on the
+    entropy (C = 3, RBF, gamma = 1). Members and non-members weigh the same, however many there are;
+    half of each side (at most 2000) is fitted on, the rest is scored.
 
     Args:
         member: `attack_features` of retained samples.
         nonmember: Of samples that were never trained on, distributed like the members.
         queried: Of the forgotten samples.
         attack: A feature's name, "all" or "svc".
-        published: As in the public code of Golatkar et al.: fit and score on all samples, unweighted. With many more
-            members than non-members it calls everything a member.
-        seed: Of the halving. The same one for all models, so that they are compared on the same samples.
+        published: As in the public code of Golatkar et al.: fit and score on all samples,
+            unweighted. With many more members than non-members it calls everything a member.
+        seed: Of the halving. The same one for all models, so that they are compared on the same
+            samples.
 
     Raises:
         ConfigError: If the attack is unknown.
-        DataError: If features are missing or not [n], or there are fewer than 4 members or non-members, or no queried.
+        DataError: If features are missing or not [n], or there are fewer than 4 members or
+            non-members, or no queried.
         NumericalError: If a feature is NaN.
     """
     if attack not in ATTACKS:
@@ -225,13 +258,19 @@ def population_attack(
     halves = [(rows, rows) if published else _halves(rows, rng) for rows in (inside, outside)]
     (inside_fit, inside_scored), (outside_fit, outside_scored) = halves
     score, cutoff = _fitted(attack, inside_fit, outside_fit, None if published else "balanced")
-    return PopulationAttack(attack, cutoff, score(inside_scored), score(outside_scored), score(asked))
+    return PopulationAttack(
+        attack, cutoff, score(inside_scored), score(outside_scored), score(asked)
+    )
 
 
-def u_lira(unlearned: Values, out: Values, observed: Values, *, pooled: bool = False, floor: float = 1e-3) -> Array:
-    r"""Log-likelihood ratio of U-LiRA: ln N(x; mu_u, s_u^2) - ln N(x; mu_o, s_o^2), sample by sample, in nats.
+def u_lira(
+    unlearned: Values, out: Values, observed: Values, *, pooled: bool = False, floor: float = 1e-3
+) -> Array:
+    r"""Log-likelihood ratio of U-LiRA: ln N(x; mu_u, s_u^2) - ln N(x; mu_o, s_o^2), sample by
+    sample, in nats.
 
-    Means and variances (with M - 1) are those of the shadow models' margins ln(p_y / (1 - p_y)) on the sample.
+    Means and variances (with M - 1) are those of the shadow models' margins ln(p_y / (1 - p_y)) on
+    the sample.
 
     Args:
         unlearned: Margins of M >= 2 models that learned the samples and unlearned them [M, N].
@@ -241,17 +280,21 @@ def u_lira(unlearned: Values, out: Values, observed: Values, *, pooled: bool = F
         floor: Least standard deviation, in units of the margin.
 
     Returns:
-        [N] or [K, N]; positive speaks for "unlearned". Target: no difference between unlearned models and others.
+        [N] or [K, N]; positive speaks for "unlearned". Target: no difference between unlearned
+        models and others.
 
     Raises:
         ConfigError: If the floor is not positive.
         DataError: If a side has fewer than two models, or samples differ.
         NumericalError: If a margin is not finite.
 
-    Source: Hayes et al. 2024, arXiv:2403.01218; pooling after Carlini et al. 2022, arXiv:2112.03570.
+    Source: Hayes et al. 2024, arXiv:2403.01218; pooling after Carlini et al. 2022,
+    arXiv:2112.03570.
     """
     if not floor > 0:
-        raise ConfigError(f"floor={floor}", "a positive standard deviation", "Pass a small one, such as 1e-3.")
+        raise ConfigError(
+            f"floor={floor}", "a positive standard deviation", "Pass a small one, such as 1e-3."
+        )
     u, o, x = _margins(unlearned, out, observed)
 
     def log_density(shadow: Array) -> Array:
@@ -263,7 +306,8 @@ def u_lira(unlearned: Values, out: Values, observed: Values, *, pooled: bool = F
 
 
 def ruli(unlearned: Values, out: Values, observed: Values, *, bandwidth: float = 1.0) -> Array:
-    r"""Score of RULI: p_u / (p_u + p_o) with Gaussian kernel densities p(x) = mean_m N(x; shadow_m, bandwidth^2).
+    r"""Score of RULI: p_u / (p_u + p_o) with Gaussian kernel densities p(x) = mean_m N(x; shadow_m,
+    bandwidth^2).
 
     Args:
         unlearned: Margins [M, N] as for `u_lira`.
@@ -282,7 +326,9 @@ def ruli(unlearned: Values, out: Values, observed: Values, *, bandwidth: float =
     Source: Naderloui et al. 2025, arXiv:2506.13009.
     """
     if not bandwidth > 0:
-        raise ConfigError(f"bandwidth={bandwidth}", "a positive width", "The published value is 1.0.")
+        raise ConfigError(
+            f"bandwidth={bandwidth}", "a positive width", "The published value is 1.0."
+        )
     u, o, x = _margins(unlearned, out, observed)
 
     def log_density(shadow: Array) -> Array:  # up to the kernel's constant, which cancels
@@ -295,10 +341,12 @@ def ruli(unlearned: Values, out: Values, observed: Values, *, bandwidth: float =
 def shadow_attack(
     unlearned: Values, out: Values, attack: Callable[[Array, Array, Array], Array] = u_lira
 ) -> ShadowAttack:
-    """Attack every shadow model with a fit to the others, so that no model is scored by a fit it took part in.
+    """Attack every shadow model with a fit to the others, so that no model is scored by a fit it
+    took part in.
 
-    One model of each side is left out at a time. Where unlearned models are distributed like the others the two are
-    exchangeable, so the expected AUC is exactly 1/2 (leaving out one of them alone would bias it).
+    One model of each side is left out at a time. Where unlearned models are distributed like the
+    others the two are exchangeable, so the expected AUC is exactly 1/2 (leaving out one of them
+    alone would bias it).
 
     Args:
         unlearned: Margins [M, N], M >= 3, of independently trained and unlearned models.
@@ -313,16 +361,22 @@ def shadow_attack(
     """
     u, o, _ = _margins(unlearned, out, out, least=3)
     pairs = min(len(u), len(o))
-    scores = [attack(np.delete(u, k, 0), np.delete(o, k, 0), np.stack([u[k], o[k]])) for k in range(pairs)]
+    scores = [
+        attack(np.delete(u, k, 0), np.delete(o, k, 0), np.stack([u[k], o[k]])) for k in range(pairs)
+    ]
     return ShadowAttack(*np.stack(scores, 1))
 
 
-def _fitted(attack: str, inside: Array, outside: Array, weight: str | None) -> tuple[Callable[[Array], Array], float]:
+def _fitted(
+    attack: str, inside: Array, outside: Array, weight: str | None
+) -> tuple[Callable[[Array], Array], float]:
     """Score [n] of feature rows [n, 4] and the cutoff from which on it says "member"."""
     column = ATTACKS.index("entropy" if attack == "svc" else attack)
     if attack in SIGNS:
         sign = SIGNS[attack]
-        return lambda x: as_array(sign * x[:, column]), _threshold(sign * inside[:, column], sign * outside[:, column])
+        return lambda x: as_array(sign * x[:, column]), _threshold(
+            sign * inside[:, column], sign * outside[:, column]
+        )
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -331,7 +385,9 @@ def _fitted(attack: str, inside: Array, outside: Array, weight: str | None) -> t
     columns = slice(column, column + 1) if attack == "svc" else slice(None)
     model: Any = SVC(C=3, kernel="rbf", gamma="auto", class_weight=weight)
     if attack == "all":
-        model = make_pipeline(StandardScaler(), LogisticRegression(class_weight=weight, max_iter=1000))
+        model = make_pipeline(
+            StandardScaler(), LogisticRegression(class_weight=weight, max_iter=1000)
+        )
     labels = np.repeat([1, 0], [len(inside), len(outside)])
     model.fit(np.concatenate([inside, outside])[:, columns], labels)
     return lambda x: as_array(model.decision_function(x[:, columns])), 0.0
@@ -354,35 +410,64 @@ def _halves(rows: Array, rng: np.random.Generator) -> tuple[Array, Array]:
 def _table(features: Features, least: int) -> Array:
     """Features as columns [n, 4]."""
     if missing := [name for name in SIGNS if name not in features]:
-        raise DataError(f"features without {missing}", f"{list(SIGNS)}", "Pass what `attack_features` returns.")
+        raise DataError(
+            f"features without {missing}", f"{list(SIGNS)}", "Pass what `attack_features` returns."
+        )
     columns = [as_array(features[name]) for name in SIGNS]
     if columns[0].ndim != 1 or len(columns[0]) < least or len({c.shape for c in columns}) > 1:
         got = f"features of shapes {[c.shape for c in columns]}"
-        raise DataError(got, f"[n] of one model with n of at least {least}", "Attack one model, with more samples.")
+        raise DataError(
+            got,
+            f"[n] of one model with n of at least {least}",
+            "Attack one model, with more samples.",
+        )
     if not np.isfinite(table := np.stack(columns, 1)).all():
-        raise NumericalError("features that are NaN or infinite", "finite features", "Check the model's outputs.")
+        raise NumericalError(
+            "features that are NaN or infinite", "finite features", "Check the model's outputs."
+        )
     return table
 
 
 def _scores(positive: Values, negative: Values) -> tuple[Array, Array]:
     a, b = as_array(positive), as_array(negative)
     if not a.ndim or not b.ndim or not a.shape[-1] or not b.shape[-1]:
-        raise DataError(f"scores of shapes {a.shape} and {b.shape}", "some on either side", "Pass both sides' scores.")
+        raise DataError(
+            f"scores of shapes {a.shape} and {b.shape}",
+            "some on either side",
+            "Pass both sides' scores.",
+        )
     if np.isnan(a).any() or np.isnan(b).any():
-        raise NumericalError("scores that are NaN", "numbers, infinite ones included", "Check the model's outputs.")
+        raise NumericalError(
+            "scores that are NaN", "numbers, infinite ones included", "Check the model's outputs."
+        )
     return a, b
 
 
-def _margins(unlearned: Values, out: Values, observed: Values, least: int = 2) -> tuple[Array, Array, Array]:
+def _margins(
+    unlearned: Values, out: Values, observed: Values, least: int = 2
+) -> tuple[Array, Array, Array]:
     u, o, x = as_array(unlearned), as_array(out), as_array(observed)
-    if u.ndim != 2 or o.ndim != 2 or x.ndim not in (1, 2) or len({a.shape[-1] for a in (u, o, x)}) > 1:
+    if (
+        u.ndim != 2
+        or o.ndim != 2
+        or x.ndim not in (1, 2)
+        or len({a.shape[-1] for a in (u, o, x)}) > 1
+    ):
         got = f"margins of shapes {u.shape}, {o.shape} and {x.shape}"
-        raise DataError(got, "[M, N], [M', N] and [N] or [K, N], of the same samples", "Stack one row a model.")
+        raise DataError(
+            got, "[M, N], [M', N] and [N] or [K, N], of the same samples", "Stack one row a model."
+        )
     if min(len(u), len(o)) < least:
         got = f"{len(u)} unlearned and {len(o)} other shadow models"
-        raise DataError(got, f"at least {least} a side, for a spread without the model scored", "Train more of them.")
+        raise DataError(
+            got,
+            f"at least {least} a side, for a spread without the model scored",
+            "Train more of them.",
+        )
     if not all(np.isfinite(a).all() for a in (u, o, x)):
-        raise NumericalError("margins that are NaN or infinite", "finite margins", "Check the models' outputs.")
+        raise NumericalError(
+            "margins that are NaN or infinite", "finite margins", "Check the models' outputs."
+        )
     return u, o, x
 
 
@@ -390,10 +475,20 @@ def _check_logits(logits: Tensor, targets: Tensor) -> None:
     if logits.dim() not in (2, 3) or logits.shape[-1] < 2 or targets.shape != logits.shape[-2:-1]:
         got = f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)}"
         raise DataError(
-            got, "[N, C] or [M, N, C] with C of at least 2, and [N]", "Stack models in the first dimension."
+            got,
+            "[N, C] or [M, N, C] with C of at least 2, and [N]",
+            "Stack models in the first dimension.",
         )
     classes = logits.shape[-1]
-    if targets.is_floating_point() or (len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < classes):
-        raise DataError("targets that are no classes", f"integers from 0 to {classes - 1}", "Pass class indices.")
+    if targets.is_floating_point() or (
+        len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < classes
+    ):
+        raise DataError(
+            "targets that are no classes",
+            f"integers from 0 to {classes - 1}",
+            "Pass class indices.",
+        )
     if not bool(torch.isfinite(logits).all()):
-        raise NumericalError("logits that are NaN or infinite", "finite logits", "Check the model that made them.")
+        raise NumericalError(
+            "logits that are NaN or infinite", "finite logits", "Check the model that made them."
+        )

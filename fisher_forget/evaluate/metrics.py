@@ -1,9 +1,11 @@
-r"""Every metric that `evaluate` reports: name, unit, definition, source, and how it is computed from stored outputs.
+r"""Every metric that `evaluate` reports: name, unit, definition, source, and how it is computed
+from stored outputs.
 
-Three forms. A *solo* metric is a number of one model, r(model); a *pair* metric compares a model with one retrained
-model and is averaged over these; a *group* metric compares the distribution of several models with that of the
-retrained ones. The target of each is what retrained models score themselves: r of each, for pairs of each against
-others, and for groups of as many retrained models against the rest. Nothing is read against 0 or 0.5.
+Three forms. A *solo* metric is a number of one model, r(model); a *pair* metric compares a model
+with one retrained model and is averaged over these; a *group* metric compares the distribution of
+several models with that of the retrained ones. The target of each is what retrained models score
+themselves: r of each, for pairs of each against others, and for groups of as many retrained models
+against the rest. Nothing is read against 0 or 0.5.
 """
 
 from __future__ import annotations
@@ -20,7 +22,13 @@ from torch import Tensor, nn
 from fisher_forget.data.split import Split
 from fisher_forget.evaluate import divergence, klom, relearn, weights
 from fisher_forget.evaluate.composite import zrf
-from fisher_forget.evaluate.membership import attack_features, population_attack, ruli, shadow_attack, u_lira
+from fisher_forget.evaluate.membership import (
+    attack_features,
+    population_attack,
+    ruli,
+    shadow_attack,
+    u_lira,
+)
 from fisher_forget.likelihood import Categorical, Likelihood
 
 MEMBERSHIP_SAMPLES = 1000  # of retained and test data each, that a membership attack is fitted on
@@ -52,7 +60,8 @@ class Context:
         likelihood: Of the outputs.
         targets: Part -> targets [N, ...].
         split: The training data, for metrics that train or differentiate; `None` leaves them out.
-        teacher: Outputs on the forget set of a model with random weights, for ZRF; `None` leaves it out.
+        teacher: Outputs on the forget set of a model with random weights, for ZRF; `None` leaves it
+            out.
         seed: Of subsamples.
     """
 
@@ -83,8 +92,9 @@ class Metric:
         group: number of several models and several retrained ones, of `LEAST` each at least.
         parts: Parts of the data it is computed on; empty for all.
         cap: Where counting ends: the true number may be larger.
-        needs: What it needs besides outputs: "categorical", "membership", "split", "teacher" (see `missing`), or
-            "weights": those of the original's architecture, without which it is undefined.
+        needs: What it needs besides outputs: "categorical", "membership", "split", "teacher" (see
+            `missing`), or "weights": those of the original's architecture, without which it is
+            undefined.
     """
 
     name: str
@@ -113,7 +123,9 @@ class Metric:
 
 
 def _kl(a: Subject, b: Subject, part: str, context: Context) -> float:
-    return float(context.likelihood.kl(b.outputs[part], a.outputs[part], context.targets[part]).mean())
+    return float(
+        context.likelihood.kl(b.outputs[part], a.outputs[part], context.targets[part]).mean()
+    )
 
 
 def _kl_reverse(a: Subject, b: Subject, part: str, context: Context) -> float:
@@ -121,7 +133,9 @@ def _kl_reverse(a: Subject, b: Subject, part: str, context: Context) -> float:
 
 
 def _mean(fn: Callable[[Tensor, Tensor], Tensor], factor: float = 1.0) -> Pair:
-    return lambda a, b, part, context: factor * float(fn(b.outputs[part], a.outputs[part]).double().mean())
+    return lambda a, b, part, context: (
+        factor * float(fn(b.outputs[part], a.outputs[part]).double().mean())
+    )
 
 
 def _score(a: Subject, part: str, context: Context) -> float:
@@ -150,7 +164,12 @@ def _called_members(feature: str) -> Solo:
                 few = torch.randperm(len(targets), generator=generator)[:MEMBERSHIP_SAMPLES]
                 outputs, targets = outputs[few], targets[few]
             features[name] = attack_features(outputs, targets)
-        return 100 * population_attack(features["retain"], features["test"], features["forget"], feature).called_members
+        return (
+            100
+            * population_attack(
+                features["retain"], features["test"], features["forget"], feature
+            ).called_members
+        )
 
     return solo
 
@@ -175,19 +194,25 @@ def _efficacy(a: Subject, part: str, context: Context) -> float:
 
 def _relearn(a: Subject, part: str, context: Context) -> float:
     assert context.split is not None
-    found = relearn.relearn_time(a.model, context.split, a.original, context.likelihood, max_epochs=RELEARN)
+    found = relearn.relearn_time(
+        a.model, context.split, a.original, context.likelihood, max_epochs=RELEARN
+    )
     return float(found.epochs)
 
 
 def _margins(group: Sequence[Subject], part: str, context: Context) -> Tensor:
     """[M, N], of the same `GROUP_SAMPLES` samples at most."""
     targets = context.targets[part]
-    few = torch.randperm(len(targets), generator=torch.Generator().manual_seed(context.seed))[:GROUP_SAMPLES]
+    few = torch.randperm(len(targets), generator=torch.Generator().manual_seed(context.seed))[
+        :GROUP_SAMPLES
+    ]
     return klom.margins(torch.stack([a.outputs[part][few] for a in group]), targets[few])
 
 
 def _klom(number: str) -> Group:
-    def group(ours: Sequence[Subject], retrained: Sequence[Subject], part: str, context: Context) -> float:
+    def group(
+        ours: Sequence[Subject], retrained: Sequence[Subject], part: str, context: Context
+    ) -> float:
         values = klom.klom(_margins(ours, part, context), _margins(retrained, part, context))
         return float(getattr(klom.summarise_klom(values), number))
 
@@ -195,8 +220,12 @@ def _klom(number: str) -> Group:
 
 
 def _shadow(attack: Callable[..., Any]) -> Group:
-    def group(ours: Sequence[Subject], retrained: Sequence[Subject], part: str, context: Context) -> float:
-        found = shadow_attack(_margins(ours, part, context), _margins(retrained, part, context), attack)
+    def group(
+        ours: Sequence[Subject], retrained: Sequence[Subject], part: str, context: Context
+    ) -> float:
+        found = shadow_attack(
+            _margins(ours, part, context), _margins(retrained, part, context), attack
+        )
         return 100 * found.separation().auc.value
 
     return group

@@ -2,8 +2,9 @@ r"""How quickly a model learns the forgotten samples again: what it still knows,
 
     w <- w - lr (gradient of the mean loss of a batch + wd w)
 
-on the full data D, until the forgotten samples are as good as they were before forgetting. The target of every count
-is that of a retrained model: fewer means traces are left, more means the model was pushed too far.
+on the full data D, until the forgotten samples are as good as they were before forgetting. The
+target of every count is that of a retrained model: fewer means traces are left, more means the
+model was pushed too far.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class RelearnTime:
     """Epochs until the forget loss is back.
 
     Attributes:
-        epochs: Epochs taken; where the target was not reached, the cap, and the true number is larger.
+        epochs: Epochs taken; where the target was not reached, the cap, and the true number is
+            larger.
         reached: Whether the loss came down to the target.
         target: Mean loss of D_f to come down to, nats.
         losses: Mean loss of D_f before the first epoch and after each [epochs + 1], nats.
@@ -48,7 +50,8 @@ class RelearnTime:
 
     @property
     def published(self) -> int:
-        """The number as Golatkar et al. count it: the check that is passed counts, too, so 1 means no training."""
+        """The number as Golatkar et al. count it: the check that is passed counts, too, so 1 means
+        no training."""
         return self.epochs + 1
 
 
@@ -57,7 +60,8 @@ class RelearnSteps:
     """Steps until the forget accuracy is back.
 
     Attributes:
-        steps: Batches taken; where the target was not reached, the cap, and the true number is larger.
+        steps: Batches taken; where the target was not reached, the cap, and the true number is
+            larger.
         reached: Whether the accuracy came up to the target.
         target: Accuracy on D_f to come up to, a share.
         accuracies: Accuracy on D_f before the first step and after each [steps + 1].
@@ -84,9 +88,10 @@ def relearn_time(
 ) -> RelearnTime:
     """Epochs of SGD on D until the mean loss of D_f is at most the original model's.
 
-    The protocol of Golatkar et al. 2020 (arXiv:1911.04933): an epoch is `samples` samples drawn with replacement from
-    all data, forgotten samples included, and the loss is checked before each. Statistics of BatchNorm stay as they
-    are and nothing is dropped out, so the count depends on the seed alone.
+    The protocol of Golatkar et al. 2020 (arXiv:1911.04933): an epoch is `samples` samples drawn
+    with replacement from all data, forgotten samples included, and the loss is checked before each.
+    Statistics of BatchNorm stay as they are and nothing is dropped out, so the count depends on the
+    seed alone.
 
     Args:
         model: Scrubbed or retrained; untouched. Parameters without `requires_grad` stay frozen.
@@ -105,7 +110,14 @@ def relearn_time(
         SplitError: If nothing is forgotten.
         NumericalError: If learning diverges.
     """
-    _check(samples=samples, batch_size=batch_size, lr=lr, weight_decay=weight_decay, max_epochs=max_epochs, seed=seed)
+    _check(
+        samples=samples,
+        batch_size=batch_size,
+        lr=lr,
+        weight_decay=weight_decay,
+        max_epochs=max_epochs,
+        seed=seed,
+    )
     likelihood = resolve_likelihood(likelihood)
     _check_forget(split)
     with preserved_rng():
@@ -137,8 +149,8 @@ def relearn_steps(
 ) -> RelearnSteps:
     """Steps of SGD on D until the accuracy on D_f is at least (1 - margin) of the original model's.
 
-    What the Anamnesis index compares: steps of the unlearned over those of the retrained model (Chundawat et al. 2023,
-    arXiv:2201.05629). The accuracy is checked before each
+    What the Anamnesis index compares: steps of the unlearned over those of the retrained model
+    (Chundawat et al. 2023, arXiv:2201.05629). The accuracy is checked before each
     step; batches come from passes over all data in random order.
 
     Args:
@@ -167,7 +179,9 @@ def relearn_steps(
             "Use relearn_time, which compares losses.",
         )
     if not 0 <= margin < 1:
-        raise ConfigError(f"margin={margin!r}", "a share in [0, 1)", "Pass margin=0.05, as the authors do.")
+        raise ConfigError(
+            f"margin={margin!r}", "a share in [0, 1)", "Pass margin=0.05, as the authors do."
+        )
     _check_forget(split)
     with preserved_rng():
         whole = _measured(original, likelihood, lambda objective, at: _score(objective, at, split))
@@ -194,7 +208,8 @@ def _learn(
     weight_decay: float,
     cap: int,
 ) -> tuple[float, ...]:
-    """What is measured before the first round and after each, until it is done or `cap` rounds are over."""
+    """What is measured before the first round and after each, until it is done or `cap` rounds are
+    over."""
     at = objective.start
     values = [measure(objective, at)]
     try:
@@ -205,12 +220,16 @@ def _learn(
             values.append(measure(objective, at))
     except NumericalError as error:
         raise NumericalError(
-            f"{error.got}, in round {len(values)} of learning again at lr={lr:g}", "finite numbers", "Lower lr."
+            f"{error.got}, in round {len(values)} of learning again at lr={lr:g}",
+            "finite numbers",
+            "Lower lr.",
         ) from error
     return tuple(values)
 
 
-def _epochs(split: Split, samples: int, batch_size: int, rng: np.random.Generator) -> Iterator[Iterator[Batch]]:
+def _epochs(
+    split: Split, samples: int, batch_size: int, rng: np.random.Generator
+) -> Iterator[Iterator[Batch]]:
     every, walk = split.indices("all"), replace(split, batch_size=batch_size)
     while True:
         yield walk.batches(rng.choice(every, samples, replace=True))
@@ -228,31 +247,47 @@ def _loss(objective: Objective, at: Params, split: Split) -> float:
 
 
 def _score(objective: Objective, at: Params, split: Split) -> float:
-    each = [objective.likelihood.scores(f, y).cpu() for f, y in objective.forward(split.batches("forget"), at)]
+    each = [
+        objective.likelihood.scores(f, y).cpu()
+        for f, y in objective.forward(split.batches("forget"), at)
+    ]
     return float(np.concatenate(each).mean())
 
 
 def _measured(original: nn.Module | float, likelihood: Likelihood, measure: Measure) -> float:
     """The measure of the original model, or the number itself."""
     if isinstance(original, nn.Module):
-        objective = Objective(copy.deepcopy(original).requires_grad_(), likelihood)  # it may be frozen
+        objective = Objective(
+            copy.deepcopy(original).requires_grad_(), likelihood
+        )  # it may be frozen
         return measure(objective, objective.start)
     if isinstance(original, bool) or not isinstance(original, Real) or not math.isfinite(original):
         raise ConfigError(
-            f"original={original!r}", "the original model, or its value as a finite number", "Pass the model."
+            f"original={original!r}",
+            "the original model, or its value as a finite number",
+            "Pass the model.",
         )
     return float(original)
 
 
 def _check_forget(split: Split) -> None:
     if not len(split.forget):
-        raise SplitError(f"{split}", "forgotten samples to learn again", "Name at least one sample to forget.")
+        raise SplitError(
+            f"{split}", "forgotten samples to learn again", "Name at least one sample to forget."
+        )
 
 
 def _check(**options: Any) -> None:
     for name, value in options.items():
-        real, zero = name in ("lr", "weight_decay"), name in ("weight_decay", "max_epochs", "max_steps", "seed")
+        real, zero = (
+            name in ("lr", "weight_decay"),
+            name in ("weight_decay", "max_epochs", "max_steps", "seed"),
+        )
         typed = isinstance(value, Real if real else Integral) and not isinstance(value, bool)
         if not typed or not 0 <= float(value) < math.inf or (value == 0 and not zero):
-            expected = f"a {'finite' if real else 'whole'} number {'of at least' if zero else 'above'} 0"
-            raise ConfigError(f"{name}={value!r}", expected, f"Correct {name}, or leave it at its default.")
+            expected = (
+                f"a {'finite' if real else 'whole'} number {'of at least' if zero else 'above'} 0"
+            )
+            raise ConfigError(
+                f"{name}={value!r}", expected, f"Correct {name}, or leave it at its default."
+            )

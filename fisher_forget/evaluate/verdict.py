@@ -1,24 +1,29 @@
-r"""Was it forgotten? A two-sided verdict on one score of a scrubbed model, held against retrained models.
+r"""Was it forgotten? A two-sided verdict on one score of a scrubbed model, held against retrained
+models.
 
-Both too little and too much forgetting are failures: a model that does worse on the forgotten samples than any
-retrained one gives them away, too. So the scores r_1..r_M of M retrained models are the target, and two questions are
-asked of the score x of the scrubbed model. The r_i are taken as independent and roughly normal, N(mu, sigma^2) with
-estimates rbar, s: fair for a mean over many samples, not for a rate near 0 or 1 on few.
+Both too little and too much forgetting are failures: a model that does worse on the forgotten
+samples than any retrained one gives them away, too. So the scores r_1..r_M of M retrained models
+are the target, and two questions are asked of the score x of the scrubbed model. The r_i are taken
+as independent and roughly normal, N(mu, sigma^2) with estimates rbar, s: fair for a mean over many
+samples, not for a rate near 0 or 1 on few.
 
-1. *Is it different?* x is outside the interval where a further retrained model lies with probability 95 %,
+1. *Is it different?* x is outside the interval where a further retrained model lies with
+probability 95 %,
    rbar ± t_{M-1, 0.975} s sqrt(1 + 1/M). This rejects a perfect scrub in 5 % of cases, for every M.
-2. *Is it the same?* Not to be rejected proves nothing: with few models everything passes. x is equivalent if
+2. *Is it the same?* Not to be rejected proves nothing: with few models everything passes. x is
+equivalent if
    |x - mu| >= margin is rejected at 5 % (Schuirmann 1987). For a margin in the score's unit, two one-sided tests:
    |x - rbar| + t_{M-1, 0.95} s / sqrt(M) < margin. The default margin, 2 sigma, has to be estimated, and to put 2 s
-   for it would pass up to 17 % of models at 2 sigma; instead |x - rbar| sqrt(M) / s must be below the 5 %
-   quantile of the noncentral t at 2 sqrt(M), which is exact (Wellek 2010, Testing Statistical Hypotheses of
-   Equivalence and Noninferiority).
+   for it would pass up to 17 % of models at 2 sigma; instead |x - rbar| sqrt(M) / s must be below
+   the 5 % quantile of the noncentral t at 2 sqrt(M), which is exact (Wellek 2010, Testing
+   Statistical Hypotheses of Equivalence and Noninferiority).
 
-Several values x_1..x_K are those of K *independent* originals, each scrubbed, and their mean is judged: s^2 / M becomes
-s_x^2 / K + s^2 / M with Welch's degrees of freedom (1947), and "a further retrained model" the mean of K. Both tests
-are approximate then: in simulations with K and M from 2 to 20 they are wrong in 2 to 8 % of cases. Scrubs of one
-original share its seed: average them to one value. Of 20 scores one rejects a perfect scrub: for n scores judged
-together, pass level = 1 - 0.05 / n.
+Several values x_1..x_K are those of K *independent* originals, each scrubbed, and their mean is
+judged: s^2 / M becomes s_x^2 / K + s^2 / M with Welch's degrees of freedom (1947), and "a further
+retrained model" the mean of K. Both tests are approximate then: in simulations with K and M from 2
+to 20 they are wrong in 2 to 8 % of cases. Scrubs of one original share its seed: average them to
+one value. Of 20 scores one rejects a perfect scrub: for n scores judged together, pass level = 1 -
+0.05 / n.
 """
 
 from __future__ import annotations
@@ -53,11 +58,13 @@ class Verdict:
         target: Mean score of the retrained models.
         low: Lower end of the interval for (the mean of as many) further retrained models.
         high: Its upper end.
-        p_value: Of "it is a retrained model", two-sided; NaN where the retrained models do not differ at all.
+        p_value: Of "it is a retrained model", two-sided; NaN where the retrained models do not
+            differ at all.
         margin: Distance from the retrained mean that still counts as the same.
         power: Probability that a truly retrained model would have been shown to be the same.
-        models_needed: Retrained models that would show with a power of 80 % that a score at this distance is the same;
-            `None` if it is not within the margin, or more than 1000 are needed.
+        models_needed: Retrained models that would show with a power of 80 % that a score at this
+            distance is the same; `None` if it is not within the margin, or more than 1000 are
+            needed.
         reason: One sentence.
     """
 
@@ -79,7 +86,8 @@ class Verdict:
 
 @dataclass(frozen=True)
 class _Design:
-    """Sizes and spreads, in standard deviations of the retrained models: what both tests need to know.
+    """Sizes and spreads, in standard deviations of the retrained models: what both tests need to
+    know.
 
     Attributes:
         models: M.
@@ -124,7 +132,9 @@ class _Design:
     def bound(self) -> float:
         """|xbar - rbar| up to which it is the same; not positive where nothing can be."""
         if self.estimated:  # s has M - 1 degrees of freedom whatever K is
-            return _noncentral(1 - self.level, self.models - 1, self.margin / self.error) * self.error
+            return (
+                _noncentral(1 - self.level, self.models - 1, self.margin / self.error) * self.error
+            )
         return self.margin - float(special.stdtrit(self.df, self.level)) * self.error
 
     @property
@@ -132,7 +142,8 @@ class _Design:
         return self.ratio**2 / self.runs if self.runs > 1 else 0.0
 
     def power(self, distance: float | None) -> float:
-        """Probability that "the same" is shown at |E[x] - mu| = distance; `None` for a truly retrained model."""
+        """Probability that "the same" is shown at |E[x] - mu| = distance; `None` for a truly
+        retrained model."""
         bound = self.bound
         if bound <= 0:
             return 0.0
@@ -140,7 +151,9 @@ class _Design:
             return 2 * float(stats.t.cdf(bound / self.novelty, self.df)) - 1
         df = self.models - 1 if self.estimated else self.df
         shift, reach = distance / self.error, bound / self.error
-        low, high = np.nan_to_num(stats.nct.cdf([-reach, reach], df, shift))  # NaN where it underflows
+        low, high = np.nan_to_num(
+            stats.nct.cdf([-reach, reach], df, shift)
+        )  # NaN where it underflows
         return max(0.0, float(high - low))
 
 
@@ -154,17 +167,20 @@ def verdict(
 ) -> Verdict:
     """Judge one score of a scrubbed model (see the module).
 
-    Different, between the retrained models and the original or beyond the original: "not forgotten". Different, on the
-    side away from the original: "over-forgotten". Not different, and equivalent: "indistinguishable from retrained".
-    Neither: "undecided". Where the original itself is no different there was nothing to forget that this score can see;
-    a scrubbed model that is different is then "over-forgotten", since the scrub alone moved it.
+    Different, between the retrained models and the original or beyond the original: "not
+    forgotten". Different, on the side away from the original: "over-forgotten". Not different, and
+    equivalent: "indistinguishable from retrained".
+    Neither: "undecided". Where the original itself is no different there was nothing to forget that
+    this score can see; a scrubbed model that is different is then "over-forgotten", since the scrub
+    alone moved it.
 
     Args:
-        values: The score of the scrubbed model, or of K scrubbed models of independent originals [K].
+        values: The score of the scrubbed model, or of K scrubbed models of independent originals
+            [K].
         retrained: Scores of independently retrained models [M], M >= 2.
         original: The score of the original, or of the K originals.
-        margin: Distance that still counts as the same, in the unit of the score; by default two standard deviations of
-            the retrained models.
+        margin: Distance that still counts as the same, in the unit of the score; by default two
+            standard deviations of the retrained models.
         level: 1 - false-alarm rate, of each of the two tests.
 
     Raises:
@@ -184,7 +200,14 @@ def verdict(
 
     def design(sample: Array) -> _Design:
         ratio = float(sample.std(ddof=1)) / std if len(sample) > 1 else 1.0
-        return _Design(len(r), len(sample), ratio, MARGIN if margin is None else margin / std, margin is None, level)
+        return _Design(
+            len(r),
+            len(sample),
+            ratio,
+            MARGIN if margin is None else margin / std,
+            margin is None,
+            level,
+        )
 
     plan = design(x)
     gap, before = (value - target) / std, (float(o.mean()) - target) / std
@@ -218,16 +241,23 @@ def verdict(
 
 
 def equivalence_power(
-    models: int, margin: float = MARGIN, distance: float | None = None, *, known: bool = False, level: float = 0.95
+    models: int,
+    margin: float = MARGIN,
+    distance: float | None = None,
+    *,
+    known: bool = False,
+    level: float = 0.95,
 ) -> float:
-    """Probability that the second test shows one scrubbed model to be the same as `models` retrained ones.
+    """Probability that the second test shows one scrubbed model to be the same as `models`
+    retrained ones.
 
     Args:
         models: M >= 2.
         margin: In standard deviations of the retrained models.
-        distance: Of the scrubbed model from the retrained mean, likewise; `None` for a model that is itself a retrained
-            one, and so at a random distance.
-        known: The margin is given in the unit of the score, so that only the mean has to be estimated.
+        distance: Of the scrubbed model from the retrained mean, likewise; `None` for a model that
+            is itself a retrained one, and so at a random distance.
+        known: The margin is given in the unit of the score, so that only the mean has to be
+            estimated.
         level: Of the test.
 
     Raises:
@@ -251,7 +281,8 @@ def models_needed(
     known: bool = False,
     level: float = 0.95,
 ) -> int | None:
-    """Least number of retrained models at which `equivalence_power` reaches `power`; `None` if 1000 do not.
+    """Least number of retrained models at which `equivalence_power` reaches `power`; `None` if 1000
+    do not.
 
     Args:
         margin: As for `equivalence_power`.
@@ -277,7 +308,12 @@ def _needed(plan: _Design, distance: float | None, power: float = POWER) -> int 
     """Bisection: the power grows with the number of retrained models."""
 
     def reached(models: int) -> bool:
-        return _Design(models, plan.runs, plan.ratio, plan.margin, plan.estimated, plan.level).power(distance) >= power
+        return (
+            _Design(models, plan.runs, plan.ratio, plan.margin, plan.estimated, plan.level).power(
+                distance
+            )
+            >= power
+        )
 
     low, high = 1, MOST
     if not reached(high):
@@ -289,16 +325,27 @@ def _needed(plan: _Design, distance: float | None, power: float = POWER) -> int 
 
 
 def _different(gap: float, before: float) -> tuple[str, str]:
-    """Label and reason of a score off the retrained ones; `before` is the original's, 0 where it is not off."""
+    """Label and reason of a score off the retrained ones; `before` is the original's, 0 where it is
+    not off."""
     if gap * before > 0:
-        return NOT_FORGOTTEN, "No retrained model scores like this, and the original lies on the same side."
+        return (
+            NOT_FORGOTTEN,
+            "No retrained model scores like this, and the original lies on the same side.",
+        )
     if before:
-        return OVER_FORGOTTEN, "No retrained model scores like this, and the original lies on the other side."
-    return OVER_FORGOTTEN, "No retrained model scores like this, but the original does: scrubbing led away."
+        return (
+            OVER_FORGOTTEN,
+            "No retrained model scores like this, and the original lies on the other side.",
+        )
+    return (
+        OVER_FORGOTTEN,
+        "No retrained model scores like this, but the original does: scrubbing led away.",
+    )
 
 
 def _without_spread(value: float, target: float, original: float, margin: float | None) -> Verdict:
-    """All retrained models score the same: without a spread there is no test, only a margin if one was given."""
+    """All retrained models score the same: without a spread there is no test, only a margin if one
+    was given."""
     tolerance = 1e-12 * abs(target) if margin is None else margin
     gap, before = value - target, original - target
     reason = "All retrained models score the same, so only a margin can judge."
@@ -311,14 +358,24 @@ def _without_spread(value: float, target: float, original: float, margin: float 
         reason = f"{side} {reason}"
     if abs(before) <= tolerance:
         reason += " Nothing to forget is visible in this score."
-    return Verdict(label, value, target, target, target, math.nan, margin or 0.0, math.nan, None, reason)
+    return Verdict(
+        label, value, target, target, target, math.nan, margin or 0.0, math.nan, None, reason
+    )
 
 
 def _check(retrained: Array, margin: float | None, level: float) -> None:
     check_level(level)
     if len(retrained) < 2:
-        raise DataError("one retrained model", "at least 2, whose spread is the yardstick", "Retrain more seeds.")
+        raise DataError(
+            "one retrained model",
+            "at least 2, whose spread is the yardstick",
+            "Retrain more seeds.",
+        )
     if margin is not None and not margin > 0:
-        raise ConfigError(f"margin={margin}", "a positive number in the unit of the score", "Leave it out for 2 std.")
+        raise ConfigError(
+            f"margin={margin}",
+            "a positive number in the unit of the score",
+            "Leave it out for 2 std.",
+        )
     if margin is not None and not math.isfinite(margin):
         raise NumericalError("an infinite margin", "a finite one", "Leave it out for 2 std.")

@@ -1,4 +1,5 @@
-r"""How far apart weights are, which way they moved, and how well a model hides a forget set from its gradients.
+r"""How far apart weights are, which way they moved, and how well a model hides a forget set from
+its gradients.
 
     distance = |a - b|,  relative = |a - b| / |b|                                   [units of the weights; no unit]
     cosine   = <scrubbed - original, retrained - original> / (|.| |.|)              [-1, 1]
@@ -26,7 +27,8 @@ from fisher_forget.params import Params
 
 
 def weight_distance(a: nn.Module, b: nn.Module, *, relative: bool = False) -> float:
-    """Euclidean distance |a - b| over all named parameters, frozen ones included; buffers do not count.
+    """Euclidean distance |a - b| over all named parameters, frozen ones included; buffers do not
+    count.
 
     Lower is closer; the distance between two retrained models says how low is low enough.
 
@@ -46,16 +48,21 @@ def weight_distance(a: nn.Module, b: nn.Module, *, relative: bool = False) -> fl
     return distance / length if length else math.nan
 
 
-def step_cosine(original: nn.Module, scrubbed: nn.Module, retrained: nn.Module | Sequence[nn.Module]) -> float:
-    """Cosine between the step that scrubbing took and the one that retraining took; the target is 1.
+def step_cosine(
+    original: nn.Module, scrubbed: nn.Module, retrained: nn.Module | Sequence[nn.Module]
+) -> float:
+    """Cosine between the step that scrubbing took and the one that retraining took; the target is
+    1.
 
-    It is blind to the length of both steps. Retraining from another initialisation moves far in directions that have
-    nothing to do with forgetting, so 1 is only in reach where the retrained models share the original's seed.
+    It is blind to the length of both steps. Retraining from another initialisation moves far in
+    directions that have nothing to do with forgetting, so 1 is only in reach where the retrained
+    models share the original's seed.
 
     Args:
         original: The model before forgetting.
         scrubbed: The model after.
-        retrained: A model trained without the forgotten data, or several: then the mean of their cosines.
+        retrained: A model trained without the forgotten data, or several: then the mean of their
+            cosines.
 
     Returns:
         NaN where a step is zero, since it points nowhere.
@@ -66,19 +73,25 @@ def step_cosine(original: nn.Module, scrubbed: nn.Module, retrained: nn.Module |
     """
     members = [retrained] if isinstance(retrained, nn.Module) else list(retrained)
     if not members:
-        raise ConfigError("no retrained model", "at least one", "Pass a model that was trained without the forget set.")
+        raise ConfigError(
+            "no retrained model",
+            "at least one",
+            "Pass a model that was trained without the forget set.",
+        )
     start = _parameters(original)
     step = _difference(_parameters(scrubbed), start)
-    return float(np.mean([_cosine(step, _difference(_parameters(member), start)) for member in members]))
+    return float(
+        np.mean([_cosine(step, _difference(_parameters(member), start)) for member in members])
+    )
 
 
 def efficacy(model: nn.Module, split: Split, likelihood: Likelihood | str = "categorical") -> float:
     """1 over the trace of the empirical Fisher of the forget set at the model's weights.
 
     The larger, the less the forgotten samples' gradients say. By Jensen's inequality it is at most
-    1 / |gradient of the mean loss of D_f|^2. Its target is the value of a retrained model, not infinity: a model that
-    fits D_f perfectly has vanishing gradients, too. The index of "Evaluating machine unlearning via epistemic
-    uncertainty" (Becker & Liebig 2022, arXiv:2208.10836).
+    1 / |gradient of the mean loss of D_f|^2. Its target is the value of a retrained model, not
+    infinity: a model that fits D_f perfectly has vanishing gradients, too. The index of "Evaluating
+    machine unlearning via epistemic uncertainty" (Becker & Liebig 2022, arXiv:2208.10836).
 
     Args:
         model: In eval mode.
@@ -92,7 +105,9 @@ def efficacy(model: nn.Module, split: Split, likelihood: Likelihood | str = "cat
         ModelError, DataError, NumericalError: As for `estimate_curvature`.
         SplitError: If nothing is forgotten.
     """
-    fisher = estimate_curvature(model, split, likelihood, structure="diagonal", kind="empirical", part="forget")
+    fisher = estimate_curvature(
+        model, split, likelihood, structure="diagonal", kind="empirical", part="forget"
+    )
     return composite.efficacy(fisher.trace())
 
 

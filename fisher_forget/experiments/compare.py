@@ -1,4 +1,5 @@
-"""`fisher-forget compare`: methods x seeds x forget sets on one recipe, each tuned by the same budget, in one table."""
+"""`fisher-forget compare`: methods x seeds x forget sets on one recipe, each tuned by the same
+budget, in one table."""
 
 from __future__ import annotations
 
@@ -71,7 +72,8 @@ class Outcome:
         method: Its name.
         settings: Those chosen, other than the defaults.
         trials: All that were tried, on the first original.
-        seconds: Wall time of each original's scrubbing, at one thread where several methods run at once.
+        seconds: Wall time of each original's scrubbing, at one thread where several methods run at
+            once.
         passes: Sample gradients over retained samples; NaN where a method does not know.
         refused: Why there is no model; empty where there are.
     """
@@ -88,8 +90,8 @@ def compare(config: CompareConfig) -> Path:
     """Carry out a comparison; what is finished is stored, so a killed one goes on where it was.
 
     Returns:
-        The page's path; beside it lie config.yaml, comparison.json, comparison.md, and for every forget set a table
-        as Markdown, all scores and the scrubbed models.
+        The page's path; beside it lie config.yaml, comparison.json, comparison.md, and for every
+        forget set a table as Markdown, all scores and the scrubbed models.
 
     Raises:
         ConfigError, DataError, StorageError: Before anything is trained.
@@ -110,7 +112,9 @@ def compare(config: CompareConfig) -> Path:
         done[key] = outcome
     outcomes = [[done[index, name] for name in methods] for index in range(len(cases))]
     scored = (partial(_summary, config, case, methods, outcomes[i]) for i, case in enumerate(cases))
-    summaries = dict(bar(_all(range(len(cases)), scored, config.jobs), len(cases), "evaluate", config.progress))
+    summaries = dict(
+        bar(_all(range(len(cases)), scored, config.jobs), len(cases), "evaluate", config.progress)
+    )
     found = {case.settings.name: summaries[i] for i, case in enumerate(cases)}
     report = {
         "schema": 1,
@@ -129,19 +133,27 @@ def _method(name: str) -> type[Unlearner]:
     if name not in METHODS and not is_own(name):
         near = difflib.get_close_matches(name, METHODS, n=1)
         fix = f"Did you mean {near[0]!r}?" if near else "Correct the name."
-        raise ConfigError(f"the method {name!r}", f"one of {sorted(METHODS)}, or package.module:Class", fix)
+        raise ConfigError(
+            f"the method {name!r}", f"one of {sorted(METHODS)}, or package.module:Class", fix
+        )
     found: type[Unlearner] = METHODS[name] if name in METHODS else find(name, "a method")
     return found
 
 
-def _check_options(options: Mapping[str, Mapping[str, Any]], methods: Mapping[str, type[Unlearner]]) -> None:
+def _check_options(
+    options: Mapping[str, Mapping[str, Any]], methods: Mapping[str, type[Unlearner]]
+) -> None:
     """Refuse options that a method does not have or take, before anything is trained."""
     for name, values in options.items():
         if name not in methods:
-            raise ConfigError(f"options of {name!r}", f"one of {sorted(methods)}", "Correct the name.")
+            raise ConfigError(
+                f"options of {name!r}", f"one of {sorted(methods)}", "Correct the name."
+            )
         known = [f.name for f in _fields(methods[name])]
         if unknown := sorted(values.keys() - set(known)):
-            raise ConfigError(f"the options {unknown} of {name!r}", f"some of {known}", "Correct `options`.")
+            raise ConfigError(
+                f"the options {unknown} of {name!r}", f"some of {known}", "Correct `options`."
+            )
         try:
             methods[name](**values)
         except TypeError as error:
@@ -153,7 +165,9 @@ def _held_out(data: DataBundle, share: float) -> tuple[DataBundle, TensorDataset
     """The data with fewer test samples, and the validation samples that were taken from them."""
     order = np.random.default_rng(0).permutation(len(data.test))
     cut = round(share * len(order))
-    return replace(data, test=take(data.test, np.sort(order[cut:]))), take(data.test, np.sort(order[:cut]))
+    return replace(data, test=take(data.test, np.sort(order[cut:]))), take(
+        data.test, np.sort(order[:cut])
+    )
 
 
 def _all(keys: Sequence[K], units: Iterable[Callable[[], T]], jobs: int) -> Iterator[tuple[K, T]]:
@@ -162,24 +176,32 @@ def _all(keys: Sequence[K], units: Iterable[Callable[[], T]], jobs: int) -> Iter
         yield from ((key, unit()) for key, unit in zip(keys, units, strict=True))
         return
     workers = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")
-    yield from workers(joblib.delayed(_alone)(key, unit) for key, unit in zip(keys, units, strict=True))
+    yield from workers(
+        joblib.delayed(_alone)(key, unit) for key, unit in zip(keys, units, strict=True)
+    )
 
 
 def _alone(key: K, unit: Callable[[], T]) -> tuple[K, T]:
     torch.set_num_threads(1)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FisherForgetWarning)  # what a method has to say of a model is in its scores
+        warnings.simplefilter(
+            "ignore", FisherForgetWarning
+        )  # what a method has to say of a model is in its scores
         return key, unit()
 
 
-def _unit(config: CompareConfig, case: Case, method: type[Unlearner], validation: TensorDataset) -> Outcome:
+def _unit(
+    config: CompareConfig, case: Case, method: type[Unlearner], validation: TensorDataset
+) -> Outcome:
     """One method on one forget set: choose its settings on the first original, scrub them all."""
     place = files.ensure_folder(_place(case, method))
     mark = _fingerprint(config, case, method, validation)
     if (stored := _stored(place, mark, config)) is not None:
         return stored
     split = resolve_split(case.data.train, case.forget)
-    judge = tuning.Judge.of(case.originals.models[0], case.data, case.forget, case.settings, validation)
+    judge = tuning.Judge.of(
+        case.originals.models[0], case.data, case.forget, case.settings, validation
+    )
     trials: list[Trial] = []
     trajectories: dict[int, Trajectory] = {}
     best: tuple[float, dict[str, Any], Unlearned] | None = None
@@ -201,9 +223,14 @@ def _unit(config: CompareConfig, case: Case, method: type[Unlearner], validation
         return _store(place, mark, Outcome(method.name, {}, tuple(trials), refused=trials[0].error))
     _, settings, first = best
     try:
-        others = [_made(config, case, method, settings, i, split, trajectories) for i in range(1, len(config.seeds))]
+        others = [
+            _made(config, case, method, settings, i, split, trajectories)
+            for i in range(1, len(config.seeds))
+        ]
     except FisherForgetError as error:
-        return _store(place, mark, Outcome(method.name, settings, tuple(trials), refused=str(error)))
+        return _store(
+            place, mark, Outcome(method.name, settings, tuple(trials), refused=str(error))
+        )
     every = [first, *others]
     for seed, one in zip(config.seeds, every, strict=True):
         files.save_model(place / f"seed-{seed}.safetensors", one.model, {"fingerprint": mark})
@@ -236,10 +263,10 @@ def configured(
 ) -> Unlearner:
     """A method as the recipe would set it up.
 
-    A field of one of these names gets what the recipe knows, unless it is in the method's grid: `likelihood`,
-    `weight_decay` and `seed`; `train` and `init`, which train and build as the recipe does; `initial`, the original
-    before its training; `trajectory`, a training of its own that DeltaGrad can replay, from `trajectories` where the
-    seed's is there already.
+    A field of one of these names gets what the recipe knows, unless it is in the method's grid:
+    `likelihood`, `weight_decay` and `seed`; `train` and `init`, which train and build as the recipe
+    does; `initial`, the original before its training; `trajectory`, a training of its own that
+    DeltaGrad can replay, from `trajectories` where the seed's is there already.
     """
     data, training = case.data, config.training
 
@@ -247,13 +274,28 @@ def configured(
         return recipe.untrained(config, data, FRESH + torch.initial_seed() % FRESH)
 
     def fitted(model: nn.Module, _data: Dataset[Any], rows: Indices, seed: int) -> nn.Module:
-        return train(model, data.train, training, seed=seed, indices=rows, likelihood=config.likelihood, progress=False)
+        return train(
+            model,
+            data.train,
+            training,
+            seed=seed,
+            indices=rows,
+            likelihood=config.likelihood,
+            progress=False,
+        )
 
     def trajectory() -> Trajectory:
-        from fisher_forget.baselines.delta_grad import Plan, record  # comparing goes on without that file
+        from fisher_forget.baselines.delta_grad import (
+            Plan,
+            record,
+        )  # comparing goes on without that file
 
         plan = Plan(
-            training.epochs, training.lr, batch_size=training.batch_size, weight_decay=training.weight_decay, seed=seed
+            training.epochs,
+            training.lr,
+            batch_size=training.batch_size,
+            weight_decay=training.weight_decay,
+            seed=seed,
         )
         if seed not in trajectories:
             untouched = recipe.untrained(config, data, seed)
@@ -269,7 +311,11 @@ def configured(
         "initial": lambda: recipe.untrained(config, data, seed),
         "trajectory": trajectory,
     }
-    given = {f.name: known[f.name]() for f in _fields(method) if f.name in known and f.name not in method.grid}
+    given = {
+        f.name: known[f.name]()
+        for f in _fields(method)
+        if f.name in known and f.name not in method.grid
+    }
     return method(**given | config.options.get(method.name, {}) | dict(settings))
 
 
@@ -278,7 +324,10 @@ def _fields(method: Any) -> tuple[dataclasses.Field[Any], ...]:
 
 
 def _evaluated(
-    config: CompareConfig, case: Case, methods: Mapping[str, type[Unlearner]], outcomes: list[Outcome]
+    config: CompareConfig,
+    case: Case,
+    methods: Mapping[str, type[Unlearner]],
+    outcomes: list[Outcome],
 ) -> Evaluation:
     made: dict[str, list[nn.Module]] = {}
     for (name, method), outcome in zip(methods.items(), outcomes, strict=True):
@@ -286,17 +335,26 @@ def _evaluated(
             continue
         paths = [_place(case, method) / f"seed-{seed}.safetensors" for seed in config.seeds]
         shapes = case.originals.models[0]
-        if (other := getattr(method, "template", None)) is not None:  # it returns another architecture
-            shapes = other(configured(config, case, method, outcome.settings, config.seeds[0], {}), shapes)
+        if (
+            other := getattr(method, "template", None)
+        ) is not None:  # it returns another architecture
+            shapes = other(
+                configured(config, case, method, outcome.settings, config.seeds[0], {}), shapes
+            )
         made[name] = [files.load_model(path, shapes) for path in paths]
     return recipe.evaluate_case(config, case, made)
 
 
 def _summary(
-    config: CompareConfig, case: Case, methods: Mapping[str, type[Unlearner]], outcomes: list[Outcome]
+    config: CompareConfig,
+    case: Case,
+    methods: Mapping[str, type[Unlearner]],
+    outcomes: list[Outcome],
 ) -> dict[str, Any]:
     table = _evaluated(config, case, methods, outcomes)
-    rows = comparison.rows(table, {o.method: o.seconds for o in outcomes}, float(np.mean(case.retrained.seconds)))
+    rows = comparison.rows(
+        table, {o.method: o.seconds for o in outcomes}, float(np.mean(case.retrained.seconds))
+    )
     (case.folder / "comparison.md").write_text(comparison.to_markdown(rows) + "\n")
     (case.folder / "evaluation.md").write_text(table.to_markdown() + "\n")
     return {
@@ -312,7 +370,9 @@ def _place(case: Case, method: type[Unlearner]) -> Path:
     return case.folder / "methods" / method.name.replace("/", "-")
 
 
-def _fingerprint(config: CompareConfig, case: Case, method: type[Unlearner], validation: TensorDataset) -> str:
+def _fingerprint(
+    config: CompareConfig, case: Case, method: type[Unlearner], validation: TensorDataset
+) -> str:
     where = f"{method.__module__}.{method.__qualname__}"
     defaults = {f.name: repr(f.default) for f in _fields(method)}
     return files.fingerprint(
@@ -342,10 +402,15 @@ def _stored(place: Path, mark: str, config: CompareConfig) -> Outcome | None:
     except StorageError:
         return None
     kept = content["outcome"]
-    complete = kept["refused"] or all((place / f"seed-{seed}.safetensors").exists() for seed in config.seeds)
+    complete = kept["refused"] or all(
+        (place / f"seed-{seed}.safetensors").exists() for seed in config.seeds
+    )
     if content["fingerprint"] != mark or not complete:
         return None
-    trials = tuple(Trial(t["settings"], _number(t["damage"]), _number(t["memory"]), t["error"]) for t in kept["trials"])
+    trials = tuple(
+        Trial(t["settings"], _number(t["damage"]), _number(t["memory"]), t["error"])
+        for t in kept["trials"]
+    )
     seconds, passes = (tuple(map(_number, kept[name])) for name in ("seconds", "passes"))
     return Outcome(kept["method"], kept["settings"], trials, seconds, passes, kept["refused"])
 

@@ -34,8 +34,8 @@ class DataSettings:
     """Which data set.
 
     Attributes:
-        name: "digits", "mnist", "cifar10", "breast_cancer" or "diabetes"; or the import path of a function of your own
-            that returns (train, test), "package.module:function".
+        name: "digits", "mnist", "cifar10", "breast_cancer" or "diabetes"; or the import path of a
+            function of your own that returns (train, test), "package.module:function".
         root: Folder that holds it; default the environment variable FISHER_FORGET_DATA.
         max_train: Most training samples, class by class in proportion; all by default.
         max_test: Most test samples.
@@ -55,7 +55,11 @@ class DataSettings:
             ConfigError, DataError: As `load_dataset`.
         """
         return load_dataset(
-            self.name, self.root, max_train=self.max_train, max_test=self.max_test, options=self.options
+            self.name,
+            self.root,
+            max_train=self.max_train,
+            max_test=self.max_test,
+            options=self.options,
         )
 
 
@@ -64,8 +68,8 @@ class ModelSettings:
     """Which model.
 
     Attributes:
-        name: "linear", "mlp", "cnn", "all_cnn" or "resnet18"; or the import path of a function or class of your own
-            that makes a module, "package.module:function".
+        name: "linear", "mlp", "cnn", "all_cnn" or "resnet18"; or the import path of a function or
+            class of your own that makes a module, "package.module:function".
         options: Its options, such as {width: 16}.
     """
 
@@ -79,9 +83,10 @@ class ForgetSet:
 
     Attributes:
         name: Title in reports and name of the folder.
-        kind: "class" (all of one), "samples" (some of one class), "random" (some of all), "mislabelled" (some of all,
-            whose labels are made wrong before the original models are trained), "memorised" (those that a model gets
-            right only if it was trained on them), "indices".
+        kind: "class" (all of one), "samples" (some of one class), "random" (some of all),
+            "mislabelled" (some of all, whose labels are made wrong before the original models are
+            trained), "memorised" (those that a model gets right only if it was trained on them),
+            "indices".
         label: The class, for "class" and "samples".
         count: How many, for all kinds but "class" and "indices".
         indices: For "indices".
@@ -117,7 +122,8 @@ class ForgetSettings:
         solver: Of the linear system.
         drift: Subtract the force that is not owed to the forget set.
         budget: Allowed rise of the held-back retained loss by the Newton step, nats.
-        noise: Scale; or what it is to reach, such as {loss: 0.01} (see `NoiseTarget`); or "auto"; or null for none.
+        noise: Scale; or what it is to reach, such as {loss: 0.01} (see `NoiseTarget`); or "auto";
+            or null for none.
         exponent: Of the noise.
         subset: Patterns of the parameters that may move.
     """
@@ -157,7 +163,8 @@ class RunConfig:
         seeds: One original model, scrubbed once, for each.
         retrained: Number of models retrained without each forget set.
         jobs: Worker processes for training.
-        reference_variant: Also score the public code of Golatkar et al. 2020, at the best of twelve scales.
+        reference_variant: Also score the public code of Golatkar et al. 2020, at the best of twelve
+            scales.
         out: Parent folder of the results.
         progress: Show progress bars.
     """
@@ -177,16 +184,28 @@ class RunConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        fewest = min([self.retrained, *(s.retrained for s in self.forget_sets if s.retrained is not None)])
+        fewest = min(
+            [self.retrained, *(s.retrained for s in self.forget_sets if s.retrained is not None)]
+        )
         if fewest < 2:
-            raise ConfigError(f"retrained: {fewest}", "at least 2: the floor needs a pair", "Raise it.")
+            raise ConfigError(
+                f"retrained: {fewest}", "at least 2: the floor needs a pair", "Raise it."
+            )
         if not self.seeds or not self.forget_sets:
-            raise ConfigError("no seeds or no forget_sets", "at least one of each", "Add one to the configuration.")
+            raise ConfigError(
+                "no seeds or no forget_sets",
+                "at least one of each",
+                "Add one to the configuration.",
+            )
         if min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
-            raise ConfigError(f"seeds: {self.seeds}", "different numbers of at least 0", "Correct the seeds.")
+            raise ConfigError(
+                f"seeds: {self.seeds}", "different numbers of at least 0", "Correct the seeds."
+            )
         names = [s.name for s in self.forget_sets]
         if len({s.slug for s in self.forget_sets}) < len(names):
-            raise ConfigError(f"forget_sets named {names}", "a different name for each", "Rename one.")
+            raise ConfigError(
+                f"forget_sets named {names}", "a different name for each", "Rename one."
+            )
         if self.reference_variant and self.likelihood != "categorical":
             raise ConfigError(
                 f"reference_variant with the likelihood {self.likelihood!r}",
@@ -194,7 +213,9 @@ class RunConfig:
                 "Leave reference_variant out.",
             )
         if not self.name or "/" in self.name or self.name.startswith("."):
-            raise ConfigError(f"the name {self.name!r}", "a folder name", "Use letters, digits and hyphens.")
+            raise ConfigError(
+                f"the name {self.name!r}", "a folder name", "Use letters, digits and hyphens."
+            )
 
 
 @dataclass(frozen=True)
@@ -202,11 +223,13 @@ class SweepConfig(RunConfig):
     """A run with a sweep from the first original model, for every forget set.
 
     Attributes:
-        grid: Option of `forget` (or of a method) -> values, as for `fisher_forget.sweep`, which are crossed; "method"
-            takes names of methods. Its "noise" and "seed" stand before `scales` and `draws`.
+        grid: Option of `forget` (or of a method) -> values, as for `fisher_forget.sweep`, which are
+            crossed; "method" takes names of methods. Its "noise" and "seed" stand before `scales`
+            and `draws`.
         scales: Noise scales s.
         draws: Noise draws for each scale.
-        ruin: Nats by which noise may raise the retained loss before larger scales are skipped; null runs them all.
+        ruin: Nats by which noise may raise the retained loss before larger scales are skipped; null
+            runs them all.
     """
 
     grid: dict[str, list[Any]] = field(default_factory=dict)
@@ -232,12 +255,16 @@ class CompareConfig(RunConfig):
     """Methods x seeds x forget sets.
 
     Attributes:
-        methods: Names in `fisher_forget.baselines.METHODS`, or "package.module:Class" of your own; all by default.
-        options: Name of a method -> its fields that have one value in all trials, such as {ntk: {memory: 268435456}}.
-        trials: Settings that each method may try, its defaults first, the others drawn from its grid.
-        tuning: Sample gradients that the settings of a method may cost together, in trainings: once they have cost
-            more, no other is tried.
-        validation: Share of the test data that the settings are chosen on, and that no score is computed on.
+        methods: Names in `fisher_forget.baselines.METHODS`, or "package.module:Class" of your own;
+            all by default.
+        options: Name of a method -> its fields that have one value in all trials, such as {ntk:
+            {memory: 268435456}}.
+        trials: Settings that each method may try, its defaults first, the others drawn from its
+            grid.
+        tuning: Sample gradients that the settings of a method may cost together, in trainings: once
+            they have cost more, no other is tried.
+        validation: Share of the test data that the settings are chosen on, and that no score is
+            computed on.
     """
 
     methods: list[str] = field(default_factory=list)
@@ -255,10 +282,14 @@ class CompareConfig(RunConfig):
             ("likelihood", self.likelihood == "categorical", "'categorical'"),
         ):
             if not good:
-                raise ConfigError(f"{name}: {getattr(self, name)}", expected, "Correct the configuration.")
+                raise ConfigError(
+                    f"{name}: {getattr(self, name)}", expected, "Correct the configuration."
+                )
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[RunConfig] = RunConfig) -> RunConfig:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), kind: type[RunConfig] = RunConfig
+) -> RunConfig:
     """Read a YAML file and apply `--key value` flags.
 
     `data` and `model` may be a plain name, which stands for {name: ...}.
@@ -269,21 +300,32 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[RunC
         kind: `RunConfig`, `SweepConfig` or `CompareConfig`.
 
     Raises:
-        ConfigError: An unknown key (with its place and the nearest right name), a wrong type, an unreadable file.
+        ConfigError: An unknown key (with its place and the nearest right name), a wrong type, an
+            unreadable file.
     """
     try:
         content = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}", "a readable YAML file", "Correct the path.") from error
+        raise ConfigError(
+            f"{path}: {error}", "a readable YAML file", "Correct the path."
+        ) from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: {error}", "valid YAML", "Correct the file at that place.") from error
+        raise ConfigError(
+            f"{path}: {error}", "valid YAML", "Correct the file at that place."
+        ) from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} holding {type(content).__name__}", "keys and values", "See configs/digits.yaml.")
+        raise ConfigError(
+            f"{path} holding {type(content).__name__}",
+            "keys and values",
+            "See configs/digits.yaml.",
+        )
     for key in NAMED:
         if isinstance(content.get(key), str):
             content[key] = {"name": content[key]}
     _known(content, kind, str(path))
-    content = {key: value for key, value in content.items() if value is not None}  # an empty section: its defaults
+    content = {
+        key: value for key, value in content.items() if value is not None
+    }  # an empty section: its defaults
     overrides = _spelled_out(overrides)
     flags = [f"--{KEY}.{flag[2:]}" if flag.startswith("--") else flag for flag in overrides]
     for flag in overrides:
@@ -297,13 +339,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[RunC
         return typing.cast(RunConfig, parser.instantiate(parsed)[KEY])
     except ConfigError:
         raise
-    except (ArgumentError, TypeError, ValueError) as error:  # the parser unpacks a section before it looks at its type
+    except (
+        ArgumentError,
+        TypeError,
+        ValueError,
+    ) as error:  # the parser unpacks a section before it looks at its type
         message = " ".join(str(error).replace(f"{KEY}.", "").split())
-        raise ConfigError(f"{path}: {message}", "values of the documented types", "Correct that key.") from error
+        raise ConfigError(
+            f"{path}: {message}", "values of the documented types", "Correct that key."
+        ) from error
 
 
 def _spelled_out(overrides: Sequence[str]) -> list[str]:
-    """The flags with --data.name and --model.name, where a plain name follows --data and --model."""
+    """The flags with --data.name and --model.name, where a plain name follows --data and
+    --model."""
     found: list[str] = []
     for flag in overrides:
         key, equals, value = flag.partition("=")
@@ -327,15 +376,23 @@ def _known(content: Mapping[str, Any], kind: Any, place: str) -> None:
     for key, value in content.items():
         if key not in hints:
             near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
-            fix = f"Did you mean {near[0]!r}?" if near else "Remove it, or see the documentation of the schema."
+            fix = (
+                f"Did you mean {near[0]!r}?"
+                if near
+                else "Remove it, or see the documentation of the schema."
+            )
             raise ConfigError(f"the unknown key {key!r} in {place}", f"one of {sorted(hints)}", fix)
         inner = hints[key]
         if dataclasses.is_dataclass(inner) and not isinstance(value, Mapping | None):
-            raise ConfigError(f"{place} with {key}: {value!r}", "keys and values below it", f"Correct {key!r}.")
+            raise ConfigError(
+                f"{place} with {key}: {value!r}", "keys and values below it", f"Correct {key!r}."
+            )
         if dataclasses.is_dataclass(inner) and isinstance(value, Mapping):
             _known(value, inner, f"{place} at {key!r}")
         for choice in typing.get_args(inner):
-            if dataclasses.is_dataclass(choice) and isinstance(value, Mapping):  # one of several types
+            if dataclasses.is_dataclass(choice) and isinstance(
+                value, Mapping
+            ):  # one of several types
                 _known(value, choice, f"{place} at {key!r}")
         item = typing.get_args(inner)[0] if typing.get_origin(inner) is list else None
         if dataclasses.is_dataclass(item) and isinstance(value, list):
@@ -356,7 +413,11 @@ def option_names(kind: Any, prefix: str = "") -> dict[str, tuple[str, ...]]:
         if dataclasses.is_dataclass(hint):
             found |= option_names(hint, f"{prefix}{key}.")
             continue
-        literals = [option for option in (hint, *typing.get_args(hint)) if typing.get_origin(option) is Literal]
+        literals = [
+            option
+            for option in (hint, *typing.get_args(hint))
+            if typing.get_origin(option) is Literal
+        ]
         words = tuple(str(word) for option in literals for word in typing.get_args(option))
         found[prefix + key] = ("true", "false") if hint is bool else words
     return found

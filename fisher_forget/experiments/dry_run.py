@@ -1,6 +1,8 @@
-"""`--dry-run`: what a command would train, how long that takes and what memory it needs; nothing is written.
+"""`--dry-run`: what a command would train, how long that takes and what memory it needs; nothing is
+written.
 
-Times are extrapolated from a few training steps of the model itself, and from `estimate_curvature(dry_run=True)`.
+Times are extrapolated from a few training steps of the model itself, and from
+`estimate_curvature(dry_run=True)`.
 """
 
 from __future__ import annotations
@@ -26,7 +28,13 @@ from fisher_forget.data.split import Indices, resolve_split
 from fisher_forget.evaluate.ensemble import stored_seeds
 from fisher_forget.experiments import forget_sets
 from fisher_forget.experiments import run as recipe
-from fisher_forget.experiments.config import CompareConfig, ForgetSet, RunConfig, SweepConfig, to_plain
+from fisher_forget.experiments.config import (
+    CompareConfig,
+    ForgetSet,
+    RunConfig,
+    SweepConfig,
+    to_plain,
+)
 from fisher_forget.experiments.datasets import DataBundle
 from fisher_forget.experiments.run import Task
 from fisher_forget.experiments.training import train
@@ -43,7 +51,8 @@ class Cost:
 
     Attributes:
         epoch: Seconds of a pass over all training samples.
-        training: Bytes that a training holds: weights, gradients, state of the optimizer, activations of a batch.
+        training: Bytes that a training holds: weights, gradients, state of the optimizer,
+            activations of a batch.
         weights: Bytes of the weights.
         curvature: What `estimate_curvature` predicts for the first forget set.
     """
@@ -86,7 +95,8 @@ def describe(config: RunConfig, command: str) -> str:
         command: "run", "sweep", "compare" or "evaluate".
 
     Raises:
-        ConfigError, DataError, ModelError, StorageError: What the command itself would raise before it trains.
+        ConfigError, DataError, ModelError, StorageError: What the command itself would raise before
+            it trains.
     """
     folder = Path(config.out) / config.name
     data = config.data.load()
@@ -99,7 +109,10 @@ def describe(config: RunConfig, command: str) -> str:
         "",
         *_rows("results", [str(folder)]),
         *_rows("data", [_data(config, data)]),
-        *_rows("model", [f"{config.model.name}, {sum(p.numel() for p in model.parameters()):,} parameters"]),
+        *_rows(
+            "model",
+            [f"{config.model.name}, {sum(p.numel() for p in model.parameters()):,} parameters"],
+        ),
         *_rows("forget", [_set(s, data, chosen[s.name]) for s in config.forget_sets]),
         *_rows("models", [_models(need) for need in needs]),
         *_rows("time", list(_times(config, command, data, needs, cost))),
@@ -118,12 +131,16 @@ def _choice(settings: ForgetSet, data: DataBundle) -> Indices:
     return forget_sets.check(settings, data)[: settings.count]
 
 
-def _needs(config: RunConfig, data: DataBundle, chosen: dict[str, Indices], folder: Path) -> Iterator[Need]:
+def _needs(
+    config: RunConfig, data: DataBundle, chosen: dict[str, Indices], folder: Path
+) -> Iterator[Need]:
     """Every task once: forget sets share their originals."""
     seen = set()
     for settings in config.forget_sets:
         unknown = settings.kind == "memorised"
-        originals, retrained = recipe.case_tasks(config, data, settings, chosen[settings.name], folder)
+        originals, retrained = recipe.case_tasks(
+            config, data, settings, chosen[settings.name], folder
+        )
         own = "" if originals.data is data else f" with {settings.name}"
         tasks = [(f"original{own}", originals), (f"without {settings.name}", retrained)]
         if unknown:
@@ -133,7 +150,9 @@ def _needs(config: RunConfig, data: DataBundle, chosen: dict[str, Indices], fold
                 continue
             seen.add(task.folder)
             guessed = unknown and task is retrained
-            stored = [] if guessed else stored_seeds(task.folder, task.seeds, task.fingerprint(config))
+            stored = (
+                [] if guessed else stored_seeds(task.folder, task.seeds, task.fingerprint(config))
+            )
             yield Need(title, task, stored, _samples(task), guessed)
 
 
@@ -163,7 +182,9 @@ def _cost(config: RunConfig, data: DataBundle, model: nn.Module, forget: Indices
         split,
         config.likelihood,
         structure=settings.structure,
-        kind="sketch" if settings.kind == "auto" and len(part) < len(split.retain) else settings.kind,
+        kind="sketch"
+        if settings.kind == "auto" and len(part) < len(split.retain)
+        else settings.kind,
         draws=settings.draws,
         part=part,
         subset=None if settings.subset is None else tuple(settings.subset),
@@ -171,7 +192,9 @@ def _cost(config: RunConfig, data: DataBundle, model: nn.Module, forget: Indices
         dry_run=True,
     )
     weights = sum(x.numel() * x.element_size() for x in model.state_dict().values())
-    held = weights * (1 + GRADIENTS[config.training.optimizer]) + _activations(model, data, rows[:size])
+    held = weights * (1 + GRADIENTS[config.training.optimizer]) + _activations(
+        model, data, rows[:size]
+    )
     return Cost(epoch, held, weights, curvature)
 
 
@@ -200,17 +223,24 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _times(config: RunConfig, command: str, data: DataBundle, needs: list[Need], cost: Cost) -> Iterator[str]:
+def _times(
+    config: RunConfig, command: str, data: DataBundle, needs: list[Need], cost: Cost
+) -> Iterator[str]:
     whole = config.training.epochs * cost.epoch
     jobs = f", {config.jobs} at a time" if config.jobs > 1 else ""
     missing = sum(need.missing for need in needs)
-    seconds = sum(math.ceil(need.missing / config.jobs) * whole * need.samples / len(data.train) for need in needs)
+    seconds = sum(
+        math.ceil(need.missing / config.jobs) * whole * need.samples / len(data.train)
+        for need in needs
+    )
     each = f"{config.training.epochs} epochs of {_seconds(cost.epoch)}"
     yield f"training: {missing} models of {each}{jobs}: {_seconds(seconds)}"
     scrubbed = len(config.seeds) * len(config.forget_sets)
     if isinstance(config, CompareConfig):
         methods = len(config.methods or METHODS)
-        trainings = config.tuning + len(config.seeds)  # what its settings may cost, and one for every original
+        trainings = config.tuning + len(
+            config.seeds
+        )  # what its settings may cost, and one for every original
         most = _seconds(methods * len(config.forget_sets) * trainings * whole / config.jobs)
         yield f"methods: {methods} x {len(config.forget_sets)} forget sets, about {most} at most; mostly much less"
     elif command != "evaluate":
@@ -224,12 +254,12 @@ def _times(config: RunConfig, command: str, data: DataBundle, needs: list[Need],
 
 
 def _memory(config: RunConfig, data: DataBundle, needs: list[Need], cost: Cost) -> str:
-    held = sum(x.numel() * x.element_size() for part in (data.train, data.test) for x in part.tensors)
+    held = sum(
+        x.numel() * x.element_size() for part in (data.train, data.test) for x in part.tensors
+    )
     models = sum(len(need.task.seeds) for need in needs) * cost.weights
     peak = held + models + max(cost.training, cost.curvature.bytes_peak)
-    text = (
-        f"{_bytes(peak)}: data {_bytes(held)}, models {_bytes(models)}, curvature {_bytes(cost.curvature.bytes_peak)}"
-    )
+    text = f"{_bytes(peak)}: data {_bytes(held)}, models {_bytes(models)}, curvature {_bytes(cost.curvature.bytes_peak)}"
     if config.jobs > 1:
         text += f"; {config.jobs} training processes of {_bytes(held + cost.training)}"
     return text + "; beside Python and its libraries"
@@ -242,7 +272,9 @@ def _data(config: RunConfig, data: DataBundle) -> str:
 
 def _set(settings: ForgetSet, data: DataBundle, chosen: Indices) -> str:
     how = ", chosen by models trained on subsets" if settings.kind == "memorised" else ""
-    return f"{settings.name}: {len(chosen):,} samples, {len(data.train) - len(chosen):,} retained{how}"
+    return (
+        f"{settings.name}: {len(chosen):,} samples, {len(data.train) - len(chosen):,} retained{how}"
+    )
 
 
 def _models(need: Need) -> str:

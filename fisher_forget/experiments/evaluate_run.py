@@ -1,4 +1,5 @@
-"""`fisher-forget evaluate`: a finished run held against its retrained models, metric by metric, method by method."""
+"""`fisher-forget evaluate`: a finished run held against its retrained models, metric by metric,
+method by method."""
 
 from __future__ import annotations
 
@@ -20,10 +21,12 @@ OURS, TUNED, NOISED = "default", "fine-tuning", "diagonal Fisher (public code)"
 
 
 def assess(config: RunConfig) -> Path:
-    """Evaluate every forget set of a finished run: the default, fine-tuning, the public code where the run has it.
+    """Evaluate every forget set of a finished run: the default, fine-tuning, the public code where
+    the run has it.
 
     Returns:
-        The page's path; beside it lies evaluation.json, and a Markdown table in every forget set's folder.
+        The page's path; beside it lies evaluation.json, and a Markdown table in every forget set's
+        folder.
 
     Raises:
         StorageError: If the run has not finished.
@@ -36,7 +39,9 @@ def assess(config: RunConfig) -> Path:
         case = recipe.prepare_case(config, data, settings, folder)
         found[settings.name] = _assess(config, case, noised="reference_code" in described)
         (case.folder / "evaluation.md").write_text(found[settings.name].to_markdown() + "\n")
-    files.write_json(folder / "evaluation.json", {name: table.to_dict() for name, table in found.items()})
+    files.write_json(
+        folder / "evaluation.json", {name: table.to_dict() for name, table in found.items()}
+    )
     return page.write_page(config.name, found, folder, metrics)
 
 
@@ -54,7 +59,11 @@ def _stored(config: RunConfig, case: Case, name: str) -> list[nn.Module]:
     for seed, original in zip(config.seeds, case.originals.models, strict=True):
         path = case.folder / f"seed-{seed}" / f"{name}.safetensors"
         if not path.exists():
-            raise StorageError(f"no {path}", "a finished run", "Run `fisher-forget run` with this configuration first.")
+            raise StorageError(
+                f"no {path}",
+                "a finished run",
+                "Run `fisher-forget run` with this configuration first.",
+            )
         found.append(files.load_model(path, original))
     return found
 
@@ -66,4 +75,6 @@ def _fine_tuned(config: RunConfig, case: Case, index: int) -> nn.Module:
         likelihood=config.likelihood,
         seed=config.seeds[index],
     )
-    return method.unlearn(case.originals.models[index], resolve_split(case.data.train, case.forget)).model
+    return method.unlearn(
+        case.originals.models[index], resolve_split(case.data.train, case.forget)
+    ).model

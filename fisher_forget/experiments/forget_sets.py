@@ -1,4 +1,5 @@
-"""Which samples a recipe forgets: a class, some of a class, random, mislabelled or memorised ones."""
+"""Which samples a recipe forgets: a class, some of a class, random, mislabelled or memorised
+ones."""
 
 from __future__ import annotations
 
@@ -17,7 +18,10 @@ from fisher_forget.evaluate.ensemble import predict
 from fisher_forget.experiments.config import ForgetSet
 from fisher_forget.experiments.datasets import DataBundle
 
-SUBSETS, SHARE = 20, 0.7  # of the models that tell what is memorised: how many, and the share of the data each sees
+SUBSETS, SHARE = (
+    20,
+    0.7,
+)  # of the models that tell what is memorised: how many, and the share of the data each sees
 
 Scores = NDArray[np.float64]
 
@@ -28,7 +32,8 @@ def choose(settings: ForgetSet, data: DataBundle, memorised: Callable[[], Scores
     Args:
         settings: The forget set.
         data: Its training samples are chosen from.
-        memorised: Gives the score of every training sample, see `memorisation`; called for that kind alone.
+        memorised: Gives the score of every training sample, see `memorisation`; called for that
+            kind alone.
 
     Raises:
         ConfigError: If label, count or indices do not fit the data.
@@ -39,7 +44,9 @@ def choose(settings: ForgetSet, data: DataBundle, memorised: Callable[[], Scores
     assert settings.count is not None
     if settings.kind == "memorised":
         return np.sort(np.argsort(-memorised(), kind="stable")[: settings.count])
-    return np.sort(np.random.default_rng(settings.seed).choice(candidates, settings.count, replace=False))
+    return np.sort(
+        np.random.default_rng(settings.seed).choice(candidates, settings.count, replace=False)
+    )
 
 
 def check(settings: ForgetSet, data: DataBundle) -> Indices:
@@ -54,11 +61,15 @@ def check(settings: ForgetSet, data: DataBundle) -> Indices:
         wanted = np.asarray(settings.indices, dtype=np.int64)
         if not len(wanted) or wanted.min() < 0 or wanted.max() >= len(targets):
             raise ConfigError(
-                f"{where} with {len(wanted)} indices", f"indices from 0 to {len(targets) - 1}", "Correct."
+                f"{where} with {len(wanted)} indices",
+                f"indices from 0 to {len(targets) - 1}",
+                "Correct.",
             )
         return np.unique(wanted)
     if settings.kind in ("mislabelled", "memorised") and not data.classes:
-        raise ConfigError(f"{where} of kind {settings.kind!r} for regression", "classes", "Choose another kind.")
+        raise ConfigError(
+            f"{where} of kind {settings.kind!r} for regression", "classes", "Choose another kind."
+        )
     candidates = np.arange(len(targets))
     if settings.kind in ("class", "samples"):
         candidates = np.flatnonzero(targets.reshape(len(targets), -1)[:, 0] == settings.label)
@@ -71,12 +82,17 @@ def check(settings: ForgetSet, data: DataBundle) -> Indices:
     if settings.kind == "class":
         return candidates
     if settings.count is None or not 0 < settings.count < len(candidates):
-        raise ConfigError(f"{where} with count {settings.count}", f"1 to {len(candidates) - 1} samples", "Set count.")
+        raise ConfigError(
+            f"{where} with count {settings.count}",
+            f"1 to {len(candidates) - 1} samples",
+            "Set count.",
+        )
     return candidates
 
 
 def corrupted(data: DataBundle, settings: ForgetSet, chosen: Indices) -> DataBundle:
-    """The data as the originals were trained on: mislabelled samples carry another class, drawn at random."""
+    """The data as the originals were trained on: mislabelled samples carry another class, drawn at
+    random."""
     if settings.kind != "mislabelled":
         return data
     inputs, targets = data.train[:]
@@ -104,9 +120,9 @@ def subset(total: int, seed: int) -> Indices:
 def memorisation(models: Sequence[nn.Module], seeds: Sequence[int], data: DataBundle) -> Scores:
     r"""How much a sample's own label owes to having been trained on, between -1 and 1.
 
-    mem(i) = mean over models trained with i of p(y_i | x_i) - mean over models trained without i of p(y_i | x_i),
-    with the probability of the label in place of whether it is the most likely one, which needs fewer models.
-    Feldman and Zhang 2020, arXiv:2008.03703, section 2.
+    mem(i) = mean over models trained with i of p(y_i | x_i) - mean over models trained without i of
+    p(y_i | x_i), with the probability of the label in place of whether it is the most likely one,
+    which needs fewer models. Feldman and Zhang 2020, arXiv:2008.03703, section 2.
 
     Args:
         models: The one of seed s was trained on `subset(total, s)`.
@@ -125,5 +141,7 @@ def memorisation(models: Sequence[nn.Module], seeds: Sequence[int], data: DataBu
         right[row] = outputs.double().softmax(-1).gather(1, targets[:, None])[:, 0].numpy()
         inside[row, subset(len(targets), seed)] = True
     seen, unseen = inside.sum(0), (~inside).sum(0)
-    scores = (right * inside).sum(0) / np.maximum(seen, 1) - (right * ~inside).sum(0) / np.maximum(unseen, 1)
+    scores = (right * inside).sum(0) / np.maximum(seen, 1) - (right * ~inside).sum(0) / np.maximum(
+        unseen, 1
+    )
     return np.where((seen > 0) & (unseen > 0), scores, 0.0)

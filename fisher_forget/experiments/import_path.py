@@ -31,7 +31,8 @@ def find(path: str, role: str) -> Any:
         role: What it is for, in messages: "the model", "the data".
 
     Raises:
-        ConfigError: If the module is not found or cannot be imported, or holds no such thing that can be called.
+        ConfigError: If the module is not found or cannot be imported, or holds no such thing that
+            can be called.
 
     Example:
         >>> find("torch.nn:Linear", "the model")
@@ -58,14 +59,17 @@ def find(path: str, role: str) -> Any:
             raise ConfigError(f"{path!r}, but no {part!r} in it", expected, fix)
         found = getattr(found, part)
     if not callable(found):
-        raise ConfigError(f"{path!r}, which is a {type(found).__name__}", expected, "Name a function or a class.")
+        raise ConfigError(
+            f"{path!r}, which is a {type(found).__name__}", expected, "Name a function or a class."
+        )
     return found
 
 
 def make(path: str, role: str, options: Mapping[str, Any], *, seed: int) -> Any:
     """What the function at an import path returns for the options.
 
-    The global random states of Python, NumPy and torch are seeded for the call, and put back afterwards.
+    The global random states of Python, NumPy and torch are seeded for the call, and put back
+    afterwards.
 
     Args:
         path: package.module:name.
@@ -92,7 +96,9 @@ def make(path: str, role: str, options: Mapping[str, Any], *, seed: int) -> Any:
         raise
     except Exception as error:
         got = f"{type(error).__name__} from {path}: {error}"
-        raise ConfigError(got, f"{role} from it", f"Correct the function or its options; {DEBUG}.") from error
+        raise ConfigError(
+            got, f"{role} from it", f"Correct the function or its options; {DEBUG}."
+        ) from error
 
 
 def _check_options(path: str, role: str, function: Any, options: Mapping[str, Any]) -> None:
@@ -104,4 +110,6 @@ def _check_options(path: str, role: str, function: Any, options: Mapping[str, An
         signature.bind(**options)
     except TypeError as error:
         got = f"the options {sorted(options)} for {path}{signature}: {error}"
-        raise ConfigError(got, f"options that {role} takes", "Correct `options` in the configuration.") from error
+        raise ConfigError(
+            got, f"options that {role} takes", "Correct `options` in the configuration."
+        ) from error

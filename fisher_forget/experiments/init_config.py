@@ -32,7 +32,11 @@ def write_starter(path: Path, template: str = "classifier") -> Path:
         with path.open("x", encoding="utf-8") as file:
             file.write(text.substitute(path=path))
     except FileExistsError as error:
-        raise StorageError(f"{path}, which is there", "a new file", "Name another, or remove it first.") from error
+        raise StorageError(
+            f"{path}, which is there", "a new file", "Name another, or remove it first."
+        ) from error
     except OSError as error:
-        raise StorageError(f"{path}: {error}", "a file that can be written", "Name another place.") from error
+        raise StorageError(
+            f"{path}: {error}", "a file that can be written", "Name another place."
+        ) from error
     return path

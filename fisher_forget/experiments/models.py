@@ -1,4 +1,5 @@
-"""The recipes' models, small enough to retrain many times, by name; and models of the user's own."""
+"""The recipes' models, small enough to retrain many times, by name; and models of the user's
+own."""
 
 from __future__ import annotations
 
@@ -15,21 +16,26 @@ from fisher_forget.errors import ConfigError
 from fisher_forget.experiments import import_path
 
 
-def build_model(name: str, input_shape: tuple[int, ...], outputs: int, *, seed: int, **options: object) -> nn.Module:
-    """A new model; its initial weights depend on `seed` only, and the global random state is left alone.
+def build_model(
+    name: str, input_shape: tuple[int, ...], outputs: int, *, seed: int, **options: object
+) -> nn.Module:
+    """A new model; its initial weights depend on `seed` only, and the global random state is left
+    alone.
 
-    A name with a colon is the import path of a function or class of your own, package.module:name. It is called with
-    the options alone, the global random states seeded, and returns the model.
+    A name with a colon is the import path of a function or class of your own, package.module:name.
+    It is called with the options alone, the global random states seeded, and returns the model.
 
     Args:
         name: A key of `MODELS`, or an import path.
-        input_shape: Shape of one sample, without the batch dimension: (channels, height, width) for images.
+        input_shape: Shape of one sample, without the batch dimension: (channels, height, width) for
+            images.
         outputs: Number of classes, or of regression targets.
         seed: Of the initial weights.
         **options: Keyword arguments of the builder, such as `width`.
 
     Raises:
-        ConfigError: If the name, an option or the input shape does not fit, or a function of your own fails.
+        ConfigError: If the name, an option or the input shape does not fit, or a function of your
+            own fails.
 
     Example:
         >>> build_model("cnn", (1, 8, 8), 10, seed=0, width=8)(torch.zeros(2, 1, 8, 8)).shape
@@ -38,15 +44,23 @@ def build_model(name: str, input_shape: tuple[int, ...], outputs: int, *, seed: 
     if import_path.is_own(name):
         made = import_path.make(name, "the model", options, seed=seed)
         if not isinstance(made, nn.Module):
-            raise ConfigError(f"{type(made).__name__} from {name}", "a torch.nn.Module", "Return the model.")
+            raise ConfigError(
+                f"{type(made).__name__} from {name}", "a torch.nn.Module", "Return the model."
+            )
         return made
     if name not in MODELS:
         near = difflib.get_close_matches(name, MODELS, cutoff=0.4)
         fix = f"Did you mean {' or '.join(map(repr, near))}?" if near else "Correct the name."
-        raise ConfigError(f"the model {name!r}", f"one of {sorted(MODELS)}, or package.module:function", fix)
+        raise ConfigError(
+            f"the model {name!r}", f"one of {sorted(MODELS)}, or package.module:function", fix
+        )
     known = list(inspect.signature(MODELS[name]).parameters)[2:]
     if unknown := sorted(set(options) - set(known)):
-        raise ConfigError(f"the options {unknown} for the model {name!r}", f"options among {known}", "Remove them.")
+        raise ConfigError(
+            f"the options {unknown} for the model {name!r}",
+            f"options among {known}",
+            "Remove them.",
+        )
     with torch.random.fork_rng(devices=[]):
         # not torch.manual_seed, which would also seed the accelerators
         torch.default_generator.manual_seed(seed)
@@ -58,7 +72,9 @@ def linear(input_shape: tuple[int, ...], outputs: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(input_shape), outputs))
 
 
-def mlp(input_shape: tuple[int, ...], outputs: int, *, hidden: Sequence[int] = (1024, 1024)) -> nn.Module:
+def mlp(
+    input_shape: tuple[int, ...], outputs: int, *, hidden: Sequence[int] = (1024, 1024)
+) -> nn.Module:
     """Fully connected ReLU layers of the `hidden` sizes."""
     sizes = [math.prod(input_shape), *hidden]
     layers: list[nn.Module] = [nn.Flatten()]
@@ -68,47 +84,73 @@ def mlp(input_shape: tuple[int, ...], outputs: int, *, hidden: Sequence[int] = (
 
 
 def cnn(input_shape: tuple[int, ...], outputs: int, *, width: int = 16) -> nn.Module:
-    """Small CNN for digits and MNIST, without dropout and BatchNorm: two convolutions, a third from 16 pixels on."""
+    """Small CNN for digits and MNIST, without dropout and BatchNorm: two convolutions, a third from
+    16 pixels on."""
     channels, height, side = _image(input_shape, least=2)
     layers: list[nn.Module] = [*_conv(channels, width), *_conv(width, 2 * width), nn.MaxPool2d(2)]
     height, side = height // 2, side // 2
     if min(input_shape[1:]) >= 16:
         layers += [*_conv(2 * width, 2 * width), nn.MaxPool2d(2)]
         height, side = height // 2, side // 2
-    head = [nn.Flatten(), nn.Linear(2 * width * height * side, 64), nn.ReLU(), nn.Linear(64, outputs)]
+    head = [
+        nn.Flatten(),
+        nn.Linear(2 * width * height * side, 64),
+        nn.ReLU(),
+        nn.Linear(64, outputs),
+    ]
     return nn.Sequential(*layers, *head)
 
 
-def all_cnn(input_shape: tuple[int, ...], outputs: int, *, width: float = 0.5, batch_norm: bool = False) -> nn.Module:
+def all_cnn(
+    input_shape: tuple[int, ...], outputs: int, *, width: float = 0.5, batch_norm: bool = False
+) -> nn.Module:
     """All-CNN-C (Springenberg et al. 2015, arXiv:1412.6806, table 1), `width` times as wide.
 
-    Left out are its dropout and the ReLU on the logits; its seventh convolution is padded, so that 8 x 8 inputs fit.
+    Left out are its dropout and the ReLU on the logits; its seventh convolution is padded, so that
+    8 x 8 inputs fit.
     """
     channels, *_ = _image(input_shape, least=2)
     narrow, wide = _scaled(96, width), _scaled(192, width)
-    plan = [(narrow, 3, 1), (narrow, 3, 1), (narrow, 3, 2), (wide, 3, 1), (wide, 3, 1), (wide, 3, 2), (wide, 3, 1)]
+    plan = [
+        (narrow, 3, 1),
+        (narrow, 3, 1),
+        (narrow, 3, 2),
+        (wide, 3, 1),
+        (wide, 3, 1),
+        (wide, 3, 2),
+        (wide, 3, 1),
+    ]
     layers: list[nn.Module] = []
     for after, kernel, stride in [*plan, (wide, 1, 1)]:
         layers += _conv(channels, after, kernel, stride, batch_norm=batch_norm)
         channels = after
-    model = nn.Sequential(*layers, nn.Conv2d(wide, outputs, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = nn.Sequential(
+        *layers, nn.Conv2d(wide, outputs, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
     return _he(model)
 
 
 def resnet18(input_shape: tuple[int, ...], outputs: int, *, width: float = 0.5) -> nn.Module:
-    """ResNet-18 (He et al. 2016, arXiv:1512.03385) for small images: 3 x 3 stem, no max-pooling, `width` times 64."""
+    """ResNet-18 (He et al. 2016, arXiv:1512.03385) for small images: 3 x 3 stem, no max-pooling,
+    `width` times 64."""
     channels, *_ = _image(input_shape, least=1)
     sizes = [_scaled(64 * 2**stage, width) for stage in range(4)]
     layers: list[nn.Module] = _conv(channels, sizes[0], batch_norm=True)
     before = sizes[0]
     for stage, after in enumerate(sizes):
-        layers += [ResidualBlock(before, after, stride=1 if stage == 0 else 2), ResidualBlock(after, after)]
+        layers += [
+            ResidualBlock(before, after, stride=1 if stage == 0 else 2),
+            ResidualBlock(after, after),
+        ]
         before = after
-    return _he(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, outputs)))
+    return _he(
+        nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, outputs))
+    )
 
 
 class ResidualBlock(nn.Module):
-    """relu(BN(conv(relu(BN(conv(x))))) + shortcut(x)); the shortcut is a 1 x 1 convolution where the shape changes."""
+    """relu(BN(conv(relu(BN(conv(x))))) + shortcut(x)); the shortcut is a 1 x 1 convolution where
+    the shape changes."""
 
     def __init__(self, before: int, after: int, stride: int = 1) -> None:
         super().__init__()
@@ -125,15 +167,19 @@ class ResidualBlock(nn.Module):
         return out
 
 
-def _conv(before: int, after: int, kernel: int = 3, stride: int = 1, *, batch_norm: bool = False) -> list[nn.Module]:
+def _conv(
+    before: int, after: int, kernel: int = 3, stride: int = 1, *, batch_norm: bool = False
+) -> list[nn.Module]:
     """Convolution and ReLU; BatchNorm between them replaces the bias."""
     conv = nn.Conv2d(before, after, kernel, stride, padding=kernel // 2, bias=not batch_norm)
-    # every ReLU is its own module and not in place: hooks on shared or in-place modules see the wrong values
+    # every ReLU is its own module and not in place: hooks on shared or in-place modules see the
+    # wrong values
     return [conv, nn.BatchNorm2d(after), nn.ReLU()] if batch_norm else [conv, nn.ReLU()]
 
 
 def _he(model: nn.Module) -> nn.Module:
-    """He initialisation of the convolutions: with PyTorch's default, deep ReLU nets without BatchNorm fade to zero."""
+    """He initialisation of the convolutions: with PyTorch's default, deep ReLU nets without
+    BatchNorm fade to zero."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")

@@ -1,4 +1,5 @@
-"""A run: train, forget, retrain, compare, report. What is finished is stored, so a killed run goes on where it was."""
+"""A run: train, forget, retrain, compare, report. What is finished is stored, so a killed run goes
+on where it was."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ from fisher_forget.unlearn.result import ForgetResult, versions
 Rows = Indices | Literal["subset"] | None  # to train on; of every seed its own subset; all
 
 RETRAINED_SEEDS = 1000  # seeds of the retrained models start here: none is an original's
-# of the reference code, whose default is 3e-6: from noise that does nothing to noise that destroys the model
+# of the reference code, whose default is 3e-6: from noise that does nothing to noise that destroys
+# the model
 ALPHAS = tuple(np.logspace(-9, -4, 12).tolist())
 SWEEP = "sweep.parquet"  # in the folder of a forget set
 SCRUBBED, REFERENCE = "scrubbed", "reference-code"  # files of models in the folder of a seed
@@ -78,7 +80,8 @@ def run(config: RunConfig) -> Path:
     """Carry out a run, and a sweep where the configuration is a `SweepConfig`.
 
     Returns:
-        The report's path; beside it lie config.yaml, metrics.json, the plots, the weights, and for a sweep its table.
+        The report's path; beside it lie config.yaml, metrics.json, the plots, the weights, and for
+        a sweep its table.
 
     Raises:
         ConfigError, DataError, StorageError: Before anything is trained.
@@ -92,17 +95,25 @@ def run(config: RunConfig) -> Path:
     cases = []
     for settings in config.forget_sets:
         case = prepare_case(config, data, settings, folder)
-        results, evaluations = zip(*(_forget(config, case, i) for i in range(len(config.seeds))), strict=True)
+        results, evaluations = zip(
+            *(_forget(config, case, i) for i in range(len(config.seeds))), strict=True
+        )
         compared = range(len(config.seeds)) if config.reference_variant else ()
         rivals = [_reference_code(config, case, i) for i in compared]
         described = _describe(config, case, results, evaluations, rivals)
         cases.append(described)
         figures[f"{settings.name}: KL"] = _save(plots.plot_parts(described), case.folder / "kl")
-        figures[f"{settings.name}: scores"] = _save(plots.plot_scores(described), case.folder / "scores")
+        figures[f"{settings.name}: scores"] = _save(
+            plots.plot_scores(described), case.folder / "scores"
+        )
         if isinstance(config, SweepConfig):
             table = _sweep(config, case)
-            figures[f"{settings.name}: trade-off"] = _save(plots.plot_tradeoff(table), case.folder / "tradeoff")
-            figures[f"{settings.name}: noise"] = _save(plots.plot_noise(table), case.folder / "noise")
+            figures[f"{settings.name}: trade-off"] = _save(
+                plots.plot_tradeoff(table), case.folder / "tradeoff"
+            )
+            figures[f"{settings.name}: noise"] = _save(
+                plots.plot_noise(table), case.folder / "noise"
+            )
     metrics = {
         "schema": 1,
         "name": config.name,
@@ -155,9 +166,12 @@ class Task:
 
 
 def basis(config: RunConfig, data: DataBundle) -> tuple[object, ...]:
-    """What the weights of a run's models depend on, wherever the data came from, beside seed and samples."""
+    """What the weights of a run's models depend on, wherever the data came from, beside seed and
+    samples."""
     own: list[object] = []
-    if is_own(config.model.name):  # its code is not ours to know: at least its layers and first weights
+    if is_own(
+        config.model.name
+    ):  # its code is not ours to know: at least its layers and first weights
         template = untrained(config, data, 0)
         own = [re.sub(r" at 0x[0-9a-fA-F]+", "", repr(template)), template.state_dict()]
     return config.model, config.training, config.likelihood, data.train.tensors, *own
@@ -165,7 +179,9 @@ def basis(config: RunConfig, data: DataBundle) -> tuple[object, ...]:
 
 def subsets_task(config: RunConfig, clean: DataBundle, folder: Path) -> Task:
     """The models that tell which samples are memorised."""
-    return Task(clean, "subset", list(range(forget_sets.SUBSETS)), folder / "subsets", "train on subsets")
+    return Task(
+        clean, "subset", list(range(forget_sets.SUBSETS)), folder / "subsets", "train on subsets"
+    )
 
 
 def case_tasks(
@@ -179,7 +195,9 @@ def case_tasks(
     members = list(itertools.islice(free, settings.retrained or config.retrained))
     shared = folder if data is clean else place
     originals = Task(data, None, config.seeds, shared / "original", "train")
-    return originals, Task(data, retain, members, place / "retrained", f"retrain without {settings.name}")
+    return originals, Task(
+        data, retain, members, place / "retrained", f"retrain without {settings.name}"
+    )
 
 
 def prepare_case(config: RunConfig, clean: DataBundle, settings: ForgetSet, folder: Path) -> Case:
@@ -217,12 +235,19 @@ def untrained(config: RunConfig, data: DataBundle, seed: int) -> nn.Module:
     """The model of one seed before training."""
     first, targets = data.train.tensors[0], data.train.tensors[-1]
     outputs = len(data.classes) or targets.shape[-1]
-    return build_model(config.model.name, tuple(first.shape[1:]), outputs, seed=seed, **config.model.options)
+    return build_model(
+        config.model.name, tuple(first.shape[1:]), outputs, seed=seed, **config.model.options
+    )
 
 
 def parts(data: DataBundle, chosen: Indices, retain: Indices) -> dict[str, TensorDataset]:
-    """Forget, retain and test data; test data of the classes that are left, where a whole class is forgotten."""
-    named = {"forget": take(data.train, chosen), "retain": take(data.train, retain), "test": data.test}
+    """Forget, retain and test data; test data of the classes that are left, where a whole class is
+    forgotten."""
+    named = {
+        "forget": take(data.train, chosen),
+        "retain": take(data.train, retain),
+        "test": data.test,
+    }
     if data.classes:
         left = torch.isin(data.test.tensors[-1], data.train.tensors[-1][retain])
         if not bool(left.all()):
@@ -230,7 +255,9 @@ def parts(data: DataBundle, chosen: Indices, retain: Indices) -> dict[str, Tenso
     return named
 
 
-def evaluate_case(config: RunConfig, case: Case, methods: Mapping[str, Sequence[nn.Module]]) -> Evaluation:
+def evaluate_case(
+    config: RunConfig, case: Case, methods: Mapping[str, Sequence[nn.Module]]
+) -> Evaluation:
     """Every metric of what methods made of the originals of a case, beside its retrained models."""
     mark = files.fingerprint(*basis(config, case.data), case.forget)
     retain = np.setdiff1d(np.arange(len(case.data.train)), case.forget)
@@ -255,7 +282,8 @@ def forget_options(config: RunConfig) -> dict[str, Any]:
 
 
 def _sweep(config: SweepConfig, case: Case) -> SweepTable:
-    """A sweep from the first original model; its table is written as sweep.parquet and, to be read, as sweep.csv."""
+    """A sweep from the first original model; its table is written as sweep.parquet and, to be read,
+    as sweep.csv."""
     table = sweep(
         case.originals.models[0],
         case.data.train,
@@ -286,13 +314,18 @@ def _forget(config: RunConfig, case: Case, index: int) -> tuple[ForgetResult, Cl
     )
     evaluation = case.references[index].closeness(result.model)
     place = files.ensure_folder(case.folder / f"seed-{seed}")
-    files.save_model(place / f"{SCRUBBED}.safetensors", result.model, {"seed": str(seed), "case": case.settings.name})
+    files.save_model(
+        place / f"{SCRUBBED}.safetensors",
+        result.model,
+        {"seed": str(seed), "case": case.settings.name},
+    )
     (place / "result.txt").write_text(f"{result}\n")
     return result, evaluation
 
 
 def _reference_code(config: RunConfig, case: Case, index: int) -> tuple[float, Closeness]:
-    """The public code of Golatkar et al. 2020 on one original model: (alpha, scores) at its `best_scale` of twelve."""
+    """The public code of Golatkar et al. 2020 on one original model: (alpha, scores) at its
+    `best_scale` of twelve."""
     variant = reference_code_forget(
         case.originals.models[index],
         case.data.train,
@@ -309,15 +342,20 @@ def _reference_code(config: RunConfig, case: Case, index: int) -> tuple[float, C
             continue
     alpha, found = best_scale(scored)
     place = files.ensure_folder(case.folder / f"seed-{config.seeds[index]}")
-    files.save_model(place / f"{REFERENCE}.safetensors", variant.model(alpha), {"alpha": repr(alpha)})
+    files.save_model(
+        place / f"{REFERENCE}.safetensors", variant.model(alpha), {"alpha": repr(alpha)}
+    )
     return alpha, found
 
 
 def best_scale(scored: Sequence[tuple[float, Closeness]]) -> tuple[float, Closeness]:
-    """The scale with the smallest KL on the forget set among those that cost at most a point of retained accuracy.
+    """The scale with the smallest KL on the forget set among those that cost at most a point of
+    retained accuracy.
 
-    Where all of them cost more, the one that costs least. The choice looks at the retrained models, which no method
-    may: it is made in favour of the method that is compared with, whose scale nothing else determines.
+    Where all of them cost more, the one that costs least. The choice looks at the retrained models,
+    which no method
+    may: it is made in favour of the method that is compared with, whose scale nothing else
+    determines.
 
     Args:
         scored: (scale, scores) pairs, with the parts "forget" and "retain".
@@ -380,7 +418,10 @@ def redraw(config: RunConfig) -> list[Path]:
     drawn = []
     for case in metrics["cases"]:
         place = folder / Path(case["runs"][0]["folder"]).parent
-        drawn += [_save(plots.plot_parts(case), place / "kl"), _save(plots.plot_scores(case), place / "scores")]
+        drawn += [
+            _save(plots.plot_parts(case), place / "kl"),
+            _save(plots.plot_scores(case), place / "scores"),
+        ]
         if (place / SWEEP).exists():
             table = SweepTable.load(place / SWEEP)
             drawn += [

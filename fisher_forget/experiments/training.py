@@ -29,7 +29,8 @@ MAX_SHIFT = 4  # pixels, for 32-pixel images (He et al. 2016, section 4.2)
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda t: 1.0,
     "cosine": lambda t: (1 + math.cos(math.pi * t)) / 2,
-    # up from 1/25 within the first 0.3 and down to 0, both along a cosine (Smith & Topin 2017, arXiv:1708.07120)
+    # up from 1/25 within the first 0.3 and down to 0, both along a cosine (Smith & Topin 2017,
+    # arXiv:1708.07120)
     "onecycle": lambda t: (
         1 / 25 + (1 - 1 / 25) * (1 - math.cos(math.pi * t / 0.3)) / 2
         if t < 0.3
@@ -40,19 +41,21 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How to train; the objective is the mean loss plus (weight_decay / 2) |w|^2 over all trainable parameters.
+    """How to train; the objective is the mean loss plus (weight_decay / 2) |w|^2 over all trainable
+    parameters.
 
     Attributes:
         epochs: Passes over the data.
-        batch_size: Samples per step at most; the batches of an epoch differ in size by one sample at most.
+        batch_size: Samples per step at most; the batches of an epoch differ in size by one sample
+            at most.
         lr: Peak learning rate.
         momentum: Of SGD; Adam does not use it.
         weight_decay: Coefficient of the L2 term, for Adam too (not decoupled as in AdamW).
         optimizer: "sgd" or "adam".
         schedule: "onecycle", "cosine" or "constant", step by step.
         augment: Shift images at random, and flip those with three channels.
-        channels_last: Keep images and convolutions in that memory layout while training: the same mathematics, up to
-            twice as fast on a CPU.
+        channels_last: Keep images and convolutions in that memory layout while training: the same
+            mathematics, up to twice as fast on a CPU.
 
     Raises:
         ConfigError: If a value is out of range or a name unknown.
@@ -79,7 +82,9 @@ class TrainSettings:
             ("schedule", self.schedule in SCHEDULES, f"one of {sorted(SCHEDULES)}"),
         ):
             if not good:
-                raise ConfigError(f"{name}={getattr(self, name)!r}", expected, "Correct the training settings.")
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r}", expected, "Correct the training settings."
+                )
 
 
 def train(
@@ -95,16 +100,18 @@ def train(
 ) -> nn.Module:
     """Train a copy of `model`, from the weights it has, and return the copy in eval mode.
 
-    Batch order, augmentation and dropout come from `seed`. On the CPU, with one number of threads, two calls give the
-    same bits; the given model and the global random state stay as they are.
+    Batch order, augmentation and dropout come from `seed`. On the CPU, with one number of threads,
+    two calls give the same bits; the given model and the global random state stay as they are.
 
     Args:
         model: Any module; parameters without `requires_grad` stay frozen.
         data: Inputs [N, ...], or several by name in a `KeywordDataset`, and targets [N, ...].
         settings: See `TrainSettings`.
         seed: Of everything random.
-        indices: Samples to train on; all of them if `None`. A repeated index counts as often as it occurs.
-        likelihood: Name or instance; the loss is its sum over the batch divided by its sum of counts, in nats.
+        indices: Samples to train on; all of them if `None`. A repeated index counts as often as it
+            occurs.
+        likelihood: Name or instance; the loss is its sum over the batch divided by its sum of
+            counts, in nats.
         progress: Show a progress bar with the loss.
         description: Text of the progress bar.
 
@@ -116,12 +123,18 @@ def train(
     """
     kind = likelihoods.resolve_likelihood(likelihood)
     if len(data.tensors) < 2:
-        raise DataError(f"a data set of {len(data.tensors)} tensors", "inputs and targets", "Add the targets.")
+        raise DataError(
+            f"a data set of {len(data.tensors)} tensors", "inputs and targets", "Add the targets."
+        )
     chosen = _rows(indices, len(data))
     for name in ("augment", "channels_last"):
-        if getattr(settings, name) and (isinstance(data, KeywordDataset) or data.tensors[0].dim() != 4):
+        if getattr(settings, name) and (
+            isinstance(data, KeywordDataset) or data.tensors[0].dim() != 4
+        ):
             shape = tuple(data.tensors[0].shape)
-            raise ConfigError(f"{name}=True for inputs {shape}", "images [N, C, H, W]", f"Unset {name}.")
+            raise ConfigError(
+                f"{name}=True for inputs {shape}", "images [N, C, H, W]", f"Unset {name}."
+            )
     twin = copy.deepcopy(model).train()
     if settings.channels_last:
         twin = _laid_out(twin, torch.channels_last)
@@ -132,11 +145,20 @@ def train(
     # Equal batches rather than a small last one: BatchNorm cannot train on a single sample.
     per_epoch = -(-len(chosen) // settings.batch_size)
     total = settings.epochs * per_epoch
-    bar = tqdm(total=total, desc=description, unit="step", disable=not progress, leave=False, dynamic_ncols=True)
+    bar = tqdm(
+        total=total,
+        desc=description,
+        unit="step",
+        disable=not progress,
+        leave=False,
+        dynamic_ncols=True,
+    )
     with _seeded(seed, device), bar:
         for step in range(total):
             if step % per_epoch == 0:
-                order = chosen[torch.randperm(len(chosen), generator=generator)].tensor_split(per_epoch)
+                order = chosen[torch.randperm(len(chosen), generator=generator)].tensor_split(
+                    per_epoch
+                )
             rows = order[step % per_epoch]
             inputs, targets = data[rows][:2]
             if settings.augment:
@@ -161,7 +183,8 @@ def train(
 
 
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image shifted by its own random offset over zeros, and flipped left-right half the time if in colour.
+    """Each image shifted by its own random offset over zeros, and flipped left-right half the time
+    if in colour.
 
     Offsets reach an eighth of the side, at most 4 pixels, in both directions.
 
@@ -171,7 +194,9 @@ def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
     """
     count, channels, height, width = images.shape
     reach = min(MAX_SHIFT, min(height, width) // 8)
-    down, right = torch.randint(0, 2 * reach + 1, (2, count, 1), generator=generator).to(images.device)
+    down, right = torch.randint(0, 2 * reach + 1, (2, count, 1), generator=generator).to(
+        images.device
+    )
     rows = down + torch.arange(height, device=images.device)
     columns = right + torch.arange(width, device=images.device)
     if channels == 3:
@@ -189,7 +214,9 @@ def _laid_out(model: nn.Module, layout: torch.memory_format) -> nn.Module:
     return moved
 
 
-def _mean_loss(model: nn.Module, kind: likelihoods.Likelihood, batch: Batch, *, check: bool) -> Tensor:
+def _mean_loss(
+    model: nn.Module, kind: likelihoods.Likelihood, batch: Batch, *, check: bool
+) -> Tensor:
     outputs = call(model, {}, batch.args, batch.kwargs)
     if check:
         kind.check(outputs, batch.targets)
@@ -199,12 +226,15 @@ def _mean_loss(model: nn.Module, kind: likelihoods.Likelihood, batch: Batch, *, 
 def _optimizer(weights: list[Tensor], settings: TrainSettings) -> torch.optim.Optimizer:
     if settings.optimizer == "adam":
         return torch.optim.Adam(weights, lr=settings.lr, weight_decay=settings.weight_decay)
-    return torch.optim.SGD(weights, settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay)
+    return torch.optim.SGD(
+        weights, settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+    )
 
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Dropout draws from the global generators: seed those of the CPU and of `device`, and put them back at the end."""
+    """Dropout draws from the global generators: seed those of the CPU and of `device`, and put them
+    back at the end."""
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.default_generator.manual_seed(seed)
@@ -217,8 +247,13 @@ def _rows(indices: Sequence[int] | NDArray[np.int64] | Tensor | None, total: int
     if indices is None:
         rows = np.arange(total)
     else:
-        rows = indices.detach().cpu().numpy() if isinstance(indices, Tensor) else np.asarray(indices)
-    expected, fix = f"integers from 0 to {total - 1}", "Pass the indices of the samples to train on."
+        rows = (
+            indices.detach().cpu().numpy() if isinstance(indices, Tensor) else np.asarray(indices)
+        )
+    expected, fix = (
+        f"integers from 0 to {total - 1}",
+        "Pass the indices of the samples to train on.",
+    )
     if not rows.size:
         raise DataError("no samples to train on", expected, fix)
     if rows.ndim != 1 or rows.dtype.kind not in "iu":

@@ -4,11 +4,11 @@ A setting is judged by two numbers in percentage points, whose sum is to be smal
 
     damage     accuracy on unseen samples of what is retained, lost against the original
     memory     a class that is forgotten as a whole: unseen samples of it that are still recognised
-               other samples: |2 AUC - 1| of the loss, forgotten samples against unseen samples like them
-               (of the same classes; with labels made wrong where they are mislabelled)
+               other samples: |2 AUC - 1| of the loss, forgotten samples against unseen samples like
+               them (of the same classes; with labels made wrong where they are mislabelled)
 
-since to a model that never saw the forgotten samples they are like unseen ones. Every method may try equally many
-settings, its defaults first.
+since to a model that never saw the forgotten samples they are like unseen ones. Every method may
+try equally many settings, its defaults first.
 """
 
 from __future__ import annotations
@@ -74,7 +74,12 @@ class Judge:
 
     @classmethod
     def of(
-        cls, original: nn.Module, data: DataBundle, forget: Indices, settings: ForgetSet, validation: TensorDataset
+        cls,
+        original: nn.Module,
+        data: DataBundle,
+        forget: Indices,
+        settings: ForgetSet,
+        validation: TensorDataset,
     ) -> Judge:
         """The judge of one forget set.
 
@@ -115,8 +120,11 @@ class Judge:
         return Judgement(damage, 100 * abs(2 * float(auc) - 1))
 
 
-def settings(method: type[Unlearner], trials: int, fixed: Collection[str] = ()) -> Iterator[dict[str, Any]]:
-    """Settings to try: the defaults, then others of the grid in an order drawn once for all by the method's name.
+def settings(
+    method: type[Unlearner], trials: int, fixed: Collection[str] = ()
+) -> Iterator[dict[str, Any]]:
+    """Settings to try: the defaults, then others of the grid in an order drawn once for all by the
+    method's name.
 
     Fields in `fixed` are left alone.
     """
@@ -129,7 +137,9 @@ def settings(method: type[Unlearner], trials: int, fixed: Collection[str] = ()) 
 
 
 def _none(what: str) -> DataError:
-    return DataError(f"no validation sample like {what}", "at least one", "Raise `validation`, or the test data.")
+    return DataError(
+        f"no validation sample like {what}", "at least one", "Raise `validation`, or the test data."
+    )
 
 
 def _predicted(model: nn.Module, data: TensorDataset) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,9 @@
-"""The numbers of a run in words: one sentence and one verdict a case, tables, and the summary for a terminal.
+"""The numbers of a run in words: one sentence and one verdict a case, tables, and the summary for a
+terminal.
 
-A case is one entry of `cases` in metrics.json (metrics.schema.json describes it). What it holds over seeds is read
-through `estimate`, so that a table, a plot and a sentence never disagree about which spread a "±" means.
+A case is one entry of `cases` in metrics.json (metrics.schema.json describes it). What it holds
+over seeds is read through `estimate`, so that a table, a plot and a sentence never disagree about
+which spread a "±" means.
 """
 
 from __future__ import annotations
@@ -50,8 +52,9 @@ class Verdict:
     """What a case comes to.
 
     Attributes:
-        word: "matches retraining" (KL within the floor's spread), "close", "partly closed", "hardly closed", "worse",
-            "costly" (quality lost on data that should be kept), "no gap" or "not measured".
+        word: "matches retraining" (KL within the floor's spread), "close", "partly closed", "hardly
+            closed", "worse", "costly" (quality lost on data that should be kept), "no gap" or "not
+            measured".
         tone: How good that is.
         reason: What the word means, in one sentence.
     """
@@ -64,8 +67,8 @@ class Verdict:
 def estimate(case: Case, part: str, key: str) -> Estimate:
     """A score of a case, in its own unit: KL in nats, accuracy in [0, 1].
 
-    The spread is the standard deviation over seeds; over the retrained models for the floor, for the retrained score,
-    and for kl_scrubbed where only one seed was run.
+    The spread is the standard deviation over seeds; over the retrained models for the floor, for
+    the retrained score, and for kl_scrubbed where only one seed was run.
 
     Raises:
         DataError: If the case lacks it.
@@ -107,8 +110,12 @@ def part_label(part: str) -> str:
 
 
 def kept_part(case: Case) -> str:
-    """The data that no forgetting should have made worse and no training has seen: where a method's cost shows."""
-    return next((p for p in ("test, retained classes", "test", "retain") if p in case["summary"]), parts_of(case)[-1])
+    """The data that no forgetting should have made worse and no training has seen: where a method's
+    cost shows."""
+    return next(
+        (p for p in ("test, retained classes", "test", "retain") if p in case["summary"]),
+        parts_of(case)[-1],
+    )
 
 
 def score_scale(score_name: str) -> tuple[float, str]:
@@ -201,7 +208,8 @@ def gap(case: Case, part: str) -> str:
 
 
 def _share(closed: float) -> str:
-    """A gap that more than doubled says no more than that: its size is mostly that of the gap it is divided by."""
+    """A gap that more than doubled says no more than that: its size is mostly that of the gap it is
+    divided by."""
     return f"{_percent(closed)} %" if closed >= -1 else "< -100 %"
 
 
@@ -234,22 +242,28 @@ def sentence(case: Case) -> str:
 
 
 def cost(case: Case) -> str | None:
-    """A sentence about quality lost on data that should have kept it, or `None` where there is no such loss.
+    """A sentence about quality lost on data that should have kept it, or `None` where there is no
+    such loss.
 
-    A loss counts when it is more than twice the spread of the retrained models, and more than `SCORE_LOSS` of accuracy
-    or `ERROR_LOSS` of an error.
+    A loss counts when it is more than twice the spread of the retrained models, and more than
+    `SCORE_LOSS` of accuracy or `ERROR_LOSS` of an error.
     """
     name = case["score_name"]
     factor, unit = score_scale(name)
     losses = []
     for part in dict.fromkeys(p for p in ("retain", kept_part(case)) if p in case["summary"]):
-        scrubbed, target = estimate(case, part, "score_scrubbed"), estimate(case, part, "score_retrained")
+        scrubbed, target = (
+            estimate(case, part, "score_scrubbed"),
+            estimate(case, part, "score_retrained"),
+        )
         higher_is_better = unit == "%"
         loss = target.mean - scrubbed.mean if higher_is_better else scrubbed.mean - target.mean
         allowed = SCORE_LOSS if higher_is_better else ERROR_LOSS * abs(target.mean)
         spread = target.std if math.isfinite(target.std) else 0.0
         if loss > max(allowed, 2 * spread):
-            shown = f"{factor * loss:.1f} points below" if higher_is_better else f"{number(loss)} above"
+            shown = (
+                f"{factor * loss:.1f} points below" if higher_is_better else f"{number(loss)} above"
+            )
             losses.append(f"{shown} the retrained models on the {part_label(part)}")
     return f"The cost: {name} is {' and '.join(losses)}." if losses else None
 
@@ -267,13 +281,25 @@ def verdict(case: Case) -> Verdict:
     if lost is not None:
         return Verdict("costly", "poor", lost)
     if closed.n == 0:
-        return Verdict("no gap", "none", "The original was already as close as two retrained models are.")
+        return Verdict(
+            "no gap", "none", "The original was already as close as two retrained models are."
+        )
     if within:
-        return Verdict("matches retraining", "good", "As close to the retrained models as they are to each other.")
+        return Verdict(
+            "matches retraining",
+            "good",
+            "As close to the retrained models as they are to each other.",
+        )
     if closed.mean >= CLOSE:
-        return Verdict("close", "good", f"At least {CLOSE:.0%} of the gap is closed.".replace("%", " %"))
+        return Verdict(
+            "close", "good", f"At least {CLOSE:.0%} of the gap is closed.".replace("%", " %")
+        )
     if closed.mean >= PARTLY:
-        return Verdict("partly closed", "fair", f"Between {100 * PARTLY:.0f} and {100 * CLOSE:.0f} % is closed.")
+        return Verdict(
+            "partly closed",
+            "fair",
+            f"Between {100 * PARTLY:.0f} and {100 * CLOSE:.0f} % is closed.",
+        )
     return Verdict("hardly closed", "poor", f"Less than {100 * PARTLY:.0f} % of the gap is closed.")
 
 
@@ -288,7 +314,8 @@ def timing(case: Case) -> str | None:
 
 
 def reference_code(case: Case) -> Case | None:
-    """The case with the scores of the public code in place of the scrubbed model's; `None` where it was not run."""
+    """The case with the scores of the public code in place of the scrubbed model's; `None` where it
+    was not run."""
     return {**case, "summary": case["reference_code"]} if "reference_code" in case else None
 
 
@@ -307,14 +334,21 @@ def case_table(case: Case) -> pd.DataFrame:
     rival = reference_code(case)
     for part in parts_of(case):
         values = {key: estimate(case, part, key) for key in ("kl_original", "kl_scrubbed", "floor")}
-        scores = {key: estimate(case, part, f"score_{key}") for key in ("original", "scrubbed", "retrained")}
+        scores = {
+            key: estimate(case, part, f"score_{key}")
+            for key in ("original", "scrubbed", "retrained")
+        }
         samples = _number(_entry(case, part, "samples")["mean"])
         rows.append(
             {
                 "part": part_label(part),
                 "samples": f"{samples:,.0f}" if math.isfinite(samples) else MISSING,
-                "KL original (nats)": plus_minus(values["kl_original"].mean, values["kl_original"].std),
-                "KL scrubbed (nats)": plus_minus(values["kl_scrubbed"].mean, values["kl_scrubbed"].std),
+                "KL original (nats)": plus_minus(
+                    values["kl_original"].mean, values["kl_original"].std
+                ),
+                "KL scrubbed (nats)": plus_minus(
+                    values["kl_scrubbed"].mean, values["kl_scrubbed"].std
+                ),
                 "floor (nats)": plus_minus(values["floor"].mean, values["floor"].std),
                 "gap closed": gap(case, part),
                 **{title.format(key): score(value, name) for key, value in scores.items()},
@@ -323,7 +357,9 @@ def case_table(case: Case) -> pd.DataFrame:
         if rival:
             other = estimate(rival, part, "kl_scrubbed")
             rows[-1]["KL reference code (nats)"] = plus_minus(other.mean, other.std)
-            rows[-1][title.format("reference code")] = score(estimate(rival, part, "score_scrubbed"), name)
+            rows[-1][title.format("reference code")] = score(
+                estimate(rival, part, "score_scrubbed"), name
+            )
     return pd.DataFrame(rows)
 
 
@@ -363,8 +399,13 @@ def to_markdown(frame: pd.DataFrame) -> str:
     header = [_cell(column) for column in frame.columns]
     body = [[_cell(value) for value in row] for row in frame.itertuples(index=False)]
     widths = [max(3, *(len(row[i]) for row in [header, *body])) for i in range(len(header))]
-    rules = [":" + "-" * (width - 1) if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    return "\n".join("| " + " | ".join(_align(row, widths)) + " |" for row in [header, rules, *body])
+    rules = [
+        ":" + "-" * (width - 1) if i == 0 else "-" * (width - 1) + ":"
+        for i, width in enumerate(widths)
+    ]
+    return "\n".join(
+        "| " + " | ".join(_align(row, widths)) + " |" for row in [header, rules, *body]
+    )
 
 
 def _cell(value: object) -> str:
@@ -373,7 +414,10 @@ def _cell(value: object) -> str:
 
 
 def _align(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    return [f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+    return [
+        f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}"
+        for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+    ]
 
 
 def console(metrics: Mapping[str, Any]) -> str:
@@ -418,7 +462,11 @@ def _console_table(case: Case, width: int) -> list[str]:
     undefined = any(estimate(case, part, "gap_closed").n == 0 for part in parts_of(case))
     note = [f'closed "{MISSING}" is {UNDEFINED}'] if undefined else []
     if rival:
-        kept = [f"{part} {_mean_score(rival, part, 'scrubbed')}" for part in parts_of(rival) if part != "forget"]
+        kept = [
+            f"{part} {_mean_score(rival, part, 'scrubbed')}"
+            for part in parts_of(rival)
+            if part != "forget"
+        ]
         text = f"reference code: on forget, at the best of twelve scales; {score_title} on {'; '.join(kept)}"
         note += textwrap.wrap(text, width, subsequent_indent="  ")
     return [top, *("  ".join(_align(row, widths)).rstrip() for row in [heads, *rows]), *note]

@@ -1,4 +1,5 @@
-"""Sweeps: what other options, methods and noise scales would have done, from as few curvature estimates as possible."""
+"""Sweeps: what other options, methods and noise scales would have done, from as few curvature
+estimates as possible."""
 
 from fisher_forget.sweep.run import sweep
 from fisher_forget.sweep.table import SweepTable

@@ -18,7 +18,14 @@ from fisher_forget.errors import ConfigError
 from fisher_forget.unlearn.forget import forget
 
 OURS = FisherForget.name
-CURVATURE = ("structure", "kind", "draws", "max_samples", "solver", "subset")  # what a curvature estimate depends on
+CURVATURE = (
+    "structure",
+    "kind",
+    "draws",
+    "max_samples",
+    "solver",
+    "subset",
+)  # what a curvature estimate depends on
 DRAW = ("noise", "exponent", "seed")  # what needs neither another estimate nor another Newton step
 _SHARED = ("likelihood", "unpack", "device", "progress")  # by all cells, or by none
 DEFAULTS: dict[str, Any] = {
@@ -34,7 +41,8 @@ class Cell:
 
     Attributes:
         method: Its name.
-        options: All of `forget`'s; of another method those that differ from its defaults, and the seed.
+        options: All of `forget`'s; of another method those that differ from its defaults, and the
+            seed.
     """
 
     method: str
@@ -59,26 +67,34 @@ class Cell:
 def expand(grid: Mapping[str, Iterable[Any]], fixed: Mapping[str, Any]) -> tuple[Cell, ...]:
     """All cells of a grid, each once. An axis crosses the methods that have an option of that name.
 
-    Where noise is an axis, the Newton step without noise is a cell, too, and a single one: it has no draws.
+    Where noise is an axis, the Newton step without noise is a cell, too, and a single one: it has
+    no draws.
 
     Args:
         grid: Option -> values; "method" -> names.
         fixed: Option -> value, for every cell that has it.
 
     Raises:
-        ConfigError: An unknown method or option, an axis without values, or a value that is out of range.
+        ConfigError: An unknown method or option, an axis without values, or a value that is out of
+            range.
     """
     axes = {name: _values(name, values) for name, values in grid.items()}
     methods = axes.pop("method", [OURS])
     if unknown := [name for name in methods if name not in METHODS]:
-        raise ConfigError(f"the methods {unknown}", f"some of {list(METHODS)}", "Correct the names.")
+        raise ConfigError(
+            f"the methods {unknown}", f"some of {list(METHODS)}", "Correct the names."
+        )
     known = {name: _options(name) for name in METHODS}
     _check_names(axes, [known[name] for name in methods])
-    _check_names(fixed, known.values())  # of methods that are not in the grid, too: options may be shared by grids
+    _check_names(
+        fixed, known.values()
+    )  # of methods that are not in the grid, too: options may be shared by grids
     found: dict[str, Cell] = {}
     for method in methods:
         own = {name: values for name, values in axes.items() if name in known[method]}
-        base: dict[str, Any] = {"seed": 0} | {name: value for name, value in fixed.items() if name in known[method]}
+        base: dict[str, Any] = {"seed": 0} | {
+            name: value for name, value in fixed.items() if name in known[method]
+        }
         if method == OURS:
             base = DEFAULTS | base
             own |= {"noise": [0.0, *(v for v in own["noise"] if v)]} if "noise" in own else {}
@@ -88,7 +104,9 @@ def expand(grid: Mapping[str, Iterable[Any]], fixed: Mapping[str, Any]) -> tuple
             if method == OURS:
                 options["noise"] = 0.0 if options["noise"] is None else options["noise"]
                 options["seed"] = first if options["noise"] == 0 else options["seed"]
-                check_options(**{name: options[name] for name in inspect.signature(check_options).parameters})
+                check_options(
+                    **{name: options[name] for name in inspect.signature(check_options).parameters}
+                )
             cell = Cell(method, options)
             found[cell.key] = cell
     return tuple(found.values())
@@ -104,7 +122,9 @@ def grouped(cells: Iterable[Cell], by: Callable[[Cell], Any]) -> list[list[Cell]
 
 def _values(name: str, values: Iterable[Any]) -> Sequence[Any]:
     if isinstance(values, str) or not isinstance(values, Iterable) or not (found := list(values)):
-        raise ConfigError(f"the axis {name}={values!r}", "one value at least, in a list", f"Pass {name!r}: [...].")
+        raise ConfigError(
+            f"the axis {name}={values!r}", "one value at least, in a list", f"Pass {name!r}: [...]."
+        )
     return [value.item() if isinstance(value, np.generic) else value for value in found]
 
 
@@ -119,5 +139,9 @@ def _check_names(names: Iterable[str], known: Collection[Collection[str]]) -> No
         if not any(name in options for options in known):
             every = sorted({option for options in known for option in options})
             near = difflib.get_close_matches(name, every, n=1, cutoff=0.5)
-            fix = f"Did you mean {near[0]!r}?" if near else "Leave it out, or add the method that has it."
+            fix = (
+                f"Did you mean {near[0]!r}?"
+                if near
+                else "Leave it out, or add the method that has it."
+            )
             raise ConfigError(f"the option {name!r}", f"one of {every}", fix)

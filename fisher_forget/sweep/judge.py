@@ -51,15 +51,19 @@ class Judge:
         """
         if missing := [part for part in PARTS if part not in reference.targets]:
             raise ConfigError(
-                f"a reference without {missing}", f"the parts {PARTS}", "Give them to Reference(parts=...)."
+                f"a reference without {missing}",
+                f"the parts {PARTS}",
+                "Give them to Reference(parts=...).",
             )
         own = reference.original
         original = reference.score(own)
         members = pd.DataFrame([_losses(reference, outputs) for outputs in reference.retrained])
         marks = {
-            "original": _columns(original, "kl_original", "score_original") | _losses(reference, own),
+            "original": _columns(original, "kl_original", "score_original")
+            | _losses(reference, own),
             "retrained": _columns(original, "floor", "score_retrained") | _plain(members.mean()),
-            "retrained_std": _columns(original, "floor_std", "score_retrained_std") | _plain(members.std()),
+            "retrained_std": _columns(original, "floor_std", "score_retrained_std")
+            | _plain(members.std()),
         }
         return cls(reference, original, marks, ruin)
 
@@ -69,12 +73,16 @@ class Judge:
         return self.original.score_name
 
     def row(self, outputs: Outputs) -> dict[str, Any]:
-        """status, and kl_<part>, score_<part>, loss_<part> and gap_closed; without these where outputs overflow."""
+        """status, and kl_<part>, score_<part>, loss_<part> and gap_closed; without these where
+        outputs overflow."""
         if not all(bool(torch.isfinite(values).all()) for values in outputs.values()):
             return {"status": RUINED}
         likelihood, found = self.reference.likelihood, {}
         for part, y in self.reference.targets.items():
-            kl = [mean_kl(likelihood, member[part], outputs[part], y) for member in self.reference.retrained]
+            kl = [
+                mean_kl(likelihood, member[part], outputs[part], y)
+                for member in self.reference.retrained
+            ]
             found[f"kl_{column(part)}"] = math.fsum(kl) / len(kl)
             found[f"score_{column(part)}"] = float(likelihood.scores(outputs[part], y).mean())
         found |= _losses(self.reference, outputs)

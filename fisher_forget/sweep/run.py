@@ -1,4 +1,5 @@
-"""sweep(): scores of every cell of a grid, with one curvature estimate and one Newton step for each distinct need."""
+"""sweep(): scores of every cell of a grid, with one curvature estimate and one Newton step for each
+distinct need."""
 
 from __future__ import annotations
 
@@ -54,32 +55,36 @@ def sweep(
 ) -> SweepTable:
     """Score what every combination of the grid's values makes of a model.
 
-    Any option of `forget` can be an axis: "noise", "exponent", "damping", "steps", "structure", "kind", ...; "seed" is
-    that of the noise draw, while curvature and Newton step are shared by all cells that differ in noise, exponent and
-    seed only. "method" names methods of `fisher_forget.baselines.METHODS`; their own settings can be axes, too, and
-    cross the methods that have them.
+    Any option of `forget` can be an axis: "noise", "exponent", "damping", "steps", "structure",
+    "kind", ...; "seed" is that of the noise draw, while curvature and Newton step are shared by all
+    cells that differ in noise, exponent and seed only. "method" names methods of
+    `fisher_forget.baselines.METHODS`; their own settings can be axes, too, and cross the methods
+    that have them.
 
     Args:
         model: Trained, as for `forget`; untouched.
         data: Loader over the training data set, or the data set.
         forget_idx: Distinct indices into it.
-        grid: Option -> values. Where "noise" is in it, the Newton step without noise is scored, too.
-        reference: Retrained models to compare with, on the parts "forget", "retain" and "test" at least. Its likelihood
-            is that of the sweep.
-        ruin: Where every draw of a noise scale raises the retained loss by more than this above the original's, in
-            nats, larger scales of that group are not run and marked as skipped. `None` runs them all.
-        file: Parquet file that the table is written to after every cell (with `jobs` > 1, after every curvature
-            estimate's cells); started again, the sweep goes on from there. A file of another model, data set or
-            reference is written anew, with a warning.
-        jobs: Worker processes, each with one torch thread; cells that share a curvature estimate stay together.
+        grid: Option -> values. Where "noise" is in it, the Newton step without noise is scored,
+            too.
+        reference: Retrained models to compare with, on the parts "forget", "retain" and "test" at
+            least. Its likelihood is that of the sweep.
+        ruin: Where every draw of a noise scale raises the retained loss by more than this above the
+            original's, in nats, larger scales of that group are not run and marked as skipped.
+            `None` runs them all.
+        file: Parquet file that the table is written to after every cell (with `jobs` > 1, after
+            every curvature estimate's cells); started again, the sweep goes on from there. A file
+            of another model, data set or reference is written anew, with a warning.
+        jobs: Worker processes, each with one torch thread; cells that share a curvature estimate
+            stay together.
         unpack: As for `forget`.
         progress: Show a bar with the time left.
-        **options: Of `forget` and the other methods, for every cell that has them: `weight_decay=5e-4`. `seed` is
-            that of the curvature estimate and the Newton step.
+        **options: Of `forget` and the other methods, for every cell that has them:
+            `weight_decay=5e-4`. `seed` is that of the curvature estimate and the Newton step.
 
     Raises:
-        ConfigError: An unknown option or method, a value out of range, or a part missing from the reference; before
-            any work.
+        ConfigError: An unknown option or method, a value out of range, or a part missing from the
+            reference; before any work.
         StorageError: If the file cannot be written.
 
     Example:
@@ -104,7 +109,9 @@ def sweep(
         if cell.method != OURS:
             work.method(cell)  # refuses what is out of range before any work
     axes = tuple(dict.fromkeys(["method", *(name for name in grid if name != "seed")]))
-    shared = files.fingerprint(model, split.fingerprint(), reference.targets, reference.retrained, work.seed, ruin)
+    shared = files.fingerprint(
+        model, split.fingerprint(), reference.targets, reference.retrained, work.seed, ruin
+    )
     rows = {} if file is None else _stored(Path(file), shared)
 
     def table() -> SweepTable:
@@ -113,14 +120,18 @@ def sweep(
 
     groups = grouped(cells, lambda cell: cell.part(CURVATURE) if cell.method == OURS else cell.key)
     todo = [group for group in groups if any(cell.key not in rows for cell in group)]
-    bar = tqdm(total=sum(map(len, todo)), desc="sweep", unit="cell", disable=not progress, leave=False)
+    bar = tqdm(
+        total=sum(map(len, todo)), desc="sweep", unit="cell", disable=not progress, leave=False
+    )
     with bar:
         for found in _found(work, todo, rows, jobs):
             for key, row in found:
                 rows[key] = row
                 bar.update()
             if file is not None:
-                table().save(file, fingerprint=shared, keys=[cell.key for cell in cells if cell.key in rows])
+                table().save(
+                    file, fingerprint=shared, keys=[cell.key for cell in cells if cell.key in rows]
+                )
     return table()
 
 
@@ -147,10 +158,13 @@ class _Work:
         method = METHODS[cell.method]
         shared = {"likelihood": self.judge.reference.likelihood}
         known = {f.name for f in fields(method)}  # type: ignore[arg-type]  # all are dataclasses
-        return method(**{name: value for name, value in shared.items() if name in known}, **cell.options)
+        return method(
+            **{name: value for name, value in shared.items() if name in known}, **cell.options
+        )
 
     def newton(self, cell: Cell, before: ForgetResult | None) -> ForgetResult:
-        """Curvature and Newton step of a cell; the curvature is that of a result before it, where there is one."""
+        """Curvature and Newton step of a cell; the curvature is that of a result before it, where
+        there is one."""
         options = {name: value for name, value in cell.options.items() if name not in DRAW}
         likelihood = self.judge.reference.likelihood
         if before is None:
@@ -165,7 +179,11 @@ class _Work:
                 progress=False,
                 **options,
             )
-        options = {name: value for name, value in options.items() if name not in CURVATURE or name == "solver"}
+        options = {
+            name: value
+            for name, value in options.items()
+            if name not in CURVATURE or name == "solver"
+        }
         with preserved_rng():
             objective = Objective(self.model, likelihood, cell.options["subset"])
             return scrub(
@@ -206,7 +224,9 @@ class _Work:
         return found | self.judge.row(self.judge.reference.outputs(model))
 
 
-def _found(work: _Work, groups: list[list[Cell]], rows: Mapping[str, Row], jobs: int) -> Iterator[Iterable[Found]]:
+def _found(
+    work: _Work, groups: list[list[Cell]], rows: Mapping[str, Row], jobs: int
+) -> Iterator[Iterable[Found]]:
     """Rows as they are found: one by one in this process, group by group from workers."""
     if jobs == 1 or len(groups) < 2:
         for group in groups:
@@ -214,7 +234,9 @@ def _found(work: _Work, groups: list[list[Cell]], rows: Mapping[str, Row], jobs:
         return
     known = [{cell.key: rows[cell.key] for cell in group if cell.key in rows} for group in groups]
     workers = joblib.Parallel(n_jobs=min(jobs, len(groups)), return_as="generator_unordered")
-    yield from workers(joblib.delayed(_all_rows)(work, *each) for each in zip(groups, known, strict=True))
+    yield from workers(
+        joblib.delayed(_all_rows)(work, *each) for each in zip(groups, known, strict=True)
+    )
 
 
 def _all_rows(work: _Work, group: list[Cell], known: Mapping[str, Row]) -> list[Found]:
@@ -228,11 +250,15 @@ def _all_rows(work: _Work, group: list[Cell], known: Mapping[str, Row]) -> list[
 
 
 def _rows(work: _Work, group: list[Cell], known: Mapping[str, Row]) -> Iterator[Found]:
-    """The rows of a group: one cell of another method, or all cells that share a curvature estimate."""
+    """The rows of a group: one cell of another method, or all cells that share a curvature
+    estimate."""
     if group[0].method != OURS:
         done = work.method(group[0]).unlearn(work.model, work.split)
         scored = work.judge.row(work.judge.reference.outputs(done.model))
-        yield group[0].key, {"scale": math.nan, "seconds": done.seconds, "information": math.nan} | scored
+        yield (
+            group[0].key,
+            {"scale": math.nan, "seconds": done.seconds, "information": math.nan} | scored,
+        )
         return
     first: ForgetResult | None = None
     newton = [name for name in group[0].options if name not in DRAW]
@@ -240,7 +266,9 @@ def _rows(work: _Work, group: list[Cell], known: Mapping[str, Row]) -> Iterator[
         result = None
         for ladder in grouped(step, lambda cell: cell.options["exponent"]):
             unit, ruined = math.nan, False
-            for draws in grouped(sorted(ladder, key=lambda cell: cell.level), lambda cell: cell.part(["noise"])):
+            for draws in grouped(
+                sorted(ladder, key=lambda cell: cell.level), lambda cell: cell.part(["noise"])
+            ):
                 rows = []
                 for cell in draws:
                     row = known.get(cell.key)
@@ -255,7 +283,9 @@ def _rows(work: _Work, group: list[Cell], known: Mapping[str, Row]) -> Iterator[
                         row = work.draw(result, cell, unit)
                     rows.append(row)
                     yield cell.key, row
-                ruined = ruined or (draws[0].level > 0 and all(row["status"] == RUINED for row in rows))
+                ruined = ruined or (
+                    draws[0].level > 0 and all(row["status"] == RUINED for row in rows)
+                )
 
 
 def _axes(cell: Cell, axes: Iterable[str]) -> Row:
@@ -269,7 +299,9 @@ def _frame(rows: list[Row], axes: Sequence[str]) -> pd.DataFrame:
     for name in axes:
         values = [row[name] for row in rows]
         if not all(value is None or isinstance(value, (int, float)) for value in values):
-            frame[name] = pd.Series([None if value is None else _word(value) for value in values], dtype="str")
+            frame[name] = pd.Series(
+                [None if value is None else _word(value) for value in values], dtype="str"
+            )
     return frame
 
 
@@ -278,16 +310,25 @@ def _word(value: object) -> str:
 
 
 def _stored(path: Path, shared: str) -> dict[str, Row]:
-    """Rows of an earlier sweep of the same model, data and reference; skipped ones are decided again."""
+    """Rows of an earlier sweep of the same model, data and reference; skipped ones are decided
+    again."""
     if not path.exists():
         return {}
     try:
         table, notes = read(path)
         if notes["fingerprint"] != shared:
-            raise StorageError("a sweep of another model, data set or reference", "one of these", "Name another file.")
+            raise StorageError(
+                "a sweep of another model, data set or reference",
+                "one of these",
+                "Name another file.",
+            )
     except (StorageError, KeyError) as error:
-        warnings.warn(f"{path} cannot be used and is written anew: {error}", FisherForgetWarning, stacklevel=3)
+        warnings.warn(
+            f"{path} cannot be used and is written anew: {error}", FisherForgetWarning, stacklevel=3
+        )
         return {}
     measured = table.frame.drop(columns=list({*table.axes, "seed"}))
     rows = zip(notes["keys"], measured.to_dict("records"), strict=True)
-    return {key: {str(n): v for n, v in row.items()} for key, row in rows if row["status"] != SKIPPED}
+    return {
+        key: {str(n): v for n, v in row.items()} for key, row in rows if row["status"] != SKIPPED
+    }

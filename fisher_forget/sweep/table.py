@@ -27,14 +27,15 @@ class SweepTable:
     """A tidy table of scores, one row a cell of the grid, and the marks to read it against.
 
     Attributes:
-        frame: The axes (method, the options of the grid, seed); scale, the noise scale that was drawn; status;
-            kl_<part> (nats), score_<part>, loss_<part> (nats), gap_closed; information (local forgetting bound,
-            nats; see `unlearn.noise`); seconds that the cell takes by itself. A row is "done"; "ruined" if the
-            retained loss has risen by more than `ruin`; or "skipped", without numbers, since a smaller noise had
-            ruined the model already.
+        frame: The axes (method, the options of the grid, seed); scale, the noise scale that was
+            drawn; status; kl_<part> (nats), score_<part>, loss_<part> (nats), gap_closed;
+            information (local forgetting bound, nats; see `unlearn.noise`); seconds that the cell
+            takes by itself. A row is "done"; "ruined" if the retained loss has risen by more than
+            `ruin`; or "skipped", without numbers, since a smaller noise had ruined the model
+            already.
         axes: The columns that tell settings apart: all axes but the seed.
-        marks: kl_<part>, score_<part>, loss_<part> of "original", "retrained" (whose kl_<part> is the floor) and
-            "retrained_std".
+        marks: kl_<part>, score_<part>, loss_<part> of "original", "retrained" (whose kl_<part> is
+            the floor) and "retrained_std".
         score_name: What score_<part> is.
         ruin: Nats by which the retained loss may rise above the original's.
     """
@@ -47,7 +48,8 @@ class SweepTable:
 
     @property
     def kept(self) -> str:
-        """The part of the data where what forgetting costs shows: test data, of the retained classes if it is there."""
+        """The part of the data where what forgetting costs shows: test data, of the retained
+        classes if it is there."""
         return next(part for part in KEPT if f"score_{part}" in self.marks["retrained"])
 
     @property
@@ -64,45 +66,67 @@ class SweepTable:
     def frontier(self) -> pd.DataFrame:
         r"""What each setting costs and what it hides: one row a setting, means over its draws.
 
-        <column>_low and <column>_high bound the 95 % confidence interval of the mean, mean -+ t std / sqrt(draws), t of
-        Student's distribution with draws - 1 degrees of freedom; NaN with a single draw. `pareto` marks the settings
-        that no other beats in both KL on the forgotten data and score on `kept`. Skipped settings are left out.
+        <column>_low and <column>_high bound the 95 % confidence interval of the mean, mean -+ t std
+        / sqrt(draws), t of Student's distribution with draws - 1 degrees of freedom; NaN with a
+        single draw. `pareto` marks the settings that no other beats in both KL on the forgotten
+        data and score on `kept`. Skipped settings are left out.
         """
         frame = self.frame[self.frame["status"] != SKIPPED]
         columns = [name for name in frame if str(name).startswith(MEASURED)]
         groups = frame.groupby(list(self.axes), dropna=False, sort=False)
         mean, draws = groups[columns].mean(), groups.size()
         half = groups[columns].sem().mul(student.ppf((1 + CONFIDENCE) / 2, draws - 1), axis=0)
-        settled = [name for name in ("scale", "information", "gap_closed", "seconds") if name not in self.axes]
+        settled = [
+            name
+            for name in ("scale", "information", "gap_closed", "seconds")
+            if name not in self.axes
+        ]
         table = pd.DataFrame({"draws": draws}).join(groups[settled].mean())
         table["ruined"] = groups["status"].agg(lambda status: (status == RUINED).mean())
         for name in columns:
             table[name] = mean[name]
-            table[f"{name}_low"], table[f"{name}_high"] = mean[name] - half[name], mean[name] + half[name]
-        table["pareto"] = pareto(table["kl_forget"].to_numpy(), self._sign * table[f"score_{self.kept}"].to_numpy())
+            table[f"{name}_low"], table[f"{name}_high"] = (
+                mean[name] - half[name],
+                mean[name] + half[name],
+            )
+        table["pareto"] = pareto(
+            table["kl_forget"].to_numpy(), self._sign * table[f"score_{self.kept}"].to_numpy()
+        )
         return table.reset_index()
 
     def best(self, cost: float = 0.01) -> pd.Series[Any]:
-        """The row of `frontier` with the smallest KL on the forgotten data, among those that cost little.
+        """The row of `frontier` with the smallest KL on the forgotten data, among those that cost
+        little.
 
-        A KL below the floor is no better than the floor; of equal ones the better score wins. Where every setting costs
-        more, it is the one that costs least. The choice looks at retrained models: it says what a method can reach.
+        A KL below the floor is no better than the floor; of equal ones the better score wins. Where
+        every setting costs more, it is the one that costs least. The choice looks at retrained
+        models: it says what a method can reach.
 
         Args:
-            cost: How far the score on `kept` may stay behind the retrained models': a share, 0.01 is one point of
-                accuracy; of errors, a share of the retrained models' error.
+            cost: How far the score on `kept` may stay behind the retrained models': a share, 0.01
+                is one point of accuracy; of errors, a share of the retrained models' error.
         """
         table = self.frontier()
-        target, floor = self.marks["retrained"][f"score_{self.kept}"], self.marks["retrained"]["kl_forget"]
-        behind = self._sign * (target - table[f"score_{self.kept}"]) / (1.0 if self._sign > 0 else abs(target))
+        target, floor = (
+            self.marks["retrained"][f"score_{self.kept}"],
+            self.marks["retrained"]["kl_forget"],
+        )
+        behind = (
+            self._sign
+            * (target - table[f"score_{self.kept}"])
+            / (1.0 if self._sign > 0 else abs(target))
+        )
         kept = table[behind <= cost + 1e-9]  # 1 - 0.99 rounds up
         if kept.empty:
             return table.iloc[int(behind.fillna(math.inf).argmin())]
-        order = pd.DataFrame({"kl": kept["kl_forget"].clip(lower=floor), "behind": behind[kept.index]})
+        order = pd.DataFrame(
+            {"kl": kept["kl_forget"].clip(lower=floor), "behind": behind[kept.index]}
+        )
         return kept.iloc[int(np.lexsort((order["behind"], order["kl"]))[0])]
 
     def save(self, path: str | Path, **notes: Any) -> None:
-        """Write a Parquet file, whole or not at all, which pandas reads; units, marks and notes are in its metadata.
+        """Write a Parquet file, whole or not at all, which pandas reads; units, marks and notes are
+        in its metadata.
 
         Raises:
             StorageError: If it cannot be written.
@@ -137,7 +161,9 @@ class SweepTable:
 
     @property
     def _sign(self) -> float:
-        return 1.0 if "accuracy" in self.score_name else -1.0  # all else is an error: the less, the better
+        return (
+            1.0 if "accuracy" in self.score_name else -1.0
+        )  # all else is an error: the less, the better
 
     @property
     def _headline(self) -> str:
@@ -152,7 +178,9 @@ class SweepTable:
         if ruined := int(counts.get(RUINED, 0)):
             skipped = int(counts.get(SKIPPED, 0))
             more = f"; {skipped} with more noise were skipped" if skipped else ""
-            lines.append(f"{ruined} raised the retained loss by more than {self.ruin:g} nats: ruined{more}.")
+            lines.append(
+                f"{ruined} raised the retained loss by more than {self.ruin:g} nats: ruined{more}."
+            )
         return "\n".join(lines)
 
     @property
@@ -165,10 +193,18 @@ class SweepTable:
         if "noise" in changing and table["noise"].dtype != float:
             shown["scale"] = table["scale"]
         shown["draws"] = table["draws"]
-        for column, title in (("kl_forget", "KL forget (nats)"), (score, f"{self.score_name} {self.kept}")):
+        for column, title in (
+            ("kl_forget", "KL forget (nats)"),
+            (score, f"{self.score_name} {self.kept}"),
+        ):
             half = (table[f"{column}_high"] - table[column]).fillna(0.0)
-            shown[title] = [f"{m:.3g}" + (f" ± {h:.1g}" if h else "") for m, h in zip(table[column], half, strict=True)]
-        shown["gap closed"] = [MISSING if math.isnan(v) else f"{100 * v:.0f} %" for v in table["gap_closed"]]
+            shown[title] = [
+                f"{m:.3g}" + (f" ± {h:.1g}" if h else "")
+                for m, h in zip(table[column], half, strict=True)
+            ]
+        shown["gap closed"] = [
+            MISSING if math.isnan(v) else f"{100 * v:.0f} %" for v in table["gap_closed"]
+        ]
         shown["s"] = table["seconds"].map("{:.2g}".format)
         shown["Pareto"] = np.where(table["pareto"], "●", "")
         return shown
@@ -179,7 +215,9 @@ class SweepTable:
         for prefix, unit in (("kl_", "nats"), ("loss_", "nats"), ("score_", self._score_unit)):
             if name.startswith(prefix):
                 return unit
-        return {"information": "nats", "seconds": "s", "status": "", "damping": "nats"}.get(name, "1")
+        return {"information": "nats", "seconds": "s", "status": "", "damping": "nats"}.get(
+            name, "1"
+        )
 
     @property
     def _score_unit(self) -> str:
@@ -198,20 +236,29 @@ def read(path: str | Path) -> tuple[SweepTable, dict[str, Any]]:
     try:
         frame = pd.read_parquet(path)
         attributes = frame.attrs.pop(ATTRIBUTES)
-        axes, marks, name, ruin = (attributes.pop(key) for key in ("axes", "marks", "score_name", "ruin"))
+        axes, marks, name, ruin = (
+            attributes.pop(key) for key in ("axes", "marks", "score_name", "ruin")
+        )
     except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are ValueErrors
-        raise StorageError(f"{path}: {error}", "the Parquet file of a sweep", files.AGAIN) from error
+        raise StorageError(
+            f"{path}: {error}", "the Parquet file of a sweep", files.AGAIN
+        ) from error
     frame.attrs = {}
     return SweepTable(frame, tuple(axes), marks, name, ruin), attributes
 
 
 def pareto(kl: np.ndarray[Any, Any], score: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Which points no other beats: none has a KL as small and a score as large, and one of both better; NaN is not.
+    """Which points no other beats: none has a KL as small and a score as large, and one of both
+    better; NaN is not.
 
     Example:
         >>> pareto(np.array([1.0, 2.0, 2.0]), np.array([0.5, 0.9, 0.4])).tolist()
         [True, True, False]
     """
-    better = (kl[:, None] <= kl) & (score[:, None] >= score) & ((kl[:, None] < kl) | (score[:, None] > score))
+    better = (
+        (kl[:, None] <= kl)
+        & (score[:, None] >= score)
+        & ((kl[:, None] < kl) | (score[:, None] > score))
+    )
     best: np.ndarray[Any, Any] = ~better.any(0) & np.isfinite(kl) & np.isfinite(score)
     return best

@@ -1,1 +1,2 @@
-"""Forget samples: Newton correction, noise and BatchNorm statistics, in one call or request by request."""
+"""Forget samples: Newton correction, noise and BatchNorm statistics, in one call or request by
+request."""

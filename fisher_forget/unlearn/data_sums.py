@@ -1,7 +1,9 @@
-"""What one pass over all the data tells at the original weights, and what is left of it without the forget set.
+"""What one pass over all the data tells at the original weights, and what is left of it without the
+forget set.
 
-Everything here is a sum over samples: the retained part follows by taking the forget set's part away, at a cost that
-grows with the forget set and not with the data (`prepare` keeps the sums for that).
+Everything here is a sum over samples: the retained part follows by taking the forget set's part
+away, at a cost that grows with the forget set and not with the data (`prepare` keeps the sums for
+that).
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ class Snapshot:
         """
         if not np.array_equal(self.samples, split.indices("all")):
             raise StorageError(
-                f"a snapshot of {len(self.samples):,} samples for {split}", "the same samples", "Take a new snapshot."
+                f"a snapshot of {len(self.samples):,} samples for {split}",
+                "the same samples",
+                "Take a new snapshot.",
             )
         return self.total - forgotten
 
@@ -83,20 +87,31 @@ def save_snapshot(path: str | Path, snapshot: Snapshot, fingerprint: str) -> Non
     tensors |= {"samples": torch.from_numpy(snapshot.samples), "spread": snapshot.spread}
     tensors["classes"] = snapshot.total.classes
     numbers = {"loss": snapshot.total.loss, "count": snapshot.total.count}
-    files.save_tensors(path, tensors, {"format": FORMAT, "fingerprint": fingerprint, "numbers": json.dumps(numbers)})
+    files.save_tensors(
+        path,
+        tensors,
+        {"format": FORMAT, "fingerprint": fingerprint, "numbers": json.dumps(numbers)},
+    )
 
 
 def load_snapshot(path: str | Path, objective: Objective, fingerprint: str) -> Snapshot:
     """Read a snapshot back.
 
     Raises:
-        StorageError: If the file is missing or damaged, of another format, or made for another model or other data.
+        StorageError: If the file is missing or damaged, of another format, or made for another
+            model or other data.
     """
     tensors, metadata = files.load_tensors(path)
     for key, expected in (("format", FORMAT), ("fingerprint", fingerprint)):
         if metadata.get(key) != expected:
-            raise StorageError(f"{path} with {key} {metadata.get(key)}", f"{key} {expected}", "Name another folder.")
+            raise StorageError(
+                f"{path} with {key} {metadata.get(key)}",
+                f"{key} {expected}",
+                "Name another folder.",
+            )
     numbers = json.loads(metadata["numbers"])
-    sums: P.Params = {name: tensors[f"gradient/{name}"].to(p.device) for name, p in objective.start.items()}
+    sums: P.Params = {
+        name: tensors[f"gradient/{name}"].to(p.device) for name, p in objective.start.items()
+    }
     total = Gradient(sums, numbers["loss"], numbers["count"], tensors["classes"])
     return Snapshot(total, tensors["samples"].numpy(), tensors["spread"])

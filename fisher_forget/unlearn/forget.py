@@ -28,7 +28,13 @@ from fisher_forget.unlearn.data_sums import Snapshot, take_snapshot
 from fisher_forget.unlearn.newton.step import Solver, newton_step
 from fisher_forget.unlearn.noise import EXPONENT, NoiseTarget, noise_step
 from fisher_forget.unlearn.objective import Objective
-from fisher_forget.unlearn.result import ForgetResult, newton_error, noise_damping, refresh_buffers, versions
+from fisher_forget.unlearn.result import (
+    ForgetResult,
+    newton_error,
+    noise_damping,
+    refresh_buffers,
+    versions,
+)
 
 PRECONDITIONER_SAMPLES = 2000
 LOSS_SAMPLES = 2000  # of each part, for the losses before and after
@@ -61,32 +67,42 @@ def forget(
 ) -> ForgetResult:
     """Forget training samples without retraining.
 
-    Everything but the first three arguments has a default that needs no tuning. Nothing given is changed: neither the
-    model (its weights, mode, gradients, hooks, buffers) nor any global random state.
+    Everything but the first three arguments has a default that needs no tuning. Nothing given is
+    changed: neither the model (its weights, mode, gradients, hooks, buffers) nor any global random
+    state.
 
     Args:
-        model: Trained, in eval mode, float32 or float64; forward returns logits or an object with `.logits`.
-        retain_loader: Loader over the training data set or a `Subset` of it; only its data set, collate function,
-            batch size and workers are used. Samples to be forgotten are left out. Without random augmentation.
+        model: Trained, in eval mode, float32 or float64; forward returns logits or an object with
+            `.logits`.
+        retain_loader: Loader over the training data set or a `Subset` of it; only its data set,
+            collate function, batch size and workers are used. Samples to be forgotten are left out.
+            Without random augmentation.
         forget_idx: Distinct indices into the training data set (the base of a `Subset`).
         likelihood: "categorical", "bernoulli", "gaussian", or an instance.
-        weight_decay: wd of the training objective, mean loss + (wd/2)|w|^2 (the `weight_decay` of SGD).
+        weight_decay: wd of the training objective, mean loss + (wd/2)|w|^2 (the `weight_decay` of
+            SGD).
         structure: Curvature structure, see `estimate_curvature`.
-        kind: Curvature kind, see `estimate_curvature`; where max_samples="auto" leaves samples out, "auto" is one
-            sketched column a sample, since the curvature is an estimate for a preconditioner then.
+        kind: Curvature kind, see `estimate_curvature`; where max_samples="auto" leaves samples out,
+            "auto" is one sketched column a sample, since the curvature is an estimate for a
+            preconditioner then.
         draws: Columns a sample of the random kinds.
-        max_samples: Retained samples that the curvature is estimated on; `None` for all. "auto" is 2,000 where it
-            only preconditions and shapes the noise, and all where it is inverted itself (solver="direct").
+        max_samples: Retained samples that the curvature is estimated on; `None` for all. "auto" is
+            2,000 where it only preconditions and shapes the noise, and all where it is inverted
+            itself (solver="direct").
         steps: Newton sub-steps, see `newton_step`; 1 is the textbook step.
         damping: tau of each step, see `newton_step`.
         solver: "cg", "direct" or "auto", see `newton_step`.
         drift: Subtract the force that is not owed to the forget set, see `newton_step`.
-        budget: Allowed rise of the held-back retained loss by the Newton step, see `newton_step`, nats.
-        noise: Scale s of the noise s (B + tau I)^-p xi; or a `NoiseTarget` that it is to reach, which is by default
-            ("auto") that the retained loss rises by max(0.0002 nats, 0.2 % of it); `None` adds none.
+        budget: Allowed rise of the held-back retained loss by the Newton step, see `newton_step`,
+            nats.
+        noise: Scale s of the noise s (B + tau I)^-p xi; or a `NoiseTarget` that it is to reach,
+            which is by default ("auto") that the retained loss rises by max(0.0002 nats, 0.2 % of
+            it); `None` adds none.
         exponent: p.
-        subset: Shell patterns of the parameters that may move ("head.*"); `None` for all that require gradients.
-        unpack: Function from a batch to (inputs, targets); by default tuples and dicts are understood.
+        subset: Shell patterns of the parameters that may move ("head.*"); `None` for all that
+            require gradients.
+        unpack: Function from a batch to (inputs, targets); by default tuples and dicts are
+            understood.
         seed: Of every random choice.
         device: Where to compute; by default where the model is.
         progress: Show progress bars.
@@ -95,8 +111,8 @@ def forget(
         A `ForgetResult`; print it.
 
     Raises:
-        SplitError, DataError, ModelError, CurvatureError, ConfigError, NumericalError: What is wrong, what was
-            expected and what to do. The given model is untouched then, too.
+        SplitError, DataError, ModelError, CurvatureError, ConfigError, NumericalError: What is
+            wrong, what was expected and what to do. The given model is untouched then, too.
 
     Example:
         >>> import torch
@@ -183,7 +199,8 @@ def scrub(
     seed: int,
     progress: bool,
 ) -> ForgetResult:
-    """Newton correction, noise, buffers and losses, once curvature and gradient are known; options as in `forget`.
+    """Newton correction, noise, buffers and losses, once curvature and gradient are known; options
+    as in `forget`.
 
     Args:
         model: Original; untouched.
@@ -268,12 +285,18 @@ def scrub(
 
 
 def curvature_samples(
-    split: Split, max_samples: int | Literal["auto"] | None, structure: Structure, solver: Solver, seed: int
+    split: Split,
+    max_samples: int | Literal["auto"] | None,
+    structure: Structure,
+    solver: Solver,
+    seed: int,
 ) -> Indices:
-    """The retained samples that curvature is estimated on: the first so many of one permutation of all samples.
+    """The retained samples that curvature is estimated on: the first so many of one permutation of
+    all samples.
 
-    "auto" takes a few thousand where the curvature is a preconditioner and the shape of the noise, and all of them
-    where it is inverted itself. One permutation for all splits, so that most of the samples stay after a deletion.
+    "auto" takes a few thousand where the curvature is a preconditioner and the shape of the noise,
+    and all of them where it is inverted itself. One permutation for all splits, so that most of the
+    samples stay after a deletion.
     """
     if max_samples == "auto":
         direct = solver == "direct" or (solver == "auto" and structure == "dense")
@@ -289,4 +312,6 @@ def _on(model: nn.Module, device: torch.device | str) -> nn.Module:
     try:
         return copy.deepcopy(model).to(device)
     except (RuntimeError, AssertionError, TypeError) as error:  # unknown, not built in, or full
-        raise ConfigError(f"device={device!r}: {error}", "a device that torch can use here", "Try 'cpu'.") from error
+        raise ConfigError(
+            f"device={device!r}: {error}", "a device that torch can use here", "Try 'cpu'."
+        ) from error

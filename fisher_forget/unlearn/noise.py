@@ -1,14 +1,15 @@
 r"""Calibrated Gaussian noise shaped by curvature.
 
-w <- w + s (B + tau I)^-p xi with xi ~ N(0, I), so that its covariance is Sigma = s^2 (B + tau I)^-2p. Two numbers say
-what it costs and what it hides. Where the Newton step's error is isotropic, h - h' ~ (0, sigma_h^2 I),
+w <- w + s (B + tau I)^-p xi with xi ~ N(0, I), so that its covariance is Sigma = s^2 (B + tau
+I)^-2p. Two numbers say what it costs and what it hides. Where the Newton step's error is isotropic,
+h - h' ~ (0, sigma_h^2 I),
 
     rise        = E[L_r(h + noise)] - L_r(h)        ~ s^2/2 tr(B (B + tau I)^-2p)                      [nats]
     information = E KL(N(h, Sigma) || N(h', Sigma)) = sigma_h^2 / (2 s^2) tr((B + tau I)^2p)           [nats]
 
-the second being the local forgetting bound of Golatkar et al. 2020 (arXiv:1911.04933, Prop. 2). Of all covariances,
-Sigma* = (lambda sigma_h^2)^(1/2) B^(-1/2), p = 1/4, minimises rise + lambda information (their Prop. 4). The public
-code of that paper draws p = 1/2 instead.
+the second being the local forgetting bound of Golatkar et al. 2020 (arXiv:1911.04933, Prop. 2). Of
+all covariances, Sigma* = (lambda sigma_h^2)^(1/2) B^(-1/2), p = 1/4, minimises rise + lambda
+information (their Prop. 4). The public code of that paper draws p = 1/2 instead.
 """
 
 from __future__ import annotations
@@ -47,17 +48,20 @@ KINDS = ("loss", "accuracy", "information", "trade_off")
 
 @dataclass(frozen=True)
 class NoiseTarget:
-    r"""What the noise scale s is to achieve: at most one of the first four; without any, a default rise of the loss.
+    r"""What the noise scale s is to achieve: at most one of the first four; without any, a default
+    rise of the loss.
 
     Attributes:
         loss: Allowed rise of the mean retained loss, nats; by default max(0.0002, 0.2 % of it).
         accuracy: Allowed drop of the retained accuracy, as a share: 0.01 is one point of a hundred.
-        information: Local forgetting bound (see the module), nats; s^2 = sigma_h^2 tr((B + tau I)^2p) / 2 information.
-        trade_off: lambda of the Forgetting Lagrangian rise + lambda information, whose quadratic model is least at
-            s^4 = lambda sigma_h^2 tr((B + tau I)^2p) / tr(B (B + tau I)^-2p): at p = 1/4 and tau = 0 the paper's
-            s = (lambda sigma_h^2)^1/4 (Golatkar et al. 2020, Prop. 4). Nats of loss per nat of information.
-        error: sigma_h, root-mean-square error of the Newton step per weight, in units of the weights; `None` for an
-            estimate. It scales `information` and `trade_off`, and no more than a report of the other two.
+        information: Local forgetting bound (see the module), nats; s^2 = sigma_h^2 tr((B + tau
+            I)^2p) / 2 information.
+        trade_off: lambda of the Forgetting Lagrangian rise + lambda information, whose quadratic
+            model is least at s^4 = lambda sigma_h^2 tr((B + tau I)^2p) / tr(B (B + tau I)^-2p): at
+            p = 1/4 and tau = 0 the paper's s = (lambda sigma_h^2)^1/4 (Golatkar et al. 2020, Prop. 4). Nats of loss per nat of information.
+        error: sigma_h, root-mean-square error of the Newton step per weight, in units of the
+            weights; `None` for an estimate. It scales `information` and `trade_off`, and no more
+            than a report of the other two.
     """
 
     loss: float | None = None
@@ -70,11 +74,17 @@ class NoiseTarget:
         given = {name: value for name in KINDS if (value := getattr(self, name)) is not None}
         if len(given) > 1:
             raise ConfigError(
-                f"the noise targets {given}", f"at most one of {', '.join(KINDS)}", "Keep one: each fixes the scale."
+                f"the noise targets {given}",
+                f"at most one of {', '.join(KINDS)}",
+                "Keep one: each fixes the scale.",
             )
         for name, value in (given | {"error": 1.0 if self.error is None else self.error}).items():
             most = 1.0 if name == "accuracy" else math.inf
-            if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < most:
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, Real)
+                or not 0 < float(value) < most
+            ):
                 raise ConfigError(
                     f"the noise target {name}={value!r}",
                     "a share between 0 and 1" if name == "accuracy" else "a finite number above 0",
@@ -110,9 +120,10 @@ class Calibration:
 
     Attributes:
         scale: s; 0 if even the smallest noise tried misses the target.
-        rise: Mean rise of the retained loss over the calibration draws, nats; NaN where the scale was given.
-        drop: By how much the retained score gets worse on them: accuracy as a share, squared error in its own unit;
-            NaN where the scale was given.
+        rise: Mean rise of the retained loss over the calibration draws, nats; NaN where the scale
+            was given.
+        drop: By how much the retained score gets worse on them: accuracy as a share, squared error
+            in its own unit; NaN where the scale was given.
         information: Local forgetting bound, nats; NaN where the error is not known.
         error: sigma_h, in units of the weights; NaN where it is not known.
         target: What was asked for, the default written out; `None` where the scale was given.
@@ -152,7 +163,11 @@ class NoiseDraw:
 
 
 def draw_noise(
-    curvature: Curvature, like: Params, scale: float, generator: torch.Generator, exponent: float = EXPONENT
+    curvature: Curvature,
+    like: Params,
+    scale: float,
+    generator: torch.Generator,
+    exponent: float = EXPONENT,
 ) -> Params:
     r"""One draw of s (B + tau I)^-p xi: Gaussian with covariance s^2 (B + tau I)^-2p.
 
@@ -168,16 +183,23 @@ def draw_noise(
         CurvatureError: If the curvature is singular.
     """
     if not scale >= 0:
-        raise ConfigError(f"noise scale {scale}", "a non-negative number", "Pass scale=1e-3, say, or calibrate it.")
+        raise ConfigError(
+            f"noise scale {scale}",
+            "a non-negative number",
+            "Pass scale=1e-3, say, or calibrate it.",
+        )
     return P.scale(curvature.power(P.randn_like(like, generator), -exponent), scale)
 
 
-def power_trace(curvature: Curvature, like: Params, p: float, *, times_curvature: bool = False, seed: int = 0) -> float:
+def power_trace(
+    curvature: Curvature, like: Params, p: float, *, times_curvature: bool = False, seed: int = 0
+) -> float:
     r"""tr((B + tau I)^p), or tr(B (B + tau I)^p): what noise of exponent -p/2 needs.
 
-    Exact where the eigenvalues are known. Of an operator that only has products it is the mean of y^T y, or of y^T B y,
-    over y = (B + tau I)^{p/2} z with `PROBES` vectors z of random signs (Hutchinson 1990): unbiased, and the estimate
-    of tr A has a standard error of at most (2 tr(A^2) / PROBES)^1/2.
+    Exact where the eigenvalues are known. Of an operator that only has products it is the mean of
+    y^T y, or of y^T B y, over y = (B + tau I)^{p/2} z with `PROBES` vectors z of random signs
+    (Hutchinson 1990): unbiased, and the estimate of tr A has a standard error of at most (2 tr(A^2)
+    / PROBES)^1/2.
 
     Args:
         curvature: Already damped: B + tau I.
@@ -188,7 +210,13 @@ def power_trace(curvature: Curvature, like: Params, p: float, *, times_curvature
     """
     if isinstance(curvature, BlockDiagonal):
         return math.fsum(
-            power_trace(part, {name: like[name] for name in names}, p, times_curvature=times_curvature, seed=seed)
+            power_trace(
+                part,
+                {name: like[name] for name in names},
+                p,
+                times_curvature=times_curvature,
+                seed=seed,
+            )
             for names, part in curvature.parts
         )
     tau: float = getattr(curvature, "tau", 0.0)
@@ -203,10 +231,16 @@ def power_trace(curvature: Curvature, like: Params, p: float, *, times_curvature
         generator, first, found = torch.Generator().manual_seed(seed), P.flatten(like), []
         for _ in range(PROBES):
             y = curvature.power(P.unflatten(rademacher(len(first), first, generator), like), p / 2)
-            found.append(P.dot(y, curvature.power(y, 1.0)) - tau * P.dot(y, y) if times_curvature else P.dot(y, y))
+            found.append(
+                P.dot(y, curvature.power(y, 1.0)) - tau * P.dot(y, y)
+                if times_curvature
+                else P.dot(y, y)
+            )
         return float(np.mean(found))
     powers = [(x.double(), (x.double() + tau).pow(p), count) for x, count in known]
-    return math.fsum(count * float((x * y if times_curvature else y).sum()) for x, y, count in powers)
+    return math.fsum(
+        count * float((x * y if times_curvature else y).sum()) for x, y, count in powers
+    )
 
 
 def calibrate_noise(
@@ -223,9 +257,9 @@ def calibrate_noise(
 ) -> Calibration:
     r"""The scale s that reaches a target.
 
-    Rise and drop are measured, as means over `DRAWS` common draws on at most `samples` retained samples. A target of
-    either is met from below by the largest s, to 2 %, searched around where the quadratic model puts it. Information
-    and trade-off have a closed form (`NoiseTarget`).
+    Rise and drop are measured, as means over `DRAWS` common draws on at most `samples` retained
+    samples. A target of either is met from below by the largest s, to 2 %, searched around where
+    the quadratic model puts it. Information and trade-off have a closed form (`NoiseTarget`).
 
     Args:
         objective: Losses and scores.
@@ -239,7 +273,8 @@ def calibrate_noise(
         samples: Most retained samples used.
 
     Raises:
-        ConfigError: If the likelihood has no accuracy, the error is needed and not known, or no noise gets as far.
+        ConfigError: If the likelihood has no accuracy, the error is needed and not known, or no
+            noise gets as far.
         NumericalError: If a trade-off is asked for where the curvature is zero.
     """
     target = target or NoiseTarget()
@@ -265,7 +300,9 @@ def calibrate_noise(
         if scale == 0:
             return 0.0, 0.0
         try:
-            noisy = [_means(objective, split.batches(chosen), P.add(at, d, scale)) for d in directions]
+            noisy = [
+                _means(objective, split.batches(chosen), P.add(at, d, scale)) for d in directions
+            ]
         except NumericalError:
             return math.inf, math.inf
         losses, scores = np.mean(noisy, axis=0).tolist()
@@ -279,7 +316,9 @@ def calibrate_noise(
     elif target.trade_off is not None:
         steepness = power_trace(curvature, at, -2 * exponent, times_curvature=True, seed=seed)
         if not steepness > 0:
-            raise NumericalError("a curvature of zero", "a loss that noise can raise", "Pass noise a scale, or None.")
+            raise NumericalError(
+                "a curvature of zero", "a loss that noise can raise", "Pass noise a scale, or None."
+            )
         scale = (target.trade_off * error * error * precision / steepness) ** 0.25
     else:
         budget = target.loss if target.loss is not None else max(0.0002, 0.002 * loss)
@@ -320,10 +359,14 @@ def _means(objective: Objective, batches: Iterable[Batch], at: Params) -> tuple[
     return loss / positions, score / samples
 
 
-def _largest(harm: Callable[[float], float], allowed: float, guess: float, target: NoiseTarget) -> float:
-    """The largest scale whose harm is allowed, to `RESOLUTION` in log10, searched around a guess; 0 if none is.
+def _largest(
+    harm: Callable[[float], float], allowed: float, guess: float, target: NoiseTarget
+) -> float:
+    """The largest scale whose harm is allowed, to `RESOLUTION` in log10, searched around a guess; 0
+    if none is.
 
-    Harm that grows with s^2 says where to look next; every fourth look halves the bracket, whatever it says.
+    Harm that grows with s^2 says where to look next; every fourth look halves the bracket, whatever
+    it says.
     """
     low, high, at = -math.inf, math.inf, math.log10(guess)
     start, near = at, 0.999 * RESOLUTION
@@ -383,11 +426,29 @@ def noise_step(
         assert objective is not None
         target = noise if isinstance(noise, NoiseTarget) else None
         found = calibrate_noise(
-            objective, split, damped, at, target=target, error=error, exponent=exponent, seed=seed + 1
+            objective,
+            split,
+            damped,
+            at,
+            target=target,
+            error=error,
+            exponent=exponent,
+            seed=seed + 1,
         )
     else:  # a scale of no known error, as in sweeps, needs no trace
-        precision = power_trace(damped, at, 2 * exponent, seed=seed + 1) if math.isfinite(error) else math.nan
-        found = Calibration(float(noise), math.nan, math.nan, information(float(noise), error, precision), error, None)
+        precision = (
+            power_trace(damped, at, 2 * exponent, seed=seed + 1)
+            if math.isfinite(error)
+            else math.nan
+        )
+        found = Calibration(
+            float(noise),
+            math.nan,
+            math.nan,
+            information(float(noise), error, precision),
+            error,
+            None,
+        )
     params = draw_noise(damped, at, found.scale, torch.Generator().manual_seed(seed), exponent)
     return NoiseDraw(params, exponent=exponent, damping=tau, norm=P.norm(params), **vars(found))
 

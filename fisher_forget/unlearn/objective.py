@@ -1,6 +1,8 @@
-"""The training objective at any parameter values: mean loss + (weight decay / 2) |w|^2, its gradient, its GGN.
+"""The training objective at any parameter values: mean loss + (weight decay / 2) |w|^2, its
+gradient, its GGN.
 
-Sums are kept apart from counts, so that parts of the data add up: L = sum of losses / scored positions.
+Sums are kept apart from counts, so that parts of the data add up: L = sum of losses / scored
+positions.
 """
 
 from __future__ import annotations
@@ -35,11 +37,18 @@ class Gradient:
 
     def __add__(self, other: Gradient) -> Gradient:
         classes = self.classes + other.classes
-        return Gradient(P.add(self.sums, other.sums), self.loss + other.loss, self.count + other.count, classes)
+        return Gradient(
+            P.add(self.sums, other.sums), self.loss + other.loss, self.count + other.count, classes
+        )
 
     def __sub__(self, other: Gradient) -> Gradient:
         classes = self.classes - other.classes
-        return Gradient(P.add(self.sums, other.sums, -1), self.loss - other.loss, self.count - other.count, classes)
+        return Gradient(
+            P.add(self.sums, other.sums, -1),
+            self.loss - other.loss,
+            self.count - other.count,
+            classes,
+        )
 
     def mean(self) -> Params:
         """Gradient of the mean loss."""
@@ -55,7 +64,9 @@ class Objective:
         subset: Name patterns of the parameters that move; the others stay.
     """
 
-    def __init__(self, model: nn.Module, likelihood: Likelihood, subset: str | tuple[str, ...] | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, likelihood: Likelihood, subset: str | tuple[str, ...] | None = None
+    ) -> None:
         self.likelihood = likelihood
         self.model = P.channels_last(copy.deepcopy(model).eval().requires_grad_(False))
         own = dict(self.model.named_parameters())
@@ -75,10 +86,19 @@ class Objective:
         return out
 
     def gradient(
-        self, batches: Iterable[Batch], at: Mapping[str, Tensor], output_curvature: list[Tensor] | None = None
+        self,
+        batches: Iterable[Batch],
+        at: Mapping[str, Tensor],
+        output_curvature: list[Tensor] | None = None,
     ) -> Gradient:
-        """Gradient sums of the loss, without weight decay; tr H_n of every sample is appended to the list, if given."""
-        total, loss, count, classes = P.zeros_like(at), 0.0, 0.0, torch.zeros((), dtype=torch.float64)
+        """Gradient sums of the loss, without weight decay; tr H_n of every sample is appended to
+        the list, if given."""
+        total, loss, count, classes = (
+            P.zeros_like(at),
+            0.0,
+            0.0,
+            torch.zeros((), dtype=torch.float64),
+        )
         leaves = {name: p.detach().requires_grad_() for name, p in at.items()}
         for batch in batches:
             batch = batch.on(self.model)
@@ -90,16 +110,22 @@ class Objective:
                 if g is not None:
                     total[name] += g
             if output_curvature is not None:
-                output_curvature.append(self.likelihood.output_curvature(outputs.detach(), batch.targets).cpu())
+                output_curvature.append(
+                    self.likelihood.output_curvature(outputs.detach(), batch.targets).cpu()
+                )
             loss += float(each.detach())
             count += float(self.likelihood.counts(batch.targets).double().sum())
             classes = classes + self.likelihood.class_mass(outputs.detach(), batch.targets)
         if not math.isfinite(loss) or not P.finite(total):
-            raise NumericalError("a loss or gradient that is not finite", "finite losses", "Check the data for NaN.")
+            raise NumericalError(
+                "a loss or gradient that is not finite", "finite losses", "Check the data for NaN."
+            )
         return Gradient(total, loss, count, classes)
 
     @torch.no_grad()
-    def forward(self, batches: Iterable[Batch], at: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    def forward(
+        self, batches: Iterable[Batch], at: Mapping[str, Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """(outputs, targets) of each batch, without a graph."""
         for batch in batches:
             batch = batch.on(self.model)
@@ -117,4 +143,6 @@ class Objective:
         """The GGN of the given samples at given parameters, as products; `count` divides."""
         leaves = {name: p.detach().requires_grad_() for name, p in at.items()}
         on = (batch.on(self.model) for batch in batches)
-        return GgnProduct(lambda batch: self.outputs(batch, leaves), leaves, self.likelihood, on, count)
+        return GgnProduct(
+            lambda batch: self.outputs(batch, leaves), leaves, self.likelihood, on, count
+        )

@@ -1,11 +1,11 @@
 """prepare(): deletion requests that cost what they delete.
 
-One pass over all data is made once: the gradient, the output curvature of every sample, the curvature. A request takes
-the forget set's part away from each, and then needs the forget set and a few thousand retained samples only (20,000
-where BatchNorm statistics are recomputed).
+One pass over all data is made once: the gradient, the output curvature of every sample, the
+curvature. A request takes the forget set's part away from each, and then needs the forget set and a
+few thousand retained samples only (20,000 where BatchNorm statistics are recomputed).
 
-Every request starts at the original weights with all samples forgotten so far, so that requests accumulate: forgetting
-A, then B, is forgetting A and B at once, in any order.
+Every request starts at the original weights with all samples forgotten so far, so that requests
+accumulate: forgetting A, then B, is forgetting A and B at once, in any order.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ class Prepared:
     ) -> ForgetResult:
         """Forget these samples, and all that were forgotten before.
 
-        The options are those of `forget`. The request is recorded once its result is there: a run that was killed has
-        forgotten nothing.
+        The options are those of `forget`. The request is recorded once its result is there: a run
+        that was killed has forgotten nothing.
 
         Raises:
             SplitError: If the indices are out of range, or nothing would be left.
@@ -141,7 +141,8 @@ class Prepared:
         return result
 
     def _without(self, split: Split) -> Curvature:
-        """The curvature of the samples that are left: by subtraction where it is a sum, else estimated again."""
+        """The curvature of the samples that are left: by subtraction where it is a sum, else
+        estimated again."""
         gone = np.intersect1d(self.sampled, split.forget)
         if not len(gone):
             return self.curvature
@@ -175,21 +176,26 @@ def prepare(
         train_loader: Loader over all training data.
         likelihood: As for `forget`, like all options down to `unpack`.
         weight_decay: wd of the training objective.
-        structure: Curvature structure. Diagonal, EKFAC and dense are sums over samples: a part is taken away exactly,
-            for EKFAC in the eigenbasis of all data. Others are estimated again for each request.
-        kind: Curvature kind. The random ones (sketch, sampled) subtract other columns than they added.
+        structure: Curvature structure. Diagonal, EKFAC and dense are sums over samples: a part is
+            taken away exactly, for EKFAC in the eigenbasis of all data. Others are estimated again
+            for each request.
+        kind: Curvature kind. The random ones (sketch, sampled) subtract other columns than they
+            added.
         draws: Columns a sample of the random kinds.
-        max_samples: Samples that the curvature is estimated on; "auto" as for `forget` with solver="auto".
+        max_samples: Samples that the curvature is estimated on; "auto" as for `forget` with
+            solver="auto".
         subset: Patterns of the parameters that may move.
         unpack: Function from a batch to (inputs, targets).
-        folder: Keep everything here: made at the first call; a later call with the same model, data and options reads
-            it, with all requests so far. A call that was killed goes on where it was.
+        folder: Keep everything here: made at the first call; a later call with the same model, data
+            and options reads it, with all requests so far. A call that was killed goes on where it
+            was.
         seed: Of every random choice.
         progress: Show progress bars.
 
     Raises:
         ModelError, DataError, CurvatureError, ConfigError: As for `forget`.
-        StorageError: If the folder belongs to another model, other data or other options, or is damaged.
+        StorageError: If the folder belongs to another model, other data or other options, or is
+            damaged.
 
     Example:
         >>> import torch
@@ -211,7 +217,9 @@ def prepare(
         sampled = curvature_samples(split, max_samples, structure, "auto", seed)
         store = None
         if folder is not None:
-            mark = files.fingerprint(asdict(settings), dict(model.state_dict()), split.fingerprint())
+            mark = files.fingerprint(
+                asdict(settings), dict(model.state_dict()), split.fingerprint()
+            )
             store = _Store(files.ensure_folder(folder), mark)
         requests = [] if store is None else store.requests()
         curvature = None if store is None else store.curvature(model, split)

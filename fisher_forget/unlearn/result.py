@@ -17,7 +17,14 @@ from fisher_forget import params as P
 from fisher_forget.curvature.operator import Curvature
 from fisher_forget.data.split import Split
 from fisher_forget.unlearn.newton.step import NewtonStep
-from fisher_forget.unlearn.noise import EXPONENT, NoiseDraw, information, noise_curvature, noise_step, power_trace
+from fisher_forget.unlearn.noise import (
+    EXPONENT,
+    NoiseDraw,
+    information,
+    noise_curvature,
+    noise_step,
+    power_trace,
+)
 
 BUFFER_BATCH = 64  # samples per batch, at least, for BatchNorm statistics
 BUFFER_SAMPLES = 20_000  # retained samples for BatchNorm statistics, at most
@@ -35,8 +42,8 @@ class ForgetResult:
         kind: Of the curvature.
         newton: The Newton correction.
         noise: The noise drawn, or `None`.
-        losses: Mean loss in nats, of 2,000 samples of each part at most: retain_before, retain_after, forget_before,
-            forget_after.
+        losses: Mean loss in nats, of 2,000 samples of each part at most: retain_before,
+            retain_after, forget_before, forget_after.
         buffers_refreshed: Whether BatchNorm statistics were recomputed on the retained data.
         seconds: Wall time of each stage.
         weight_decay: Of the training objective.
@@ -80,15 +87,20 @@ class ForgetResult:
         refresh_buffers(scrubbed, self.split)
         return scrubbed
 
-    def information(self, scale: float, *, exponent: float = EXPONENT, error: float | None = None) -> float:
+    def information(
+        self, scale: float, *, exponent: float = EXPONENT, error: float | None = None
+    ) -> float:
         """Local forgetting bound of noise of this scale, nats: see `fisher_forget.unlearn.noise`.
 
         Args:
             scale: s.
             exponent: p.
-            error: sigma_h, in units of the weights; by default `newton_error`, NaN where no step was taken.
+            error: sigma_h, in units of the weights; by default `newton_error`, NaN where no step
+                was taken.
         """
-        damped, _ = noise_curvature(self.curvature, self.newton.params, noise_damping(self.newton, self.weight_decay))
+        damped, _ = noise_curvature(
+            self.curvature, self.newton.params, noise_damping(self.newton, self.weight_decay)
+        )
         sigma = newton_error(self.newton) if error is None else error
         return information(scale, sigma, power_trace(damped, self.newton.params, 2 * exponent))
 
@@ -101,10 +113,14 @@ class ForgetResult:
             f"  curvature  {self.structure}, {self.kind} kind, of the retained data; {self.seconds['curvature']:.1f} s",
         ]
         if n.absent:
-            lines.append(f"  absent     no sample of class {cleared} is left: its output row starts from zero")
+            lines.append(
+                f"  absent     no sample of class {cleared} is left: its output row starts from zero"
+            )
         if taken:
             rejected = f", {len(n.path) - len(taken)} rejected" if len(n.path) > len(taken) else ""
-            shortened = f", the last shortened to {taken[-1].share:.2g}" if taken[-1].share < 1 else ""
+            shortened = (
+                f", the last shortened to {taken[-1].share:.2g}" if taken[-1].share < 1 else ""
+            )
             lines.append(
                 f"  newton     {len(taken)} sub-step{'s' * (len(taken) > 1)}{rejected}{shortened}, damping "
                 f"{max(s.damping for s in taken):.1e} to {min(s.damping for s in taken):.1e}, |step| {n.norm:.3g}; "
@@ -114,25 +130,37 @@ class ForgetResult:
             unchanged = "" if n.absent else ": the weights are unchanged"
             lines.append(f"  newton     no step stayed within the budget{unchanged}")
         if not n.at_minimum:
-            done = "only what forgetting adds to the gradient acts" if n.drift_removed else "the step also trains on"
+            done = (
+                "only what forgetting adds to the gradient acts"
+                if n.drift_removed
+                else "the step also trains on"
+            )
             done = done if n.path else "no step follows"
-            lines.append(f"  note       not at a minimum of the objective (stationarity {n.stationarity:.2g}): {done}")
+            lines.append(
+                f"  note       not at a minimum of the objective (stationarity {n.stationarity:.2g}): {done}"
+            )
         if self.noise is None:
             lines.append("  noise      none")
         else:
             z = self.noise
             line = f"  noise      {z.scale:.2e} (B + {z.damping:.1e} I)^-{z.exponent:g}, |noise| {z.norm:.3g}"
             if z.target is not None:
-                reached = f"drop {z.drop:.1e}" if z.target.kind == "accuracy" else f"loss {z.rise:+.1e}"
+                reached = (
+                    f"drop {z.drop:.1e}" if z.target.kind == "accuracy" else f"loss {z.rise:+.1e}"
+                )
                 line += f"; {z.target}: {reached}"
-            lines.append(line if math.isnan(z.information) else f"{line}, bound {z.information:.2g} nats")
+            lines.append(
+                line if math.isnan(z.information) else f"{line}, bound {z.information:.2g} nats"
+            )
         if self.buffers_refreshed:
             lines.append("  buffers    BatchNorm statistics recomputed on the retained data")
         lines.append(
             f"  loss       retain {loss['retain_before']:.4g} -> {loss['retain_after']:.4g} nats, "
             f"forget {loss['forget_before']:.4g} -> {loss['forget_after']:.4g} nats"
         )
-        lines.append("  An estimate, not a certificate: compare with retrained models to see how close it came.")
+        lines.append(
+            "  An estimate, not a certificate: compare with retrained models to see how close it came."
+        )
         return "\n".join(lines)
 
     def summary(self) -> dict[str, Any]:
@@ -177,24 +205,30 @@ class ForgetResult:
 
 
 def noise_damping(newton: NewtonStep, weight_decay: float) -> float:
-    """The noise is damped as the last Newton sub-step was (1 without), so that it is as wide where that was blind."""
+    """The noise is damped as the last Newton sub-step was (1 without), so that it is as wide where
+    that was blind."""
     return (newton.damping if newton.accepted else 1.0) + weight_decay
 
 
 def newton_error(newton: NewtonStep) -> float:
-    """sigma_h, by which the Newton step misses per weight, root mean square: |last sub-step taken| / sqrt(d).
+    """sigma_h, by which the Newton step misses per weight, root mean square: |last sub-step taken|
+    / sqrt(d).
 
-    A rough guess from above of what the flow still had to go, as its sub-steps get shorter; NaN where none was taken.
+    A rough guess from above of what the flow still had to go, as its sub-steps get shorter; NaN
+    where none was taken.
     """
-    return newton.accepted[-1].norm / math.sqrt(P.size(newton.params)) if newton.accepted else math.nan
+    return (
+        newton.accepted[-1].norm / math.sqrt(P.size(newton.params)) if newton.accepted else math.nan
+    )
 
 
 def refresh_buffers(model: nn.Module, split: Split) -> bool:
-    """Recompute BatchNorm's running statistics on the retained data, in place: they hold the forgotten data, too.
+    """Recompute BatchNorm's running statistics on the retained data, in place: they hold the
+    forgotten data, too.
 
-    As in training, a layer normalises by the statistics of its batch; here batches are drawn at random from all
-    retained samples (20,000 at most), since in a data set sorted by class neighbours are alike, and each counts by its
-    size.
+    As in training, a layer normalises by the statistics of its batch; here batches are drawn at
+    random from all retained samples (20,000 at most), since in a data set sorted by class
+    neighbours are alike, and each counts by its size.
 
     Returns:
         Whether there was anything to do, and samples to do it with: a single one has no variance.
@@ -227,4 +261,8 @@ def refresh_buffers(model: nn.Module, split: Split) -> bool:
 
 def versions() -> dict[str, str]:
     """Versions that a result depends on."""
-    return {"fisher_forget": version("fisher-forget"), "torch": torch.__version__, "python": platform.python_version()}
+    return {
+        "fisher_forget": version("fisher-forget"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }

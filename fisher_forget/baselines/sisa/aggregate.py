@@ -26,8 +26,9 @@ class Aggregate(nn.Module):
         mean:  log p,  p = sum_s k_s p_s / K
         vote:  log of (sum_s k_s [argmax f_s = c] + p_c) / (K + 1)
 
-    A vote share alone would be zero for most classes; one more vote, divided as the mean p is, makes the logarithm
-    finite. Since votes are whole numbers it never overturns a majority, and it decides ties.
+    A vote share alone would be zero for most classes; one more vote, divided as the mean p is,
+    makes the logarithm finite. Since votes are whole numbers it never overturns a majority, and it
+    decides ties.
 
     Args:
         members: Models whose forward gives logits [N, ..., C].
@@ -40,11 +41,19 @@ class Aggregate(nn.Module):
 
     counts: Tensor
 
-    def __init__(self, members: Sequence[nn.Module], counts: Sequence[int], aggregation: Aggregation = "mean") -> None:
+    def __init__(
+        self, members: Sequence[nn.Module], counts: Sequence[int], aggregation: Aggregation = "mean"
+    ) -> None:
         super().__init__()
         if aggregation not in ("mean", "vote"):
-            raise ConfigError(f"aggregation={aggregation!r}", "'mean' or 'vote'", "Correct `aggregation`.")
-        if not len(members) or len(members) != len(counts) or any(k < 1 or k != int(k) for k in counts):
+            raise ConfigError(
+                f"aggregation={aggregation!r}", "'mean' or 'vote'", "Correct `aggregation`."
+            )
+        if (
+            not len(members)
+            or len(members) != len(counts)
+            or any(k < 1 or k != int(k) for k in counts)
+        ):
             raise ConfigError(
                 f"{len(members)} members with the counts {list(counts)}",
                 "at least one member, and a whole number of at least 1 for each",
@@ -57,7 +66,9 @@ class Aggregate(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Log-probabilities [N, ..., C]; inputs go to every member."""
-        each = torch.stack([F.log_softmax(P.logits(member(*args, **kwargs)), -1) for member in self.members])
+        each = torch.stack(
+            [F.log_softmax(P.logits(member(*args, **kwargs)), -1) for member in self.members]
+        )
         counts = self.counts.to(each).reshape(-1, *[1] * (each.dim() - 1))
         mean = torch.logsumexp(each + counts.log(), 0) - counts.sum().log()
         if self.aggregation == "mean":

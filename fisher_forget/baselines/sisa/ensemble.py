@@ -1,10 +1,11 @@
-"""SISA: exact unlearning by training so that little has to be trained again (sharded, isolated, sliced, aggregated).
+"""SISA: exact unlearning by training so that little has to be trained again (sharded, isolated,
+sliced, aggregated).
 
-S models never see each other's shard. Each is trained slice by slice: w_d = train(w_{d-1}, slices 1 ... d), with a
-checkpoint after every slice. To forget, the shards hit go back to the checkpoint before the first slice hit and are
-trained on without the sample. Every seed depends on shard and slice alone, so that the result is bit for bit what
-training on the retained samples would have given with the same cut: the order of requests does not matter, and neither
-does whether they come one by one or together.
+S models never see each other's shard. Each is trained slice by slice: w_d = train(w_{d-1}, slices 1
+... d), with a checkpoint after every slice. To forget, the shards hit go back to the checkpoint before the first slice hit and are
+trained on without the sample. Every seed depends on shard and slice alone, so that the result is
+bit for bit what training on the retained samples would have given with the same cut: the order of
+requests does not matter, and neither does whether they come one by one or together.
 
 Source: Bourtoule et al. 2021 (arXiv:1912.03817).
 """
@@ -38,7 +39,9 @@ from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import ConfigError, ModelError, SplitError
 
 Build = Callable[[], nn.Module]
-TrainFn = Callable[[nn.Module, Dataset[Any], Indices, int], nn.Module]  # (model, data set, indices, seed) -> trained
+TrainFn = Callable[
+    [nn.Module, Dataset[Any], Indices, int], nn.Module
+]  # (model, data set, indices, seed) -> trained
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class Work:
         shards: Numbers of the shards that were trained, ascending.
         first_slices: The slice, counted from 0, at which the training of each began.
         calls: Calls of the training function.
-        points: Samples handed to it, summed over calls; with one slice the paper's count of retrained points.
+        points: Samples handed to it, summed over calls; with one slice the paper's count of
+            retrained points.
         seconds: Wall time.
     """
 
@@ -63,31 +67,38 @@ class Work:
 class SISA:
     """An ensemble that forgets exactly; see the module.
 
-    Checkpoints are written whole or not at all, and one that has seen a sample to be forgotten is removed before
-    anything is trained. After a kill, make the same SISA with the same folder and call `fit`: requests are recorded
-    before they are served, so it goes on where it was, a request included. One process at a time may use a folder.
+    Checkpoints are written whole or not at all, and one that has seen a sample to be forgotten is
+    removed before anything is trained. After a kill, make the same SISA with the same folder and
+    call `fit`: requests are recorded before they are served, so it goes on where it was, a request
+    included. One process at a time may use a folder.
 
     Args:
         build: Returns a new model; called with the global generators seeded shard by shard.
-        train: `train(model, dataset, indices, seed)` trains on these samples, sorted, and returns the model. It gets a
-            model of its own, in eval mode, and must depend on nothing else: an optimizer's momentum starts anew at
-            every slice, and state outside `state_dict` is not kept. The global generators are seeded for it.
+        train: `train(model, dataset, indices, seed)` trains on these samples, sorted, and returns
+            the model. It gets a model of its own, in eval mode, and must depend on nothing else: an
+            optimizer's momentum starts anew at every slice, and state outside `state_dict` is not
+            kept. The global generators are seeded for it.
         shards: S; more of them forget faster and predict worse.
         slices: R, of every shard; `partition.epochs_per_slice` says how long to train on each.
-        labels: Class of every sample, for shards and slices that are balanced by class; see `partition.balanced`.
-        probabilities: Deletion probability of every sample: those likely to go are put together; see
-            `partition.by_deletion_probability`. Without either, the cut is uniform.
-        folder: Where checkpoints are kept; `None` for a temporary one that vanishes with this object.
-        budget: Most bytes that checkpoints may take. Those of the last slice are needed; as many of the others as
-            fit are kept, spread evenly over slices, and training starts again from the last one kept. `None` keeps all.
-        jobs: Worker processes, one shard each. They receive `build`, `train` and the data set by copy. Any number
-            gives the same bits: training uses one torch thread, in this process too.
+        labels: Class of every sample, for shards and slices that are balanced by class; see
+            `partition.balanced`.
+        probabilities: Deletion probability of every sample: those likely to go are put together;
+            see `partition.by_deletion_probability`. Without either, the cut is uniform.
+        folder: Where checkpoints are kept; `None` for a temporary one that vanishes with this
+            object.
+        budget: Most bytes that checkpoints may take. Those of the last slice are needed; as many of
+            the others as fit are kept, spread evenly over slices, and training starts again from
+            the last one kept. `None` keeps all.
+        jobs: Worker processes, one shard each. They receive `build`, `train` and the data set by
+            copy. Any number gives the same bits: training uses one torch thread, in this process
+            too.
         seed: Of the cut, the initial weights and the training.
         fingerprint: Names data and training function; a folder made under another name is refused.
         progress: Show a bar over the shards in training.
 
     Raises:
-        ConfigError: If a number is below 1 (seed: below 0), or labels and probabilities are both given.
+        ConfigError: If a number is below 1 (seed: below 0), or labels and probabilities are both
+            given.
 
     Example:
         >>> from fisher_forget.experiments.training import TrainSettings, train
@@ -123,7 +134,11 @@ class SISA:
         partition.check_at_least(1, shards=shards, slices=slices, jobs=jobs)
         partition.check_at_least(0, seed=seed)
         if labels is not None and probabilities is not None:
-            raise ConfigError("both labels and probabilities", "one of them, or neither", "Choose what to shard by.")
+            raise ConfigError(
+                "both labels and probabilities",
+                "one of them, or neither",
+                "Choose what to shard by.",
+            )
         self.build, self.train = build, train
         self.shards, self.slices = int(shards), int(slices)
         self.labels, self.probabilities = labels, probabilities
@@ -135,7 +150,8 @@ class SISA:
 
     @property
     def cut(self) -> Cut:
-        """Indices shard by shard and slice by slice, as they were cut: forgotten samples are still named."""
+        """Indices shard by shard and slice by slice, as they were cut: forgotten samples are still
+        named."""
         return self._fitted().cut
 
     @property
@@ -144,20 +160,25 @@ class SISA:
         return self._fitted().split.forget
 
     def fit(self, dataset: Dataset[Any]) -> Work:
-        """Train what is missing: everything at first, the rest after a kill, nothing the second time.
+        """Train what is missing: everything at first, the rest after a kill, nothing the second
+        time.
 
         Args:
-            dataset: Map-style; indices in requests count its samples. The training function alone reads them.
+            dataset: Map-style; indices in requests count its samples. The training function alone
+                reads them.
 
         Raises:
             SplitError: If the data set has no length, or another one was given before.
-            ConfigError: If there are fewer samples than slices, labels or probabilities do not fit, or the budget
-                does not hold one checkpoint a shard.
-            StorageError: If the folder cannot be written, is of another run, or `train` returns another architecture.
+            ConfigError: If there are fewer samples than slices, labels or probabilities do not fit,
+                or the budget does not hold one checkpoint a shard.
+            StorageError: If the folder cannot be written, is of another run, or `train` returns
+                another architecture.
         """
         if self._state is not None and self._state.split.base is not dataset:
             raise SplitError(
-                "another data set than before", "the one that was given first", "Make another SISA for it."
+                "another data set than before",
+                "the one that was given first",
+                "Make another SISA for it.",
             )
         if not hasattr(dataset, "__len__"):
             raise SplitError(
@@ -199,7 +220,8 @@ class SISA:
         return self._update()
 
     def module(self, *, aggregation: Aggregation = "mean", weighted: bool = False) -> Aggregate:
-        """The ensemble as one module, in eval mode, of the models as they are now; later requests do not reach it.
+        """The ensemble as one module, in eval mode, of the models as they are now; later requests
+        do not reach it.
 
         Shards that have no sample left take no part.
 
@@ -218,7 +240,9 @@ class SISA:
                 key = state.store.keys(shard, parts)[-1]
                 if not state.store.holds(shard, self.slices, key):
                     raise ModelError(
-                        f"shard {shard} without its model", "a fit or forget that came to its end", "Call fit again."
+                        f"shard {shard} without its model",
+                        "a fit or forget that came to its end",
+                        "Call fit again.",
                     )
                 template = initial_model(self.build, self.seed, shard)
                 members.append(state.store.load(shard, self.slices, template, key))
@@ -234,30 +258,39 @@ class SISA:
         weighted: bool = False,
         batch_size: int = 1024,
     ) -> Tensor:
-        """Most likely class of every input: [N, ...] for inputs [N, ...]. It reads all models at every call.
+        """Most likely class of every input: [N, ...] for inputs [N, ...]. It reads all models at
+        every call.
 
         Raises:
             ModelError: As for `module`.
         """
         module = self.module(aggregation=aggregation, weighted=weighted)
         device = next(module.parameters()).device
-        return torch.cat([module(chunk.to(device)).argmax(-1) for chunk in inputs.split(batch_size)])
+        return torch.cat(
+            [module(chunk.to(device)).argmax(-1) for chunk in inputs.split(batch_size)]
+        )
 
     def _fitted(self) -> _State:
         if self._state is None:
-            raise ModelError("a SISA that is not fitted", "a call of fit before this one", "Call fit(dataset).")
+            raise ModelError(
+                "a SISA that is not fitted", "a call of fit before this one", "Call fit(dataset)."
+            )
         return self._state
 
     def _cut(self, total: int) -> Cut:
         for name, values in (("labels", self.labels), ("probabilities", self.probabilities)):
             if values is not None and np.shape(values)[:1] != (total,):
                 raise ConfigError(
-                    f"{name} of shape {np.shape(values)} for {total} samples", "one a sample", f"Correct `{name}`."
+                    f"{name} of shape {np.shape(values)} for {total} samples",
+                    "one a sample",
+                    f"Correct `{name}`.",
                 )
         if self.labels is not None:
             return partition.balanced(self.labels, self.shards, self.slices, self.seed)
         if self.probabilities is not None:
-            return partition.by_deletion_probability(self.probabilities, self.shards, self.slices, self.seed)
+            return partition.by_deletion_probability(
+                self.probabilities, self.shards, self.slices, self.seed
+            )
         return partition.uniform(total, self.shards, self.slices, self.seed)
 
     def _place(self) -> Path:
@@ -280,7 +313,10 @@ class SISA:
                 "Raise the budget, or use fewer shards.",
             )
         each, more = divmod(room, self.shards)
-        return tuple(partition.kept_checkpoints(self.slices, each + (shard < more)) for shard in range(self.shards))
+        return tuple(
+            partition.kept_checkpoints(self.slices, each + (shard < more))
+            for shard in range(self.shards)
+        )
 
     def _update(self) -> Work:
         """Remove what the requests have made stale, then train what is missing."""
@@ -291,7 +327,9 @@ class SISA:
             _Task(shard, parts, state.store.keys(shard, parts), state.kept[shard])
             for shard, parts in enumerate(state.parts())
         ]
-        state.store.keep_only({state.store.path(t.shard, done): t.keys[done] for t in every for done in t.kept})
+        state.store.keep_only(
+            {state.store.path(t.shard, done): t.keys[done] for t in every for done in t.kept}
+        )
         for task in every:
             start = task.start(state.store)
             if start < self.slices:
@@ -305,9 +343,11 @@ class SISA:
 
 
 def slice_seed(seed: int, shard: int, done: int) -> int:
-    """Seed of the training that follows `done - 1` slices of a shard (`done=0`: of its initial weights).
+    """Seed of the training that follows `done - 1` slices of a shard (`done=0`: of its initial
+    weights).
 
-    It depends on nothing else, so that a request does not change the randomness of what it does not hit.
+    It depends on nothing else, so that a request does not change the randomness of what it does not
+    hit.
     """
     return int(np.random.SeedSequence([seed, shard, done]).generate_state(1)[0])
 
@@ -333,7 +373,8 @@ class _State:
 
 @dataclass(frozen=True)
 class _Task:
-    """A shard: its retained samples, the keys after 0 ... R slices, and after which of them a checkpoint is kept."""
+    """A shard: its retained samples, the keys after 0 ... R slices, and after which of them a
+    checkpoint is kept."""
 
     shard: int
     parts: Shard
@@ -342,7 +383,10 @@ class _Task:
 
     def start(self, store: Store) -> int:
         """How many slices the last usable checkpoint has seen."""
-        return max((done for done in self.kept if store.holds(self.shard, done, self.keys[done])), default=0)
+        return max(
+            (done for done in self.kept if store.holds(self.shard, done, self.keys[done])),
+            default=0,
+        )
 
 
 _Shared = tuple[Build, TrainFn, Dataset[Any], int, Store]
@@ -353,12 +397,15 @@ def _run(shared: _Shared, tasks: list[tuple[_Task, int]], jobs: int) -> Iterator
     if jobs == 1 or len(tasks) < 2:
         yield from (_train_shard(shared, task, start) for task, start in tasks)
         return
-    workers = joblib.Parallel(n_jobs=min(jobs, len(tasks)), backend="loky", return_as="generator_unordered")
+    workers = joblib.Parallel(
+        n_jobs=min(jobs, len(tasks)), backend="loky", return_as="generator_unordered"
+    )
     yield from workers(joblib.delayed(_train_shard)(shared, task, start) for task, start in tasks)
 
 
 def _train_shard(shared: _Shared, task: _Task, start: int) -> tuple[int, int]:
-    """Train a shard from its checkpoint to its end; a slice whose samples are all forgotten still has its turn."""
+    """Train a shard from its checkpoint to its end; a slice whose samples are all forgotten still
+    has its turn."""
     build, train, dataset, seed, store = shared
     template = initial_model(build, seed, task.shard)
     model = store.load(task.shard, start, template, task.keys[start]) if start else template
@@ -368,8 +415,11 @@ def _train_shard(shared: _Shared, task: _Task, start: int) -> tuple[int, int]:
         if len(chosen):
             own = slice_seed(seed, task.shard, done)
             with _seeded(own), _one_thread():
-                trained = train(files.fill_model(template, model.state_dict()), dataset, chosen, own)
-            # into a fresh copy, as if it had been read from a checkpoint: mode and hooks do not carry over
+                trained = train(
+                    files.fill_model(template, model.state_dict()), dataset, chosen, own
+                )
+            # into a fresh copy, as if it had been read from a checkpoint: mode and hooks do not
+            # carry over
             model = files.fill_model(template, trained.state_dict())
             calls, points = calls + 1, points + len(chosen)
         if done in task.kept:
@@ -379,7 +429,8 @@ def _train_shard(shared: _Shared, task: _Task, start: int) -> tuple[int, int]:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Global generators at a seed, for functions of the user that draw from them; put back at the end."""
+    """Global generators at a seed, for functions of the user that draw from them; put back at the
+    end."""
     with preserved_rng():
         torch.manual_seed(seed)
         np.random.seed(seed)  # noqa: NPY002 - the user's function may draw from it

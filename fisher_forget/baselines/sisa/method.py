@@ -1,4 +1,5 @@
-"""SISA as a method to compare: an ensemble of its own, trained once, that forgets exactly (arXiv:1912.03817)."""
+"""SISA as a method to compare: an ensemble of its own, trained once, that forgets exactly
+(arXiv:1912.03817)."""
 
 from __future__ import annotations
 
@@ -23,13 +24,16 @@ from fisher_forget.errors import ConfigError
 
 @dataclass(frozen=True)
 class Sharded:
-    """Shards are trained on all samples, and then those that are hit by the forget set are trained again.
+    """Shards are trained on all samples, and then those that are hit by the forget set are trained
+    again.
 
-    What comes out is SISA's own ensemble, not the given model, which gives its architecture alone. The time is that of
-    forgetting; training the shards, which comes before any request, is not counted.
+    What comes out is SISA's own ensemble, not the given model, which gives its architecture alone.
+    The time is that of forgetting; training the shards, which comes before any request, is not
+    counted.
 
     Attributes:
-        train: How a model is trained: (fresh model, training data set, indices, seed) -> trained model.
+        train: How a model is trained: (fresh model, training data set, indices, seed) -> trained
+            model.
         init: Makes an untrained model; by default the modules' own `reset_parameters`.
         shards: S.
         slices: R.
@@ -46,13 +50,16 @@ class Sharded:
     seed: int = 0
 
     def unlearn(self, model: nn.Module, split: Split) -> Unlearned:
-        """Forget `split.forget`; the given model is untouched. `passes` is NaN: the epochs of `train` are not known.
+        """Forget `split.forget`; the given model is untouched. `passes` is NaN: the epochs of
+        `train` are not known.
 
         Raises:
             ConfigError: If `train` is missing.
         """
         if self.train is None:
-            raise ConfigError("no train", "the function that trains a shard", "Pass train=, see `SISA`.")
+            raise ConfigError(
+                "no train", "the function that trains a shard", "Pass train=, see `SISA`."
+            )
         every = np.sort(split.indices("all"))
         samples: Dataset[Any] = Subset(split.base, every.tolist())
         build = partial(_build, model, self.init)
@@ -69,8 +76,11 @@ class Sharded:
         return Unlearned(sisa.module(), time.perf_counter() - begun, float("nan"))
 
     def template(self, model: nn.Module) -> nn.Module:
-        """What `unlearn` returns for this model, with other weights, where no shard is left empty."""
-        members: Sequence[nn.Module] = [fresh(model, self.seed, self.init) for _ in range(self.shards)]
+        """What `unlearn` returns for this model, with other weights, where no shard is left
+        empty."""
+        members: Sequence[nn.Module] = [
+            fresh(model, self.seed, self.init) for _ in range(self.shards)
+        ]
         return Aggregate(members, [1] * self.shards)
 
 
@@ -79,7 +89,14 @@ def _build(model: nn.Module, init: Init | None) -> nn.Module:
 
 
 def _train(
-    train: Train, base: Dataset[Any], every: Indices, model: nn.Module, _data: Dataset[Any], rows: Indices, seed: int
+    train: Train,
+    base: Dataset[Any],
+    every: Indices,
+    model: nn.Module,
+    _data: Dataset[Any],
+    rows: Indices,
+    seed: int,
 ) -> nn.Module:
-    """Rows of the samples of a split, as rows of the data set below them, which the user's function knows."""
+    """Rows of the samples of a split, as rows of the data set below them, which the user's function
+    knows."""
     return train(model, base, every[rows], seed)

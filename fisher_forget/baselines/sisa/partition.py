@@ -1,7 +1,7 @@
 """How SISA cuts data into shards and slices, and what a deletion is then expected to cost.
 
-A cut is made once, before training, from indices, labels or deletion probabilities, never from inputs. A deletion takes
-a sample out of its slice and moves no other sample.
+A cut is made once, before training, from indices, labels or deletion probabilities, never from
+inputs. A deletion takes a sample out of its slice and moves no other sample.
 
 Source: Bourtoule et al. 2021 (arXiv:1912.03817), sections 4 to 7.
 """
@@ -39,10 +39,11 @@ def uniform(samples: int, shards: int, slices: int, seed: int) -> Cut:
 
 
 def balanced(labels: ArrayLike, shards: int, slices: int, seed: int) -> Cut:
-    """Every class spread evenly: its counts in two shards, and in two slices of a shard, differ by one at most.
+    """Every class spread evenly: its counts in two shards, and in two slices of a shard, differ by
+    one at most.
 
-    The sizes of shards, and of slices of a shard, differ by one at most as well: the samples are put in the order of
-    their classes, at random within each, and dealt in turn like cards.
+    The sizes of shards, and of slices of a shard, differ by one at most as well: the samples are
+    put in the order of their classes, at random within each, and dealt in turn like cards.
 
     Args:
         labels: Class of every sample [N], of any integer or string type.
@@ -73,15 +74,17 @@ def by_deletion_probability(
 ) -> Cut:
     """Samples that are likely to be deleted are put together in small shards.
 
-    Samples are sorted by probability p and cut where the sum of p^a comes closest to k/S of its total. A request then
-    retrains sum_s P_s n_s / P points on average, with P_s the sum of p and n_s the size of shard s:
+    Samples are sorted by probability p and cut where the sum of p^a comes closest to k/S of its
+    total. A request then retrains sum_s P_s n_s / P points on average, with P_s the sum of p and
+    n_s the size of shard s:
 
         a = 1/2:  about (sum sqrt p)^2 / (S sum p), the least; below N/S by the Cauchy-Schwarz inequality
         a = 1:    N/S, as without knowing p: every shard has the same expected number of requests
         a = 0:    N/S: shards of one size; several requests at once hit fewer of them
 
-    (about, because a shard holds different p; the approximation improves with S). Within a shard the likeliest
-    samples are in the last slice, where a deletion costs least. Every shard keeps at least R samples.
+    (about, because a shard holds different p; the approximation improves with S). Within a shard
+    the likeliest samples are in the last slice, where a deletion costs least. Every shard keeps at
+    least R samples.
 
     Args:
         probabilities: Deletion probability of every sample [N].
@@ -91,9 +94,11 @@ def by_deletion_probability(
         exponent: a, in [0, 1].
 
     Raises:
-        ConfigError: As for `uniform`, or if probabilities or exponent are outside [0, 1], or all probabilities zero.
+        ConfigError: As for `uniform`, or if probabilities or exponent are outside [0, 1], or all
+            probabilities zero.
 
-    Source: Bourtoule et al. 2021, section 7, which fills shards up to the same expected number of requests (a = 1).
+    Source: Bourtoule et al. 2021, section 7, which fills shards up to the same expected number of
+    requests (a = 1).
     """
     chances = np.asarray(probabilities, dtype=np.float64)
     if chances.ndim != 1 or not bool(((chances >= 0) & (chances <= 1)).all()) or not chances.any():
@@ -118,9 +123,11 @@ def by_deletion_probability(
 
 
 def epochs_per_slice(epochs: float, slices: int) -> float:
-    """2 e / (R + 1): epochs of each of R slices that read as many samples in all as e epochs without slices.
+    """2 e / (R + 1): epochs of each of R slices that read as many samples in all as e epochs
+    without slices.
 
-    Slice r trains on r/R of the shard, and the sum of r/R over r is (R + 1) / 2. Round it as the training needs.
+    Slice r trains on r/R of the shard, and the sum of r/R over r is (R + 1) / 2. Round it as the
+    training needs.
 
     Raises:
         ConfigError: If e is not positive, or R is below 1.
@@ -132,10 +139,11 @@ def epochs_per_slice(epochs: float, slices: int) -> float:
 
 
 def expected_points_sequential(samples: int, shards: int, requests: int) -> float:
-    """(N/S + 1/(2S) - 1) K - K^2 / (2S): points that K requests retrain, served one after the other, with R = 1.
+    """(N/S + 1/(2S) - 1) K - K^2 / (2S): points that K requests retrain, served one after the
+    other, with R = 1.
 
-    Request i meets a shard of (N - i + 1) / S points on average and retrains all but one: every request is taken to
-    hit a shard at random.
+    Request i meets a shard of (N - i + 1) / S points on average and retrains all but one: every
+    request is taken to hit a shard at random.
 
     Args:
         samples: N.
@@ -150,7 +158,8 @@ def expected_points_sequential(samples: int, shards: int, requests: int) -> floa
 
 
 def expected_points_batch(samples: int, shards: int, requests: int) -> float:
-    """N (1 - (1 - 1/S)^K) - K: points that K requests retrain when they are served together, with R = 1.
+    """N (1 - (1 - 1/S)^K) - K: points that K requests retrain when they are served together, with R
+    = 1.
 
     A shard is retrained if at least one request hits it.
 
@@ -167,10 +176,12 @@ def expected_points_batch(samples: int, shards: int, requests: int) -> float:
 
 
 def slicing_fraction(slices: int) -> float:
-    """2/3 + 1/(3R): expected cost of a deletion from a shard of R slices over that of retraining the shard.
+    """2/3 + 1/(3R): expected cost of a deletion from a shard of R slices over that of retraining
+    the shard.
 
-    The slice hit is uniform, and training goes on from the checkpoint before it with `epochs_per_slice`: the mean of
-    sum_{j >= r} j/R * 2/(R + 1) over r = 1 ... R. It saves a third at most.
+    The slice hit is uniform, and training goes on from the checkpoint before it with
+    `epochs_per_slice`: the mean of sum_{j >= r} j/R * 2/(R + 1) over r = 1 ... R. It saves a third
+    at most.
 
     Raises:
         ConfigError: If R is below 1.
@@ -180,7 +191,8 @@ def slicing_fraction(slices: int) -> float:
 
 
 def kept_checkpoints(slices: int, room: int) -> frozenset[int]:
-    """After how many slices a checkpoint is kept where there is room for `room`: spread evenly, the last always.
+    """After how many slices a checkpoint is kept where there is room for `room`: spread evenly, the
+    last always.
 
     Raises:
         ConfigError: If a number is below 1.
@@ -197,7 +209,8 @@ def kept_checkpoints(slices: int, room: int) -> frozenset[int]:
 def retained(cut: Cut, forgotten: Indices | Sequence[int]) -> Cut:
     """The same cut without the forgotten samples; slices may become empty."""
     return tuple(
-        tuple(piece[~np.isin(piece, np.asarray(forgotten, dtype=np.int64))] for piece in shard) for shard in cut
+        tuple(piece[~np.isin(piece, np.asarray(forgotten, dtype=np.int64))] for piece in shard)
+        for shard in cut
     )
 
 
@@ -209,7 +222,9 @@ def check_at_least(least: int, **numbers: int) -> None:
     """
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-            raise ConfigError(f"{name}={value!r}", f"an integer of at least {least}", f"Correct `{name}`.")
+            raise ConfigError(
+                f"{name}={value!r}", f"an integer of at least {least}", f"Correct `{name}`."
+            )
 
 
 def _ascending(values: NDArray[np.generic], seed: int) -> Indices:
@@ -235,4 +250,8 @@ def _check(samples: int, shards: int, slices: int) -> None:
 def _requests(samples: int, shards: int, requests: int) -> None:
     check_at_least(1, samples=samples, shards=shards, requests=requests)
     if requests > samples:
-        raise ConfigError(f"{requests} requests for {samples} samples", "at most one a sample", "Lower `requests`.")
+        raise ConfigError(
+            f"{requests} requests for {samples} samples",
+            "at most one a sample",
+            "Lower `requests`.",
+        )

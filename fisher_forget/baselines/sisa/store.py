@@ -1,11 +1,14 @@
-"""The folder of a SISA run: which requests were made, and one file a checkpoint that says what it was trained on.
+"""The folder of a SISA run: which requests were made, and one file a checkpoint that says what it
+was trained on.
 
-A checkpoint's key is a hash chain over the slices that it has seen, with the samples that are retained in them:
+A checkpoint's key is a hash chain over the slices that it has seen, with the samples that are
+retained in them:
 
     key_0 = hash(run, shard),    key_d = hash(key_{d-1}, retained samples of slice d).
 
-A file with another key than the requests so far imply was trained on something else, a forgotten sample for instance,
-and is removed before anything is trained. So the folder needs no log of what was under way when a run was killed.
+A file with another key than the requests so far imply was trained on something else, a forgotten
+sample for instance, and is removed before anything is trained. So the folder needs no log of what
+was under way when a run was killed.
 """
 
 from __future__ import annotations
@@ -56,7 +59,8 @@ class Store(files.RequestLog):
         return _key(self.path(shard, done)) == key
 
     def keep_only(self, wanted: Mapping[Path, str]) -> None:
-        """Remove every checkpoint that is not wanted or has another key, and what a killed write left behind."""
+        """Remove every checkpoint that is not wanted or has another key, and what a killed write
+        left behind."""
         for path in self.folder.glob(PATTERN):
             if path not in wanted or _key(path) != wanted[path]:
                 _remove(path)

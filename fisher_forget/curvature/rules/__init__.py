@@ -33,7 +33,10 @@ RULES: dict[type[nn.Module], type[Rule]] = {
 
 def rule_for(module: nn.Module) -> Rule | None:
     """The rule of a module, by its class or a parent class; `None` if there is none."""
-    if type(module).__module__ == "transformers.pytorch_utils" and type(module).__name__ == "Conv1D":
+    if (
+        type(module).__module__ == "transformers.pytorch_utils"
+        and type(module).__name__ == "Conv1D"
+    ):
         return TransposedLinearRule(module)
     for kind, rule in RULES.items():
         if isinstance(module, kind):

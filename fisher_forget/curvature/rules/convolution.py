@@ -9,18 +9,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fisher_forget.curvature.rules.layers import PATCH_BYTES, MatrixRule, add_gram, add_squared_products
+from fisher_forget.curvature.rules.layers import (
+    PATCH_BYTES,
+    MatrixRule,
+    add_gram,
+    add_squared_products,
+)
 
 SHIFTS_FROM = 64  # output positions from which the autocorrelation is faster than forming patches
 LOOP_FROM = 512  # output positions from which the convolution's own weight-gradient kernel serves each sample,
-LOOP_ABOVE = 64  # if its matrix has more columns than this: images of few channels are faster as patches
+LOOP_ABOVE = (
+    64  # if its matrix has more columns than this: images of few channels are faster as patches
+)
 
 
 class ConvRule(MatrixRule):
     """nn.Conv1d/2d/3d with stride, dilation, groups and padding modes.
 
-    The matrix [O, K C] orders its columns kernel offset by kernel offset, channels innermost, as patches of a
-    channels-last image lie in memory.
+    The matrix [O, K C] orders its columns kernel offset by kernel offset, channels innermost, as
+    patches of a channels-last image lie in memory.
     """
 
     def _spatial(self) -> int:
@@ -36,16 +43,20 @@ class ConvRule(MatrixRule):
         return F.pad(a, [p for size in reversed(padding) for p in (size, size)])
 
     def patches(self, a: Tensor, spatial: torch.Size) -> Tensor:
-        """What each output position sees, kernel offset by kernel offset: [N, R, K C], groups side by side in C.
+        """What each output position sees, kernel offset by kernel offset: [N, R, K C], groups side
+        by side in C.
 
-        One copy of a strided view of the channels-last input, whose innermost runs are whole pixels.
+        One copy of a strided view of the channels-last input, whose innermost runs are whole
+        pixels.
         """
         m = self.module
         padded = self._padded(a).movedim(1, -1).contiguous()
         n, *pixels, c = padded.stride()
         steps = [p * s for p, s in zip(pixels, m.stride, strict=True)]
         kernel = [p * d for p, d in zip(pixels, m.dilation, strict=True)]
-        view = padded.as_strided((len(a), *spatial, *m.kernel_size, padded.shape[-1]), (n, *steps, *kernel, c))
+        view = padded.as_strided(
+            (len(a), *spatial, *m.kernel_size, padded.shape[-1]), (n, *steps, *kernel, c)
+        )
         patches: Tensor = view.reshape(len(a), -1, m.weight[0, 0].numel() * padded.shape[-1])
         return patches
 
@@ -62,7 +73,9 @@ class ConvRule(MatrixRule):
         m, n, groups = self.module, len(a), self.module.groups
         out = {} if m.bias is None else {"bias": g.flatten(2).sum(-1)}
         if self._loops(g):
-            out["weight"] = torch.stack([self._weight_gradient(a[i : i + 1], g[i : i + 1]) for i in range(n)])
+            out["weight"] = torch.stack(
+                [self._weight_gradient(a[i : i + 1], g[i : i + 1]) for i in range(n)]
+            )
             return out
         x, y = self.patches(a, g.shape[2:]), g.flatten(2)
         if groups > 1:
@@ -88,7 +101,9 @@ class ConvRule(MatrixRule):
         """The patches [N, R, K C]."""
         return None if self._loops(g) or self.module.groups > 1 else self.patches(a, g.shape[2:])
 
-    def add_squares(self, totals: dict[str, Tensor], a: Tensor, g: Tensor, shared: Tensor | None = None) -> None:
+    def add_squares(
+        self, totals: dict[str, Tensor], a: Tensor, g: Tensor, shared: Tensor | None = None
+    ) -> None:
         m = self.module
         if "weight" in totals and self._loops(g):
             for i in range(len(g)):
@@ -100,7 +115,9 @@ class ConvRule(MatrixRule):
         if m.groups > 1 or "weight" not in totals:
             super().add_squares(totals, a, g)
             return
-        squares = torch.zeros_like(self.to_matrix(totals["weight"]), memory_format=torch.contiguous_format)
+        squares = torch.zeros_like(
+            self.to_matrix(totals["weight"]), memory_format=torch.contiguous_format
+        )
         for x, y in self._chunks(a, g) if shared is None else [(shared, g.flatten(2))]:
             add_squared_products(squares, y, x)
         totals["weight"] += self.from_matrix(squares)
@@ -143,7 +160,12 @@ class ConvRule(MatrixRule):
 
     def add_column_moment(self, total: Tensor, a: Tensor, g: Tensor) -> None:
         m = self.module
-        plain = isinstance(m, nn.Conv2d) and m.groups == 1 and m.stride == (1, 1) and m.kernel_size != (1, 1)
+        plain = (
+            isinstance(m, nn.Conv2d)
+            and m.groups == 1
+            and m.stride == (1, 1)
+            and m.kernel_size != (1, 1)
+        )
         if plain and g[0, 0].numel() >= SHIFTS_FROM:
             self._add_shifts(total, a, g.shape[2:])
             return
@@ -154,10 +176,11 @@ class ConvRule(MatrixRule):
     def _add_shifts(self, total: Tensor, a: Tensor, spatial: torch.Size) -> None:
         """Second moment of the patches from autocorrelations, without forming a patch.
 
-        At stride 1 the block of the kernel offsets o and o' is sum_q x[q] x[q + o' - o]^T over the window of o. Over
-        *all* q it depends on d = o' - o alone: K (2K - 1) shifts in two dimensions instead of K^4 pairs, and all of
-        them are the weight gradient of one convolution of the image with itself. What a window leaves out at the
-        borders is subtracted: strips of the same, a few pixels wide.
+        At stride 1 the block of the kernel offsets o and o' is sum_q x[q] x[q + o' - o]^T over the
+        window of o. Over *all* q it depends on d = o' - o alone: K (2K - 1) shifts in two
+        dimensions instead of K^4 pairs, and all of them are the weight gradient of one convolution
+        of the image with itself. What a window leaves out at the borders is subtracted: strips of
+        the same, a few pixels wide.
         """
         m = self.module
         (kh, kw), (dh, dw), (h, w) = m.kernel_size, m.dilation, spatial
@@ -170,7 +193,8 @@ class ConvRule(MatrixRule):
         cache: dict[tuple[int, int, int, int], Tensor | float] = {}
 
         def shifts(r0: int, r1: int, c0: int, c1: int) -> Tensor | float:
-            """sum of x[q] x[q + d]^T over rows r0:r1 and columns c0:c1 of q: [C, C, kh, 2 kw - 1]."""
+            """sum of x[q] x[q + d]^T over rows r0:r1 and columns c0:c1 of q: [C, C, kh, 2 kw -
+            1]."""
             if r0 >= r1 or c0 >= c1:
                 return 0.0
             key = (r0, r1, c0, c1)
@@ -208,8 +232,12 @@ class ConvRule(MatrixRule):
             for u, v in itertools.product(range(i, kh), range(kw)):
                 if (u, v) < (i, j):
                     continue
-                block[i, j, :, u, v] += inside[:, :, u - i, v - j + kw - 1]  # the upper triangle only
+                block[i, j, :, u, v] += inside[
+                    :, :, u - i, v - j + kw - 1
+                ]  # the upper triangle only
             if len(total) > size:
-                total[:size, -1].view(kh, kw, channels)[i, j] += sums[:, top:bottom, left:right].sum((1, 2))
+                total[:size, -1].view(kh, kw, channels)[i, j] += sums[
+                    :, top:bottom, left:right
+                ].sum((1, 2))
         if len(total) > size:
             total[-1, -1] += len(x) * h * w

@@ -1,10 +1,13 @@
-"""Layer rules: per-sample parameter gradients from a layer's input and the gradient at its output, without autograd.
+"""Layer rules: per-sample parameter gradients from a layer's input and the gradient at its output,
+without autograd.
 
-A layer with weight matrix W [O, I] that sees inputs a_nr and output gradients g_nr at the R positions of sample n has
-the per-sample gradient M_n = sum_r g_nr a_nr^T. Where R = 1 it has rank one, and sums of its squares need no
-per-sample gradient at all: sum_n M_n^2 = (G*G)^T (A*A), one matrix product.
+A layer with weight matrix W [O, I] that sees inputs a_nr and output gradients g_nr at the R
+positions of sample n has the per-sample gradient M_n = sum_r g_nr a_nr^T. Where R = 1 it has rank
+one, and sums of its squares need no per-sample gradient at all: sum_n M_n^2 = (G*G)^T (A*A), one
+matrix product.
 
-A rule is never trusted blindly: `tape.Tape` compares each with autograd on a few of the user's own samples.
+A rule is never trusted blindly: `tape.Tape` compares each with autograd on a few of the user's own
+samples.
 """
 
 from __future__ import annotations
@@ -15,13 +18,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-PIECE_BYTES = 2 << 20  # per-sample gradients formed at once; about the size of the cores' own caches
+PIECE_BYTES = (
+    2 << 20
+)  # per-sample gradients formed at once; about the size of the cores' own caches
 PATCH_BYTES = 16 << 20  # patches formed at once
 LARGEST_SIDE = 8192  # a side with more rows keeps the standard basis: its eigendecomposition would cost O(side^3)
 
 
 class Rule:
-    """One kind of layer. Tensors `a` (layer input) and `g` (gradient at its output) lead with the samples."""
+    """One kind of layer. Tensors `a` (layer input) and `g` (gradient at its output) lead with the
+    samples."""
 
     def __init__(self, module: Any) -> None:
         self.module = module
@@ -33,23 +39,32 @@ class Rule:
     def added(self, found: dict[str, Tensor], a: Tensor, g: Tensor) -> dict[str, Tensor]:
         """`per_sample` on top of the gradients found for other uses of the same parameters."""
         own = self.per_sample(a, g)
-        return {name: found[name] + value if name in found else value for name, value in own.items()}
+        return {
+            name: found[name] + value if name in found else value for name, value in own.items()
+        }
 
     def shared(self, a: Tensor, g: Tensor) -> Tensor | None:
-        """What `add_squares` makes of the inputs, the same for every column; `None` if nothing worth keeping."""
+        """What `add_squares` makes of the inputs, the same for every column; `None` if nothing
+        worth keeping."""
         return None
 
-    def add_squares(self, totals: dict[str, Tensor], a: Tensor, g: Tensor, shared: Tensor | None = None) -> None:
-        """Add sum_n of the squared per-sample gradients, run by run of samples, to the totals asked for."""
+    def add_squares(
+        self, totals: dict[str, Tensor], a: Tensor, g: Tensor, shared: Tensor | None = None
+    ) -> None:
+        """Add sum_n of the squared per-sample gradients, run by run of samples, to the totals asked
+        for."""
         step = max(1, PIECE_BYTES // (4 * sum(total.numel() for total in totals.values())))
         for start in range(0, len(g), step):
-            for name, value in self.per_sample(a[start : start + step], g[start : start + step]).items():
+            for name, value in self.per_sample(
+                a[start : start + step], g[start : start + step]
+            ).items():
                 if name in totals:
                     totals[name] += value.square().sum(0)
 
 
 class MatrixRule(Rule):
-    """A layer whose weight is a matrix [O, I]: it has a basis for its rows and one for its columns."""
+    """A layer whose weight is a matrix [O, I]: it has a basis for its rows and one for its
+    columns."""
 
     def to_matrix(self, weight: Tensor) -> Tensor:
         """[..., *weight.shape] as [..., O, I]."""
@@ -60,7 +75,8 @@ class MatrixRule(Rule):
         return matrix.reshape(*matrix.shape[:-2], *self.module.weight.shape)
 
     def positions(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Inputs [N, R, I] and output gradients [N, R, O], where M_n = sum_r g_nr a_nr^T; `None` if there are none."""
+        """Inputs [N, R, I] and output gradients [N, R, O], where M_n = sum_r g_nr a_nr^T; `None` if
+        there are none."""
         return None
 
     def position_count(self, g: Tensor) -> int:
@@ -72,7 +88,8 @@ class MatrixRule(Rule):
         raise NotImplementedError
 
     def add_column_moment(self, total: Tensor, a: Tensor, g: Tensor) -> None:
-        """Add sum_nr a a^T to the upper triangle of `total` [I, I]; with a 1 below each a where it is [I+1, I+1]."""
+        """Add sum_nr a a^T to the upper triangle of `total` [I, I]; with a 1 below each a where it
+        is [I+1, I+1]."""
         raise NotImplementedError
 
     def has_row_basis(self) -> bool:
@@ -81,7 +98,8 @@ class MatrixRule(Rule):
 
 
 def add_squared_products(total: Tensor, y: Tensor, x: Tensor) -> None:
-    """Add sum_n (y_n x_n)^2 to `total` [O, I], for y [N, O, R] and x [N, R, I], in pieces that stay in the cache."""
+    """Add sum_n (y_n x_n)^2 to `total` [O, I], for y [N, O, R] and x [N, R, I], in pieces that stay
+    in the cache."""
     rows = max(1, min(len(total), PIECE_BYTES // (4 * total.shape[1])))
     step = max(1, PIECE_BYTES // (4 * rows * total.shape[1]))
     for top in range(0, len(total), rows):
@@ -91,7 +109,8 @@ def add_squared_products(total: Tensor, y: Tensor, x: Tensor) -> None:
 
 
 def add_gram(total: Tensor, rows: Tensor) -> None:
-    """Add rows^T rows to the upper triangle of `total`: blocks right of the diagonal, two thirds of the products.
+    """Add rows^T rows to the upper triangle of `total`: blocks right of the diagonal, two thirds of
+    the products.
 
     `total` may have one more row and column than `rows` has columns: the vectors then end in a 1.
     """
@@ -124,7 +143,9 @@ class LinearRule(MatrixRule):
             out["bias"] = y.sum(1)
         return out
 
-    def add_squares(self, totals: dict[str, Tensor], a: Tensor, g: Tensor, shared: Tensor | None = None) -> None:
+    def add_squares(
+        self, totals: dict[str, Tensor], a: Tensor, g: Tensor, shared: Tensor | None = None
+    ) -> None:
         x, y = self.positions(a, g)
         if "weight" in totals:
             add_squared_products(self.to_matrix(totals["weight"]), y.transpose(1, 2), x)
@@ -147,7 +168,8 @@ class TransposedLinearRule(LinearRule):
 
 
 class EmbeddingRule(MatrixRule):
-    """nn.Embedding: the weight as [V, D]; its rows' side is one-hot, so it keeps the standard basis."""
+    """nn.Embedding: the weight as [V, D]; its rows' side is one-hot, so it keeps the standard
+    basis."""
 
     def has_row_basis(self) -> bool:
         return False
@@ -166,14 +188,19 @@ class EmbeddingRule(MatrixRule):
         g = g.reshape(-1, width)
         if self.module.padding_idx is not None:
             g = g * (a.reshape(-1, 1) != self.module.padding_idx)
-        # a tied output layer has formed the whole matrix already: only the rows that were seen change
+        # a tied output layer has formed the whole matrix already: only the rows that were seen
+        # change
         return {
-            "weight": found["weight"].view(-1, width).index_add_(0, index.reshape(-1), g).view(n, vocabulary, width)
+            "weight": found["weight"]
+            .view(-1, width)
+            .index_add_(0, index.reshape(-1), g)
+            .view(n, vocabulary, width)
         }
 
 
 class ElementwiseRule(Rule):
-    """Scale and shift of a normalised input: the gradient is a sum over positions of g * a_hat and of g."""
+    """Scale and shift of a normalised input: the gradient is a sum over positions of g * a_hat and
+    of g."""
 
     channel_last: ClassVar[bool] = True
 

@@ -49,7 +49,8 @@ def from_matrix(matrix: Tensor, like: Params, *, signed: bool = False) -> Dense:
     Args:
         matrix: B.
         like: Parameters that give names, order and shapes.
-        signed: Whether it may be indefinite. If not, negative eigenvalues are rounding errors and become 0.
+        signed: Whether it may be indefinite. If not, negative eigenvalues are rounding errors and
+            become 0.
 
     Raises:
         CurvatureError: If a matrix that is not `signed` has a negative eigenvalue beyond rounding.
@@ -57,7 +58,8 @@ def from_matrix(matrix: Tensor, like: Params, *, signed: bool = False) -> Dense:
     eigenvalues, basis = torch.linalg.eigh((matrix + matrix.T) / 2)
     largest, smallest = float(eigenvalues.abs().max()), float(eigenvalues.min())
     eps = torch.finfo(matrix.dtype).eps
-    # a sum of squares is semi-definite; differences of such sums lose more digits, hence the square root
+    # a sum of squares is semi-definite; differences of such sums lose more digits, hence the square
+    # root
     rounding = (len(matrix) * eps if signed else eps**0.5) * largest
     if not signed and smallest < -rounding:
         raise CurvatureError(
@@ -104,7 +106,9 @@ class DenseSum:
         first = next(iter(self.like.values()))
         self.sums = torch.zeros(d, d, dtype=first.dtype, device=first.device)
 
-    def add(self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool) -> None:
+    def add(
+        self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool
+    ) -> None:
         each = record.per_sample(column, grads)
         rows = torch.cat([value.flatten(1) for value in each.values()], 1)
         self.sums.addmm_(rows.T, rows)

@@ -1,13 +1,15 @@
 """Kronecker structure with eigenvalue correction (EKFAC; George et al. 2018, arXiv:1806.03884).
 
-For a layer with matrix M = [W b] of shape [O, I], the basis is Q_row (x) Q_col from the second moments of the output
-gradients and of the inputs (with a 1 for the bias), in the *expand* convention for shared weights (Eschenhagen et al.
-2023, arXiv:2311.00636). The eigenvalues are then corrected to the exact diagonal in that basis,
+For a layer with matrix M = [W b] of shape [O, I], the basis is Q_row (x) Q_col from the second
+moments of the output gradients and of the inputs (with a 1 for the bias), in the *expand*
+convention for shared weights (Eschenhagen et al. 2023, arXiv:2311.00636). The eigenvalues are then
+corrected to the exact diagonal in that basis,
 
     Lambda_ij = sum_n (Q_row^T M_n Q_col)_ij^2 / N,   M_n the gradient of sample n,
 
-the best diagonal in Frobenius norm. Any orthonormal basis keeps this an unbiased trace; a side that is one-hot or too
-large keeps the standard basis. Parameters that are not in a matrix get the exact diagonal.
+the best diagonal in Frobenius norm. Any orthonormal basis keeps this an unbiased trace; a side that
+is one-hot or too large keeps the standard basis. Parameters that are not in a matrix get the exact
+diagonal.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ from fisher_forget.errors import CurvatureError
 from fisher_forget.params import Params
 
 KEY = "matrix"
-REPLAY_BYTES = 256 << 20  # layer inputs and output gradients kept from the first pass for the second
+REPLAY_BYTES = (
+    256 << 20
+)  # layer inputs and output gradients kept from the first pass for the second
 
 Step = tuple[Record, Tensor, Sequence[Tensor | None], bool]
 
@@ -57,7 +61,8 @@ class Matrix:
 
 @dataclass(frozen=True, kw_only=True)
 class Kronecker(Spectral):
-    """One layer: B = (Q_row (x) Q_col) diag(Lambda) (Q_row (x) Q_col)^T; `None` stands for the standard basis.
+    """One layer: B = (Q_row (x) Q_col) diag(Lambda) (Q_row (x) Q_col)^T; `None` stands for the
+    standard basis.
 
     Attributes:
         layout: The layer's matrix.
@@ -90,12 +95,13 @@ def turn(matrix: Tensor, row: Tensor | None, col: Tensor) -> Tensor:
 class EkfacSum:
     """Accumulates the sides' second moments in a first pass over the data and Lambda in a second.
 
-    Where all layer inputs and output gradients of the first pass fit `REPLAY_BYTES`, the second is a replay of them:
-    no forward or backward pass is repeated.
+    Where all layer inputs and output gradients of the first pass fit `REPLAY_BYTES`, the second is
+    a replay of them: no forward or backward pass is repeated.
     """
 
     def __init__(self, tape: Tape, basis: Curvature | None = None) -> None:
-        """Start from nothing, or from the eigenbases of an EKFAC of the same model: one pass, and sums that add."""
+        """Start from nothing, or from the eigenbases of an EKFAC of the same model: one pass, and
+        sums that add."""
         self.passes = 2
         self.params = {name: p.detach() for name, p in tape.params.items()}
         self.layouts: dict[str, Matrix] = {}
@@ -116,11 +122,15 @@ class EkfacSum:
                 self.layouts[part.layout.weight] = part.layout
                 self.bases[part.layout.weight] = part.row, part.col
         if not self.bases:
-            raise CurvatureError("basis= without EKFAC blocks of this model", "an EKFAC of it", "Estimate one first.")
+            raise CurvatureError(
+                "basis= without EKFAC blocks of this model", "an EKFAC of it", "Estimate one first."
+            )
         self._pass, self.passes = 1, 1
         self._make_room()
 
-    def add(self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool) -> None:
+    def add(
+        self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool
+    ) -> None:
         if self._pass == 0:
             self._add_moments(record, grads, last)
             self._remember(record, column, grads, last)
@@ -128,12 +138,16 @@ class EkfacSum:
             self._add_lambdas(record, column, grads, last)
 
     def end_pass(self) -> None:
-        """After the first pass: eigendecompose the sides, make room for Lambda, and replay what was remembered."""
+        """After the first pass: eigendecompose the sides, make room for Lambda, and replay what was
+        remembered."""
         self._pass += 1
         if self._pass > 1:
             return
         for weight, (row, col) in self.moments.items():
-            self.bases[weight] = (None if row is None else symmetric_basis(row), symmetric_basis(col))
+            self.bases[weight] = (
+                None if row is None else symmetric_basis(row),
+                symmetric_basis(col),
+            )
         self.moments.clear()
         self._make_room()
         if self._replay is not None:
@@ -150,11 +164,15 @@ class EkfacSum:
                 self.rest.pop(name, None)
         self._settling = Settling(self.lambdas), Settling(self.rest)
 
-    def _remember(self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool) -> None:
+    def _remember(
+        self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool
+    ) -> None:
         if self._replay is None:
             return
         known = {use.a.data_ptr() for step in self._replay[-1:] for use in step[0].uses}
-        tensors = [g for g in grads if g is not None] + [u.a for u in record.uses if u.a.data_ptr() not in known]
+        tensors = [g for g in grads if g is not None] + [
+            u.a for u in record.uses if u.a.data_ptr() not in known
+        ]
         self._bytes += sum(t.numel() * t.element_size() for t in tensors)
         if self._bytes > REPLAY_BYTES:
             self._replay = None
@@ -169,8 +187,15 @@ class EkfacSum:
             if layout.weight not in self.moments:
                 rows, columns = layout.join(self.params).shape
                 new = self.params[layout.weight].new_zeros
-                has_row = all(u.block.rule.has_row_basis() for u in group.uses if isinstance(u.block.rule, MatrixRule))
-                self.moments[layout.weight] = (new(rows, rows) if has_row else None, new(columns, columns))
+                has_row = all(
+                    u.block.rule.has_row_basis()
+                    for u in group.uses
+                    if isinstance(u.block.rule, MatrixRule)
+                )
+                self.moments[layout.weight] = (
+                    new(rows, rows) if has_row else None,
+                    new(columns, columns),
+                )
             row, col = self.moments[layout.weight]
             for call in group.calls:
                 use, g = record.uses[call], grads[call]
@@ -183,8 +208,13 @@ class EkfacSum:
                     rule.add_column_moment(col, use.a, g)
 
     def _layout(self, group: Group) -> Matrix | None:
-        """Weight and bias share a matrix where every call of the group uses both; else the weight stands alone."""
-        matrices = [u.block for u in group.uses if isinstance(u.block.rule, MatrixRule) and "weight" in u.block.names]
+        """Weight and bias share a matrix where every call of the group uses both; else the weight
+        stands alone."""
+        matrices = [
+            u.block
+            for u in group.uses
+            if isinstance(u.block.rule, MatrixRule) and "weight" in u.block.names
+        ]
         if not matrices:
             return None
         weight = matrices[0].names["weight"]
@@ -192,10 +222,14 @@ class EkfacSum:
             same = all(u.block.names == matrices[0].names for u in group.uses)
             rule = matrices[0].rule
             assert isinstance(rule, MatrixRule)
-            self.layouts[weight] = Matrix(rule, weight, matrices[0].names.get("bias") if same else None)
+            self.layouts[weight] = Matrix(
+                rule, weight, matrices[0].names.get("bias") if same else None
+            )
         return self.layouts[weight]
 
-    def _add_lambdas(self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool) -> None:
+    def _add_lambdas(
+        self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool
+    ) -> None:
         for group in record.groups():
             layout = self._layout(group)
             if layout is None or layout.weight not in self.bases:
@@ -227,7 +261,8 @@ class EkfacSum:
                 settling.end_chunk()
 
     def _add_shared(self, layout: Matrix, group: Group, grads: Sequence[Tensor | None]) -> None:
-        """Lambda of a layer at several positions: rotate these, or the per-sample matrices where that costs less."""
+        """Lambda of a layer at several positions: rotate these, or the per-sample matrices where
+        that costs less."""
         row, col = self.bases[layout.weight]
         use, g = group.uses[0], grads[group.calls[0]]
         rule = use.block.rule
@@ -237,15 +272,21 @@ class EkfacSum:
             by_positions = count * (columns**2 + (0 if row is None else rows**2))
             by_matrix = rows * columns * (columns + (0 if row is None else rows))
             if by_positions < by_matrix and rule.positions(use.a[:1], g[:1]) is not None:
-                self._turn_positions(layout, rule, use.a, g, max(1, PATCH_BYTES // (4 * count * columns)))
+                self._turn_positions(
+                    layout, rule, use.a, g, max(1, PATCH_BYTES // (4 * count * columns))
+                )
             else:
-                self._turn_matrices(layout, rule, use.a, g, max(1, PATCH_BYTES // (4 * rows * columns)))
+                self._turn_matrices(
+                    layout, rule, use.a, g, max(1, PATCH_BYTES // (4 * rows * columns))
+                )
             return
         for piece in group.pieces(grads):
             if all(name in piece for name in layout.names):
                 self.lambdas[layout.weight] += turn(layout.join(piece), row, col).square_().sum(0)
 
-    def _turn_positions(self, layout: Matrix, rule: MatrixRule, a: Tensor, g: Tensor, step: int) -> None:
+    def _turn_positions(
+        self, layout: Matrix, rule: MatrixRule, a: Tensor, g: Tensor, step: int
+    ) -> None:
         row, col = self.bases[layout.weight]
         for start in range(0, len(g), step):
             seen = rule.positions(a[start : start + step], g[start : start + step])
@@ -257,7 +298,9 @@ class EkfacSum:
             y = y if row is None else y @ row
             add_squared_products(self.lambdas[layout.weight], y.transpose(1, 2), turned)
 
-    def _turn_matrices(self, layout: Matrix, rule: MatrixRule, a: Tensor, g: Tensor, step: int) -> None:
+    def _turn_matrices(
+        self, layout: Matrix, rule: MatrixRule, a: Tensor, g: Tensor, step: int
+    ) -> None:
         row, col = self.bases[layout.weight]
         for start in range(0, len(g), step):
             found = rule.per_sample(a[start : start + step], g[start : start + step])
@@ -288,7 +331,12 @@ class EkfacSum:
         for weight, eigenvalues in lambdas.items():
             row, col = self.bases[weight]
             layout = self.layouts[weight]
-            parts.append((layout.names, Kronecker(eigenvalues={KEY: eigenvalues}, layout=layout, row=row, col=col)))
+            parts.append(
+                (
+                    layout.names,
+                    Kronecker(eigenvalues={KEY: eigenvalues}, layout=layout, row=row, col=col),
+                )
+            )
         if rest:
             parts.append((tuple(rest), Diagonal(rest)))
         return BlockDiagonal(tuple(parts), tuple(self.params))

@@ -1,7 +1,8 @@
 r"""The Hessian of the mean loss, H = (1/N) sum_n d^2 l_n / dw^2: products, matrix, diagonal.
 
-H = GGN + (1/N) sum_n sum_k r_nk d^2 f_nk / dw^2. The second part makes it indefinite away from a minimum, and is not a
-sum of outer products: there are no columns to accumulate, only products H v (Pearlmutter 1994, Neural Computation 6).
+H = GGN + (1/N) sum_n sum_k r_nk d^2 f_nk / dw^2. The second part makes it indefinite away from a
+minimum, and is not a sum of outer products: there are no columns to accumulate, only products H v
+(Pearlmutter 1994, Neural Computation 6).
 """
 
 from __future__ import annotations
@@ -53,4 +54,6 @@ def dense(product: Product, like: Params) -> Dense:
 
 def diagonal(product: Product, like: Params, probes: int, seed: int) -> Diagonal:
     """An unbiased *estimate* of the diagonal, see `hutchinson`; entries may be negative."""
-    return Diagonal(unflatten(hutchinson(flat(product, like), flatten(like), probes, seed), like), signed=True)
+    return Diagonal(
+        unflatten(hutchinson(flat(product, like), flatten(like), probes, seed), like), signed=True
+    )

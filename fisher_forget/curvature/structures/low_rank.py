@@ -23,11 +23,13 @@ class LowRank(Curvature):
     Attributes:
         basis: U [d, r], orthonormal columns.
         eigenvalues: s [r], descending, without damping.
-        delta: Mean of the other d - r eigenvalues, max(0, (tr B - sum s) / (d - r)): it keeps the trace.
+        delta: Mean of the other d - r eigenvalues, max(0, (tr B - sum s) / (d - r)): it keeps the
+            trace.
         like: Parameters that give names, order and shapes.
         tau: Damping.
         residual: max_i |B u_i - s_i u_i| / s_1, how well the eigenpairs have converged.
-        trace_estimated: Whether tr B came from random output signs, unbiased, and not from all exact columns.
+        trace_estimated: Whether tr B came from random output signs, unbiased, and not from all
+            exact columns.
         products: Products with B that the eigenpairs took.
     """
 
@@ -84,13 +86,21 @@ def most_products(rank: int, size: int) -> int:
 
 
 def top_eigenpairs(
-    product: Product, like: Params, rank: int, trace: float, *, seed: int = 0, trace_estimated: bool = False
+    product: Product,
+    like: Params,
+    rank: int,
+    trace: float,
+    *,
+    seed: int = 0,
+    trace_estimated: bool = False,
 ) -> LowRank:
-    """The `rank` largest eigenpairs by Lanczos with full reorthogonalisation; no d x d matrix is formed.
+    """The `rank` largest eigenpairs by Lanczos with full reorthogonalisation; no d x d matrix is
+    formed.
 
-    It stops when every |B u_i - s_i u_i| is below sqrt(eps) s_1, which makes the eigenvalues accurate to about eps, or
-    after `most_products` steps. Where eigenvalues lie close together the vectors then span the right space only roughly
-    (`residual` says how roughly), but U stays orthonormal and s are its Rayleigh quotients.
+    It stops when every |B u_i - s_i u_i| is below sqrt(eps) s_1, which makes the eigenvalues
+    accurate to about eps, or after `most_products` steps. Where eigenvalues lie close together the
+    vectors then span the right space only roughly (`residual` says how roughly), but U stays
+    orthonormal and s are its Rayleigh quotients.
 
     Args:
         product: v -> B v, positive semi-definite.

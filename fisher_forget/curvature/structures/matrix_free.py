@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from fisher_forget import params as P
-from fisher_forget.curvature.operator import Curvature, check_definite, checked_damping, needs_definite
+from fisher_forget.curvature.operator import (
+    Curvature,
+    check_definite,
+    checked_damping,
+    needs_definite,
+)
 from fisher_forget.curvature.products import Chunk, GgnChunk, summed, twice_differentiable
 from fisher_forget.curvature.solvers import Lanczos, Product, flat, hutchinson, matrix, rademacher
 from fisher_forget.data.batches import Batch
@@ -33,7 +38,8 @@ class GgnProduct:
         live: Its parameters, the leaves of the graph.
         likelihood: Gives H_n.
         batches: The samples.
-        count: Divisor: the scored positions of *all* retained data, also where only some samples are given.
+        count: Divisor: the scored positions of *all* retained data, also where only some samples
+            are given.
     """
 
     def __init__(
@@ -57,7 +63,9 @@ class GgnProduct:
         return summed(self._chunks, v, self.count)
 
 
-def _exact_weight(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> Callable[[Tensor], Tensor]:
+def _exact_weight(
+    likelihood: Likelihood, outputs: Tensor, targets: Tensor
+) -> Callable[[Tensor], Tensor]:
     return lambda u: likelihood.hessian_product(outputs, u, targets)
 
 
@@ -77,7 +85,12 @@ class Solution:
 
 
 def conjugate_gradient(
-    product: Product, b: Params, precondition: Product, *, iterations: int = 10, tolerance: float = 0.05
+    product: Product,
+    b: Params,
+    precondition: Product,
+    *,
+    iterations: int = 10,
+    tolerance: float = 0.05,
 ) -> Solution:
     """Solve A x = b for a symmetric positive definite A by preconditioned conjugate gradients.
 
@@ -104,7 +117,9 @@ def conjugate_gradient(
         curvature = P.dot(p, ap)
         if not curvature > 0:
             raise NumericalError(
-                f"curvature {curvature:g} along a search direction", "a positive definite operator", "Use more damping."
+                f"curvature {curvature:g} along a search direction",
+                "a positive definite operator",
+                "Use more damping.",
             )
         alpha = rz / curvature
         x, r = P.add(x, p, alpha), P.add(r, ap, -alpha)
@@ -118,11 +133,13 @@ def conjugate_gradient(
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixFree(Curvature):
-    """B + tau I as nothing but its products: exact wherever products are, slow where an inverse is needed.
+    """B + tau I as nothing but its products: exact wherever products are, slow where an inverse is
+    needed.
 
-    `power` needs one product for p = 1, conjugate gradients for p = -1 and Lanczos, f(A) v = |v| Q f(T) e_1, for other
-    exponents. `diagonal` and `trace` are exact up to `SMALL` parameters and Hutchinson estimates beyond; `logdet` is
-    exact up to `SMALL` and stochastic Lanczos quadrature beyond (Ubaru, Chen & Saad 2017, SIAM J. Matrix Anal. 38).
+    `power` needs one product for p = 1, conjugate gradients for p = -1 and Lanczos, f(A) v = |v| Q
+    f(T) e_1, for other exponents. `diagonal` and `trace` are exact up to `SMALL` parameters and
+    Hutchinson estimates beyond; `logdet` is exact up to `SMALL` and stochastic Lanczos quadrature
+    beyond (Ubaru, Chen & Saad 2017, SIAM J. Matrix Anal. 38).
 
     Attributes:
         product: v -> B v, without damping.
@@ -130,8 +147,8 @@ class MatrixFree(Curvature):
         tau: Damping.
         signed: Whether B may be indefinite.
         preconditioner: Any curvature close to B, without damping; for p = -1.
-        tolerance: Relative residual of conjugate gradients (in the preconditioner's norm), and relative change of
-            f(A) v over the last `CHECK_EVERY` steps.
+        tolerance: Relative residual of conjugate gradients (in the preconditioner's norm), and
+            relative change of f(A) v over the last `CHECK_EVERY` steps.
         iterations: Most products of one power. Lanczos keeps as many vectors.
         probes: Random vectors of the estimates.
         seed: Of these.
@@ -166,7 +183,11 @@ class MatrixFree(Curvature):
         if "diagonal" not in self.known:
             flat_product, first = flat(self.product, self.like), P.flatten(self.like)
             small = len(first) <= SMALL
-            found = self._matrix().diag() if small else hutchinson(flat_product, first, self.probes, self.seed)
+            found = (
+                self._matrix().diag()
+                if small
+                else hutchinson(flat_product, first, self.probes, self.seed)
+            )
             self.known["diagonal"] = P.unflatten(found, self.like)
         return P.map_params(lambda x: x + self.tau, self.known["diagonal"])
 
@@ -180,7 +201,8 @@ class MatrixFree(Curvature):
         return float((weights * self._damped_values(nodes).log()).sum())
 
     def _damped_values(self, values: Tensor) -> Tensor:
-        """Eigenvalues of B + tau I from those of B, where negatives at rounding level are 0 (all, if not `signed`)."""
+        """Eigenvalues of B + tau I from those of B, where negatives at rounding level are 0 (all,
+        if not `signed`)."""
         eps = torch.finfo(next(iter(self.like.values())).dtype).eps
         rounding = 10 * len(values) * eps * float(values.abs().max())
         kept = values > rounding
@@ -197,7 +219,8 @@ class MatrixFree(Curvature):
         return found
 
     def _quadrature(self) -> tuple[Tensor, Tensor]:
-        """Nodes and weights with tr f(B) = sum w f(node): eigenvalues, or those of Krylov spaces of random signs."""
+        """Nodes and weights with tr f(B) = sum w f(node): eigenvalues, or those of Krylov spaces of
+        random signs."""
         if "quadrature" not in self.known:
             d = P.size(self.like)
             if d <= SMALL:
@@ -209,18 +232,24 @@ class MatrixFree(Curvature):
                 rules = []
                 for _ in range(self.probes):
                     space = Lanczos(
-                        flat(self.product, self.like), rademacher(d, first, generator), min(d, QUADRATURE_STEPS)
+                        flat(self.product, self.like),
+                        rademacher(d, first, generator),
+                        min(d, QUADRATURE_STEPS),
                     )
                     while space.extend():
                         pass
                     values, vectors = space.eigh()
                     rules.append((values, vectors[0].square() * d / self.probes))
-                self.known["quadrature"] = torch.cat([n for n, _ in rules]), torch.cat([w for _, w in rules])
+                self.known["quadrature"] = (
+                    torch.cat([n for n, _ in rules]),
+                    torch.cat([w for _, w in rules]),
+                )
         found: tuple[Tensor, Tensor] = self.known["quadrature"]
         return found
 
     def _check(self, what: str, *, singular: bool = False) -> None:
-        """Refuse an indefinite operator; beyond `SMALL` parameters by the lowest Ritz value, which is never too low."""
+        """Refuse an indefinite operator; beyond `SMALL` parameters by the lowest Ritz value, which
+        is never too low."""
         if "lowest" not in self.known:
             if P.size(self.like) <= SMALL:
                 self.known["lowest"] = self._quadrature()[0], 0.0
@@ -242,7 +271,11 @@ class MatrixFree(Curvature):
         precondition: Product = dict if damped is None else lambda r: damped.power(r, -1)
         try:
             found = conjugate_gradient(
-                self._damped_product, v, precondition, iterations=self.iterations, tolerance=self.tolerance
+                self._damped_product,
+                v,
+                precondition,
+                iterations=self.iterations,
+                tolerance=self.tolerance,
             )
         except NumericalError:
             if self.tau == 0:
@@ -253,14 +286,17 @@ class MatrixFree(Curvature):
         return found.x
 
     def _function(self, v: Params, p: float) -> Params:
-        """(B + tau I)^p v in the Krylov space of v; |x_m - x_k| = |y_m - y_k| as Q is orthonormal."""
+        """(B + tau I)^p v in the Krylov space of v; |x_m - x_k| = |y_m - y_k| as Q is
+        orthonormal."""
         most = min(self.iterations, P.size(v))
         space = Lanczos(flat(self.product, self.like), P.flatten(v), most)
         y, change = torch.zeros(0, dtype=torch.float64), math.inf
         while change > self.tolerance and space.extend():
             if space.rows % CHECK_EVERY == 0 or space.exhausted or space.rows == most:
                 before, y = y, self._coefficients(space, p)
-                change = float((y - torch.cat([before, y.new_zeros(len(y) - len(before))])).norm() / y.norm())
+                change = float(
+                    (y - torch.cat([before, y.new_zeros(len(y) - len(before))])).norm() / y.norm()
+                )
         if not (space.exhausted or space.rows == P.size(v) or change <= self.tolerance):
             raise self._unfinished("Lanczos", change, space.rows)
         return P.unflatten(space.basis.T @ y.to(space.basis), self.like)

@@ -12,7 +12,8 @@ Group = tuple[str, tuple[str, ...]]  # structure, names
 
 
 def assign(structures: Mapping[str, str], names: Sequence[str]) -> list[Group]:
-    """Give each parameter the structure of the first shell pattern that matches its name; one group per pattern.
+    """Give each parameter the structure of the first shell pattern that matches its name; one group
+    per pattern.
 
     Args:
         structures: Structures by pattern, in order: {"conv*": "diagonal", "*": "ekfac"}.
@@ -28,9 +29,12 @@ def assign(structures: Mapping[str, str], names: Sequence[str]) -> list[Group]:
         if not found:
             taken = any(fnmatchcase(name, pattern) for name in names)
             raise CurvatureError(
-                f"the pattern {pattern!r} in structure=, " + ("all taken by earlier ones" if taken else "of nothing"),
+                f"the pattern {pattern!r} in structure=, "
+                + ("all taken by earlier ones" if taken else "of nothing"),
                 f"patterns that each match some of {left or list(names)}",
-                "The first match wins: put special patterns before general ones." if taken else "Correct the pattern.",
+                "The first match wins: put special patterns before general ones."
+                if taken
+                else "Correct the pattern.",
             )
         groups.append((structure, found))
         left = [name for name in left if name not in found]
@@ -43,7 +47,9 @@ def assign(structures: Mapping[str, str], names: Sequence[str]) -> list[Group]:
     return groups
 
 
-def join(groups: Sequence[Group], found: Sequence[Curvature], names: Sequence[str]) -> BlockDiagonal:
+def join(
+    groups: Sequence[Group], found: Sequence[Curvature], names: Sequence[str]
+) -> BlockDiagonal:
     """The groups' operators side by side, those that consist of blocks themselves taken apart."""
     parts: list[tuple[tuple[str, ...], Curvature]] = []
     for (_, own), curvature in zip(groups, found, strict=True):

@@ -1,4 +1,5 @@
-"""The table, plots and page of `fisher-forget compare`: who comes closest to retrained, and at what price."""
+"""The table, plots and page of `fisher-forget compare`: who comes closest to retrained, and at what
+price."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ Row = dict[str, Any]
 
 
 def rows(table: Evaluation, seconds: Mapping[str, Sequence[float]], retraining: float) -> list[Row]:
-    """One row a method: those as accurate as retrained models first, each group by its KL on the forgotten samples.
+    """One row a method: those as accurate as retrained models first, each group by its KL on the
+    forgotten samples.
 
     What the methods are read against comes last.
 
@@ -38,39 +40,62 @@ def rows(table: Evaluation, seconds: Mapping[str, Sequence[float]], retraining: 
         retraining: Wall time of training one model without the forget set.
 
     Returns:
-        Rows with: method; models; kl, kl_low, kl_high (nats, forgotten samples, 95 % interval over models); floor (what
-        retrained models have among themselves); kl_retain (nats); accuracy, accuracy_low, accuracy_high (%, test data
-        of what is retained); target (%, of retrained models); accurate (not below what 97.5 % of further retrained
-        models reach, or at most `MAY_LOSE` below the target); cost (seconds over those of retraining); mark (verdict of
-        the KL); inside and scored (how many scores a retrained model could have, and how many are defined); tied (not
-        told apart from the first by the paired difference of the KL); pareto (no method has both less KL and more
-        accuracy).
+        Rows with: method; models; kl, kl_low, kl_high (nats, forgotten samples, 95 % interval over
+        models); floor (what retrained models have among themselves); kl_retain (nats); accuracy,
+        accuracy_low, accuracy_high (%, test data of what is retained); target (%, of retrained
+        models); accurate (not below what 97.5 % of further retrained models reach, or at most
+        `MAY_LOSE` below the target); cost (seconds over those of retraining); mark (verdict of the
+        KL); inside and scored (how many scores a retrained model could have, and how many are
+        defined); tied (not told apart from the first by the paired difference of the KL); pareto
+        (no method has both less KL and more accuracy).
     """
     parts = {s.part for s in table.scores}
     kept = next(part for part in KEPT if part in parts)
-    found = [_row(table, name, kept, seconds, retraining) for name in dict.fromkeys(s.method for s in table.scores)]
+    found = [
+        _row(table, name, kept, seconds, retraining)
+        for name in dict.fromkeys(s.method for s in table.scores)
+    ]
     ranked = sorted(
         found,
-        key=lambda r: (r["method"] in REFERENCES, not r["accurate"], r["kl"] if math.isfinite(r["kl"]) else math.inf),
+        key=lambda r: (
+            r["method"] in REFERENCES,
+            not r["accurate"],
+            r["kl"] if math.isfinite(r["kl"]) else math.inf,
+        ),
     )
     rivals = [r for r in ranked if r["method"] not in REFERENCES]
     best = rivals[0]["method"] if rivals else None
     for row in ranked:
-        row["tied"] = row in rivals and row["accurate"] and best is not None and _tied(table, row["method"], best)
+        row["tied"] = (
+            row in rivals
+            and row["accurate"]
+            and best is not None
+            and _tied(table, row["method"], best)
+        )
         row["pareto"] = row in rivals and not any(_better(other, row) for other in rivals)
     return ranked
 
 
 def read_rows(path: Path) -> dict[str, list[Row]]:
-    """Forget set -> its `rows`, of the comparison.json in a finished comparison's folder, or of the file itself."""
+    """Forget set -> its `rows`, of the comparison.json in a finished comparison's folder, or of the
+    file itself."""
     report = read_json(path / "comparison.json" if path.is_dir() else path)
     return {
-        name: [{key: math.nan if value is None else value for key, value in row.items()} for row in case["rows"]]
+        name: [
+            {key: math.nan if value is None else value for key, value in row.items()}
+            for row in case["rows"]
+        ]
         for name, case in report["cases"].items()
     }
 
 
-def _row(table: Evaluation, name: str, kept: str, seconds: Mapping[str, Sequence[float]], retraining: float) -> Row:
+def _row(
+    table: Evaluation,
+    name: str,
+    kept: str,
+    seconds: Mapping[str, Sequence[float]],
+    retraining: float,
+) -> Row:
     kl, score = table.get("kl", "forget", name), table.get("score", kept, name)
     defined = judged(table, name)
     spent = seconds.get(name, ())
@@ -86,7 +111,9 @@ def _row(table: Evaluation, name: str, kept: str, seconds: Mapping[str, Sequence
         "accuracy_low": score.low,
         "accuracy_high": score.high,
         "target": score.target,
-        "accurate": bool(score.value >= score.target - max(MAY_LOSE, _usual(score.target_std, table.retrained))),
+        "accurate": bool(
+            score.value >= score.target - max(MAY_LOSE, _usual(score.target_std, table.retrained))
+        ),
         "cost": float(np.mean(spent)) / retraining if spent else (1.0 if name == CONTROL else 0.0),
         "mark": MARKS[kl.label],
         "inside": sum(within(s) for s in defined),
@@ -100,7 +127,8 @@ def _usual(std: float, models: int) -> float:
 
 
 def _tied(table: Evaluation, one: str, other: str) -> bool:
-    """Whether the mean difference of KL over the originals, each paired with itself, may be zero at 95 %."""
+    """Whether the mean difference of KL over the originals, each paired with itself, may be zero at
+    95 %."""
     first, second = (np.array(table.get("kl", "forget", name).values) for name in (one, other))
     if one == other:
         return True
@@ -122,7 +150,11 @@ def answer(found: Sequence[Row]) -> str:
         return "No method keeps the accuracy of retrained models."
     first, ties = rivals[0], [r["method"] for r in rivals[1:] if r["tied"]]
     text = f"Closest to retrained at equal accuracy: {first['method']}, {_nats(first)} (floor {first['floor']:.2g})"
-    text += f"; not told apart from it: {', '.join(ties)}." if ties else "; every other method is farther away."
+    text += (
+        f"; not told apart from it: {', '.join(ties)}."
+        if ties
+        else "; every other method is farther away."
+    )
     ours = next((r for r in rivals if r["method"] == OURS), None)
     if ours is not None and ours is not first and not ours["tied"]:
         text += f" {OURS} is {'behind' if ours['accurate'] else 'less accurate'}: {_nats(ours)}."
@@ -131,7 +163,9 @@ def answer(found: Sequence[Row]) -> str:
 
 def _nats(row: Row) -> str:
     cost = row["cost"]
-    return f"{row['kl']:.2g} nats for " + (f"{cost:.1f} retrainings" if cost >= 1 else f"{100 * cost:.2g} % of one")
+    return f"{row['kl']:.2g} nats for " + (
+        f"{cost:.1f} retrainings" if cost >= 1 else f"{100 * cost:.2g} % of one"
+    )
 
 
 def frame(found: Sequence[Row]) -> pd.DataFrame:
@@ -164,10 +198,12 @@ def to_markdown(found: Sequence[Row]) -> str:
 
 
 def overview(cases: Mapping[str, Sequence[Row]], refused: Iterable[str] = ()) -> pd.DataFrame:
-    """All forget sets in one table: KL on the forgotten samples in nats, test accuracy of what is retained in brackets.
+    """All forget sets in one table: KL on the forgotten samples in nats, test accuracy of what is
+    retained in brackets.
 
-    Sorted by the mean over forget sets of a method's place; one without a result there is last, and one that is not as
-    accurate as retrained models comes after all that are (as in `rows`). Then what they are read against.
+    Sorted by the mean over forget sets of a method's place; one without a result there is last, and
+    one that is not as accurate as retrained models comes after all that are (as in `rows`). Then
+    what they are read against.
 
     Args:
         cases: Forget set -> its `rows`.
@@ -188,10 +224,21 @@ def overview(cases: Mapping[str, Sequence[Row]], refused: Iterable[str] = ()) ->
             cells[case] = f"{row['kl']:.2g}{mark} ({row['accuracy']:.1f} %)"
             costs.append(row["cost"])
         cost = f"{np.median(costs):.2g}" if costs and name != "original" else ""
-        shown.append((name in REFERENCES, float(np.mean(places)), {"method": name} | cells | {"retrainings": cost}))
+        shown.append(
+            (
+                name in REFERENCES,
+                float(np.mean(places)),
+                {"method": name} | cells | {"retrainings": cost},
+            )
+        )
     table = [row for *_, row in sorted(shown, key=lambda entry: entry[:2])]
-    targets = {case: f"{found[0]['floor']:.2g} ({found[0]['target']:.1f} %)" for case, found in cases.items()}
-    return pd.DataFrame([*table, {"method": "retrained, among themselves"} | targets | {"retrainings": ""}])
+    targets = {
+        case: f"{found[0]['floor']:.2g} ({found[0]['target']:.1f} %)"
+        for case, found in cases.items()
+    }
+    return pd.DataFrame(
+        [*table, {"method": "retrained, among themselves"} | targets | {"retrainings": ""}]
+    )
 
 
 def overview_markdown(report: Mapping[str, Any]) -> str:
@@ -200,13 +247,17 @@ def overview_markdown(report: Mapping[str, Any]) -> str:
 
 
 def _overview(report: Mapping[str, Any]) -> pd.DataFrame:
-    refused = [o["method"] for case in report["cases"].values() for o in case["outcomes"] if o["refused"]]
+    refused = [
+        o["method"] for case in report["cases"].values() for o in case["outcomes"] if o["refused"]
+    ]
     return overview({name: case["rows"] for name, case in report["cases"].items()}, refused)
 
 
 def _markdown(table: pd.DataFrame) -> str:
     lines = ["| " + " | ".join(table.columns) + " |", "|---" * len(table.columns) + "|"]
-    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in table.itertuples(index=False)]
+    lines += [
+        "| " + " | ".join(str(cell) for cell in row) + " |" for row in table.itertuples(index=False)
+    ]
     return "\n".join(lines)
 
 
@@ -227,16 +278,23 @@ LEGEND = (
 def plotted(found: Sequence[Row]) -> pd.DataFrame:
     """The rows as `plot_methods` and `plot_cost` take them; "retrained" is the target itself.
 
-    Models that lost more than `RUINED` points of accuracy are left out, so that the others can be told apart.
+    Models that lost more than `RUINED` points of accuracy are left out, so that the others can be
+    told apart.
     """
-    kept = [row for row in found if row["accuracy"] >= row["target"] - RUINED or row["method"] == "original"]
+    kept = [
+        row
+        for row in found
+        if row["accuracy"] >= row["target"] - RUINED or row["method"] == "original"
+    ]
     rows = [row for row in kept if row["method"] not in (CONTROL, "retrain")]
     table = pd.DataFrame(rows).assign(ours=[row["method"] == OURS for row in rows])
     first = found[0]
     target = {"method": "retrained", "kl": first["floor"], "accuracy": first["target"], "cost": 1.0}
     names = ["kl", "accuracy"]
     target |= {f"{name}_{end}": target[name] for name in names for end in ("low", "high")}
-    return pd.concat([table, pd.DataFrame([target | {"pareto": False, "ours": False}])], ignore_index=True)
+    return pd.concat(
+        [table, pd.DataFrame([target | {"pareto": False, "ours": False}])], ignore_index=True
+    )
 
 
 def write_page(report: Mapping[str, Any], folder: Path) -> Path:
@@ -305,7 +363,8 @@ def _settings(outcomes: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
             shown.append(
                 {
                     "method": outcome["method"],
-                    "setting": ", ".join(f"{k} {v:g}" for k, v in trial["settings"].items()) or "defaults",
+                    "setting": ", ".join(f"{k} {v:g}" for k, v in trial["settings"].items())
+                    or "defaults",
                     "damage (points)": "" if judged[0] is None else f"{judged[0]:.1f}",
                     "memory (points)": "" if judged[1] is None else f"{judged[1]:.1f}",
                     "chosen": "chosen" if chosen else "",
@@ -322,7 +381,11 @@ def _scores(evaluation: Mapping[str, Any]) -> pd.DataFrame:
         unit = f" ({score['unit']})" if score["unit"] else ""
         row = shown.setdefault(
             (score["metric"], score["part"]),
-            {"metric": score["metric"] + unit, "part": score["part"], "retrained": _short(score["target"])},
+            {
+                "metric": score["metric"] + unit,
+                "part": score["part"],
+                "retrained": _short(score["target"]),
+            },
         )
         row[score["method"]] = f"{_short(score['value'])} {MARKS[score['label']]}".strip()
     return pd.DataFrame(list(shown.values())).fillna("")

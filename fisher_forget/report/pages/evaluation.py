@@ -15,18 +15,35 @@ from matplotlib.axes import Axes
 from fisher_forget._util.files import ensure_folder
 from fisher_forget.evaluate.evaluation import MARKS, MEANING, UNDEFINED, Evaluation, Score
 from fisher_forget.evaluate.metrics import METRICS
-from fisher_forget.report.pages.html import Figure, Number, flat, inline, render_template, write_html
+from fisher_forget.report.pages.html import (
+    Figure,
+    Number,
+    flat,
+    inline,
+    render_template,
+    write_html,
+)
 from fisher_forget.report.plots import BLUE, GREEN, GREY, ORANGE, VERMILLION, save_figure
 from fisher_forget.report.plots.hover import explain
 from fisher_forget.report.tables import MISSING
 
 CONTROL = "retrained, left out"
-STYLES = (("s", VERMILLION), ("o", BLUE), ("D", GREEN), ("^", ORANGE), ("v", "#CC79A7"), ("P", GREY), ("X", "#56B4E9"))
+STYLES = (
+    ("s", VERMILLION),
+    ("o", BLUE),
+    ("D", GREEN),
+    ("^", ORANGE),
+    ("v", "#CC79A7"),
+    ("P", GREY),
+    ("X", "#56B4E9"),
+)
 FEW = 0.25  # share of the scores that may differ before the page calls the result poor
 FAR = 30.0  # half-widths, where the axis ends
 
 
-def write_page(name: str, tables: Mapping[str, Evaluation], folder: Path, run: Mapping[str, Any] | None = None) -> Path:
+def write_page(
+    name: str, tables: Mapping[str, Evaluation], folder: Path, run: Mapping[str, Any] | None = None
+) -> Path:
     """Write <folder>/evaluation.html and the figures it shows.
 
     Args:
@@ -104,14 +121,20 @@ def verdict_of(table: Evaluation) -> tuple[str, str]:
 
 
 def numbers(table: Evaluation) -> list[Number]:
-    """How many scores pass, the KL on the forgotten data, and the score on test data that should be kept."""
+    """How many scores pass, the KL on the forgotten data, and the score on test data that should be
+    kept."""
     method, found = main_method(table), []
     rows = judged(table, method)
     passed = f"{len(rows) - len(outside(table))} of {len(rows)}"
-    found.append(Number("Scores that a retrained model could have", passed, "", counts(table, but=method)))
+    found.append(
+        Number("Scores that a retrained model could have", passed, "", counts(table, but=method))
+    )
     tests = [s.part for s in table.scores if s.part.startswith("test")]
     kept = tests[-1] if tests else "retain"
-    for metric, part, label in (("kl", "forget", "KL on forgotten data"), ("score", kept, f"Score on {kept}")):
+    for metric, part, label in (
+        ("kl", "forget", "KL on forgotten data"),
+        ("score", kept, f"Score on {kept}"),
+    ):
         by_method = {s.method: s for s in table.scores if (s.metric, s.part) == (metric, part)}
         if method in by_method:
             row, before = by_method[method], by_method["original"]
@@ -161,7 +184,10 @@ def wide(table: Evaluation) -> pd.DataFrame:
             "retrained": _short(first.target),
             "further ones": f"{_short(first.target_low)} … {_short(first.target_high)}",
         }
-        row |= {m: f"{_short(found[m].value)} {MARKS[found[m].label]}" if m in found else "" for m in methods(table)}
+        row |= {
+            m: f"{_short(found[m].value)} {MARKS[found[m].label]}" if m in found else ""
+            for m in methods(table)
+        }
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -177,20 +203,27 @@ def plot_scores(table: Evaluation, ax: Axes | None = None) -> Axes:
         _, ax = plt.subplots(figsize=(7.2, 0.8 + 0.24 * len(keys)), layout="constrained")
     place = {key: len(keys) - 1 - i for i, key in enumerate(keys)}
     names = methods(table)
-    for (marker, colour), method in zip(STYLES * (1 + len(names) // len(STYLES)), names, strict=False):
+    for (marker, colour), method in zip(
+        STYLES * (1 + len(names) // len(STYLES)), names, strict=False
+    ):
         rows = [s for s in table.scores if s.method == method and s.label != UNDEFINED]
         x = np.array([distance(s) for s in rows])
         shift = 0.24 * (names.index(method) / max(len(names) - 1, 1) - 0.5)
         y = np.array([place[s.metric, s.part] for s in rows]) - shift
         fill = "none" if method == CONTROL else colour
         style: dict[str, Any] = {"facecolors": fill, "edgecolors": colour, "linewidths": 1}
-        explain(ax.scatter(x, y, marker=marker, s=26, label=method, zorder=3, **style), [_told(s) for s in rows])
+        explain(
+            ax.scatter(x, y, marker=marker, s=26, label=method, zorder=3, **style),
+            [_told(s) for s in rows],
+        )
     ax.axvspan(-1, 1, color=GREEN, alpha=0.15, lw=0, label="retrained models")
     ax.axvline(0, color=GREEN, lw=0.8)
     ax.set_xscale("symlog", linthresh=1.0)
     ax.set_xlim(-FAR * 1.15, FAR * 1.15)
     ticks = (-30, -10, -3, -1, 0, 1, 3, 10, 30)
-    ax.set_xticks(ticks, [f"{t}" if abs(t) < FAR else f"≤ {t}" if t < 0 else f"≥ {t}" for t in ticks])
+    ax.set_xticks(
+        ticks, [f"{t}" if abs(t) < FAR else f"≤ {t}" if t < 0 else f"≥ {t}" for t in ticks]
+    )
     ax.minorticks_off()
     ax.set_yticks(list(place.values()), [f"{metric}, {part}" for metric, part in place], fontsize=8)
     ax.set_ylim(-0.7, len(keys) - 0.3)
@@ -217,5 +250,9 @@ def distance(score: Score) -> float:
     """(value - target) over the half-width of the prediction interval, at most `FAR` either way."""
     half = (score.target_high - score.target_low) / 2
     if not half > 0:
-        return 0.0 if score.value == score.target else float(np.copysign(FAR, score.value - score.target))
+        return (
+            0.0
+            if score.value == score.target
+            else float(np.copysign(FAR, score.value - score.target))
+        )
     return float(np.clip((score.value - score.target) / half, -FAR, FAR))

@@ -1,7 +1,7 @@
 """One self-contained page: the answer first, then figures, tables, settings and how to do it again.
 
-The page asks for nothing over a network: figures are inlined as SVG, and its content security policy forbids every
-request and every script but the few lines that sort tables.
+The page asks for nothing over a network: figures are inlined as SVG, and its content security
+policy forbids every request and every script but the few lines that sort tables.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ for (const button of document.querySelectorAll("th button")) button.addEventList
   body.append(...[...body.rows].sort((a, b) => up ? order(a, b) : order(b, a)));
 });
 """
-LARGE = 400.0  # points of width, above which a figure is scrolled on a phone instead of made illegible
+LARGE = (
+    400.0  # points of width, above which a figure is scrolled on a phone instead of made illegible
+)
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 _DROPPED = {f"{{{_SVG}}}{tag}" for tag in ("metadata", "script", "foreignObject", "image", "a")}
 _REFERENCE = re.compile(r"url\(\s*['\"]?#([^'\")]+)['\"]?\s*\)")
@@ -74,9 +76,10 @@ def write_report(metrics: Mapping[str, Any], figures: Mapping[str, Path], folder
 
     Args:
         metrics: What metrics.schema.json describes; a missing number is shown as "–".
-        figures: SVG files by "<case name>: <kind>", shown with that case, or by "<kind>", shown after the answer (with
-            the case where there is only one). A kind is a key of `CAPTIONS`, or else is itself the caption. The
-            trade-off, or else the first figure of a case, stands in its answer.
+        figures: SVG files by "<case name>: <kind>", shown with that case, or by "<kind>", shown
+            after the answer (with the case where there is only one). A kind is a key of `CAPTIONS`,
+            or else is itself the caption. The trade-off, or else the first figure of a case, stands
+            in its answer.
         folder: Made if need be.
 
     Returns:
@@ -111,7 +114,8 @@ def render(metrics: Mapping[str, Any], figures: Mapping[str, Path]) -> str:
 
 
 def render_template(template: str, **values: Any) -> str:
-    """A page of this folder's templates, with the script that sorts tables and the policy that allows nothing else."""
+    """A page of this folder's templates, with the script that sorts tables and the policy that
+    allows nothing else."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parents[1] / "templates"),
         autoescape=True,  # always, because the ending .j2 tells jinja2 nothing
@@ -143,7 +147,9 @@ def write_html(path: Path, page: str) -> Path:
 def _case(case: Case, figures: list[Figure]) -> dict[str, Any]:
     """What the template needs of a case."""
     runs = case["runs"]
-    lead = next((f for f in figures if f.caption == CAPTIONS["trade-off"]), figures[0] if figures else None)
+    lead = next(
+        (f for f in figures if f.caption == CAPTIONS["trade-off"]), figures[0] if figures else None
+    )
     return {
         "name": case["name"],
         "forgotten": f"{case['forgotten']:,}",
@@ -168,7 +174,9 @@ def _case(case: Case, figures: list[Figure]) -> dict[str, Any]:
 
 def _numbers(case: Case) -> list[Number]:
     """The three numbers of the verdict, each with the value that it must be read against."""
-    before, after, floor = (tables.estimate(case, "forget", key) for key in ("kl_original", "kl_scrubbed", "floor"))
+    before, after, floor = (
+        tables.estimate(case, "forget", key) for key in ("kl_original", "kl_scrubbed", "floor")
+    )
     closed = tables.gap(case, "forget")
     share, _, seeds = closed.partition(" %")
     kept = tables.kept_part(case)
@@ -186,7 +194,9 @@ def _numbers(case: Case) -> list[Number]:
             "Gap closed",
             share if seeds or closed != tables.UNDEFINED else tables.MISSING,
             "%" if closed not in (tables.UNDEFINED, tables.MISSING) else "",
-            "the original is within the floor" if closed == tables.UNDEFINED else f"100 % is the floor{seeds}",
+            "the original is within the floor"
+            if closed == tables.UNDEFINED
+            else f"100 % is the floor{seeds}",
         ),
         Number(
             f"{name.capitalize()} ({tables.part_label(kept)})",
@@ -212,7 +222,9 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]
         if isinstance(value, Mapping) and value:
             yield from flat(value, f"{prefix}{key}.")
         else:
-            plain = isinstance(value, list) and not any(isinstance(item, (list, Mapping)) for item in value)
+            plain = isinstance(value, list) and not any(
+                isinstance(item, (list, Mapping)) for item in value
+            )
             text = ", ".join(map(str, value)) if plain else str(value)
             yield f"{prefix}{key}", tables.MISSING if value is None else text
 
@@ -232,7 +244,8 @@ def _place(cases: list[Case], figures: Mapping[str, Path]) -> dict[int | None, l
 
 
 def inline(path: Path, prefix: str, title: str) -> Markup:
-    """An SVG file as an element of the page: ids made unique, its style kept to itself, nothing loaded or run.
+    """An SVG file as an element of the page: ids made unique, its style kept to itself, nothing
+    loaded or run.
 
     Raises:
         StorageError: If it is not a readable SVG file.
@@ -240,9 +253,13 @@ def inline(path: Path, prefix: str, title: str) -> Markup:
     try:
         root = ElementTree.fromstring(Path(path).read_bytes())
     except (OSError, ElementTree.ParseError) as error:
-        raise StorageError(f"{path}: {error}", "an SVG file", "Save it with save_figure.") from error
+        raise StorageError(
+            f"{path}: {error}", "an SVG file", "Save it with save_figure."
+        ) from error
     if root.tag != f"{{{_SVG}}}svg":
-        raise StorageError(f"{path} with the root element {root.tag}", "an SVG file", "Save it with save_figure.")
+        raise StorageError(
+            f"{path} with the root element {root.tag}", "an SVG file", "Save it with save_figure."
+        )
     for parent in list(root.iter()):
         for child in [c for c in parent if c.tag in _DROPPED]:
             parent.remove(child)

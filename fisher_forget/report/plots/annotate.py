@@ -1,4 +1,5 @@
-"""Where to write beside the points of a chart: a text covers nothing, and no other point is nearer to it."""
+"""Where to write beside the points of a chart: a text covers nothing, and no other point is nearer
+to it."""
 
 from __future__ import annotations
 
@@ -49,8 +50,8 @@ def annotate(
 ) -> None:
     """Write texts beside points, where they cover nothing and no other point is nearer.
 
-    A text without a free place is left out. One that finds none beside its point stands farther off, with a line to it.
-    The layout must be final.
+    A text without a free place is left out. One that finds none beside its point stands farther
+    off, with a line to it. The layout must be final.
 
     Args:
         ax: The axes.
@@ -59,8 +60,10 @@ def annotate(
         marks: Other symbols.
         busy: Points of lines and small dots.
         limit: Most texts.
-        everything: Let a text cross a line, or stand close to another point, rather than leave it out.
-        order: Which come first; by default the ends, then halves, quarters, ..., so that the extremes keep theirs.
+        everything: Let a text cross a line, or stand close to another point, rather than leave it
+            out.
+        order: Which come first; by default the ends, then halves, quarters, ..., so that the
+            extremes keep theirs.
     """
     width, height = whole_figure(ax.figure).bbox.size
     renderer = RendererAgg(width, height, whole_figure(ax.figure).dpi)  # type: ignore[no-untyped-call]  # measures for any canvas
@@ -73,24 +76,47 @@ def annotate(
     boxes: list[Bbox] = []
     waiting = list(ends_first(len(points)) if order is None else order)
     everywhere = np.concatenate([symbols, lines])
-    # what found no place may first cross a line, then stand near another point, which only a crowd makes necessary
-    for obstacles, strict in ((everywhere, True), (symbols, True), (symbols, False))[: 3 if everything else 1]:
+    # what found no place may first cross a line, then stand near another point, which only a crowd
+    # makes necessary
+    for obstacles, strict in ((everywhere, True), (symbols, True), (symbols, False))[
+        : 3 if everything else 1
+    ]:
         for i in list(waiting):
             if len(boxes) == limit:
                 return
             for distance, angle in _PLACES:
                 text = _text(ax, points[i], texts[i], distance, angle)
                 text.update_positions(renderer)
-                box = Text.get_window_extent(text, renderer).padded(unit)  # the words alone, without the line to them
-                fits = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
-                fits = fits and not any(box.overlaps(other) for other in boxes) and not _contains(box, obstacles)
+                box = Text.get_window_extent(text, renderer).padded(
+                    unit
+                )  # the words alone, without the line to them
+                fits = (
+                    inside.x0 <= box.x0
+                    and box.x1 <= inside.x1
+                    and inside.y0 <= box.y0
+                    and box.y1 <= inside.y1
+                )
+                fits = (
+                    fits
+                    and not any(box.overlaps(other) for other in boxes)
+                    and not _contains(box, obstacles)
+                )
                 others = np.delete(centres, i, axis=0)
                 if distance > NEAR:  # the line must not seem to end at another point
-                    offset = unit * distance * np.array([math.cos(math.radians(angle)), math.sin(math.radians(angle))])
+                    offset = (
+                        unit
+                        * distance
+                        * np.array([math.cos(math.radians(angle)), math.sin(math.radians(angle))])
+                    )
                     line = centres[i] + np.linspace(0, 1, 12)[:, None] * offset
-                    clear = all(_distances(Bbox([at, at]), others).min(initial=np.inf) > 6 * unit for at in line)
+                    clear = all(
+                        _distances(Bbox([at, at]), others).min(initial=np.inf) > 6 * unit
+                        for at in line
+                    )
                 else:
-                    clear = _distances(box, others).min(initial=np.inf) > _distances(box, centres)[i]
+                    clear = (
+                        _distances(box, others).min(initial=np.inf) > _distances(box, centres)[i]
+                    )
                 if fits and (clear or not strict):
                     boxes.append(box)
                     waiting.remove(i)
@@ -111,13 +137,17 @@ def _text(ax: Axes, point: Point, text: str, distance: float, angle: float) -> A
         fontsize=8,
         color="#222222",
         zorder=6,
-        arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6} if distance > NEAR else None,
+        arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6}
+        if distance > NEAR
+        else None,
     )
 
 
 # (distance in points, direction in degrees)
 _PLACES = [(9, a) for a in (0, 180, 45, 135, 315, 225, 90, 270)] + [
-    (d, a) for d in (22, 34, 48, 66, 90) for a in (90, 60, 120, 30, 150, 0, 180, 270, 300, 240, 330, 210)
+    (d, a)
+    for d in (22, 34, 48, 66, 90)
+    for a in (90, 60, 120, 30, 150, 0, 180, 270, 300, 240, 330, 210)
 ]
 
 
@@ -142,7 +172,9 @@ def ends_first(count: int) -> list[int]:
     order = [0, count - 1] if count > 1 else [0]
     parts = 2
     while len(order) < count:
-        order += [i for k in range(1, parts, 2) if (i := round(k * (count - 1) / parts)) not in order]
+        order += [
+            i for k in range(1, parts, 2) if (i := round(k * (count - 1) / parts)) not in order
+        ]
         parts *= 2
         if parts > 4 * count:
             order += [i for i in range(count) if i not in order]

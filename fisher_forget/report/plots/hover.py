@@ -1,4 +1,5 @@
-"""What a marker of a figure stands for, shown where the pointer rests: titles in the SVG, without any script."""
+"""What a marker of a figure stands for, shown where the pointer rests: titles in the SVG, without
+any script."""
 
 from __future__ import annotations
 
@@ -34,9 +35,12 @@ def explain(artist: Line2D | PathCollection, texts: Sequence[str]) -> None:
 
 
 def explain_all(figure: Figure) -> None:
-    """Give every point that has no text one of its series and its coordinates, in the words of legend and axes."""
+    """Give every point that has no text one of its series and its coordinates, in the words of
+    legend and axes."""
     for ax in figure.axes:
-        looks = {_look(handle): str(handle.get_label()) for handle in _markers(ax) if _named(handle)}
+        looks = {
+            _look(handle): str(handle.get_label()) for handle in _markers(ax) if _named(handle)
+        }
         for artist in _markers(ax):
             if artist.get_gid() is None:
                 series = looks.get(_look(artist), "")
@@ -60,7 +64,11 @@ def titled(svg: bytes) -> bytes:
 
 
 def _markers(ax: Axes) -> list[Line2D | PathCollection]:
-    lines = [line for line in ax.lines if line.get_marker() not in _NO_POINTS and np.size(line.get_xdata()) > 0]
+    lines = [
+        line
+        for line in ax.lines
+        if line.get_marker() not in _NO_POINTS and np.size(line.get_xdata()) > 0
+    ]
     return [*lines, *(c for c in ax.collections if isinstance(c, PathCollection))]
 
 
@@ -90,7 +98,9 @@ def _coordinate(axis: Axis, value: float) -> str:
     """ "accuracy (%): 98.2", or the name beside the nearest tick where the axis has names."""
     places = np.asarray(axis.get_majorticklocs(), dtype=float)
     names = axis.get_major_formatter().format_ticks(list(places))
-    if isinstance(axis.get_major_locator(), FixedLocator) and not any(re.search(r"\d", name) for name in names):
+    if isinstance(axis.get_major_locator(), FixedLocator) and not any(
+        re.search(r"\d", name) for name in names
+    ):
         return " ".join(names[int(np.argmin(np.abs(places - value)))].split())
     label = " ".join(axis.get_label_text().split())
     return f"{label}: {value:.3g}" if label else f"{value:.3g}"

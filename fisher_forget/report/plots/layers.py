@@ -32,17 +32,22 @@ TINY = 1e-12  # of an eigenvalue, relative to the largest: rounding
 
 
 def plot_path(result: ForgetResult, ax: Axes | None = None) -> Axes:
-    """Along the Newton flow: how far each sub-step moved the forget set's predictions, and what it cost.
+    """Along the Newton flow: how far each sub-step moved the forget set's predictions, and what it
+    cost.
 
-    The time of a sub-step is one over its damping, times the share of it that was taken. Crosses are sub-steps that
-    left the budget and were not taken.
+    The time of a sub-step is one over its damping, times the share of it that was taken. Crosses
+    are sub-steps that left the budget and were not taken.
 
     Raises:
         DataError: If no sub-step was tried.
     """
     newton = result.newton
     if not newton.path:
-        raise DataError("a result without sub-steps", "at least one", "Look at result.newton: nothing was tried.")
+        raise DataError(
+            "a result without sub-steps",
+            "at least one",
+            "Look at result.newton: nothing was tried.",
+        )
     times, at = [], 0.0
     for step in newton.path:
         times.append(at + step.share / step.damping if step.damping > 0 else math.nan)
@@ -57,7 +62,16 @@ def plot_path(result: ForgetResult, ax: Axes | None = None) -> Axes:
         ("rise of the retained loss, where it rose", rise, VERMILLION, "s", "--"),
     )
     for label, y, color, marker, line in series:
-        ax.plot(x[taken], y[taken], color=color, marker=marker, linestyle=line, markersize=7, label=label, **EDGE)
+        ax.plot(
+            x[taken],
+            y[taken],
+            color=color,
+            marker=marker,
+            linestyle=line,
+            markersize=7,
+            label=label,
+            **EDGE,
+        )
         ax.plot(x[~taken], y[~taken], color=color, marker="x", linestyle="none", markersize=7)
     if not taken.all():
         ax.plot([], [], color=GREY, marker="x", linestyle="none", label="not taken")
@@ -71,10 +85,11 @@ def plot_path(result: ForgetResult, ax: Axes | None = None) -> Axes:
 
 
 def plot_spectrum(result: ForgetResult, ax: Axes | None = None) -> Axes:
-    """Eigenvalues of the curvature, layer by layer: a thin line from 5 % to 95 %, a thick one from 25 % to 75 %.
+    """Eigenvalues of the curvature, layer by layer: a thin line from 5 % to 95 %, a thick one from
+    25 % to 75 %.
 
-    The dotted line is the damping of the last sub-step with weight decay: below it the noise cannot tell directions
-    apart. Structures without eigenvalues of each layer show the diagonal.
+    The dotted line is the damping of the last sub-step with weight decay: below it the noise cannot
+    tell directions apart. Structures without eigenvalues of each layer show the diagonal.
     """
     layers = _spectra(result.curvature)
     ax = axes_or_new(ax, _tall(len(layers)))
@@ -83,11 +98,33 @@ def plot_spectrum(result: ForgetResult, ax: Axes | None = None) -> Axes:
         found = values.double().flatten().numpy()
         found = np.maximum(found, TINY * max(found.max(), TINY))
         low, left, middle, right, high = np.quantile(found, QUANTILES)
-        ax.plot([low, high], [row, row], color=BLUE, linewidth=1, zorder=2, label=_first(row, "5 to 95 %"))
-        ax.plot([left, right], [row, row], color=BLUE, linewidth=4, zorder=3, label=_first(row, "25 to 75 %"))
+        ax.plot(
+            [low, high],
+            [row, row],
+            color=BLUE,
+            linewidth=1,
+            zorder=2,
+            label=_first(row, "5 to 95 %"),
+        )
+        ax.plot(
+            [left, right],
+            [row, row],
+            color=BLUE,
+            linewidth=4,
+            zorder=3,
+            label=_first(row, "25 to 75 %"),
+        )
         look: dict[str, Any] = {"color": BLUE, "markersize": 7, "linestyle": "none"}
         ax.plot(middle, row, marker="o", zorder=4, label=_first(row, "median"), **(look | EDGE))
-        ax.plot(found.max(), row, marker=">", markerfacecolor="white", zorder=4, label=_first(row, "largest"), **look)
+        ax.plot(
+            found.max(),
+            row,
+            marker=">",
+            markerfacecolor="white",
+            zorder=4,
+            label=_first(row, "largest"),
+            **look,
+        )
         shown += [low, found.max()]
     tau = noise_damping(result.newton, result.weight_decay)
     ax.axvline(tau, color=ORANGE, linestyle=":", linewidth=1.6, label="damping", zorder=1)
@@ -99,7 +136,8 @@ def plot_spectrum(result: ForgetResult, ax: Axes | None = None) -> Axes:
 
 
 def plot_steps(result: ForgetResult, original: nn.Module, ax: Axes | None = None) -> Axes:
-    """How far forgetting moved each parameter: root mean square of the Newton step and of the noise, over the weights'.
+    """How far forgetting moved each parameter: root mean square of the Newton step and of the
+    noise, over the weights'.
 
     Args:
         result: Of `forget`.
@@ -111,17 +149,39 @@ def plot_steps(result: ForgetResult, original: nn.Module, ax: Axes | None = None
     """
     before = trainable(original)
     if missing := [name for name in result.newton.params if name not in before]:
-        raise DataError(f"an original without {missing[:3]}", "the model given to `forget`", "Pass that one.")
+        raise DataError(
+            f"an original without {missing[:3]}", "the model given to `forget`", "Pass that one."
+        )
     names = list(result.newton.params)
     size = [max(_rms(before[name]), TINY) for name in names]
-    newton = [_rms(result.newton.params[n] - before[n]) / s for n, s in zip(names, size, strict=True)]
+    newton = [
+        _rms(result.newton.params[n] - before[n]) / s for n, s in zip(names, size, strict=True)
+    ]
     ax = axes_or_new(ax, _tall(len(names)))
     rows = np.arange(len(names))
-    ax.plot(newton, rows, linestyle="none", color=GREEN, marker="D", markersize=7, label="Newton step", **EDGE)
+    ax.plot(
+        newton,
+        rows,
+        linestyle="none",
+        color=GREEN,
+        marker="D",
+        markersize=7,
+        label="Newton step",
+        **EDGE,
+    )
     noise: list[float] = []
     if result.noise is not None:
         noise = [_rms(result.noise.params[n]) / s for n, s in zip(names, size, strict=True)]
-        ax.plot(noise, rows, linestyle="none", color=ORANGE, marker="o", fillstyle="none", markersize=7, label="noise")
+        ax.plot(
+            noise,
+            rows,
+            linestyle="none",
+            color=ORANGE,
+            marker="o",
+            fillstyle="none",
+            markersize=7,
+            label="noise",
+        )
     log_limits(ax, "x", [*newton, *noise])
     _name_rows(ax, names)
     ax.set_xlabel("root mean square, relative to the weights' (no unit)")
@@ -130,13 +190,21 @@ def plot_steps(result: ForgetResult, original: nn.Module, ax: Axes | None = None
 
 
 def _spectra(curvature: Curvature) -> dict[str, Tensor]:
-    """Layer -> eigenvalues; the diagonal of each parameter, where the structure has no eigenvalues of its own there."""
+    """Layer -> eigenvalues; the diagonal of each parameter, where the structure has no eigenvalues
+    of its own there."""
     found: dict[str, Tensor] = {}
-    parts = curvature.parts if isinstance(curvature, BlockDiagonal) else ((tuple(curvature.diagonal()), curvature),)
+    parts = (
+        curvature.parts
+        if isinstance(curvature, BlockDiagonal)
+        else ((tuple(curvature.diagonal()), curvature),)
+    )
     for names, part in parts:
         spectrum = part.spectrum() if isinstance(part, Spectral) else part.diagonal()
         if set(spectrum) == set(names) or len(names) == 1:
-            found |= {name: spectrum.get(name, torch.cat([v.flatten() for v in spectrum.values()])) for name in names}
+            found |= {
+                name: spectrum.get(name, torch.cat([v.flatten() for v in spectrum.values()]))
+                for name in names
+            }
         else:
             found[_common(names)] = torch.cat([v.flatten() for v in spectrum.values()])
     return found

@@ -1,9 +1,10 @@
 """Methods side by side: how close they come, what they cost in accuracy, and in time.
 
-Both figures take one row a method, with the columns method; kl, kl_low, kl_high (nats, 95 % interval); accuracy,
-accuracy_low, accuracy_high (%, on retained test data); cost (wall time over that of retraining); pareto and ours
-(whether no other method beats it in KL and accuracy, and whether it is this package's). The rows "original" and
-"retrained" are reference marks; the KL of "retrained" is the floor.
+Both figures take one row a method, with the columns method; kl, kl_low, kl_high (nats, 95 %
+interval); accuracy, accuracy_low, accuracy_high (%, on retained test data); cost (wall time over
+that of retraining); pareto and ours (whether no other method beats it in KL and accuracy, and
+whether it is this package's). The rows "original" and "retrained" are reference marks; the KL of
+"retrained" is the floor.
 """
 
 from __future__ import annotations
@@ -45,10 +46,11 @@ COLUMNS = (
 
 
 def plot_methods(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """KL on the forgotten data against accuracy on retained test data, one point a method, with 95 % intervals.
+    """KL on the forgotten data against accuracy on retained test data, one point a method, with 95
+    % intervals.
 
-    Methods on the Pareto front (filled diamonds) and this package's (filled circles) are named beside their points, the
-    others are numbered, and the key stands below.
+    Methods on the Pareto front (filled diamonds) and this package's (filled circles) are named
+    beside their points, the others are numbered, and the key stands below.
 
     Args:
         frame: One row a method, see the module.
@@ -61,11 +63,17 @@ def plot_methods(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax = axes_or_new(ax, METHODS_SIZE)
     x, y = (rows[name].to_numpy(dtype=float) for name in ("accuracy", "kl"))
     _floor(ax, marks)
-    ends = {name: rows[name].fillna(rows[name.split("_")[0]]).to_numpy(dtype=float) for name in COLUMNS if "_" in name}
+    ends = {
+        name: rows[name].fillna(rows[name.split("_")[0]]).to_numpy(dtype=float)
+        for name in COLUMNS
+        if "_" in name
+    }
     xerr = np.abs([x - ends["accuracy_low"], ends["accuracy_high"] - x])
     yerr = np.abs([y - ends["kl_low"], ends["kl_high"] - y])
     ax.errorbar(x, y, xerr=xerr, yerr=yerr, fmt="none", ecolor="#9a9a9a", elinewidth=0.8, zorder=2)
-    busy = along(ends["accuracy_low"], y, ends["accuracy_high"], y) + along(x, ends["kl_low"], x, ends["kl_high"])
+    busy = along(ends["accuracy_low"], y, ends["accuracy_high"], y) + along(
+        x, ends["kl_low"], x, ends["kl_high"]
+    )
     points = {name: (marks["accuracy"][name], marks["kl"][name]) for name in MARKS}
     busy += _stair(ax, rows, "accuracy", -1)
     _symbols(ax, rows, x, y)
@@ -79,9 +87,11 @@ def plot_methods(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def plot_cost(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """KL on the forgotten data against wall time, as a share of that of retraining: what closeness costs.
+    """KL on the forgotten data against wall time, as a share of that of retraining: what closeness
+    costs.
 
-    Methods on the front of KL and time are joined by a stair; symbols, names and key are those of `plot_methods`.
+    Methods on the front of KL and time are joined by a stair; symbols, names and key are those of
+    `plot_methods`.
 
     Args:
         frame: One row a method, see the module.
@@ -93,7 +103,9 @@ def plot_cost(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     rows, marks = _rows(frame)
     ax = axes_or_new(ax, METHODS_SIZE)
     x, y = (rows[name].to_numpy(dtype=float) for name in ("cost", "kl"))
-    ends = {name: rows[name].fillna(rows["kl"]).to_numpy(dtype=float) for name in ("kl_low", "kl_high")}
+    ends = {
+        name: rows[name].fillna(rows["kl"]).to_numpy(dtype=float) for name in ("kl_low", "kl_high")
+    }
     _floor(ax, marks)
     ax.axvline(1.0, color=GREEN, linewidth=1, linestyle=":", zorder=1)
     original = marks["kl"]["original"]
@@ -116,8 +128,8 @@ def plot_shards(frame: pd.DataFrame, single: float, ax: Axes | None = None) -> A
     """Accuracy of SISA's ensemble against the number of shards, one line a number of slices.
 
     Args:
-        frame: Columns shards, slices, accuracy (%); several rows of the same shards and slices (seeds) are averaged,
-            with their standard deviation as bars.
+        frame: Columns shards, slices, accuracy (%); several rows of the same shards and slices
+            (seeds) are averaged, with their standard deviation as bars.
         single: Accuracy of one model trained on everything, %.
         ax: Where to draw.
 
@@ -134,10 +146,20 @@ def plot_shards(frame: pd.DataFrame, single: float, ax: Axes | None = None) -> A
         lines, (BLUE, ORANGE, VERMILLION, GREY) * len(lines), "osv^" * len(lines), strict=False
     ):
         points = rows.groupby("shards")["accuracy"].agg(["mean", "std"])
-        x, y, std = points.index.to_numpy(dtype=float), points["mean"].to_numpy(), points["std"].to_numpy()
+        x, y, std = (
+            points.index.to_numpy(dtype=float),
+            points["mean"].to_numpy(),
+            points["std"].to_numpy(),
+        )
         label = f"{slices} slice{'s' if slices != 1 else ''} a shard"
         ax.errorbar(
-            x, y, yerr=None if np.isnan(std).any() else std, color=colour, marker=marker, label=label, capsize=3
+            x,
+            y,
+            yerr=None if np.isnan(std).any() else std,
+            color=colour,
+            marker=marker,
+            label=label,
+            capsize=3,
         )
     ax.axhline(single, color=GREEN, linestyle="--", linewidth=1.4, label="one model on everything")
     shards = sorted(frame["shards"].unique())
@@ -152,26 +174,52 @@ def plot_shards(frame: pd.DataFrame, single: float, ax: Axes | None = None) -> A
 
 def _rows(frame: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, dict[str, float]]]:
     """(methods, the closest first; column -> reference mark -> value)"""
-    missing = [name for name in COLUMNS if name not in frame] or [m for m in MARKS if m not in set(frame["method"])]
+    missing = [name for name in COLUMNS if name not in frame] or [
+        m for m in MARKS if m not in set(frame["method"])
+    ]
     if missing:
-        raise DataError(f"a comparison without {missing}", f"the columns {COLUMNS}, and rows {MARKS}", "Add them.")
+        raise DataError(
+            f"a comparison without {missing}",
+            f"the columns {COLUMNS}, and rows {MARKS}",
+            "Add them.",
+        )
     known = frame["method"].isin(MARKS)
     rows = frame[~known & np.isfinite(frame["kl"]) & np.isfinite(frame["accuracy"])]
     values = frame[known].set_index("method")
-    marks = {column: {name: float(values[column][name]) for name in MARKS} for column in ("kl", "accuracy")}
+    marks = {
+        column: {name: float(values[column][name]) for name in MARKS}
+        for column in ("kl", "accuracy")
+    }
     return rows.sort_values("kl", kind="stable").reset_index(drop=True), marks
 
 
 def _floor(ax: Axes, marks: Mapping[str, Mapping[str, float]]) -> None:
-    ax.axhline(marks["kl"]["retrained"], color=GREEN, linestyle="--", linewidth=1.4, label="floor", zorder=1)
+    ax.axhline(
+        marks["kl"]["retrained"],
+        color=GREEN,
+        linestyle="--",
+        linewidth=1.4,
+        label="floor",
+        zorder=1,
+    )
 
 
-def _symbols(ax: Axes, rows: pd.DataFrame, x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> None:
+def _symbols(
+    ax: Axes, rows: pd.DataFrame, x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]
+) -> None:
     """Shape and fill say what colour says."""
     ours, front = rows["ours"].to_numpy(dtype=bool), rows["pareto"].to_numpy(dtype=bool)
     looks: tuple[tuple[str, Any, dict[str, Any]], ...] = (
-        ("other methods", ~ours & ~front, {"marker": "o", "markersize": 6, "color": GREY, "markerfacecolor": "white"}),
-        ("on the Pareto front", ~ours & front, {"marker": "d", "markersize": 8, "color": "black", **EDGE}),
+        (
+            "other methods",
+            ~ours & ~front,
+            {"marker": "o", "markersize": 6, "color": GREY, "markerfacecolor": "white"},
+        ),
+        (
+            "on the Pareto front",
+            ~ours & front,
+            {"marker": "d", "markersize": 8, "color": "black", **EDGE},
+        ),
         ("fisher_forget", ours, {"marker": "o", "markersize": 9, "color": BLUE, **EDGE}),
     )
     for label, chosen, look in looks:
@@ -181,8 +229,17 @@ def _symbols(ax: Axes, rows: pd.DataFrame, x: np.ndarray[Any, Any], y: np.ndarra
 
 
 def _describe(row: pd.Series[Any]) -> str:
-    lines = [f"{row['method']}", f"KL {row['kl']:.3g} nats ({row['kl_low']:.3g} to {row['kl_high']:.3g})"]
-    return "\n".join([*lines, f"accuracy {row['accuracy']:.1f} %", f"{row['cost']:.2g} of the time of retraining"])
+    lines = [
+        f"{row['method']}",
+        f"KL {row['kl']:.3g} nats ({row['kl_low']:.3g} to {row['kl_high']:.3g})",
+    ]
+    return "\n".join(
+        [
+            *lines,
+            f"accuracy {row['accuracy']:.1f} %",
+            f"{row['cost']:.2g} of the time of retraining",
+        ]
+    )
 
 
 def _mark(ax: Axes, name: str, at: Point) -> None:
@@ -191,7 +248,8 @@ def _mark(ax: Axes, name: str, at: Point) -> None:
 
 
 def _stair(ax: Axes, rows: pd.DataFrame, column: str, sign: int) -> list[Point]:
-    """The edge of what is reached: small KL together with a small (sign 1) or large (-1) value of the column.
+    """The edge of what is reached: small KL together with a small (sign 1) or large (-1) value of
+    the column.
 
     Returns:
         Points along it.
@@ -199,20 +257,30 @@ def _stair(ax: Axes, rows: pd.DataFrame, column: str, sign: int) -> list[Point]:
     ordered = rows.assign(by=sign * rows[column]).sort_values(["by", "kl"])
     front = ordered[ordered["kl"] < ordered["kl"].cummin().shift(fill_value=math.inf)]
     x, y = (front[name].to_numpy(dtype=float) for name in (column, "kl"))
-    corners_x, corners_y = np.repeat(x, 2)[1:], np.repeat(y, 2)[:-1]  # from each as far as the next, then down to it
+    corners_x, corners_y = (
+        np.repeat(x, 2)[1:],
+        np.repeat(y, 2)[:-1],
+    )  # from each as far as the next, then down to it
     ax.plot(corners_x, corners_y, color="black", linestyle=":", linewidth=1.2, zorder=1.5)
     return along(corners_x[:-1], corners_y[:-1], corners_x[1:], corners_y[1:])
 
 
-def _label(ax: Axes, rows: pd.DataFrame, points: list[Point], marks: list[Point], busy: list[Point]) -> None:
-    """Names beside the points that matter, numbers beside the others, and their key below the legend."""
+def _label(
+    ax: Axes, rows: pd.DataFrame, points: list[Point], marks: list[Point], busy: list[Point]
+) -> None:
+    """Names beside the points that matter, numbers beside the others, and their key below the
+    legend."""
     ax.set_ylabel("KL(retrained ‖ scrubbed)\non forgotten data (nats)")
     named = (rows["pareto"] | rows["ours"]).to_numpy(dtype=bool)
     numbers = np.cumsum(~named)
-    texts = [m if direct else str(n) for m, direct, n in zip(rows["method"], named, numbers, strict=True)]
+    texts = [
+        m if direct else str(n) for m, direct, n in zip(rows["method"], named, numbers, strict=True)
+    ]
     for text, method, direct in zip(texts, rows["method"], named, strict=True):
         if not direct:
             ax.plot([], [], " ", label=f"{text}  {method}")
     finish(ax, legend_columns=KEY_COLUMNS)
-    order = [i for i in ends_first(len(points)) if named[i]] + [i for i in ends_first(len(points)) if not named[i]]
+    order = [i for i in ends_first(len(points)) if named[i]] + [
+        i for i in ends_first(len(points)) if not named[i]
+    ]
     annotate(ax, points, texts, marks, busy, limit=len(points), everything=True, order=order)

@@ -1,4 +1,5 @@
-"""A finished run, part by part of the data: from the original to the scrubbed model, beside the retrained ones."""
+"""A finished run, part by part of the data: from the original to the scrubbed model, beside the
+retrained ones."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ from fisher_forget.report.tables import Case, estimate, part_label, parts_of, sc
 
 
 def plot_parts(case: Case, ax: Axes | None = None) -> Axes:
-    """KL to the retrained models, part by part: from the original to the scrubbed model, beside the floor.
+    """KL to the retrained models, part by part: from the original to the scrubbed model, beside the
+    floor.
 
     Raises:
         DataError: If the case lacks a score.
@@ -39,7 +41,8 @@ def plot_parts(case: Case, ax: Axes | None = None) -> Axes:
 
 
 def plot_scores(case: Case, ax: Axes | None = None) -> Axes:
-    """Accuracy (%) or error, part by part: from the original to the scrubbed model, beside the retrained ones.
+    """Accuracy (%) or error, part by part: from the original to the scrubbed model, beside the
+    retrained ones.
 
     Raises:
         DataError: If the case lacks a score.
@@ -53,8 +56,11 @@ def plot_scores(case: Case, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def _dumbbells(ax: Axes, case: Case, keys: Mapping[str, str], factor: float, target: str) -> list[float]:
-    """A row a part: a line from the original's value to the scrubbed one, and the target as a bar with its spread.
+def _dumbbells(
+    ax: Axes, case: Case, keys: Mapping[str, str], factor: float, target: str
+) -> list[float]:
+    """A row a part: a line from the original's value to the scrubbed one, and the target as a bar
+    with its spread.
 
     Returns:
         Every value that the axis must show.
@@ -64,13 +70,23 @@ def _dumbbells(ax: Axes, case: Case, keys: Mapping[str, str], factor: float, tar
     shown: list[float] = []
     for row, part in enumerate(parts):
         values = {name: estimate(case, part, key) for name, key in keys.items()}
-        before, after, goal = (factor * values[name].mean for name in ("original", "scrubbed", "retrained"))
+        before, after, goal = (
+            factor * values[name].mean for name in ("original", "scrubbed", "retrained")
+        )
         spread = factor * values["retrained"].std
         if math.isfinite(before) and math.isfinite(after):
             ax.plot([before, after], [row, row], color=GREY, linewidth=1, zorder=2)
         for name, mean in (("original", before), ("scrubbed", after)):
             error = bar_or_none(factor * values[name].std)
-            ax.errorbar([mean], [row], xerr=error, fmt="none", ecolor=STYLES[name]["color"], capsize=3, zorder=4)
+            ax.errorbar(
+                [mean],
+                [row],
+                xerr=error,
+                fmt="none",
+                ecolor=STYLES[name]["color"],
+                capsize=3,
+                zorder=4,
+            )
             style = {"linestyle": "none", "markersize": 9, **EDGE, **STYLES[name]}
             ax.plot([mean], [row], zorder=5, label=name if row == 0 else None, **style)
         if math.isfinite(goal):
@@ -80,7 +96,14 @@ def _dumbbells(ax: Axes, case: Case, keys: Mapping[str, str], factor: float, tar
             ax.add_patch(Rectangle((low, row - 0.32), high - low, 0.64, zorder=1, **band(color)))
             shown += [low, high]
         label = f"{target} ± std" if row == 0 else None
-        ax.plot([goal, goal], [row - 0.32, row + 0.32], color=color, linewidth=2.4, zorder=3, label=label)
+        ax.plot(
+            [goal, goal],
+            [row - 0.32, row + 0.32],
+            color=color,
+            linewidth=2.4,
+            zorder=3,
+            label=label,
+        )
         shown += [before, after, goal, after + factor * values["scrubbed"].std]
     ax.set_yticks(range(len(parts)), [part_label(part).replace(", ", ",\n") for part in parts])
     ax.set_ylim(len(parts) - 0.4, -0.6)  # the first part on top

@@ -1,7 +1,8 @@
 """Class by class and sample by sample: what was forgotten, and which samples resisted.
 
-All take a `Reference`, which holds the outputs of the original and the retrained models, and the scrubbed model. The
-KL of a sample is the mean over the retrained models; its target is the KL that these have among themselves there.
+All take a `Reference`, which holds the outputs of the original and the retrained models, and the
+scrubbed model. The KL of a sample is the mean over the retrained models; its target is the KL that
+these have among themselves there.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def plot_classes(
     classes: Sequence[str] = (),
     ax: Axes | None = None,
 ) -> Axes:
-    """KL to the retrained models, class by class: from the original to the scrubbed model, beside the floor.
+    """KL to the retrained models, class by class: from the original to the scrubbed model, beside
+    the floor.
 
     Args:
         reference: Of a classification.
@@ -67,11 +69,36 @@ def plot_classes(
     ax = axes_or_new(ax)
     rows = np.arange(len(names))
     floors = np.maximum(list(found["floor"].values()), TINY)
-    ax.vlines(floors, rows - 0.32, rows + 0.32, colors=GREEN, linewidth=2.4, label="floor: target", zorder=3)
-    before, after = (np.maximum(list(found[name].values()), TINY) for name in ("original", "scrubbed"))
-    ax.hlines(rows, np.minimum(before, after), np.maximum(before, after), colors=GREY, linewidth=1, zorder=2)
+    ax.vlines(
+        floors,
+        rows - 0.32,
+        rows + 0.32,
+        colors=GREEN,
+        linewidth=2.4,
+        label="floor: target",
+        zorder=3,
+    )
+    before, after = (
+        np.maximum(list(found[name].values()), TINY) for name in ("original", "scrubbed")
+    )
+    ax.hlines(
+        rows,
+        np.minimum(before, after),
+        np.maximum(before, after),
+        colors=GREY,
+        linewidth=1,
+        zorder=2,
+    )
     for name, values in (("original", before), ("scrubbed", after)):
-        ax.plot(values, rows, linestyle="none", label=name, markersize=8, zorder=4, **(EDGE | STYLES[name]))
+        ax.plot(
+            values,
+            rows,
+            linestyle="none",
+            label=name,
+            markersize=8,
+            zorder=4,
+            **(EDGE | STYLES[name]),
+        )
     log_limits(ax, "x", [*floors, *before, *after])
     ax.set_yticks(rows, [classes[c] if classes else f"class {c}" for c in names])
     ax.set_ylim(len(names) - 0.4, -0.6)
@@ -80,11 +107,13 @@ def plot_classes(
     return ax
 
 
-def plot_samples(reference: Reference, model: nn.Module, part: str = "forget", ax: Axes | None = None) -> Axes:
+def plot_samples(
+    reference: Reference, model: nn.Module, part: str = "forget", ax: Axes | None = None
+) -> Axes:
     """KL to the retrained models sample by sample: scrubbed over original.
 
-    Samples below the diagonal came closer. The band is where 90 % of the samples lie if a retrained model is held
-    against the others.
+    Samples below the diagonal came closer. The band is where 90 % of the samples lie if a retrained
+    model is held against the others.
 
     Raises:
         DataError: If the reference lacks the part.
@@ -92,16 +121,33 @@ def plot_samples(reference: Reference, model: nn.Module, part: str = "forget", a
     _targets(reference, part)
     before = np.maximum(_kl(reference, reference.original[part], part).numpy(), TINY)
     after = np.maximum(_kl(reference, reference.outputs(model)[part], part).numpy(), TINY)
-    low, middle, high = np.maximum(np.quantile(_floor(reference, part).numpy(), [RANGE[0], 0.5, RANGE[1]]), TINY)
+    low, middle, high = np.maximum(
+        np.quantile(_floor(reference, part).numpy(), [RANGE[0], 0.5, RANGE[1]]), TINY
+    )
     ax = axes_or_new(ax)
     ax.axhspan(low, high, zorder=0.9, **band(GREEN))
-    ax.axhline(middle, color=GREEN, linestyle="--", linewidth=1.4, label="retrained: median, 5 to 95 %", zorder=1)
+    ax.axhline(
+        middle,
+        color=GREEN,
+        linestyle="--",
+        linewidth=1.4,
+        label="retrained: median, 5 to 95 %",
+        zorder=1,
+    )
     ends = [min(before.min(), after.min()), max(before.max(), after.max())]
     ax.plot(ends, ends, color=GREY, linestyle=":", linewidth=1.2, label="no change", zorder=1)
-    look: dict[str, Any] = {"facecolors": "none", "edgecolors": STYLES["scrubbed"]["color"], "linewidths": 1.0}
+    look: dict[str, Any] = {
+        "facecolors": "none",
+        "edgecolors": STYLES["scrubbed"]["color"],
+        "linewidths": 1.0,
+    }
     dots = ax.scatter(before, after, s=22, marker="o", label="a sample", zorder=3, **look)
     explain(
-        dots, [f"sample {i}\nKL {a:.3g} -> {b:.3g} nats" for i, (a, b) in enumerate(zip(before, after, strict=True))]
+        dots,
+        [
+            f"sample {i}\nKL {a:.3g} -> {b:.3g} nats"
+            for i, (a, b) in enumerate(zip(before, after, strict=True))
+        ],
     )
     log_limits(ax, "x", before.tolist())
     log_limits(ax, "y", [*after, low, high])
@@ -111,10 +157,13 @@ def plot_samples(reference: Reference, model: nn.Module, part: str = "forget", a
     return ax
 
 
-def plot_margins(reference: Reference, model: nn.Module, part: str = "forget", ax: Axes | None = None) -> Axes:
+def plot_margins(
+    reference: Reference, model: nn.Module, part: str = "forget", ax: Axes | None = None
+) -> Axes:
     """Distribution of the margin log p_y / (1 - p_y) over samples: what membership attacks look at.
 
-    The retrained models, all taken together, are the target; a scrubbed model that lies elsewhere gives itself away.
+    The retrained models, all taken together, are the target; a scrubbed model that lies elsewhere
+    gives itself away.
 
     Raises:
         DataError: If the reference lacks the part, or its targets are no classes.
@@ -135,7 +184,15 @@ def plot_margins(reference: Reference, model: nn.Module, part: str = "forget", a
         if name == "retrained":
             ax.stairs(shares, edges, fill=True, label=LABELS[name], zorder=1, **band(color))
         else:
-            ax.stairs(shares, edges, color=color, linestyle=lines[name], linewidth=1.8, label=name, zorder=3)
+            ax.stairs(
+                shares,
+                edges,
+                color=color,
+                linestyle=lines[name],
+                linewidth=1.8,
+                label=name,
+                zorder=3,
+            )
     ax.set_ylim(bottom=0)
     ax.set_xlabel("margin log p / (1 − p) of the label (nats)")
     ax.set_ylabel(f"share of {part_label(part)} (%)")
@@ -152,7 +209,8 @@ def plot_resistant(
     classes: Sequence[str] = (),
     ax: Axes | None = None,
 ) -> Axes:
-    """The samples that are farthest from the retrained models after forgetting, with their KL and the class predicted.
+    """The samples that are farthest from the retrained models after forgetting, with their KL and
+    the class predicted.
 
     Args:
         reference: Of a classification.
@@ -188,30 +246,49 @@ def plot_resistant(
         picture = images[i] if images.dim() == 3 else images[i].movedim(0, -1).squeeze(-1)
         shade = ((picture.double() - low) / max(high - low, 1e-12)).numpy()
         left, top = 1.3 * column, -1.7 * row
-        ax.imshow(shade, cmap="gray_r", vmin=0, vmax=1, extent=(left, left + 1, top - 1, top), interpolation="nearest")
-        label, said = (classes[c] if classes else str(c) for c in (int(targets[i]), int(predicted[i])))
-        ax.text(left, top - 1.08, f"{label} → {said}\n{short(float(kl[i]))} nats", fontsize=9, va="top")
+        ax.imshow(
+            shade,
+            cmap="gray_r",
+            vmin=0,
+            vmax=1,
+            extent=(left, left + 1, top - 1, top),
+            interpolation="nearest",
+        )
+        label, said = (
+            classes[c] if classes else str(c) for c in (int(targets[i]), int(predicted[i]))
+        )
+        ax.text(
+            left, top - 1.08, f"{label} → {said}\n{short(float(kl[i]))} nats", fontsize=9, va="top"
+        )
     ax.set_xlim(-0.05, 1.3 * columns - 0.2)
     ax.set_ylim(-1.7 * -(-len(worst) // columns) + 0.05, 0.05)
-    ax.set_title(f"{part_label(part)}: label → predicted, KL(retrained ‖ scrubbed)", fontsize=9, loc="left")
+    ax.set_title(
+        f"{part_label(part)}: label → predicted, KL(retrained ‖ scrubbed)", fontsize=9, loc="left"
+    )
     ax.set_axis_off()
     return ax
 
 
 def _targets(reference: Reference, part: str) -> Tensor:
     if part not in reference.targets:
-        raise DataError(f"the part {part!r}", f"one of {list(reference.targets)}", "Pass one of these.")
+        raise DataError(
+            f"the part {part!r}", f"one of {list(reference.targets)}", "Pass one of these."
+        )
     return reference.targets[part]
 
 
 def _kl(reference: Reference, outputs: Tensor, part: str) -> Tensor:
     """KL(retrained || outputs) of each sample, mean over the retrained models: [N]."""
     y = reference.targets[part]
-    return torch.stack([reference.likelihood.kl(m[part], outputs, y).double() for m in reference.retrained]).mean(0)
+    return torch.stack(
+        [reference.likelihood.kl(m[part], outputs, y).double() for m in reference.retrained]
+    ).mean(0)
 
 
 def _floor(reference: Reference, part: str) -> Tensor:
     """The same of a retrained model against the others, mean over ordered pairs: [N]."""
     y, members = reference.targets[part], [m[part] for m in reference.retrained]
-    pairs = [reference.likelihood.kl(a, b, y).double() for a in members for b in members if a is not b]
+    pairs = [
+        reference.likelihood.kl(a, b, y).double() for a in members for b in members if a is not b
+    ]
     return torch.stack(pairs).mean(0)

@@ -1,4 +1,5 @@
-"""The visual language that all figures share: colours, marks, axes, and how a figure becomes files."""
+"""The visual language that all figures share: colours, marks, axes, and how a figure becomes
+files."""
 
 from __future__ import annotations
 
@@ -60,14 +61,21 @@ def save_figure(figure: Figure | SubFigure, stem: Path) -> tuple[Path, Path]:
     explain_all(root)
     stem = Path(stem)
     folder = ensure_folder(stem.parent)
-    paths = folder / f"{stem.name}.png", folder / f"{stem.name}.svg"  # with_suffix would cut "a.b" short
+    paths = (
+        folder / f"{stem.name}.png",
+        folder / f"{stem.name}.svg",
+    )  # with_suffix would cut "a.b" short
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fisher_forget"}):
         for path in paths:
             ending: Literal["png", "svg"] = "png" if path.suffix == ".png" else "svg"
             buffer = io.BytesIO()
-            root.savefig(buffer, format=ending, dpi=DPI, metadata={"Date": None} if ending == "svg" else None)
+            root.savefig(
+                buffer, format=ending, dpi=DPI, metadata={"Date": None} if ending == "svg" else None
+            )
             try:
-                path.write_bytes(titled(buffer.getvalue()) if ending == "svg" else buffer.getvalue())
+                path.write_bytes(
+                    titled(buffer.getvalue()) if ending == "svg" else buffer.getvalue()
+                )
             except OSError as error:
                 fix = "Check the folder and its space."
                 raise StorageError(f"{path}: {error}", "a file that can be written", fix) from error
@@ -87,7 +95,8 @@ def bar_or_none(std: float) -> list[float] | None:
 
 
 def band(color: str, hatch: str = "////") -> dict[str, Any]:
-    """A light area with a hatch; opaque, because the SVG would give face and hatch one opacity and so one colour."""
+    """A light area with a hatch; opaque, because the SVG would give face and hatch one opacity and
+    so one colour."""
     red, green, blue = mpl.colors.to_rgb(color)
     face, lines = (tuple(1 - share * (1 - c) for c in (red, green, blue)) for share in (0.2, 0.5))
     return {"facecolor": face, "edgecolor": lines, "hatch": hatch, "linewidth": 0}
@@ -114,8 +123,11 @@ def finish(ax: Axes, legend_columns: int) -> None:
     root.draw_without_rendering()
 
 
-def log_limits(ax: Axes, axis: Literal["x", "y"], values: Sequence[float], margin: float = 0.08) -> None:
-    """A logarithmic axis around the finite positive values; bars that reach to zero and below run out of it."""
+def log_limits(
+    ax: Axes, axis: Literal["x", "y"], values: Sequence[float], margin: float = 0.08
+) -> None:
+    """A logarithmic axis around the finite positive values; bars that reach to zero and below run
+    out of it."""
     shown = [v for v in values if math.isfinite(v) and v > 0] or [0.1, 1.0]
     low, high = math.log10(min(shown)), math.log10(max(shown))
     if high - low < 1:  # a full decade, or nothing tells that the axis is logarithmic
@@ -131,15 +143,20 @@ def log_limits(ax: Axes, axis: Literal["x", "y"], values: Sequence[float], margi
     narrow = high - low < 1.5  # decades, of which some other ticks must then be named, too
     which.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,), numticks=8))
     wide = low < -3.3 or high > 4
-    which.set_major_formatter(FuncFormatter(lambda value, _: power_text(value) if wide else short(value)))
+    which.set_major_formatter(
+        FuncFormatter(lambda value, _: power_text(value) if wide else short(value))
+    )
     which.set_minor_formatter(NullFormatter())
 
 
-def score_limits(ax: Axes, values: Sequence[float], unit: str, *, margin: float = 0.06, stretch: bool = False) -> None:
-    """A horizontal axis around the finite values, which may be stretched towards 100 % where accuracies differ much.
+def score_limits(
+    ax: Axes, values: Sequence[float], unit: str, *, margin: float = 0.06, stretch: bool = False
+) -> None:
+    """A horizontal axis around the finite values, which may be stretched towards 100 % where
+    accuracies differ much.
 
-    There the distance to 101 % is drawn logarithmically: a method that destroys the model must not press all others
-    into one line.
+    There the distance to 101 % is drawn logarithmically: a method that destroys the model must not
+    press all others into one line.
     """
     shown = [v for v in values if math.isfinite(v)] or [0.0, 1.0]
     low, high = min(shown), max(shown)
@@ -156,7 +173,9 @@ def score_limits(ax: Axes, values: Sequence[float], unit: str, *, margin: float 
     pad = margin * (high - low) if high > low else max(1.0 if unit else 0.1 * abs(high), 1e-3)
     ax.set_xlim(low - pad, high + pad)
     if unit == "%":  # no tick at an accuracy that cannot be
-        ax.set_xticks([t for t in ax.get_xticks() if max(low - pad, 0) <= t <= min(high + pad, 100)])
+        ax.set_xticks(
+            [t for t in ax.get_xticks() if max(low - pad, 0) <= t <= min(high + pad, 100)]
+        )
 
 
 def _stretched(accuracy: Any) -> Any:

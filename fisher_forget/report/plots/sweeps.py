@@ -59,11 +59,13 @@ class Curve:
 
 
 def plot_tradeoff(table: SweepTable, ax: Axes | None = None) -> Axes:
-    """Forgetting against usefulness: KL on the forgotten data over the test score, one point a setting.
+    """Forgetting against usefulness: KL on the forgotten data over the test score, one point a
+    setting.
 
-    A point is the mean over draws with its 95 % interval both ways; light dots are single draws. Points of one curve
-    differ in the noise alone, and methods without noise are points of their own. A stair joins the settings that no
-    other beats in both. The target is the retrained models' point, on the floor.
+    A point is the mean over draws with its 95 % interval both ways; light dots are single draws.
+    Points of one curve differ in the noise alone, and methods without noise are points of their
+    own. A stair joins the settings that no other beats in both. The target is the retrained models'
+    point, on the floor.
 
     Raises:
         DataError: If the table has no rows.
@@ -82,20 +84,50 @@ def plot_tradeoff(table: SweepTable, ax: Axes | None = None) -> Axes:
     shade = _shades(frontier["scale"]) if len(curves) == 1 else None
     for curve in curves:
         x, y = curve.rows[kept].to_numpy() * factor, curve.rows["kl_forget"].to_numpy()
-        low, high = ([curve.rows[f"{name}_{end}"] for name in (kept, "kl_forget")] for end in ("low", "high"))
+        low, high = (
+            [curve.rows[f"{name}_{end}"] for name in (kept, "kl_forget")] for end in ("low", "high")
+        )
         ends = [factor * low[0].fillna(math.nan), factor * high[0], low[1], high[1]]
-        errors = [np.nan_to_num(np.abs(end - at)) for end, at in zip(ends, (x, x, y, y), strict=True)]
-        ax.errorbar(x, y, yerr=errors[2:], xerr=errors[:2], fmt="none", ecolor="#a6a6a6", elinewidth=0.9, zorder=2.2)
-        ax.plot(x, y, color=curve.look["color"], linestyle=curve.look["linestyle"], linewidth=1.2, zorder=3)
+        errors = [
+            np.nan_to_num(np.abs(end - at)) for end, at in zip(ends, (x, x, y, y), strict=True)
+        ]
+        ax.errorbar(
+            x,
+            y,
+            yerr=errors[2:],
+            xerr=errors[:2],
+            fmt="none",
+            ecolor="#a6a6a6",
+            elinewidth=0.9,
+            zorder=2.2,
+        )
+        ax.plot(
+            x,
+            y,
+            color=curve.look["color"],
+            linestyle=curve.look["linestyle"],
+            linewidth=1.2,
+            zorder=3,
+        )
         sizes = np.linspace(5, 9, len(x)) if len(x) > 1 else [8.0]
-        for i, (scale, ruined) in enumerate(zip(curve.rows["scale"], curve.rows["ruined"], strict=True)):
+        for i, (scale, ruined) in enumerate(
+            zip(curve.rows["scale"], curve.rows["ruined"], strict=True)
+        ):
             color = shade(scale) if shade else curve.look["color"]
             style = EDGE if ruined < 1 else {"markerfacecolor": "white", "markeredgecolor": color}
             if scale == 0:  # drawn last and hollow, as it lies on others
                 newton = {"linestyle": "none", "markersize": 9, "zorder": 5, **STYLES["newton"]}
                 ax.plot(x[i : i + 1], y[i : i + 1], label=_once(ax, LABELS["newton"]), **newton)
                 continue
-            ax.plot(x[i], y[i], color=color, marker=curve.look["marker"], markersize=sizes[i], zorder=4, **style)
+            ax.plot(
+                x[i],
+                y[i],
+                color=color,
+                marker=curve.look["marker"],
+                markersize=sizes[i],
+                zorder=4,
+                **style,
+            )
             text = f"s = {short(scale, digits=2)}" if math.isfinite(scale) else curve.label
             named.append(((x[i], y[i]), text))
         if math.isfinite(curve.rows["scale"].max()):
@@ -104,7 +136,12 @@ def plot_tradeoff(table: SweepTable, ax: Axes | None = None) -> Axes:
         busy += along(x[:-1], y[:-1], x[1:], y[1:]) + along(x - errors[0], y, x + errors[1], y)
         busy += along(x, y - errors[2], x, y + errors[3])
     if (frontier["ruined"] == 1).any():
-        hollow: dict[str, Any] = {"color": GREY, "markerfacecolor": "white", "marker": "o", "markersize": 7}
+        hollow: dict[str, Any] = {
+            "color": GREY,
+            "markerfacecolor": "white",
+            "marker": "o",
+            "markersize": 7,
+        }
         ax.plot([], [], linestyle="none", label="ruined", **hollow)
     _stair(ax, frontier[frontier["pareto"]], kept, factor)
     marks = [_mark(ax, table, name, kept, factor) for name in ("original", "retrained")]
@@ -122,8 +159,11 @@ def plot_tradeoff(table: SweepTable, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def plot_noise(table: SweepTable, quantity: Literal["kl", "loss"] = "kl", ax: Axes | None = None) -> Axes:
-    """KL or loss on forgotten and on retained data against the noise scale, with 95 % bands over draws.
+def plot_noise(
+    table: SweepTable, quantity: Literal["kl", "loss"] = "kl", ax: Axes | None = None
+) -> Axes:
+    """KL or loss on forgotten and on retained data against the noise scale, with 95 % bands over
+    draws.
 
     Dotted lines are the retrained models: the floor of the KL, or their loss.
 
@@ -133,26 +173,39 @@ def plot_noise(table: SweepTable, quantity: Literal["kl", "loss"] = "kl", ax: Ax
     frontier = _frontier(table)
     frontier = frontier[frontier["scale"] > 0]  # which a logarithmic axis cannot show
     if frontier.empty:
-        raise DataError("noise scales that are all zero", "scales above zero", "Sweep over positive scales.")
+        raise DataError(
+            "noise scales that are all zero", "scales above zero", "Sweep over positive scales."
+        )
     ax = _along_axis(axes_or_new(ax), table, frontier, "scale", "noise", quantity)
     ax.set_xlabel("noise scale s, in w + s · (B + τI)⁻ᵖ ξ (no unit)")
     finish(ax, legend_columns=2)
     return ax
 
 
-def plot_damping(table: SweepTable, quantity: Literal["kl", "loss"] = "kl", ax: Axes | None = None) -> Axes:
-    """KL or loss on forgotten and on retained data against the damping of the Newton step, with 95 % bands over draws.
+def plot_damping(
+    table: SweepTable, quantity: Literal["kl", "loss"] = "kl", ax: Axes | None = None
+) -> Axes:
+    """KL or loss on forgotten and on retained data against the damping of the Newton step, with 95
+    % bands over draws.
 
     Raises:
         DataError: If the sweep has no damping that is a number above zero.
     """
     frontier = _frontier(table)
-    given = frontier["damping"] if "damping" in table.axes else pd.Series(index=frontier.index, dtype=float)
-    frontier = frontier.assign(damping=pd.to_numeric(given, errors="coerce"))  # "auto" has no place on the axis
+    given = (
+        frontier["damping"]
+        if "damping" in table.axes
+        else pd.Series(index=frontier.index, dtype=float)
+    )
+    frontier = frontier.assign(
+        damping=pd.to_numeric(given, errors="coerce")
+    )  # "auto" has no place on the axis
     frontier = frontier[frontier["damping"] > 0]
     if frontier.empty:
         raise DataError(
-            "a sweep without dampings", "dampings above zero", "Sweep over {'damping': [1e-3, ...], 'steps': [1]}."
+            "a sweep without dampings",
+            "dampings above zero",
+            "Sweep over {'damping': [1e-3, ...], 'steps': [1]}.",
         )
     ax = _along_axis(axes_or_new(ax), table, frontier, "damping", "damping", quantity)
     ax.set_xlabel("damping τ of the Newton step (nats)")
@@ -161,22 +214,38 @@ def plot_damping(table: SweepTable, quantity: Literal["kl", "loss"] = "kl", ax: 
 
 
 def _along_axis(
-    ax: Axes, table: SweepTable, frontier: pd.DataFrame, column: str, axis: str, quantity: Literal["kl", "loss"]
+    ax: Axes,
+    table: SweepTable,
+    frontier: pd.DataFrame,
+    column: str,
+    axis: str,
+    quantity: Literal["kl", "loss"],
 ) -> Axes:
     """A line a curve and part, with its band, and the retrained models' value."""
     values: list[float] = []
     curves = list(_curves(table, frontier.sort_values(column), axis))
-    for part, (color, line, hatch) in {"forget": (BLUE, "-", "////"), "retain": (VERMILLION, "--", "\\\\\\\\")}.items():
+    for part, (color, line, hatch) in {
+        "forget": (BLUE, "-", "////"),
+        "retain": (VERMILLION, "--", "\\\\\\\\"),
+    }.items():
         name = f"{quantity}_{part}"
         for curve in curves:
             label = part_label(part) + (f", {curve.label}" if len(curves) > 1 else "")
             x, y = curve.rows[column].to_numpy(), curve.rows[name].to_numpy()
-            low, high = (curve.rows[f"{name}_{end}"].fillna(curve.rows[name]).to_numpy() for end in ("low", "high"))
+            low, high = (
+                curve.rows[f"{name}_{end}"].fillna(curve.rows[name]).to_numpy()
+                for end in ("low", "high")
+            )
             ax.fill_between(x, np.maximum(low, y * 1e-3), high, zorder=1, **band(color, hatch))
             look: dict[str, Any] = {"marker": curve.look["marker"], "markersize": 6, **EDGE}
             if len(curves) > 1:
                 look["linestyle"] = curve.look["linestyle"]
-            base: dict[str, Any] = {"color": color, "linestyle": line, "linewidth": 1.6, "zorder": 4}
+            base: dict[str, Any] = {
+                "color": color,
+                "linestyle": line,
+                "linewidth": 1.6,
+                "zorder": 4,
+            }
             ax.plot(x, y, label=label, **(base | look))
             values += [*y, *high]
         target = table.marks["retrained"][name]
@@ -192,12 +261,15 @@ def _along_axis(
 
 def _frontier(table: SweepTable) -> pd.DataFrame:
     if table.frame.empty:
-        raise DataError("a sweep without cells", "at least one", "Sweep over at least one scale and one seed.")
+        raise DataError(
+            "a sweep without cells", "at least one", "Sweep over at least one scale and one seed."
+        )
     return table.frontier()
 
 
 def _curves(table: SweepTable, rows: pd.DataFrame, axis: str) -> Iterator[Curve]:
-    """Rows that differ in the axis only, in its order; the label names what changes from curve to curve."""
+    """Rows that differ in the axis only, in its order; the label names what changes from curve to
+    curve."""
     others = [name for name in table.axes if name != axis and rows[name].nunique(dropna=False) > 1]
     groups = rows.groupby(others, dropna=False, sort=False) if others else [((), rows)]
     for i, (key, group) in enumerate(groups):
@@ -214,7 +286,13 @@ def _word(name: str, value: object) -> str:
     if pd.isna(value):  # type: ignore[call-overload]
         return ""
     text = short(value) if isinstance(value, float) else str(value)
-    return f"p = {text}" if name == "exponent" else text if name in ("method", "structure") else f"{name} {text}"
+    return (
+        f"p = {text}"
+        if name == "exponent"
+        else text
+        if name in ("method", "structure")
+        else f"{name} {text}"
+    )
 
 
 def _shades(scales: pd.Series[float]) -> Callable[[float], tuple[float, ...]]:
@@ -223,7 +301,9 @@ def _shades(scales: pd.Series[float]) -> Callable[[float], tuple[float, ...]]:
     low, high = (positive.min(), positive.max()) if len(positive) else (1.0, 1.0)
     norm = LogNorm(low, high if high > low else 2 * low)
     colors = mpl.colormaps[SHADE]
-    return lambda scale: colors(0.85 * (1 - float(norm(max(scale, low)))))  # the last sixth is too pale on white
+    return lambda scale: colors(
+        0.85 * (1 - float(norm(max(scale, low))))
+    )  # the last sixth is too pale on white
 
 
 def _once(ax: Axes, label: str) -> str:
@@ -235,8 +315,21 @@ def _mark(ax: Axes, table: SweepTable, name: str, kept: str, factor: float) -> P
     """The original's or the retrained models' point, these with their standard deviation."""
     mark, spread = table.marks[name], table.marks["retrained_std"] if name == "retrained" else {}
     x, y = mark[kept] * factor, mark["kl_forget"]
-    bars = bar_or_none(spread.get(kept, math.nan) * factor), bar_or_none(spread.get("kl_forget", math.nan))
-    ax.errorbar([x], [y], xerr=bars[0], yerr=bars[1], fmt="none", ecolor="black", elinewidth=1, capsize=2, zorder=5)
+    bars = (
+        bar_or_none(spread.get(kept, math.nan) * factor),
+        bar_or_none(spread.get("kl_forget", math.nan)),
+    )
+    ax.errorbar(
+        [x],
+        [y],
+        xerr=bars[0],
+        yerr=bars[1],
+        fmt="none",
+        ecolor="black",
+        elinewidth=1,
+        capsize=2,
+        zorder=5,
+    )
     style = {"markeredgecolor": "black", "markersize": 9, **STYLES[name]}
     ax.plot([x], [y], linestyle="none", label=LABELS[name], zorder=5, **style)
     return x, y
@@ -258,4 +351,13 @@ def _stair(ax: Axes, rows: pd.DataFrame, kept: str, factor: float) -> None:
     rows = rows.sort_values("kl_forget")
     if len(rows) > 1:
         x, y = rows[kept] * factor, rows["kl_forget"]
-        ax.step(x, y, where="post", color="black", linestyle=":", linewidth=1.2, label="Pareto front", zorder=2.5)
+        ax.step(
+            x,
+            y,
+            where="post",
+            color="black",
+            linestyle=":",
+            linewidth=1.2,
+            label="Pareto front",
+            zorder=2.5,
+        )

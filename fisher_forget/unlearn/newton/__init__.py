@@ -1,1 +1,2 @@
-"""The Newton correction: when to follow the flow of the retained objective, how far, and within which bounds."""
+"""The Newton correction: when to follow the flow of the retained objective, how far, and within
+which bounds."""

@@ -1,9 +1,10 @@
 r"""Classes that nothing is left of: where their output rows would be.
 
-A row w_c of the last layer that no retained sample is labelled with has next to no curvature: with p_c the probability
-of its class and h the features, its block of the GGN is the retained mean of p_c (1 - p_c) h h^T. The flow moves it by
-dw_c/dt = -(wd w_c + mean p_c h) with p_c -> 0, that is by weight decay alone, for longer than any step. The limit
-w_c = 0 is known, so the correction starts there.
+A row w_c of the last layer that no retained sample is labelled with has next to no curvature: with
+p_c the probability of its class and h the features, its block of the GGN is the retained mean of
+p_c (1 - p_c) h h^T. The flow moves it by dw_c/dt = -(wd w_c + mean p_c h) with p_c -> 0, that is by
+weight decay alone, for longer than any step. The limit w_c = 0 is known, so the correction starts
+there.
 
 A network that ends in a log-softmax has no output that one row alone changes: give its logits.
 """
@@ -25,16 +26,20 @@ ALIKE = 1e-5  # relative difference of outputs that are the same
 
 
 def absent_classes(total: Gradient, retained: Gradient) -> tuple[int, ...]:
-    """Classes that some sample is labelled with, but no retained one; none for likelihoods without classes."""
+    """Classes that some sample is labelled with, but no retained one; none for likelihoods without
+    classes."""
     gone = (total.classes > 0) & (retained.classes <= TRACE * total.classes)
     return tuple(gone.flatten().nonzero().flatten().tolist()) if gone.dim() else ()
 
 
-def clear_rows(objective: Objective, split: Split, probe: Indices, classes: Sequence[int]) -> Params | None:
+def clear_rows(
+    objective: Objective, split: Split, probe: Indices, classes: Sequence[int]
+) -> Params | None:
     """The original parameters with the output rows of some classes set to zero.
 
-    A parameter has output rows if setting those of `classes` to zero changes their outputs and no others. That is
-    measured, so any architecture will do: a linear or convolutional head, with or without bias, tied or reparametrised.
+    A parameter has output rows if setting those of `classes` to zero changes their outputs and no
+    others. That is measured, so any architecture will do: a linear or convolutional head, with or
+    without bias, tied or reparametrised.
 
     Args:
         objective: The model; parameters that do not move keep their rows.
@@ -43,7 +48,8 @@ def clear_rows(objective: Objective, split: Split, probe: Indices, classes: Sequ
         classes: Whose rows.
 
     Returns:
-        The parameters, or `None` if the outputs of `classes` depend on the input even then: there are no such rows.
+        The parameters, or `None` if the outputs of `classes` depend on the input even then: there
+        are no such rows.
     """
     chosen = list(classes)
 

@@ -1,7 +1,8 @@
 r"""The gradient flow of a mean loss, followed by backward-Euler steps over times 1/tau.
 
-A step solves (B + (wd + tau) I) delta = -(grad L + wd w - drift). Its curvature B is the exact GGN, and the system is
-solved by conjugate gradients with the estimated curvature as preconditioner; or B is the estimated curvature itself.
+A step solves (B + (wd + tau) I) delta = -(grad L + wd w - drift). Its curvature B is the exact GGN,
+and the system is solved by conjugate gradients with the estimated curvature as preconditioner; or B
+is the estimated curvature itself.
 """
 
 from __future__ import annotations
@@ -22,11 +23,15 @@ from fisher_forget.unlearn.objective import Gradient, Objective
 
 Product = Callable[[Params], Params]
 POOL = 4000  # candidates among which the working set is re-chosen
-QUICK, EXACT = (10, 0.05), (200, 1e-9)  # conjugate-gradient products and tolerance: along the flow, for a given damping
+QUICK, EXACT = (
+    (10, 0.05),
+    (200, 1e-9),
+)  # conjugate-gradient products and tolerance: along the flow, for a given damping
 
 
 class Flow:
-    """The gradient flow of the mean loss over some samples plus weight decay, followed by backward-Euler steps.
+    """The gradient flow of the mean loss over some samples plus weight decay, followed by
+    backward-Euler steps.
 
     Args:
         objective: Losses.
@@ -54,7 +59,12 @@ class Flow:
         working_set: int,
     ) -> None:
         self.objective, self.split, self.curvature, self.sums = objective, split, curvature, sums
-        self.weight_decay, self.direct, self.literal, self.working_set = weight_decay, direct, literal, working_set
+        self.weight_decay, self.direct, self.literal, self.working_set = (
+            weight_decay,
+            direct,
+            literal,
+            working_set,
+        )
         self.spread = spread.double().numpy()
         order = np.argsort(-self.spread, kind="stable")
         self.pool = split.retain[order[: max(POOL, working_set)]]
@@ -74,8 +84,11 @@ class Flow:
         self._restart = True
 
     def _change(self, chosen: Indices, at: Params) -> Gradient:
-        """Sums over some samples there minus those at the base, and of the others what the curvature says."""
-        here, before = (self.objective.gradient(self.split.batches(chosen), w) for w in (at, self.base))
+        """Sums over some samples there minus those at the base, and of the others what the
+        curvature says."""
+        here, before = (
+            self.objective.gradient(self.split.batches(chosen), w) for w in (at, self.base)
+        )
         change, others = here - before, self._others(chosen)
         if others:
             curved = self.curvature.power(P.add(at, self.base, -1), 1)
@@ -86,10 +99,13 @@ class Flow:
         """Share of tr H_n at the start that the retained samples have that are not among some."""
         if len(chosen) == len(self.split.retain) or not self.spread.any():
             return 0.0
-        return 1 - float(self.spread[np.searchsorted(self.split.retain, chosen)].sum() / self.spread.sum())
+        return 1 - float(
+            self.spread[np.searchsorted(self.split.retain, chosen)].sum() / self.spread.sum()
+        )
 
     def solve(self, tau: float) -> Solution:
-        """delta of (B + (wd + tau) I) delta = -(grad L + wd w - drift), by the curvature itself or conjugate gradients.
+        """delta of (B + (wd + tau) I) delta = -(grad L + wd w - drift), by the curvature itself or
+        conjugate gradients.
 
         Raises:
             CurvatureError: If the curvature is a Hessian that needs more damping.
@@ -116,7 +132,11 @@ class Flow:
         """Force grad L(w) + wd w - drift, and products with the GGN, at the current weights."""
         chosen = self._working_set() if len(self.pool) > self.working_set else self.pool
         if self._restart:
-            self.sums, self.base, self._restart = self.sums + self._change(self.pool, self.at), self.at, False
+            self.sums, self.base, self._restart = (
+                self.sums + self._change(self.pool, self.at),
+                self.at,
+                False,
+            )
         if self.at is self.base:
             gradient = self.sums.mean()
         elif len(self.split.retain) <= self.working_set:
@@ -130,7 +150,9 @@ class Flow:
             return force, None
         ggn = self.objective.ggn(self.split.batches(chosen), self.at, self.sums.count)
         others = self._others(chosen)
-        return force, (lambda v: P.add(ggn(v), self.curvature.power(v, 1), others)) if others else ggn
+        return force, (
+            lambda v: P.add(ggn(v), self.curvature.power(v, 1), others)
+        ) if others else ggn
 
     def _working_set(self) -> Indices:
         """The pool's samples with the largest output curvature at the current weights."""

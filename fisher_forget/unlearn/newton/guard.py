@@ -1,4 +1,5 @@
-"""The weights on their way along the flow, and the guards that keep them within a budget on watched samples."""
+"""The weights on their way along the flow, and the guards that keep them within a budget on watched
+samples."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ from fisher_forget.unlearn.newton.flow import Flow
 from fisher_forget.unlearn.objective import Objective
 
 STILL = 0.02  # stop when a sub-step moves the forget set's predictions by less than this share of the whole motion
-DAMPINGS = tuple(10.0 ** (-k / 2) for k in range(13))  # 1 ... 1e-6, for damping="auto" with a single step
+DAMPINGS = tuple(
+    10.0 ** (-k / 2) for k in range(13)
+)  # 1 ... 1e-6, for damping="auto" with a single step
 HALVINGS = 7  # of a step that leaves the budget, at most
 AHEAD = 125.0  # time of the step over all samples that leads to where the forget set's gradient is taken
 
@@ -33,8 +36,9 @@ class SubStep:
         share: How much of the solution was taken: less than 1 where all of it left the budget.
         norm: Length of what was taken.
         loss: Mean loss on the watched retained samples afterwards, nats (NaN where none are).
-        shift: Mean of KL(best || after) of their predictions, where their loss rose, and 0 elsewhere, nats (NaN
-            where nobody is watched); best is the place with the lowest loss on the way here.
+        shift: Mean of KL(best || after) of their predictions, where their loss rose, and 0
+            elsewhere, nats (NaN where nobody is watched); best is the place with the lowest loss on
+            the way here.
         moved: KL(before || after) of the forget set's predictions, nats.
         accepted: Whether it stayed within the budget.
     """
@@ -95,7 +99,10 @@ class Correction:
         self.theta: Params = dict(self.objective.start)
         self.path: list[SubStep] = []
         self.moves = True
-        counts = [self.objective.likelihood.counts(b.targets).double().sum() for b in self.split.batches(self.held)]
+        counts = [
+            self.objective.likelihood.counts(b.targets).double().sum()
+            for b in self.split.batches(self.held)
+        ]
         self.positions = float(sum(counts))
         self.best = self._look(self.theta)  # on the way, by the watched loss
         self.loss_before = self.best.loss
@@ -103,9 +110,11 @@ class Correction:
         self.first = self.last = self._outputs(self.shown, self.theta)
 
     def trains_on(self, everyone: Flow, judged: Indices) -> bool:
-        """Whether a step of the flow over all samples, nobody forgotten, lowers the loss of some beyond the budget.
+        """Whether a step of the flow over all samples, nobody forgotten, lowers the loss of some
+        beyond the budget.
 
-        The gradient alone does not tell where the loss is still high: its sampling variance is, too.
+        The gradient alone does not tell where the loss is still high: its sampling variance is,
+        too.
         """
         before = self.objective.mean_loss(self.split.batches(judged), self.theta)
         if not before > self.allowed:
@@ -118,12 +127,14 @@ class Correction:
         return not after >= before - self.allowed
 
     def remove_drift(self, everyone: Flow) -> None:
-        r"""Leave of the force only what is owed to the forget set, at w_D where a step of the flow over all leads.
+        r"""Leave of the force only what is owed to the forget set, at w_D where a step of the flow
+        over all leads.
 
-        At the start, F = grad L_r(w_D) - grad L_D(w_D) = (m/n_r) (grad L_D(w_D) - grad L_f(w_D)). Where a share s of
-        the step delta over all samples is taken, which is halved like any other that leaves the budget, the step's own
-        equation gives grad L_D(w_D) + wd w_D = (1 - s) (grad L_D(w) + wd w) - s tau delta. A given damping means the
-        textbook step, which does not look ahead: F = grad L_r(w) - grad L_D(w).
+        At the start, F = grad L_r(w_D) - grad L_D(w_D) = (m/n_r) (grad L_D(w_D) - grad L_f(w_D)).
+        Where a share s of the step delta over all samples is taken, which is halved like any other
+        that leaves the budget, the step's own equation gives grad L_D(w_D) + wd w_D = (1 - s) (grad
+        L_D(w) + wd w) - s tau delta. A given damping means the textbook step, which does not look
+        ahead: F = grad L_r(w) - grad L_D(w).
         """
         objective, wd = self.objective, self.flow.weight_decay
         full, ahead = everyone.sums.mean(), self.theta
@@ -134,17 +145,22 @@ class Correction:
         if delta is not None:
             found = self._shortened(delta, HALVINGS, moves=False)
             if self._fits(found, moves=False):
-                total = P.add(P.scale(P.add(full, ahead, wd), 1 - found.share), delta, -found.share / AHEAD)
+                total = P.add(
+                    P.scale(P.add(full, ahead, wd), 1 - found.share), delta, -found.share / AHEAD
+                )
                 full, ahead = P.add(total, found.at, -wd), found.at
         forgotten = objective.gradient(self.split.batches("forget"), ahead)
-        owed = P.scale(P.add(P.scale(full, forgotten.count), forgotten.sums, -1), 1 / self.flow.sums.count)
+        owed = P.scale(
+            P.add(P.scale(full, forgotten.count), forgotten.sums, -1), 1 / self.flow.sums.count
+        )
         self.flow.drift = P.add(P.add(self.flow.sums.mean(), self.theta, wd), owed, -1)
 
     def clear(self, theta: Params) -> bool:
-        """Start from the weights with some output rows set to zero, if the watched loss stays within the budget.
+        """Start from the weights with some output rows set to zero, if the watched loss stays
+        within the budget.
 
-        A class fewer to tell apart is no reason to lose anything: from there on the loss may not rise above what it was
-        before, unless a budget is given.
+        A class fewer to tell apart is no reason to lose anything: from there on the loss may not
+        rise above what it was before, unless a budget is given.
         """
         look = self._look(theta)
         if not self._fits(look, moves=False):
@@ -158,7 +174,8 @@ class Correction:
         return True
 
     def follow(self, times: list[float]) -> None:
-        """Sub-steps, until the forget set's predictions stand still or one does not stay within the budget whole."""
+        """Sub-steps, until the forget set's predictions stand still or one does not stay within the
+        budget whole."""
         for turn, horizon in enumerate(bar(times, len(times), "Newton", self.progress), 1):
             if not self.advance(1 / horizon, halvings=HALVINGS) or self.path[-1].share < 1:
                 return
@@ -166,7 +183,8 @@ class Correction:
                 return
 
     def advance(self, tau: float, *, halvings: int = 0, trial: bool = False) -> bool:
-        """One sub-step from the current weights; they move only if it stays within the budget, and is no trial."""
+        """One sub-step from the current weights; they move only if it stays within the budget, and
+        is no trial."""
         step, look, outputs = self._try(tau, halvings)
         self.path.append(replace(step, accepted=step.accepted and not trial))
         if step.accepted and not trial:
@@ -177,7 +195,8 @@ class Correction:
         return step.accepted
 
     def choose_damping(self) -> float | None:
-        """The smallest of `DAMPINGS`, on the way down, whose step stays within the budget; `None` if there is none."""
+        """The smallest of `DAMPINGS`, on the way down, whose step stays within the budget; `None`
+        if there is none."""
         best = None
         for tau in bar(DAMPINGS, len(DAMPINGS), "damping", self.progress):
             if self.advance(tau, trial=True):
@@ -187,7 +206,8 @@ class Correction:
         return best
 
     def _try(self, tau: float, halvings: int) -> tuple[SubStep, Look, list[Tensor]]:
-        """Solve the step and look at the retained loss and the forget set's predictions where it leads."""
+        """Solve the step and look at the retained loss and the forget set's predictions where it
+        leads."""
         try:
             solved = self.flow.solve(tau)
         except (CurvatureError, NumericalError):
@@ -242,15 +262,20 @@ class Correction:
         return Look(at, share, float(losses.sum()) / self.positions, [f for f, _ in pairs], losses)
 
     def _shift(self, look: Look) -> float:
-        """KL(best || there) of the watched predictions whose own loss is higher there, mean over all, nats."""
+        """KL(best || there) of the watched predictions whose own loss is higher there, mean over
+        all, nats."""
         if math.isnan(look.loss):
             return math.nan
-        return float((self._kl(self.best.outputs, look.outputs) * (look.losses > self.best.losses)).mean())
+        return float(
+            (self._kl(self.best.outputs, look.outputs) * (look.losses > self.best.losses)).mean()
+        )
 
     def _fits(self, look: Look, moves: bool) -> bool:
-        """Whether the weights may go there; `moves` tells whether moves of predictions to the worse count.
+        """Whether the weights may go there; `moves` tells whether moves of predictions to the worse
+        count.
 
-        A loss that falls on most samples hides what the others lose: a class that is pushed down as a whole.
+        A loss that falls on most samples hides what the others lose: a class that is pushed down as
+        a whole.
         """
         if not len(self.held):
             return P.finite(look.at)
@@ -264,4 +289,6 @@ class Correction:
         return float(self._kl(before, after).mean()) if before else 0.0
 
     def _kl(self, before: list[Tensor], after: list[Tensor]) -> Tensor:
-        return torch.cat([self.objective.likelihood.kl(p, q) for p, q in zip(before, after, strict=True)])
+        return torch.cat(
+            [self.objective.likelihood.kl(p, q) for p, q in zip(before, after, strict=True)]
+        )
