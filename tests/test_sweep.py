@@ -407,7 +407,7 @@ class TestTable:
         )  # all cost too much: the cheapest
         errors = [(noise, kl, 1 - score) for noise, kl, score in rows]
         assert (
-            made_up(errors, floor=0.35, target=0.015, name=SQUARED_ERROR).best(0.1)["noise"] == 0.2
+            made_up(errors, floor=0.35, target=0.015, score=SQUARED_ERROR).best(0.1)["noise"] == 0.2
         )
 
     def test_the_front(self) -> None:

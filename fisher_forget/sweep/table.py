@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pandas as pd
 from scipy.stats import t as student
 
 from fisher_forget._util import files
+from fisher_forget._util.numbers import MISSING, plus_minus
 from fisher_forget.errors import StorageError
 from fisher_forget.likelihood import Score
 
@@ -171,7 +173,7 @@ class SweepTable:
         lines = [
             f"Sweep of {len(self.frame)} cells. KL on the forgotten data: original {original['kl_forget']:.3g} nats, "
             f"floor {retrained['kl_forget']:.3g}. {self.score.name.capitalize()} on {self.kept.replace('_', ' ')}: "
-            f"original {original[score]:.3g}, retrained {retrained[score]:.3g}."
+            f"original {self.score.format(original[score])}, retrained {self.score.format(retrained[score])}."
         ]
         counts = self.frame["status"].value_counts()
         if ruined := int(counts.get(RUINED, 0)):
@@ -192,15 +194,12 @@ class SweepTable:
         if "noise" in changing and table["noise"].dtype != float:
             shown["scale"] = table["scale"]
         shown["draws"] = table["draws"]
-        for column, title in (
-            ("kl_forget", "KL forget (nats)"),
-            (score, f"{self.score.name} {self.kept}"),
+        for column, title, form in (
+            ("kl_forget", "KL forget (nats)", plus_minus),
+            (score, self.score.title(self.kept), partial(self.score.format, unit=False)),
         ):
-            half = (table[f"{column}_high"] - table[column]).fillna(0.0)
-            shown[title] = [
-                f"{m:.3g}" + (f" ± {h:.1g}" if h else "")
-                for m, h in zip(table[column], half, strict=True)
-            ]
+            half = table[f"{column}_high"] - table[column]  # NaN for a single draw
+            shown[title] = [form(m, h) for m, h in zip(table[column], half, strict=True)]
         shown["gap closed"] = [
             MISSING if math.isnan(v) else f"{100 * v:.0f} %" for v in table["gap_closed"]
         ]
@@ -221,9 +220,6 @@ class SweepTable:
     @property
     def _score_unit(self) -> str:
         return "1" if self.score.unit == "%" else "squared unit of the targets"
-
-
-MISSING = "–"
 
 
 def read(path: str | Path) -> tuple[SweepTable, dict[str, Any]]:
