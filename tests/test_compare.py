@@ -346,7 +346,7 @@ class TestTable:
         )
         assert "not told apart from it: noisy." in answer(found)
         assert list(frame(found)["method"])[:2] == ["near *", "noisy *"]
-        assert to_markdown(found).count("\n| ") == 1 + len(found) - 1
+        assert to_markdown(found).count("\n| ") == 1 + len(found)  # the rule and the rows
         ours = Made().add("near", [0.6, 0.62], 90).add("fisher-forget", [3.0, 3.01], 90)
         assert "fisher-forget is behind: 3 nats" in answer(rows(ours.table(), {}, 1.0))
         none = Made().add("ruined", [0.6], 20)

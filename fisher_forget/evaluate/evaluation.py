@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from fisher_forget._util.markdown import markdown_table
 from fisher_forget.data.batches import Unpack
 from fisher_forget.data.split import Split, resolve_split
 from fisher_forget.errors import ConfigError, DataError, NumericalError
@@ -124,18 +125,16 @@ class Evaluation:
     def to_markdown(self) -> str:
         """Metrics down, methods across; the target with its 95 % prediction interval first."""
         methods = list(dict.fromkeys(s.method for s in self.scores))
-        lines = [
-            f"| metric | part | retrained (95 % of new ones) | {' | '.join(methods)} |",
-            "|---" * (3 + len(methods)) + "|",
-        ]
+        rows = []
         for metric, part in dict.fromkeys((s.metric, s.part) for s in self.scores):
             row = {s.method: s for s in self.scores if (s.metric, s.part) == (metric, part)}
             first = next(iter(row.values()))
             unit = f", {first.unit}" if first.unit else ""
             target = f"{first.target:.3g} ({first.target_low:.3g} ... {first.target_high:.3g})"
             cells = [shown(row[m]) if m in row else "" for m in methods]
-            lines.append(f"| {metric}{unit} | {part} | {target} | {' | '.join(cells)} |")
-        lines += [
+            rows.append([f"{metric}{unit}", part, target, *cells])
+        lines = [
+            markdown_table(["metric", "part", "retrained (expected range, 95 %)", *methods], rows),
             "",
             "; ".join(f"{mark or '–'} {label}" for label, mark in MARKS.items())
             + f"; {self.retrained} retrained models.",
@@ -319,7 +318,8 @@ def _scored(
         # where the score is not defined for the original itself, such as the direction of no step,
         # any side is off
         before = before or [v for v in found if math.isfinite(v)]
-        rows.append(_score(metric, method, part, found, own, before or found, level))
+        unit = metric.unit_in(context)
+        rows.append(_score(metric, unit, method, part, found, own, before or found, level))
     return rows
 
 
@@ -339,6 +339,7 @@ def _targets(
 
 def _score(
     metric: Metric,
+    unit: str,
     method: str,
     part: str,
     found: Sequence[float],
@@ -346,7 +347,7 @@ def _score(
     before: Sequence[float],
     level: float,
 ) -> Score:
-    common = method, metric.name, part, metric.unit
+    common = method, metric.name, part, unit
     capped = (
         f" Counting ended at {metric.cap:g}."
         if max([*found, *own], default=0) >= metric.cap
@@ -356,7 +357,7 @@ def _score(
         why = "A value is not finite." if found else TOO_FEW
         return Score(*common, math.nan, len(found), *(math.nan,) * 5, UNDEFINED, why, tuple(found))
     margin = (
-        ENOUGH.get(metric.unit) if np.ptp(own) == 0 else None
+        ENOUGH.get(unit) if np.ptp(own) == 0 else None
     )  # without a spread only a margin can judge
     judged, interval = (
         verdict(found, own, original=before, margin=margin, level=level),

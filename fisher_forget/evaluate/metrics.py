@@ -109,6 +109,10 @@ class Metric:
     cap: float = math.inf
     needs: frozenset[str] = field(default_factory=frozenset)
 
+    def unit_in(self, context: Context) -> str:
+        """Its unit; that of "score" is the likelihood's."""
+        return context.likelihood.score.unit if self.name == "score" else self.unit
+
     def missing(self, context: Context) -> str | None:
         """Why it cannot be computed here, or `None`."""
         if "categorical" in self.needs and not isinstance(context.likelihood, Categorical):
@@ -140,13 +144,12 @@ def _mean(fn: Callable[[Tensor, Tensor], Tensor], factor: float = 1.0) -> Pair:
 
 def _score(a: Subject, part: str, context: Context) -> float:
     value = float(context.likelihood.scores(a.outputs[part], context.targets[part]).mean())
-    return 100 * value if context.likelihood.score_name == "accuracy" else value
+    return context.likelihood.score.factor * value
 
 
 def _loss(a: Subject, part: str, context: Context) -> float:
-    targets = context.targets[part]
-    total = context.likelihood.losses(a.outputs[part], targets).double().sum()
-    return float(total / context.likelihood.counts(targets).double().sum())
+    total, count = context.likelihood.loss_totals([(a.outputs[part], context.targets[part])])
+    return total / count
 
 
 def _entropy(a: Subject, part: str, context: Context) -> float:

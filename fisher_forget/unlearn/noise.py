@@ -31,7 +31,7 @@ from fisher_forget.data.split import Split, some
 from fisher_forget.errors import ConfigError, NumericalError
 from fisher_forget.params import Params
 from fisher_forget.unlearn.newton.step import NewtonStep
-from fisher_forget.unlearn.noise_target import EXPONENT, NoiseTarget, is_accuracy
+from fisher_forget.unlearn.noise_target import EXPONENT, NoiseTarget
 from fisher_forget.unlearn.objective import Objective
 from fisher_forget.unlearn.problem import Problem
 
@@ -161,7 +161,6 @@ def calibrate_noise(
     generator = torch.Generator().manual_seed(seed)
     directions = [draw_noise(curvature, at, 1.0, generator, exponent) for _ in range(DRAWS)]
     loss, score = _means(objective, batches, at)
-    sign = 1 if is_accuracy(objective.likelihood) else -1
 
     @cache
     def harm(scale: float) -> tuple[float, float]:
@@ -173,7 +172,7 @@ def calibrate_noise(
         except NumericalError:
             return math.inf, math.inf
         losses, scores = np.mean(noisy, axis=0).tolist()
-        return losses - loss, sign * (score - scores)
+        return losses - loss, objective.likelihood.score.loss(scores, score)
 
     precision = curvature.power_trace(2 * exponent, seed=seed)
     if target.information is not None:

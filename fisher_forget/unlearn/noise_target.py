@@ -72,15 +72,10 @@ class NoiseTarget:
         Raises:
             ConfigError: If the likelihood scores by something else.
         """
-        if self.accuracy is not None and not is_accuracy(likelihood):
+        if self.accuracy is not None and likelihood.score.unit != "%":
             got = f"the noise target accuracy={self.accuracy}"
             raise ConfigError(
-                f"{got} of models scored by {likelihood.score_name}",
+                f"{got} of models scored by {likelihood.score.name}",
                 "a likelihood whose score is an accuracy",
                 "Pass NoiseTarget(loss=...), in nats: of a Gaussian squared error / 2 sigma^2.",
             )
-
-
-def is_accuracy(likelihood: Likelihood) -> bool:
-    """Whether a likelihood's score is a share of right answers."""
-    return "accuracy" in likelihood.score_name

@@ -13,6 +13,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from fisher_forget._util.files import ensure_folder
+from fisher_forget._util.numbers import MISSING
 from fisher_forget.evaluate.evaluation import MARKS, MEANING, UNDEFINED, Evaluation, Score
 from fisher_forget.evaluate.metrics import METRICS
 from fisher_forget.report.pages.html import (
@@ -25,7 +26,6 @@ from fisher_forget.report.pages.html import (
 )
 from fisher_forget.report.plots import BLUE, GREEN, GREY, ORANGE, VERMILLION, save_figure
 from fisher_forget.report.plots.hover import explain
-from fisher_forget.report.tables import MISSING
 
 CONTROL = "retrained, left out"
 STYLES = (
