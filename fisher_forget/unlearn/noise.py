@@ -24,6 +24,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+import fisher_forget.unlearn.tmp_trace  # noqa
 from fisher_forget import params as P
 from fisher_forget.curvature.operator import Curvature
 from fisher_forget.data.batches import Batch
@@ -153,8 +154,8 @@ def calibrate_noise(
     error = error if target.error is None else target.error
     if target.kind in ("information", "trade_off") and not 0 < error < math.inf:
         raise ConfigError(
-            f"the noise target {target.kind} without an error of the Newton step, as no step was taken",
-            "sigma_h, its root-mean-square error per weight",
+            f"the noise target {target.kind} without a Newton step, whose error it needs",
+            "sigma_h, the root-mean-square error of the step per weight",
             "Pass NoiseTarget(..., error=...).",
         )
     batches = list(split.batches(some(split.retain, SAMPLES, seed)))
@@ -247,8 +248,7 @@ def _largest(
             return 0.0
         if low > start + DECADES:
             raise ConfigError(
-                f"the noise target {target.kind}={getattr(target, target.kind):g}, within which even noise of "
-                f"scale {10**low:.1g} stays",
+                f"the noise target {target}, within which even noise of scale {10**low:.1g} stays",
                 "one that noise can reach",
                 "Lower the target, or pass noise a scale.",
             )

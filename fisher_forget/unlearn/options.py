@@ -16,7 +16,7 @@ from fisher_forget.curvature.kinds import Kind
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import ConfigError
 from fisher_forget.likelihood import Likelihood, resolve_likelihood
-from fisher_forget.unlearn.noise import EXPONENT, NoiseTarget
+from fisher_forget.unlearn.noise_target import EXPONENT, NoiseTarget
 
 Solver = Literal["auto", "cg", "direct"]
 PRECONDITIONER_SAMPLES = 2000  # that a curvature is estimated on which only preconditions
@@ -98,7 +98,11 @@ class ForgetOptions:
             ("damping", damping == "auto" or is_number(damping), f"{NUMBER}, or 'auto'"),
             ("damping", in_time, "a finite number above 0 with steps='auto'"),
             ("solver", self.solver in ("auto", "cg", "direct"), "'auto', 'cg' or 'direct'"),
-            ("drift", self.drift == "auto" or isinstance(self.drift, bool), "True, False or 'auto'"),
+            (
+                "drift",
+                self.drift == "auto" or isinstance(self.drift, bool),
+                "True, False or 'auto'",
+            ),
             ("budget", good_budget, "nats of at least 0, or None"),
             ("noise", good_noise, f"{NUMBER}, 'auto', a NoiseTarget or None"),
             ("exponent", is_number(self.exponent), NUMBER),

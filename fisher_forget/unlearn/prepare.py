@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import numpy as np
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from fisher_forget._util import files
 from fisher_forget._util.checks import check_model
 from fisher_forget._util.random_state import preserved_rng
 from fisher_forget.curvature.arithmetic import without
+from fisher_forget.curvature.estimate import ACCUMULATORS
+from fisher_forget.curvature.kinds import Kind
 from fisher_forget.curvature.operator import Curvature
 from fisher_forget.curvature.storage import load_curvature, save_curvature
 from fisher_forget.data import batches
@@ -120,9 +122,7 @@ class Prepared:
             begun = perf_counter()
             curvature = self._without(split)
             seconds = {"curvature": perf_counter() - begun}
-            problem = Problem(
-                self.objective, split, curvature, self.sums, options.decay, seconds
-            )
+            problem = Problem(self.objective, split, curvature, self.sums, options.decay, seconds)
             result = scrub(self.model, problem, options, progress=progress)
         requests = [*self.requests, np.setdiff1d(split.forget, self.split.forget).tolist()]
         if self.log is not None:
@@ -137,8 +137,8 @@ class Prepared:
         if not len(gone):
             return self.curvature
         assert self.curvature.info is not None
-        kind, objective = self.curvature.info.kind, self.objective
-        if not self.curvature.is_sum:
+        kind, objective = cast(Kind, self.curvature.info.kind), self.objective
+        if self.options.structure not in ACCUMULATORS:
             left = np.setdiff1d(self.sampled, gone)
             return curvature_of(objective, split, self.options, left, kind)
         basis = self.curvature if self.options.structure == "ekfac" else None
@@ -200,7 +200,8 @@ def prepare(
         if folder is not None:
             fixed = {name: getattr(options, name) for name in FIXED}
             likelihood: Any = objective.likelihood
-            likelihood = asdict(likelihood) if is_dataclass(likelihood) else likelihood
+            if is_dataclass(likelihood):
+                likelihood = asdict(likelihood)  # type: ignore[arg-type]
             fixed |= {"likelihood": likelihood, "weight_decay": options.decay}
             mark = files.fingerprint(fixed, dict(model.state_dict()), split.fingerprint())
             log = files.RequestLog(files.ensure_folder(folder), mark)
@@ -211,7 +212,7 @@ def prepare(
             curvature = load_curvature(log.folder / CURVATURE, model, split)
         if curvature is None:
             curvature = curvature_of(objective, split, options, sampled, kind, progress=progress)
-            if log is not None and curvature.is_stored:
+            if log is not None and options.structure != "matrix_free":
                 save_curvature(log.folder / CURVATURE, curvature, model, split)
         sums = None
         if log is not None and (log.folder / DATA_SUMS).exists():

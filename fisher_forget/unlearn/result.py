@@ -120,10 +120,10 @@ class ForgetResult:
         return "\n".join(
             [
                 *lines,
-                f"  loss       retain {loss['retain_before']:.4g} -> {loss['retain_after']:.4g} nats, "
-                f"forget {loss['forget_before']:.4g} -> {loss['forget_after']:.4g} nats",
-                "  An estimate, not a certificate: compare with retrained models to see how close it "
-                "came.",
+                f"  loss       retain {loss['retain_before']:.4g} -> {loss['retain_after']:.4g} "
+                f"nats, forget {loss['forget_before']:.4g} -> {loss['forget_after']:.4g} nats",
+                "  An estimate, not a certificate: compare with retrained models to see how close "
+                "it came.",
             ]
         )
 
@@ -132,7 +132,7 @@ class ForgetResult:
         taken = n.accepted
         if n.absent:
             classes = ", ".join(map(str, n.absent))
-            yield f"  absent     class {classes} has no retained sample: its output row starts at zero"
+            yield f"  absent     no retained sample of class {classes}: its row starts at zero"
         if taken:
             rejected = f", {len(n.path) - len(taken)} rejected" if len(n.path) > len(taken) else ""
             shortened = f", the last shortened to {taken[-1].share:.2g}"

@@ -25,7 +25,9 @@ import time
 from dataclasses import dataclass, replace
 
 import numpy as np
+
 from fisher_forget import params as P
+from fisher_forget.curvature.structures.dense import Dense
 from fisher_forget.data.split import Indices, some
 from fisher_forget.errors import ConfigError, CurvatureError, NumericalError
 from fisher_forget.params import Params
@@ -151,7 +153,7 @@ def newton_step(
     options = options or ForgetOptions()
     literal = options.steps != "auto" and options.damping != "auto"
     direct = options.solver == "direct"
-    direct = direct or (options.solver == "auto" and problem.curvature.is_whole)
+    direct = direct or (options.solver == "auto" and isinstance(problem.curvature, Dense))
     solver = LinearSolver(direct, literal, working_set)
     rng = np.random.default_rng(options.seed)
     split, start = problem.split, problem.objective.start
@@ -174,7 +176,12 @@ def newton_step(
     if policy.remove_drift and not absent:
         drift = _drift(problem, everyone, guard)
     flow = Flow(
-        problem, split.retain, problem.retained, solver, drift=drift, start=start if absent else None
+        problem,
+        split.retain,
+        problem.retained,
+        solver,
+        drift=drift,
+        start=start if absent else None,
     )
 
     path = Path(problem, flow, guard, start, shown)
