@@ -192,7 +192,7 @@ def calibrate_noise(
         if target.accuracy is None:
             target = replace(target, loss=budget)
         allowed, which = (budget, 0) if target.accuracy is None else (target.accuracy, 1)
-        scale = _largest(lambda s: harm(s)[which], allowed, guess, target)
+        scale = largest_scale(lambda s: harm(s)[which], allowed, guess, target)
     rise, drop = harm(scale)
     bound = information(scale, error, precision)
     return Calibration(scale, rise, drop, bound, error, target)
@@ -228,7 +228,7 @@ def _means(objective: Objective, batches: Iterable[Batch], at: Params) -> tuple[
     return loss / positions, score / samples
 
 
-def _largest(
+def largest_scale(
     harm: Callable[[float], float], allowed: float, guess: float, target: NoiseTarget
 ) -> float:
     """The largest scale whose harm is allowed, to `RESOLUTION` in log10, searched around a guess; 0

@@ -113,7 +113,7 @@ class ForgetResult:
             f"  curvature  {self.structure}, {self.kind} kind, of the retained data; "
             f"{self.seconds['curvature']:.1f} s",
             *self._newton_lines(),
-            self._noise_line(),
+            *self._noise_lines(),
         ]
         if self.buffers_refreshed:
             lines.append("  buffers    BatchNorm statistics recomputed on the retained data")
@@ -136,12 +136,13 @@ class ForgetResult:
         if taken:
             rejected = f", {len(n.path) - len(taken)} rejected" if len(n.path) > len(taken) else ""
             shortened = f", the last shortened to {taken[-1].share:.2g}"
+            shortened = shortened if taken[-1].share < 1 else ""
             yield (
-                f"  newton     {len(taken)} sub-step{'s' * (len(taken) > 1)}{rejected}"
-                f"{shortened if taken[-1].share < 1 else ''}, damping tau "
-                f"{max(s.damping for s in taken):.1e} to {min(s.damping for s in taken):.1e}, "
+                f"  newton     {len(taken)} sub-step{'s' * (len(taken) > 1)}{rejected}{shortened}, "
                 f"|step| {n.norm:.3g}; {self.seconds['newton']:.1f} s"
             )
+            dampings = [s.damping for s in taken]
+            yield f"  damping    tau {max(dampings):.1e} to {min(dampings):.1e}"
         elif n.path or not n.absent:
             unchanged = "" if n.absent else ": the weights are unchanged"
             yield f"  newton     no step stayed within the budget{unchanged}"
@@ -151,23 +152,27 @@ class ForgetResult:
                 done = "no step follows"
             elif n.drift_removed:
                 done = "only what forgetting adds to the gradient acts"
-            yield (
-                f"  note       not at a minimum of the objective (stationarity "
-                f"{n.stationarity:.2g}): {done}"
-            )
+            yield f"  note       not at a minimum of the objective (stationarity {n.stationarity:.2g}):"
+            yield f"             {done}"
 
-    def _noise_line(self) -> str:
+    def _noise_lines(self) -> Iterator[str]:
         z = self.noise
         if z is None:
-            return "  noise      none"
-        shape = f"{z.scale:.2e} (B + (wd + tau) I)^-{z.exponent:g} with tau {z.damping:.1e}"
-        line = f"  noise      {shape}, |noise| {z.norm:.3g}"
+            yield "  noise      none"
+            return
+        yield (
+            f"  noise      {z.scale:.2e} (B + (wd + tau) I)^-{z.exponent:g}, tau {z.damping:.1e}, "
+            f"|noise| {z.norm:.3g}"
+        )
+        reached = []
         if z.target is not None:
-            reached = f"loss {z.rise:+.1e}"
-            if z.target.kind == "accuracy":
-                reached = f"drop {z.drop:.1e}"
-            line += f"; {z.target}: {reached}"
-        return line if math.isnan(z.information) else f"{line}, bound {z.information:.2g} nats"
+            by_score = z.target.kind == "accuracy"
+            harm = f"drop {z.drop:.1e}" if by_score else f"loss {z.rise:+.1e}"
+            reached.append(f"{z.target}: {harm}")
+        if not math.isnan(z.information):
+            reached.append(f"bound {z.information:.2g} nats")
+        if reached:
+            yield f"  reached    {', '.join(reached)}"
 
     def summary(self) -> dict[str, Any]:
         """Plain numbers for a JSON file."""

@@ -93,7 +93,7 @@ class Flow:
             NumericalError: If numbers overflow.
         """
         if self._linear is None:
-            self._linear = self._linearise()
+            self._linear = self.linearise()
         force, ggn = self._linear
         total = tau + self.problem.weight_decay
         damped, b = self.problem.curvature.damped(total), P.scale(force, -1)
@@ -109,11 +109,11 @@ class Flow:
             tolerance=tolerance,
         )
 
-    def _linearise(self) -> tuple[Params, Product | None]:
+    def linearise(self) -> tuple[Params, Product | None]:
         """The force grad L(w) + wd w - drift, and GGN products, at the current weights."""
         objective, curvature = self.problem.objective, self.problem.curvature
         few = self.solver.working_set
-        working = self._most_curved() if len(self._pool) > few else self._pool
+        working = self.most_curved() if len(self._pool) > few else self._pool
         if self._rebase:  # the pool tells how far the gradient at the start of the flow has changed
             self._sums = self._sums + self._change(self._pool, self._at)
             self._base, self._rebase = self._at, False
@@ -132,7 +132,7 @@ class Flow:
         rest = self._rest(working)
         return force, (lambda v: P.add(ggn(v), curvature.power(v, 1), rest)) if rest else ggn
 
-    def _most_curved(self) -> Indices:
+    def most_curved(self) -> Indices:
         """The pool's samples with the largest output curvature at the current weights."""
         likelihood = self.problem.objective.likelihood
         pairs = self.problem.objective.forward(self._batches(self._pool), self._at)

@@ -16,6 +16,7 @@ from fisher_forget.params import Params
 from fisher_forget.unlearn.objective import Objective
 
 SHARE = 0.1  # of the held-out loss by which it may rise, if no budget is given
+HALVINGS = 7  # of a step that leaves the budget, at most
 LEAST = 0.01  # nats by which it may rise in any case
 
 

@@ -14,11 +14,10 @@ from fisher_forget.data.split import Indices
 from fisher_forget.errors import CurvatureError, NumericalError
 from fisher_forget.params import Params
 from fisher_forget.unlearn.newton.flow import Flow
-from fisher_forget.unlearn.newton.guard import Guard, Look, divergences
+from fisher_forget.unlearn.newton.guard import HALVINGS, Guard, Look, divergences
 from fisher_forget.unlearn.options import ForgetOptions
 from fisher_forget.unlearn.problem import Problem
 
-HALVINGS = 7  # of a step that leaves the budget, at most
 STILL = 0.02  # of the whole motion of the forget set's predictions: a sub-step below ends the flow
 DAMPINGS = tuple(10.0 ** (-k / 2) for k in range(13))  # 1 ... 1e-6, for damping="auto" with steps
 

@@ -77,11 +77,3 @@ def stationarity(problem: Problem) -> float:
     force = P.add(problem.sums.total.mean(), problem.objective.start, problem.weight_decay)
     variance = problem.sums.variance_of_mean(problem.split.retain)
     return P.dot(force, force) / variance if variance > 0 else 0.0
-
-
-def drift_prevails(problem: Problem) -> bool:
-    """Whether |grad L_D + wd w| > |grad L_r - grad L_D|: most of the force on the weights is not
-    owed to the forget set."""
-    full = problem.sums.total.mean()
-    drift = P.norm(P.add(full, problem.objective.start, problem.weight_decay))
-    return drift > P.norm(P.add(problem.retained.mean(), full, -1))

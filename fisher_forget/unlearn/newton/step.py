@@ -32,14 +32,14 @@ from fisher_forget.data.split import Indices, some
 from fisher_forget.errors import ConfigError, CurvatureError, NumericalError
 from fisher_forget.params import Params
 from fisher_forget.unlearn.newton.absent_classes import absent_classes, clear_rows
+from fisher_forget.unlearn.newton.drift import AHEAD, drift_of, drift_prevails
 from fisher_forget.unlearn.newton.flow import Flow, LinearSolver
 from fisher_forget.unlearn.newton.guard import Guard, HeldOut
-from fisher_forget.unlearn.newton.path import HALVINGS, Path, SubStep
+from fisher_forget.unlearn.newton.path import Path, SubStep
 from fisher_forget.unlearn.newton.policy import (
     STATIONARY,
     Signs,
     decide,
-    drift_prevails,
     stationarity,
 )
 from fisher_forget.unlearn.options import ForgetOptions
@@ -49,7 +49,6 @@ HELD_OUT = 1000  # retained samples that guard the steps, at most, and a tenth o
 SHOWN = 512  # forget samples whose predictions tell when the flow has done its work
 JUDGED = 1000  # retained samples whose loss tells whether the network would go on training
 PROBED = 32  # held-out and forget samples each that tell which parameters are output rows
-AHEAD = 125.0  # time of the step over all samples that leads to where drift is measured
 
 
 @dataclass(frozen=True)
@@ -174,7 +173,7 @@ def newton_step(
         absent, start, guard = _cleared(problem, guard, shown, options.budget)
     drift = None
     if policy.remove_drift and not absent:
-        drift = _drift(problem, everyone, guard)
+        drift = drift_of(problem, everyone, guard)
     flow = Flow(
         problem,
         split.retain,
@@ -255,32 +254,3 @@ def _cleared(
     if budget is None:
         by_loss = replace(by_loss, budget=max(0.0, look.loss - guard.best.loss))
     return absent, cleared, by_loss
-
-
-def _drift(problem: Problem, everyone: Flow, guard: Guard) -> Params:
-    r"""The force at the start that is not owed to the forget set, to be subtracted.
-
-    Owed is F = grad L_r(w_D) - grad L_D(w_D) = (m/n_r) (grad L_D(w_D) - grad L_f(w_D)), at w_D
-    where a step of the flow over all samples leads. Where a share s of the step delta is taken,
-    which is halved like any other that leaves the budget, the step's own equation gives
-    grad L_D(w_D) + wd w_D = (1 - s) (grad L_D(w) + wd w) - s tau delta. A given damping means the
-    textbook step, which does not look ahead: F = grad L_r(w) - grad L_D(w).
-    """
-    objective, wd, start = problem.objective, problem.weight_decay, problem.objective.start
-    full, ahead = problem.sums.total.mean(), start
-    try:
-        delta = None if everyone.solver.literal else everyone.solve(1 / AHEAD).x
-    except (CurvatureError, NumericalError):
-        delta = None
-    if delta is not None:
-        by_loss = replace(guard, count_moves=False)
-        look = by_loss.longest(start, delta, HALVINGS)
-        if by_loss.fits(look):
-            force = P.scale(P.add(full, start, wd), 1 - look.share)
-            force = P.add(force, delta, -look.share / AHEAD)
-            full, ahead = P.add(force, look.at, -wd), look.at
-    forgotten = objective.gradient(problem.split.batches("forget"), ahead)
-    # m grad L_D - sum of the forget set's gradients, over n_r
-    owed = P.add(P.scale(full, forgotten.count), forgotten.sums, -1)
-    owed = P.scale(owed, 1 / problem.retained.count)
-    return P.add(P.add(problem.retained.mean(), start, wd), owed, -1)
