@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fisher_forget import params as P
 from fisher_forget.curvature.operator import Curvature
-from fisher_forget.curvature.structures.matrix_free import Solution, conjugate_gradient
+from fisher_forget.curvature.solvers import Solution, conjugate_gradient
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.params import Params
 from fisher_forget.unlearn.objective import Gradient, Objective
