@@ -27,8 +27,9 @@ from fisher_forget import (
     newton_step,
 )
 from fisher_forget import params as P
+from fisher_forget.curvature.products import GgnProduct
+from fisher_forget.curvature.solvers import conjugate_gradient
 from fisher_forget.curvature.structures.diagonal import Diagonal
-from fisher_forget.curvature.structures.matrix_free import GgnProduct, conjugate_gradient
 from fisher_forget.data.split import resolve_split, some
 from fisher_forget.experiments.datasets import load_dataset
 from fisher_forget.experiments.training import TrainSettings, train

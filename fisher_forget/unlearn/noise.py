@@ -24,7 +24,6 @@ from typing import Literal
 import numpy as np
 import torch
 
-import fisher_forget.unlearn.tmp_trace  # noqa
 from fisher_forget import params as P
 from fisher_forget.curvature.operator import Curvature
 from fisher_forget.data.batches import Batch

@@ -212,7 +212,7 @@ def prepare(
             curvature = load_curvature(log.folder / CURVATURE, model, split)
         if curvature is None:
             curvature = curvature_of(objective, split, options, sampled, kind, progress=progress)
-            if log is not None and options.structure != "matrix_free":
+            if log is not None and curvature.stored_as:
                 save_curvature(log.folder / CURVATURE, curvature, model, split)
         sums = None
         if log is not None and (log.folder / DATA_SUMS).exists():

@@ -152,7 +152,8 @@ class ForgetResult:
                 done = "no step follows"
             elif n.drift_removed:
                 done = "only what forgetting adds to the gradient acts"
-            yield f"  note       not at a minimum of the objective (stationarity {n.stationarity:.2g}):"
+            ratio = f"stationarity {n.stationarity:.2g}"
+            yield f"  note       not at a minimum of the objective ({ratio}):"
             yield f"             {done}"
 
     def _noise_lines(self) -> Iterator[str]:

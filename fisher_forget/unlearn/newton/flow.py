@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from fisher_forget import params as P
-from fisher_forget.curvature.structures.matrix_free import Solution, conjugate_gradient
+from fisher_forget.curvature.solvers import Solution, conjugate_gradient
 from fisher_forget.data.split import Indices
 from fisher_forget.params import Params
 from fisher_forget.unlearn.objective import Gradient
