@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from fisher_forget import SplitError, StorageError, forget, prepare
+from fisher_forget import ConfigError, ForgetOptions, SplitError, StorageError, forget, prepare
 from fisher_forget import params as P
 from fisher_forget.experiments.training import TrainSettings, train
 from fisher_forget.unlearn import data_sums
 from fisher_forget.unlearn.data_sums import load_data_sums
+from fisher_forget.unlearn.options import PRECONDITIONER_SAMPLES
 
 WD = 0.01
 # by name, because the package exports the functions of the same names
@@ -219,3 +221,58 @@ def test_bad_requests(model: nn.Module, data: TensorDataset) -> None:
     prepared.forget(range(239), steps=1, damping=1.0, solver="direct", **QUIET)
     with pytest.raises(SplitError, match="no retained sample"):
         prepared.forget([239], **QUIET)
+
+
+@pytest.fixture(scope="module")
+def many() -> TensorDataset:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(PRECONDITIONER_SAMPLES + 500, 4, generator=g)
+    return TensorDataset(x, (x[:, 0] > 0).long() + (x[:, 1] > 0).long())
+
+
+class TestDefaultsMeanTheSame:
+    """Above `PRECONDITIONER_SAMPLES` the curvature is an estimate on some samples."""
+
+    def test_same_kind_and_samples(self, many: TensorDataset) -> None:
+        net = nn.Linear(4, 3).eval()
+        idx = [3, 5, 8]
+        once = forget(net, many, idx, drift=True, noise=None, progress=False)
+        prepared = prepare(net, many, progress=False)
+        again = prepared.forget(idx, drift=True, noise=None)
+        assert prepared.curvature.info.kind == once.curvature.info.kind == "sketch"
+        assert again.curvature.info.kind == "sketch"
+        assert len(prepared.sampled) == PRECONDITIONER_SAMPLES == once.curvature.info.count
+        retained, kind = ForgetOptions().curvature_plan(once.split)
+        assert kind == "sketch"
+        assert len(set(prepared.sampled) - set(retained)) <= len(idx)
+
+    @pytest.mark.parametrize(
+        ("options", "kind", "count"),
+        [
+            ({"kind": "exact"}, "exact", PRECONDITIONER_SAMPLES),
+            ({"max_samples": 700}, "exact", 700),
+            ({"max_samples": None}, "exact", PRECONDITIONER_SAMPLES + 497),
+            ({"solver": "direct"}, "exact", PRECONDITIONER_SAMPLES + 497),
+        ],
+        ids=str,
+    )
+    def test_an_option_means_the_same(
+        self, many: TensorDataset, options: dict[str, Any], kind: str, count: int
+    ) -> None:
+        net = nn.Linear(4, 3).eval()
+        quiet = {"steps": 1, "damping": 1.0, "noise": None, "drift": True}
+        once = forget(net, many, [3, 5, 8], progress=False, **quiet, **options)
+        again = prepare(net, many, progress=False, **quiet, **options).forget([3, 5, 8])
+        for result in (once, again):
+            assert result.curvature.info.kind == kind
+            # of the samples on which the curvature was prepared, three may be gone
+            assert count - 3 <= result.curvature.info.count <= count
+
+
+def test_an_option_of_the_sums_is_no_option_of_a_request(
+    model: nn.Module, data: TensorDataset
+) -> None:
+    prepared = prepare(model, data, weight_decay=WD, noise=None, progress=False)
+    with pytest.raises(ConfigError, match="weight_decay"):
+        prepared.forget([3], weight_decay=0.5)
+    assert prepared.forget([3], drift=True).noise is None  # the default that prepare was given

@@ -13,20 +13,19 @@ reduction) and, again, by what the curvature says of the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from fisher_forget import params as P
+from fisher_forget.curvature.products import GgnProduct
 from fisher_forget.curvature.solvers import Solution, conjugate_gradient
 from fisher_forget.data.split import Indices
 from fisher_forget.params import Params
 from fisher_forget.unlearn.objective import Gradient
 from fisher_forget.unlearn.problem import Problem
 
-Product = Callable[[Params], Params]
 POOL = 4000  # candidates among which the working set is re-chosen
 # Conjugate-gradient products and tolerance. Along the flow a rough solution is enough: the next
 # step starts with a new gradient. A given damping asks for the solution itself.
@@ -79,7 +78,7 @@ class Flow:
         self._sums, self._base = sums, dict(problem.objective.start)
         self._at = self._base if start is None else start
         self._rebase = start is not None
-        self._linear: tuple[Params, Product | None] | None = None
+        self._linear: tuple[Params, GgnProduct | None, float] | None = None
 
     def move(self, at: Params) -> None:
         """Go on from there."""
@@ -92,26 +91,36 @@ class Flow:
             CurvatureError: If the curvature is a Hessian that needs more damping.
             NumericalError: If numbers overflow.
         """
-        if self._linear is None:
-            self._linear = self.linearise()
-        force, ggn = self._linear
+        self._linear = self._linear or self.linearise()
+        force, ggn, rest = self._linear
         total = tau + self.problem.weight_decay
-        damped, b = self.problem.curvature.damped(total), P.scale(force, -1)
+        curvature = self.problem.curvature
+        damped, b = curvature.damped(total), P.scale(force, -1)
         if ggn is None:
             return Solution(damped.power(b, -1), 0, 0.0)
-        product = ggn
+        exact_product = ggn
+
+        def product(v: Params) -> Params:
+            out = P.add(exact_product(v), v, total)
+            return P.add(out, curvature.power(v, 1), rest) if rest else out
+
         iterations, tolerance = EXACT if self.solver.literal else QUICK
         return conjugate_gradient(
-            lambda v: P.add(product(v), v, total),
+            product,
             b,
             lambda r: damped.power(r, -1),
             iterations=iterations,
             tolerance=tolerance,
         )
 
-    def linearise(self) -> tuple[Params, Product | None]:
-        """The force grad L(w) + wd w - drift, and GGN products, at the current weights."""
-        objective, curvature = self.problem.objective, self.problem.curvature
+    def linearise(self) -> tuple[Params, GgnProduct | None, float]:
+        """The flow at the current weights, to first order.
+
+        Returns:
+            The force grad L(w) + wd w - drift; products with the GGN of the working set, `None`
+            where the curvature itself is inverted; the share of tr H_n that is left to it.
+        """
+        objective = self.problem.objective
         few = self.solver.working_set
         working = self.most_curved() if len(self._pool) > few else self._pool
         if self._rebase:  # the pool tells how far the gradient at the start of the flow has changed
@@ -127,10 +136,9 @@ class Flow:
         if self.drift is not None:
             force = P.add(force, self.drift, -1)
         if self.solver.direct:
-            return force, None
+            return force, None, 0.0
         ggn = objective.ggn(self._batches(working), self._at, self._sums.count)
-        rest = self._rest(working)
-        return force, (lambda v: P.add(ggn(v), curvature.power(v, 1), rest)) if rest else ggn
+        return force, ggn, self._rest(working)
 
     def most_curved(self) -> Indices:
         """The pool's samples with the largest output curvature at the current weights."""

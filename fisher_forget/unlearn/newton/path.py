@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from fisher_forget.data.split import Indices
 from fisher_forget.errors import CurvatureError, NumericalError
 from fisher_forget.params import Params
 from fisher_forget.unlearn.newton.flow import Flow
-from fisher_forget.unlearn.newton.guard import HALVINGS, Guard, Look, divergences
+from fisher_forget.unlearn.newton.guard import HALVINGS, Guard, divergences
 from fisher_forget.unlearn.options import ForgetOptions
 from fisher_forget.unlearn.problem import Problem
 
@@ -101,14 +101,43 @@ class Path:
                 )
 
     def advance(self, tau: float, halvings: int = 0, *, trial: bool = False) -> bool:
-        """One sub-step from the current weights; they move only if it fits, and is no trial."""
-        step, look, outputs = self._try(tau, halvings)
-        self.steps.append(replace(step, accepted=step.accepted and not trial))
-        if step.accepted and not trial:
-            self.at, self._last = look.at, outputs
-            self.guard = self.guard.passed(look)
+        """One sub-step from the current weights; they move only if it fits, and is no trial.
+
+        Returns:
+            Whether it fits.
+        """
+        nan = math.nan
+        try:
+            solution = self.flow.solve(tau)
+        except (CurvatureError, NumericalError):
+            if self.flow.solver.literal:
+                raise
+            self.steps.append(SubStep(tau, 0, math.inf, 0.0, nan, nan, nan, nan, accepted=False))
+            return False
+        look = self.guard.longest(self.at, solution.x, halvings)
+        fits, moved = self.guard.fits(look), nan
+        try:
+            outputs = self._outputs(look.at)
+            moved = self._moved(self._last, outputs)
+        except NumericalError:
+            fits = False
+        self.steps.append(
+            SubStep(
+                damping=tau,
+                iterations=solution.iterations,
+                residual=solution.residual,
+                share=look.share,
+                norm=look.share * P.norm(solution.x),
+                loss=look.loss,
+                shift=self.guard.shift(look),
+                moved=moved,
+                accepted=fits and not trial,
+            )
+        )
+        if fits and not trial:
+            self.at, self._last, self.guard = look.at, outputs, self.guard.passed(look)
             self.flow.move(self.at)
-        return step.accepted
+        return fits
 
     def smallest_damping(self, progress: bool) -> float | None:
         """The smallest of `DAMPINGS`, on the way down, whose step fits; `None` if there is none."""
@@ -119,35 +148,6 @@ class Path:
             elif best is not None or not math.isnan(self.steps[-1].norm):
                 break
         return best
-
-    def _try(self, tau: float, halvings: int) -> tuple[SubStep, Look, list[Tensor]]:
-        """Solve for a step, and look at held-out and forget samples where it leads."""
-        try:
-            solution = self.flow.solve(tau)
-        except (CurvatureError, NumericalError):
-            if self.flow.solver.literal:
-                raise
-            nan = math.nan
-            step = SubStep(tau, 0, math.inf, 0.0, nan, nan, nan, nan, False)
-            return step, self.guard.best, []
-        look = self.guard.longest(self.at, solution.x, halvings)
-        step = SubStep(
-            damping=tau,
-            iterations=solution.iterations,
-            residual=solution.residual,
-            share=look.share,
-            norm=look.share * P.norm(solution.x),
-            loss=look.loss,
-            shift=self.guard.shift(look),
-            moved=math.nan,
-            accepted=False,
-        )
-        try:
-            outputs = self._outputs(look.at)
-        except NumericalError:
-            return step, look, []
-        moved = self._moved(self._last, outputs)
-        return replace(step, moved=moved, accepted=self.guard.fits(look)), look, outputs
 
     def _outputs(self, at: Params) -> list[Tensor]:
         return [f for f, _ in self._objective.forward(self._shown, at)]
