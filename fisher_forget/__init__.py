@@ -5,8 +5,12 @@ result = forget(model, retain_loader, forget_idx)
 result.model, print(result)
 """
 
+from fisher_forget._util import moved
+from fisher_forget.baselines import METHODS, SISA, Unlearned, Unlearner
 from fisher_forget.baselines.golatkar import VARIANTS, Variant, paper_forget, reference_code_forget
 from fisher_forget.curvature import Curvature, estimate_curvature
+from fisher_forget.data.samples import read_samples
+from fisher_forget.data.split import Split, resolve_split
 from fisher_forget.errors import (
     ConfigError,
     CurvatureError,
@@ -21,6 +25,9 @@ from fisher_forget.errors import (
 from fisher_forget.evaluate.closeness import Closeness, Reference
 from fisher_forget.evaluate.ensemble import RetrainedEnsemble
 from fisher_forget.evaluate.evaluation import Evaluation, evaluate
+from fisher_forget.experiments.datasets import load_dataset
+from fisher_forget.experiments.models import build_model
+from fisher_forget.experiments.training import TrainSettings, train
 from fisher_forget.likelihood import Bernoulli, Categorical, Gaussian, Likelihood
 from fisher_forget.report import plots
 from fisher_forget.report.plots import plot_tradeoff
@@ -34,7 +41,11 @@ from fisher_forget.unlearn.prepare import Prepared, prepare
 from fisher_forget.unlearn.problem import Problem
 from fisher_forget.unlearn.result import ForgetResult
 
+moved.announce()
+
 __all__ = [
+    "METHODS",
+    "SISA",
     "VARIANTS",
     "Bernoulli",
     "Categorical",
@@ -59,20 +70,29 @@ __all__ = [
     "Problem",
     "Reference",
     "RetrainedEnsemble",
+    "Split",
     "SplitError",
     "StorageError",
     "SweepTable",
+    "TrainSettings",
+    "Unlearned",
+    "Unlearner",
     "Variant",
+    "build_model",
     "calibrate_noise",
     "draw_noise",
     "estimate_curvature",
     "evaluate",
     "forget",
+    "load_dataset",
     "newton_step",
     "paper_forget",
     "plot_tradeoff",
     "plots",
     "prepare",
+    "read_samples",
     "reference_code_forget",
+    "resolve_split",
     "sweep",
+    "train",
 ]

@@ -31,17 +31,17 @@ def trainable(model: nn.Module, subset: str | tuple[str, ...] | None = None) -> 
         ModelError: If nothing is left.
     """
     patterns = (subset,) if isinstance(subset, str) else subset
-    every: Params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    found = {
+    candidates: Params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    wanted = {
         name: p
-        for name, p in every.items()
+        for name, p in candidates.items()
         if patterns is None or any(fnmatchcase(name, pat) for pat in patterns)
     }
-    if not found:
-        if every:
+    if not wanted:
+        if candidates:
             raise ModelError(
                 f"no parameter that matches {patterns!r}",
-                f"a pattern for some of {list(every)}",
+                f"a pattern for some of {list(candidates)}",
                 "Correct `subset`.",
             )
         raise ModelError(
@@ -49,7 +49,7 @@ def trainable(model: nn.Module, subset: str | tuple[str, ...] | None = None) -> 
             "at least one parameter with requires_grad=True",
             "Unfreeze the parameters that were trained.",
         )
-    return found
+    return wanted
 
 
 def detached(params: Mapping[str, Tensor]) -> Params:
@@ -60,10 +60,10 @@ def detached(params: Mapping[str, Tensor]) -> Params:
 def load(model: nn.Module, params: Mapping[str, Tensor]) -> nn.Module:
     """A deep copy of `model` whose named parameters hold `params`."""
     twin = copy.deepcopy(model)
-    own = dict(twin.named_parameters())
+    weights = dict(twin.named_parameters())
     with torch.no_grad():
         for name, value in params.items():
-            own[name].copy_(value)
+            weights[name].copy_(value)
     twin.zero_grad(set_to_none=True)
     return twin
 

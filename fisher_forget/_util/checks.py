@@ -42,7 +42,7 @@ def check_model(model: nn.Module) -> None:
     if half:
         raise ModelError(
             f"weights of type {', '.join(sorted(half))}",
-            "float32 or float64: curvature spans more orders of magnitude than half precision holds",
+            "float32 or float64: half precision does not hold the range of a curvature",
             "Call model.float() first, and model.half() on the result.",
         )
     broken = [

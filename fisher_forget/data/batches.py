@@ -82,9 +82,9 @@ def default_unpack(batch: Any) -> tuple[Any, Any]:
         return batch[0], batch[1]
     if isinstance(batch, dict) or (hasattr(batch, "keys") and hasattr(batch, "items")):
         rest = dict(batch.items())
-        found = [key for key in TARGET_KEYS if key in rest]
-        if found:
-            targets = rest.pop(found[0])
+        keys = [key for key in TARGET_KEYS if key in rest]
+        if keys:
+            targets = rest.pop(keys[0])
             return (next(iter(rest.values())) if len(rest) == 1 else rest), targets
         raise DataError(
             f"a dict batch with the keys {sorted(map(str, rest))}",
@@ -120,7 +120,8 @@ def make_batch(raw: Any, unpack: Unpack | None = None) -> Batch:
         raise DataError(
             f"targets of type {type(targets).__name__} that are not numbers ({error})",
             "a tensor, an array or numbers",
-            "Map the labels to numbers in the data set, or pass unpack=lambda batch: (inputs, targets).",
+            "Map the labels to numbers in the data set, or pass "
+            "unpack=lambda batch: (inputs, targets).",
         ) from error
     if not (targets.is_floating_point() or targets.is_complex()):
         targets = targets.long()  # cross-entropy takes no other integers

@@ -23,7 +23,8 @@ class KeywordDataset(TensorDataset):
     a slice or a tensor of rows: `data[rows]` is a pair (inputs by name, targets).
 
     Example:
-        >>> data = KeywordDataset({"input_ids": torch.tensor([[5, 2], [7, 0]])}, torch.tensor([1, 0]))
+        >>> tokens = torch.tensor([[5, 2], [7, 0]])
+        >>> data = KeywordDataset({"input_ids": tokens}, torch.tensor([1, 0]))
         >>> data[0]
         ({'input_ids': tensor([5, 2])}, tensor(1))
     """

@@ -62,16 +62,16 @@ class Split:
 
     def batches(self, part: Part | Indices) -> Iterator[Batch]:
         """Batches of a part (or of given indices) in index order, the same at every pass."""
-        chosen = self.indices(part) if isinstance(part, str) else part
+        indices = self.indices(part) if isinstance(part, str) else part
         if type(self.base) in (TensorDataset, KeywordDataset) and self.collate is default_collate:
             # Indexing tensors directly is two orders of magnitude faster than collating single
             # samples.
-            for start in range(0, len(chosen), self.batch_size):
-                rows = torch.from_numpy(chosen[start : start + self.batch_size])
+            for start in range(0, len(indices), self.batch_size):
+                rows = torch.from_numpy(indices[start : start + self.batch_size])
                 yield make_batch(list(self.base[rows]), self.unpack)
             return
         loader: DataLoader[Any] = DataLoader(
-            Subset(self.base, chosen.tolist()),
+            Subset(self.base, indices.tolist()),
             batch_size=self.batch_size,
             collate_fn=self.collate,
             num_workers=self.workers,
@@ -82,8 +82,8 @@ class Split:
 
     def steps(self, part: Part | Indices) -> int:
         """Number of batches of a part."""
-        chosen = self.indices(part) if isinstance(part, str) else part
-        return -(-len(chosen) // self.batch_size)
+        indices = self.indices(part) if isinstance(part, str) else part
+        return -(-len(indices) // self.batch_size)
 
     def subset(self, retain: Indices) -> Split:
         """The same split with fewer retained samples."""
@@ -113,8 +113,8 @@ class Split:
         """Hash of who is retained and forgotten, and of a few samples of the data itself."""
         digest = hashlib.sha256()
         digest.update(self.retain.tobytes() + b"|" + self.forget.tobytes())
-        every = self.indices("all")
-        probe = every[np.unique(np.linspace(0, len(every) - 1, 16).astype(int))]
+        indices = self.indices("all")
+        probe = indices[np.unique(np.linspace(0, len(indices) - 1, 16).astype(int))]
         for leaf in pytree.tree_leaves([self.base[int(i)] for i in probe]):
             array = leaf.detach().cpu().numpy() if isinstance(leaf, Tensor) else leaf
             digest.update(
@@ -149,7 +149,8 @@ def resolve_split(
         raise SplitError(
             f"a data set of type {type(data).__name__} without length",
             "a map-style data set, whose samples have an index",
-            "Read the samples into a list or a TensorDataset first: without an index no one can say who is forgotten.",
+            "Read the samples into a list or a TensorDataset first: without an index no one can "
+            "say who is forgotten.",
         )
     base, members = _unnest(data)
     if loader is not None:
@@ -210,14 +211,15 @@ def _sampled(loader: DataLoader[Any], members: Indices) -> Indices:
     )
     if not plain:
         warnings.warn(
-            f"The loader's sampler ({type(sampler).__name__}) is ignored: every sample of the data set counts once.",
+            f"The loader's sampler ({type(sampler).__name__}) is ignored: every sample of the data "
+            "set counts once.",
             FisherForgetWarning,
             stacklevel=4,
         )
     if loader.drop_last and loader.batch_size and len(members) % loader.batch_size:
         warnings.warn(
-            "The loader has drop_last=True: a different set of samples would be dropped at each pass. "
-            "All of them are used here; build the loader without drop_last to silence this.",
+            "The loader has drop_last=True: a different set of samples would be dropped at each "
+            "pass. All of them are used here; build the loader without drop_last to silence this.",
             FisherForgetWarning,
             stacklevel=4,
         )
@@ -225,54 +227,43 @@ def _sampled(loader: DataLoader[Any], members: Indices) -> Indices:
 
 
 def _validated(forget_idx: Any, total: int, allow_empty: bool) -> Indices:
+    """Sorted distinct indices below `total`."""
     where = f"indices into the training data set of {total} samples"
+    flat = "Pass a flat list of int."
     try:
-        raw = (
-            forget_idx.detach().cpu().numpy()
-            if isinstance(forget_idx, Tensor)
-            else np.asarray(list(forget_idx))
-        )
+        if isinstance(forget_idx, Tensor):
+            raw = forget_idx.detach().cpu().numpy()
+        else:
+            raw = np.asarray(list(forget_idx))
     except (TypeError, ValueError) as error:  # a bare number, or lists of different lengths
-        raise SplitError(
-            f"forget_idx of type {type(forget_idx).__name__} ({error})",
-            where,
-            "Pass a flat list of int.",
-        ) from error
+        got = f"forget_idx of type {type(forget_idx).__name__} ({error})"
+        raise SplitError(got, where, flat) from error
+    if raw.size == 0 and allow_empty:
+        return np.zeros(0, dtype=np.int64)
     if raw.size == 0:
-        if allow_empty:
-            return np.zeros(0, dtype=np.int64)
         raise SplitError("an empty forget_idx", where, "Name at least one sample to forget.")
     if raw.ndim != 1 or raw.dtype.kind not in "iu":
-        fix = (
-            "For a boolean mask pass np.flatnonzero(mask)."
-            if raw.dtype.kind == "b"
-            else "Pass a flat list of int."
-        )
-        raise SplitError(f"forget_idx with dtype {raw.dtype} and shape {raw.shape}", where, fix)
+        mask = "For a boolean mask pass np.flatnonzero(mask)."
+        got = f"forget_idx with dtype {raw.dtype} and shape {raw.shape}"
+        raise SplitError(got, where, mask if raw.dtype.kind == "b" else flat)
     forget = raw.astype(np.int64)
     if forget.min() < 0:
-        raise SplitError(
-            f"the negative index {forget.min()} in forget_idx",
-            where,
-            "Count from the start: 0 is first.",
-        )
+        got = f"the negative index {forget.min()} in forget_idx"
+        raise SplitError(got, where, "Count from the start: 0 is first.")
     if forget.max() >= total:
-        fix = "If the loader holds a copy of the retained samples, give it the full data set or a Subset of it."
         raise SplitError(
-            f"the index {forget.max()} in forget_idx", f"{where} (0 to {total - 1})", fix
+            f"the index {forget.max()} in forget_idx",
+            f"{where} (0 to {total - 1})",
+            "If the loader holds a copy of the retained samples, give it the full data set or a "
+            "Subset of it.",
         )
     values, times = np.unique(forget, return_counts=True)
     if len(values) < len(forget):
-        twice = values[times > 1][:5].tolist()
-        raise SplitError(
-            f"forget_idx that repeats {twice}", where + ", each once", "Remove the duplicates."
-        )
+        got = f"forget_idx that repeats {values[times > 1][:5].tolist()}"
+        raise SplitError(got, where + ", each once", "Remove the duplicates.")
     if len(values) == total:
-        raise SplitError(
-            "a forget_idx that names every sample",
-            where,
-            "To forget everything, train a new model.",
-        )
+        got = "a forget_idx that names every sample"
+        raise SplitError(got, where, "To forget everything, train a new model.")
     return values
 
 
@@ -282,8 +273,8 @@ def _warn_if_random(base: Any, retain: Indices) -> None:
         first, second = pytree.tree_leaves(base[int(index)]), pytree.tree_leaves(base[int(index)])
         if any(_differ(a, b) for a, b in zip(first, second, strict=False)):
             warnings.warn(
-                f"Sample {index} differs between two reads: the data set augments at random, so each pass sees other "
-                "data. Pass the training data set without its augmentation.",
+                f"Sample {index} differs between two reads: the data set augments at random, so "
+                "each pass sees other data. Pass the training data set without its augmentation.",
                 FisherForgetWarning,
                 stacklevel=4,
             )

@@ -236,11 +236,12 @@ def largest_scale(
     Harm that grows with s^2 says where to look next; every fourth look halves the bracket, whatever
     it says.
     """
+    # log10 of the largest scale known to be allowed, of the smallest known not to be, and the next
     low, high, at = -math.inf, math.inf, math.log10(guess)
     start, near = at, 0.999 * RESOLUTION
     for turn in count(1):
-        found = harm(10**at)
-        low, high = (at, high) if found <= allowed else (low, at)
+        harmed = harm(10**at)
+        low, high = (at, high) if harmed <= allowed else (low, at)
         if high - low <= RESOLUTION:
             break
         if high < start - DECADES:
@@ -251,14 +252,15 @@ def largest_scale(
                 "one that noise can reach",
                 "Lower the target, or pass noise a scale.",
             )
+        # the next look lies inside the bracket, or at most a step outside of what is known
         least = low + near if low > -math.inf else high - STEP
         most = high - near if high < math.inf else low + STEP
-        if 0 < found < math.inf and turn % 4:
-            at += math.log10(allowed / found) / 2
+        if 0 < harmed < math.inf and turn % 4:
+            at += math.log10(allowed / harmed) / 2  # where harm ~ s^2 puts the target
         elif high - low < math.inf:
             at = (low + high) / 2
         else:
-            at = most if found <= allowed else least
+            at = most if harmed <= allowed else least
         at = min(max(at, least), most)
     return 10**low
 

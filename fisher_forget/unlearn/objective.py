@@ -104,19 +104,15 @@ class Objective:
     ) -> Gradient:
         """Gradient sums of the loss, without weight decay; tr H_n of every sample is appended to
         the list, if given."""
-        total, loss, count, classes = (
-            P.zeros_like(at),
-            0.0,
-            0.0,
-            torch.zeros((), dtype=torch.float64),
-        )
+        total, loss, count = P.zeros_like(at), 0.0, 0.0
+        classes = torch.zeros((), dtype=torch.float64)
         leaves = {name: p.detach().requires_grad_() for name, p in at.items()}
         for batch in batches:
             batch = batch.on(self.model)
             with torch.enable_grad():
                 outputs = self.outputs(batch, leaves)
-                each = self.likelihood.losses(outputs, batch.targets).sum()
-                grads = torch.autograd.grad(each, list(leaves.values()), allow_unused=True)
+                batch_loss = self.likelihood.losses(outputs, batch.targets).sum()
+                grads = torch.autograd.grad(batch_loss, list(leaves.values()), allow_unused=True)
             for name, g in zip(leaves, grads, strict=True):
                 if g is not None:
                     total[name] += g
@@ -124,7 +120,7 @@ class Objective:
                 output_curvature.append(
                     self.likelihood.output_curvature(outputs.detach(), batch.targets).cpu()
                 )
-            loss += float(each.detach())
+            loss += float(batch_loss.detach())
             count += float(self.likelihood.counts(batch.targets).double().sum())
             classes = classes + self.likelihood.class_mass(outputs.detach(), batch.targets)
         if not math.isfinite(loss) or not P.finite(total):
@@ -144,11 +140,8 @@ class Objective:
 
     def mean_loss(self, batches: Iterable[Batch], at: Mapping[str, Tensor]) -> float:
         """Mean loss in nats; NaN without samples."""
-        loss = count = 0.0
-        for outputs, targets in self.forward(batches, at):
-            loss += float(self.likelihood.losses(outputs, targets).double().sum())
-            count += float(self.likelihood.counts(targets).double().sum())
-        return loss / count if count else math.nan
+        loss, positions = self.likelihood.loss_totals(self.forward(batches, at))
+        return loss / positions if positions else math.nan
 
     def ggn(self, batches: Iterable[Batch], at: Mapping[str, Tensor], count: float) -> GgnProduct:
         """The GGN of the given samples at given parameters, as products; `count` divides."""

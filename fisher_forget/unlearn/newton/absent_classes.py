@@ -1,4 +1,4 @@
-r"""Classes that nothing is left of: where their output rows would be.
+r"""Classes with no retained sample: where their output rows would be.
 
 A row w_c of the last layer that no retained sample is labelled with has next to no curvature: with
 p_c the probability of its class and h the features, its block of the GGN is the retained mean of
@@ -51,27 +51,29 @@ def clear_rows(
         The parameters, or `None` if the outputs of `classes` depend on the input even then: there
         are no such rows.
     """
-    chosen = list(classes)
+    rows = list(classes)
 
     def outputs(at: Params) -> Tensor:
         """[positions, classes], of those of all samples one after the other."""
         return torch.cat([f.flatten(0, -2) for f, _ in objective.forward(split.batches(probe), at)])
 
-    here = outputs(objective.start)
-    alike = ALIKE * float(here.abs().max())
-    others = torch.ones(here.shape[-1], dtype=torch.bool)
-    others[chosen] = False
+    before = outputs(objective.start)
+    alike = ALIKE * float(before.abs().max())
+    others = torch.ones(before.shape[-1], dtype=torch.bool)
+    others[rows] = False
     cleared = dict(objective.start)
     for name, value in objective.start.items():
-        if not value.dim() or len(value) != here.shape[-1]:
+        if not value.dim() or len(value) != before.shape[-1]:
             continue
-        rows = value.clone()
-        rows[chosen] = 0
+        zeroed = value.clone()
+        zeroed[rows] = 0
         try:
-            there = outputs(cleared | {name: rows})
+            after = outputs(cleared | {name: zeroed})
         except NumericalError:  # a direction of length zero, say
             continue
-        moved = (there - here).abs().amax(0)
-        if float(moved[others].max()) <= alike < float(moved[chosen].max()):
-            cleared[name], here = rows, there
-    return cleared if float(here[:, chosen].std(0).max()) <= alike else None
+        moved = (after - before).abs().amax(0)
+        # these are output rows if their classes' outputs move, and no others
+        if float(moved[others].max()) <= alike < float(moved[rows].max()):
+            cleared[name], before = zeroed, after
+    # once all rows are zero, nothing of the input is left in those outputs
+    return cleared if float(before[:, rows].std(0).max()) <= alike else None

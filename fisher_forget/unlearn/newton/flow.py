@@ -149,10 +149,10 @@ class Flow:
         return np.sort(self._pool[order[: self.solver.working_set]])
 
     def _change(self, working: Indices, at: Params) -> Gradient:
-        """Sums of some samples there less those at the base; of the others what B says."""
+        """Sums of some samples after less those at the base; of the others what B says."""
         gradient = self.problem.objective.gradient
-        there, before = (gradient(self._batches(working), w) for w in (at, self._base))
-        change, rest = there - before, self._rest(working)
+        after, before = (gradient(self._batches(working), w) for w in (at, self._base))
+        change, rest = after - before, self._rest(working)
         if rest:
             curved = self.problem.curvature.power(P.add(at, self._base, -1), 1)
             change = replace(change, sums=P.add(change.sums, curved, rest * self._sums.count))

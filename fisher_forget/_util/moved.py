@@ -1,0 +1,92 @@
+"""Where the modules of version 0.1 are now, told to whoever imports one of them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+PACKAGE = "fisher_forget"
+MOVED = {
+    "absent": "unlearn.newton.absent_classes",
+    "assess": "experiments.evaluate_run",
+    "checks": "_util.checks",
+    "compare": "experiments.compare",
+    "config": "experiments.config",
+    "correction": "unlearn.newton.guard",
+    "ensemble": "evaluate.ensemble",
+    "flow": "unlearn.newton.flow",
+    "forget": "unlearn.forget",
+    "forget_sets": "experiments.forget_sets",
+    "lookup": "experiments.import_path",
+    "models": "experiments.models",
+    "newton": "unlearn.newton.step",
+    "noise": "unlearn.noise",
+    "objective": "unlearn.objective",
+    "plan": "experiments.dry_run",
+    "prepare": "unlearn.prepare",
+    "progress": "_util.progress",
+    "randomness": "_util.random_state",
+    "recipe": "experiments.run",
+    "result": "unlearn.result",
+    "snapshot": "unlearn.data_sums",
+    "starter": "experiments.init_config",
+    "storage": "_util.files",
+    "training": "experiments.training",
+    "tuning": "experiments.tuning",
+    "variants": "baselines.golatkar",
+    "data.datasets": "experiments.datasets",
+    "curvature.walk": "curvature.passes",
+    "curvature.additive": "curvature.arithmetic",
+    "curvature.persist": "curvature.storage",
+    "curvature.lanczos": "curvature.solvers",
+    "curvature.layers": "curvature.rules",
+    "curvature.convolution": "curvature.rules.convolution",
+    "curvature.diagonal": "curvature.structures.diagonal",
+    "curvature.dense": "curvature.structures.dense",
+    "curvature.low_rank": "curvature.structures.low_rank",
+    "curvature.matrix_free": "curvature.structures.matrix_free",
+    "curvature.hessian": "curvature.structures.hessian",
+    "curvature.mixed": "curvature.structures.mixed",
+    "curvature.kronecker": "curvature.structures.ekfac",
+    "baselines.rows": "baselines.jacobian_rows",
+    "baselines.catastrophic": "baselines.last_layers",
+    "baselines.descent": "baselines.training_loop",
+    "baselines.sharded": "baselines.sisa.method",
+    "baselines.sharding": "baselines.sisa.partition",
+    "baselines.sisa_aggregate": "baselines.sisa.aggregate",
+    "baselines.sisa_store": "baselines.sisa.store",
+    "report.html": "report.pages.html",
+    "report.evaluation": "report.pages.evaluation",
+    "report.comparison": "report.pages.comparison",
+    "report.annotate": "report.plots.annotate",
+    "report.hover": "report.plots.hover",
+}
+
+
+class MovedModules(MetaPathFinder):
+    """Asked last, when no module of a name was found: says where that of version 0.1 is now."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """No spec.
+
+        Raises:
+            ModuleNotFoundError: If the name is one of version 0.1, with the new one.
+        """
+        package, _, name = fullname.partition(".")
+        if package == PACKAGE and name in MOVED:
+            raise ModuleNotFoundError(
+                f"{fullname} is {PACKAGE}.{MOVED[name]} since version 0.2.0; what most scripts "
+                f"need, `from {PACKAGE} import ...` gives"
+            )  # named it would be hidden by `from fisher_forget import ...`
+        return None
+
+
+def announce() -> None:
+    """Put the finder at the end of `sys.meta_path`, once."""
+    if not any(isinstance(finder, MovedModules) for finder in sys.meta_path):
+        sys.meta_path.append(MovedModules())
