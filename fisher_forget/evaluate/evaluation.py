@@ -34,9 +34,9 @@ from fisher_forget.unlearn.result import ForgetResult
 
 OTHERS = 10  # retrained models that a retrained model is compared with at most, for the target of a pair metric
 Scrubbed = ForgetResult | nn.Module
-COSTLY = ("relearn",)  # trains; only where asked for by name
 FALSE_ALARM = 0.05  # that a retrained model fails any of the rows
 UNDEFINED = "undefined"
+CONTROL = "control (retrained)"  # retrained models that take no part in the targets
 TOO_FEW = (
     f"it takes {LEAST} models of a method and {LEAST} retrained ones beside as many for the target"
 )
@@ -47,11 +47,11 @@ ENOUGH = {
 
 
 @dataclass(frozen=True)
-class Score:
+class EvaluationRow:
     """One metric of one model on one part of the data.
 
     Attributes:
-        method: "original", "retrained, left out", or the name of a method.
+        method: "original", "control (retrained)", or the name of a method.
         metric: Key of `METRICS`.
         part: Of the data.
         unit: Of the numbers below.
@@ -97,11 +97,11 @@ class Evaluation:
         left_out: Metrics that could not be computed, and why.
     """
 
-    scores: tuple[Score, ...]
+    scores: tuple[EvaluationRow, ...]
     retrained: int
     left_out: dict[str, str]
 
-    def get(self, metric: str, part: str = "forget", method: str | None = None) -> Score:
+    def get(self, metric: str, part: str = "forget", method: str | None = None) -> EvaluationRow:
         """One row.
 
         Raises:
@@ -117,9 +117,9 @@ class Evaluation:
         )
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row a score, with the columns of `Score`."""
+        """One row a score, with the columns of `EvaluationRow`."""
         return pd.DataFrame(
-            [asdict(s) for s in self.scores], columns=[f.name for f in fields(Score)]
+            [asdict(s) for s in self.scores], columns=[f.name for f in fields(EvaluationRow)]
         )
 
     def to_markdown(self) -> str:
@@ -152,7 +152,7 @@ class Evaluation:
         return {"schema": 1, "retrained": self.retrained, "left_out": self.left_out, "scores": rows}
 
 
-def shown(score: Score) -> str:
+def shown(score: EvaluationRow) -> str:
     """The value and the mark of its verdict; a dash where it is undefined."""
     return "–" if score.label == UNDEFINED else f"{score.value:.3g} {MARKS[score.label]}"
 
@@ -210,7 +210,11 @@ def evaluate(
         NumericalError: Outputs that are not finite.
     """
     kind = resolve_likelihood(likelihood)
-    chosen = [name for name in METRICS if name not in COSTLY] if metrics is None else list(metrics)
+    chosen = (
+        [name for name, metric in METRICS.items() if not metric.by_name]
+        if metrics is None
+        else list(metrics)
+    )
     if unknown := [name for name in chosen if name not in METRICS]:
         raise ConfigError(
             f"the metrics {unknown}", f"some of {list(METRICS)}", "Correct the names."
@@ -254,7 +258,7 @@ def evaluate(
         own = sources if len(sources) == len(models) else sources[:1] * len(models)
         groups[method] = [Subject(*each) for each in zip(outputs[method], models, own, strict=True)]
     if control:
-        groups["retrained, left out"] = control
+        groups[CONTROL] = control
     blank = (
         None if teacher is None or "forget" not in splits else predict(teacher, splits["forget"])[0]
     )
@@ -300,9 +304,9 @@ def _scored(
     ones: Sequence[Subject],
     context: Context,
     level: float,
-) -> list[Score]:
+) -> list[EvaluationRow]:
     """The rows of one metric on one part."""
-    rows: list[Score] = []
+    rows: list[EvaluationRow] = []
     own = _targets(metric, ones, 1, part, context)
     before: list[float] = []
     for method, group in groups.items():
@@ -346,7 +350,7 @@ def _score(
     own: Sequence[float],
     before: Sequence[float],
     level: float,
-) -> Score:
+) -> EvaluationRow:
     common = method, metric.name, part, unit
     capped = (
         f" Counting ended at {metric.cap:g}."
@@ -355,7 +359,9 @@ def _score(
     )
     if not found or not np.isfinite([*found, *own]).all():
         why = "A value is not finite." if found else TOO_FEW
-        return Score(*common, math.nan, len(found), *(math.nan,) * 5, UNDEFINED, why, tuple(found))
+        return EvaluationRow(
+            *common, math.nan, len(found), *(math.nan,) * 5, UNDEFINED, why, tuple(found)
+        )
     margin = (
         ENOUGH.get(unit) if np.ptp(own) == 0 else None
     )  # without a spread only a margin can judge
@@ -365,7 +371,7 @@ def _score(
     )
     ends = interval.low, interval.high, float(np.mean(own)), judged.low, judged.high
     spread = float(np.std(own, ddof=1))
-    return Score(
+    return EvaluationRow(
         *common,
         interval.value,
         len(found),
