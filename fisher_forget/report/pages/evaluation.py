@@ -18,11 +18,10 @@ from fisher_forget.evaluate.evaluation import (
     CONTROL,
     MARKS,
     MEANING,
-    UNDEFINED,
     Evaluation,
-    EvaluationRow,
 )
 from fisher_forget.evaluate.metrics import METRICS
+from fisher_forget.evaluate.scoring import UNDEFINED, EvaluationRow
 from fisher_forget.report.pages.html import (
     Figure,
     Number,
