@@ -19,13 +19,12 @@ from fisher_forget.evaluate.membership import (
     ATTACKS,
     SIGNS,
     attack_features,
-    auc,
     population_attack,
     ruli,
     shadow_attack,
-    tpr_at_fpr,
     u_lira,
 )
+from fisher_forget.evaluate.roc import auc, tpr_at_fpr
 
 Z = 4.4172  # two-sided false-alarm rate of 1e-5 for a normal statistic
 

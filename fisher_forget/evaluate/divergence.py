@@ -155,8 +155,8 @@ def per_sample(fn: Divergence, p: Tensor, q: Tensor) -> Tensor:
     if not same:
         raise DataError(
             f"outputs of shapes {tuple(p.shape)} and {tuple(q.shape)}",
-            "outputs of the same samples over the same classes, and as many models where both are ensembles",
-            "Predict both on one data set and keep every class; to compare all pairs of models, loop over one side.",
+            "the same samples over the same classes, and as many models where both are ensembles",
+            "Predict both on one data set and keep every class; for all pairs of models, loop.",
         )
     slices = sample_slices(p.shape[-2], max(p.numel(), q.numel()) // p.shape[-2])
     return torch.cat(

@@ -303,8 +303,8 @@ def _stored(
             refused[seed] = error
     if cache is not None and refused:
         warnings.warn(
-            f"Stored models of the seeds {list(refused)} in {cache.folder} cannot be used and are trained anew: "
-            f"{next(iter(refused.values()))}",
+            f"Stored models of the seeds {list(refused)} in {cache.folder} cannot be used and are "
+            f"trained anew: {next(iter(refused.values()))}",
             FisherForgetWarning,
             stacklevel=3,
         )

@@ -289,7 +289,8 @@ def _check(
         for found in outputs:
             if tuple(found[part].shape) != expected or len(found[part]) != len(targets[part]):
                 raise DataError(
-                    f"outputs of shape {tuple(found[part].shape)} on {part!r}, {expected} of the retrained models",
+                    f"outputs of shape {tuple(found[part].shape)} on {part!r}, and {expected} of "
+                    "the retrained models",
                     "the same samples and labels",
                     "Keep every class in the retrained models, and predict on the same data.",
                 )

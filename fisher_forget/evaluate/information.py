@@ -5,8 +5,8 @@ Noise makes a model a draw from the law N(h, s^2 K) with K = (B + tau I)^-2p. Wi
 N(h', s0^2 K) of the same shape around a model that never saw D_f, h' a retrained one, and r = s^2 /
 s0^2,
 
-    KL = 1/2 [ |(B + tau I)^p (h - h')|^2 / s0^2 + d (r - 1 - ln r) ]                                   weights
-    KL = 1/2 [ df^T (J K J^T)^-1 df / s0^2       + c (r - 1 - ln r) ]                                   outputs of x
+    KL = 1/2 [ |(B + tau I)^p (h - h')|^2 / s0^2 + d (r - 1 - ln r) ]           weights
+    KL = 1/2 [ df^T (J K J^T)^-1 df / s0^2       + c (r - 1 - ln r) ]           outputs of x
 
 since both log-determinants are those of K. J [c, d] is the Jacobian of the c outputs of a query x,
 df [c] the difference of their means. Outputs are a function of the weights, so in the linearised

@@ -30,15 +30,12 @@ from torch import Tensor
 
 from fisher_forget.errors import ConfigError, DataError, NumericalError
 from fisher_forget.evaluate.intervals import Array, Values, as_array
+from fisher_forget.evaluate.roc import auc, tpr_at_fpr
 
 Features = Mapping[str, Array]
 
-SIGNS = {
-    "loss": -1.0,
-    "confidence": 1.0,
-    "entropy": -1.0,
-    "modified_entropy": -1.0,
-}  # times the feature: "member"
+# times the feature: "member"
+SIGNS = {"loss": -1.0, "confidence": 1.0, "entropy": -1.0, "modified_entropy": -1.0}
 ATTACKS = (*SIGNS, "all", "svc")
 LIMIT = 2000  # samples a side that a rule is fitted on: a kernel machine costs their square
 
@@ -85,17 +82,17 @@ class ShadowAttack:
         return float(auc(self.unlearned, self.out).mean())
 
     def tpr_at_fpr(self, fpr: float) -> float:
-        """Mean over the pairs of the true positive rate at a false positive rate of at most `fpr`."""
+        """Mean over the pairs of the largest true positive rate at so many false positives."""
         return float(tpr_at_fpr(self.unlearned, self.out, fpr).mean())
 
 
 def attack_features(logits: Tensor, targets: Tensor) -> dict[str, Array]:
     r"""What population attacks look at, per sample.
 
-        loss             = -ln p_y                                                                [nats]
+        loss             = -ln p_y                                                  [nats]
         confidence       = p_y
-        entropy          = -sum_c p_c ln p_c                                                      [nats]
-        modified_entropy = -(1 - p_y) ln p_y - sum_{c != y} p_c ln(1 - p_c)                       [nats]
+        entropy          = -sum_c p_c ln p_c                                        [nats]
+        modified_entropy = -(1 - p_y) ln p_y - sum_{c != y} p_c ln(1 - p_c)         [nats]
 
     The last (Song & Mittal 2021, arXiv:2003.10595, eq. 8) is 0 for a certain and correct prediction
     and grows without bound for a certain and wrong one.
@@ -124,41 +121,6 @@ def attack_features(logits: Tensor, targets: Tensor) -> dict[str, Array]:
     modified = rest * loss - (p * log_rest).scatter(-1, y, 0.0).sum(-1)
     found = (loss, (-loss).exp(), -(p * log_p).sum(-1), modified)
     return {name: as_array(value) for name, value in zip(SIGNS, found, strict=True)}
-
-
-def auc(positive: Values, negative: Values) -> Array:
-    """Area under the ROC curve, P(positive > negative) + P(equal) / 2, over the last axis: [...,
-    P], [..., Q] -> [...].
-
-    Raises:
-        DataError: If a side is empty.
-        NumericalError: If a score is NaN.
-    """
-    a, b = _scores(positive, negative)
-    p, q = a.shape[-1], b.shape[-1]
-    ranks = stats.rankdata(np.concatenate([a, b], -1), axis=-1)
-    return as_array((ranks[..., :p].sum(-1) - p * (p + 1) / 2) / (p * q))
-
-
-def tpr_at_fpr(positive: Values, negative: Values, fpr: float) -> Array:
-    """The largest true positive rate of a threshold whose false positive rate is at most `fpr`:
-    [..., P] -> [...].
-
-    Nothing is interpolated between thresholds: of Q negatives, floor(fpr Q) may be false positives.
-
-    Raises:
-        ConfigError: If fpr is not in [0, 1].
-        DataError: If a side is empty.
-        NumericalError: If a score is NaN.
-    """
-    if not 0 <= fpr <= 1:
-        raise ConfigError(f"fpr={fpr}", "a rate between 0 and 1", "For 1 % pass 0.01.")
-    a, b = _scores(positive, negative)
-    allowed = int(fpr * b.shape[-1] + 1e-9)
-    if allowed == b.shape[-1]:
-        return np.ones(a.shape[:-1])
-    cutoff = np.sort(b, -1)[..., -1 - allowed]  # the highest negative that must not pass
-    return as_array((a > cutoff[..., None]).mean(-1))
 
 
 def population_attack(
@@ -368,21 +330,6 @@ def _table(features: Features, least: int) -> Array:
             "features that are NaN or infinite", "finite features", "Check the model's outputs."
         )
     return table
-
-
-def _scores(positive: Values, negative: Values) -> tuple[Array, Array]:
-    a, b = as_array(positive), as_array(negative)
-    if not a.ndim or not b.ndim or not a.shape[-1] or not b.shape[-1]:
-        raise DataError(
-            f"scores of shapes {a.shape} and {b.shape}",
-            "some on either side",
-            "Pass both sides' scores.",
-        )
-    if np.isnan(a).any() or np.isnan(b).any():
-        raise NumericalError(
-            "scores that are NaN", "numbers, infinite ones included", "Check the model's outputs."
-        )
-    return a, b
 
 
 def _margins(

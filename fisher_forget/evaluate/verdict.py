@@ -7,19 +7,18 @@ are the target, and two questions are asked of the score x of the scrubbed model
 as independent and roughly normal, N(mu, sigma^2) with estimates rbar, s: fair for a mean over many
 samples, not for a rate near 0 or 1 on few.
 
-1. *Is it different?* x is outside the interval where a further retrained model lies with
-probability 95 %,
+1. *Is it different?* x is outside the range expected of one more retrained model (95 %),
    rbar ± t_{M-1, 0.975} s sqrt(1 + 1/M). This rejects a perfect scrub in 5 % of cases, for every M.
 2. *Is it the same?* Not to be rejected proves nothing: with few models everything passes. x is
-equivalent if
-   |x - mu| >= margin is rejected at 5 % (Schuirmann 1987). For a margin in the score's unit, two one-sided tests:
-   |x - rbar| + t_{M-1, 0.95} s / sqrt(M) < margin. The default margin, 2 sigma, has to be estimated, and to put 2 s
-   for it would pass up to 17 % of models at 2 sigma; instead |x - rbar| sqrt(M) / s must be below
-   the 5 % quantile of the noncentral t at 2 sqrt(M), which is exact (Wellek 2010, Testing
-   Statistical Hypotheses of Equivalence and Noninferiority).
+   equivalent if |x - mu| >= margin is rejected at 5 % (Schuirmann 1987). For a margin in the
+   score's unit, two one-sided tests: |x - rbar| + t_{M-1, 0.95} s / sqrt(M) < margin. The default
+   margin, 2 sigma, has to be estimated, and to put 2 s for it would pass up to 17 % of models at 2
+   sigma; instead |x - rbar| sqrt(M) / s must be below the 5 % quantile of the noncentral t at
+   2 sqrt(M), which is exact (Wellek 2010, Testing Statistical Hypotheses of Equivalence and
+   Noninferiority).
 
 Several values x_1..x_K are those of K *independent* originals, each scrubbed, and their mean is
-judged: s^2 / M becomes s_x^2 / K + s^2 / M with Welch's degrees of freedom (1947), and "a further
+judged: s^2 / M becomes s_x^2 / K + s^2 / M with Welch's degrees of freedom (1947), and "one more
 retrained model" the mean of K. Both tests are approximate then: in simulations with K and M from 2
 to 20 they are wrong in 2 to 8 % of cases. Scrubs of one original share its seed: average them to
 one value. Of 20 scores one rejects a perfect scrub: for n scores judged together, pass level = 1 -
@@ -56,7 +55,7 @@ class Verdict:
         label: "not forgotten", "indistinguishable from retrained", "over-forgotten" or "undecided".
         value: Mean score of the scrubbed models.
         target: Mean score of the retrained models.
-        low: Lower end of the interval for (the mean of as many) further retrained models.
+        low: Lower end of the range expected of (the mean of as many) retrained models.
         high: Its upper end.
         p_value: Of "it is a retrained model", two-sided; NaN where the retrained models do not
             differ at all.

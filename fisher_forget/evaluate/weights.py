@@ -1,9 +1,9 @@
 r"""How far apart weights are, which way they moved, and how well a model hides a forget set from
 its gradients.
 
-    distance = |a - b|,  relative = |a - b| / |b|                                   [units of the weights; no unit]
-    cosine   = <scrubbed - original, retrained - original> / (|.| |.|)              [-1, 1]
-    efficacy = 1 / tr F_f,  F_f = (1/N_f) sum over n in D_f of g_n g_n^T            [1 / (nats per weight)^2]
+    distance = |a - b|,  relative = |a - b| / |b|              [units of the weights; no unit]
+    cosine   = <scrubbed - original, retrained - original> / (|.| |.|)            [-1, 1]
+    efficacy = 1 / tr F_f,  F_f = (1/N_f) sum over n in D_f of g_n g_n^T  [1 / (nats per weight)^2]
 
 with g_n the gradient of sample n's loss and N_f the scored positions of D_f.
 """
