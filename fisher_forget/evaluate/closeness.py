@@ -1,7 +1,7 @@
 r"""Scores of a scrubbed model against models retrained without the forgotten data.
 
-    KL(part)   = mean over members i and samples n of KL(retrained_i(x_n) || model(x_n))            [nats]
-    floor      = the same between two different retrained models, mean over ordered pairs           [nats]
+    KL(part)   = mean over members i and samples n of KL(retrained_i(x_n) || model(x_n))    [nats]
+    floor      = the same between two different retrained models, mean over ordered pairs   [nats]
     gap_closed = (KL_original - KL_scrubbed) / (KL_original - floor)
 
 The target of every score is the retrained value: a KL below the floor is not better, gap_closed
@@ -158,7 +158,7 @@ def mean_kl(likelihood: Likelihood, p: Tensor, q: Tensor, targets: Tensor) -> fl
         raise DataError(
             f"outputs of shapes {tuple(p.shape)} and {tuple(q.shape)} for {len(targets)} targets",
             "outputs of the same samples over the same labels",
-            "Predict both models on the same data set, and keep every class in the retrained models.",
+            "Predict both on the same data set, and keep every class in the retrained models.",
         )
     if not bool(torch.isfinite(p).all() and torch.isfinite(q).all()):
         raise NumericalError(

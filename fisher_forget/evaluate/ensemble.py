@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import joblib
 import torch
@@ -26,19 +26,41 @@ from tqdm.auto import tqdm
 from fisher_forget import params as P
 from fisher_forget._util import files
 from fisher_forget._util.threads import torch_threads
-from fisher_forget.data.batches import Unpack
+from fisher_forget.data import batches
 from fisher_forget.data.split import Indices, Split, resolve_split
 from fisher_forget.errors import ConfigError, DataError, FisherForgetWarning, StorageError
 
 TrainFn = Callable[[int], nn.Module]
-
-
+# joblib's backends, and the modules that those of other packages live in
 BACKENDS = {
     "loky": None,
     "threading": None,
     "dask": "dask.distributed",
     "ray": "ray.util.joblib",
-}  # and where they live
+}
+
+
+class TrainOptions(TypedDict, total=False):
+    """Where members are stored, and who trains them.
+
+    Attributes:
+        folder: Where to store the models; `None`, the default, stores nothing.
+        fingerprint: Of everything but the seed that the weights depend on; see `files.fingerprint`.
+        jobs: Worker processes, 1 by default. With more than one, each uses one torch thread and
+            receives `train_fn`, with what it refers to, by copy. Sums are then added in another
+            order than with several threads, so the weights may differ from those of `jobs=1` by
+            rounding, which training amplifies; the number of workers alone changes nothing. With
+            one job, training runs in this process and torch's threads are left alone.
+        backend: Joblib's: "loky" (processes here, the default), "dask" or "ray" (a cluster that you
+            have connected to), "threading".
+        progress: Show a bar with the time left, as by default.
+    """
+
+    folder: str | Path | None
+    fingerprint: str
+    jobs: int
+    backend: str
+    progress: bool
 
 
 @dataclass(frozen=True)
@@ -84,11 +106,7 @@ class RetrainedEnsemble:
         template: nn.Module,
         seeds: Sequence[int] = range(1000, 1010),
         original_seeds: Sequence[int] = (0,),
-        folder: str | Path | None = None,
-        fingerprint: str = "",
-        jobs: int = 1,
-        backend: str = "loky",
-        progress: bool = True,
+        **options: Unpack[TrainOptions],
     ) -> RetrainedEnsemble:
         """Train, or load where an earlier call has stored them, the members with and without the
         forget set.
@@ -101,38 +119,32 @@ class RetrainedEnsemble:
             template: Gives the architecture; untouched.
             seeds: Of the retrained models.
             original_seeds: Of the models trained on everything.
-            folder: Where to store models and outputs.
-            fingerprint: Of whatever else the weights depend on: settings, data, version of your
-                code.
-            jobs: Worker processes, see `train_members`.
-            backend: See `train_members`.
-            progress: Show bars with the time left.
+            **options: `folder` to store models and outputs in; `fingerprint` of whatever else the
+                weights depend on: settings, data, version of your code; `jobs`, `backend` and
+                `progress` as for `train_members`.
 
         Raises:
             ConfigError, SplitError, StorageError: As `train_members` and `forget` do.
         """
         split = data if isinstance(data, Split) else resolve_split(data, forget_idx)
-        own = files.fingerprint(fingerprint, split.fingerprint())
-        place = None if folder is None else files.ensure_folder(Path(folder))
+        fingerprint = files.fingerprint(options.get("fingerprint", ""), split.fingerprint())
+        given = options.get("folder")
+        folder = None if given is None else files.ensure_folder(Path(given))
 
-        def members(rows: Indices, chosen: Sequence[int], name: str) -> Members:
-            return train_members(
-                partial(train_fn, rows),
-                chosen,
-                template=template,
-                folder=None if place is None else place / name,
-                fingerprint=own,
-                jobs=jobs,
-                backend=backend,
-                progress=progress,
-                description=name,
-            )
+        def members(sample_idx: Indices, member_seeds: Sequence[int], name: str) -> Members:
+            own: TrainOptions = options | {
+                "fingerprint": fingerprint,
+                "folder": None if folder is None else folder / name,
+            }
+            train = partial(train_fn, sample_idx)
+            return train_members(train, member_seeds, template=template, description=name, **own)
 
         originals = members(split.indices("all"), original_seeds, "original")
-        return cls(originals, members(split.retain, seeds, "retrained"), split.forget, place, own)
+        retrained = members(split.retain, seeds, "retrained")
+        return cls(originals, retrained, split.forget, folder, fingerprint)
 
     def outputs(
-        self, parts: Mapping[str, Dataset[Any]], *, unpack: Unpack | None = None
+        self, parts: Mapping[str, Dataset[Any]], *, unpack: batches.Unpack | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
         """(originals' outputs [K, N, ...], retrained models' outputs [M, N, ...], targets [N, ...])
         by data set.
@@ -150,31 +162,31 @@ class RetrainedEnsemble:
             name: resolve_split(part, [], unpack=unpack, allow_empty=True)
             for name, part in parts.items()
         }
-        both = {"original": self.originals, "retrained": self.retrained}
         prints = [splits[name].fingerprint() for name in splits]
-        key = files.fingerprint(
-            self.fingerprint, list(splits), prints, *(m.seeds for m in both.values())
-        )
+        seeds = self.originals.seeds, self.retrained.seeds
+        key = files.fingerprint(self.fingerprint, list(splits), prints, *seeds)
         path = None if self.folder is None else self.folder / "outputs.safetensors"
-        if (
-            path is not None
-            and path.exists()
-            and files.read_metadata(path).get("fingerprint") == key
-        ):
+        if path and path.exists() and files.read_metadata(path).get("fingerprint") == key:
             stored, _ = files.load_tensors(path)
         else:
-            stored = {}
-            for name, split in splits.items():
-                for kind, members in both.items():
-                    every = [predict(model, split) for model in members.models]
-                    stored[f"{kind}/{name}"] = torch.stack([outputs for outputs, _ in every])
-                    stored[f"targets/{name}"] = every[0][1]
+            stored = self._predict(splits)
             if path is not None:
                 files.save_tensors(path, stored, {"fingerprint": key})
-        found = {
-            kind: {name: stored[f"{kind}/{name}"] for name in splits} for kind in (*both, "targets")
-        }
-        return found["original"], found["retrained"], found["targets"]
+        original, retrained, targets = (
+            {name: stored[f"{kind}/{name}"] for name in splits}
+            for kind in ("original", "retrained", "targets")
+        )
+        return original, retrained, targets
+
+    def _predict(self, splits: Mapping[str, Split]) -> dict[str, Tensor]:
+        """ "original/<part>", "retrained/<part>" and "targets/<part>"."""
+        stored = {}
+        for name, split in splits.items():
+            for kind, members in (("original", self.originals), ("retrained", self.retrained)):
+                predictions = [predict(model, split) for model in members.models]
+                stored[f"{kind}/{name}"] = torch.stack([outputs for outputs, _ in predictions])
+                stored[f"targets/{name}"] = predictions[0][1]
+        return stored
 
 
 def predict(model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
@@ -226,12 +238,8 @@ def train_members(
     seeds: Sequence[int],
     *,
     template: nn.Module,
-    folder: Path | None = None,
-    fingerprint: str = "",
-    jobs: int = 1,
-    backend: str = "loky",
-    progress: bool = True,
     description: str = "retrain",
+    **options: Unpack[TrainOptions],
 ) -> Members:
     """Train one model per seed, or load it where an earlier run has stored it.
 
@@ -243,24 +251,16 @@ def train_members(
         train_fn: Takes a seed and returns a trained model of the template's architecture.
         seeds: Distinct.
         template: Gives the architecture; untouched.
-        folder: Where to store the models; `None` stores nothing.
-        fingerprint: Of everything but the seed that the weights depend on; see `files.fingerprint`.
-        jobs: Worker processes. With more than one, each uses one torch thread and receives
-            `train_fn`, with what it refers to, by copy. Sums are then added in another order than
-            with several threads, so the weights may differ from those of `jobs=1` by rounding,
-            which training amplifies; the number of workers alone changes nothing. With one job,
-            training runs in this process and torch's threads are left alone.
-        backend: Joblib's: "loky" (processes here), "dask" or "ray" (a cluster that you have
-            connected to), "threading".
-        progress: Show a bar with the time left.
         description: Text of the bar.
+        **options: `folder`, `fingerprint`, `jobs`, `backend`, `progress`, see `TrainOptions`.
 
     Raises:
         ConfigError: If `seeds` is empty or repeats one, or `jobs` is less than 1.
         StorageError: If the folder cannot be written, or `train_fn` returns another architecture
             than the template's.
     """
-    seeds = tuple(int(seed) for seed in seeds)
+    seeds, jobs = tuple(int(seed) for seed in seeds), options.get("jobs", 1)
+    backend = options.get("backend", "loky")
     if not seeds or len(set(seeds)) < len(seeds):
         raise ConfigError(f"the seeds {seeds}", "at least one seed, each once", "Correct `seeds`.")
     if jobs < 1:
@@ -269,7 +269,8 @@ def train_members(
         raise ConfigError(
             f"backend={backend!r}", f"one of {sorted(BACKENDS)}", "Pass one of these names."
         )
-    cache = None if folder is None else _Cache(files.ensure_folder(folder), fingerprint)
+    folder, fingerprint = options.get("folder"), options.get("fingerprint", "")
+    cache = None if folder is None else _Cache(files.ensure_folder(Path(folder)), fingerprint)
     members = _stored(cache, seeds, template)
     todo = [seed for seed in seeds if seed not in members]
     bar = tqdm(
@@ -277,7 +278,7 @@ def train_members(
         initial=len(members),
         desc=description,
         unit="model",
-        disable=not progress,
+        disable=not options.get("progress", True),
         leave=False,
     )
     with bar:
@@ -302,8 +303,8 @@ def _stored(
             refused[seed] = error
     if cache is not None and refused:
         warnings.warn(
-            f"Stored models of the seeds {list(refused)} in {cache.folder} cannot be used and are trained anew: "
-            f"{next(iter(refused.values()))}",
+            f"Stored models of the seeds {list(refused)} in {cache.folder} cannot be used and are "
+            f"trained anew: {next(iter(refused.values()))}",
             FisherForgetWarning,
             stacklevel=3,
         )
@@ -313,12 +314,12 @@ def _stored(
 def stored_seeds(folder: Path, seeds: Sequence[int], fingerprint: str) -> list[int]:
     """The seeds whose models an earlier call of `train_members` has stored, by their files'
     headers."""
-    cache, found = _Cache(folder, fingerprint), []
+    cache, stored = _Cache(folder, fingerprint), []
     for seed in seeds:
         with suppress(StorageError):
             if files.read_metadata(cache.path(seed)).get("fingerprint") == fingerprint:
-                found.append(seed)
-    return found
+                stored.append(seed)
+    return stored
 
 
 Member = tuple[int, dict[str, Tensor], float]

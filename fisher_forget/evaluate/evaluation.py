@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import pandas as pd
@@ -16,75 +16,38 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fisher_forget._util.markdown import markdown_table
-from fisher_forget.data.batches import Unpack
+from fisher_forget.data import batches
 from fisher_forget.data.split import Split, resolve_split
 from fisher_forget.errors import ConfigError, DataError, NumericalError
 from fisher_forget.evaluate.ensemble import RetrainedEnsemble, predict
-from fisher_forget.evaluate.intervals import t_interval
 from fisher_forget.evaluate.metrics import LEAST, METRICS, Context, Metric, Subject
+from fisher_forget.evaluate.scoring import TOO_FEW, UNDEFINED, EvaluationRow, score_metric
 from fisher_forget.evaluate.verdict import (
     INDISTINGUISHABLE,
     NOT_FORGOTTEN,
     OVER_FORGOTTEN,
     UNDECIDED,
-    verdict,
 )
 from fisher_forget.likelihood import Likelihood, resolve_likelihood
 from fisher_forget.unlearn.result import ForgetResult
 
-OTHERS = 10  # retrained models that a retrained model is compared with at most, for the target of a pair metric
 Scrubbed = ForgetResult | nn.Module
-COSTLY = ("relearn",)  # trains; only where asked for by name
+Outputs = list[dict[str, Tensor]]  # of each model: part -> outputs [N, ...]
+CONTROL = "control (retrained)"  # retrained models that take no part in the targets
 FALSE_ALARM = 0.05  # that a retrained model fails any of the rows
-UNDEFINED = "undefined"
-TOO_FEW = (
-    f"it takes {LEAST} models of a method and {LEAST} retrained ones beside as many for the target"
-)
-ENOUGH = {
-    "%": 1.0,
-    "epochs": 1.0,
-}  # a difference that counts where all retrained models score the same
-
-
-@dataclass(frozen=True)
-class Score:
-    """One metric of one model on one part of the data.
-
-    Attributes:
-        method: "original", "retrained, left out", or the name of a method.
-        metric: Key of `METRICS`.
-        part: Of the data.
-        unit: Of the numbers below.
-        value: Mean over the method's models.
-        models: How many these are.
-        low: Lower end of the 95 % confidence interval of `value` over them; NaN for a single one.
-        high: Upper end.
-        target: Mean over the retrained models of what they score themselves.
-        target_low: Lower end of the interval where as many further retrained models would have
-            their mean; the intervals of all rows of a method hold together with 95 % (Bonferroni).
-        target_high: Upper end.
-        label: "not forgotten", "indistinguishable from retrained", "over-forgotten", "undecided"
-            (see `verdict`) or "undefined" where a value is not finite.
-        reason: Why, and how many models would tell more.
-        values: Of every model of the method.
-        target_std: Standard deviation over the retrained models.
-    """
-
-    method: str
-    metric: str
-    part: str
-    unit: str
-    value: float
-    models: int
-    low: float
-    high: float
-    target: float
-    target_low: float
-    target_high: float
-    label: str
-    reason: str
-    values: tuple[float, ...] = ()
-    target_std: float = math.nan
+MARKS = {
+    NOT_FORGOTTEN: "−",
+    INDISTINGUISHABLE: "=",
+    OVER_FORGOTTEN: "+",
+    UNDECIDED: "≈",
+    UNDEFINED: "",
+}
+MEANING = {
+    INDISTINGUISHABLE: "shown to be as retrained",
+    UNDECIDED: "not told apart from retrained, more models would tell",
+    NOT_FORGOTTEN: "not forgotten",
+    OVER_FORGOTTEN: "over-forgotten",
+}
 
 
 @dataclass(frozen=True)
@@ -97,11 +60,11 @@ class Evaluation:
         left_out: Metrics that could not be computed, and why.
     """
 
-    scores: tuple[Score, ...]
+    scores: tuple[EvaluationRow, ...]
     retrained: int
     left_out: dict[str, str]
 
-    def get(self, metric: str, part: str = "forget", method: str | None = None) -> Score:
+    def get(self, metric: str, part: str = "forget", method: str | None = None) -> EvaluationRow:
         """One row.
 
         Raises:
@@ -117,9 +80,9 @@ class Evaluation:
         )
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row a score, with the columns of `Score`."""
+        """One row a score, with the columns of `EvaluationRow`."""
         return pd.DataFrame(
-            [asdict(s) for s in self.scores], columns=[f.name for f in fields(Score)]
+            [asdict(s) for s in self.scores], columns=[f.name for f in fields(EvaluationRow)]
         )
 
     def to_markdown(self) -> str:
@@ -152,24 +115,23 @@ class Evaluation:
         return {"schema": 1, "retrained": self.retrained, "left_out": self.left_out, "scores": rows}
 
 
-def shown(score: Score) -> str:
+def shown(score: EvaluationRow) -> str:
     """The value and the mark of its verdict; a dash where it is undefined."""
     return "–" if score.label == UNDEFINED else f"{score.value:.3g} {MARKS[score.label]}"
 
 
-MARKS = {
-    NOT_FORGOTTEN: "−",
-    INDISTINGUISHABLE: "=",
-    OVER_FORGOTTEN: "+",
-    UNDECIDED: "≈",
-    UNDEFINED: "",
-}
-MEANING = {
-    INDISTINGUISHABLE: "shown to be as retrained",
-    UNDECIDED: "not told apart from retrained, more models would tell",
-    NOT_FORGOTTEN: "not forgotten",
-    OVER_FORGOTTEN: "over-forgotten",
-}
+class EvaluateOptions(TypedDict, total=False):
+    """Rarer options of `evaluate`.
+
+    Attributes:
+        held_out: Retrained models that make the control, 1 by default.
+        unpack: As for `forget`.
+        seed: Of subsamples, 0 by default.
+    """
+
+    held_out: int
+    unpack: batches.Unpack | None
+    seed: int
 
 
 def evaluate(
@@ -181,9 +143,7 @@ def evaluate(
     split: Split | None = None,
     teacher: nn.Module | None = None,
     metrics: Iterable[str] | None = None,
-    held_out: int = 1,
-    unpack: Unpack | None = None,
-    seed: int = 0,
+    **options: Unpack[EvaluateOptions],
 ) -> Evaluation:
     """How close to retrained, metric by metric, with targets and verdicts.
 
@@ -198,10 +158,9 @@ def evaluate(
         likelihood: Name or instance.
         split: The training data, for metrics that differentiate or train.
         teacher: A model with random weights, for ZRF.
-        metrics: Names; by default all of `METRICS` but those that train.
-        held_out: Retrained models left out as a control.
-        unpack: As for `forget`.
-        seed: Of subsamples.
+        metrics: Names; by default all of `METRICS` but those that are computed by name only.
+        **options: `held_out`, retrained models that make the control (1); `unpack`, as for
+            `forget`; `seed` of subsamples (0).
 
     Raises:
         ConfigError: Unknown metrics.
@@ -209,73 +168,96 @@ def evaluate(
             forget set.
         NumericalError: Outputs that are not finite.
     """
-    kind = resolve_likelihood(likelihood)
-    chosen = [name for name in METRICS if name not in COSTLY] if metrics is None else list(metrics)
-    if unknown := [name for name in chosen if name not in METRICS]:
-        raise ConfigError(
-            f"the metrics {unknown}", f"some of {list(METRICS)}", "Correct the names."
-        )
+    names = _names(metrics)
     given = scrubbed if isinstance(scrubbed, Mapping) else {"scrubbed": scrubbed}
     methods = {name: _models(results, ensemble) for name, results in given.items()}
-    reference = len(ensemble.retrained.models) - held_out
-    if reference < 3 or held_out < 0:
-        raise DataError(
-            f"{len(ensemble.retrained.models)} retrained models, {held_out} of them held out",
-            "at least 3 in the reference: a spread needs them",
-            "Retrain more seeds.",
-        )
-    originals, retrained, targets = ensemble.outputs(data, unpack=unpack)
+    count = _reference_size(ensemble, options.get("held_out", 1))
+    unpack = options.get("unpack")
     splits = {
         name: resolve_split(part, [], unpack=unpack, allow_empty=True)
         for name, part in data.items()
     }
+    originals, retrained, targets = ensemble.outputs(data, unpack=unpack)
     outputs = {
         method: [{part: predict(model, splits[part])[0] for part in splits} for model in models]
         for method, models in methods.items()
     }
     _check(list(itertools.chain.from_iterable(outputs.values())), retrained, targets)
-    sources = ensemble.originals.models
+    sources, members = ensemble.originals.models, ensemble.retrained.models
+    subjects = _subjects(_unstacked(retrained), members, sources[:1])
+    groups = {"original": _subjects(_unstacked(originals), sources, sources)} | {
+        method: _subjects(outputs[method], models, sources) for method, models in methods.items()
+    }
+    if subjects[count:]:
+        groups[CONTROL] = subjects[count:]
+    blank = None
+    if teacher is not None and "forget" in splits:
+        blank = predict(teacher, splits["forget"])[0]
+    kind = resolve_likelihood(likelihood)
+    context = Context(kind, targets, split, blank, options.get("seed", 0))
+    return _table(names, groups, subjects[:count], context)
 
-    def subjects(
-        stacked: Mapping[str, Tensor], members: Sequence[nn.Module], made_from: Sequence[nn.Module]
-    ) -> list[Subject]:
-        pairs = zip(members, made_from, strict=True)
-        return [
-            Subject({part: x[i] for part, x in stacked.items()}, *pair)
-            for i, pair in enumerate(pairs)
-        ]
 
-    every = subjects(
-        retrained, ensemble.retrained.models, sources[:1] * len(ensemble.retrained.models)
-    )
-    ones, control = every[:reference], every[reference:]
-    groups = {"original": subjects(originals, sources, sources)}
-    for method, models in methods.items():
-        own = sources if len(sources) == len(models) else sources[:1] * len(models)
-        groups[method] = [Subject(*each) for each in zip(outputs[method], models, own, strict=True)]
-    if control:
-        groups["retrained, left out"] = control
-    blank = (
-        None if teacher is None or "forget" not in splits else predict(teacher, splits["forget"])[0]
-    )
-    context = Context(kind, targets, split, blank, seed)
-    left_out = {name: why for name in chosen if (why := METRICS[name].missing(context))}
+def _names(metrics: Iterable[str] | None) -> list[str]:
+    if metrics is None:
+        return [name for name, metric in METRICS.items() if not metric.by_name]
+    names = list(metrics)
+    if unknown := [name for name in names if name not in METRICS]:
+        raise ConfigError(
+            f"the metrics {unknown}", f"some of {list(METRICS)}", "Correct the names."
+        )
+    return names
+
+
+def _reference_size(ensemble: RetrainedEnsemble, held_out: int) -> int:
+    count = len(ensemble.retrained.models) - held_out
+    if count < 3 or held_out < 0:
+        raise DataError(
+            f"{len(ensemble.retrained.models)} retrained models, {held_out} of them held out",
+            "at least 3 in the reference: a spread needs them",
+            "Retrain more seeds.",
+        )
+    return count
+
+
+def _unstacked(outputs: Mapping[str, Tensor]) -> Outputs:
+    """Part -> outputs [M, N, ...], model by model."""
+    count = len(next(iter(outputs.values())))
+    return [{part: x[i] for part, x in outputs.items()} for i in range(count)]
+
+
+def _subjects(
+    outputs: Outputs, models: Sequence[nn.Module], originals: Sequence[nn.Module]
+) -> list[Subject]:
+    """Models as the metrics see them, each beside its own original where there are as many."""
+    alike = len(originals) == len(models)
+    sources = originals if alike else [originals[0]] * len(models)
+    return [Subject(*each) for each in zip(outputs, models, sources, strict=True)]
+
+
+def _table(
+    names: Sequence[str],
+    groups: Mapping[str, Sequence[Subject]],
+    retrained: Sequence[Subject],
+    context: Context,
+) -> Evaluation:
+    """The rows of all metrics that can be computed."""
+    left_out = {name: why for name in names if (why := METRICS[name].missing(context))}
+    metrics = [METRICS[name] for name in names if name not in left_out]
+    pairs: list[tuple[Metric, str]] = [
+        (m, part) for m in metrics for part in m.parts or context.targets
+    ]
+    # Bonferroni over all rows, those included that turn out to have too few models
+    level = 1 - FALSE_ALARM / max(len(pairs), 1)
+    if max(map(len, groups.values())) < LEAST or len(retrained) < 2 * LEAST:
+        left_out |= {metric.name: TOO_FEW for metric in metrics if metric.group is not None}
     rows = [
-        (m, part)
-        for m in map(METRICS.__getitem__, chosen)
-        if m.name not in left_out
-        for part in m.parts or targets
+        row
+        for metric, part in pairs
+        if metric.name not in left_out
+        for row in score_metric(metric, part, groups, retrained, context, level)
     ]
-    level = 1 - FALSE_ALARM / max(len(rows), 1)
-    few = max(map(len, groups.values())) < LEAST or len(ones) < 2 * LEAST
-    left_out |= {m.name: TOO_FEW for m, _ in rows if few and m.group is not None}
-    rows = [(m, part) for m, part in rows if m.name not in left_out]
-    scores = [
-        score
-        for metric, part in rows
-        for score in _scored(metric, part, groups, ones, context, level)
-    ]
-    return Evaluation(tuple(scores), reference, left_out)
+    return Evaluation(tuple(rows), len(retrained), left_out)
 
 
 def _models(given: Scrubbed | Sequence[Scrubbed], ensemble: RetrainedEnsemble) -> list[nn.Module]:
@@ -293,115 +275,8 @@ def _models(given: Scrubbed | Sequence[Scrubbed], ensemble: RetrainedEnsemble) -
     return [r.model if isinstance(r, ForgetResult) else r for r in results]
 
 
-def _scored(
-    metric: Metric,
-    part: str,
-    groups: Mapping[str, Sequence[Subject]],
-    ones: Sequence[Subject],
-    context: Context,
-    level: float,
-) -> list[Score]:
-    """The rows of one metric on one part."""
-    rows: list[Score] = []
-    own = _targets(metric, ones, 1, part, context)
-    before: list[float] = []
-    for method, group in groups.items():
-        if metric.group is not None:
-            own = _targets(metric, ones, len(group), part, context)
-            # against as many as the groups of the target are: such numbers depend on how many
-            # models there are
-            found = (
-                [metric.group(group, ones[: len(ones) - len(group)], part, context)] if own else []
-            )
-        else:
-            found = [_value(metric, a, ones, part, context) for a in group]
-        # where the score is not defined for the original itself, such as the direction of no step,
-        # any side is off
-        before = before or [v for v in found if math.isfinite(v)]
-        unit = metric.unit_in(context)
-        rows.append(_score(metric, unit, method, part, found, own, before or found, level))
-    return rows
-
-
-def _targets(
-    metric: Metric, ones: Sequence[Subject], size: int, part: str, context: Context
-) -> list[float]:
-    """What retrained models score: each for itself; for a group metric, as many as the method has
-    models, by turns."""
-    if metric.group is None:
-        return [_value(metric, a, _others(ones, i), part, context) for i, a in enumerate(ones)]
-    if size < LEAST or len(ones) - size < LEAST:
-        return []
-    turns = range(min(OTHERS, len(ones)))
-    order = [[ones[(i + k) % len(ones)] for k in range(len(ones))] for i in turns]
-    return [metric.group(each[:size], each[size:], part, context) for each in order]
-
-
-def _score(
-    metric: Metric,
-    unit: str,
-    method: str,
-    part: str,
-    found: Sequence[float],
-    own: Sequence[float],
-    before: Sequence[float],
-    level: float,
-) -> Score:
-    common = method, metric.name, part, unit
-    capped = (
-        f" Counting ended at {metric.cap:g}."
-        if max([*found, *own], default=0) >= metric.cap
-        else ""
-    )
-    if not found or not np.isfinite([*found, *own]).all():
-        why = "A value is not finite." if found else TOO_FEW
-        return Score(*common, math.nan, len(found), *(math.nan,) * 5, UNDEFINED, why, tuple(found))
-    margin = (
-        ENOUGH.get(unit) if np.ptp(own) == 0 else None
-    )  # without a spread only a margin can judge
-    judged, interval = (
-        verdict(found, own, original=before, margin=margin, level=level),
-        t_interval(found),
-    )
-    ends = interval.low, interval.high, float(np.mean(own)), judged.low, judged.high
-    spread = float(np.std(own, ddof=1))
-    return Score(
-        *common,
-        interval.value,
-        len(found),
-        *ends,
-        judged.label,
-        judged.reason + capped,
-        tuple(found),
-        spread,
-    )
-
-
-def _value(
-    metric: Metric, a: Subject, others: Sequence[Subject], part: str, context: Context
-) -> float:
-    if "weights" in metric.needs and not _alike(a.model, a.original):
-        return math.nan
-    if metric.solo is not None:
-        return metric.solo(a, part, context)
-    assert metric.pair is not None
-    return float(np.mean([metric.pair(a, b, part, context) for b in others]))
-
-
 def _null(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _alike(a: nn.Module, b: nn.Module) -> bool:
-    shapes = [{name: p.shape for name, p in model.named_parameters()} for model in (a, b)]
-    return shapes[0] == shapes[1]
-
-
-def _others(ones: Sequence[Subject], index: int) -> list[Subject]:
-    """The next few members after one, in a ring: every member is compared with, and is compared,
-    equally often."""
-    count = min(OTHERS, len(ones) - 1)
-    return [ones[(index + k) % len(ones)] for k in range(1, count + 1)]
 
 
 def _check(
@@ -414,7 +289,8 @@ def _check(
         for found in outputs:
             if tuple(found[part].shape) != expected or len(found[part]) != len(targets[part]):
                 raise DataError(
-                    f"outputs of shape {tuple(found[part].shape)} on {part!r}, {expected} of the retrained models",
+                    f"outputs of shape {tuple(found[part].shape)} on {part!r}, and {expected} of "
+                    "the retrained models",
                     "the same samples and labels",
                     "Keep every class in the retrained models, and predict on the same data.",
                 )

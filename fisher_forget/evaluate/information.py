@@ -5,8 +5,8 @@ Noise makes a model a draw from the law N(h, s^2 K) with K = (B + tau I)^-2p. Wi
 N(h', s0^2 K) of the same shape around a model that never saw D_f, h' a retrained one, and r = s^2 /
 s0^2,
 
-    KL = 1/2 [ |(B + tau I)^p (h - h')|^2 / s0^2 + d (r - 1 - ln r) ]                                   weights
-    KL = 1/2 [ df^T (J K J^T)^-1 df / s0^2       + c (r - 1 - ln r) ]                                   outputs of x
+    KL = 1/2 [ |(B + tau I)^p (h - h')|^2 / s0^2 + d (r - 1 - ln r) ]           weights
+    KL = 1/2 [ df^T (J K J^T)^-1 df / s0^2       + c (r - 1 - ln r) ]           outputs of x
 
 since both log-determinants are those of K. J [c, d] is the Jacobian of the c outputs of a query x,
 df [c] the difference of their means. Outputs are a function of the weights, so in the linearised
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
@@ -30,8 +30,7 @@ from fisher_forget import params as P
 from fisher_forget.curvature.operator import Curvature
 from fisher_forget.curvature.products import twice_differentiable
 from fisher_forget.data.batches import Batch
-from fisher_forget.data.split import Indices, Part, Split
-from fisher_forget.errors import ConfigError, ModelError, SplitError
+from fisher_forget.errors import ConfigError, DataError, ModelError
 from fisher_forget.params import Params
 from fisher_forget.unlearn.noise_target import EXPONENT
 from fisher_forget.unlearn.result import ForgetResult
@@ -103,25 +102,6 @@ class NoiseLaw:
         return replace(self, mean=moved, scale=self.scale if scale is None else scale)
 
 
-def information_in_weights(result: ForgetResult, *, error: float | None = None) -> float:
-    """Local forgetting bound of a result, nats: the expected KL to the same noise around the exact
-    Newton step.
-
-    It rests on a guess of that step's error. Against a retrained model nothing is guessed:
-    `gaussian_kl(law, law.at(retrained))` with `law = NoiseLaw.of(result)`.
-
-    Args:
-        result: Of `forget`.
-        error: sigma_h, in units of the weights; by default the result's own estimate.
-
-    Returns:
-        Infinity where no noise was added; NaN where no Newton step was taken and no error is given.
-    """
-    if result.noise is None:
-        return math.inf
-    return result.information(result.noise.scale, exponent=result.noise.exponent, error=error)
-
-
 def gaussian_kl(law: NoiseLaw, reference: NoiseLaw) -> float:
     """KL(law || reference) between laws of one shape, exact for every structure of curvature, nats.
 
@@ -143,8 +123,7 @@ def information_in_outputs(
     model: nn.Module,
     law: NoiseLaw,
     reference: NoiseLaw,
-    split: Split,
-    part: Part | Indices = "forget",
+    queries: Iterable[Batch],
     *,
     covariance: Covariance = "full",
     linearised: bool = False,
@@ -162,8 +141,7 @@ def information_in_outputs(
             used in eval mode.
         law: Of the scrubbed weights.
         reference: Made by `law.at(...)`.
-        split: Gives the queries.
-        part: `"forget"`, `"retain"`, `"all"`, or indices.
+        queries: Batches of samples, such as `split.batches("forget")`.
         covariance: `"full"`, or `"diagonal"` as published: outputs as if they were independent.
             Several outputs that move together then count several times, even beyond what the
             weights say.
@@ -181,40 +159,34 @@ def information_in_outputs(
 
     Raises:
         ConfigError: If the laws do not share curvature and exponent, or an option is out of range.
-        SplitError: If the part has no samples.
+        DataError: If there are no samples.
     """
     _check_shared(law, reference)
     if covariance not in ("full", "diagonal"):
         raise ConfigError(
             f"covariance={covariance!r}", "'full' or 'diagonal'", "Pass one of these."
         )
-    batches = list(split.batches(part))
+    first = next(iter(law.mean.values()))
+    # outputs have a graph, whatever the laws name
+    twin = copy.deepcopy(model).to(first.device).eval().requires_grad_()
+    batches = [batch.on(twin) for batch in queries]
     if not batches:
-        raise SplitError(
-            f"part={part!r} of {split}, without samples",
-            "at least one sample",
-            "Choose another part.",
-        )
-    device = next(iter(law.mean.values())).device
-    twin = (
-        copy.deepcopy(model).to(device).eval().requires_grad_()
-    )  # outputs have a graph, whatever the laws name
-    batches = [batch.on(twin) for batch in batches]
+        raise DataError("queries without samples", "at least one sample", "Choose another part.")
     shifts = [_shift(twin, law, reference, batch, linearised) for batch in batches]
     if draws is None:
         grams = [_exact(twin, law, batch) for batch in batches]
     else:
         _check_draws(draws, max(shift.shape[1] for shift in shifts) if covariance == "full" else 1)
         grams = _sampled(twin, law, batches, draws, seed)
-    tiny = torch.finfo(next(iter(law.mean.values())).dtype).eps
-    found = []
+    tiny = torch.finfo(first.dtype).eps
+    values = []
     for shift, gram in zip(shifts, grams, strict=True):
         independent = torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1))
         quadratic, rank = _mahalanobis(shift, gram if covariance == "full" else independent, tiny)
         if draws is not None:  # E[G_drawn^-1] = draws / (draws - c - 1) G^-1
             quadratic = quadratic * (draws - 1 - (rank if covariance == "full" else 1)) / draws
-        found.append(quadratic / (2 * reference.scale**2) + rank * _spread(law, reference))
-    return torch.cat(found).cpu()
+        values.append(quadratic / (2 * reference.scale**2) + rank * _spread(law, reference))
+    return torch.cat(values).cpu()
 
 
 def _spread(law: NoiseLaw, reference: NoiseLaw) -> float:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,42 +29,15 @@ from scipy import special, stats
 from torch import Tensor
 
 from fisher_forget.errors import ConfigError, DataError, NumericalError
-from fisher_forget.evaluate.intervals import (
-    Array,
-    Interval,
-    Values,
-    as_array,
-    bootstrap,
-    t_interval,
-)
+from fisher_forget.evaluate.intervals import Array, Values, as_array
+from fisher_forget.evaluate.roc import auc, tpr_at_fpr
 
 Features = Mapping[str, Array]
 
-SIGNS = {
-    "loss": -1.0,
-    "confidence": 1.0,
-    "entropy": -1.0,
-    "modified_entropy": -1.0,
-}  # times the feature: "member"
+# times the feature: "member"
+SIGNS = {"loss": -1.0, "confidence": 1.0, "entropy": -1.0, "modified_entropy": -1.0}
 ATTACKS = (*SIGNS, "all", "svc")
-FPRS = (0.01, 0.001)
 LIMIT = 2000  # samples a side that a rule is fitted on: a kernel machine costs their square
-
-
-@dataclass(frozen=True)
-class Separation:
-    """How well scores tell positives from negatives.
-
-    Attributes:
-        auc: P(positive > negative) + P(equal) / 2; 1/2 where they cannot be told apart.
-        tpr_1: True positive rate at a false positive rate of at most 1 %.
-        tpr_01: The same at 0.1 %. With fewer than 1000 negatives it allows no false positive at
-        all.
-    """
-
-    auc: Interval
-    tpr_1: Interval
-    tpr_01: Interval
 
 
 @dataclass(frozen=True)
@@ -92,22 +64,6 @@ class PopulationAttack:
         """Fraction of the queried samples that are called members."""
         return float(np.mean(self.queried >= self.cutoff))
 
-    def called_members_interval(
-        self, *, level: float = 0.95, draws: int = 1000, seed: int = 0
-    ) -> Interval:
-        """The same with a bootstrap interval over the queried samples, the fitted rule being held
-        fixed."""
-        called = (self.queried >= self.cutoff).astype(np.float64)
-        return bootstrap(lambda x: as_array(x.mean(1)), called, level=level, draws=draws, seed=seed)
-
-    def control(self, *, level: float = 0.95, draws: int = 1000, seed: int = 0) -> Separation:
-        """Members against non-members: what the attack can tell at all on this model."""
-        return separation(self.member, self.nonmember, level=level, draws=draws, seed=seed)
-
-    def leak(self, *, level: float = 0.95, draws: int = 1000, seed: int = 0) -> Separation:
-        """Queried samples against non-members."""
-        return separation(self.queried, self.nonmember, level=level, draws=draws, seed=seed)
-
 
 @dataclass(frozen=True)
 class ShadowAttack:
@@ -121,24 +77,22 @@ class ShadowAttack:
     unlearned: Array
     out: Array
 
-    def separation(self, level: float = 0.95) -> Separation:
-        """Mean over the pairs of the separation over the N samples; target of the AUC 1/2.
+    def auc(self) -> float:
+        """Mean over the pairs of the AUC over the N samples; the target is 1/2."""
+        return float(auc(self.unlearned, self.out).mean())
 
-        The t-intervals treat pairs as independent, although their fits overlap.
-        """
-        tpr_1, tpr_01 = (
-            t_interval(tpr_at_fpr(self.unlearned, self.out, fpr), level) for fpr in FPRS
-        )
-        return Separation(t_interval(auc(self.unlearned, self.out), level), tpr_1, tpr_01)
+    def tpr_at_fpr(self, fpr: float) -> float:
+        """Mean over the pairs of the largest true positive rate at so many false positives."""
+        return float(tpr_at_fpr(self.unlearned, self.out, fpr).mean())
 
 
 def attack_features(logits: Tensor, targets: Tensor) -> dict[str, Array]:
     r"""What population attacks look at, per sample.
 
-        loss             = -ln p_y                                                                [nats]
+        loss             = -ln p_y                                                  [nats]
         confidence       = p_y
-        entropy          = -sum_c p_c ln p_c                                                      [nats]
-        modified_entropy = -(1 - p_y) ln p_y - sum_{c != y} p_c ln(1 - p_c)                       [nats]
+        entropy          = -sum_c p_c ln p_c                                        [nats]
+        modified_entropy = -(1 - p_y) ln p_y - sum_{c != y} p_c ln(1 - p_c)         [nats]
 
     The last (Song & Mittal 2021, arXiv:2003.10595, eq. 8) is 0 for a certain and correct prediction
     and grows without bound for a certain and wrong one.
@@ -167,56 +121,6 @@ def attack_features(logits: Tensor, targets: Tensor) -> dict[str, Array]:
     modified = rest * loss - (p * log_rest).scatter(-1, y, 0.0).sum(-1)
     found = (loss, (-loss).exp(), -(p * log_p).sum(-1), modified)
     return {name: as_array(value) for name, value in zip(SIGNS, found, strict=True)}
-
-
-def auc(positive: Values, negative: Values) -> Array:
-    """Area under the ROC curve, P(positive > negative) + P(equal) / 2, over the last axis: [...,
-    P], [..., Q] -> [...].
-
-    Raises:
-        DataError: If a side is empty.
-        NumericalError: If a score is NaN.
-    """
-    a, b = _scores(positive, negative)
-    p, q = a.shape[-1], b.shape[-1]
-    ranks = stats.rankdata(np.concatenate([a, b], -1), axis=-1)
-    return as_array((ranks[..., :p].sum(-1) - p * (p + 1) / 2) / (p * q))
-
-
-def tpr_at_fpr(positive: Values, negative: Values, fpr: float) -> Array:
-    """The largest true positive rate of a threshold whose false positive rate is at most `fpr`:
-    [..., P] -> [...].
-
-    Nothing is interpolated between thresholds: of Q negatives, floor(fpr Q) may be false positives.
-
-    Raises:
-        ConfigError: If fpr is not in [0, 1].
-        DataError: If a side is empty.
-        NumericalError: If a score is NaN.
-    """
-    if not 0 <= fpr <= 1:
-        raise ConfigError(f"fpr={fpr}", "a rate between 0 and 1", "For 1 % pass 0.01.")
-    a, b = _scores(positive, negative)
-    allowed = int(fpr * b.shape[-1] + 1e-9)
-    if allowed == b.shape[-1]:
-        return np.ones(a.shape[:-1])
-    cutoff = np.sort(b, -1)[..., -1 - allowed]  # the highest negative that must not pass
-    return as_array((a > cutoff[..., None]).mean(-1))
-
-
-def separation(
-    positive: Values, negative: Values, *, level: float = 0.95, draws: int = 1000, seed: int = 0
-) -> Separation:
-    """AUC and true positive rates of scores [P] and [Q], with bootstrap intervals over the
-    samples."""
-
-    statistics: tuple[Callable[..., Array], ...] = (
-        auc,
-        *(partial(tpr_at_fpr, fpr=fpr) for fpr in FPRS),
-    )
-    return Separation(
-        *(bootstrap(s, positive, negative, level=level, draws=draws, seed=seed) for s in statistics)
-    )
 
 
 def population_attack(
@@ -426,21 +330,6 @@ def _table(features: Features, least: int) -> Array:
             "features that are NaN or infinite", "finite features", "Check the model's outputs."
         )
     return table
-
-
-def _scores(positive: Values, negative: Values) -> tuple[Array, Array]:
-    a, b = as_array(positive), as_array(negative)
-    if not a.ndim or not b.ndim or not a.shape[-1] or not b.shape[-1]:
-        raise DataError(
-            f"scores of shapes {a.shape} and {b.shape}",
-            "some on either side",
-            "Pass both sides' scores.",
-        )
-    if np.isnan(a).any() or np.isnan(b).any():
-        raise NumericalError(
-            "scores that are NaN", "numbers, infinite ones included", "Check the model's outputs."
-        )
-    return a, b
 
 
 def _margins(

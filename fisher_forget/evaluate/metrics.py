@@ -21,19 +21,23 @@ from torch import Tensor, nn
 
 from fisher_forget.data.split import Split
 from fisher_forget.evaluate import divergence, klom, relearn, weights
-from fisher_forget.evaluate.composite import zrf
+from fisher_forget.evaluate.composite import average_gap, tug_of_war, zrf
+from fisher_forget.evaluate.intervals import Array
 from fisher_forget.evaluate.membership import (
+    ShadowAttack,
     attack_features,
     population_attack,
     ruli,
     shadow_attack,
     u_lira,
 )
+from fisher_forget.evaluate.roc import auc
 from fisher_forget.likelihood import Categorical, Likelihood
 
 MEMBERSHIP_SAMPLES = 1000  # of retained and test data each, that a membership attack is fitted on
 GROUP_SAMPLES = 10_000  # of a part, that distributions of models are compared on
 RELEARN = 100  # epochs at most
+STEPS = 1000  # at most
 LEAST = 3  # models on either side of such a comparison
 
 
@@ -95,6 +99,7 @@ class Metric:
         needs: What it needs besides outputs: "categorical", "membership", "split", "teacher" (see
             `missing`), or "weights": those of the original's architecture, without which it is
             undefined.
+        by_name: Computed only where it is asked for by name: it takes long, or follows from others.
     """
 
     name: str
@@ -108,6 +113,7 @@ class Metric:
     parts: tuple[str, ...] = ()
     cap: float = math.inf
     needs: frozenset[str] = field(default_factory=frozenset)
+    by_name: bool = False
 
     def unit_in(self, context: Context) -> str:
         """Its unit; that of "score" is the likelihood's."""
@@ -132,10 +138,6 @@ def _kl(a: Subject, b: Subject, part: str, context: Context) -> float:
     )
 
 
-def _kl_reverse(a: Subject, b: Subject, part: str, context: Context) -> float:
-    return _kl(b, a, part, context)
-
-
 def _mean(fn: Callable[[Tensor, Tensor], Tensor], factor: float = 1.0) -> Pair:
     return lambda a, b, part, context: (
         factor * float(fn(b.outputs[part], a.outputs[part]).double().mean())
@@ -157,37 +159,52 @@ def _entropy(a: Subject, part: str, context: Context) -> float:
     return float(-(logp.exp() * logp).sum(-1).mean())
 
 
+def _features(a: Subject, context: Context) -> dict[str, dict[str, Array]]:
+    """What membership attacks look at, of so many retained and test samples at most."""
+    generator = torch.Generator().manual_seed(context.seed)
+    features = {}
+    for part in ("retain", "test", "forget"):
+        outputs, targets = a.outputs[part], context.targets[part]
+        if part != "forget":
+            few = torch.randperm(len(targets), generator=generator)[:MEMBERSHIP_SAMPLES]
+            outputs, targets = outputs[few], targets[few]
+        features[part] = attack_features(outputs, targets)
+    return features
+
+
 def _called_members(feature: str) -> Solo:
     def solo(a: Subject, part: str, context: Context) -> float:
-        generator = torch.Generator().manual_seed(context.seed)
-        features = {}
-        for name in ("retain", "test", "forget"):
-            outputs, targets = a.outputs[name], context.targets[name]
-            if name != "forget":
-                few = torch.randperm(len(targets), generator=generator)[:MEMBERSHIP_SAMPLES]
-                outputs, targets = outputs[few], targets[few]
-            features[name] = attack_features(outputs, targets)
-        return (
-            100
-            * population_attack(
-                features["retain"], features["test"], features["forget"], feature
-            ).called_members
-        )
+        of = _features(a, context)
+        attack = population_attack(of["retain"], of["test"], of["forget"], feature)
+        return 100 * attack.called_members
 
     return solo
+
+
+def _membership_auc(a: Subject, part: str, context: Context) -> float:
+    of = _features(a, context)
+    return 100 * float(auc(-of["forget"]["loss"], -of["test"]["loss"]))
+
+
+def _rates(a: Subject, context: Context) -> list[float]:
+    """Accuracies on forgotten, retained and test samples."""
+    parts = ("forget", "retain", "test")
+    return [_score(a, part, context) / context.likelihood.score.factor for part in parts]
+
+
+def _tug_of_war(a: Subject, b: Subject, part: str, context: Context) -> float:
+    return tug_of_war(_rates(a, context), _rates(b, context))
+
+
+def _average_gap(a: Subject, b: Subject, part: str, context: Context) -> float:
+    attacked = _called_members("confidence")
+    ours, theirs = ([*_rates(x, context), attacked(x, part, context) / 100] for x in (a, b))
+    return average_gap(ours, theirs)
 
 
 def _zrf(a: Subject, part: str, context: Context) -> float:
     assert context.teacher is not None
     return zrf(a.outputs["forget"], context.teacher)
-
-
-def _weight_distance(a: Subject, b: Subject, part: str, context: Context) -> float:
-    return weights.weight_distance(a.model, b.model)
-
-
-def _cosine(a: Subject, b: Subject, part: str, context: Context) -> float:
-    return weights.step_cosine(a.original, a.model, [b.model])
 
 
 def _efficacy(a: Subject, part: str, context: Context) -> float:
@@ -197,10 +214,18 @@ def _efficacy(a: Subject, part: str, context: Context) -> float:
 
 def _relearn(a: Subject, part: str, context: Context) -> float:
     assert context.split is not None
-    found = relearn.relearn_time(
+    time = relearn.relearn_time(
         a.model, context.split, a.original, context.likelihood, max_epochs=RELEARN
     )
-    return float(found.epochs)
+    return float(time.epochs)
+
+
+def _relearn_steps(a: Subject, part: str, context: Context) -> float:
+    assert context.split is not None
+    steps = relearn.relearn_steps(
+        a.model, context.split, a.original, context.likelihood, max_steps=STEPS
+    )
+    return float(steps.steps)
 
 
 def _margins(group: Sequence[Subject], part: str, context: Context) -> Tensor:
@@ -222,14 +247,12 @@ def _klom(number: str) -> Group:
     return group
 
 
-def _shadow(attack: Callable[..., Any]) -> Group:
+def _shadow(attack: Callable[..., Any], number: Callable[[ShadowAttack], float]) -> Group:
     def group(
         ours: Sequence[Subject], retrained: Sequence[Subject], part: str, context: Context
     ) -> float:
-        found = shadow_attack(
-            _margins(ours, part, context), _margins(retrained, part, context), attack
-        )
-        return 100 * found.separation().auc.value
+        margins = _margins(ours, part, context), _margins(retrained, part, context)
+        return 100 * number(shadow_attack(*margins, attack))
 
     return group
 
@@ -238,6 +261,7 @@ GOLATKAR = "Golatkar et al. 2020, arXiv:1911.04933"
 CLASSES = frozenset({"categorical"})
 ATTACK = frozenset({"categorical", "membership"})
 WEIGHTS = frozenset({"weights"})
+SPLIT = frozenset({"split"})
 FORGET = ("forget",)
 TABLE = (
     Metric(
@@ -246,7 +270,7 @@ TABLE = (
     ),
     Metric(
         "kl_reverse", "nats", "the same in the other direction",
-        "mean_n KL(p(x_n) || p_retrained(x_n))", GOLATKAR, pair=_kl_reverse,
+        "mean_n KL(p(x_n) || p_retrained(x_n))", GOLATKAR, pair=lambda a, b, part, context: _kl(b, a, part, context),
     ),
     Metric(
         "jensen_shannon", "bits", "symmetric divergence between 0 and 1",
@@ -278,18 +302,22 @@ TABLE = (
         "mean_n -sum_c p_c(x_n) log p_c(x_n)", "textbook", solo=_entropy, needs=CLASSES,
     ),
     Metric(
-        "membership_entropy", "%", "forgotten samples that an attack on the entropy takes for training samples",
+        "membership_entropy", "%",
+        "forgotten samples that an attack on the entropy takes for training samples",
         "SVC(C=3, rbf) on the entropy, fitted on retained against test samples", GOLATKAR,
         solo=_called_members("svc"), parts=FORGET, needs=ATTACK,
     ),
     Metric(
-        "membership_features", "%", "the same for an attack on loss, confidence, entropy and modified entropy together",
+        "membership_features", "%",
+        "the same for an attack on loss, confidence, entropy and modified entropy together",
         "logistic regression on four features", "Song & Mittal 2021, arXiv:2003.10595",
         solo=_called_members("all"), parts=FORGET, needs=ATTACK,
     ),
     Metric(
-        "klom_mean", "nats", "divergence between the margins of scrubbed and of retrained models, sample by sample",
-        "mean_n KL(hist margins of scrubbed || hist margins of retrained)", "Georgiev et al. 2024, arXiv:2410.23232",
+        "klom_mean", "nats",
+        "divergence between the margins of scrubbed and of retrained models, sample by sample",
+        "mean_n KL(hist margins of scrubbed || hist margins of retrained)",
+        "Georgiev et al. 2024, arXiv:2410.23232",
         group=_klom("mean"), needs=CLASSES,
     ),
     Metric(
@@ -298,14 +326,16 @@ TABLE = (
         group=_klom("p95"), needs=CLASSES,
     ),
     Metric(
-        "u_lira", "%", "how well an attacker with shadow models tells scrubbed models from retrained ones, per sample",
-        "AUC of the likelihood ratio of two Gaussians of the margin", "Hayes et al. 2024, arXiv:2403.01218",
-        group=_shadow(partial(u_lira, pooled=True)), parts=FORGET, needs=CLASSES,
+        "u_lira", "%",
+        "how well an attacker with shadow models tells scrubbed from retrained models, per sample",
+        "AUC of the likelihood ratio of two Gaussians of the margin",
+        "Hayes et al. 2024, arXiv:2403.01218",
+        group=_shadow(partial(u_lira, pooled=True), ShadowAttack.auc), parts=FORGET, needs=CLASSES,
     ),
     Metric(
         "ruli", "%", "the same with kernel densities",
         "AUC of p_u / (p_u + p_o) of the margin", "Naderloui et al. 2025, arXiv:2506.13009",
-        group=_shadow(ruli), parts=FORGET, needs=CLASSES,
+        group=_shadow(ruli, ShadowAttack.auc), parts=FORGET, needs=CLASSES,
     ),
     Metric(
         "zrf", "", "zero retrain forgetting: likeness to a model that has learned nothing",
@@ -314,22 +344,55 @@ TABLE = (
     ),
     Metric(
         "weight_distance", "", "distance of the weights to a retrained model's",
-        "|w - w_retrained|", "textbook", pair=_weight_distance, parts=FORGET, needs=WEIGHTS,
+        "|w - w_retrained|", "textbook",
+        pair=lambda a, b, *_: weights.weight_distance(a.model, b.model), parts=FORGET, needs=WEIGHTS,
     ),
     Metric(
         "step_cosine", "", "direction of the step against the retrained model's",
         "cos(w - w_original, w_retrained - w_original)", GOLATKAR,
-        pair=_cosine, parts=FORGET, needs=WEIGHTS,
+        pair=lambda a, b, *_: weights.step_cosine(a.original, a.model, [b.model]),
+        parts=FORGET, needs=WEIGHTS,
     ),
     Metric(
         "efficacy", "1/nats", "inverse information that the forget set still exerts on the weights",
         "1 / tr F_empirical(w; D_f)", "Becker & Liebig 2022, arXiv:2208.10836",
-        solo=_efficacy, parts=FORGET, needs=frozenset({"split"}),
+        solo=_efficacy, parts=FORGET, needs=SPLIT,
     ),
     Metric(
-        "relearn", "epochs", "how soon training on all data finds the original loss on the forget set again",
-        f"epochs of 500 samples at lr 0.01 until L_f(w) <= L_f(w_original); at most {RELEARN}", GOLATKAR,
-        solo=_relearn, parts=FORGET, cap=float(RELEARN), needs=frozenset({"split"}),
+        "relearn", "epochs",
+        "how soon training on all data finds the original loss on the forget set again",
+        f"epochs of 500 samples at lr 0.01 until L_f(w) <= L_f(w_original); at most {RELEARN}",
+        GOLATKAR, solo=_relearn, parts=FORGET, cap=float(RELEARN), needs=SPLIT, by_name=True,
+    ),
+    Metric(
+        "relearn_steps", "steps",
+        "how soon training on all data finds 95 % of the original accuracy on the forget set",
+        f"steps of 128 samples at lr 0.01 until A_f(w) >= 0.95 A_f(w_original); at most {STEPS}",
+        "Chundawat et al. 2023, arXiv:2201.05629", solo=_relearn_steps, parts=FORGET,
+        cap=float(STEPS), needs=CLASSES | SPLIT, by_name=True,
+    ),
+    Metric(
+        "membership_auc", "%", "how well the loss alone tells forgotten from test samples",
+        "AUC of -loss, forgotten against test samples", "Yeom et al. 2018, arXiv:1709.01604",
+        solo=_membership_auc, parts=FORGET, needs=ATTACK, by_name=True,
+    ),
+    Metric(
+        "u_lira_tpr", "%", "true positives of u_lira at 1 % false positives",
+        "TPR at 1 % FPR of the likelihood ratio of two Gaussians of the margin",
+        "Hayes et al. 2024, arXiv:2403.01218",
+        group=_shadow(partial(u_lira, pooled=True), partial(ShadowAttack.tpr_at_fpr, fpr=0.01)),
+        parts=FORGET, needs=CLASSES, by_name=True,
+    ),
+    Metric(
+        "tug_of_war", "", "three accuracies against a retrained model's, in one number",
+        "prod_parts (1 - |A(w) - A(w_retrained)|)", "Zhao et al. 2024, arXiv:2406.01257",
+        pair=_tug_of_war, parts=FORGET, needs=ATTACK, by_name=True,
+    ),
+    Metric(
+        "average_gap", "%", "the same, with the members that an attack on the confidence calls",
+        "mean of |A(w) - A(w_retrained)| over the parts and of |MIA(w) - MIA(w_retrained)|",
+        "Fan et al. 2024, arXiv:2310.12508", pair=_average_gap, parts=FORGET, needs=ATTACK,
+        by_name=True,
     ),
 )  # fmt: skip
 METRICS: dict[str, Metric] = {m.name: m for m in TABLE}

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 from torch import nn
@@ -73,6 +73,23 @@ class RelearnSteps:
     accuracies: tuple[float, ...]
 
 
+class SgdOptions(TypedDict, total=False):
+    """How a model learns again.
+
+    Attributes:
+        batch_size: Samples a step, 128 by default; the last batch of an epoch may be smaller.
+        lr: Learning rate, 0.01 by default; constant, without momentum.
+        weight_decay: L2 coefficient, 0 by default.
+    """
+
+    batch_size: int
+    lr: float
+    weight_decay: float
+
+
+SGD: SgdOptions = {"batch_size": 128, "lr": 0.01, "weight_decay": 0.0}
+
+
 def relearn_time(
     model: nn.Module,
     split: Split,
@@ -80,11 +97,9 @@ def relearn_time(
     likelihood: Likelihood | str = "categorical",
     *,
     samples: int = 500,
-    batch_size: int = 128,
-    lr: float = 0.01,
-    weight_decay: float = 0.0,
     max_epochs: int = 100,
     seed: int = 0,
+    **sgd: Unpack[SgdOptions],
 ) -> RelearnTime:
     """Epochs of SGD on D until the mean loss of D_f is at most the original model's.
 
@@ -99,38 +114,28 @@ def relearn_time(
         original: The model before forgetting, or its mean loss of D_f, nats per scored position.
         likelihood: Name or instance.
         samples: Samples an epoch.
-        batch_size: Samples a step; the last batch of an epoch may be smaller.
-        lr: Learning rate, constant, without momentum.
-        weight_decay: L2 coefficient.
         max_epochs: Cap.
         seed: Of the draws.
+        **sgd: `batch_size`, `lr`, `weight_decay`, see `SgdOptions`.
 
     Raises:
         ConfigError: If an option is out of range.
         SplitError: If nothing is forgotten.
         NumericalError: If learning diverges.
     """
-    _check(
-        samples=samples,
-        batch_size=batch_size,
-        lr=lr,
-        weight_decay=weight_decay,
-        max_epochs=max_epochs,
-        seed=seed,
-    )
+    sgd = SGD | sgd
+    _check(samples=samples, max_epochs=max_epochs, seed=seed, **sgd)
     likelihood = resolve_likelihood(likelihood)
     _check_forget(split)
+
+    def loss_of(objective: Objective, at: Params) -> float:
+        return objective.mean_loss(split.batches("forget"), at)
+
     with preserved_rng():
-        target = _measured(original, likelihood, lambda objective, at: _loss(objective, at, split))
-        losses = _learn(
-            Objective(model, likelihood),
-            _epochs(split, samples, batch_size, np.random.default_rng(seed)),
-            lambda objective, at: _loss(objective, at, split),
-            lambda loss: loss <= target,
-            lr=lr,
-            weight_decay=weight_decay,
-            cap=max_epochs,
-        )
+        target = _measured(original, likelihood, loss_of)
+        rounds = _epochs(split, samples, sgd["batch_size"], np.random.default_rng(seed))
+        objective = Objective(model, likelihood)
+        losses = _learn(objective, rounds, loss_of, lambda x: x <= target, sgd, max_epochs)
     return RelearnTime(len(losses) - 1, losses[-1] <= target, target, losses)
 
 
@@ -141,11 +146,9 @@ def relearn_steps(
     likelihood: Likelihood | str = "categorical",
     *,
     margin: float = 0.05,
-    batch_size: int = 128,
-    lr: float = 0.01,
-    weight_decay: float = 0.0,
     max_steps: int = 1000,
     seed: int = 0,
+    **sgd: Unpack[SgdOptions],
 ) -> RelearnSteps:
     """Steps of SGD on D until the accuracy on D_f is at least (1 - margin) of the original model's.
 
@@ -159,18 +162,17 @@ def relearn_steps(
         original: The model before forgetting, or its accuracy on D_f as a share.
         likelihood: Name or instance; one that scores by an accuracy.
         margin: Share of the original accuracy that may be missing.
-        batch_size: Samples a step; the last batch of a pass may be smaller.
-        lr: Learning rate, constant, without momentum.
-        weight_decay: L2 coefficient.
         max_steps: Cap.
         seed: Of the order.
+        **sgd: `batch_size`, `lr`, `weight_decay`, see `SgdOptions`.
 
     Raises:
         ConfigError: If an option is out of range, or the likelihood has no accuracy.
         SplitError: If nothing is forgotten.
         NumericalError: If learning diverges.
     """
-    _check(batch_size=batch_size, lr=lr, weight_decay=weight_decay, max_steps=max_steps, seed=seed)
+    sgd = SGD | sgd
+    _check(max_steps=max_steps, seed=seed, **sgd)
     likelihood = resolve_likelihood(likelihood)
     if not likelihood.score.higher_is_better:
         raise ConfigError(
@@ -183,18 +185,16 @@ def relearn_steps(
             f"margin={margin!r}", "a share in [0, 1)", "Pass margin=0.05, as the authors do."
         )
     _check_forget(split)
+
+    def score_of(objective: Objective, at: Params) -> float:
+        pairs = objective.forward(split.batches("forget"), at)
+        return float(np.concatenate([likelihood.scores(f, y).cpu() for f, y in pairs]).mean())
+
     with preserved_rng():
-        whole = _measured(original, likelihood, lambda objective, at: _score(objective, at, split))
-        target = (1 - margin) * whole
-        accuracies = _learn(
-            Objective(model, likelihood),
-            _steps(split, batch_size, np.random.default_rng(seed)),
-            lambda objective, at: _score(objective, at, split),
-            lambda accuracy: accuracy >= target,
-            lr=lr,
-            weight_decay=weight_decay,
-            cap=max_steps,
-        )
+        target = (1 - margin) * _measured(original, likelihood, score_of)
+        rounds = _steps(split, sgd["batch_size"], np.random.default_rng(seed))
+        objective = Objective(model, likelihood)
+        accuracies = _learn(objective, rounds, score_of, lambda x: x >= target, sgd, max_steps)
     return RelearnSteps(len(accuracies) - 1, accuracies[-1] >= target, target, accuracies)
 
 
@@ -203,14 +203,12 @@ def _learn(
     rounds: Iterator[Iterator[Batch]],
     measure: Measure,
     done: Callable[[float], bool],
-    *,
-    lr: float,
-    weight_decay: float,
+    sgd: SgdOptions,
     cap: int,
 ) -> tuple[float, ...]:
     """What is measured before the first round and after each, until it is done or `cap` rounds are
     over."""
-    at = objective.start
+    at, lr, weight_decay = objective.start, sgd["lr"], sgd["weight_decay"]
     values = [measure(objective, at)]
     try:
         while not done(values[-1]) and len(values) <= cap:
@@ -230,36 +228,23 @@ def _learn(
 def _epochs(
     split: Split, samples: int, batch_size: int, rng: np.random.Generator
 ) -> Iterator[Iterator[Batch]]:
-    every, walk = split.indices("all"), replace(split, batch_size=batch_size)
+    sample_idx, walk = split.indices("all"), replace(split, batch_size=batch_size)
     while True:
-        yield walk.batches(rng.choice(every, samples, replace=True))
+        yield walk.batches(rng.choice(sample_idx, samples, replace=True))
 
 
 def _steps(split: Split, batch_size: int, rng: np.random.Generator) -> Iterator[Iterator[Batch]]:
-    every, walk = split.indices("all"), replace(split, batch_size=batch_size)
+    sample_idx, walk = split.indices("all"), replace(split, batch_size=batch_size)
     while True:
-        for batch in walk.batches(rng.permutation(every)):
+        for batch in walk.batches(rng.permutation(sample_idx)):
             yield iter([batch])
-
-
-def _loss(objective: Objective, at: Params, split: Split) -> float:
-    return objective.mean_loss(split.batches("forget"), at)
-
-
-def _score(objective: Objective, at: Params, split: Split) -> float:
-    each = [
-        objective.likelihood.scores(f, y).cpu()
-        for f, y in objective.forward(split.batches("forget"), at)
-    ]
-    return float(np.concatenate(each).mean())
 
 
 def _measured(original: nn.Module | float, likelihood: Likelihood, measure: Measure) -> float:
     """The measure of the original model, or the number itself."""
     if isinstance(original, nn.Module):
-        objective = Objective(
-            copy.deepcopy(original).requires_grad_(), likelihood
-        )  # it may be frozen
+        # a copy that can be differentiated: the original may be frozen
+        objective = Objective(copy.deepcopy(original).requires_grad_(), likelihood)
         return measure(objective, objective.start)
     if isinstance(original, bool) or not isinstance(original, Real) or not math.isfinite(original):
         raise ConfigError(

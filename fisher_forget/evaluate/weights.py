@@ -1,9 +1,9 @@
 r"""How far apart weights are, which way they moved, and how well a model hides a forget set from
 its gradients.
 
-    distance = |a - b|,  relative = |a - b| / |b|                                   [units of the weights; no unit]
-    cosine   = <scrubbed - original, retrained - original> / (|.| |.|)              [-1, 1]
-    efficacy = 1 / tr F_f,  F_f = (1/N_f) sum over n in D_f of g_n g_n^T            [1 / (nats per weight)^2]
+    distance = |a - b|,  relative = |a - b| / |b|              [units of the weights; no unit]
+    cosine   = <scrubbed - original, retrained - original> / (|.| |.|)            [-1, 1]
+    efficacy = 1 / tr F_f,  F_f = (1/N_f) sum over n in D_f of g_n g_n^T  [1 / (nats per weight)^2]
 
 with g_n the gradient of sample n's loss and N_f the scored positions of D_f.
 """
@@ -21,7 +21,6 @@ from fisher_forget import params as P
 from fisher_forget.curvature import estimate_curvature
 from fisher_forget.data.split import Split
 from fisher_forget.errors import ConfigError, ModelError
-from fisher_forget.evaluate import composite
 from fisher_forget.likelihood import Likelihood
 from fisher_forget.params import Params
 
@@ -108,7 +107,8 @@ def efficacy(model: nn.Module, split: Split, likelihood: Likelihood | str = "cat
     fisher = estimate_curvature(
         model, split, likelihood, structure="diagonal", kind="empirical", part="forget"
     )
-    return composite.efficacy(fisher.trace())
+    trace = fisher.trace()
+    return 1 / trace if trace else math.inf
 
 
 def _parameters(model: nn.Module) -> Params:

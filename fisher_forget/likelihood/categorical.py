@@ -47,38 +47,45 @@ class Categorical(Likelihood):
                 "[batch, ..., classes]",
                 "Return one row a sample.",
             )
-        classes = outputs.shape[-1]
         if targets.is_floating_point():
-            if targets.shape != outputs.shape:
-                raise DataError(
-                    f"floating-point targets of shape {tuple(targets.shape)} for logits {tuple(outputs.shape)}",
-                    "class indices, or probabilities of the shape of the logits",
-                    "For regression pass likelihood='gaussian', for several labels a sample likelihood='bernoulli'.",
-                )
-            total = targets.sum(-1)
-            if bool((targets < 0).any()) or not bool(
-                torch.allclose(total, torch.ones_like(total), atol=1e-4)
-            ):
-                raise DataError(
-                    "probability targets that are negative or do not sum to 1",
-                    "a distribution over the classes for each sample",
-                    "For regression pass likelihood='gaussian', for several labels a sample likelihood='bernoulli'.",
-                )
+            self._check_probabilities(outputs, targets)
         else:
-            if targets.shape != outputs.shape[:-1]:
-                raise DataError(
-                    f"targets of shape {tuple(targets.shape)} for logits {tuple(outputs.shape)}",
-                    f"class indices of shape {tuple(outputs.shape[:-1])}",
-                    "Classes are the last dimension of the logits; pass unpack= to reshape the targets.",
-                )
-            scored = targets[targets != self.ignore_index]
-            if len(scored) and (int(scored.min()) < 0 or int(scored.max()) >= classes):
-                raise DataError(
-                    f"targets from {int(scored.min())} to {int(scored.max())}",
-                    f"class indices from 0 to {classes - 1} (or ignore_index={self.ignore_index})",
-                    "Map the labels to 0..C-1, or give the model as many outputs as there are classes.",
-                )
+            self._check_classes(outputs, targets)
         check_finite(outputs)
+
+    def _check_probabilities(self, outputs: Tensor, targets: Tensor) -> None:
+        other = (
+            "For regression pass likelihood='gaussian', for several labels a sample 'bernoulli'."
+        )
+        if targets.shape != outputs.shape:
+            raise DataError(
+                f"floating-point targets {tuple(targets.shape)} for logits {tuple(outputs.shape)}",
+                "class indices, or probabilities of the shape of the logits",
+                other,
+            )
+        total = targets.sum(-1)
+        one = torch.allclose(total, torch.ones_like(total), atol=1e-4)
+        if not one or bool((targets < 0).any()):
+            raise DataError(
+                "probability targets that are negative or do not sum to 1",
+                "a distribution over the classes for each sample",
+                other,
+            )
+
+    def _check_classes(self, outputs: Tensor, targets: Tensor) -> None:
+        if targets.shape != outputs.shape[:-1]:
+            raise DataError(
+                f"targets of shape {tuple(targets.shape)} for logits {tuple(outputs.shape)}",
+                f"class indices of shape {tuple(outputs.shape[:-1])}",
+                "Classes are the last dimension of the logits; unpack= can reshape the targets.",
+            )
+        classes, scored = outputs.shape[-1], targets[targets != self.ignore_index]
+        if len(scored) and (int(scored.min()) < 0 or int(scored.max()) >= classes):
+            raise DataError(
+                f"targets from {int(scored.min())} to {int(scored.max())}",
+                f"class indices from 0 to {classes - 1} (or ignore_index={self.ignore_index})",
+                "Map the labels to 0..C-1, or give the model an output for each class.",
+            )
 
     def mask(self, outputs: Tensor, targets: Tensor | None) -> Tensor | None:
         if targets is None or targets.is_floating_point():

@@ -15,9 +15,9 @@ from scipy.stats import t as student
 
 from fisher_forget._util.files import ensure_folder, read_json
 from fisher_forget._util.markdown import markdown_table
-from fisher_forget.evaluate.evaluation import MARKS, MEANING, Evaluation
+from fisher_forget.evaluate.evaluation import CONTROL, MARKS, MEANING, Evaluation
 from fisher_forget.evaluate.intervals import t_interval
-from fisher_forget.report.pages.evaluation import CONTROL, judged, within
+from fisher_forget.report.pages.evaluation import judged, within
 from fisher_forget.report.pages.html import Figure, inline, render_template, write_html
 from fisher_forget.report.plots import plot_cost, plot_methods, save_figure
 
