@@ -230,7 +230,7 @@ def test_methods_get_what_the_recipe_knows(tmp_path: Path) -> None:
     case = recipe.prepare_case(settings, data, settings.forget_sets[0], tmp_path)
 
     def build(name: str, **chosen: Any) -> Any:
-        return configured(settings, case, METHODS[name], chosen, 1, {})
+        return configured(settings, case, METHODS[name], chosen, 1)
 
     assert build("finetune", lr=0.3) == METHODS["finetune"](lr=0.3, weight_decay=0.001, seed=1)
     assert build("ntk").weight_decay == METHODS["ntk"]().weight_decay  # chosen from its grid
