@@ -5,7 +5,8 @@ result = forget(model, retain_loader, forget_idx)
 result.model, print(result)
 """
 
-from fisher_forget.baselines.golatkar import VARIANTS, Variant, paper_forget, reference_code_forget
+from typing import Any
+
 from fisher_forget.curvature import Curvature, estimate_curvature
 from fisher_forget.errors import (
     ConfigError,
@@ -35,7 +36,6 @@ from fisher_forget.unlearn.problem import Problem
 from fisher_forget.unlearn.result import ForgetResult
 
 __all__ = [
-    "VARIANTS",
     "Bernoulli",
     "Categorical",
     "Closeness",
@@ -62,17 +62,27 @@ __all__ = [
     "SplitError",
     "StorageError",
     "SweepTable",
-    "Variant",
     "calibrate_noise",
     "draw_noise",
     "estimate_curvature",
     "evaluate",
     "forget",
     "newton_step",
-    "paper_forget",
     "plot_tradeoff",
     "plots",
     "prepare",
-    "reference_code_forget",
     "sweep",
 ]
+
+_RENAMED = {
+    "paper_forget": 'METHODS["golatkar-paper"]',
+    "reference_code_forget": 'METHODS["golatkar-code"]',
+    "VARIANTS": "METHODS",
+    "Variant": "baselines.golatkar.Draws",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        raise ImportError(f"fisher_forget.{name} is now fisher_forget.{_RENAMED[name]}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
