@@ -75,9 +75,9 @@ __all__ = [
 ]
 
 _RENAMED = {
-    "paper_forget": 'METHODS["golatkar-paper"]',
-    "reference_code_forget": 'METHODS["golatkar-code"]',
-    "VARIANTS": "METHODS",
+    "paper_forget": 'baselines.METHODS["golatkar-paper"]',
+    "reference_code_forget": 'baselines.METHODS["golatkar-code"]',
+    "VARIANTS": "baselines.METHODS",
     "Variant": "baselines.golatkar.Draws",
 }
 

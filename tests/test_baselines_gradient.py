@@ -130,6 +130,50 @@ class Noisy(nn.Module):
         return self.head(self.body(x))
 
 
+def without_forgetting(method, model, found):
+    """What each method becomes without D_f: descent on all samples with their own labels."""
+    loss, sgd, adam = ce(model, range(N)), {"decay": 5e-4}, {"adam": True}
+    body = {name: torch.full_like(p, name[0] == "2") for name, p in weights(model).items()}
+    if method.name == "neggrad+":
+        return by_hand(model, [lambda w: 0.95 * loss(w)] * 2, 0.01, **sgd)
+    if method.name == "random-labels":
+        return by_hand(model, [loss] * 2, 0.013, **sgd)
+    if method.name == "salun":  # no weight is salient: any half of them
+        mask = {n: (p != q).double() for (n, p), q in zip(*pairs(found, model), strict=True)}
+        assert sum(float(m.sum()) for m in mask.values()) == round(0.5 * len(flat(model)))
+        return by_hand(model, [loss] * 2, 0.013, mask=mask, **sgd)
+    if method.name == "amnesiac":
+        return by_hand(model, [loss] * 2, 1e-4, **adam)
+    if method.name == "scrub":
+        x = X.double()
+        taught = model(x).detach()
+        follow = lambda w: 4 * kl(taught / 2, torch.func.functional_call(model, w, (x,)) / 2)  # noqa: E731
+        both = [lambda w: loss(w) + 0.5 * follow(w)]
+        return by_hand(model, both * 3, 5e-4, decay=0.1, **adam)
+    if method.name == "l1-sparse":
+        l1 = lambda w: sum(p.abs().sum() for p in w.values())  # noqa: E731
+        losses = [lambda w: loss(w) + 5e-4 * l1(w), lambda w: loss(w) + 2.5e-4 * l1(w)]
+        return by_hand(model, losses, 0.01, **sgd)
+    if method.name == "cf-k":
+        return by_hand(model, [loss] * 2, 0.01, mask=body, **sgd)
+    if method.name == "eu-k":
+        start = copy.deepcopy(model)
+        start[2] = seeded(lambda: nn.Linear(6, 3, dtype=torch.float64))
+        return by_hand(start, [loss] * 2, 0.01, mask=body, **sgd)
+    if method.name == "unsir":
+        impaired = copy.deepcopy(model)
+        impaired.load_state_dict(by_hand(model, [loss] * 2, 0.02, **adam))
+        return by_hand(impaired, [loss], 0.01, **adam)
+    assert method.name == "retrain"
+    wide = {"dtype": torch.float64}
+    layers = lambda: nn.Sequential(nn.Linear(4, 6, **wide), nn.Tanh(), nn.Linear(6, 3, **wide))  # noqa: E731
+    return by_hand(seeded(layers), [loss] * 2, 0.05, **sgd)
+
+
+def pairs(found, model):
+    return found.named_parameters(), model.parameters()
+
+
 @EVERY
 class TestEveryMethod:
     def test_protocol(self, method):
@@ -181,6 +225,10 @@ class TestEveryMethod:
             def forward(self, left, right, scale):
                 return self.out(torch.tanh(self.hidden(torch.cat([left, right], -1)) * scale))
 
+        class Joined(Pair):
+            def forward(self, x):
+                return super().forward(x[:, :1], x[:, 1:], 1)
+
         class Samples(Dataset):
             def __len__(self):
                 return N
@@ -202,11 +250,18 @@ class TestEveryMethod:
         if isinstance(method, LABELLED):
             with pytest.raises(ConfigError, match="gaussian likelihood"):
                 regression.unlearn(given, resolve_split(Samples(), IDX))
-            found = method.unlearn(given, resolve_split(Labelled(), IDX)).model
+            samples, targets, same = Labelled(), Y % 2, method
         else:
-            found = regression.unlearn(given, resolve_split(Samples(), IDX)).model
-        assert torch.isfinite(flat(found)).all()
+            samples, targets, same = Samples(), X[:, 2:] ** 2, regression
+        found = same.unlearn(given, resolve_split(samples, IDX)).model
         assert not torch.equal(flat(found), flat(given))
+        if isinstance(method, Unsir):  # it draws noise for each input
+            assert torch.isfinite(flat(found)).all()
+            return
+        joined = seeded(Joined, 1)
+        assert torch.equal(flat(joined), flat(given))
+        expected = same.unlearn(joined, resolve_split(TensorDataset(X, targets), IDX)).model
+        assert torch.equal(flat(found), flat(expected))
 
     def test_frozen_weights_stay(self, method, split):
         given = seeded(small_net)
@@ -216,15 +271,17 @@ class TestEveryMethod:
         assert not torch.equal(found[2].weight, given[2].weight)
         assert [p.requires_grad for p in found.parameters()] == [False, False, True, True]
 
-    def test_an_empty_forget_set_is_a_control(self, method):
+    def test_an_empty_forget_set_is_training_on_all_data(self, method, model):
+        """Or nothing at all, where there is nothing to climb or to learn."""
+        whole = dataclasses.replace(method, batch_size=ALL)
+        if isinstance(whole, Unsir):
+            whole = dataclasses.replace(whole, share=1.0)
         control = resolve_split(TensorDataset(X, Y), [], allow_empty=True)
-        given = seeded(small_net)
-        found = method.unlearn(given, control).model
-        assert torch.isfinite(flat(found)).all()
-        still = torch.allclose(flat(found), flat(given), rtol=0, atol=1e-7)
-        assert still == isinstance(
-            method, NegGrad | BadTeacher
-        )  # they have nothing to climb, or to learn
+        found = whole.unlearn(model, control).model
+        if isinstance(whole, NegGrad | BadTeacher):
+            torch.testing.assert_close(flat(found), flat(model), rtol=0, atol=1e-9)
+        else:
+            assert_weights(found, without_forgetting(whole, model, found), model, 1e-8)
 
     def test_a_data_set_that_draws_leaves_no_trace(self, method, untouched):
         class Drawing(Dataset):
