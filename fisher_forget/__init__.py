@@ -6,8 +6,8 @@ result.model, print(result)
 """
 
 from fisher_forget._util import moved
+from fisher_forget._util.moved import renamed as __getattr__
 from fisher_forget.baselines import METHODS, SISA, Unlearned, Unlearner
-from fisher_forget.baselines.golatkar import VARIANTS, Variant, paper_forget, reference_code_forget
 from fisher_forget.curvature import Curvature, estimate_curvature
 from fisher_forget.data.samples import read_samples
 from fisher_forget.data.split import Split, resolve_split
@@ -46,7 +46,6 @@ moved.announce()
 __all__ = [
     "METHODS",
     "SISA",
-    "VARIANTS",
     "Bernoulli",
     "Categorical",
     "Closeness",
@@ -77,7 +76,6 @@ __all__ = [
     "TrainSettings",
     "Unlearned",
     "Unlearner",
-    "Variant",
     "build_model",
     "calibrate_noise",
     "draw_noise",
@@ -86,12 +84,10 @@ __all__ = [
     "forget",
     "load_dataset",
     "newton_step",
-    "paper_forget",
     "plot_tradeoff",
     "plots",
     "prepare",
     "read_samples",
-    "reference_code_forget",
     "resolve_split",
     "sweep",
     "train",

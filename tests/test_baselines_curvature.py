@@ -24,13 +24,13 @@ from fisher_forget import (
     NumericalError,
     SplitError,
     forget,
-    paper_forget,
-    reference_code_forget,
 )
 from fisher_forget.baselines import delta_grad
 from fisher_forget.baselines.delta_grad import DeltaGrad, Plan, Trajectory, lbfgs_product, record
-from fisher_forget.baselines.fisher import FisherForget, GolatkarCode, GolatkarPaper, metered
+from fisher_forget.baselines.fisher import FisherForget
+from fisher_forget.baselines.golatkar import GolatkarCode, GolatkarPaper
 from fisher_forget.baselines.influence import Lissa, WoodFisher
+from fisher_forget.baselines.meter import metered
 from fisher_forget.baselines.ntk import Ntk, NtkFisher, stretch
 from fisher_forget.baselines.protocol import Unlearner
 from fisher_forget.baselines.ssd import Ssd
@@ -189,9 +189,21 @@ def test_nothing_to_forget_moves_nothing(method: Any) -> None:
     assert torch.equal(vector(method.unlearn(net(), split_of(gone=[])).model), vector(net()))
 
 
+def test_nothing_to_forget_replays_the_training(trajectory: Trajectory) -> None:
+    model = load(trajectory.model, {}).eval()
+    found = DeltaGrad(trajectory, burn_in=3).unlearn(model, split_of(gone=[]))
+    torch.testing.assert_close(vector(found.model), vector(model), **TIGHT)
+
+
 @pytest.mark.parametrize(
     "method",
-    [Ssd(alpha=1.0), Ntk(), WoodFisher(), Lissa(steps=3), FisherForget(drift=True)],
+    [
+        Ssd(alpha=1.0),
+        Ntk(),
+        WoodFisher(),
+        Lissa(steps=3),
+        FisherForget(drift=True, structure="dense", noise=None),
+    ],
     ids=lambda m: m.name,
 )
 def test_weights_outside_of_layers_are_weights_like_others(method: Any) -> None:
@@ -203,13 +215,6 @@ def test_weights_outside_of_layers_are_weights_like_others(method: Any) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x @ self.w.T + self.b
 
-    if isinstance(
-        method, FisherForget
-    ):  # other structures than a layer's: only that it runs is the same
-        assert bool(
-            torch.isfinite(vector(method.unlearn(Bare(linear()).eval(), split_of()).model)).all()
-        )
-        return
     found, expected = (
         method.unlearn(model, split_of()).model for model in (Bare(linear()).eval(), linear())
     )
@@ -653,6 +658,20 @@ class TestDeltaGrad:
         )  # the last pair is met
         assert torch.equal(lbfgs_product([], s), torch.zeros(6).double())
 
+    def test_without_a_trajectory_it_trains_and_records_a_model_of_its_own(self) -> None:
+        settings = {"initial": net(), "training": self.PLAN, "seed": self.PLAN.seed}
+        ready, model = DeltaGrad(burn_in=3, **settings).prepare(net(7), split_of())
+        own = record(net(), split_of(), self.PLAN)
+        assert torch.equal(vector(model), vector(own.model))
+        assert ready.prepare(model, split_of()) == (ready, model)  # once is enough
+        expected = DeltaGrad(own, burn_in=3).unlearn(own.model, split_of())
+        for found in (
+            ready.unlearn(model, split_of()),
+            DeltaGrad(burn_in=3, **settings).unlearn(net(7), split_of()),
+        ):
+            assert torch.equal(vector(found.model), vector(expected.model))
+            assert found.passes == expected.passes  # the recording is not counted
+
     def test_refusals(self, trajectory: Trajectory) -> None:
         method = DeltaGrad(trajectory)
         with pytest.raises(ConfigError, match="no trajectory"):
@@ -720,7 +739,7 @@ class TestVariational:
 
 
 class TestFisher:
-    def test_each_is_the_function_that_it_stands_for(self) -> None:
+    def test_it_is_forget(self) -> None:
         loader = DataLoader(TensorDataset(X, CLASSES), batch_size=7)
         options = {
             "drift": True,
@@ -729,25 +748,21 @@ class TestFisher:
             "structure": "diagonal",
             "seed": 2,
         }
-        pairs = [
-            (FisherForget(**options), forget(net(), loader, GONE, progress=False, **options).model),
-            (
-                GolatkarPaper(scale=0.01, tau=1e-4, seed=3),
-                paper_forget(
-                    net(), loader, GONE, scale=0.01, tau=1e-4, seed=3, progress=False
-                ).model(),
-            ),
-            (
-                GolatkarCode(alpha=1e-4, forgotten_class=1, seed=3),
-                reference_code_forget(
-                    net(), loader, GONE, alpha=1e-4, forgotten_class=1, seed=3, progress=False
-                ).model(),
-            ),
-        ]
-        for method, expected in pairs:
-            assert torch.equal(vector(method.unlearn(net(), split_of()).model), vector(expected)), (
-                method.name
-            )
+        found = FisherForget(**options).unlearn(net(), split_of()).model
+        expected = forget(net(), loader, GONE, progress=False, **options).model
+        assert torch.equal(vector(found), vector(expected))
+
+    @pytest.mark.parametrize(
+        "method",
+        [
+            GolatkarPaper(scale=0.01, tau=1e-4, seed=3),
+            GolatkarCode(alpha=1e-4, forgotten_class=1, seed=3),
+        ],
+        ids=lambda m: m.name,
+    )
+    def test_published_forms_are_their_draws_at_the_defaults(self, method: Any) -> None:
+        found = method.unlearn(net(), split_of()).model
+        assert torch.equal(vector(found), vector(method.draws(net(), split_of()).model()))
 
     def test_buffers_follow(self) -> None:
         model = seeded(
@@ -767,7 +782,7 @@ class TestFisher:
         found = GolatkarPaper().unlearn(net(), few)
         chosen = KEPT[:10] + GONE
         data = TensorDataset(X[chosen], CLASSES[chosen])
-        expected = paper_forget(net(), data, range(10, 14), scale=1e-3, progress=False).model()
+        expected = GolatkarPaper().draws(net(), resolve_split(data, range(10, 14))).model()
         torch.testing.assert_close(vector(found.model), vector(expected), **TIGHT)
 
     def test_work_is_counted(self) -> None:

@@ -17,12 +17,13 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
 from fisher_forget.baselines.bad_teacher import BadTeacher
+from fisher_forget.baselines.base import Training
 from fisher_forget.baselines.finetune import FineTune
 from fisher_forget.baselines.l1_sparse import L1Sparse
 from fisher_forget.baselines.last_layers import CFk, EUk, last_layers
 from fisher_forget.baselines.neg_grad import NegGrad, NegGradPlus
 from fisher_forget.baselines.protocol import Unlearner
-from fisher_forget.baselines.random_labels import Amnesiac, RandomLabels, relabel
+from fisher_forget.baselines.random_labels import Amnesiac, RandomLabels, Relabelling
 from fisher_forget.baselines.retrain import Retrain, fresh
 from fisher_forget.baselines.salun import SalUn, saliency
 from fisher_forget.baselines.scrub import Scrub
@@ -129,6 +130,50 @@ class Noisy(nn.Module):
         return self.head(self.body(x))
 
 
+def without_forgetting(method, model, found):
+    """What each method becomes without D_f: descent on all samples with their own labels."""
+    loss, sgd, adam = ce(model, range(N)), {"decay": 5e-4}, {"adam": True}
+    body = {name: torch.full_like(p, name[0] == "2") for name, p in weights(model).items()}
+    if method.name == "neggrad+":
+        return by_hand(model, [lambda w: 0.95 * loss(w)] * 2, 0.01, **sgd)
+    if method.name == "random-labels":
+        return by_hand(model, [loss] * 2, 0.013, **sgd)
+    if method.name == "salun":  # no weight is salient: any half of them
+        mask = {n: (p != q).double() for (n, p), q in zip(*pairs(found, model), strict=True)}
+        assert sum(float(m.sum()) for m in mask.values()) == round(0.5 * len(flat(model)))
+        return by_hand(model, [loss] * 2, 0.013, mask=mask, **sgd)
+    if method.name == "amnesiac":
+        return by_hand(model, [loss] * 2, 1e-4, **adam)
+    if method.name == "scrub":
+        x = X.double()
+        taught = model(x).detach()
+        follow = lambda w: 4 * kl(taught / 2, torch.func.functional_call(model, w, (x,)) / 2)  # noqa: E731
+        both = [lambda w: loss(w) + 0.5 * follow(w)]
+        return by_hand(model, both * 3, 5e-4, decay=0.1, **adam)
+    if method.name == "l1-sparse":
+        l1 = lambda w: sum(p.abs().sum() for p in w.values())  # noqa: E731
+        losses = [lambda w: loss(w) + 5e-4 * l1(w), lambda w: loss(w) + 2.5e-4 * l1(w)]
+        return by_hand(model, losses, 0.01, **sgd)
+    if method.name == "cf-k":
+        return by_hand(model, [loss] * 2, 0.01, mask=body, **sgd)
+    if method.name == "eu-k":
+        start = copy.deepcopy(model)
+        start[2] = seeded(lambda: nn.Linear(6, 3, dtype=torch.float64))
+        return by_hand(start, [loss] * 2, 0.01, mask=body, **sgd)
+    if method.name == "unsir":
+        impaired = copy.deepcopy(model)
+        impaired.load_state_dict(by_hand(model, [loss] * 2, 0.02, **adam))
+        return by_hand(impaired, [loss], 0.01, **adam)
+    assert method.name == "retrain"
+    wide = {"dtype": torch.float64}
+    layers = lambda: nn.Sequential(nn.Linear(4, 6, **wide), nn.Tanh(), nn.Linear(6, 3, **wide))  # noqa: E731
+    return by_hand(seeded(layers), [loss] * 2, 0.05, **sgd)
+
+
+def pairs(found, model):
+    return found.named_parameters(), model.parameters()
+
+
 @EVERY
 class TestEveryMethod:
     def test_protocol(self, method):
@@ -180,6 +225,10 @@ class TestEveryMethod:
             def forward(self, left, right, scale):
                 return self.out(torch.tanh(self.hidden(torch.cat([left, right], -1)) * scale))
 
+        class Joined(Pair):
+            def forward(self, x):
+                return super().forward(x[:, :1], x[:, 1:], 1)
+
         class Samples(Dataset):
             def __len__(self):
                 return N
@@ -201,11 +250,18 @@ class TestEveryMethod:
         if isinstance(method, LABELLED):
             with pytest.raises(ConfigError, match="gaussian likelihood"):
                 regression.unlearn(given, resolve_split(Samples(), IDX))
-            found = method.unlearn(given, resolve_split(Labelled(), IDX)).model
+            samples, targets, same = Labelled(), Y % 2, method
         else:
-            found = regression.unlearn(given, resolve_split(Samples(), IDX)).model
-        assert torch.isfinite(flat(found)).all()
+            samples, targets, same = Samples(), X[:, 2:] ** 2, regression
+        found = same.unlearn(given, resolve_split(samples, IDX)).model
         assert not torch.equal(flat(found), flat(given))
+        if isinstance(method, Unsir):  # it draws noise for each input
+            assert torch.isfinite(flat(found)).all()
+            return
+        joined = seeded(Joined, 1)
+        assert torch.equal(flat(joined), flat(given))
+        expected = same.unlearn(joined, resolve_split(TensorDataset(X, targets), IDX)).model
+        assert torch.equal(flat(found), flat(expected))
 
     def test_frozen_weights_stay(self, method, split):
         given = seeded(small_net)
@@ -215,15 +271,17 @@ class TestEveryMethod:
         assert not torch.equal(found[2].weight, given[2].weight)
         assert [p.requires_grad for p in found.parameters()] == [False, False, True, True]
 
-    def test_an_empty_forget_set_is_a_control(self, method):
+    def test_an_empty_forget_set_is_training_on_all_data(self, method, model):
+        """Or nothing at all, where there is nothing to climb or to learn."""
+        whole = dataclasses.replace(method, batch_size=ALL)
+        if isinstance(whole, Unsir):
+            whole = dataclasses.replace(whole, share=1.0)
         control = resolve_split(TensorDataset(X, Y), [], allow_empty=True)
-        given = seeded(small_net)
-        found = method.unlearn(given, control).model
-        assert torch.isfinite(flat(found)).all()
-        still = torch.allclose(flat(found), flat(given), rtol=0, atol=1e-7)
-        assert still == isinstance(
-            method, NegGrad | BadTeacher
-        )  # they have nothing to climb, or to learn
+        found = whole.unlearn(model, control).model
+        if isinstance(whole, NegGrad | BadTeacher):
+            torch.testing.assert_close(flat(found), flat(model), rtol=0, atol=1e-9)
+        else:
+            assert_weights(found, without_forgetting(whole, model, found), model, 1e-8)
 
     def test_a_data_set_that_draws_leaves_no_trace(self, method, untouched):
         class Drawing(Dataset):
@@ -348,6 +406,10 @@ class TestNegGradPlus:
             NegGradPlus(alpha=1.5)
 
 
+def relabel(batch, rows, forget, key, least=0, classes=3):
+    return Relabelling(forget, classes, Categorical(), least)(batch, rows, key)
+
+
 def labels(key, least=0):
     """(y + k) mod 3 with the documented draw of k."""
     shifts = [int(np.random.default_rng((*key, i)).integers(least, 3)) for i in IDX]
@@ -379,7 +441,7 @@ class TestRandomLabels:
         """Pearson's chi-square at a false-alarm rate of 1e-4; all samples have label 2 of 5."""
         rows = np.arange(3000)
         batch = Batch((), {}, torch.full((3000,), 2))
-        found = relabel(batch, rows, rows, 5, Categorical(), (7,), least).targets
+        found = relabel(batch, rows, rows, (7,), least, classes=5).targets
         counts = np.bincount(found.numpy(), minlength=5)
         drawn = np.delete(counts, 2) if least else counts
         assert counts[2] == 0 or not least
@@ -388,18 +450,18 @@ class TestRandomLabels:
     def test_a_draw_belongs_to_the_sample(self):
         targets = torch.arange(40) % 5
         rows = np.arange(40)
-        whole = relabel(Batch((), {}, targets), rows, rows, 5, Categorical(), (1,)).targets
+        whole = relabel(Batch((), {}, targets), rows, rows, (1,), classes=5).targets
         some = [9, 3, 30]
-        part = relabel(Batch((), {}, targets[some]), rows[some], rows, 5, Categorical(), (1,))
+        part = relabel(Batch((), {}, targets[some]), rows[some], rows, (1,), classes=5)
         assert torch.equal(part.targets, whole[some])
         assert not torch.equal(
-            relabel(Batch((), {}, targets), rows, rows, 5, Categorical(), (2,)).targets, whole
+            relabel(Batch((), {}, targets), rows, rows, (2,), classes=5).targets, whole
         )
 
     def test_padding_and_retained_samples_keep_their_labels(self):
         targets = torch.tensor([[0, 1, -100], [2, 2, 2], [1, -100, 0]])
         found = relabel(
-            Batch((), {}, targets), np.array([8, 3, 9]), np.array([8, 9]), 3, Categorical(), (0,), 1
+            Batch((), {}, targets), np.array([8, 3, 9]), np.array([8, 9]), (0,), 1
         ).targets
         assert torch.equal(found[1], targets[1])
         assert torch.equal(found == -100, targets == -100)
@@ -409,8 +471,8 @@ class TestRandomLabels:
         classes = torch.arange(6) % 3
         soft = 0.8 * F.one_hot(classes, 3) + 0.2 / 3
         rows, forget = np.arange(6), np.array([1, 4])
-        found = relabel(Batch((), {}, soft), rows, forget, 3, Categorical(), (0,), 1).targets
-        hard = relabel(Batch((), {}, classes), rows, forget, 3, Categorical(), (0,), 1).targets
+        found = relabel(Batch((), {}, soft), rows, forget, (0,), 1).targets
+        hard = relabel(Batch((), {}, classes), rows, forget, (0,), 1).targets
         assert torch.equal(found[forget], F.one_hot(hard[forget], 3).to(soft.dtype))
         assert torch.equal(found[[0, 2, 3, 5]], soft[[0, 2, 3, 5]])
 
@@ -721,13 +783,17 @@ class TestRetrain:
             fresh(normed, 0)
 
 
+def noise(method, model, split):
+    return method.noise(Training(model, split, Categorical(), method.batch_size))
+
+
 class TestUnsir:
     def test_noise_by_hand(self, split):
         """One linear layer, for which the gradient is (2 penalty x - W^T (p - y)) / noises."""
         given = seeded(lambda: nn.Linear(4, 3).double())
         method = Unsir(noises=5, steps=0, penalty=0.3, noise_lr=0.2)
-        start = method.noise(given, split, Categorical())
-        made = dataclasses.replace(method, steps=3).noise(given, split, Categorical())
+        start = noise(method, given, split)
+        made = noise(dataclasses.replace(method, steps=3), given, split)
         x, first, second = start.args[0], 0, 0
         assert start.targets.tolist() == Y[np.random.default_rng(0).choice(IDX, 5)].tolist()
         for t in range(1, 4):
@@ -748,9 +814,9 @@ class TestUnsir:
             impair_lr=0.01,
         )
         found = method.unlearn(model, split).model
-        noise = method.noise(model, split, Categorical())
-        x = torch.cat([noise.args[0].repeat(3, 1), X[KEPT].double()])
-        y = torch.cat([noise.targets.repeat(3), Y[KEPT]])
+        made = noise(method, model, split)
+        x = torch.cat([made.args[0].repeat(3, 1), X[KEPT].double()])
+        y = torch.cat([made.targets.repeat(3), Y[KEPT]])
         impair = lambda w: F.cross_entropy(torch.func.functional_call(model, w, (x,)), y)  # noqa: E731
         impaired = copy.deepcopy(model)
         impaired.load_state_dict(by_hand(model, [impair] * 2, 0.01, adam=True))
@@ -760,9 +826,9 @@ class TestUnsir:
 
     def test_noise_is_made_in_eval_mode(self, split):
         given, method = seeded(Noisy), Unsir(noises=5, steps=3)
-        expected = method.noise(given, split, Categorical()).args[0]
+        expected = noise(method, given, split).args[0]
         torch.testing.assert_close(
-            method.noise(given.train(), split, Categorical()).args[0], expected, rtol=0, atol=0
+            noise(method, given.train(), split).args[0], expected, rtol=0, atol=0
         )
 
     def test_token_ids_cannot_be_noise(self):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from torch import nn
 
 from fisher_forget import ConfigError
 from fisher_forget.baselines import METHODS, Unlearned
+from fisher_forget.baselines.base import Method
 from fisher_forget.cli import main
 from fisher_forget.data.split import Split
 from fisher_forget.errors import NumericalError
@@ -68,6 +70,28 @@ class Refuse:
 
     def unlearn(self, model: nn.Module, split: Split) -> Unlearned:
         raise ConfigError("this", "that", "Do otherwise.")
+
+
+@dataclass(frozen=True)
+class Learns(Method):
+    """Needs a model of its own, which it trains once."""
+
+    name = "learns"
+    grid: ClassVar[dict[str, tuple[Any, ...]]] = {"by": (1.0, 0.9, 0.8)}
+    by: float = 1.0
+    ready: bool = False
+
+    def prepare(self, model: nn.Module, split: Split) -> tuple[Self, nn.Module]:
+        CALLS.append(f"prepare {self.seed} {self.ready}")
+        twin = copy.deepcopy(model)
+        nn.init.zeros_(twin[-1].weight)
+        return (self, model) if self.ready else (replace(self, ready=True), twin)
+
+    def scrub(self, model: nn.Module, split: Split) -> tuple[nn.Module, float]:
+        assert self.ready
+        assert not bool(model[-1].weight.any())
+        CALLS.append(f"scrub {self.by} {self.seed}")
+        return copy.deepcopy(model), 1.0
 
 
 def config(folder: Path, **changes: Any) -> str:
@@ -217,6 +241,22 @@ def test_a_method_that_has_cost_enough_tries_no_more(tmp_path: Path) -> None:
     assert CALLS == ["1 0"]  # a quarter of a pass is more than a hundredth of fifteen
 
 
+def test_what_a_method_prepares_is_made_once_for_all_settings(tmp_path: Path) -> None:
+    CALLS.clear()
+    only = [{"name": "class 3", "kind": "class", "label": 3}]
+    path = config(
+        tmp_path, methods=[f"{__name__}:Learns", "deltagrad", "finetune"], forget_sets=only
+    )
+    compare(load_config(path, [], CompareConfig))
+    made = [call for call in CALLS if call.endswith("False")]
+    assert made == ["prepare 0 False", "prepare 1 False"]
+    scrubbed = [call for call in CALLS if call.startswith("scrub")]
+    assert len(scrubbed) == 4  # three settings on seed 0, and the chosen one on seed 1
+    assert len({call.split()[1] for call in scrubbed[:3]}) == 3
+    rows = read_rows(tmp_path / "small")["class 3"]
+    assert {"learns", "deltagrad"} <= {row["method"] for row in rows}
+
+
 def test_unknown_methods_are_refused_before_training(tmp_path: Path, capsys: Any) -> None:
     assert main(["compare", config(tmp_path, methods=["finetunne"])]) == 2
     assert "finetune" in capsys.readouterr().err
@@ -232,7 +272,7 @@ def test_methods_get_what_the_recipe_knows(tmp_path: Path) -> None:
     case = recipe.prepare_case(settings, data, settings.forget_sets[0], tmp_path)
 
     def build(name: str, **chosen: Any) -> Any:
-        return configured(settings, case, METHODS[name], chosen, 1, {})
+        return configured(settings, case, METHODS[name], chosen, 1)
 
     assert build("finetune", lr=0.3) == METHODS["finetune"](lr=0.3, weight_decay=0.001, seed=1)
     assert build("ntk").weight_decay == METHODS["ntk"]().weight_decay  # chosen from its grid

@@ -12,7 +12,9 @@ from fisher_forget._util.moved import MOVED
 
 @pytest.mark.parametrize("name", MOVED)
 def test_the_message_gives_a_module_that_is_there(name: str) -> None:
-    with pytest.raises(ModuleNotFoundError, match=re.escape(f"is fisher_forget.{MOVED[name]} since")):
+    with pytest.raises(
+        ModuleNotFoundError, match=re.escape(f"is fisher_forget.{MOVED[name]} since")
+    ):
         importlib.import_module(f"fisher_forget.{name}")
     importlib.import_module(f"fisher_forget.{MOVED[name]}")
 

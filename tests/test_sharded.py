@@ -71,6 +71,21 @@ def test_seeds_and_shards_start_from_different_weights(data: TensorDataset) -> N
     assert not torch.equal(one["members.0.weight"], one["members.1.weight"])
 
 
+def test_shards_are_trained_once_for_several_requests(data: TensorDataset) -> None:
+    net, split = nn.Linear(4, 2), resolve_split(data, [5])
+    ready, model = Sharded(train=fit, shards=3).prepare(net, split)
+    alone = Sharded(train=fit, shards=3).unlearn(net, resolve_split(data, [8])).model.state_dict()
+    CALLS.clear()
+    first = ready.unlearn(model, split).model.state_dict()
+    again = ready.unlearn(model, split).model.state_dict()
+    other = ready.unlearn(model, resolve_split(data, [8])).model.state_dict()
+    assert len(CALLS) == 3  # the shard that is hit, three times
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert all(torch.equal(other[key], alone[key]) for key in other)  # 5 was not forgotten in it
+    assert ready.ensemble is not None
+    assert ready.ensemble.forgotten.tolist() == []
+
+
 def test_it_needs_the_training_function(data: TensorDataset) -> None:
     with pytest.raises(ConfigError, match="no train"):
         METHODS["sisa"]().unlearn(nn.Linear(4, 2), resolve_split(data, [5]))

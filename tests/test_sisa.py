@@ -20,7 +20,8 @@ from torch.utils.data import Dataset, TensorDataset
 from fisher_forget._util.files import load_tensors, read_json, write_json
 from fisher_forget.baselines.sisa import partition
 from fisher_forget.baselines.sisa.aggregate import Aggregate
-from fisher_forget.baselines.sisa.ensemble import SISA, initial_model, slice_seed
+from fisher_forget.baselines.sisa.ensemble import SISA
+from fisher_forget.baselines.sisa.shards import initial_model, slice_seed
 from fisher_forget.errors import (
     ConfigError,
     FisherForgetError,
@@ -303,7 +304,7 @@ class TestReads:
             sisa.forget(request)
             gone |= set(request)
             kept = [state_bits(load_tensors(path)[0]) for path in tmp_path.glob("*.safetensors")]
-            assert len(kept) == sum(map(len, sisa._fitted().kept)) >= 3
+            assert len(kept) == sum(map(len, sisa.kept)) >= 3
             assert all(provenance.of[state] and not provenance.of[state] & gone for state in kept)
             final = [provenance.of[state] for state in members(sisa)]
             assert (
@@ -610,7 +611,7 @@ class TestBudget:
     def test_a_temporary_folder_vanishes(self, data):
         sisa = make(untrained)
         sisa.fit(data)
-        folder = sisa._fitted().store.folder
+        folder = sisa.checkpoints
         assert folder.exists()
         del sisa
         assert not folder.exists()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 PACKAGE = "fisher_forget"
 MOVED = {
@@ -64,6 +65,24 @@ MOVED = {
     "report.annotate": "report.plots.annotate",
     "report.hover": "report.plots.hover",
 }
+RENAMED = {
+    "paper_forget": 'METHODS["golatkar-paper"]',
+    "reference_code_forget": 'METHODS["golatkar-code"]',
+    "VARIANTS": "METHODS",
+    "Variant": "baselines.golatkar.Draws",
+}
+
+
+def renamed(name: str) -> Any:
+    """Stands for names that the package exported in version 0.1.
+
+    Raises:
+        ImportError: If it is one of them, with the new name.
+        AttributeError: If it is not.
+    """
+    if name in RENAMED:
+        raise ImportError(f"{PACKAGE}.{name} is {PACKAGE}.{RENAMED[name]} since version 0.2.0")
+    raise AttributeError(f"module {PACKAGE!r} has no attribute {name!r}")
 
 
 class MovedModules(MetaPathFinder):

@@ -8,7 +8,8 @@ class as a method.
 from fisher_forget.baselines.bad_teacher import BadTeacher
 from fisher_forget.baselines.delta_grad import DeltaGrad
 from fisher_forget.baselines.finetune import FineTune
-from fisher_forget.baselines.fisher import FisherForget, GolatkarCode, GolatkarPaper
+from fisher_forget.baselines.fisher import FisherForget
+from fisher_forget.baselines.golatkar import GolatkarCode, GolatkarPaper
 from fisher_forget.baselines.influence import Lissa, WoodFisher
 from fisher_forget.baselines.l1_sparse import L1Sparse
 from fisher_forget.baselines.last_layers import CFk, EUk

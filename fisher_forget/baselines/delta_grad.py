@@ -5,7 +5,8 @@ Training by gradient descent is recorded: weights w_t and gradients grad L_t of 
 replay knows the gradients of the forgotten samples exactly and guesses those of the others from the
 recorded ones,
 
-    w <- w - lr / (n_t - m_t) [n_t (B_t (w - w_t) + grad L_t(w_t)) - sum_{forgotten in t} grad l_i(w)] - lr wd w
+    g = n_t (B_t (w - w_t) + grad L_t(w_t)) - sum_{forgotten in t} grad l_i(w)
+    w <- w - lr (g / (n_t - m_t) + wd w)
 
 with n_t samples in a batch, m_t of them forgotten, and B_t a limited-memory BFGS approximation of
 the Hessian from steps whose gradient is computed in full: the first j_0 and then every T_0-th. Wu,
@@ -20,12 +21,10 @@ could not have followed either.
 
 from __future__ import annotations
 
-import math
-import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Protocol, Self
 
 import numpy as np
 import torch
@@ -34,7 +33,9 @@ from torch import Tensor, nn
 from fisher_forget import params as P
 from fisher_forget._util.checks import check_model
 from fisher_forget._util.random_state import preserved_rng
-from fisher_forget.baselines.protocol import Unlearned
+from fisher_forget.baselines.base import Method
+from fisher_forget.baselines.protocol import Grid
+from fisher_forget.baselines.training_loop import require
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import ConfigError, ModelError, NumericalError, SplitError
 from fisher_forget.likelihood import Likelihood, resolve_likelihood
@@ -42,9 +43,21 @@ from fisher_forget.params import Params
 from fisher_forget.unlearn.objective import Gradient, Objective
 
 MEMORY = 4 << 30
-CONVEX = (
-    1e-6  # least cosine between a change of weights and one of gradients that tells of a curvature
-)
+# least cosine between a change of weights and one of gradients that tells of a curvature
+CONVEX = 1e-6
+
+
+class Schedule(Protocol):
+    """What DeltaGrad needs to know of a training that it is to record."""
+
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def weight_decay(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -74,14 +87,8 @@ class Plan:
     memory: int = MEMORY
 
     def __post_init__(self) -> None:
-        for name, good, expected in (
-            ("epochs", self.epochs >= 1, "a number of at least 1"),
-            ("lr", 0 < self.lr < math.inf, "a number above 0"),
-            ("batch_size", self.batch_size >= 1, "a number of at least 1"),
-            ("weight_decay", 0 <= self.weight_decay < math.inf, "a number of at least 0"),
-        ):
-            if not good:
-                raise ConfigError(f"{name}={getattr(self, name)!r}", expected, "Correct the plan.")
+        least = {"epochs": 1, "batch_size": 1, "weight_decay": 0}
+        require(self, at_least=least, above={"lr": 0})
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +113,10 @@ class Trajectory:
     gradients: tuple[Tensor, ...] = field(repr=False)
     counts: tuple[float, ...] = field(repr=False)
 
+    def steps(self) -> Iterator[tuple[Indices, Tensor, Tensor, float]]:
+        """(samples, weights before, gradient, scored positions) of every step."""
+        return zip(self.batches, self.weights, self.gradients, self.counts, strict=True)
+
 
 def record(model: nn.Module, split: Split, plan: Plan) -> Trajectory:
     """Train a copy of the model on all samples of the split, retained and forgotten, and keep the
@@ -123,139 +134,156 @@ def record(model: nn.Module, split: Split, plan: Plan) -> Trajectory:
     check_model(model)
     with preserved_rng():
         objective = Objective(model, resolve_likelihood(plan.likelihood))
-        every, at = split.indices("all"), objective.start
-        per_epoch = -(-len(every) // plan.batch_size)
-        needed = (
-            2 * plan.epochs * per_epoch * sum(x.numel() * x.element_size() for x in at.values())
-        )
-        if needed > plan.memory:
-            raise ConfigError(
-                f"{plan.epochs * per_epoch:,} steps whose weights and gradients need {needed / 2**30:,.1f} GiB",
-                f"at most memory={plan.memory} bytes",
-                "Raise `memory` or `batch_size`, or lower `epochs`.",
-            )
+        samples, at = split.indices("all"), objective.start
+        per_epoch = -(-len(samples) // plan.batch_size)
+        _check_memory(plan, per_epoch * plan.epochs, at)
         rng = np.random.default_rng(plan.seed)
         steps: list[tuple[Indices, Tensor, Tensor, float]] = []
         for _ in range(plan.epochs):
-            for rows in np.array_split(rng.permutation(every), per_epoch):
-                chosen = np.sort(rows)
-                found = objective.gradient(split.batches(chosen), at)
-                steps.append((chosen, P.flatten(at), P.flatten(found.mean()), found.count))
-                at = _step(at, found.mean(), plan)
+            for drawn in np.array_split(rng.permutation(samples), per_epoch):
+                rows = np.sort(drawn)
+                gradient = objective.gradient(split.batches(rows), at)
+                steps.append((rows, P.flatten(at), P.flatten(gradient.mean()), gradient.count))
+                at = _step(at, gradient.mean(), plan)
     batches, weights, gradients, counts = zip(*steps, strict=True)
-    return Trajectory(P.load(model, at).eval(), plan, every, batches, weights, gradients, counts)
+    trained = P.load(model, at).eval()
+    return Trajectory(trained, plan, samples, batches, weights, gradients, counts)
 
 
 @dataclass(frozen=True)
-class DeltaGrad:
+class DeltaGrad(Method):
     """Replay of a recorded training without the forgotten samples.
 
     Attributes:
-        trajectory: What `record` returned for the model that is to forget.
+        trajectory: What `record` returned for the model that is to forget. Without it, a model of
+            its own is trained and recorded, from `initial` as `training` says, and forgets.
+        initial: A model at its initial weights.
+        training: Epochs, learning rate, batch size and weight decay of that training, which is
+            plain descent.
+        likelihood: Of that training: name or instance.
         period: T_0, steps from one full gradient to the next.
         burn_in: j_0, steps with full gradients at the start.
         history: Pairs in B_t.
-        seed: Nothing is random here.
+        seed: Of the order of the samples in that training; the replay draws nothing.
 
     Raises:
-        ConfigError: If a value is out of range.
+        ConfigError: If a value is out of range; in `unlearn`, without a trajectory or a training.
+        ModelError: In `unlearn`, if the trajectory does not end at the given model.
+        SplitError: In `unlearn`, if the split has other samples than the trajectory.
+        NumericalError: In `unlearn`, if the replay diverges.
     """
 
-    name: ClassVar[str] = "deltagrad"
-    grid: ClassVar[dict[str, tuple[Any, ...]]] = {"period": (2, 5, 10), "burn_in": (10, 20)}
+    name = "deltagrad"
+    grid: ClassVar[Grid] = {"period": (2, 5, 10), "burn_in": (10, 20)}
 
     trajectory: Trajectory | None = field(default=None, compare=False)
+    initial: nn.Module | None = field(default=None, repr=False, compare=False)
+    training: Schedule | None = field(default=None, compare=False)
+    likelihood: Likelihood | str = "categorical"
     period: int = 5
     burn_in: int = 20
     history: int = 2
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("period", 1), ("burn_in", 0), ("history", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(
-                    f"{name}={getattr(self, name)!r}",
-                    f"a number of at least {least}",
-                    "Correct the method's settings.",
-                )
+        require(self, at_least={"period": 1, "burn_in": 0, "history": 1})
 
-    def unlearn(self, model: nn.Module, split: Split) -> Unlearned:
-        """Forget `split.forget`; the given model is untouched.
-
-        Raises:
-            ConfigError: Without a trajectory.
-            ModelError: If the trajectory does not end at the given model.
-            SplitError: If the split has other samples than the trajectory.
-            NumericalError: If the replay diverges.
-        """
-        begun = time.perf_counter()
-        check_model(model)
-        trajectory = self._checked(model, split)
-        plan = trajectory.plan
-        with preserved_rng():
-            objective = Objective(model, resolve_likelihood(plan.likelihood))
-            at, gradients = P.unflatten(trajectory.weights[0], objective.start), 0
-            pairs: deque[tuple[Tensor, Tensor]] = deque(maxlen=self.history)
-            steps = zip(
-                trajectory.batches,
-                trajectory.weights,
-                trajectory.gradients,
-                trajectory.counts,
-                strict=True,
-            )
-            for number, (rows, before, known, count) in enumerate(steps):
-                gone = np.intersect1d(rows, split.forget)
-                kept = np.setdiff1d(rows, split.forget)
-                if not len(
-                    kept
-                ):  # training without the forgotten samples would not have had this batch
-                    continue
-                away = P.flatten(at) - before
-                forgotten = objective.gradient(split.batches(gone), at)
-                gradients += len(gone)
-                late = number >= self.burn_in and (number - self.burn_in) % self.period != 0
-                guessed = late and (bool(pairs) or not bool(away.any()))
-                if guessed:
-                    curved = lbfgs_product(pairs, away)
-                    guessed = bool(curved.norm() * plan.lr <= away.norm())
-                if guessed:
-                    guess = P.unflatten(known + curved, at)
-                    gradient = (Gradient(P.scale(guess, count), 0.0, count) - forgotten).mean()
-                else:
-                    retained = objective.gradient(split.batches(kept), at)
-                    gradients += len(kept)
-                    gradient = retained.mean()
-                    change = P.flatten((retained + forgotten).mean()) - known
-                    if _convex(away, change):
-                        pairs.append((away, change))
-                at = _step(at, gradient, plan)
-        return Unlearned(
-            P.load(model, at).eval(), time.perf_counter() - begun, gradients / len(split.retain)
-        )
-
-    def _checked(self, model: nn.Module, split: Split) -> Trajectory:
-        if self.trajectory is None:
+    def prepare(self, model: nn.Module, split: Split) -> tuple[Self, nn.Module]:
+        if self.trajectory is not None:
+            return self, model
+        if self.initial is None or self.training is None:
             raise ConfigError(
                 "no trajectory",
                 "the recorded training of the model that is to forget",
                 "Train with delta_grad.record(), and pass DeltaGrad(trajectory=...).",
             )
-        own, end = P.trainable(model), P.trainable(self.trajectory.model)
-        if own.keys() != end.keys() or not all(
-            torch.equal(p, end[name]) for name, p in own.items()
-        ):
-            raise ModelError(
-                "a model whose weights are not those that the trajectory ends with",
-                "trajectory.model",
-                "Pass that model, or record its training.",
-            )
-        if not np.array_equal(self.trajectory.samples, split.indices("all")):
-            raise SplitError(
-                f"{split} for a trajectory of {len(self.trajectory.samples):,} samples",
-                "the samples that were trained on",
-                "Pass a split of the same data.",
-            )
-        return self.trajectory
+        plan = Plan(
+            epochs=self.training.epochs,
+            lr=self.training.lr,
+            batch_size=self.training.batch_size,
+            weight_decay=self.training.weight_decay,
+            likelihood=self.likelihood,
+            seed=self.seed,
+        )
+        trajectory = record(self.initial, split, plan)
+        return replace(self, trajectory=trajectory), trajectory.model
+
+    def scrub(self, model: nn.Module, split: Split) -> tuple[nn.Module, float]:
+        check_model(model)
+        assert self.trajectory is not None  # `prepare` saw to it
+        _check_fit(self.trajectory, model, split)
+        weights, gradients = self._replay(self.trajectory, model, split)
+        return P.load(model, weights), gradients
+
+    def _replay(
+        self, trajectory: Trajectory, model: nn.Module, split: Split
+    ) -> tuple[Params, float]:
+        """Weights after the replay, and the sample gradients that it computed."""
+        plan, gradients = trajectory.plan, 0
+        objective = Objective(model, resolve_likelihood(plan.likelihood))
+        at = P.unflatten(trajectory.weights[0], objective.start)
+        pairs: deque[tuple[Tensor, Tensor]] = deque(maxlen=self.history)
+        for number, (rows, before, known, count) in enumerate(trajectory.steps()):
+            gone = np.intersect1d(rows, split.forget)
+            kept = np.setdiff1d(rows, split.forget)
+            if not len(kept):  # training without the forgotten samples had not had this batch
+                continue
+            away = P.flatten(at) - before
+            forgotten = objective.gradient(split.batches(gone), at)
+            gradients += len(gone)
+            curved = self._curved(number, pairs, away, plan.lr)
+            if curved is not None:
+                # n_t (B_t (w - w_t) + grad L_t(w_t)), less what the forgotten samples add at w
+                guess = P.unflatten(known + curved, at)
+                gradient = (Gradient(P.scale(guess, count), 0.0, count) - forgotten).mean()
+            else:
+                retained = objective.gradient(split.batches(kept), at)
+                gradients += len(kept)
+                gradient = retained.mean()
+                change = P.flatten((retained + forgotten).mean()) - known
+                if _convex(away, change):
+                    pairs.append((away, change))
+            at = _step(at, gradient, plan)
+        return at, gradients
+
+    def _curved(
+        self, number: int, pairs: Sequence[tuple[Tensor, Tensor]], away: Tensor, lr: float
+    ) -> Tensor | None:
+        """B_t (w - w_t), where the gradient may be guessed from it; `None` for a full gradient."""
+        if number < self.burn_in or (number - self.burn_in) % self.period == 0:
+            return None
+        if not pairs and bool(away.any()):
+            return None
+        curved = lbfgs_product(pairs, away)
+        # a curvature above 1 / lr is one that the recorded descent could not have followed
+        return curved if bool(curved.norm() * lr <= away.norm()) else None
+
+
+def _check_fit(trajectory: Trajectory, model: nn.Module, split: Split) -> None:
+    """Refuse another model or other samples than those of the trajectory."""
+    given, end = P.trainable(model), P.trainable(trajectory.model)
+    if given.keys() != end.keys() or not all(torch.equal(p, end[n]) for n, p in given.items()):
+        raise ModelError(
+            "a model whose weights are not those that the trajectory ends with",
+            "trajectory.model",
+            "Pass that model, or record its training.",
+        )
+    if not np.array_equal(trajectory.samples, split.indices("all")):
+        raise SplitError(
+            f"{split} for a trajectory of {len(trajectory.samples):,} samples",
+            "the samples that were trained on",
+            "Pass a split of the same data.",
+        )
+
+
+def _check_memory(plan: Plan, steps: int, weights: Params) -> None:
+    """Refuse a training whose steps' weights and gradients do not fit."""
+    needed = 2 * steps * sum(x.numel() * x.element_size() for x in weights.values())
+    if needed > plan.memory:
+        raise ConfigError(
+            f"{steps:,} steps whose weights and gradients need {needed / 2**30:,.1f} GiB",
+            f"at most memory={plan.memory} bytes",
+            "Raise `memory` or `batch_size`, or lower `epochs`.",
+        )
 
 
 def lbfgs_product(pairs: Sequence[tuple[Tensor, Tensor]], v: Tensor) -> Tensor:
@@ -274,7 +302,7 @@ def lbfgs_product(pairs: Sequence[tuple[Tensor, Tensor]], v: Tensor) -> Tensor:
         return torch.zeros_like(v)
     s, y = (torch.stack(column, 1).double() for column in zip(*pairs, strict=True))
     sigma = (s[:, -1] @ y[:, -1]) / (s[:, -1] @ s[:, -1])
-    across = s.T @ y
+    across = s.T @ y  # L + D + what is above the diagonal
     below = across.tril(-1)
     middle = torch.cat(
         [torch.cat([sigma * s.T @ s, below], 1), torch.cat([below.T, -across.diag().diag()], 1)]

@@ -6,8 +6,10 @@ data, hides what the forgotten samples left in the weights. The paper and its pu
 (github.com/AdityaGolatkar/SelectiveForgetting) are different methods, the noise being as wide as
 F^-1/4 in one and F^-1/2 in the other:
 
-    paper           w <- w + s (F + tau I)^-1/4 xi           xi ~ N(0, I)
-    reference-code  w <- mu + sqrt(var) xi                   var = alpha / (F + 1e-8), clamped, averaged and rescaled
+    golatkar-paper  w <- w + s (F + tau I)^-1/4 xi      xi ~ N(0, I)
+    golatkar-code   w <- mu + sqrt(var) xi              var = alpha / (F + 1e-8)
+
+where the code also clamps var, averages it over rows and rescales it.
 
 F is the exact diagonal of the generalised Gauss-Newton matrix of the mean loss, in nats per squared
 weight. The code sums (1/n_r) sum_n sum_y p_ny (d log p_ny / dw)^2 sample by sample and class by
@@ -20,31 +22,29 @@ public code; `forget` recomputes them.
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from numbers import Integral, Real
-from typing import Any, ClassVar, Literal
+from abc import abstractmethod
+from dataclasses import dataclass, field, replace
+from numbers import Integral
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch import nn
 
 from fisher_forget import params as P
 from fisher_forget._util.checks import check_model
 from fisher_forget._util.random_state import preserved_rng
+from fisher_forget.baselines.base import DirectMethod
+from fisher_forget.baselines.meter import metered
+from fisher_forget.baselines.protocol import Grid
+from fisher_forget.baselines.training_loop import require
 from fisher_forget.curvature.estimate import estimate_curvature
 from fisher_forget.curvature.operator import Curvature
-from fisher_forget.data.batches import Unpack
-from fisher_forget.data.split import Indices, Part, Split, resolve_split
+from fisher_forget.data.split import Part, Split
 from fisher_forget.errors import ConfigError
 from fisher_forget.likelihood import Categorical, Likelihood, resolve_likelihood
 from fisher_forget.params import Params
 
-EXPONENT = (
-    0.25  # of the paper, Prop. 4; its own name, since the default method's exponent is an option
-)
+EXPONENT = 0.25  # of the paper, Prop. 4; the exponent of `forget` is an option
 TAU = 1e-8  # the paper has none, and a weight that no retained sample uses has F = 0
 
 # Of the public code, where var is the variance of the noise before and after it is multiplied by
@@ -56,254 +56,217 @@ CLASS_VARIANCE = 1e-4  # var of the forgotten class's row in the last layer
 WIDENING = 10.0  # factor on var, last of all, in the last layer and in one-dimensional parameters
 
 
-@dataclass(frozen=True)
-class Variant(ABC):
-    """A published form of Fisher forgetting, ready to be drawn at any scale from one estimate of F.
+@dataclass(frozen=True, kw_only=True)
+class Golatkar(DirectMethod):
+    """What both forms share: noise around a mean, both of which follow from F and a scale.
 
-    Attributes:
-        split: Who was retained and forgotten.
-        curvature: F: exact, diagonal, of the retained data at the given weights, without damping.
-        scale: Default of `model`.
-        seed: Default of `model`.
-        given: Private copy of the given model.
+    `unlearn` draws once; `draws` keeps the estimate of F, for draws at any scale.
     """
 
-    name: ClassVar[str]
+    scale_name: ClassVar[str]  # the setting that scales the noise
 
-    split: Split
-    curvature: Curvature = field(repr=False)
-    scale: float
-    seed: int
-    given: nn.Module = field(repr=False)
+    def __post_init__(self) -> None:
+        whole = isinstance(self.seed, Integral) and not isinstance(self.seed, bool)
+        seed = (whole and self.seed >= 0, "a whole number of at least 0")
+        require(self, at_least={self.scale_name: 0}, seed=seed)
 
     @abstractmethod
-    def moments(self, scale: float) -> tuple[Params, Params]:
-        """Mean and standard deviation of every weight at a scale."""
+    def moments(self, weights: Params, fisher: Curvature, classes: int) -> tuple[Params, Params]:
+        """Mean and standard deviation of every weight.
+
+        Args:
+            weights: Of the given model.
+            fisher: F.
+            classes: What `resolved` returned.
+        """
+
+    def resolved(self, model: nn.Module, split: Split, likelihood: Likelihood) -> tuple[Self, int]:
+        """The method with nothing left open, and the number of classes where that matters."""
+        return self, 0
+
+    def draws(self, model: nn.Module, split: Split) -> Draws:
+        """Estimate F once, for draws at any scale.
+
+        Args:
+            model: In eval mode; never changed.
+            split: Who is retained and forgotten.
+        """
+        likelihood = resolve_likelihood(self.likelihood)
+        check_model(model)
+        with preserved_rng():
+            method, classes = self.resolved(model, split, likelihood)
+            fisher = estimate_curvature(
+                model, split, likelihood, structure="diagonal", kind="exact", part="retain"
+            )
+        return Draws(method, fisher, P.load(model, {}), classes)
+
+    def weights(
+        self, model: nn.Module, split: Split, likelihood: Likelihood
+    ) -> tuple[Params, float]:
+        twin, work = metered(model)
+        return self.draws(twin, split).weights(), work[0]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """One estimate of F, from which scrubbed models are drawn at any scale.
+
+    Attributes:
+        method: Its scale and seed are the defaults.
+        fisher: F: exact, diagonal, of the retained data at the given weights, without damping.
+        given: Private copy of the given model.
+        classes: Number of the model's outputs, where the method asks for it.
+    """
+
+    method: Golatkar
+    fisher: Curvature = field(repr=False)
+    given: nn.Module = field(repr=False)
+    classes: int
+
+    def weights(self, scale: float | None = None, seed: int | None = None) -> Params:
+        """One draw; arguments as for `model`."""
+        asked: dict[str, Any] = {self.method.scale_name: scale, "seed": seed}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        method = replace(self.method, **asked)
+        start = P.detached(P.trainable(self.given))
+        mean, deviation = method.moments(start, self.fisher, self.classes)
+        xi = P.randn_like(mean, torch.Generator().manual_seed(int(method.seed)))
+        return P.map_params(lambda m, d, x: m + d * x, mean, deviation, xi)
 
     def model(self, scale: float | None = None, seed: int | None = None) -> nn.Module:
         """One draw: a scrubbed copy of the given model, in eval mode; parameters without
         requires_grad stay.
 
         Args:
-            scale: s of the paper's form, alpha of the reference code's.
+            scale: s of the paper's form, alpha of the public code's.
             seed: The draw depends on it and on the scale alone.
 
         Raises:
             ConfigError: If one of them is out of range.
             CurvatureError: If F is singular and nothing was added to it.
         """
-        scale, seed = self.scale if scale is None else scale, self.seed if seed is None else seed
-        _check(seed, scale=scale)
-        mean, deviation = self.moments(scale)
-        xi = P.randn_like(mean, torch.Generator().manual_seed(int(seed)))
-        return P.load(
-            self.given, P.map_params(lambda m, d, x: m + d * x, mean, deviation, xi)
-        ).eval()
+        return P.load(self.given, self.weights(scale, seed)).eval()
 
 
 @dataclass(frozen=True)
-class Paper(Variant):
-    """w + s (F + tau I)^-1/4 xi.
-
-    Attributes:
-        tau: Added to F, nats per squared weight.
-    """
-
-    name = "paper"
-
-    tau: float
-
-    def moments(self, scale: float) -> tuple[Params, Params]:
-        mean = P.detached(P.trainable(self.given))
-        ones = P.map_params(torch.ones_like, mean)
-        return mean, P.scale(self.curvature.damped(self.tau).power(ones, -EXPONENT), scale)
-
-
-@dataclass(frozen=True)
-class ReferenceCode(Variant):
-    """mu + sqrt(var) xi, see `reference_code_forget`.
-
-    Attributes:
-        classes: Number of outputs; parameters whose first dimension is as long count as the last
-            layer.
-        forgotten_class: The class whose row is reset, or `None`.
-    """
-
-    name = "reference-code"
-
-    classes: int
-    forgotten_class: int | None
-
-    def moments(self, scale: float) -> tuple[Params, Params]:
-        mean = P.detached(P.trainable(self.given))
-        deviation: Params = {}
-        for name, fisher in self.curvature.diagonal().items():
-            last = fisher.dim() > 0 and len(fisher) == self.classes
-            variance = scale * (1 / (fisher + OFFSET)).clamp(max=CLAMP_LAST if last else CLAMP)
-            if fisher.dim() > 1:
-                variance = variance.mean(1, keepdim=True).expand_as(fisher).clone()
-            if last and self.forgotten_class is not None:
-                mean[name][self.forgotten_class] = 0
-                variance[self.forgotten_class] = CLASS_VARIANCE
-            if last or fisher.dim() == 1:
-                variance *= WIDENING
-            deviation[name] = variance.sqrt()
-        return mean, deviation
-
-
-def paper_forget(
-    model: nn.Module,
-    retain_loader: DataLoader[Any] | Dataset[Any],
-    forget_idx: Sequence[int] | Indices | Tensor | range,
-    *,
-    scale: float,
-    tau: float = TAU,
-    likelihood: Likelihood | str = "categorical",
-    unpack: Unpack | None = None,
-    seed: int = 0,
-    progress: bool = True,
-) -> Paper:
-    r"""Fisher forgetting as the paper has it: w <- w + s (F + tau I)^-1/4 xi, without a Newton
-    term.
+class GolatkarPaper(Golatkar):
+    """The paper's Fisher forgetting, noise s (F + tau I)^-1/4 xi alone.
 
     s = (lambda sigma_h^2)^(1/4) in the paper (Prop. 4), where neither lambda nor sigma_h is known:
     try several scales.
 
-    Args:
-        model: As for `forget`; never changed. BatchNorm's running statistics stay as they are in
-            the result, too.
-        retain_loader: As for `forget`.
-        forget_idx: As for `forget`.
-        scale: s >= 0; `Variant.model` draws others from the same estimate.
+    Attributes:
+        scale: s.
         tau: Added to F, nats per squared weight. The paper has none; without it a weight that no
             retained sample uses gets infinitely wide noise.
-        likelihood: "categorical", "bernoulli", "gaussian", or an instance.
-        unpack: As for `forget`.
-        seed: Of the draw.
-        progress: Show a progress bar.
 
     Raises:
-        SplitError, DataError, ModelError, ConfigError, NumericalError: As for `forget`.
+        ConfigError: If a value is out of range.
 
     Example:
+        >>> from fisher_forget.data.split import resolve_split
         >>> x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
         >>> data = torch.utils.data.TensorDataset(x, (x[:, 0] > 0).long())
-        >>> variant = paper_forget(torch.nn.Linear(3, 2).eval(), data, [0, 5, 7], scale=1e-3, progress=False)
-        >>> scrubbed, wider = variant.model(), variant.model(1e-2, seed=1)
+        >>> method = GolatkarPaper(scale=1e-3)
+        >>> draws = method.draws(torch.nn.Linear(3, 2).eval(), resolve_split(data, [0, 5, 7]))
+        >>> scrubbed, wider = draws.model(), draws.model(1e-2, seed=1)
     """
-    _check(seed, scale=scale, tau=tau)
-    likelihood = resolve_likelihood(likelihood)
-    check_model(model)
-    with preserved_rng():
-        split = resolve_split(retain_loader, forget_idx, unpack=unpack)
-        curvature = _estimate(model, split, likelihood, progress)
-    return Paper(split, curvature, scale, seed, P.load(model, {}), tau)
+
+    name = "golatkar-paper"
+    grid: ClassVar[Grid] = {"scale": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)}
+    scale_name = "scale"
+
+    scale: float = 1e-3
+    tau: float = TAU
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, at_least={"tau": 0})
+
+    def moments(self, weights: Params, fisher: Curvature, classes: int) -> tuple[Params, Params]:
+        ones = P.map_params(torch.ones_like, weights)
+        return weights, P.scale(fisher.damped(self.tau).power(ones, -EXPONENT), self.scale)
 
 
-def reference_code_forget(
-    model: nn.Module,
-    retain_loader: DataLoader[Any] | Dataset[Any],
-    forget_idx: Sequence[int] | Indices | Tensor | range,
-    *,
-    alpha: float = ALPHA,
-    forgotten_class: int | Literal["auto"] | None = "auto",
-    likelihood: Likelihood | str = "categorical",
-    unpack: Unpack | None = None,
-    seed: int = 0,
-    progress: bool = True,
-) -> ReferenceCode:
-    """Fisher forgetting as the public code of the paper does it, clamps and all, which is not what
-    the paper says.
+@dataclass(frozen=True)
+class GolatkarCode(Golatkar):
+    """The public code of Golatkar et al., noise of variance alpha / (F + 1e-8), clamps and all;
+    classes only.
 
     For every parameter tensor, in this order:
 
     1. var = 1 / (F + 1e-8), at most 1e3; at most 1e2 where the first dimension equals the number of
-    classes, which is
-       the code's notion of the last layer (its bias included, and any hidden layer that happens to
-       be as wide);
+       classes, which is the code's notion of the last layer (its bias included, and any hidden
+       layer that happens to be as wide);
     2. var *= alpha;
     3. var = its mean over the second dimension, for tensors of more than one;
     4. where a whole class is forgotten, mean 0 and var 1e-4 for that class's row of the last layer,
-    whatever alpha is;
+       whatever alpha is;
     5. var *= 10 in the last layer and in one-dimensional tensors, so that the class's row ends at
-    1e-3;
+       1e-3;
     6. w <- mean + sqrt(var) xi.
 
     The code fails on parameters without requires_grad; here they stay as they are.
 
-    Args:
-        model: As for `forget`; never changed. BatchNorm's running statistics stay as they are in
-            the result, too.
-        retain_loader: As for `forget`.
-        forget_idx: As for `forget`.
-        alpha: Scale of the variance; `Variant.model` draws others from the same estimate.
+    Attributes:
+        alpha: Scale of the variance.
         forgotten_class: The class whose row is reset, or `None` for no row; "auto" for the class
             that all forgotten samples and no retained ones have, if there is one.
         likelihood: Only "categorical", or such an instance: the code sums over classes.
-        unpack: As for `forget`.
-        seed: Of the draw.
-        progress: Show a progress bar.
 
     Raises:
-        SplitError, DataError, ModelError, NumericalError: As for `forget`.
-        ConfigError: If an option is out of range, or the likelihood is another one.
-
-    Example:
-        >>> x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
-        >>> data = torch.utils.data.TensorDataset(x, (x[:, 0] > 0).long())
-        >>> positive = (x[:, 0] > 0).nonzero().flatten()
-        >>> variant = reference_code_forget(torch.nn.Linear(3, 2).eval(), data, positive[1:], progress=False)
-        >>> print(variant.forgotten_class)  # a sample of it is retained
-        None
+        ConfigError: If a value is out of range, or, in `unlearn`, the likelihood is another one.
     """
-    _check(seed, alpha=alpha)
-    likelihood = resolve_likelihood(likelihood)
-    if not isinstance(likelihood, Categorical):
-        raise ConfigError(
-            f"the likelihood {likelihood.name!r}",
-            "'categorical': the reference code sums over the classes of a softmax",
-            "Use paper_forget or forget for other likelihoods.",
-        )
-    named = isinstance(forgotten_class, Integral) and not isinstance(forgotten_class, bool)
-    if not (named or forgotten_class is None or forgotten_class == "auto"):
-        raise ConfigError(
-            f"forgotten_class={forgotten_class!r}",
-            "a class, None or 'auto'",
-            "Leave it at its default.",
-        )
-    check_model(model)
-    with preserved_rng():
-        split = resolve_split(retain_loader, forget_idx, unpack=unpack)
-        classes = _classes(model, split, likelihood)
-        chosen = _whole_class(split, classes) if forgotten_class == "auto" else forgotten_class
-        if chosen is not None and not 0 <= chosen < classes:
+
+    name = "golatkar-code"
+    grid: ClassVar[Grid] = {"alpha": (1e-8, 1e-7, 1e-6, 3e-6, 1e-5)}
+    scale_name = "alpha"
+
+    alpha: float = ALPHA
+    forgotten_class: int | Literal["auto"] | None = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        row = self.forgotten_class
+        named = isinstance(row, Integral) and not isinstance(row, bool)
+        good = named or row is None or row == "auto"
+        require(self, forgotten_class=(good, "a class, None or 'auto'"))
+
+    def resolved(self, model: nn.Module, split: Split, likelihood: Likelihood) -> tuple[Self, int]:
+        if not isinstance(likelihood, Categorical):
             raise ConfigError(
-                f"forgotten_class={chosen}",
+                f"the likelihood {likelihood.name!r}",
+                "'categorical': the public code sums over the classes of a softmax",
+                "Use 'golatkar-paper' or forget() for other likelihoods.",
+            )
+        classes = _classes(model, split, likelihood)
+        row = self.forgotten_class
+        if row == "auto":
+            row = _whole_class(split, classes)
+        if row is not None and not 0 <= row < classes:
+            raise ConfigError(
+                f"forgotten_class={row}",
                 f"a class from 0 to {classes - 1}",
                 "Name a class of the model's outputs.",
             )
-        curvature = _estimate(model, split, likelihood, progress)
-    return ReferenceCode(split, curvature, alpha, seed, P.load(model, {}), classes, chosen)
+        return replace(self, forgotten_class=None if row is None else int(row)), classes
 
-
-VARIANTS: dict[str, Callable[..., Variant]] = {
-    "paper": paper_forget,
-    "reference-code": reference_code_forget,
-}
-"""The published forms by name."""
-
-
-def _estimate(model: nn.Module, split: Split, likelihood: Likelihood, progress: bool) -> Curvature:
-    """F."""
-    return estimate_curvature(
-        model,
-        split,
-        likelihood,
-        structure="diagonal",
-        kind="exact",
-        part="retain",
-        progress=progress,
-    )
+    def moments(self, weights: Params, fisher: Curvature, classes: int) -> tuple[Params, Params]:
+        mean, deviation = weights, {}
+        for name, diagonal in fisher.diagonal().items():
+            last = diagonal.dim() > 0 and len(diagonal) == classes
+            # the numbers are the steps of the docstring
+            variance = (1 / (diagonal + OFFSET)).clamp(max=CLAMP_LAST if last else CLAMP)  # 1
+            variance = self.alpha * variance  # 2
+            if diagonal.dim() > 1:  # 3
+                variance = variance.mean(1, keepdim=True).expand_as(diagonal).clone()
+            row = self.forgotten_class
+            if last and isinstance(row, int):  # 4
+                mean[name][row], variance[row] = 0, CLASS_VARIANCE
+            if last or diagonal.dim() == 1:  # 5
+                variance *= WIDENING
+            deviation[name] = variance.sqrt()
+        return mean, deviation
 
 
 def _classes(model: nn.Module, split: Split, likelihood: Likelihood) -> int:
@@ -330,24 +293,3 @@ def _labels(split: Split, part: Part) -> set[int]:
         if batch.targets.dim() == 1 and not batch.targets.is_floating_point():
             labels |= set(batch.targets.tolist())
     return labels
-
-
-def _check(seed: Any, **numbers: Any) -> None:
-    """Refuse numbers that are negative or not finite, and seeds that are no whole number.
-
-    Raises:
-        ConfigError: For the first that is out of range or of a wrong type.
-    """
-    for name, value in numbers.items():
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, Real)
-            or not 0 <= float(value) < math.inf
-        ):
-            raise ConfigError(
-                f"{name}={value!r}", "a finite number of at least 0", f"Correct {name}."
-            )
-    if isinstance(seed, bool) or not isinstance(seed, Integral) or int(seed) < 0:
-        raise ConfigError(
-            f"seed={seed!r}", "a whole number of at least 0", "Correct seed, or leave it at 0."
-        )

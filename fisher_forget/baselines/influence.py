@@ -22,33 +22,31 @@ Two ways to H^-1 v:
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fisher_forget import params as P
-from fisher_forget._util.checks import check_model
-from fisher_forget._util.random_state import preserved_rng
+from fisher_forget.baselines.base import DirectMethod
 from fisher_forget.baselines.jacobian_rows import MEMORY, Rows
-from fisher_forget.baselines.protocol import Unlearned
+from fisher_forget.baselines.protocol import Grid
+from fisher_forget.baselines.training_loop import require
 from fisher_forget.curvature.products import GgnChunk, summed, twice_differentiable
 from fisher_forget.curvature.structures.hessian import HessianChunk
 from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Split, some
-from fisher_forget.errors import ConfigError, NumericalError
-from fisher_forget.likelihood import Likelihood, resolve_likelihood
+from fisher_forget.errors import NumericalError
+from fisher_forget.likelihood import Likelihood
 from fisher_forget.params import Params
 from fisher_forget.unlearn.objective import Objective
 
 
 @dataclass(frozen=True)
-class WoodFisher:
+class WoodFisher(DirectMethod):
     """Influence with the empirical Fisher.
 
     Attributes:
@@ -57,71 +55,49 @@ class WoodFisher:
         samples: N, retained samples drawn at random for F.
         recursion: "exact", or "published" for the public code's single vector.
         memory: Bytes for gradients at a time, and for a solve with their products.
-        likelihood: Name or instance.
-        seed: Of the samples.
 
     Raises:
         ConfigError: If a value is out of range.
     """
 
-    name: ClassVar[str] = "influence"
-    grid: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "alpha": (0.3, 1.0, 3.0, 10.0),
-        "damping": (0.01, 0.1, 1.0),
-    }
+    name = "influence"
+    grid: ClassVar[Grid] = {"alpha": (0.3, 1.0, 3.0, 10.0), "damping": (0.01, 0.1, 1.0)}
 
     alpha: float = 1.0
     damping: float = 1.0
     samples: int = 1000
     recursion: Literal["exact", "published"] = "exact"
     memory: int = MEMORY
-    likelihood: Likelihood | str = "categorical"
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, good, expected in (
-            ("alpha", 0 <= self.alpha < math.inf, "a number of at least 0"),
-            (
-                "damping",
-                0 < self.damping < math.inf,
-                "a number above 0: without damping F is singular",
-            ),
-            ("samples", self.samples >= 1, "a number of at least 1"),
-            ("recursion", self.recursion in ("exact", "published"), "'exact' or 'published'"),
-            ("memory", self.memory >= 1, "bytes"),
-        ):
-            if not good:
-                raise ConfigError(
-                    f"{name}={getattr(self, name)!r}", expected, "Correct the method's settings."
-                )
+        require(
+            self,
+            at_least={"alpha": 0, "samples": 1, "memory": 1},
+            above={"damping": 0},  # without damping F is singular
+            recursion=(self.recursion in ("exact", "published"), "'exact' or 'published'"),
+        )
 
-    def unlearn(self, model: nn.Module, split: Split) -> Unlearned:
-        """Forget `split.forget`; the given model is untouched."""
-        begun = time.perf_counter()
-        check_model(model)
-        likelihood = resolve_likelihood(self.likelihood)
-        with preserved_rng():
-            objective = Objective(model, likelihood)
-            v = forgotten_pull(objective, split)
-            rows = Rows(
-                model,
-                split,
-                [some(split.retain, self.samples, self.seed)],
-                likelihood,
-                lambda outputs, targets: [likelihood.residual(outputs, targets)],
-                self.memory,
-            )
-            count = rows.positions()[0]
-            if self.recursion == "exact":
-                x = solved(rows, v, self.damping, count)
-            else:
-                x = single_vector(rows, v, self.damping, count)
+    def weights(
+        self, model: nn.Module, split: Split, likelihood: Likelihood
+    ) -> tuple[Params, float]:
+        objective = Objective(model, likelihood)
+        v = forgotten_pull(objective, split)
+        rows = Rows(
+            model,
+            split,
+            [some(split.retain, self.samples, self.seed)],
+            likelihood,
+            lambda outputs, targets: [likelihood.residual(outputs, targets)],
+            self.memory,
+        )
+        invert = solved if self.recursion == "exact" else single_vector
+        x = invert(rows, v, self.damping, rows.positions()[0])
         gradients = len(split.retain) + len(split.forget) + rows.gradients
-        return _moved(model, objective.start, x, self.alpha, begun, gradients / len(split.retain))
+        return P.add(objective.start, x, self.alpha), gradients
 
 
 @dataclass(frozen=True)
-class Lissa:
+class Lissa(DirectMethod):
     """Influence with stochastic series for the inverse Hessian.
 
     Attributes:
@@ -134,18 +110,14 @@ class Lissa:
         repeats: Series, averaged.
         batch_size: Retained samples of a term.
         curvature: "hessian", which may be indefinite, or "ggn".
-        likelihood: Name or instance.
-        seed: Of the batches.
 
     Raises:
         ConfigError: If a value is out of range.
+        NumericalError: In `unlearn`, if the series diverges.
     """
 
-    name: ClassVar[str] = "influence-lissa"
-    grid: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "alpha": (0.3, 1.0, 3.0, 10.0),
-        "scale": (10.0, 100.0, 1000.0),
-    }
+    name = "influence-lissa"
+    grid: ClassVar[Grid] = {"alpha": (0.3, 1.0, 3.0, 10.0), "scale": (10.0, 100.0, 1000.0)}
 
     alpha: float = 1.0
     scale: float = 1000.0
@@ -155,53 +127,36 @@ class Lissa:
     repeats: int = 3
     batch_size: int = 10
     curvature: Literal["hessian", "ggn"] = "hessian"
-    likelihood: Likelihood | str = "categorical"
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, good, expected in (
-            ("alpha", 0 <= self.alpha < math.inf, "a number of at least 0"),
-            ("scale", 0 < self.scale < math.inf, "a number above 0"),
-            ("damping", 0 <= self.damping < math.inf, "a number of at least 0"),
-            ("weight_decay", 0 <= self.weight_decay < math.inf, "a number of at least 0"),
-            ("steps", self.steps >= 1, "a number of at least 1"),
-            ("repeats", self.repeats >= 1, "a number of at least 1"),
-            ("batch_size", self.batch_size >= 1, "a number of at least 1"),
-            ("curvature", self.curvature in ("hessian", "ggn"), "'hessian' or 'ggn'"),
-        ):
-            if not good:
-                raise ConfigError(
-                    f"{name}={getattr(self, name)!r}", expected, "Correct the method's settings."
-                )
+        least = {"alpha": 0, "damping": 0, "weight_decay": 0}
+        require(
+            self,
+            at_least=least | {"steps": 1, "repeats": 1, "batch_size": 1},
+            above={"scale": 0},
+            curvature=(self.curvature in ("hessian", "ggn"), "'hessian' or 'ggn'"),
+        )
 
-    def unlearn(self, model: nn.Module, split: Split) -> Unlearned:
-        """Forget `split.forget`; the given model is untouched.
-
-        Raises:
-            NumericalError: If the series diverges.
-        """
-        begun = time.perf_counter()
-        check_model(model)
-        with preserved_rng():
-            objective = Objective(model, resolve_likelihood(self.likelihood))
-            v = forgotten_pull(objective, split)
-            found = [self._series(objective, split, v, repeat) for repeat in range(self.repeats)]
-        x = P.map_params(lambda *each: torch.stack(each).mean(0), found[0], *found[1:])
+    def weights(
+        self, model: nn.Module, split: Split, likelihood: Likelihood
+    ) -> tuple[Params, float]:
+        objective = Objective(model, likelihood)
+        v = forgotten_pull(objective, split)
+        series = [self._series(objective, split, v, repeat) for repeat in range(self.repeats)]
+        x = P.map_params(lambda *terms: torch.stack(terms).mean(0), series[0], *series[1:])
         size = min(self.batch_size, len(split.retain))
         # a product differentiates a gradient: about twice the work of one
         gradients = len(split.retain) + len(split.forget) + 2 * size * self.steps * self.repeats
-        return _moved(model, objective.start, x, self.alpha, begun, gradients / len(split.retain))
+        return P.add(objective.start, x, self.alpha), gradients
 
     def _series(self, objective: Objective, split: Split, v: Params, repeat: int) -> Params:
         rng = np.random.default_rng([self.seed, repeat])
-        size, ridge, h = (
-            min(self.batch_size, len(split.retain)),
-            self.damping + self.weight_decay,
-            v,
-        )
+        size, h = min(self.batch_size, len(split.retain)), v
+        ridge = self.damping + self.weight_decay
         for _ in range(self.steps):
-            chosen = some(split.retain, size, rng)
-            batch = next(replace(split, batch_size=size).batches(chosen)).on(objective.model)
+            sample_idx = some(split.retain, size, rng)
+            batch = next(replace(split, batch_size=size).batches(sample_idx)).on(objective.model)
+            # h <- v + h - (H_batch + gamma I) h / s, which ends at s (H + gamma I)^-1 v
             curved = P.add(self._product(objective, batch, h), h, ridge)
             h = P.add(P.add(v, h), curved, -1 / self.scale)
             if not P.finite(h):
@@ -219,25 +174,22 @@ class Lissa:
         count = max(float(likelihood.counts(targets).double().sum()), 1.0)
         with twice_differentiable():
             outputs = objective.outputs(batch, leaves)
-            if self.curvature == "hessian":
-                return summed(
-                    [HessianChunk(likelihood.losses(outputs, targets).sum(), leaves)], h, count
-                )
             at = outputs.detach()
-            return summed(
-                [GgnChunk(outputs, leaves, lambda u: likelihood.hessian_product(at, u, targets))],
-                h,
-                count,
+            chunk = (
+                HessianChunk(likelihood.losses(outputs, targets).sum(), leaves)
+                if self.curvature == "hessian"
+                else GgnChunk(outputs, leaves, lambda u: likelihood.hessian_product(at, u, targets))
             )
+            return summed([chunk], h, count)
 
 
 def forgotten_pull(objective: Objective, split: Split) -> Params:
     """v = grad L_D - grad L_r = (m/n) (g_f - g_r) at the weights of the objective; zero without a
     forget set."""
-    kept = objective.gradient(split.batches("retain"), objective.start)
-    gone = objective.gradient(split.batches("forget"), objective.start)
-    share = gone.count / max(gone.count + kept.count, 1.0)
-    return P.scale(P.add(gone.mean(), kept.mean(), -1), share)
+    retained = objective.gradient(split.batches("retain"), objective.start)
+    forgotten = objective.gradient(split.batches("forget"), objective.start)
+    share = forgotten.count / max(forgotten.count + retained.count, 1.0)
+    return P.scale(P.add(forgotten.mean(), retained.mean(), -1), share)
 
 
 def solved(rows: Rows, v: Params, damping: float, count: float) -> Params:
@@ -249,6 +201,7 @@ def solved(rows: Rows, v: Params, damping: float, count: float) -> Params:
         damping: lambda.
         count: N, scored positions.
     """
+    # Woodbury: F^-1 v = (v - G^T (N lambda I + G G^T)^-1 G v) / lambda
     gram, right = rows.gram(), rows.times(v)
     gram.diagonal().add_(count * damping)
     a = torch.linalg.solve(gram, right)
@@ -271,19 +224,8 @@ def single_vector(rows: Iterable[Tensor], v: Params, damping: float, count: floa
             if o is None:  # the first sample starts o, and leaves x alone
                 o = g / damping
                 continue
+            # F_{k+1}^-1 of the head of this file, for x and for o in place of F_k^-1 g
             along = torch.dot(o, g)
             x = x - torch.dot(x, g) / (count + along) * o
             o = o - along / (count + along) * o
     return P.unflatten(x, v)
-
-
-def _moved(
-    model: nn.Module, start: Params, x: Params, alpha: float, begun: float, passes: float
-) -> Unlearned:
-    """w + alpha x."""
-    final = P.add(start, x, alpha)
-    if not P.finite(final):
-        raise NumericalError(
-            "weights that are not finite", "finite weights", "Raise the damping, or lower alpha."
-        )
-    return Unlearned(P.load(model, final).eval(), time.perf_counter() - begun, passes)

@@ -69,7 +69,7 @@ class Factors:
 
 
 @dataclass(frozen=True)
-class Block:
+class RowBlock:
     """The rows of n samples, all columns of a sample after each other.
 
     Attributes:
@@ -80,7 +80,7 @@ class Block:
     thin: tuple[Factors, ...]
     rest: Params
 
-    def gram(self, other: Block) -> Tensor:
+    def gram(self, other: RowBlock) -> Tensor:
         """Products with the rows of another block: [r, r']."""
         total = self._rest() @ other._rest().T
         for own, its in zip(self.thin, other.thin, strict=True):
@@ -178,7 +178,8 @@ class Rows:
         total = each * sum(map(len, parts))
         if total > most_rows(memory):
             raise ConfigError(
-                f"{total:,} rows, whose products with each other need {SQUARES * 8 * total**2 / 2**30:,.1f} GiB",
+                f"{total:,} rows, whose products with each other need "
+                f"{SQUARES * 8 * total**2 / 2**30:,.1f} GiB",
                 f"at most {most_rows(memory):,} rows within memory={memory}",
                 "Raise `memory`, or give the method fewer samples.",
             )
@@ -187,7 +188,7 @@ class Rows:
         self._blocks = [part[i : i + step] for part in parts for i in range(0, len(part), step)]
         self._parts = [k for k, part in enumerate(parts) for _ in range(0, len(part), step)]
         self._count = len(parts)
-        self._held: tuple[int, Block] | None = None
+        self._held: tuple[int, RowBlock] | None = None
         self.gradients = 0.0  # the probe's are not counted
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -198,7 +199,7 @@ class Rows:
         chosen = self._blocks[index]
         return next(replace(self.split, batch_size=len(chosen)).batches(chosen)).on(self.tape.model)
 
-    def _block(self, index: int) -> Block:
+    def _block(self, index: int) -> RowBlock:
         if self._held is not None and self._held[0] == index:
             return self._held[1]
         self._held = None  # frees its memory before the next one is made
@@ -209,7 +210,7 @@ class Rows:
         self._held = (index, block)
         return block
 
-    def _rows(self, record: Record, batch: Batch) -> Block:
+    def _rows(self, record: Record, batch: Batch) -> RowBlock:
         """Of one forward pass."""
         columns = self.columns(record.outputs.detach(), batch.targets)
         pulled = [record.pull(column) for column in columns]
@@ -237,7 +238,7 @@ class Rows:
                 if name not in covered:  # a parameter that this batch does not use
                     held[name] = p.new_zeros(len(batch), len(columns), *p.shape)
         self.gradients += len(batch) * (1 + 2 * len(columns)) / 3
-        return Block(tuple(thin), {name: held[name] for name in self.like if name in held})
+        return RowBlock(tuple(thin), {name: held[name] for name in self.like if name in held})
 
     def outputs(self, read: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
         """What `read` makes of outputs and targets: one vector a part, float64, on the CPU."""

@@ -24,28 +24,27 @@ the trained weights, the paper at the initial ones.
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fisher_forget import params as P
-from fisher_forget._util.checks import check_model
-from fisher_forget._util.random_state import preserved_rng
+from fisher_forget.baselines.base import DirectMethod
 from fisher_forget.baselines.jacobian_rows import MEMORY, Rows, most_rows
-from fisher_forget.baselines.protocol import Unlearned
+from fisher_forget.baselines.protocol import Grid
+from fisher_forget.baselines.training_loop import require
 from fisher_forget.curvature.estimate import estimate_curvature
 from fisher_forget.data.split import Split, some
-from fisher_forget.errors import ConfigError, ModelError, NumericalError
-from fisher_forget.likelihood import Gaussian, Likelihood, resolve_likelihood
+from fisher_forget.errors import ModelError, NumericalError
+from fisher_forget.likelihood import Gaussian, Likelihood
 from fisher_forget.params import Params
 from fisher_forget.unlearn.noise import draw_noise
 
 
 @dataclass(frozen=True)
-class Ntk:
+class Ntk(DirectMethod):
     """NTK scrubbing.
 
     Attributes:
@@ -59,14 +58,13 @@ class Ntk:
             if they do.
         memory: Bytes for rows of J at a time, and for a solve with J J^T; a solve needs 24 (n C)^2.
         likelihood: Name or instance. The Gaussian's residuals and rows are in units of its sigma.
-        seed: Of the draw of samples.
 
     Raises:
         ConfigError: If a value is out of range.
     """
 
-    name: ClassVar[str] = "ntk"
-    grid: ClassVar[dict[str, tuple[Any, ...]]] = {"weight_decay": (0.001, 0.01, 0.1, 1.0)}
+    name = "ntk"
+    grid: ClassVar[Grid] = {"weight_decay": (0.001, 0.01, 0.1, 1.0)}
 
     weight_decay: float = 0.1
     initial: nn.Module | None = field(default=None, repr=False, compare=False)
@@ -74,83 +72,65 @@ class Ntk:
     form: Literal["block", "difference"] = "block"
     samples: int | None = None
     memory: int = MEMORY
-    likelihood: Likelihood | str = "categorical"
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, good, expected in (
-            (
-                "weight_decay",
-                0 < self.weight_decay < math.inf,
-                "a number above 0: without a ridge J J^T is singular",
-            ),
-            ("linearise", self.linearise in ("trained", "initial"), "'trained' or 'initial'"),
-            (
-                "linearise",
-                self.linearise == "trained" or self.initial is not None,
-                "'trained' without `initial`",
-            ),
-            ("form", self.form in ("block", "difference"), "'block' or 'difference'"),
-            (
-                "samples",
-                self.samples is None or self.samples >= 1,
-                "a number of at least 1, or None",
-            ),
-            ("memory", self.memory >= 1, "bytes"),
-        ):
-            if not good:
-                raise ConfigError(
-                    f"{name}={getattr(self, name)!r}", expected, "Correct the method's settings."
-                )
+        places = ("trained", "initial") if self.initial is not None else ("trained",)
+        expected = "'trained', or 'initial' with the model `initial`"
+        few = self.samples is None or self.samples >= 1
+        require(
+            self,
+            at_least={"memory": 1},
+            above={"weight_decay": 0},  # without a ridge J J^T is singular
+            linearise=(self.linearise in places, expected),
+            form=(self.form in ("block", "difference"), "'block' or 'difference'"),
+            samples=(few, "a number of at least 1, or None"),
+        )
 
-    def unlearn(self, model: nn.Module, split: Split) -> Unlearned:
-        """Forget `split.forget`; the given model is untouched."""
-        begun = time.perf_counter()
-        with preserved_rng():
-            found, gradients = self._scrub(model, split)
-        return Unlearned(found, time.perf_counter() - begun, gradients / len(split.retain))
-
-    def _scrub(self, model: nn.Module, split: Split) -> tuple[nn.Module, float]:
-        """The scrubbed model, and how many sample gradients it cost."""
-        check_model(model)
-        likelihood = resolve_likelihood(self.likelihood)
+    def weights(
+        self, model: nn.Module, split: Split, likelihood: Likelihood
+    ) -> tuple[Params, float]:
         start = P.detached(P.trainable(model))
         before = None if self.initial is None else _same_shapes(self.initial, start)
-        point = self.initial if self.initial is not None and self.linearise == "initial" else model
-        unit = 1 / likelihood.sigma if isinstance(likelihood, Gaussian) else 1.0
-        network = P.load(point, {}).eval()
+        place = model if self.linearise == "trained" or self.initial is None else self.initial
+        rows, stand = self._rows(place, split, likelihood)
+        step, fit = self._fits(rows, stand)
+        if before is not None and place is model:
+            # e = w - w_0 - Delta(D_r), what linearisation does not explain of the training
+            step = P.scale(step, stretch(step, P.add(P.add(start, before, -1), fit, -1)))
+        return P.add(start, step), rows.gradients
+
+    def _rows(self, model: nn.Module, split: Split, likelihood: Likelihood) -> tuple[Rows, float]:
+        """Rows of J of D_r, or a draw of it, and of D_f; and how many retained samples a drawn one
+        stands for."""
+        network = P.load(model, {}).eval()
         batch = next(split.batches(split.retain[:1])).on(network)
-        each = P.call(network, {}, batch.args, batch.kwargs)[0].numel()
-        fitting = max(1, most_rows(self.memory) // each - len(split.forget))
-        kept = some(split.retain, self.samples or fitting, self.seed)
+        outputs = P.call(network, {}, batch.args, batch.kwargs)[0].numel()
+        fitting = max(1, most_rows(self.memory) // outputs - len(split.forget))
+        retained = some(split.retain, self.samples or fitting, self.seed)
+        unit = _unit(likelihood)
         rows = Rows(
             network,
             split,
-            (kept, split.forget),
+            (retained, split.forget),
             likelihood,
             lambda outputs, targets: _coordinates(likelihood, outputs, targets, unit),
             self.memory,
         )
-        residuals = rows.outputs(
-            lambda outputs, targets: likelihood.residual(outputs, targets) / unit
-        )
+        return rows, len(split.retain) / len(retained)
+
+    def _fits(self, rows: Rows, stand: float) -> tuple[Params, Params]:
+        """Delta(D_r) - Delta(D), and Delta(D_r)."""
+        likelihood = rows.likelihood
+        kept, gone = rows.outputs(lambda f, y: likelihood.residual(f, y) / _unit(likelihood))
         counts = rows.positions()
-        stand = len(split.retain) / len(kept)
-        weights = torch.cat(
-            [torch.full_like(residuals[0], math.sqrt(stand)), torch.ones_like(residuals[1])]
-        )
-        gram, heard = rows.gram() * weights[:, None] * weights, math.sqrt(stand) * residuals[0]
+        # a drawn sample stands for several: its rows and residuals are times the root of how many
+        weights = torch.cat([torch.full_like(kept, math.sqrt(stand)), torch.ones_like(gone)])
+        gram = rows.gram() * weights[:, None] * weights
         solve = by_blocks if self.form == "block" else by_difference
-        both = solve(gram, heard, residuals[1], counts[0] * stand, counts[1], self.weight_decay)
-        both = (both[0] * weights, both[1] * weights)
-        step, fit = rows.transposed(torch.stack(both, 1))
-        if before is not None and self.linearise == "trained":
-            step = P.scale(step, stretch(step, P.add(P.add(start, before, -1), fit, -1)))
-        if not P.finite(step):
-            raise NumericalError(
-                "a step that is not finite", "finite weights", "Raise weight_decay."
-            )
-        return P.load(model, P.add(start, step)).eval(), rows.gradients
+        sizes = (counts[0] * stand, counts[1], self.weight_decay)
+        coefficients = solve(gram, math.sqrt(stand) * kept, gone, *sizes)
+        step, fit = rows.transposed(torch.stack([c * weights for c in coefficients], 1))
+        return step, fit
 
 
 @dataclass(frozen=True)
@@ -163,36 +143,30 @@ class NtkFisher(Ntk):
         tau: Added to F, nats per squared weight; the public code cuts 1/F off at 1/tau instead.
     """
 
-    name: ClassVar[str] = "ntk-fisher"
-    grid: ClassVar[dict[str, tuple[Any, ...]]] = {**Ntk.grid, "alpha": (1e-10, 1e-9, 1e-8, 1e-7)}
+    name = "ntk-fisher"
+    grid: ClassVar[Grid] = Ntk.grid | {"alpha": (1e-10, 1e-9, 1e-8, 1e-7)}
 
     alpha: float = 1e-9
     tau: float = 1e-3
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, good, expected in (
-            ("alpha", 0 <= self.alpha < math.inf, "a number of at least 0"),
-            ("tau", 0 < self.tau < math.inf, "a number above 0"),
-        ):
-            if not good:
-                raise ConfigError(
-                    f"{name}={getattr(self, name)!r}", expected, "Correct the method's settings."
-                )
+        require(self, at_least={"alpha": 0}, above={"tau": 0})
 
-    def _scrub(self, model: nn.Module, split: Split) -> tuple[nn.Module, float]:
-        moved, gradients = super()._scrub(model, split)
-        likelihood = resolve_likelihood(self.likelihood)
+    def weights(
+        self, model: nn.Module, split: Split, likelihood: Likelihood
+    ) -> tuple[Params, float]:
+        weights, gradients = super().weights(model, split, likelihood)
+        moved = P.load(model, weights).eval()
         fisher = estimate_curvature(moved, split, likelihood, structure="diagonal", kind="exact")
-        start = P.detached(P.trainable(moved))
         generator = torch.Generator().manual_seed(self.seed)
-        noise = draw_noise(
-            fisher.damped(self.tau), start, math.sqrt(self.alpha), generator, exponent=0.5
-        )
+        scale = math.sqrt(self.alpha)
+        noise = draw_noise(fisher.damped(self.tau), weights, scale, generator, exponent=0.5)
         batch = next(split.batches(split.retain[:1])).on(moved)
         columns = likelihood.column_count(P.call(moved, {}, batch.args, batch.kwargs))
+        # the exact diagonal: one forward pass, and a backward pass for every column
         gradients += len(split.retain) * (1 + 2 * columns) / 3
-        return P.load(moved, P.add(start, noise)).eval(), gradients
+        return P.add(weights, noise), gradients
 
 
 def by_blocks(
@@ -212,6 +186,7 @@ def by_blocks(
     theta = _ridged(gram, (n_kept + n_gone) * weight_decay)
     cut = len(kept)
     rf, ff = theta[:cut, cut:], theta[cut:, cut:]
+    # Theta_rr^-1 of both right-hand sides at once; then c_f = M V, c_r = -Theta_rr^-1 Theta_rf M V
     solved = _solve(theta[:cut, :cut], torch.cat([rf, kept[:, None]], 1))
     across, fit = solved[:, :-1], solved[:, -1]
     c = _solve(ff - rf.T @ across, (gone - rf.T @ fit)[:, None])[:, 0]
@@ -226,8 +201,8 @@ def by_difference(
     cut = len(kept)
     retained = -_solve(_ridged(gram[:cut, :cut], n_kept * weight_decay), kept[:, None])[:, 0]
     fit = torch.cat([retained, torch.zeros_like(gone)])
-    every = torch.cat([kept, gone])[:, None]
-    return fit + _solve(_ridged(gram, (n_kept + n_gone) * weight_decay), every)[:, 0], fit
+    residuals = torch.cat([kept, gone])[:, None]
+    return fit + _solve(_ridged(gram, (n_kept + n_gone) * weight_decay), residuals)[:, 0], fit
 
 
 def stretch(step: Params, missing: Params) -> float:
@@ -253,12 +228,17 @@ def _coordinates(
     likelihood: Likelihood, outputs: Tensor, targets: Tensor, unit: float
 ) -> list[Tensor]:
     """One unit vector an output, zero where it is not scored."""
-    mask, found = likelihood.mask(outputs, targets), []
+    mask, columns = likelihood.mask(outputs, targets), []
     for k in range(outputs[0].numel()):
         column = torch.zeros_like(outputs)
         column.view(len(outputs), -1)[:, k] = unit
-        found.append(column if mask is None else column * mask)
-    return found
+        columns.append(column if mask is None else column * mask)
+    return columns
+
+
+def _unit(likelihood: Likelihood) -> float:
+    """1/sigma of a Gaussian, whose rows and residuals are in units of sigma."""
+    return 1 / likelihood.sigma if isinstance(likelihood, Gaussian) else 1.0
 
 
 def _ridged(gram: Tensor, ridge: float) -> Tensor:
@@ -285,11 +265,11 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
 
 def _same_shapes(initial: nn.Module, like: Params) -> Params:
     """The initial weights, where they are those of the same network."""
-    found = P.detached(P.trainable(initial))
-    if {name: p.shape for name, p in found.items()} != {name: p.shape for name, p in like.items()}:
+    weights = P.detached(P.trainable(initial))
+    if {n: p.shape for n, p in weights.items()} != {n: p.shape for n, p in like.items()}:
         raise ModelError(
             "an initial model with other parameters than the trained one",
             "the same names and shapes",
             "Pass its start.",
         )
-    return P.map_params(lambda p, x: x.to(p), like, found)
+    return P.map_params(lambda p, x: x.to(p), like, weights)

@@ -1,14 +1,16 @@
-"""What every unlearning method is to the rest of the package: one call, model and split in, another
-model out."""
+"""What a method is to the rest of the package: one call, model and split in, another model out."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import nn
 
 from fisher_forget.data.split import Split
+
+Grid = dict[str, tuple[Any, ...]]  # hyper-parameter -> values that a comparison may choose from
 
 
 @dataclass(frozen=True)
@@ -30,19 +32,17 @@ class Unlearned:
 @runtime_checkable
 class Unlearner(Protocol):
     """A method with its settings: a frozen dataclass whose fields are hyper-parameters, all with
-    the authors' defaults.
+    the authors' defaults. `base.Method` satisfies it, and has hooks for what is done before a
+    request.
 
     Attributes:
         name: Key in the registry, as people write it in tables.
-        grid: Hyper-parameter -> values that a comparison may choose from, on validation data alone.
+        grid: What a comparison may choose, on validation data alone.
         seed: Of everything random.
-
-    A method that returns another architecture than the given model's has a method `template(model)
-    -> nn.Module` as well, which returns such a module with any weights.
     """
 
     name: ClassVar[str]
-    grid: ClassVar[dict[str, tuple[Any, ...]]]
+    grid: ClassVar[Grid]
 
     @property
     def seed(self) -> int:
@@ -52,3 +52,9 @@ class Unlearner(Protocol):
     def unlearn(self, model: nn.Module, split: Split) -> Unlearned:
         """Forget `split.forget`; the given model is untouched."""
         ...
+
+
+def settings_of(method: Any) -> dict[str, Any]:
+    """Setting -> default of a method's class; none if it is no dataclass."""
+    fields = dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()
+    return {field.name: field.default for field in fields}

@@ -13,30 +13,26 @@ depends on the batch size.
 
 from __future__ import annotations
 
-import math
-import time
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fisher_forget import params as P
-from fisher_forget._util.checks import check_model
-from fisher_forget._util.random_state import preserved_rng
-from fisher_forget.baselines.protocol import Unlearned
-from fisher_forget.baselines.training_loop import shuffled
+from fisher_forget.baselines.base import DirectMethod
+from fisher_forget.baselines.protocol import Grid
+from fisher_forget.baselines.training_loop import require, shuffled
 from fisher_forget.curvature.estimate import estimate_curvature
 from fisher_forget.data.split import Indices, Split
-from fisher_forget.errors import ConfigError
-from fisher_forget.likelihood import Likelihood, resolve_likelihood
+from fisher_forget.likelihood import Likelihood
 from fisher_forget.params import Params
 from fisher_forget.unlearn.objective import Objective
 
 
 @dataclass(frozen=True)
-class Ssd:
+class Ssd(DirectMethod):
     """Selective Synaptic Dampening.
 
     Attributes:
@@ -45,78 +41,59 @@ class Ssd:
         importance: "sample" squares the gradient of every sample; "batch" that of every batch, as
             the public code does.
         batch_size: Of importance="batch".
-        likelihood: Name or instance.
-        seed: Of the batches of importance="batch".
 
     Raises:
         ConfigError: If a value is out of range.
     """
 
-    name: ClassVar[str] = "ssd"
-    grid: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "alpha": (2.0, 5.0, 10.0, 30.0, 100.0),
-        "lam": (0.1, 0.5, 1.0),
-    }
+    name = "ssd"
+    grid: ClassVar[Grid] = {"alpha": (2.0, 5.0, 10.0, 30.0, 100.0), "lam": (0.1, 0.5, 1.0)}
 
     alpha: float = 10.0
     lam: float = 1.0
     importance: Literal["sample", "batch"] = "sample"
     batch_size: int = 128
-    likelihood: Likelihood | str = "categorical"
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, good, expected in (
-            ("alpha", 0 <= self.alpha < math.inf, "a number of at least 0"),
-            ("lam", 0 <= self.lam < math.inf, "a number of at least 0"),
-            ("importance", self.importance in ("sample", "batch"), "'sample' or 'batch'"),
-            ("batch_size", self.batch_size >= 1, "a number of at least 1"),
-        ):
-            if not good:
-                raise ConfigError(
-                    f"{name}={getattr(self, name)!r}", expected, "Correct the method's settings."
-                )
+        importance = (self.importance in ("sample", "batch"), "'sample' or 'batch'")
+        least = {"alpha": 0, "lam": 0, "batch_size": 1}
+        require(self, at_least=least, importance=importance)
 
-    def unlearn(self, model: nn.Module, split: Split) -> Unlearned:
-        """Forget `split.forget`; the given model is untouched."""
-        begun = time.perf_counter()
-        check_model(model)
-        likelihood = resolve_likelihood(self.likelihood)
+    def weights(
+        self, model: nn.Module, split: Split, likelihood: Likelihood
+    ) -> tuple[Params, float]:
         measure = sample_importance if self.importance == "sample" else self._batch_importance
         start = P.detached(P.trainable(model))
-        with preserved_rng():
-            everyone = measure(model, split, likelihood, split.indices("all"))
-            forgotten = (
-                measure(model, split, likelihood, split.forget)
-                if len(split.forget)
-                else P.zeros_like(start)
-            )
-        final = P.map_params(self._dampened, start, everyone, forgotten)
-        passes = (len(split.retain) + 2 * len(split.forget)) / len(split.retain)
-        return Unlearned(P.load(model, final).eval(), time.perf_counter() - begun, passes)
+        everyone = measure(model, split, likelihood, split.indices("all"))
+        forgotten = P.zeros_like(start)
+        if len(split.forget):
+            forgotten = measure(model, split, likelihood, split.forget)
+        gradients = len(split.retain) + 2 * len(split.forget)
+        return P.map_params(self._dampened, start, everyone, forgotten), gradients
 
     def _dampened(self, w: Tensor, everyone: Tensor, forgotten: Tensor) -> Tensor:
+        # min(lambda I_D / I_f, 1): a weight never grows
         shrunk = w * (self.lam * everyone / forgotten).clamp(max=1)
         return torch.where(forgotten > self.alpha * everyone, shrunk, w)
 
     def _batch_importance(
-        self, model: nn.Module, split: Split, likelihood: Likelihood, chosen: Indices
+        self, model: nn.Module, split: Split, likelihood: Likelihood, samples: Indices
     ) -> Params:
         """Mean over random batches of the squared gradient of the batch's mean loss."""
         objective = Objective(model, likelihood)
         total, batches = P.zeros_like(objective.start), 0
-        for batch in shuffled(split, chosen, self.batch_size, np.random.default_rng(self.seed)):
+        for batch in shuffled(split, samples, self.batch_size, np.random.default_rng(self.seed)):
             gradient = objective.gradient([batch], objective.start).mean()
             total, batches = P.add(total, P.map_params(torch.square, gradient)), batches + 1
         return P.scale(total, 1 / batches)
 
 
 def sample_importance(
-    model: nn.Module, split: Split, likelihood: Likelihood, chosen: Indices
+    model: nn.Module, split: Split, likelihood: Likelihood, samples: Indices
 ) -> Params:
-    """Diagonal of the empirical Fisher: squared gradients of the chosen samples, summed, per scored
+    """Diagonal of the empirical Fisher: squared gradients of the samples, summed, per scored
     position."""
-    found = estimate_curvature(
-        model, split, likelihood, structure="diagonal", kind="empirical", part=chosen
+    fisher = estimate_curvature(
+        model, split, likelihood, structure="diagonal", kind="empirical", part=samples
     )
-    return found.diagonal()
+    return fisher.diagonal()

@@ -8,24 +8,22 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Real
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fisher_forget import params as P
 from fisher_forget._util.random_state import preserved_rng
 from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import ConfigError, NumericalError
-from fisher_forget.likelihood import Likelihood
 
 Loss = Callable[[nn.Module], Tensor]  # scalar to be minimised by one step
-Epoch = Callable[
-    [int, np.random.Generator], Iterable[Loss]
-]  # (epoch, generator) -> the losses of its steps
+# (number of the epoch, generator) -> the losses of its steps
+Epoch = Callable[[int, np.random.Generator], Iterable[Loss]]
 
 
 @dataclass(frozen=True)
@@ -38,8 +36,6 @@ class Descent:
         momentum: Of SGD.
         weight_decay: L2 coefficient in the gradient, for Adam too.
         optimizer: "sgd" or "adam".
-        clip: Largest gradient norm; `None` does not clip.
-        frozen_statistics: Leave BatchNorm and Dropout in eval mode.
         milestones: Epochs, counted from 0, from which on the learning rate is a tenth of what it
             was.
 
@@ -52,19 +48,16 @@ class Descent:
     momentum: float = 0.9
     weight_decay: float = 0.0
     optimizer: Literal["sgd", "adam"] = "sgd"
-    clip: float | None = None
-    frozen_statistics: bool = False
     milestones: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, good, expected in (
-            ("epochs", self.epochs >= 0, "a number of at least 0"),
-            ("lr", 0 < self.lr < math.inf, "a positive learning rate"),
-            ("momentum", 0 <= self.momentum < 1, "a value in [0, 1)"),
-            ("weight_decay", 0 <= self.weight_decay < math.inf, "a value of at least 0"),
-            ("optimizer", self.optimizer in ("sgd", "adam"), "'sgd' or 'adam'"),
-        ):
-            require(name, getattr(self, name), good, expected)
+        require(
+            self,
+            at_least={"epochs": 0, "weight_decay": 0},
+            above={"lr": 0},
+            momentum=(0 <= self.momentum < 1, "a value in [0, 1)"),
+            optimizer=(self.optimizer in ("sgd", "adam"), "'sgd' or 'adam'"),
+        )
 
 
 def descend(
@@ -88,20 +81,9 @@ def descend(
     Raises:
         NumericalError: If a loss or a weight leaves the finite numbers.
     """
-    twin = copy.deepcopy(model)
-    twin.train(not settings.frozen_statistics)
+    twin = copy.deepcopy(model).train()
     weights = P.trainable(twin)
-    values = list(weights.values())
-    decay = (
-        0.0 if mask is not None else settings.weight_decay
-    )  # the optimizer's own would move masked weights
-    optimizer: torch.optim.Optimizer
-    if settings.optimizer == "adam":
-        optimizer = torch.optim.Adam(values, lr=settings.lr, weight_decay=decay)
-    else:
-        optimizer = torch.optim.SGD(
-            values, settings.lr, momentum=settings.momentum, weight_decay=decay
-        )
+    optimizer = _optimizer(list(weights.values()), settings, masked=mask is not None)
     rng = np.random.default_rng(seed)
     with preserved_rng(), torch.enable_grad():
         torch.manual_seed(seed)
@@ -115,12 +97,7 @@ def descend(
                     raise _diverged(f"the loss {float(value.detach())} in epoch {number + 1}")
                 value.backward()
                 if mask is not None:
-                    for name, p in weights.items():
-                        if p.grad is not None:
-                            p.grad.add_(p.detach(), alpha=settings.weight_decay)
-                            p.grad.mul_(mask.get(name, torch.ones((), device=p.device)))
-                if settings.clip is not None:
-                    torch.nn.utils.clip_grad_norm_(values, settings.clip)
+                    _masked(weights, mask, settings.weight_decay)
                 optimizer.step()
     twin.zero_grad(set_to_none=True)
     if not P.finite(dict(twin.named_parameters())):
@@ -128,25 +105,35 @@ def descend(
     return twin.eval()
 
 
+def _optimizer(values: list[Tensor], settings: Descent, masked: bool) -> torch.optim.Optimizer:
+    # the optimizer's own weight decay would move masked weights
+    decay = 0.0 if masked else settings.weight_decay
+    if settings.optimizer == "adam":
+        return torch.optim.Adam(values, lr=settings.lr, weight_decay=decay)
+    return torch.optim.SGD(values, settings.lr, momentum=settings.momentum, weight_decay=decay)
+
+
+def _masked(weights: P.Params, mask: Mapping[str, Tensor], weight_decay: float) -> None:
+    """m (grad + wd w) in place of the gradients."""
+    for name, p in weights.items():
+        if p.grad is not None:
+            p.grad.add_(p.detach(), alpha=weight_decay)
+            p.grad.mul_(mask.get(name, torch.ones((), device=p.device)))
+
+
 def shuffled(
-    split: Split, chosen: Indices, batch_size: int, rng: np.random.Generator
+    split: Split, samples: Indices, batch_size: int, rng: np.random.Generator
 ) -> Iterator[Batch]:
-    """The chosen samples once, in random order, in batches whose sizes differ by one sample at
-    most."""
-    for _, batch in numbered(split, chosen, batch_size, rng):
+    """The samples once, in random order, in batches whose sizes differ by one sample at most."""
+    for _, batch in numbered(split, samples, batch_size, rng):
         yield batch
 
 
 def numbered(
-    split: Split, chosen: Indices, batch_size: int, rng: np.random.Generator
+    split: Split, samples: Indices, batch_size: int, rng: np.random.Generator
 ) -> Iterator[tuple[Indices, Batch]]:
-    """As `shuffled`, with the index of every sample of the batch.
-
-    Raises:
-        ConfigError: If the batch size is below 1.
-    """
-    require("batch_size", batch_size, batch_size >= 1, "a number of at least 1")
-    order = rng.permutation(chosen)
+    """As `shuffled`, with the index of every sample of the batch."""
+    order = rng.permutation(samples)
     for rows in np.array_split(order, max(1, -(-len(order) // batch_size))):
         if len(rows):
             for batch in replace(split, batch_size=len(rows)).batches(rows):
@@ -154,81 +141,52 @@ def numbered(
 
 
 def each(batches: Iterable[Batch], loss: Callable[[nn.Module, Batch], Tensor]) -> Iterator[Loss]:
-    """One step a batch: the loss of the model on it."""
+    """One step a batch: the loss of the model on it, where the model is."""
     for batch in batches:
-        yield partial(_swapped, loss, batch)
+        yield partial(_on_device, loss, batch)
 
 
-def _swapped(loss: Callable[[nn.Module, Batch], Tensor], batch: Batch, model: nn.Module) -> Tensor:
-    return loss(model, batch)
-
-
-def mean_loss(model: nn.Module, likelihood: Likelihood, batch: Batch) -> Tensor:
-    """Mean loss per scored position, nats, with its graph."""
-    return mean_of(likelihood, *checked(model, likelihood, batch))
-
-
-def mean_of(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean loss per scored position of outputs [B, ...], nats."""
-    return likelihood.losses(outputs, targets).sum() / likelihood.counts(targets).sum().clamp(min=1)
-
-
-def checked(model: nn.Module, likelihood: Likelihood, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Outputs [B, ...] with their graph, and targets that fit them, both where the model is.
-
-    BatchNorm cannot normalise a sample by itself: for a batch of one, it uses its running
-    statistics.
-    """
-    batch = batch.on(model)
-    norms = (
-        [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
-        if len(batch) == 1
-        else []
-    )
-    for norm in norms:
-        norm.eval()
-    outputs = P.call(model, {}, batch.args, batch.kwargs)
-    for norm in norms:
-        norm.train()
-    likelihood.check(outputs.detach(), batch.targets)
-    return outputs, batch.targets
-
-
-def outputs_of(model: nn.Module, batch: Batch) -> Tensor:
-    """Outputs [B, ...] with their graph."""
-    batch = batch.on(model)
-    return P.call(model, {}, batch.args, batch.kwargs)
-
-
-def distillation(
-    likelihood: Likelihood,
-    teacher: Tensor,
-    student: Tensor,
-    targets: Tensor,
-    temperature: float = 1.0,
+def _on_device(
+    loss: Callable[[nn.Module, Batch], Tensor], batch: Batch, model: nn.Module
 ) -> Tensor:
-    """T^2 KL(teacher / T || student / T), mean over samples of nats per scored position.
+    return loss(model, batch.on(model))
+
+
+def require(
+    settings: object,
+    *,
+    at_least: Mapping[str, float] | None = None,
+    above: Mapping[str, float] | None = None,
+    **others: tuple[bool, str],
+) -> None:
+    """Refuse settings that are out of range.
 
     Args:
-        likelihood: Gives the KL.
-        teacher: Outputs [B, ...].
-        student: Outputs [B, ...].
-        targets: Say which positions are scored.
-        temperature: T divides the outputs; T^2 keeps the size of the gradient (Hinton et al. 2015,
-            arXiv:1503.02531).
-    """
-    kl = likelihood.kl(teacher / temperature, student / temperature, targets)
-    return temperature * temperature * kl.mean()
-
-
-def require(name: str, value: object, good: bool, expected: str) -> None:
-    """Refuse a setting.
+        settings: What has them as attributes.
+        at_least: Setting -> smallest value; it must be finite.
+        above: Setting -> value that it must exceed; it must be finite.
+        **others: Setting -> (whether it is good, what was expected).
 
     Raises:
-        ConfigError: If it is not good.
+        ConfigError: For the first that is not good.
     """
-    if not good:
-        raise ConfigError(f"{name}={value!r}", expected, "Correct the method's settings.")
+    checks = [(name, *check) for name, check in others.items()]
+    for name, least in (at_least or {}).items():
+        good = least <= _number(getattr(settings, name)) < math.inf
+        checks.append((name, good, f"a number of at least {least}"))
+    for name, bound in (above or {}).items():
+        good = bound < _number(getattr(settings, name)) < math.inf
+        checks.append((name, good, f"a number above {bound}"))
+    for name, good, expected in checks:
+        if not good:
+            owner = getattr(settings, "name", type(settings).__name__)
+            got = f"{name}={getattr(settings, name)!r}"
+            raise ConfigError(got, expected, f"Correct the settings of {owner!r}.")
+
+
+def _number(value: object) -> float:
+    """NaN for what is no number."""
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
 
 
 def _diverged(got: str) -> NumericalError:

@@ -1,9 +1,11 @@
 r"""UNSIR: impair with noise that the model gets most wrong for what is forgotten, then repair on
 retained samples.
 
-    noise:   x <- Adam step down  -loss(f_w(x), y) + penalty |x|^2,   x from N(0, I), y the target of a sample of D_f
-    impair:  w <- Adam step down  the mean loss of (x, y), shown `copies` times each, mixed with part of D_r
+    noise:   x <- Adam step down  -loss(f_w(x), y) + penalty |x|^2,   x from N(0, I)
+    impair:  w <- Adam step down  the mean loss of (x, y), `copies` times each, and of part of D_r
     repair:  w <- Adam step down  the mean loss of the same part of D_r
+
+with y the target of a sample of D_f.
 
 Tarun et al. 2023 (arXiv:2111.08947) forget whole classes, with 256 noise inputs for each. Here the
 noise inputs share the targets of samples drawn from D_f: the same where D_f is one class, and in
@@ -14,7 +16,6 @@ optimises it in training mode; here it keeps its target, and the model is in eva
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,25 +26,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fisher_forget._util.random_state import preserved_rng
-from fisher_forget.baselines.protocol import Unlearned
-from fisher_forget.baselines.training_loop import (
-    Descent,
-    Loss,
-    descend,
-    each,
-    mean_loss,
-    require,
-    shuffled,
-)
+from fisher_forget.baselines.base import Method, Training
+from fisher_forget.baselines.protocol import Grid
+from fisher_forget.baselines.training_loop import Descent, Loss, descend, require
 from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Indices, Split, some
 from fisher_forget.errors import ConfigError
 from fisher_forget.likelihood import Likelihood, resolve_likelihood
 
 
-@dataclass(frozen=True)
-class Unsir:
+@dataclass(frozen=True, kw_only=True)
+class Unsir(Method):
     """Error-maximising noise, impair, repair.
 
     Attributes:
@@ -59,14 +52,14 @@ class Unsir:
         repair_lr: Learning rate of Adam.
         batch_size: Samples per step.
         likelihood: Name or instance.
-        seed: Of everything random.
 
     Raises:
-        ConfigError: If a value is out of range.
+        ConfigError: If a value is out of range; in `unlearn`, if the inputs hold no floating-point
+            tensor that could be noise, or the shapes of the samples differ.
     """
 
-    name: ClassVar[str] = "unsir"
-    grid: ClassVar[dict[str, tuple[Any, ...]]] = {
+    name = "unsir"
+    grid: ClassVar[Grid] = {
         "impair_lr": (0.0005, 0.002, 0.02),
         "repair_lr": (0.0005, 0.002, 0.01),
         "copies": (1, 20),
@@ -84,87 +77,77 @@ class Unsir:
     repair_lr: float = 0.01
     batch_size: int = 256
     likelihood: Likelihood | str = "categorical"
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("noises", "copies", "batch_size"):
-            require(name, getattr(self, name), getattr(self, name) >= 1, "a number of at least 1")
-        require("steps", self.steps, self.steps >= 0, "a number of at least 0")
-        require("noise_lr", self.noise_lr, self.noise_lr > 0, "a positive learning rate")
-        require("penalty", self.penalty, self.penalty >= 0, "a penalty of at least 0")
-        require("share", self.share, 0 < self.share <= 1, "a share above 0, at most 1")
+        counts = {"noises": 1, "copies": 1, "batch_size": 1}
+        epochs = {"steps": 0, "impair_epochs": 0, "repair_epochs": 0}
+        require(
+            self,
+            at_least=counts | epochs | {"penalty": 0},
+            above={"noise_lr": 0, "impair_lr": 0, "repair_lr": 0},
+            share=(0 < self.share <= 1, "a share above 0, at most 1"),
+        )
 
-    def unlearn(self, model: nn.Module, split: Split) -> Unlearned:
-        """Forget `split.forget`; the given model is untouched.
-
-        Raises:
-            ConfigError: If the inputs hold no floating-point tensor that could be noise, or the
-                shapes of the samples differ.
-        """
-        begun = time.perf_counter()
-        likelihood = resolve_likelihood(self.likelihood)
+    def scrub(self, model: nn.Module, split: Split) -> tuple[nn.Module, float]:
+        training = Training(model, split, resolve_likelihood(self.likelihood), self.batch_size)
         kept = some(split.retain, max(1, round(self.share * len(split.retain))), self.seed)
-        noises = self.noises if len(split.forget) else 0
-        noise = self.noise(model, split, likelihood) if noises else None
+        noise = self.noise(training) if len(split.forget) else None
+        shown = (
+            np.repeat(-1 - np.arange(self.noises), self.copies) if noise is not None else kept[:0]
+        )
 
         def impair(_: int, rng: np.random.Generator) -> Iterator[Loss]:
-            order = rng.permutation(
-                np.concatenate([np.repeat(-1 - np.arange(noises), self.copies), kept])
-            )
+            order = rng.permutation(np.concatenate([shown, kept]))
             for rows in np.array_split(order, -(-len(order) // self.batch_size)):
-                yield partial(_mixed_loss, likelihood, split, noise, rows)
+                yield partial(_mixed_loss, training, noise, rows)
 
-        def repair(_: int, rng: np.random.Generator) -> Iterator[Loss]:
-            retained = shuffled(split, kept, self.batch_size, rng)
-            yield from each(retained, lambda m, b: mean_loss(m, likelihood, b))
-
+        repair = training.over(kept, training.mean_loss)
         settings = Descent(self.impair_epochs, self.impair_lr, optimizer="adam")
         impaired = descend(model, settings, impair, seed=self.seed)
         settings = Descent(self.repair_epochs, self.repair_lr, optimizer="adam")
-        found = descend(impaired, settings, repair, seed=self.seed + 1)
-        shown = self.impair_epochs * (noises * self.copies + len(kept)) + self.repair_epochs * len(
-            kept
-        )
-        passes = (self.steps * noises + shown) / len(split.retain)
-        return Unlearned(found, time.perf_counter() - begun, passes)
+        return descend(impaired, settings, repair, seed=self.seed + 1), training.gradients
 
-    def noise(self, model: nn.Module, split: Split, likelihood: Likelihood) -> Batch:
+    def noise(self, training: Training) -> Batch:
         """Noise inputs [noises, ...] and the targets they are to be as wrong for as they can.
 
         Floating-point inputs are noise; others (masks, say) are those of the samples of D_f.
         """
-        rows = np.random.default_rng(self.seed).choice(split.forget, self.noises)
-        twin = copy.deepcopy(model).eval().requires_grad_(False)
-        with preserved_rng():
-            batch = next(replace(split, batch_size=len(rows)).batches(rows)).on(twin)
-        generator = torch.Generator().manual_seed(self.seed)
-        inputs, structure = pytree.tree_flatten((batch.args, batch.kwargs))
-        noisy = [i for i, x in enumerate(inputs) if _leads(x, len(batch)) and x.is_floating_point()]
-        if not noisy:
+        rows = np.random.default_rng(self.seed).choice(training.split.forget, self.noises)
+        twin = copy.deepcopy(training.model).eval().requires_grad_(False)
+        batch = next(replace(training.split, batch_size=len(rows)).batches(rows)).on(twin)
+        batch, leaves = _drawn(batch, torch.Generator().manual_seed(self.seed))
+        if not leaves:
             raise ConfigError(
                 f"{self.name} for inputs without a floating-point tensor",
                 "inputs that can be optimised by their gradient",
                 "Choose another method: token ids cannot be moved a little.",
             )
-        for i in noisy:
-            drawn = torch.randn(inputs[i].shape, generator=generator, dtype=inputs[i].dtype)
-            inputs[i] = drawn.to(inputs[i].device).requires_grad_()
-        args, kwargs = pytree.tree_unflatten(inputs, structure)
-        batch = replace(batch, args=args, kwargs=kwargs)
-        leaves = [inputs[i] for i in noisy]
         optimizer = torch.optim.Adam(leaves, lr=self.noise_lr)
         with torch.enable_grad():
             for _ in range(self.steps):
+                # ascent on the loss: -loss(f_w(x), y) + penalty |x|^2, mean over the noise inputs
                 size = torch.stack([x.square().sum() for x in leaves]).sum() / len(batch)
                 optimizer.zero_grad()
-                (self.penalty * size - mean_loss(twin, likelihood, batch)).backward()
+                (self.penalty * size - training.mean_loss(twin, batch)).backward()
                 optimizer.step()
         return batch.map(Tensor.detach)
 
 
-def _mixed_loss(
-    likelihood: Likelihood, split: Split, noise: Batch | None, rows: Indices, model: nn.Module
-) -> Tensor:
+def _drawn(batch: Batch, generator: torch.Generator) -> tuple[Batch, list[Tensor]]:
+    """The batch with N(0, I) in place of its floating-point inputs, and these, which need
+    gradients."""
+    inputs, structure = pytree.tree_flatten((batch.args, batch.kwargs))
+    leaves = []
+    for i, x in enumerate(inputs):
+        if _leads(x, len(batch)) and x.is_floating_point():
+            noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+            inputs[i] = noise.to(x.device).requires_grad_()
+            leaves.append(inputs[i])
+    args, kwargs = pytree.tree_unflatten(inputs, structure)
+    return replace(batch, args=args, kwargs=kwargs), leaves
+
+
+def _mixed_loss(training: Training, noise: Batch | None, rows: Indices, model: nn.Module) -> Tensor:
     """Mean loss of one batch of retained samples (rows from 0) and noise inputs (rows below 0: -1
     is the first)."""
     parts = []
@@ -172,8 +155,9 @@ def _mixed_loss(
         parts.append(_rows(noise, -1 - rows[rows < 0]))
     if (rows >= 0).any():
         retained = rows[rows >= 0]
-        parts.append(next(replace(split, batch_size=len(retained)).batches(retained)).on(model))
-    return mean_loss(model, likelihood, parts[0] if len(parts) == 1 else _joined(*parts))
+        batches = replace(training.split, batch_size=len(retained)).batches(retained)
+        parts.append(next(batches).on(model))
+    return training.mean_loss(model, parts[0] if len(parts) == 1 else _joined(*parts))
 
 
 def _rows(batch: Batch, rows: Indices) -> Batch:

@@ -18,22 +18,21 @@ limit e^-3 does that.
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fisher_forget import params as P
-from fisher_forget._util.checks import check_model
-from fisher_forget._util.random_state import preserved_rng
-from fisher_forget.baselines.protocol import Unlearned
-from fisher_forget.baselines.training_loop import shuffled
+from fisher_forget.baselines.base import DirectMethod
+from fisher_forget.baselines.protocol import Grid
+from fisher_forget.baselines.training_loop import require, shuffled
+from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Split
-from fisher_forget.errors import ConfigError, ModelError, NumericalError
-from fisher_forget.likelihood import Likelihood, resolve_likelihood
+from fisher_forget.errors import ModelError, NumericalError
+from fisher_forget.likelihood import Likelihood
 from fisher_forget.params import Params
 from fisher_forget.unlearn.objective import Objective
 
@@ -42,7 +41,7 @@ SMALLEST = 1e-8  # added to a filter's variance, which may be 0
 
 
 @dataclass(frozen=True)
-class Variational:
+class Variational(DirectMethod):
     """Variational forgetting.
 
     Attributes:
@@ -50,52 +49,31 @@ class Variational:
         epochs: Passes over D_r.
         lr: Adam's, of the log-variances.
         batch_size: Samples per step.
-        likelihood: Name or instance.
-        seed: Of the order of the samples and of the noise.
 
     Raises:
         ConfigError: If a value is out of range.
     """
 
-    name: ClassVar[str] = "variational"
-    grid: ClassVar[dict[str, tuple[Any, ...]]] = {"trade_off": (1e-8, 1e-7, 1e-6, 1e-5, 1e-4)}
+    name = "variational"
+    grid: ClassVar[Grid] = {"trade_off": (1e-8, 1e-7, 1e-6, 1e-5, 1e-4)}
 
     trade_off: float = 1e-6
     epochs: int = 10
     lr: float = 0.1
     batch_size: int = 128
-    likelihood: Likelihood | str = "categorical"
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, good, expected in (
-            ("trade_off", 0 < self.trade_off < math.inf, "a number above 0"),
-            ("epochs", self.epochs >= 0, "a number of at least 0"),
-            ("lr", 0 < self.lr < math.inf, "a number above 0"),
-            ("batch_size", self.batch_size >= 1, "a number of at least 1"),
-        ):
-            if not good:
-                raise ConfigError(
-                    f"{name}={getattr(self, name)!r}", expected, "Correct the method's settings."
-                )
+        require(self, at_least={"epochs": 0, "batch_size": 1}, above={"trade_off": 0, "lr": 0})
 
-    def unlearn(self, model: nn.Module, split: Split) -> Unlearned:
-        """Forget `split.forget`; the given model is untouched.
-
-        Raises:
-            ModelError: If no parameter has filters.
-            NumericalError: If a loss is not finite.
-        """
-        begun = time.perf_counter()
-        check_model(model)
-        with preserved_rng():
-            objective = Objective(model, resolve_likelihood(self.likelihood))
-            generator = torch.Generator().manual_seed(self.seed)
-            found = self.log_variances(objective, split, generator)
-            final = objective.start | _noisy(objective.start, found, generator)[0]
-        return Unlearned(
-            P.load(model, final).eval(), time.perf_counter() - begun, 2.0 * self.epochs
-        )
+    def weights(
+        self, model: nn.Module, split: Split, likelihood: Likelihood
+    ) -> tuple[Params, float]:
+        objective = Objective(model, likelihood)
+        generator = torch.Generator().manual_seed(self.seed)
+        logs = self.log_variances(objective, split, generator)
+        noisy = _noisy(objective.start, logs, generator)[0]
+        # a step computes the gradients at w + n and at w - n
+        return objective.start | noisy, 2 * self.epochs * len(split.retain)
 
     def log_variances(
         self, objective: Objective, split: Split, generator: torch.Generator
@@ -106,6 +84,10 @@ class Variational:
             objective: Losses.
             split: Its retained samples count.
             generator: Of the noise.
+
+        Raises:
+            ModelError: If no parameter has filters.
+            NumericalError: If a loss is not finite.
         """
         logs = {
             name: _start(w).requires_grad_() for name, w in objective.start.items() if w.dim() > 1
@@ -119,19 +101,8 @@ class Variational:
         optimizer, rng = torch.optim.Adam(logs.values(), self.lr), np.random.default_rng(self.seed)
         for _ in range(self.epochs):
             for batch in shuffled(split, split.retain, self.batch_size, rng):
-                batch = batch.on(objective.model)
-                count = objective.likelihood.counts(batch.targets).sum().clamp(min=1)
                 with torch.enable_grad():
-                    pair = _noisy(objective.start, logs, generator)
-                    outputs = [objective.outputs(batch, objective.start | noisy) for noisy in pair]
-                    losses = [
-                        objective.likelihood.losses(f, batch.targets).sum() / count for f in outputs
-                    ]
-                    spread = [
-                        x.sum() * (objective.start[name].numel() / x.numel())
-                        for name, x in logs.items()
-                    ]
-                    value = (losses[0] + losses[1]) / 2 - self.trade_off * torch.stack(spread).sum()
+                    value = self._value(objective, batch.on(objective.model), logs, generator)
                     grads = torch.autograd.grad(value, list(logs.values()))
                 if not math.isfinite(float(value.detach())):
                     raise NumericalError(
@@ -144,8 +115,24 @@ class Variational:
                 optimizer.step()
                 with torch.no_grad():
                     for x in logs.values():
-                        x.clamp_(max=LIMIT)
+                        x.clamp_(max=LIMIT)  # keeps flat directions finite
         return P.detached(logs)
+
+    def _value(
+        self, objective: Objective, batch: Batch, logs: Params, generator: torch.Generator
+    ) -> Tensor:
+        """[L(w + n) + L(w - n)] / 2 - lambda ln|Sigma|, with its graph."""
+        count = objective.likelihood.counts(batch.targets).sum().clamp(min=1)
+        above, below = (
+            objective.likelihood.losses(
+                objective.outputs(batch, objective.start | noisy), batch.targets
+            ).sum()
+            / count
+            for noisy in _noisy(objective.start, logs, generator)
+        )
+        # ln|Sigma| counts a filter's log-variance once for each of its weights
+        spread = [x.sum() * (objective.start[name].numel() / x.numel()) for name, x in logs.items()]
+        return (above + below) / 2 - self.trade_off * torch.stack(spread).sum()
 
 
 def _start(w: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ budget, in one table."""
 from __future__ import annotations
 
 import copy
-import dataclasses
 import difflib
 import math
 import warnings
@@ -12,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import joblib
 import numpy as np
@@ -24,7 +23,8 @@ from torch.utils.data import Dataset, TensorDataset
 from fisher_forget._util import files
 from fisher_forget._util.progress import bar
 from fisher_forget.baselines import METHODS
-from fisher_forget.baselines.protocol import Unlearned, Unlearner
+from fisher_forget.baselines.base import Method
+from fisher_forget.baselines.protocol import Unlearned, Unlearner, settings_of
 from fisher_forget.data.samples import take
 from fisher_forget.data.split import Indices, Split, resolve_split
 from fisher_forget.errors import ConfigError, FisherForgetError, FisherForgetWarning, StorageError
@@ -38,9 +38,6 @@ from fisher_forget.experiments.run import Case
 from fisher_forget.experiments.training import train
 from fisher_forget.report.pages import comparison
 from fisher_forget.unlearn.result import versions
-
-if TYPE_CHECKING:
-    from fisher_forget.baselines.delta_grad import Trajectory
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -149,7 +146,7 @@ def _check_options(
             raise ConfigError(
                 f"options of {name!r}", f"one of {sorted(methods)}", "Correct the name."
             )
-        known = [f.name for f in _fields(methods[name])]
+        known = list(settings_of(methods[name]))
         if unknown := sorted(values.keys() - set(known)):
             raise ConfigError(
                 f"the options {unknown} of {name!r}", f"some of {known}", "Correct `options`."
@@ -203,14 +200,14 @@ def _unit(
         case.originals.models[0], case.data, case.forget, case.settings, validation
     )
     trials: list[Trial] = []
-    trajectories: dict[int, Trajectory] = {}
+    prepared: dict[int, tuple[Method, nn.Module]] = {}
     best: tuple[float, dict[str, Any], Unlearned] | None = None
     spent = 0.0
     for settings in tuning.settings(method, config.trials, config.options.get(method.name, {})):
         if spent > config.tuning * config.training.epochs:
             break
         try:
-            made = _made(config, case, method, settings, 0, split, trajectories)
+            made = _made(config, case, method, settings, 0, split, prepared)
             judged = judge(made.model)
         except FisherForgetError as error:
             trials.append(Trial(settings, error=str(error)))
@@ -224,7 +221,7 @@ def _unit(
     _, settings, first = best
     try:
         others = [
-            _made(config, case, method, settings, i, split, trajectories)
+            _made(config, case, method, settings, i, split, prepared)
             for i in range(1, len(config.seeds))
         ]
     except FisherForgetError as error:
@@ -245,12 +242,18 @@ def _made(
     settings: Mapping[str, Any],
     index: int,
     split: Split,
-    trajectories: dict[int, Trajectory],
+    prepared: dict[int, tuple[Method, nn.Module]],
 ) -> Unlearned:
+    """What a method makes of one original; `prepared` keeps what it does once for all settings."""
     original = copy.deepcopy(case.originals.models[index])  # a method of the user's may forget to
-    chosen = configured(config, case, method, settings, config.seeds[index], trajectories)
-    replayed = getattr(chosen, "trajectory", None)
-    return chosen.unlearn(getattr(replayed, "model", original), split)
+    chosen = configured(config, case, method, settings, config.seeds[index])
+    if isinstance(chosen, Method):
+        if index not in prepared:
+            prepared[index] = chosen.prepare(original, split)
+        ready, start = prepared[index]
+        tried = {name: getattr(chosen, name) for name in chosen.grid}
+        chosen, original = replace(ready, **tried), copy.deepcopy(start)
+    return chosen.unlearn(original, split)
 
 
 def configured(
@@ -259,14 +262,12 @@ def configured(
     method: type[Unlearner],
     settings: Mapping[str, Any],
     seed: int,
-    trajectories: dict[int, Trajectory],
 ) -> Unlearner:
     """A method as the recipe would set it up.
 
     A field of one of these names gets what the recipe knows, unless it is in the method's grid:
     `likelihood`, `weight_decay` and `seed`; `train` and `init`, which train and build as the recipe
-    does; `initial`, the original before its training; `trajectory`, a training of its own that
-    DeltaGrad can replay, from `trajectories` where the seed's is there already.
+    does; `initial`, the original before its training; `training`, how it is trained.
     """
     data, training = case.data, config.training
 
@@ -284,24 +285,6 @@ def configured(
             progress=False,
         )
 
-    def trajectory() -> Trajectory:
-        from fisher_forget.baselines.delta_grad import (
-            Plan,
-            record,
-        )  # comparing goes on without that file
-
-        plan = Plan(
-            training.epochs,
-            training.lr,
-            batch_size=training.batch_size,
-            weight_decay=training.weight_decay,
-            seed=seed,
-        )
-        if seed not in trajectories:
-            untouched = recipe.untrained(config, data, seed)
-            trajectories[seed] = record(untouched, resolve_split(data.train, case.forget), plan)
-        return trajectories[seed]
-
     known: dict[str, Callable[[], Any]] = {
         "likelihood": lambda: config.likelihood,
         "weight_decay": lambda: training.weight_decay,
@@ -309,18 +292,14 @@ def configured(
         "train": lambda: fitted,
         "init": lambda: untrained,
         "initial": lambda: recipe.untrained(config, data, seed),
-        "trajectory": trajectory,
+        "training": lambda: training,
     }
     given = {
-        f.name: known[f.name]()
-        for f in _fields(method)
-        if f.name in known and f.name not in method.grid
+        name: known[name]()
+        for name in settings_of(method)
+        if name in known and name not in method.grid
     }
     return method(**given | config.options.get(method.name, {}) | dict(settings))
-
-
-def _fields(method: Any) -> tuple[dataclasses.Field[Any], ...]:
-    return dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()
 
 
 def _evaluated(
@@ -335,12 +314,9 @@ def _evaluated(
             continue
         paths = [_place(case, method) / f"seed-{seed}.safetensors" for seed in config.seeds]
         shapes = case.originals.models[0]
-        if (
-            other := getattr(method, "template", None)
-        ) is not None:  # it returns another architecture
-            shapes = other(
-                configured(config, case, method, outcome.settings, config.seeds[0], {}), shapes
-            )
+        chosen = configured(config, case, method, outcome.settings, config.seeds[0])
+        if isinstance(chosen, Method):  # it may return another architecture
+            shapes = chosen.template(shapes)
         made[name] = [files.load_model(path, shapes) for path in paths]
     return recipe.evaluate_case(config, case, made)
 
@@ -374,7 +350,7 @@ def _fingerprint(
     config: CompareConfig, case: Case, method: type[Unlearner], validation: TensorDataset
 ) -> str:
     where = f"{method.__module__}.{method.__qualname__}"
-    defaults = {f.name: repr(f.default) for f in _fields(method)}
+    defaults = {name: repr(default) for name, default in settings_of(method).items()}
     return files.fingerprint(
         versions(),
         *recipe.basis(config, case.data),

@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from fisher_forget._util import files
-from fisher_forget.baselines.golatkar import reference_code_forget
+from fisher_forget.baselines.golatkar import GolatkarCode
 from fisher_forget.data.samples import take
 from fisher_forget.data.split import Indices, resolve_split
 from fisher_forget.errors import NumericalError
@@ -317,25 +317,18 @@ def _forget(config: RunConfig, case: Case, index: int) -> tuple[ForgetResult, Cl
 def _reference_code(config: RunConfig, case: Case, index: int) -> tuple[float, Closeness]:
     """The public code of Golatkar et al. 2020 on one original model: (alpha, scores) at its
     `best_scale` of twelve."""
-    variant = reference_code_forget(
-        case.originals.models[index],
-        case.data.train,
-        case.forget,
-        likelihood=config.likelihood,
-        seed=config.seeds[index],
-        progress=config.progress,
-    )
+    method = GolatkarCode(likelihood=config.likelihood, seed=config.seeds[index])
+    split = resolve_split(case.data.train, case.forget)
+    draws = method.draws(case.originals.models[index], split)
     scored = []
     for alpha in ALPHAS:
         try:
-            scored.append((alpha, case.references[index].closeness(variant.model(alpha))))
+            scored.append((alpha, case.references[index].closeness(draws.model(alpha))))
         except NumericalError:  # so destroyed that its outputs overflow
             continue
     alpha, found = best_scale(scored)
     place = files.ensure_folder(case.folder / f"seed-{config.seeds[index]}")
-    files.save_model(
-        place / f"{REFERENCE}.safetensors", variant.model(alpha), {"alpha": repr(alpha)}
-    )
+    files.save_model(place / f"{REFERENCE}.safetensors", draws.model(alpha), {"alpha": repr(alpha)})
     return alpha, found
 
 

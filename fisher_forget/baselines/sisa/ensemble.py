@@ -2,26 +2,25 @@
 sliced, aggregated).
 
 S models never see each other's shard. Each is trained slice by slice: w_d = train(w_{d-1}, slices 1
-... d), with a checkpoint after every slice. To forget, the shards hit go back to the checkpoint before the first slice hit and are
-trained on without the sample. Every seed depends on shard and slice alone, so that the result is
-bit for bit what training on the retained samples would have given with the same cut: the order of
-requests does not matter, and neither does whether they come one by one or together.
+... d), with a checkpoint after every slice. To forget, the shards hit go back to the checkpoint
+before the first slice hit and are trained on without the sample. Every seed depends on shard and
+slice alone, so that the result is bit for bit what training on the retained samples would have
+given with the same cut: the order of requests does not matter, and neither does whether they come
+one by one or together.
 
 Source: Bourtoule et al. 2021 (arXiv:1912.03817).
 """
 
 from __future__ import annotations
 
-import random
+import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import joblib
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
@@ -30,18 +29,14 @@ from torch.utils.data import Dataset
 
 from fisher_forget._util import files
 from fisher_forget._util.progress import bar
-from fisher_forget._util.random_state import preserved_rng
+from fisher_forget.baselines.retrain import Init, Train
 from fisher_forget.baselines.sisa import partition
 from fisher_forget.baselines.sisa.aggregate import Aggregate, Aggregation
-from fisher_forget.baselines.sisa.partition import Cut, Shard
+from fisher_forget.baselines.sisa.partition import Cut
+from fisher_forget.baselines.sisa.shards import ShardTask, ShardTrainer, initial_model
 from fisher_forget.baselines.sisa.store import Store
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import ConfigError, ModelError, SplitError
-
-Build = Callable[[], nn.Module]
-TrainFn = Callable[
-    [nn.Module, Dataset[Any], Indices, int], nn.Module
-]  # (model, data set, indices, seed) -> trained
 
 
 @dataclass(frozen=True)
@@ -64,6 +59,7 @@ class Work:
     seconds: float
 
 
+@dataclass(eq=False, repr=False)
 class SISA:
     """An ensemble that forgets exactly; see the module.
 
@@ -72,7 +68,7 @@ class SISA:
     call `fit`: requests are recorded before they are served, so it goes on where it was, a request
     included. One process at a time may use a folder.
 
-    Args:
+    Attributes:
         build: Returns a new model; called with the global generators seeded shard by shard.
         train: `train(model, dataset, indices, seed)` trains on these samples, sorted, and returns
             the model. It gets a model of its own, in eval mode, and must depend on nothing else: an
@@ -95,6 +91,7 @@ class SISA:
         seed: Of the cut, the initial weights and the training.
         fingerprint: Names data and training function; a folder made under another name is refused.
         progress: Show a bar over the shards in training.
+        requests: Those so far, each the samples that it named first.
 
     Raises:
         ConfigError: If a number is below 1 (seed: below 0), or labels and probabilities are both
@@ -103,7 +100,8 @@ class SISA:
     Example:
         >>> from fisher_forget.experiments.training import TrainSettings, train
         >>> def fit(model, dataset, indices, seed):
-        ...     return train(model, dataset, TrainSettings(epochs=2), seed=seed, indices=indices, progress=False)
+        ...     settings = TrainSettings(epochs=2)
+        ...     return train(model, dataset, settings, seed=seed, indices=indices, progress=False)
         >>> x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
         >>> data = torch.utils.data.TensorDataset(x, (x[:, 0] > 0).long())
         >>> sisa = SISA(lambda: nn.Linear(3, 2), fit, shards=4, slices=2)
@@ -115,38 +113,34 @@ class SISA:
         torch.Size([40, 2])
     """
 
-    def __init__(
-        self,
-        build: Build,
-        train: TrainFn,
-        *,
-        shards: int,
-        slices: int = 1,
-        labels: ArrayLike | None = None,
-        probabilities: ArrayLike | None = None,
-        folder: str | Path | None = None,
-        budget: int | None = None,
-        jobs: int = 1,
-        seed: int = 0,
-        fingerprint: str = "",
-        progress: bool = False,
-    ) -> None:
-        partition.check_at_least(1, shards=shards, slices=slices, jobs=jobs)
-        partition.check_at_least(0, seed=seed)
-        if labels is not None and probabilities is not None:
+    build: Init
+    train: Train
+    _: KW_ONLY
+    shards: int
+    slices: int = 1
+    labels: ArrayLike | None = None
+    probabilities: ArrayLike | None = None
+    folder: str | Path | None = None
+    budget: int | None = None
+    jobs: int = 1
+    seed: int = 0
+    fingerprint: str = ""
+    progress: bool = False
+    requests: list[list[int]] = field(default_factory=list, init=False)
+    _temporary: tempfile.TemporaryDirectory[str] | None = field(default=None, init=False)
+    _state: _State | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        partition.check_at_least(1, shards=self.shards, slices=self.slices, jobs=self.jobs)
+        partition.check_at_least(0, seed=self.seed)
+        if self.labels is not None and self.probabilities is not None:
             raise ConfigError(
                 "both labels and probabilities",
                 "one of them, or neither",
                 "Choose what to shard by.",
             )
-        self.build, self.train = build, train
-        self.shards, self.slices = int(shards), int(slices)
-        self.labels, self.probabilities = labels, probabilities
-        self.folder, self.budget, self.jobs = folder, budget, int(jobs)
-        self.seed, self.fingerprint, self.progress = int(seed), fingerprint, progress
-        self.requests: list[list[int]] = []
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
-        self._state: _State | None = None
+        self.shards, self.slices = int(self.shards), int(self.slices)
+        self.jobs, self.seed = int(self.jobs), int(self.seed)
 
     @property
     def cut(self) -> Cut:
@@ -158,6 +152,16 @@ class SISA:
     def forgotten(self) -> Indices:
         """Sorted indices of all samples forgotten so far."""
         return self._fitted().split.forget
+
+    @property
+    def kept(self) -> tuple[frozenset[int], ...]:
+        """After how many slices each shard keeps a checkpoint."""
+        return self._fitted().kept
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self._fitted().store.folder
 
     def fit(self, dataset: Dataset[Any]) -> Work:
         """Train what is missing: everything at first, the rest after a kill, nothing the second
@@ -270,6 +274,21 @@ class SISA:
             [module(chunk.to(device)).argmax(-1) for chunk in inputs.split(batch_size)]
         )
 
+    def copy(self, folder: str | Path | None = None) -> SISA:
+        """The same ensemble with its checkpoints in another folder: requests to one do not reach
+        the other.
+
+        Args:
+            folder: As for `SISA`.
+
+        Raises:
+            ModelError: If `fit` has not been called.
+        """
+        state, twin = self._fitted(), replace(self, folder=folder)
+        shutil.copytree(self.checkpoints, twin._place(), dirs_exist_ok=True)
+        twin.fit(state.split.base)
+        return twin
+
     def _fitted(self) -> _State:
         if self._state is None:
             raise ModelError(
@@ -309,7 +328,8 @@ class SISA:
         if room < self.shards:
             raise ConfigError(
                 f"budget={self.budget} bytes",
-                f"at least {self.shards * size}: one checkpoint of {size} bytes for each of {self.shards} shards",
+                f"at least {self.shards * size}: one checkpoint of {size} bytes for each of "
+                f"{self.shards} shards",
                 "Raise the budget, or use fewer shards.",
             )
         each, more = divmod(room, self.shards)
@@ -322,40 +342,21 @@ class SISA:
         """Remove what the requests have made stale, then train what is missing."""
         begun = time.perf_counter()
         state = self._fitted()
-        tasks = []
-        every = [
-            _Task(shard, parts, state.store.keys(shard, parts), state.kept[shard])
-            for shard, parts in enumerate(state.parts())
+        shards = [
+            ShardTask(number, parts, state.store.keys(number, parts), state.kept[number])
+            for number, parts in enumerate(state.parts())
         ]
         state.store.keep_only(
-            {state.store.path(t.shard, done): t.keys[done] for t in every for done in t.kept}
+            {state.store.path(s.shard, done): s.keys[done] for s in shards for done in s.kept}
         )
-        for task in every:
-            start = task.start(state.store)
-            if start < self.slices:
-                tasks.append((task, start))
-        shared = (self.build, self.train, state.split.base, self.seed, state.store)
+        started = [(shard, shard.start(state.store)) for shard in shards]
+        tasks = [(shard, start) for shard, start in started if start < self.slices]
+        trainer = ShardTrainer(self.build, self.train, state.split.base, self.seed, state.store)
         calls = points = 0
-        for found in bar(_run(shared, tasks, self.jobs), len(tasks), "shards", self.progress):
-            calls, points = calls + found[0], points + found[1]
-        shards, starts = tuple(t.shard for t, _ in tasks), tuple(start for _, start in tasks)
-        return Work(shards, starts, calls, points, time.perf_counter() - begun)
-
-
-def slice_seed(seed: int, shard: int, done: int) -> int:
-    """Seed of the training that follows `done - 1` slices of a shard (`done=0`: of its initial
-    weights).
-
-    It depends on nothing else, so that a request does not change the randomness of what it does not
-    hit.
-    """
-    return int(np.random.SeedSequence([seed, shard, done]).generate_state(1)[0])
-
-
-def initial_model(build: Build, seed: int, shard: int) -> nn.Module:
-    """A shard's model before training, in eval mode."""
-    with _seeded(slice_seed(seed, shard, 0)):
-        return build().eval()
+        for cost in bar(trainer.run(tasks, self.jobs), len(tasks), "shards", self.progress):
+            calls, points = calls + cost[0], points + cost[1]
+        trained, starts = tuple(s.shard for s, _ in tasks), tuple(start for _, start in tasks)
+        return Work(trained, starts, calls, points, time.perf_counter() - begun)
 
 
 @dataclass(frozen=True)
@@ -369,80 +370,3 @@ class _State:
 
     def parts(self) -> Cut:
         return partition.retained(self.cut, self.split.forget)
-
-
-@dataclass(frozen=True)
-class _Task:
-    """A shard: its retained samples, the keys after 0 ... R slices, and after which of them a
-    checkpoint is kept."""
-
-    shard: int
-    parts: Shard
-    keys: tuple[str, ...]
-    kept: frozenset[int]
-
-    def start(self, store: Store) -> int:
-        """How many slices the last usable checkpoint has seen."""
-        return max(
-            (done for done in self.kept if store.holds(self.shard, done, self.keys[done])),
-            default=0,
-        )
-
-
-_Shared = tuple[Build, TrainFn, Dataset[Any], int, Store]
-
-
-def _run(shared: _Shared, tasks: list[tuple[_Task, int]], jobs: int) -> Iterator[tuple[int, int]]:
-    """(calls, points) of each shard, in the order in which they are finished."""
-    if jobs == 1 or len(tasks) < 2:
-        yield from (_train_shard(shared, task, start) for task, start in tasks)
-        return
-    workers = joblib.Parallel(
-        n_jobs=min(jobs, len(tasks)), backend="loky", return_as="generator_unordered"
-    )
-    yield from workers(joblib.delayed(_train_shard)(shared, task, start) for task, start in tasks)
-
-
-def _train_shard(shared: _Shared, task: _Task, start: int) -> tuple[int, int]:
-    """Train a shard from its checkpoint to its end; a slice whose samples are all forgotten still
-    has its turn."""
-    build, train, dataset, seed, store = shared
-    template = initial_model(build, seed, task.shard)
-    model = store.load(task.shard, start, template, task.keys[start]) if start else template
-    calls = points = 0
-    for done in range(start + 1, len(task.parts) + 1):
-        chosen = np.sort(np.concatenate(task.parts[:done]))
-        if len(chosen):
-            own = slice_seed(seed, task.shard, done)
-            with _seeded(own), _one_thread():
-                trained = train(
-                    files.fill_model(template, model.state_dict()), dataset, chosen, own
-                )
-            # into a fresh copy, as if it had been read from a checkpoint: mode and hooks do not
-            # carry over
-            model = files.fill_model(template, trained.state_dict())
-            calls, points = calls + 1, points + len(chosen)
-        if done in task.kept:
-            store.save(task.shard, done, model, task.keys[done])
-    return calls, points
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Global generators at a seed, for functions of the user that draw from them; put back at the
-    end."""
-    with preserved_rng():
-        torch.manual_seed(seed)
-        np.random.seed(seed)  # noqa: NPY002 - the user's function may draw from it
-        random.seed(seed)
-        yield
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums in the same order in every process
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -3,18 +3,17 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
-from fisher_forget.baselines.protocol import Unlearned
+from fisher_forget.baselines.base import Method
 from fisher_forget.baselines.retrain import Init, Train, fresh
 from fisher_forget.baselines.sisa.aggregate import Aggregate
 from fisher_forget.baselines.sisa.ensemble import SISA
@@ -23,13 +22,13 @@ from fisher_forget.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Sharded:
+class Sharded(Method):
     """Shards are trained on all samples, and then those that are hit by the forget set are trained
     again.
 
     What comes out is SISA's own ensemble, not the given model, which gives its architecture alone.
     The time is that of forgetting; training the shards, which comes before any request, is not
-    counted.
+    counted. `passes` is NaN: the epochs of `train` are not known.
 
     Attributes:
         train: How a model is trained: (fresh model, training data set, indices, seed) -> trained
@@ -38,49 +37,47 @@ class Sharded:
         shards: S.
         slices: R.
         seed: Of the cut and of the training.
+        ensemble: Trained on the samples of the split, as `prepare` does it; it is copied.
+
+    Raises:
+        ConfigError: In `unlearn`, if `train` is missing.
     """
 
-    name: ClassVar[str] = "sisa"
-    grid: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    name = "sisa"  # no grid: any S and R forget exactly
 
     train: Train | None = None
     init: Init | None = None
     shards: int = 5
     slices: int = 1
-    seed: int = 0
+    ensemble: SISA | None = field(default=None, repr=False, compare=False)
 
-    def unlearn(self, model: nn.Module, split: Split) -> Unlearned:
-        """Forget `split.forget`; the given model is untouched. `passes` is NaN: the epochs of
-        `train` are not known.
-
-        Raises:
-            ConfigError: If `train` is missing.
-        """
+    def prepare(self, model: nn.Module, split: Split) -> tuple[Self, nn.Module]:
+        if self.ensemble is not None:
+            return replace(self, ensemble=self.ensemble.copy()), model
         if self.train is None:
             raise ConfigError(
                 "no train", "the function that trains a shard", "Pass train=, see `SISA`."
             )
-        every = np.sort(split.indices("all"))
-        samples: Dataset[Any] = Subset(split.base, every.tolist())
-        build = partial(_build, model, self.init)
-        sisa = SISA(
-            build,
-            partial(_train, self.train, split.base, every),
+        members = np.sort(split.indices("all"))
+        ensemble = SISA(
+            partial(_build, model, self.init),
+            partial(_train, self.train, split.base, members),
             shards=self.shards,
             slices=self.slices,
             seed=self.seed,
         )
-        sisa.fit(samples)
-        begun = time.perf_counter()
-        sisa.forget(np.searchsorted(every, split.forget))
-        return Unlearned(sisa.module(), time.perf_counter() - begun, float("nan"))
+        ensemble.fit(Subset(split.base, members.tolist()))
+        return replace(self, ensemble=ensemble), model
+
+    def scrub(self, model: nn.Module, split: Split) -> tuple[nn.Module, float]:
+        assert self.ensemble is not None  # `prepare` saw to it
+        members = np.sort(split.indices("all"))
+        self.ensemble.forget(np.searchsorted(members, split.forget))
+        return self.ensemble.module(), math.nan
 
     def template(self, model: nn.Module) -> nn.Module:
-        """What `unlearn` returns for this model, with other weights, where no shard is left
-        empty."""
-        members: Sequence[nn.Module] = [
-            fresh(model, self.seed, self.init) for _ in range(self.shards)
-        ]
+        """The ensemble where no shard is left empty."""
+        members = [fresh(model, self.seed, self.init) for _ in range(self.shards)]
         return Aggregate(members, [1] * self.shards)
 
 
@@ -91,7 +88,7 @@ def _build(model: nn.Module, init: Init | None) -> nn.Module:
 def _train(
     train: Train,
     base: Dataset[Any],
-    every: Indices,
+    members: Indices,
     model: nn.Module,
     _data: Dataset[Any],
     rows: Indices,
@@ -99,4 +96,4 @@ def _train(
 ) -> nn.Module:
     """Rows of the samples of a split, as rows of the data set below them, which the user's function
     knows."""
-    return train(model, base, every[rows], seed)
+    return train(model, base, members[rows], seed)

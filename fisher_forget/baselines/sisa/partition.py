@@ -78,7 +78,8 @@ def by_deletion_probability(
     total. A request then retrains sum_s P_s n_s / P points on average, with P_s the sum of p and
     n_s the size of shard s:
 
-        a = 1/2:  about (sum sqrt p)^2 / (S sum p), the least; below N/S by the Cauchy-Schwarz inequality
+        a = 1/2:  about (sum sqrt p)^2 / (S sum p), the least; below N/S by the Cauchy-Schwarz
+                  inequality
         a = 1:    N/S, as without knowing p: every shard has the same expected number of requests
         a = 0:    N/S: shards of one size; several requests at once hit fewer of them
 
@@ -103,7 +104,8 @@ def by_deletion_probability(
     chances = np.asarray(probabilities, dtype=np.float64)
     if chances.ndim != 1 or not bool(((chances >= 0) & (chances <= 1)).all()) or not chances.any():
         raise ConfigError(
-            f"deletion probabilities of shape {chances.shape} that are not all in [0, 1], or all zero",
+            f"deletion probabilities of shape {chances.shape} that are not all in [0, 1], or are "
+            "all zero",
             "one probability a sample, at least one of them above 0",
             "Leave `probabilities` out if nothing is known about who will be deleted.",
         )

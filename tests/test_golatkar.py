@@ -1,10 +1,11 @@
-"""The published forms of Fisher forgetting against a loop over samples and classes, written from
+"""Both published forms of Fisher forgetting against a loop over samples and classes, written from
 their descriptions."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,20 +16,26 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from fisher_forget import (
-    VARIANTS,
     ConfigError,
     CurvatureError,
     FisherForgetError,
     ModelError,
     SplitError,
-    Variant,
-    paper_forget,
-    reference_code_forget,
 )
+from fisher_forget.baselines.golatkar import Draws, GolatkarCode, GolatkarPaper
 from fisher_forget.curvature.operator import Info
+from fisher_forget.data.split import resolve_split
 
 CLASSES, SAMPLES = 3, 15
 CLASS_1, SOME = list(range(1, SAMPLES, CLASSES)), [0, 4, 5]  # samples take turns at the classes
+
+
+def paper(model: nn.Module, data: Any, forgotten: Any, **settings: Any) -> Draws:
+    return GolatkarPaper(**settings).draws(model, resolve_split(data, forgotten))
+
+
+def code(model: nn.Module, data: Any, forgotten: Any, **settings: Any) -> Draws:
+    return GolatkarCode(**settings).draws(model, resolve_split(data, forgotten))
 
 
 def images(width: int = 6) -> tuple[nn.Module, TensorDataset]:
@@ -65,7 +72,7 @@ def fisher(model: nn.Module, data: TensorDataset, forgotten: list[int]) -> list[
     return [total / len(retained) for total in sums]
 
 
-def draws(model: nn.Module, seed: int) -> list[Tensor]:
+def normals(model: nn.Module, seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in model.parameters()]
 
@@ -78,12 +85,10 @@ def assert_weights(found: nn.Module, expected: list[Tensor]) -> None:
 @pytest.mark.parametrize("forgotten", [CLASS_1, SOME])
 def test_paper(forgotten: list[int]) -> None:
     model, data = images()
-    variant = paper_forget(
-        model, DataLoader(data, batch_size=4), forgotten, scale=0.02, seed=3, progress=False
-    )
+    draws = paper(model, DataLoader(data, batch_size=4), forgotten, scale=0.02, seed=3)
     roots = [(f + 1e-8) ** -0.25 for f in fisher(model, data, forgotten)]
-    for scale, seed, found in ((0.02, 3, variant.model()), (0.3, 8, variant.model(0.3, 8))):
-        xi = draws(model, seed)
+    for scale, seed, found in ((0.02, 3, draws.model()), (0.3, 8, draws.model(0.3, 8))):
+        xi = normals(model, seed)
         expected = [
             p + scale * r * z for p, r, z in zip(model.parameters(), roots, xi, strict=True)
         ]
@@ -92,9 +97,9 @@ def test_paper(forgotten: list[int]) -> None:
 
 def test_tau_of_the_paper() -> None:
     model, data = images()
-    variant = paper_forget(model, data, SOME, scale=0.02, tau=0.01, progress=False)
-    parts = zip(model.parameters(), fisher(model, data, SOME), draws(model, 0), strict=True)
-    assert_weights(variant.model(), [p + 0.02 * (f + 0.01) ** -0.25 * z for p, f, z in parts])
+    draws = paper(model, data, SOME, scale=0.02, tau=0.01)
+    parts = zip(model.parameters(), fisher(model, data, SOME), normals(model, 0), strict=True)
+    assert_weights(draws.model(), [p + 0.02 * (f + 0.01) ** -0.25 * z for p, f, z in parts])
 
 
 def by_the_code(
@@ -103,7 +108,7 @@ def by_the_code(
     """Row by row of every tensor, what the public code does to it: expected weights and
     variances."""
     weights, variances = [], []
-    for p, f, xi in zip(model.parameters(), fishers, draws(model, seed), strict=True):
+    for p, f, xi in zip(model.parameters(), fishers, normals(model, seed), strict=True):
         last = p.shape[0] == CLASSES
         rows, spreads = [], []
         for row in range(p.shape[0]):
@@ -132,15 +137,13 @@ def by_the_code(
     ("forgotten", "asked", "reset"),
     [(CLASS_1, "auto", 1), (SOME, "auto", None), (CLASS_1, None, None), (SOME, 2, 2)],
 )
-def test_reference_code(forgotten: list[int], asked: Any, reset: int | None, width: int) -> None:
+def test_the_public_code(forgotten: list[int], asked: Any, reset: int | None, width: int) -> None:
     model, data = images(width)
     loader = DataLoader(data, batch_size=4)
-    variant = reference_code_forget(
-        model, loader, forgotten, forgotten_class=asked, seed=3, progress=False
-    )
-    assert (variant.classes, variant.forgotten_class) == (CLASSES, reset)
+    draws = code(model, loader, forgotten, forgotten_class=asked, seed=3)
+    assert (draws.classes, draws.method.forgotten_class) == (CLASSES, reset)
     fishers = fisher(model, data, forgotten)
-    for alpha, seed, found in ((3e-6, 3, variant.model()), (1e-3, 8, variant.model(1e-3, 8))):
+    for alpha, seed, found in ((3e-6, 3, draws.model()), (1e-3, 8, draws.model(1e-3, 8))):
         expected, variances = by_the_code(model, fishers, reset, alpha, seed)
         assert_weights(found, expected)
     if reset is not None:
@@ -149,7 +152,7 @@ def test_reference_code(forgotten: list[int], asked: Any, reset: int | None, wid
         )  # 1e-4, then the factor of the last layer
 
 
-def test_every_clamp_of_the_reference_code_matters_here() -> None:
+def test_every_clamp_of_the_public_code_matters_here() -> None:
     model, data = images()
     inverse = [1 / (f + 1e-8) for f in fisher(model, data, SOME)]
     for values in inverse[:3]:
@@ -160,62 +163,59 @@ def test_every_clamp_of_the_reference_code_matters_here() -> None:
     assert bool((weight < 1e2).any())
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("method", [GolatkarPaper(scale=1e-2), GolatkarCode(alpha=1e-4)], ids=str)
 class TestLaws:
-    def variant(
-        self, name: str, model: nn.Module, data: Any, forgotten: Any, **options: Any
-    ) -> Variant:
-        scale = {"scale": 1e-2} if name == "paper" else {"alpha": 1e-4}
-        return VARIANTS[name](model, data, forgotten, **(scale | {"progress": False} | options))
+    def draws(self, method: Any, model: nn.Module, data: Any, forgotten: Any) -> Draws:
+        found: Draws = method.draws(model, resolve_split(data, forgotten))
+        return found
 
-    def test_one_estimate_serves_every_scale(self, name: str) -> None:
+    def test_one_estimate_serves_every_scale(self, method: Any) -> None:
         model, data = images()
-        key = "scale" if name == "paper" else "alpha"
-        variant = self.variant(name, model, data, CLASS_1)
-        assert variant.name == name
-        assert variant.curvature.info == Info(SAMPLES - len(CLASS_1), "exact", "diagonal")
-        again = self.variant(name, model, data, CLASS_1, **{key: 0.5}, seed=4).model()
-        assert_weights(variant.model(0.5, seed=4), list(again.parameters()))
+        draws = self.draws(method, model, data, CLASS_1)
+        assert draws.fisher.info == Info(SAMPLES - len(CLASS_1), "exact", "diagonal")
+        other = replace(method, **{method.scale_name: 0.5}, seed=4)
+        again = self.draws(other, model, data, CLASS_1).model()
+        assert_weights(draws.model(0.5, seed=4), list(again.parameters()))
 
-    def test_nothing_given_is_changed(self, name: str, untouched: Callable[..., Any]) -> None:
+    def test_nothing_given_is_changed(self, method: Any, untouched: Callable[..., Any]) -> None:
         model, data = images()
         with untouched(model):
-            drawn = self.variant(name, model, data, SOME).model()
+            drawn = self.draws(method, model, data, SOME).model()
         assert all(p.grad is None and p.requires_grad for p in drawn.parameters())
         assert not {p.data_ptr() for p in drawn.parameters()} & {
             p.data_ptr() for p in model.parameters()
         }
 
-    def test_draws_depend_on_scale_and_seed_alone(self, name: str) -> None:
+    def test_draws_depend_on_scale_and_seed_alone(self, method: Any) -> None:
         model, data = images()
-        variant = self.variant(name, model, data, SOME)
+        draws = self.draws(method, model, data, SOME)
         first, again, other = (
-            nn.utils.parameters_to_vector(variant.model(seed=s).parameters()) for s in (1, 1, 2)
+            nn.utils.parameters_to_vector(draws.model(seed=s).parameters()) for s in (1, 1, 2)
         )
         assert torch.equal(first, again)
         assert not torch.equal(first, other)
-        none = variant.model(0)
+        none = draws.model(0)
         assert all(
             torch.equal(a, b) for a, b in zip(none.parameters(), model.parameters(), strict=True)
         )
 
-    def test_later_changes_of_the_model_do_not_matter(self, name: str) -> None:
+    def test_later_changes_of_the_model_do_not_matter(self, method: Any) -> None:
         model, data = images()
-        variant = self.variant(name, model, data, SOME)
-        before = variant.model()
+        draws = self.draws(method, model, data, SOME)
+        before = draws.model()
         with torch.no_grad():
             for p in model.parameters():
                 p += 1
-        assert_weights(variant.model(), list(before.parameters()))
+        assert_weights(draws.model(), list(before.parameters()))
 
-    def test_running_statistics_and_frozen_parameters_stay(self, name: str) -> None:
+    def test_running_statistics_and_frozen_parameters_stay(self, method: Any) -> None:
         def build() -> nn.Module:
             return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
 
         model, data = seeded(build), blobs_data()
         model[1].running_mean.fill_(0.3)
         model[0].weight.requires_grad_(False)
-        drawn = self.variant(name, model, data, SOME).model()
+        drawn = self.draws(method, model, data, SOME).model()
         assert all(torch.equal(a, b) for a, b in zip(drawn.buffers(), model.buffers(), strict=True))
         moved = {
             n for n, p in drawn.named_parameters() if not torch.equal(p, model.get_parameter(n))
@@ -226,9 +226,9 @@ class TestLaws:
 
 class TestForgottenClass:
     def found(self, data: Any, forgotten: Any) -> int | None:
-        return reference_code_forget(
-            seeded(small_net), data, forgotten, progress=False
-        ).forgotten_class
+        method: Any = code(seeded(small_net), data, forgotten).method
+        found: int | None = method.forgotten_class
+        return found
 
     def test_all_of_one_class(self) -> None:
         data = blobs_data()
@@ -264,7 +264,7 @@ class TestForgottenClass:
         (ConfigError, "0 to 2", {"forgotten_class": -1}),
         (ConfigError, "forgotten_class=True", {"forgotten_class": True}),
         (ConfigError, "forgotten_class='first'", {"forgotten_class": "first"}),
-        (ConfigError, "paper_forget", {"likelihood": "gaussian"}),
+        (ConfigError, "golatkar-paper", {"likelihood": "gaussian"}),
         (ConfigError, "'categorical'", {"likelihood": "bernoulli"}),
         (SplitError, "empty", {"forget_idx": []}),
         (SplitError, "60", {"forget_idx": [60]}),
@@ -276,14 +276,12 @@ class TestForgottenClass:
         ),
     ],
 )
-def test_the_reference_code_refuses(
+def test_the_public_code_refuses(
     error: type[Exception], word: str, options: dict[str, Any], untouched: Callable[..., Any]
 ) -> None:
     model = options.pop("model", None) or seeded(small_net)
     with untouched(model), pytest.raises(error, match=word):
-        reference_code_forget(
-            model, blobs_data(), options.pop("forget_idx", [0, 5]), progress=False, **options
-        )
+        code(model, blobs_data(), options.pop("forget_idx", [0, 5]), **options)
 
 
 @pytest.mark.parametrize(
@@ -302,18 +300,16 @@ def test_the_paper_refuses(
     error: type[Exception], word: str, options: dict[str, Any], untouched: Callable[..., Any]
 ) -> None:
     model = seeded(small_net)
-    asked: dict[str, Any] = {"scale": 1.0, "progress": False} | options
+    asked: dict[str, Any] = {"scale": 1.0} | options
     with untouched(model), pytest.raises(error, match=word):
-        paper_forget(model, blobs_data(), asked.pop("forget_idx", [0, 5]), **asked)
+        paper(model, blobs_data(), asked.pop("forget_idx", [0, 5]), **asked)
 
 
 def test_draws_refuse_too() -> None:
-    variant = paper_forget(
-        seeded(small_net), blobs_data(), [0, 5], scale=np.float32(0.1), progress=False
-    )
+    draws = paper(seeded(small_net), blobs_data(), [0, 5], scale=np.float32(0.1))
     for scale, seed in ((-1, 0), (0.1, -1)):
         with pytest.raises(ConfigError):
-            variant.model(scale, seed)
+            draws.model(scale, seed)
 
 
 def test_without_tau_a_weight_that_nothing_uses_is_refused() -> None:
@@ -321,7 +317,7 @@ def test_without_tau_a_weight_that_nothing_uses_is_refused() -> None:
     with torch.no_grad():
         model[2].weight[:, 0] = 0  # what feeds this hidden unit gets no gradient
     with pytest.raises(CurvatureError, match="Damp it first"):
-        paper_forget(model, data, [0, 5], scale=0.1, tau=0.0, progress=False).model()
+        paper(model, data, [0, 5], scale=0.1, tau=0.0).model()
 
 
 def test_the_paper_takes_other_likelihoods() -> None:
@@ -329,7 +325,5 @@ def test_the_paper_takes_other_likelihoods() -> None:
     targets = torch.rand(60, 3, generator=torch.Generator().manual_seed(0))
     for likelihood in ("gaussian", "bernoulli"):
         data = TensorDataset(x, targets)
-        variant = paper_forget(
-            seeded(small_net), data, [0], scale=0.1, likelihood=likelihood, progress=False
-        )
-        assert all(bool(torch.isfinite(p).all()) for p in variant.model().parameters())
+        draws = paper(seeded(small_net), data, [0], scale=0.1, likelihood=likelihood)
+        assert all(bool(torch.isfinite(p).all()) for p in draws.model().parameters())

@@ -1,0 +1,246 @@
+"""Bases of the methods: `TrainingMethod` for those that train, `DirectMethod` for those that
+compute the new weights."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fisher_forget import params as P
+from fisher_forget._util.checks import check_model
+from fisher_forget._util.random_state import preserved_rng
+from fisher_forget.baselines.protocol import Grid, Unlearned
+from fisher_forget.baselines.training_loop import (
+    Descent,
+    Epoch,
+    Loss,
+    descend,
+    each,
+    require,
+    shuffled,
+)
+from fisher_forget.data.batches import Batch
+from fisher_forget.data.split import Indices, Split
+from fisher_forget.errors import NumericalError
+from fisher_forget.likelihood import Likelihood, resolve_likelihood
+from fisher_forget.params import Params
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """A method: a frozen dataclass of settings that says in `scrub` what it does.
+
+    Attributes:
+        seed: Of everything random.
+    """
+
+    name: ClassVar[str]
+    grid: ClassVar[Grid] = {}
+
+    seed: int = 0
+
+    @abstractmethod
+    def scrub(self, model: nn.Module, split: Split) -> tuple[nn.Module, float]:
+        """A scrubbed copy of the model, and the sample gradients that it cost."""
+
+    def prepare(self, model: nn.Module, split: Split) -> tuple[Self, nn.Module]:
+        """What is done once, before any request, and is not counted: the method with what it has
+        prepared, and the model that it forgets from.
+
+        It depends on no setting in the grid, so that it is done once for all settings tried.
+        """
+        return self, model
+
+    def template(self, model: nn.Module) -> nn.Module:
+        """A model of the architecture that `unlearn` returns for this one, with any weights."""
+        return model
+
+    def unlearn(self, model: nn.Module, split: Split) -> Unlearned:
+        """Forget `split.forget`; the given model is untouched."""
+        with preserved_rng():
+            ready, start = self.prepare(model, split)
+            begun = time.perf_counter()
+            scrubbed, gradients = ready.scrub(start, split)
+        seconds = time.perf_counter() - begun
+        return Unlearned(scrubbed.eval(), seconds, gradients / len(split.retain))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectMethod(Method):
+    """A method that computes the new weights.
+
+    Attributes:
+        likelihood: Name or instance.
+    """
+
+    likelihood: Likelihood | str = "categorical"
+
+    @abstractmethod
+    def weights(
+        self, model: nn.Module, split: Split, likelihood: Likelihood
+    ) -> tuple[Params, float]:
+        """The trainable parameters' new values, and the sample gradients that they cost."""
+
+    def scrub(self, model: nn.Module, split: Split) -> tuple[nn.Module, float]:
+        check_model(model)
+        weights, gradients = self.weights(model, split, resolve_likelihood(self.likelihood))
+        if not P.finite(weights):
+            raise NumericalError(
+                "weights that are not finite",
+                "finite weights",
+                "Raise the method's damping or weight_decay, or lower the length of its step.",
+            )
+        return P.load(model, weights), gradients
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingMethod(Method):
+    """A method that trains a copy of the model by Adam; `losses` says on what.
+
+    Attributes:
+        epochs: Calls of the epoch function that `losses` returns.
+        lr: Learning rate.
+        batch_size: Samples per step.
+        likelihood: Name or instance.
+    """
+
+    epochs: int = 10
+    lr: float = 0.01
+    batch_size: int = 128
+    likelihood: Likelihood | str = "categorical"
+
+    def __post_init__(self) -> None:
+        self.descent()  # checks what it is given
+        require(self, at_least={"batch_size": 1})
+
+    @abstractmethod
+    def losses(self, training: Training) -> Epoch:
+        """A function of an epoch's number and a generator, which yields the loss of every step."""
+
+    def descent(self) -> Descent:
+        """How to descend."""
+        return Descent(self.epochs, self.lr, optimizer="adam")
+
+    def start(self, model: nn.Module) -> nn.Module:
+        """Where the training starts: the given model, by default."""
+        return model
+
+    def mask(self, training: Training) -> Params | None:
+        """0 for weights that stay where they are, 1 for others; by default all move."""
+        return None
+
+    def scrub(self, model: nn.Module, split: Split) -> tuple[nn.Module, float]:
+        training = Training(model, split, resolve_likelihood(self.likelihood), self.batch_size)
+        mask, losses = self.mask(training), self.losses(training)
+        trained = descend(self.start(model), self.descent(), losses, seed=self.seed, mask=mask)
+        for p, given in zip(trained.parameters(), model.parameters(), strict=True):
+            p.requires_grad_(given.requires_grad)  # `start` may have frozen more
+        return trained, training.gradients
+
+
+@dataclass(frozen=True, kw_only=True)
+class SgdMethod(TrainingMethod):
+    """A method that trains a copy of the model by SGD.
+
+    Attributes:
+        momentum: Of SGD.
+        weight_decay: L2 coefficient.
+    """
+
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+
+    def descent(self) -> Descent:
+        return Descent(self.epochs, self.lr, self.momentum, self.weight_decay)
+
+
+class Training:
+    """What the losses of a training are made of; it counts the work.
+
+    Args:
+        model: The given one, untouched.
+        split: Who is retained and forgotten.
+        likelihood: Gives losses and KL.
+        batch_size: Samples per step.
+
+    Attributes:
+        gradients: Sample gradients so far; a forward pass without graph counts a third.
+    """
+
+    def __init__(
+        self, model: nn.Module, split: Split, likelihood: Likelihood, batch_size: int
+    ) -> None:
+        self.model, self.split, self.likelihood = model, split, likelihood
+        self.batch_size = batch_size
+        self._thirds = 0
+
+    @property
+    def gradients(self) -> float:
+        return self._thirds / 3
+
+    def count(self, samples: int, *, forward_only: bool = False) -> None:
+        """Add the work of so many samples."""
+        self._thirds += samples * (1 if forward_only else 3)
+
+    def batches(self, samples: Indices, rng: np.random.Generator) -> Iterator[Batch]:
+        """The samples once, in random order."""
+        return shuffled(self.split, samples, self.batch_size, rng)
+
+    def over(self, samples: Indices, loss: Callable[[nn.Module, Batch], Tensor]) -> Epoch:
+        """An epoch that goes through the samples once, in random order, one step a batch."""
+
+        def epoch(_: int, rng: np.random.Generator) -> Iterator[Loss]:
+            return each(self.batches(samples, rng), loss)
+
+        return epoch
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Outputs [B, ...] of the model or a teacher, where the batch is, checked to fit the
+        targets.
+
+        BatchNorm cannot normalise a sample by itself: for a batch of one, it uses its running
+        statistics.
+        """
+        self.count(len(batch), forward_only=not torch.is_grad_enabled())
+        alone = len(batch) == 1
+        norms = [m for m in model.modules() if alone and m.training and isinstance(m, _BatchNorm)]
+        for norm in norms:
+            norm.eval()
+        outputs = P.call(model, {}, batch.args, batch.kwargs)
+        for norm in norms:
+            norm.train()
+        self.likelihood.check(outputs.detach(), batch.targets)
+        return outputs
+
+    def mean(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss per scored position of outputs [B, ...], nats."""
+        likelihood = self.likelihood
+        count = likelihood.counts(targets).sum().clamp(min=1)
+        return likelihood.losses(outputs, targets).sum() / count
+
+    def mean_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean loss per scored position of a batch, nats, with its graph."""
+        return self.mean(self.outputs(model, batch), batch.targets)
+
+    def distillation(
+        self, teacher: Tensor, student: Tensor, targets: Tensor, temperature: float
+    ) -> Tensor:
+        """T^2 KL(teacher / T || student / T), mean over samples of nats per scored position.
+
+        Args:
+            teacher: Outputs [B, ...].
+            student: Outputs [B, ...].
+            targets: Say which positions are scored.
+            temperature: T divides the outputs; T^2 keeps the size of the gradient (Hinton et al.
+                2015, arXiv:1503.02531).
+        """
+        kl = self.likelihood.kl(teacher / temperature, student / temperature, targets)
+        return temperature * temperature * kl.mean()

@@ -1,0 +1,134 @@
+"""Training of SISA's shards: what is left to train, and the seeds that make it the same wherever
+and whenever it is done."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import joblib
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from fisher_forget._util import files
+from fisher_forget._util.random_state import preserved_rng
+from fisher_forget.baselines.retrain import Init, Train
+from fisher_forget.baselines.sisa.partition import Shard
+from fisher_forget.baselines.sisa.store import Store
+
+
+def slice_seed(seed: int, shard: int, done: int) -> int:
+    """Seed of the training that follows `done - 1` slices of a shard (`done=0`: of its initial
+    weights).
+
+    It depends on nothing else, so that a request does not change the randomness of what it does not
+    hit.
+    """
+    return int(np.random.SeedSequence([seed, shard, done]).generate_state(1)[0])
+
+
+def initial_model(build: Init, seed: int, shard: int) -> nn.Module:
+    """A shard's model before training, in eval mode."""
+    with _seeded(slice_seed(seed, shard, 0)):
+        return build().eval()
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """A shard to be trained.
+
+    Attributes:
+        shard: Its number.
+        parts: Its retained samples, slice by slice.
+        keys: Of the checkpoints after 0 ... R slices.
+        kept: After how many slices a checkpoint is kept.
+    """
+
+    shard: int
+    parts: Shard
+    keys: tuple[str, ...]
+    kept: frozenset[int]
+
+    def start(self, store: Store) -> int:
+        """How many slices the last usable checkpoint has seen."""
+        return max(
+            (done for done in self.kept if store.holds(self.shard, done, self.keys[done])),
+            default=0,
+        )
+
+
+@dataclass(frozen=True)
+class ShardTrainer:
+    """What the training of every shard shares.
+
+    Attributes:
+        build: See `SISA`.
+        train: See `SISA`.
+        dataset: What `train` reads.
+        seed: See `SISA`.
+        store: Holds the checkpoints.
+    """
+
+    build: Init
+    train: Train
+    dataset: Dataset[Any]
+    seed: int
+    store: Store
+
+    def run(self, tasks: list[tuple[ShardTask, int]], jobs: int) -> Iterator[tuple[int, int]]:
+        """(calls, points) of each (shard, slices done before), in the order in which they are
+        finished."""
+        if jobs == 1 or len(tasks) < 2:
+            yield from (self.train_shard(task, start) for task, start in tasks)
+            return
+        workers = joblib.Parallel(
+            n_jobs=min(jobs, len(tasks)), backend="loky", return_as="generator_unordered"
+        )
+        yield from workers(joblib.delayed(self.train_shard)(task, start) for task, start in tasks)
+
+    def train_shard(self, task: ShardTask, start: int) -> tuple[int, int]:
+        """Train a shard from its checkpoint to its end; a slice whose samples are all forgotten
+        still has its turn."""
+        template, store = initial_model(self.build, self.seed, task.shard), self.store
+        model = store.load(task.shard, start, template, task.keys[start]) if start else template
+        calls = points = 0
+        for done in range(start + 1, len(task.parts) + 1):
+            seen = np.sort(np.concatenate(task.parts[:done]))
+            if len(seen):
+                seed = slice_seed(self.seed, task.shard, done)
+                begun = files.fill_model(template, model.state_dict())
+                with _seeded(seed), _one_thread():
+                    trained = self.train(begun, self.dataset, seen, seed)
+                # into a fresh copy, as if it had been read from a checkpoint: mode and hooks do
+                # not carry over
+                model = files.fill_model(template, trained.state_dict())
+                calls, points = calls + 1, points + len(seen)
+            if done in task.kept:
+                store.save(task.shard, done, model, task.keys[done])
+        return calls, points
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Global generators at a seed, for functions of the user that draw from them; put back at the
+    end."""
+    with preserved_rng():
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 - the user's function may draw from it
+        random.seed(seed)
+        yield
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums in the same order in every process
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
