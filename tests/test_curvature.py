@@ -3,8 +3,12 @@ obeys."""
 
 from __future__ import annotations
 
+import copy
 import itertools
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -21,10 +25,11 @@ from fisher_forget import (
     estimate_curvature,
 )
 from fisher_forget.curvature.operator import BlockDiagonal, Spectral
+from fisher_forget.curvature.passes import squared_gradient_norms
 from fisher_forget.curvature.structures.dense import Dense
 from fisher_forget.curvature.tape import Tape
-from fisher_forget.data.split import resolve_split
-from fisher_forget.params import flatten, randn_like, unflatten
+from fisher_forget.data.split import Split, resolve_split
+from fisher_forget.params import channels_last, flatten, randn_like, unflatten
 
 TIGHT = 1e-6  # relative, for every supported cell
 
@@ -124,6 +129,10 @@ MODELS = ["mlp", "residual", "sequence", "patched", "merged"]
 def prepared(name: str) -> tuple[nn.Module, TensorDataset]:
     model, x, y = data_for(name)
     return model.double().eval(), TensorDataset(x.double() if x.is_floating_point() else x, y)
+
+
+def split_of(data: TensorDataset) -> Split:
+    return resolve_split(data, [], allow_empty=True)
 
 
 def blocks(curvature: BlockDiagonal) -> list[tuple[tuple[str, ...], Spectral]]:
@@ -371,6 +380,122 @@ class TestTape:
         data = TensorDataset(torch.randn(6, 3), torch.zeros(6, dtype=torch.long))
         with pytest.raises(ModelError, match="depends on the other samples"):
             estimate_curvature(Centred().eval(), data)
+
+
+class TestGivenTape:
+    """A caller's own private copy serves the estimate, and plain forward passes beside it."""
+
+    @pytest.mark.parametrize(
+        "structure",
+        ["ekfac", "matrix_free", {"*bias": "dense", "*": "ekfac"}],
+    )
+    @pytest.mark.parametrize("name", MODELS)
+    def test_it_gives_what_the_model_gives(self, name: str, structure: Any) -> None:
+        model, data = prepared(name)
+        tape = Tape(model)
+        v = randn_like(oracle.start(model), torch.Generator().manual_seed(0))
+        expected = flatten(estimate_curvature(model, data, structure=structure).power(v, 1.0))
+        for _ in range(2):
+            found = flatten(estimate_curvature(tape, data, structure=structure).power(v, 1.0))
+            assert torch.allclose(found, expected, rtol=1e-10, atol=1e-14)
+
+    def test_it_is_not_copied(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, data = prepared("residual")
+        copied = []
+        deepcopy = copy.deepcopy
+        tape = Tape(model)
+        monkeypatch.setattr(copy, "deepcopy", lambda x, *a: copied.append(x) or deepcopy(x, *a))
+        estimate_curvature(tape, data)
+        estimate_curvature(tape, data, structure={"*bias": "dense", "*": "ekfac"})
+        squared_gradient_norms(tape, split_of(data), np.arange(7), Categorical())
+        assert not any(isinstance(x, nn.Module) for x in copied)
+
+    def test_a_subset_of_its_parameters(self) -> None:
+        model, data = prepared("residual")
+        tape = Tape(model, ("head.*", "shared.*", "temperature"))
+        whole = estimate_curvature(tape, data, structure="diagonal").diagonal()
+        part = estimate_curvature(tape, data, structure="diagonal", subset="head.*").diagonal()
+        assert set(whole) == set(tape.params)
+        assert set(part) == {"head.weight", "head.bias"}
+        assert all(torch.allclose(part[name], whole[name], rtol=1e-10) for name in part)
+        with pytest.raises(ModelError, match="no parameter that matches"):
+            estimate_curvature(tape, data, subset="first.*")
+
+    def test_plain_passes_stay_plain(self) -> None:
+        """Outside `run` the hooks do nothing: position ids fed once a batch are not widened, and
+        derivatives of all kinds pass."""
+        model, data = prepared("sequence")
+        tape = Tape(model)
+        estimate_curvature(tape, data)
+        seen: list[int] = []
+        place = next(m for n, m in tape.model.named_modules() if n == "place")
+        place.register_forward_hook(lambda _, args, output: seen.append(len(output)))
+        x, w = data.tensors[0], oracle.start(model)
+
+        def outputs(at: dict[str, Tensor]) -> Tensor:
+            return torch.func.functional_call(tape.model, at, (x,))
+
+        assert torch.equal(outputs(w), model(x))
+        assert seen == [1]
+        assert torch.func.jvp(outputs, (w,), (w,))[1].isfinite().all()
+
+    @pytest.mark.parametrize("kind", ["exact", "empirical"])
+    @pytest.mark.parametrize("structure", ["diagonal", "ekfac", "dense", "matrix_free"])
+    def test_in_any_memory_layout(self, structure: Any, kind: Any) -> None:
+        model, data = prepared("residual")
+        tape = Tape(model)
+        v = randn_like(oracle.start(model), torch.Generator().manual_seed(0))
+        expected = estimate_curvature(tape, data, structure=structure, kind=kind).damped(0.1)
+        channels_last(tape.model)
+        found = estimate_curvature(tape, data, structure=structure, kind=kind).damped(0.1)
+        for p in (1.0, -1.0):
+            assert torch.allclose(flatten(found.power(v, p)), flatten(expected.power(v, p)))
+        assert torch.allclose(flatten(found.diagonal()), flatten(expected.diagonal()))
+
+
+class TestSquaredGradientNorms:
+    def expected(self, model: nn.Module, data: TensorDataset, likelihood: Any) -> Tensor:
+        """Sample by sample, by autograd."""
+        norms = []
+        for x, y in data:
+            loss = likelihood.losses(model(x[None]), y[None]).sum()
+            grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+            norms.append(sum(float(g.square().sum()) for g in grads if g is not None))
+        return torch.tensor(norms, dtype=torch.float64)
+
+    @pytest.mark.parametrize("name", MODELS)
+    def test_equal_those_of_autograd(self, name: str) -> None:
+        model, data = prepared(name)
+        truth = self.expected(model, data, Categorical())
+        order = np.random.default_rng(0).permutation(len(data))[:-1]
+        for batch_size, memory in ((64, None), (2, None), (64, 1)):
+            split = replace(split_of(data), batch_size=batch_size)
+            found = squared_gradient_norms(Tape(model), split, order, Categorical(), memory=memory)
+            assert found.dtype == torch.float64
+            assert torch.allclose(found, truth[order], rtol=1e-9)
+
+    @pytest.mark.parametrize("likelihood", [Bernoulli(), Gaussian(0.5)])
+    def test_of_other_likelihoods(self, likelihood: Bernoulli | Gaussian) -> None:
+        model, data = prepared("mlp")
+        y = torch.rand(9, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        data = TensorDataset(data.tensors[0], y)
+        found = squared_gradient_norms(Tape(model), split_of(data), np.arange(9), likelihood)
+        assert torch.allclose(found, self.expected(model, data, likelihood), rtol=1e-9)
+
+    def test_of_some_parameters_and_of_no_sample(self) -> None:
+        model, data = prepared("residual")
+        tape = Tape(model, ("head.bias", "shared.weight"))
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in tape.params)
+        found = squared_gradient_norms(tape, split_of(data), np.arange(7), Categorical())
+        model_params = [p for p in model.parameters() if p.requires_grad]
+        for n, (x, y) in enumerate(data):
+            loss = F.cross_entropy(model(x[None]), y[None])
+            grads = torch.autograd.grad(loss, model_params)
+            assert float(found[n]) == pytest.approx(sum(float(g.square().sum()) for g in grads))
+        assert squared_gradient_norms(tape, split_of(data), np.arange(0), Categorical()).shape == (
+            0,
+        )
 
 
 def test_subset_and_frozen_parameters() -> None:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from fisher_forget import params as P
 from fisher_forget._util.checks import check_model
-from fisher_forget.curvature.tape import Record, Tape
+from fisher_forget.curvature.record import Record
+from fisher_forget.curvature.tape import Tape
 from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import ConfigError
@@ -216,7 +217,7 @@ class Rows:
         rest: dict[str, list[Tensor]] = {}
         with torch.no_grad():
             for group in record.groups():
-                names = record.uses[group.calls[0]].block.names
+                names = group.layer.names
                 factors = [f for grads in pulled if (f := group.rank_one(grads)) is not None]
                 if "weight" in names and len(factors) == len(pulled):
                     a, g = factors[0][0], torch.stack([g for _, g in factors], 1)
@@ -227,8 +228,8 @@ class Rows:
                 for grads in pulled:
                     for name, value in group.per_sample(grads, slice(0, len(batch))).items():
                         rest.setdefault(name, []).append(value)
-            for column in columns if record.tape.stray else ():
-                for name, value in record.tape.functional(batch, column).items():
+            for column in columns:
+                for name, value in record.stray(column).items():
                     rest.setdefault(name, []).append(value)
             held = {name: torch.stack(values, 1) for name, values in rest.items()}
             covered = held.keys() | {name for f in thin for name in (f.weight, f.bias)}

@@ -29,7 +29,7 @@ from fisher_forget.curvature.tape import Tape
 from fisher_forget.data.split import Indices, Part, Split, resolve_split
 from fisher_forget.errors import CurvatureError, SplitError
 from fisher_forget.likelihood import Likelihood, resolve_likelihood
-from fisher_forget.params import detached, size, trainable
+from fisher_forget.params import detached, size
 
 Structure = Literal["ekfac", "diagonal", "dense", "low_rank", "matrix_free"]
 ACCUMULATORS: dict[str, Callable[[Tape], Accumulator]] = {
@@ -73,7 +73,7 @@ def support_table() -> str:
 
 @overload
 def estimate_curvature(
-    model: nn.Module,
+    model: nn.Module | Tape,
     data: Split | DataLoader[Any] | Dataset[Any],
     likelihood: Likelihood | str = ...,
     *,
@@ -95,7 +95,7 @@ def estimate_curvature(
 
 @overload
 def estimate_curvature(
-    model: nn.Module,
+    model: nn.Module | Tape,
     data: Split | DataLoader[Any] | Dataset[Any],
     likelihood: Likelihood | str = ...,
     *,
@@ -116,7 +116,7 @@ def estimate_curvature(
 
 
 def estimate_curvature(
-    model: nn.Module,
+    model: nn.Module | Tape,
     data: Split | DataLoader[Any] | Dataset[Any],
     likelihood: Likelihood | str = "categorical",
     *,
@@ -143,7 +143,9 @@ def estimate_curvature(
     indefinite. `support_table` says what goes with what.
 
     Args:
-        model: In eval mode, float32 or float64. It is copied and never touched.
+        model: In eval mode, float32 or float64. It is copied and never touched. Or a `Tape`, which
+            is the private copy of a caller that needs it for more; `subset` then chooses among its
+            parameters.
         data: A `Split`, or a loader or data set whose samples all count.
         likelihood: Name or instance.
         structure: `"ekfac"` (Kronecker basis, exact diagonal in it), `"diagonal"`, `"dense"` (small
@@ -204,19 +206,20 @@ def estimate_curvature(
             raise CurvatureError(
                 f"{name}={value!r}", "a whole number of at least 1", f"Pass {name}=1 or more."
             )
-    check_model(model)
+    check_model(model.model if isinstance(model, Tape) else model)
     split = data if isinstance(data, Split) else resolve_split(data, [], allow_empty=True)
     chosen = _chosen(split, part, max_samples, seed)
     likelihood = resolve_likelihood(likelihood)
+    tape = _tape(model, subset)
     if isinstance(structure, Mapping):
-        names = list(trainable(model, subset))
+        names = list(tape.params)
         groups = mixed.assign(structure, names)
         one = cast(
             Any, estimate_curvature
         )  # each with its own walk: the same samples and random columns
         found = [
             one(
-                model,
+                tape,
                 split,
                 likelihood,
                 structure=own,
@@ -238,7 +241,6 @@ def estimate_curvature(
             return cast(Estimate, sum(found[1:], found[0]))
         info = replace(found[0].info, structure=mixed.label(structure))
         return replace(mixed.join(groups, found, names), info=info)
-    tape = Tape(model, subset)
     first = next(split.batches(chosen)).on(tape.model)
     outputs = tape.verify(first).outputs
     exact_columns = likelihood.column_count(outputs)
@@ -255,7 +257,7 @@ def estimate_curvature(
     if dry_run:
         columns = {"exact": exact_columns, "empirical": 1}.get(kind, draws)
         begun = time.perf_counter()  # again: the first time may have paid for lazy imports
-        Tape(model, subset).verify(first)
+        _tape(model, subset).verify(first)
         prepared = time.perf_counter() - begun
         predicted = _predict(walk, tracing, structure, rank, preconditioner, columns)
         return replace(predicted, seconds=predicted.seconds + prepared)
@@ -268,6 +270,12 @@ def estimate_curvature(
     else:
         curvature, count = _estimate(walk, tracing, structure, rank, preconditioner)
     return replace(curvature, info=Info(count, kind, structure))
+
+
+def _tape(model: nn.Module | Tape, subset: str | tuple[str, ...] | None) -> Tape:
+    if isinstance(model, Tape):
+        return model if subset is None else model.restricted(subset)
+    return Tape(model, subset)
 
 
 def _estimate(

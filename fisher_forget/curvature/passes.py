@@ -16,8 +16,9 @@ from fisher_forget.curvature import kinds
 from fisher_forget.curvature.kinds import Kind
 from fisher_forget.curvature.operator import Curvature
 from fisher_forget.curvature.products import Chunk, DataProduct, GgnChunk
+from fisher_forget.curvature.record import Record
 from fisher_forget.curvature.structures.hessian import HessianChunk
-from fisher_forget.curvature.tape import Record, Tape
+from fisher_forget.curvature.tape import Tape
 from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.likelihood import Likelihood
@@ -28,8 +29,8 @@ REUSED = 128 << 20  # the same where several columns read them: smaller ones are
 SHARE = 4  # of the available memory, one part in so many
 
 
-class Accumulator(Protocol):
-    """What a structure gathers from the columns."""
+class Reader(Protocol):
+    """What reads the columns, pass by pass."""
 
     passes: int
 
@@ -38,6 +39,10 @@ class Accumulator(Protocol):
     ) -> None: ...
 
     def end_pass(self) -> None: ...
+
+
+class Accumulator(Reader, Protocol):
+    """What a structure gathers from the columns."""
 
     def result(self, count: float) -> Curvature: ...
 
@@ -76,8 +81,8 @@ class Walk:
         """Batches on the model's device."""
         return (batch.on(self.tape.model) for batch in self.split.batches(self.chosen))
 
-    def accumulate(self, total: Accumulator) -> float:
-        """Feed all columns of all samples to a structure, once per pass; returns the scored
+    def accumulate(self, total: Reader) -> float:
+        """Feed all columns of all samples to a reader, once per pass; returns the scored
         positions."""
         count = 0.0
         pass_index = 0
@@ -155,7 +160,7 @@ class Walk:
         recorded = sum(u.a.numel() * u.a.element_size() for u in probe.uses) * 4
         if self._several:
             for use, g in zip(probe.uses, probe.pull(torch.ones_like(probe.outputs)), strict=True):
-                shared = None if g is None else use.block.rule.shared(use.a, g)
+                shared = None if g is None else use.layer.rule.shared(use.a, g)
                 recorded += 0 if shared is None else shared.numel() * shared.element_size()
         return max(
             recorded + size({name: self.tape.params[name] for name in self.tape.stray}) * 8, 1
@@ -168,6 +173,58 @@ class Walk:
         if shape not in steps:
             steps[shape] = max(1, self.chunk_bytes // self.recorded_bytes(batch))
         yield from (self.tape.run(chunk) for chunk in batch.chunks(steps[shape]))
+
+
+class _NormSum:
+    """Accumulates the squared gradient norms of samples, in the order of the walk."""
+
+    passes = 1
+
+    def __init__(self) -> None:
+        self.norms: list[Tensor] = []
+
+    def add(
+        self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool
+    ) -> None:
+        self.norms.append(record.squared_norms(column, grads).cpu())
+
+    def end_pass(self) -> None:
+        """One pass is all it needs."""
+
+
+def squared_gradient_norms(
+    tape: Tape,
+    split: Split,
+    indices: Indices,
+    likelihood: Likelihood,
+    *,
+    memory: int | None = None,
+) -> Tensor:
+    """|d l_n / dw|^2 of every sample [len(indices)], float64 on the CPU.
+
+    l_n is the loss of sample n summed over its positions, w the parameters of the tape. It takes
+    one forward and one backward pass over the samples; a Linear layer at one position forms no
+    gradient, |g a^T|^2 = |g|^2 |a|^2.
+
+    Args:
+        tape: The model; rules that fail on the first samples are moved to its fallback.
+        split: The data.
+        indices: Of the samples.
+        likelihood: Gives the loss.
+        memory: Bytes that recorded tensors may take at a time; see `estimate_curvature`.
+
+    Raises:
+        ModelError, DataError: If the model or the data cannot be used.
+    """
+    if not len(indices):
+        return torch.zeros(0, dtype=torch.float64)
+    first = next(split.batches(indices)).on(tape.model)
+    outputs = tape.verify(first).outputs
+    memory = default_memory(outputs.device) if memory is None else memory
+    walk = Walk(tape, split, indices, likelihood, "empirical", 1, 0, memory, False)
+    total = _NormSum()
+    walk.accumulate(total)
+    return torch.cat(total.norms)
 
 
 def default_memory(device: torch.device) -> int:

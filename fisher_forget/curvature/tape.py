@@ -1,18 +1,14 @@
-"""The tape: one forward pass that records what every layer saw, and per-sample gradients read off
-it.
+"""The tape: a private copy of a model, whose recorded passes tell per-sample gradients.
 
-Backward passes stop at the layer *outputs* (autograd.grad on recorded gradient edges), so weight
-gradients are never formed by autograd. Before any work the tape is verified on a few samples of the
-user's own data: a layer whose rule does not reproduce autograd's per-sample gradients (a weight
-used outside its module, merged batch dimensions, a patched forward) has its parameters moved to the
-torch.func fallback, so the result is exact either way.
+Before any work the tape is verified on a few samples of the user's own data: a layer whose rule
+does not reproduce autograd's per-sample gradients (a weight used outside its module, merged batch
+dimensions, a patched forward) has its parameters moved to the torch.func fallback, so the result is
+exact either way.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,8 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fisher_forget import params as P
+from fisher_forget.curvature.record import LayerParams, Record, Use, by_sample
 from fisher_forget.curvature.rules import rule_for
-from fisher_forget.curvature.rules.layers import PIECE_BYTES, EmbeddingRule, LinearRule, Rule
 from fisher_forget.data.batches import Batch
 from fisher_forget.errors import ModelError
 from fisher_forget.params import Params
@@ -30,178 +26,53 @@ WEIGHTS = (1.0, -0.6180339887)  # of the two samples on which rules are compared
 TOLERANCE = 1e-3  # relative, float32; a wrong rule is wrong by its own size
 
 
-@dataclass
-class Use:
-    """One call of a layer: which block it feeds, its input, and where its output gradient can be
-    read."""
-
-    block: Block
-    a: Tensor
-    edge: GradientEdge | None
-    version: int
+Call = tuple[nn.Module, Tensor, int, GradientEdge]  # layer, input, its version, output
 
 
-@dataclass(eq=False)
-class Block:
-    """The parameters of one layer: canonical names by local name ("weight", "bias")."""
+class _Recorder:
+    """Forward hooks that note the layers' calls while a pass is recorded, and else do nothing.
 
-    rule: Rule
-    names: dict[str, str]
+    The hooks are plain functions, so that a deep copy of the model shares them and stays silent.
+    """
 
-    def per_sample(self, a: Tensor, g: Tensor) -> Params:
-        """Gradients [N, *shape] by canonical name, for the parameters that are asked for."""
-        found = self.rule.per_sample(a, g)
-        return {self.names[local]: value for local, value in found.items() if local in self.names}
+    def __init__(self) -> None:
+        self.calls: list[Call] | None = None
+        self.samples = 0
 
+    def attach(self, module: nn.Module) -> None:
+        module.register_forward_pre_hook(lambda _, args: self._widened(args))
+        module.register_forward_hook(lambda _, args, output: self._note(module, args, output))
 
-@dataclass
-class Record:
-    """What one forward pass saw."""
+    def _widened(self, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """A layer fed once for the whole batch (position ids [1, T]) is fed once a sample:
+        gradients stay apart."""
+        if self.calls is not None and args and isinstance(args[0], Tensor) and self.samples > 1:
+            x = args[0]
+            if x.dim() > 1 and len(x) == 1:
+                return (x.expand(self.samples, *x.shape[1:]), *args[1:])
+        return None
 
-    tape: Tape
-    batch: Batch
-    outputs: Tensor
-    uses: list[Use]
-    _groups: list[Group] | None = None
-
-    def pull(self, column: Tensor) -> list[Tensor | None]:
-        """Gradients of <column, outputs> at the output of every recorded layer call."""
-        if not self.uses:
-            return []
-        edges = [use.edge for use in self.uses if use.edge is not None]
-        grads = torch.autograd.grad(
-            self.outputs, edges, column, retain_graph=True, allow_unused=True
-        )
-        return [None if g is None else _lead(g, len(self.batch)) for g in grads]
-
-    def without_graph(self) -> Record:
-        """The same layer inputs without the graph that holds every activation, for a replay of
-        known gradients."""
-        uses = [Use(use.block, use.a, None, use.version) for use in self.uses]
-        return Record(self.tape, self.batch, self.outputs.detach(), uses)
-
-    def groups(self) -> list[Group]:
-        """Layer calls that share parameters, together: the per-sample gradients of a tensor add
-        over its uses."""
-        if self._groups is None:
-            by_name: dict[str, Group] = {}
-            for index, use in enumerate(self.uses):
-                merged = Group(self, [index], dict.fromkeys(use.block.names.values()))
-                for name in use.block.names.values():
-                    if (other := by_name.get(name)) is not None and other is not merged:
-                        merged = other.merge(merged)
-                by_name.update(dict.fromkeys(merged.names, merged))
-            self._groups = list({id(g): g for g in by_name.values()}.values())
-        return self._groups
-
-    def per_sample(self, column: Tensor, grads: Sequence[Tensor | None]) -> Params:
-        """Every parameter's per-sample gradient of <column, outputs>: [N, *shape]."""
-        every = slice(0, len(self.batch))
-        total: Params = {}
-        for group in self.groups():
-            total.update(group.per_sample(grads, every))
-        if self.tape.stray:
-            total.update(self.tape.functional(self.batch, column))
-        for name, p in self.tape.params.items():
-            if name not in total:  # a parameter that this batch does not use
-                total[name] = p.new_zeros(len(self.batch), *p.shape)
-        return {name: total[name] for name in self.tape.params}
-
-
-@dataclass(eq=False)
-class Group:
-    """Calls (indices into `record.uses`) that share parameters, and the canonical names of those
-    parameters."""
-
-    record: Record
-    calls: list[int]
-    names: dict[str, None]
-    _shared: Tensor | None = None
-
-    def merge(self, other: Group) -> Group:
-        self.calls = sorted({*self.calls, *other.calls})
-        self.names.update(other.names)
-        return self
-
-    @property
-    def uses(self) -> list[Use]:
-        return [self.record.uses[i] for i in self.calls]
-
-    def rank_one(self, grads: Sequence[Tensor | None]) -> tuple[Tensor, Tensor] | None:
-        """a [N, I] and g [N, O] where each sample's gradient is g a^T: a Linear layer called once,
-        at one position."""
-        use, g = self.uses[0], grads[self.calls[0]]
-        if (
-            len(self.calls) > 1
-            or g is None
-            or type(use.block.rule) is not LinearRule
-            or use.a.dim() != 2
-        ):
-            return None
-        return use.a, g
-
-    def per_sample(self, grads: Sequence[Tensor | None], rows: slice) -> Params:
-        """Per-sample gradients [rows, *shape] of this group's parameters."""
-        total: Params = {}
-        # embeddings last: they add a few rows to the matrix that a tied layer has formed
-        for call in sorted(
-            self.calls, key=lambda i: isinstance(self.record.uses[i].block.rule, EmbeddingRule)
-        ):
-            use, g = self.record.uses[call], grads[call]
-            if g is None:
-                continue
-            names = use.block.names
-            found = {local: total[name] for local, name in names.items() if name in total}
-            added = use.block.rule.added(found, use.a[rows], g[rows])
-            total |= {names[local]: value for local, value in added.items() if local in names}
-        return total
-
-    def add_squares(
-        self, totals: Params, grads: Sequence[Tensor | None], more: bool = False
-    ) -> None:
-        """Add sum_n of squared per-sample gradients to the totals of this group's parameters.
-
-        Args:
-            totals: By canonical name.
-            grads: What `Record.pull` returned.
-            more: Other columns of the same samples follow: keep what they share.
-        """
-        use, g = self.uses[0], grads[self.calls[0]]
-        if len(self.calls) == 1 and g is not None:
-            if more and self._shared is None:
-                self._shared = use.block.rule.shared(use.a, g)
-            wanted = {local: totals[name] for local, name in use.block.names.items()}
-            use.block.rule.add_squares(wanted, use.a, g, self._shared)
-            return
-        for piece in self.pieces(grads):
-            for name, value in piece.items():
-                if len(value) == 1:
-                    totals[name].addcmul_(value[0], value[0])
-                else:
-                    totals[name] += value.square().sum(0)
-
-    def pieces(self, grads: Sequence[Tensor | None]) -> Iterator[Params]:
-        """`per_sample` over runs of samples short enough that the gradients stay in cache."""
-        each = 4 * sum(self.record.tape.params[name].numel() for name in self.names)
-        step, total = max(1, PIECE_BYTES // each), len(self.record.batch)
-        for start in range(0, total, step):
-            yield self.per_sample(grads, slice(start, min(start + step, total)))
-
-
-def _lead(x: Tensor, size: int) -> Tensor:
-    """Give a tensor a leading sample dimension: [B T, ...] becomes [B, T, ...] (checked by the
-    verification)."""
-    if x.dim() and len(x) != size and len(x) % size == 0:
-        return x.reshape(size, -1, *x.shape[1:])
-    return x
+    def _note(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.calls is not None and isinstance(output, Tensor) and output.requires_grad:
+            a = args[0].detach()
+            self.calls.append((module, a, a._version, get_gradient_edge(output)))
 
 
 class Tape:
     """Records forward passes of a private copy of a model.
 
+    The copy is made once, at construction; its hooks are silent outside `run`, so that it also
+    serves plain forward passes (`torch.func.functional_call(tape.model, ...)`), in any memory
+    layout.
+
     Args:
         model: The user's model; it is copied, never touched.
         subset: Name patterns of the parameters wanted; `None` for all with requires_grad.
+
+    Attributes:
+        model: The copy, in eval mode; exactly the wanted parameters require gradients.
+        params: The parameters wanted, by canonical name.
+        stray: Names of those that no rule covers.
     """
 
     def __init__(self, model: nn.Module, subset: str | tuple[str, ...] | None = None) -> None:
@@ -210,68 +81,63 @@ class Tape:
         for name, p in self.model.named_parameters():
             p.requires_grad_(name in wanted)
             p.grad = None
-        self.params: Params = {n: p for n, p in self.model.named_parameters() if n in wanted}
-        self.blocks: list[Block] = []
-        self.stray: tuple[str, ...] = ()
-        self._uses: list[Use] = []
-        self._size = 0
-        self._recording = False
+        self._recorder = _Recorder()
         self._vectorised = True
-        self._attach()
+        self._cover(wanted)
+        for module in self._layers:
+            self._recorder.attach(module)
 
-    def _attach(self) -> None:
+    def restricted(self, subset: str | tuple[str, ...]) -> Tape:
+        """A tape of some of the parameters that shares the private model; verify it anew.
+
+        Raises:
+            ModelError: If no parameter matches.
+        """
+        twin = copy.copy(self)
+        twin._cover(set(P.trainable(self.model, subset)) & set(self.params))
+        return twin
+
+    def _cover(self, wanted: set[str]) -> None:
+        """Find the layers whose rules serve the wanted parameters; the other parameters are
+        stray."""
+        self.params: Params = {n: p for n, p in self.model.named_parameters() if n in wanted}
         canonical = {id(p): name for name, p in self.params.items()}
+        self._layers: dict[nn.Module, LayerParams] = {}
         for module in self.model.modules():
-            local = {
-                n: canonical[id(p)]
-                for n, p in module.named_parameters(recurse=False)
+            names = {
+                local: canonical[id(p)]
+                for local, p in module.named_parameters(recurse=False)
                 if id(p) in canonical
             }
-            rule = rule_for(module) if local else None
-            if rule is None:
-                continue
-            block = Block(rule, local)
-            self.blocks.append(block)
-            module.register_forward_pre_hook(self._widen)
-            module.register_forward_hook(self._recorder(block))
-        covered = {name for block in self.blocks for name in block.names.values()}
+            rule = rule_for(module) if names else None
+            if rule is not None:
+                self._layers[module] = LayerParams(rule, names)
+        covered = {name for layer in self._layers.values() for name in layer.names.values()}
         self.stray = tuple(name for name in self.params if name not in covered)
-
-    def _widen(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """A layer fed once for the whole batch (position ids [1, T]) is fed once a sample:
-        gradients stay apart."""
-        if self._recording and args and isinstance(args[0], Tensor) and self._size > 1:
-            x = args[0]
-            if x.dim() > 1 and len(x) == 1:
-                return (x.expand(self._size, *x.shape[1:]), *args[1:])
-        return None
-
-    def _recorder(self, block: Block) -> Any:
-        def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if self._recording and isinstance(output, Tensor) and output.requires_grad:
-                a = args[0].detach()
-                self._uses.append(Use(block, a, get_gradient_edge(output), a._version))
-
-        return record
 
     def run(self, batch: Batch) -> Record:
         """One forward pass over a chunk."""
-        self._uses, self._size, self._recording = [], len(batch), True
+        recorder, calls = self._recorder, list[Call]()
+        recorder.calls, recorder.samples = calls, len(batch)
         try:
             with torch.enable_grad():
                 outputs = P.call(self.model, {}, batch.args, batch.kwargs)
         finally:
-            self._recording = False
-        uses, self._uses = self._uses, []
-        for use in uses:
-            if use.a._version != use.version:
+            recorder.calls = None
+        uses = []
+        for module, a, version, edge in calls:
+            layer = self._layers.get(module)
+            if layer is None:  # another tape's of the same model, or moved to the fallback
+                continue
+            if a._version != version:
                 raise ModelError(
-                    f"a {type(use.block.rule.module).__name__} whose input is overwritten in place after its forward",
+                    f"a {type(module).__name__} whose input is overwritten in place after its forward",
                     "inputs that stay as they were until backward",
                     "Replace the in-place operation on that tensor.",
                 )
-            use.a = _lead(use.a, len(batch))
-        return Record(self, batch, outputs, uses)
+            uses.append(Use(layer, by_sample(a, len(batch)), edge))
+        functional = self.functional if self.stray else None
+        return Record(self.params, batch, outputs, uses, functional)
 
     def functional(self, batch: Batch, column: Tensor) -> Params:
         """Per-sample gradients of the stray parameters by torch.func; sample by sample where vmap
@@ -372,10 +238,10 @@ class Tape:
         total: Params = {}
         for use, g in zip(record.uses, record.pull(column), strict=True):
             try:
-                found = use.block.per_sample(use.a, g) if g is not None else {}
+                found = use.layer.per_sample(use.a, g) if g is not None else {}
                 summed = {name: torch.tensordot(weights, value, 1) for name, value in found.items()}
             except (RuntimeError, ValueError, IndexError):
-                summed = {name: torch.full((0,), 0.0) for name in use.block.names.values()}
+                summed = {name: torch.full((0,), 0.0) for name in use.layer.names.values()}
             for name, value in summed.items():
                 same = name in total and total[name].shape == value.shape
                 total[name] = total[name] + value if same else value
@@ -384,9 +250,15 @@ class Tape:
     def _drop(self, stray: set[str]) -> None:
         """Take parameters away from their rules."""
         self.stray = tuple(name for name in self.params if name in stray)
-        for block in self.blocks:
-            block.names = {local: name for local, name in block.names.items() if name not in stray}
-        self.blocks = [block for block in self.blocks if block.names]
+        kept = {
+            module: {local: name for local, name in layer.names.items() if name not in stray}
+            for module, layer in self._layers.items()
+        }
+        self._layers = {
+            module: LayerParams(self._layers[module].rule, names)
+            for module, names in kept.items()
+            if names
+        }
 
 
 def _batched(tree: Any) -> Any:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fisher_forget.curvature.operator import Spectral
-from fisher_forget.curvature.tape import Record, Tape
+from fisher_forget.curvature.record import Record
+from fisher_forget.curvature.tape import Tape
 from fisher_forget.errors import CurvatureError
 from fisher_forget.params import Params, flatten, size, unflatten
 

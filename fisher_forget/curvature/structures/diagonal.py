@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fisher_forget.curvature.operator import Spectral
-from fisher_forget.curvature.tape import Record, Tape
+from fisher_forget.curvature.record import Record
+from fisher_forget.curvature.tape import Tape
 from fisher_forget.params import Params
 
 
@@ -93,12 +94,11 @@ class DiagonalSum:
                 if key in self._pending:
                     self._pending[key][1].addcmul_(g, g)
                 else:
-                    self._pending[key] = (a, g * g, group.uses[0].block.names)
+                    self._pending[key] = (a, g * g, group.layer.names)
                 continue
             group.add_squares(self.sums, grads, more=not last)
-        if record.tape.stray:
-            for name, value in record.tape.functional(record.batch, column).items():
-                self.sums[name] += value.square().sum(0)
+        for name, value in record.stray(column).items():
+            self.sums[name] += value.square().sum(0)
         if last:
             for a, squares, names in self._pending.values():
                 if "weight" in names:

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from fisher_forget.curvature.operator import BlockDiagonal, Curvature, Spectral, symmetric_basis
+from fisher_forget.curvature.record import Group, Record
 from fisher_forget.curvature.rules.layers import PATCH_BYTES, MatrixRule, add_squared_products
 from fisher_forget.curvature.structures.diagonal import Diagonal, Settling
-from fisher_forget.curvature.tape import Group, Record, Tape
+from fisher_forget.curvature.tape import Tape
 from fisher_forget.errors import CurvatureError
 from fisher_forget.params import Params
 
@@ -188,9 +189,9 @@ class EkfacSum:
                 rows, columns = layout.join(self.params).shape
                 new = self.params[layout.weight].new_zeros
                 has_row = all(
-                    u.block.rule.has_row_basis()
+                    u.layer.rule.has_row_basis()
                     for u in group.uses
-                    if isinstance(u.block.rule, MatrixRule)
+                    if isinstance(u.layer.rule, MatrixRule)
                 )
                 self.moments[layout.weight] = (
                     new(rows, rows) if has_row else None,
@@ -199,7 +200,7 @@ class EkfacSum:
             row, col = self.moments[layout.weight]
             for call in group.calls:
                 use, g = record.uses[call], grads[call]
-                rule = use.block.rule
+                rule = use.layer.rule
                 if g is None or not isinstance(rule, MatrixRule):
                     continue
                 if row is not None:
@@ -211,15 +212,15 @@ class EkfacSum:
         """Weight and bias share a matrix where every call of the group uses both; else the weight
         stands alone."""
         matrices = [
-            u.block
+            u.layer
             for u in group.uses
-            if isinstance(u.block.rule, MatrixRule) and "weight" in u.block.names
+            if isinstance(u.layer.rule, MatrixRule) and "weight" in u.layer.names
         ]
         if not matrices:
             return None
         weight = matrices[0].names["weight"]
         if weight not in self.layouts:
-            same = all(u.block.names == matrices[0].names for u in group.uses)
+            same = all(u.layer.names == matrices[0].names for u in group.uses)
             rule = matrices[0].rule
             assert isinstance(rule, MatrixRule)
             self.layouts[weight] = Matrix(
@@ -247,9 +248,8 @@ class EkfacSum:
                 continue
             self._add_shared(layout, group, grads)
             self._square(group, grads, layout.names)
-        if record.tape.stray:
-            for name, value in record.tape.functional(record.batch, column).items():
-                self.rest[name] += value.square().sum(0)
+        for name, value in record.stray(column).items():
+            self.rest[name] += value.square().sum(0)
         if last:
             for weight, (a, squares) in self._pending.items():
                 if self.layouts[weight].bias is not None:
@@ -265,7 +265,7 @@ class EkfacSum:
         that costs less."""
         row, col = self.bases[layout.weight]
         use, g = group.uses[0], grads[group.calls[0]]
-        rule = use.block.rule
+        rule = use.layer.rule
         rows, columns = self.lambdas[layout.weight].shape
         if len(group.calls) == 1 and g is not None and isinstance(rule, MatrixRule):
             count = rule.position_count(g)
