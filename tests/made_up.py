@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from fisher_forget.evaluate import closeness as evaluate
+from fisher_forget.likelihood import Categorical, Score
 from fisher_forget.sweep import SweepTable
 
 # kl_original, kl_scrubbed, floor, score_original, score_scrubbed, score_retrained
@@ -92,7 +93,12 @@ def summary_of_forget(seed: int) -> dict[str, Any]:
     }
 
 
-def make_case(name: str, numbers: dict[str, tuple[float, ...]], seeds: int = 3) -> dict[str, Any]:
+def make_case(
+    name: str,
+    numbers: dict[str, tuple[float, ...]],
+    seeds: int = 3,
+    score: Score = Categorical.score,
+) -> dict[str, Any]:
     sizes = {"forget": 146, "retain": 1291, "test": 360, "test, retained classes": 323}
     evaluations = [
         evaluate.Closeness(
@@ -101,7 +107,7 @@ def make_case(name: str, numbers: dict[str, tuple[float, ...]], seeds: int = 3) 
                 for part, values in numbers.items()
             },
             5,
-            "accuracy",
+            score,
         )
         for seed in range(seeds)
     ]
@@ -110,7 +116,7 @@ def make_case(name: str, numbers: dict[str, tuple[float, ...]], seeds: int = 3) 
         "forgotten": 146,
         "retained": 1291,
         "members": 5,
-        "score_name": "accuracy",
+        **score.stored(),
         "seconds": {"train_original": 3.1, "retrain_one": 2.9, "forget": 2.4},
         "runs": [
             {
@@ -191,4 +197,4 @@ def make_sweep(
         }
         rows.append({"method": "fisher-forget"} | row)
     axes = ("method", "noise", *(("exponent",) if len(exponents) > 1 else ()))
-    return SweepTable(pd.DataFrame(rows), axes, marks, "accuracy", 1.0)
+    return SweepTable(pd.DataFrame(rows), axes, marks, Categorical.score, 1.0)

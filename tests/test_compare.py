@@ -19,7 +19,7 @@ from fisher_forget.baselines import METHODS, Unlearned
 from fisher_forget.cli import main
 from fisher_forget.data.split import Split
 from fisher_forget.errors import NumericalError
-from fisher_forget.evaluate.evaluation import Evaluation, Score
+from fisher_forget.evaluate.evaluation import Evaluation, EvaluationRow
 from fisher_forget.evaluate.verdict import UNDECIDED
 from fisher_forget.experiments.compare import compare, configured
 from fisher_forget.experiments.config import CompareConfig, load_config
@@ -261,7 +261,7 @@ def _split(data: Any, forget: Any) -> Split:
 class Made:
     """Scores of made-up methods on two metrics."""
 
-    scores: list[Score] = field(default_factory=list)
+    scores: list[EvaluationRow] = field(default_factory=list)
 
     def add(self, method: str, kl: list[float], accuracy: float, retain: float = 0.1) -> Made:
         for metric, part, values, target, std in (
@@ -284,7 +284,7 @@ class Made:
                 tuple(values),
                 std,
             )
-            self.scores.append(Score(*row))
+            self.scores.append(EvaluationRow(*row))
         return self
 
     def table(self) -> Evaluation:
@@ -333,7 +333,7 @@ class TestTable:
         # % of cases
         score = Made().add("a", [1.0], 84.0).add("b", [1.0], 83.8)
         wide = [
-            Score(**{**s.__dict__, "target_std": 2.0}) if s.metric == "score" else s
+            EvaluationRow(**{**s.__dict__, "target_std": 2.0}) if s.metric == "score" else s
             for s in score.table().scores
         ]
         found = {r["method"]: r["accurate"] for r in rows(Evaluation(tuple(wide), 5, {}), {}, 1.0)}
@@ -346,7 +346,7 @@ class TestTable:
         )
         assert "not told apart from it: noisy." in answer(found)
         assert list(frame(found)["method"])[:2] == ["near *", "noisy *"]
-        assert to_markdown(found).count("\n| ") == 1 + len(found) - 1
+        assert to_markdown(found).count("\n| ") == 1 + len(found)  # the rule and the rows
         ours = Made().add("near", [0.6, 0.62], 90).add("fisher-forget", [3.0, 3.01], 90)
         assert "fisher-forget is behind: 3 nats" in answer(rows(ours.table(), {}, 1.0))
         none = Made().add("ruined", [0.6], 20)

@@ -71,7 +71,7 @@ CLAIMS = {
         label = lambda metric, part, method: table.get(metric, part, method).label
         assert label("kl", "forget", "original") == "not forgotten"
         assert label("kl", "forget", "forget") in ("indistinguishable from retrained", "undecided")
-        assert label("kl", "forget", "retrained, left out") in ("indistinguishable from retrained", "undecided")
+        assert label("kl", "forget", "control (retrained)") in ("indistinguishable from retrained", "undecided")
         assert table.get("score", "forget", "neggrad").value == table.get("score", "forget").target == 0
         assert label("score", "retain", "neggrad") == "over-forgotten"
         assert table.get("kl", "forget", "neggrad").value > table.get("kl", "forget", "original").value

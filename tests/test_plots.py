@@ -145,9 +145,7 @@ def test_methods_without_noise_stand_beside_the_curves():
         method="finetune", noise=np.nan, scale=np.nan, kl_forget=3.0, score_test=0.8
     )
     frame = pd.concat([table.frame, other], ignore_index=True)
-    ax = plots.plot_tradeoff(
-        SweepTable(frame, table.axes, table.marks, table.score_name, table.ruin)
-    )
+    ax = plots.plot_tradeoff(SweepTable(frame, table.axes, table.marks, table.score, table.ruin))
     assert "finetune" in [text.get_text() for text in ax.texts]
     assert (80.0, 3.0) in _points(ax)
     assert "fisher-forget" in [text.get_text() for text in ax.get_legend().get_texts()]
@@ -254,7 +252,7 @@ def test_a_sweep_that_cannot_be_drawn_is_refused():
         plots.plot_damping(make_sweep())
     table = make_sweep()
     with pytest.raises(DataError, match="without cells"):
-        plots.plot_tradeoff(SweepTable(table.frame.iloc[:0], table.axes, table.marks, "accuracy"))
+        plots.plot_tradeoff(SweepTable(table.frame.iloc[:0], table.axes, table.marks, table.score))
 
 
 # methods

@@ -18,8 +18,11 @@ import torch
 from made_up import CLASS_3, RANDOM, make_case, make_metrics, make_sweep
 from matplotlib.axes import Axes
 
+from fisher_forget._util.markdown import markdown_table
+from fisher_forget._util.numbers import number, plus_minus
 from fisher_forget.errors import DataError, StorageError
 from fisher_forget.evaluate import closeness as evaluate
+from fisher_forget.likelihood import Bernoulli, Categorical, Gaussian
 from fisher_forget.report import plots, tables
 from fisher_forget.report.pages.html import write_report
 from fisher_forget.report.schema import METRICS_SCHEMA_PATH, load_schema
@@ -145,7 +148,7 @@ def test_an_undefined_gap_is_said_to_be_so(metrics):
     case = metrics["cases"][1]
     assert tables.case_table(case)["gap closed"].tolist()[0] == tables.UNDEFINED
     assert "no gap to close" in tables.sentence(case)
-    assert tables.verdict(case).word == "no gap"
+    assert tables.conclusion(case).word == "no gap"
     assert tables.UNDEFINED in tables.console(metrics)
 
 
@@ -177,7 +180,7 @@ def test_the_verdict_follows_from_the_numbers(scrubbed, kept, word, said):
     numbers["forget"] = (12.3, scrubbed, *CLASS_3["forget"][2:])
     numbers["test, retained classes"] = (*CLASS_3["test, retained classes"][:4], kept, 0.969)
     case = make_case("class 3", numbers)
-    assert tables.verdict(case).word == word
+    assert tables.conclusion(case).word == word
     assert said in tables.sentence(case)
     lost = tables.cost(case)
     assert (lost is not None) == (word == "costly")
@@ -189,8 +192,7 @@ def test_the_verdict_follows_from_the_numbers(scrubbed, kept, word, said):
 
 def test_a_squared_error_is_not_a_percentage_and_small_is_good():
     numbers = {"forget": (1.0, 0.2, 0.1, 0.5, 2.0, 2.1), "test": (0.3, 0.2, 0.1, 1.0, 1.5, 1.0)}
-    case = make_case("houses", numbers)
-    case["score_name"] = "squared error"
+    case = make_case("houses", numbers, score=Gaussian.score)
     assert "squared error scrubbed" in tables.case_table(case).columns
     assert "0.50 above the retrained models on the test data" in str(tables.cost(case))
     assert "%" not in plots.plot_scores(case).get_xlabel()
@@ -199,7 +201,7 @@ def test_a_squared_error_is_not_a_percentage_and_small_is_good():
 def test_missing_numbers_are_dashes(metrics, tmp_path):
     for key in ("kl_scrubbed", "gap_closed", "score_scrubbed"):
         metrics["cases"][0]["summary"]["forget"][key] = {"mean": None, "std": None, "n": 3}
-    assert tables.verdict(metrics["cases"][0]).word == "not measured"
+    assert tables.conclusion(metrics["cases"][0]).word == "not measured"
     row = tables.case_table(metrics["cases"][0]).iloc[0]
     assert row["KL scrubbed (nats)"] == row["gap closed"] == row["accuracy scrubbed (%)"] == "–"
     assert "nan" not in tables.console(metrics)
@@ -216,34 +218,58 @@ def test_a_case_without_a_score_is_refused(case):
 
 def test_markdown_escapes_and_aligns():
     frame = pd.DataFrame({"part": ["a|b", None], "KL": ["1.0\n± 0.1", float("nan")]})
-    lines = tables.to_markdown(frame).splitlines()
+    lines = markdown_table(frame, frame.itertuples(index=False)).splitlines()
     assert lines[1] == "| :--- | --------: |"
     assert lines[2] == "| a\\|b | 1.0 ± 0.1 |"
     assert lines[3] == "| –    |         – |"
     assert len({len(line) for line in lines}) == 1
 
 
-def test_the_reference_code_beside_the_method(metrics):
+def test_files_of_version_0_1_are_read_and_their_reference_code_is_not_shown(metrics, tmp_path):
+    expected = tables.console(metrics)
     for case in metrics["cases"]:
-        other = {
-            part: (*v[:1], 10 * v[1], *v[2:4], 0.5, *v[5:])
-            for part, v in CLASS_3.items()
-            if part in case["summary"]
-        }
-        rival = make_case(case["name"], other, len(case["runs"]))
-        case["reference_code"] = rival["summary"]
-        for run, evaluated in zip(case["runs"], rival["runs"], strict=True):
-            run["reference_code"] = {"alpha": 3e-6, "evaluation": evaluated["evaluation"]}
+        del case["score_unit"], case["score_higher_is_better"]
+        case["reference_code"] = case["summary"]
+        for run in case["runs"]:
+            run["reference_code"] = {"alpha": 3e-6, "evaluation": run["evaluation"]}
     jsonschema.validate(metrics, load_schema())
-    frame = tables.case_table(metrics["cases"][0])
-    assert frame["KL reference code (nats)"][0].startswith("12.0")
-    assert frame["accuracy reference code (%)"][0].startswith("50.0")
-    text = tables.console(metrics)
-    assert max(map(len, text.splitlines())) <= tables.WIDTH
-    assert (
-        "reference code: on forget, at the best of twelve scales; accuracy (%) on retain 50.0; test 50.0"
-        in text
-    )
+    assert tables.console(metrics) == expected
+    assert "reference code" not in _Page(write_report(metrics, {}, tmp_path)).text
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "shares", "console", "page"),
+    [
+        (
+            Categorical(),
+            (0.953, 0.972),
+            ("accuracy (%)", " 95.3 "),
+            ("95.3 %", "retrained 97.2 ± 0.4 %"),
+        ),
+        (
+            Bernoulli(),
+            (0.953, 0.972),
+            ("label accuracy (%)", " 95.3 "),
+            ("95.3 %", "retrained 97.2 ± 0.4 %"),
+        ),
+        (Gaussian(), (1.152, 0.97), ("squared error\n", " 1.15 "), ("1.15", "retrained 0.97")),
+    ],
+)
+def test_a_score_is_shown_in_the_unit_of_its_likelihood(
+    likelihood, shares, console, page, tmp_path
+):
+    scrubbed, retrained = shares
+    numbers = dict.fromkeys(("forget", "test"), (12.3, 1.2, 0.55, retrained, scrubbed, retrained))
+    metrics = make_metrics(make_case("labels", numbers, score=likelihood.score))
+    jsonschema.validate(metrics, load_schema())
+    for words in console:
+        assert words in tables.console(metrics) + "\n"
+    text = " ".join(_Page(write_report(metrics, {}, tmp_path)).text.split())
+    for words in page:
+        assert words in text
+    assert ("%" in likelihood.score.title()) == ("%" in page[0])
+    assert "0.95" not in text
+    assert "115" not in text
 
 
 def test_the_console_fits_a_terminal(metrics):
@@ -398,6 +424,6 @@ def test_a_hostile_figure_is_disarmed_and_a_broken_one_refused(metrics, tmp_path
 
 
 def test_numbers_of_no_size_are_readable():
-    assert tables.number(math.inf) == "∞"
-    assert tables.plus_minus(3e-5, 1e-5) == "3.0e-05 ± 1e-05"
-    assert tables.plus_minus(0.0, 0.25) == "0.00 ± 0.25"
+    assert number(math.inf) == "∞"
+    assert plus_minus(3e-5, 1e-5) == "3.0e-05 ± 1e-05"
+    assert plus_minus(0.0, 0.25) == "0.00 ± 0.25"

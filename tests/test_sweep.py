@@ -27,6 +27,7 @@ from fisher_forget.data.split import resolve_split
 from fisher_forget.errors import FisherForgetWarning
 from fisher_forget.experiments.config import SweepConfig, load_config
 from fisher_forget.experiments.training import TrainSettings, train
+from fisher_forget.likelihood.base import ACCURACY, SQUARED_ERROR, Score
 from fisher_forget.sweep import SweepTable, run
 from fisher_forget.sweep.table import pareto
 
@@ -266,10 +267,10 @@ class TestFile:
         )
         again = SweepTable.load(tmp_path / "t.parquet")
         pd.testing.assert_frame_equal(again.to_pandas(), table.to_pandas())
-        assert (again.axes, again.marks, again.score_name, again.ruin) == (
+        assert (again.axes, again.marks, again.score, again.ruin) == (
             table.axes,
             table.marks,
-            table.score_name,
+            table.score,
             table.ruin,
         )
         plain = pd.read_parquet(tmp_path / "t.parquet")  # as anybody would read it
@@ -406,8 +407,7 @@ class TestTable:
         )  # all cost too much: the cheapest
         errors = [(noise, kl, 1 - score) for noise, kl, score in rows]
         assert (
-            made_up(errors, floor=0.35, target=0.015, name="squared error").best(0.1)["noise"]
-            == 0.2
+            made_up(errors, floor=0.35, target=0.015, score=SQUARED_ERROR).best(0.1)["noise"] == 0.2
         )
 
     def test_the_front(self) -> None:
@@ -465,7 +465,7 @@ def dominates(q: Any, p: Any) -> bool:
 
 
 def made_up(
-    rows: list[tuple[float, float, float]], floor: float, target: float, name: str = "accuracy"
+    rows: list[tuple[float, float, float]], floor: float, target: float, score: Score = ACCURACY
 ) -> SweepTable:
     frame = pd.DataFrame(rows, columns=["noise", "kl_forget", "score_test"])
     frame = frame.assign(
@@ -473,7 +473,7 @@ def made_up(
     )
     frame = frame.assign(information=1.0, gap_closed=0.5, seconds=1.0)
     marks = {"retrained": {"kl_forget": floor, "score_test": target}}
-    return SweepTable(frame, ("method", "noise"), marks, name)
+    return SweepTable(frame, ("method", "noise"), marks, score)
 
 
 class TestConfiguration:

@@ -10,14 +10,12 @@ import torch
 from scipy import stats
 
 from fisher_forget import ConfigError, DataError, NumericalError
-from fisher_forget.evaluate import verdict as module
 from fisher_forget.evaluate.verdict import (
     INDISTINGUISHABLE,
     NOT_FORGOTTEN,
     OVER_FORGOTTEN,
     UNDECIDED,
-    equivalence_power,
-    models_needed,
+    Design,
     verdict,
 )
 
@@ -53,16 +51,15 @@ def likely(share: float, probability: float) -> bool:
 class TestErrorRates:
     @pytest.fixture(autouse=True)
     def _quick(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(
-            module, "_needed", lambda *_: None
-        )  # most of the time, and nothing to the labels
+        # most of the time, and nothing to the labels
+        monkeypatch.setattr(Design, "models_needed", lambda *_: None)
 
     @pytest.mark.parametrize("models", [2, 5, 20])
     def test_a_retrained_model_is_rejected_in_five_percent(self, models: int) -> None:
         found = rate(models, None, None, seed=models)
         assert likely(found[NOT_FORGOTTEN] + found[OVER_FORGOTTEN], 0.05)
         assert likely(found[NOT_FORGOTTEN], 0.025)
-        assert likely(found[INDISTINGUISHABLE], equivalence_power(models))
+        assert likely(found[INDISTINGUISHABLE], Design(models).power())
 
     @pytest.mark.parametrize("models", [2, 5, 20])
     def test_a_model_at_the_margin_is_called_the_same_in_five_percent(self, models: int) -> None:
@@ -80,7 +77,7 @@ class TestErrorRates:
     def test_power_is_what_it_says(self, distance: float) -> None:
         assert likely(
             rate(10, None, distance, seed=50)[INDISTINGUISHABLE],
-            equivalence_power(10, 2.0, distance),
+            Design(10).power(distance),
         )
 
     def test_several_runs_are_judged_by_welch(self) -> None:
@@ -138,10 +135,10 @@ class TestAgainstScipy:
         # Known margin c, M = 16, t_{15, 0.95} = 1.75305: |x - rbar| / s < c - 1.75305 / 4, and for
         # a retrained model (x - rbar) / (s sqrt(17/16)) is Student's t with 15 degrees of freedom.
         bound = (3 - 1.75305 / 4) / math.sqrt(17 / 16)
-        assert equivalence_power(16, 3.0, known=True) == pytest.approx(
+        assert Design(16, 3.0, estimated=False).power() == pytest.approx(
             2 * stats.t.cdf(bound, 15) - 1, abs=1e-5
         )
-        assert verdict(0.0, WIDE, original=9.0).power == pytest.approx(equivalence_power(20))
+        assert verdict(0.0, WIDE, original=9.0).power == pytest.approx(Design(20).power())
 
 
 class TestLabels:
@@ -208,7 +205,7 @@ class TestLabels:
     def test_undecided_says_what_it_takes(self) -> None:
         near, far = verdict(1.6, WIDE, original=10.0), verdict(2.05, WIDE, original=10.0)
         assert near.label == far.label == UNDECIDED
-        assert near.models_needed == models_needed(2.0, 1.6)
+        assert near.models_needed == Design(20).models_needed(1.6)
         assert f"about {near.models_needed} retrained models" in near.reason
         assert far.models_needed is None
         assert "show a difference" in far.reason
@@ -242,23 +239,25 @@ class TestModelsNeeded:
     @pytest.mark.parametrize("known", [False, True])
     @pytest.mark.parametrize("distance", [None, 0.0, 1.0, 1.5])
     def test_is_the_least_number(self, distance: float | None, known: bool) -> None:
-        found = models_needed(2.0, distance, known=known)
+        found = Design(2, estimated=not known).models_needed(distance)
         assert found is not None
-        assert equivalence_power(found, 2.0, distance, known=known) >= 0.8
-        assert equivalence_power(found - 1, 2.0, distance, known=known) < 0.8
+        assert Design(found, estimated=not known).power(distance) >= 0.8
+        assert Design(found - 1, estimated=not known).power(distance) < 0.8
 
     def test_approaches_the_normal_formula(self) -> None:
         # A known margin c at distance d: n = ((z_0.8 + z_0.95) / (c - d))^2 = 618 for c - d = 0.1,
         # d small.
         expected = ((stats.norm.ppf(0.8) + stats.norm.ppf(0.95)) / 0.1) ** 2
-        assert models_needed(0.2, 0.1, known=True) == pytest.approx(expected, rel=0.02)
+        assert Design(2, 0.2, estimated=False).models_needed(0.1) == pytest.approx(
+            expected, rel=0.02
+        )
 
     def test_grows_with_distance_and_has_an_end(self) -> None:
-        numbers = [models_needed(2.0, d) for d in (0.0, 0.5, 1.0, 1.5, 1.8)]
+        numbers = [Design(2).models_needed(d) for d in (0.0, 0.5, 1.0, 1.5, 1.8)]
         assert numbers == sorted(numbers)  # type: ignore[type-var]
-        assert models_needed(2.0, 2.1) is None
+        assert Design(2).models_needed(2.1) is None
         # A retrained model is itself within 1 s with probability 0.68 only, however many there are.
-        assert models_needed(1.0) is None
+        assert Design(2, 1.0).models_needed() is None
 
 
 def test_refusals() -> None:
@@ -277,6 +276,6 @@ def test_refusals() -> None:
     with pytest.raises(ConfigError, match="level=95"):
         verdict(0.5, RETRAINED, original=1.0, level=95)
     with pytest.raises(ConfigError, match="models=1"):
-        equivalence_power(1)
-    with pytest.raises(ConfigError, match="distance=-1"):
-        models_needed(2.0, -1.0)
+        Design(1)
+    with pytest.raises(ConfigError, match="margin=-1"):
+        Design(2, -1.0)

@@ -22,3 +22,18 @@ def preserved_rng() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
+
+
+@contextmanager
+def seeded_rng(seed: int) -> Iterator[None]:
+    """Within, the global states of Python, NumPy and torch start from a seed, for code that draws
+    from them (dropout, a user's function); after it they are as before.
+
+    Args:
+        seed: At least 0.
+    """
+    with preserved_rng():
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002 - which takes no more bits
+        torch.manual_seed(seed)
+        yield

@@ -26,7 +26,7 @@ from fisher_forget.data.batches import Unpack
 from fisher_forget.data.split import resolve_split
 from fisher_forget.errors import DataError, NumericalError
 from fisher_forget.evaluate.ensemble import predict
-from fisher_forget.likelihood import Likelihood, resolve_likelihood
+from fisher_forget.likelihood import Likelihood, Score, resolve_likelihood
 
 Outputs = Mapping[str, Tensor]  # part -> outputs [N, ...]
 
@@ -69,18 +69,18 @@ class Closeness:
     Attributes:
         parts: Scores by part.
         members: Number of retrained models.
-        score_name: What the score_* numbers are.
+        score: What the score_* numbers are.
     """
 
     parts: dict[str, PartScores]
     members: int
-    score_name: str
+    score: Score
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers for a JSON file."""
         return {
             "members": self.members,
-            "score_name": self.score_name,
+            **self.score.stored(),
             "parts": {name: asdict(part) for name, part in self.parts.items()},
         }
 
@@ -265,7 +265,7 @@ def closeness(
             score_retrained=bar.score,
             score_retrained_std=bar.score_std,
         )
-    return Closeness(parts, len(retrained), likelihood.score_name)
+    return Closeness(parts, len(retrained), likelihood.score)
 
 
 def _score(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> float:

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from fisher_forget import params as P
 from fisher_forget._util import files
+from fisher_forget._util.threads import torch_threads
 from fisher_forget.data.batches import Unpack
 from fisher_forget.data.split import Indices, Split, resolve_split
 from fisher_forget.errors import ConfigError, DataError, FisherForgetWarning, StorageError
@@ -365,16 +366,10 @@ def _member(
     train_fn: TrainFn, seed: int, cache: _Cache | None, threads: int | None = None
 ) -> Member:
     """Train one member, and store it before anything else can go wrong."""
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         start = time.perf_counter()
         model = train_fn(seed)
         seconds = time.perf_counter() - start
-    finally:
-        if threads is not None:
-            torch.set_num_threads(before)  # workers are reused, perhaps by someone else
     if cache is not None:
         cache.save(seed, model, seconds)
     return seed, {name: value.detach().cpu() for name, value in model.state_dict().items()}, seconds

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from fisher_forget._util.markdown import markdown_table
 from fisher_forget.data.batches import Unpack
 from fisher_forget.data.split import Split, resolve_split
 from fisher_forget.errors import ConfigError, DataError, NumericalError
@@ -33,9 +34,9 @@ from fisher_forget.unlearn.result import ForgetResult
 
 OTHERS = 10  # retrained models that a retrained model is compared with at most, for the target of a pair metric
 Scrubbed = ForgetResult | nn.Module
-COSTLY = ("relearn",)  # trains; only where asked for by name
 FALSE_ALARM = 0.05  # that a retrained model fails any of the rows
 UNDEFINED = "undefined"
+CONTROL = "control (retrained)"  # retrained models that take no part in the targets
 TOO_FEW = (
     f"it takes {LEAST} models of a method and {LEAST} retrained ones beside as many for the target"
 )
@@ -46,11 +47,11 @@ ENOUGH = {
 
 
 @dataclass(frozen=True)
-class Score:
+class EvaluationRow:
     """One metric of one model on one part of the data.
 
     Attributes:
-        method: "original", "retrained, left out", or the name of a method.
+        method: "original", "control (retrained)", or the name of a method.
         metric: Key of `METRICS`.
         part: Of the data.
         unit: Of the numbers below.
@@ -96,11 +97,11 @@ class Evaluation:
         left_out: Metrics that could not be computed, and why.
     """
 
-    scores: tuple[Score, ...]
+    scores: tuple[EvaluationRow, ...]
     retrained: int
     left_out: dict[str, str]
 
-    def get(self, metric: str, part: str = "forget", method: str | None = None) -> Score:
+    def get(self, metric: str, part: str = "forget", method: str | None = None) -> EvaluationRow:
         """One row.
 
         Raises:
@@ -116,26 +117,24 @@ class Evaluation:
         )
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row a score, with the columns of `Score`."""
+        """One row a score, with the columns of `EvaluationRow`."""
         return pd.DataFrame(
-            [asdict(s) for s in self.scores], columns=[f.name for f in fields(Score)]
+            [asdict(s) for s in self.scores], columns=[f.name for f in fields(EvaluationRow)]
         )
 
     def to_markdown(self) -> str:
         """Metrics down, methods across; the target with its 95 % prediction interval first."""
         methods = list(dict.fromkeys(s.method for s in self.scores))
-        lines = [
-            f"| metric | part | retrained (95 % of new ones) | {' | '.join(methods)} |",
-            "|---" * (3 + len(methods)) + "|",
-        ]
+        rows = []
         for metric, part in dict.fromkeys((s.metric, s.part) for s in self.scores):
             row = {s.method: s for s in self.scores if (s.metric, s.part) == (metric, part)}
             first = next(iter(row.values()))
             unit = f", {first.unit}" if first.unit else ""
             target = f"{first.target:.3g} ({first.target_low:.3g} ... {first.target_high:.3g})"
             cells = [shown(row[m]) if m in row else "" for m in methods]
-            lines.append(f"| {metric}{unit} | {part} | {target} | {' | '.join(cells)} |")
-        lines += [
+            rows.append([f"{metric}{unit}", part, target, *cells])
+        lines = [
+            markdown_table(["metric", "part", "retrained (expected range, 95 %)", *methods], rows),
             "",
             "; ".join(f"{mark or '–'} {label}" for label, mark in MARKS.items())
             + f"; {self.retrained} retrained models.",
@@ -153,7 +152,7 @@ class Evaluation:
         return {"schema": 1, "retrained": self.retrained, "left_out": self.left_out, "scores": rows}
 
 
-def shown(score: Score) -> str:
+def shown(score: EvaluationRow) -> str:
     """The value and the mark of its verdict; a dash where it is undefined."""
     return "–" if score.label == UNDEFINED else f"{score.value:.3g} {MARKS[score.label]}"
 
@@ -211,7 +210,11 @@ def evaluate(
         NumericalError: Outputs that are not finite.
     """
     kind = resolve_likelihood(likelihood)
-    chosen = [name for name in METRICS if name not in COSTLY] if metrics is None else list(metrics)
+    chosen = (
+        [name for name, metric in METRICS.items() if not metric.by_name]
+        if metrics is None
+        else list(metrics)
+    )
     if unknown := [name for name in chosen if name not in METRICS]:
         raise ConfigError(
             f"the metrics {unknown}", f"some of {list(METRICS)}", "Correct the names."
@@ -255,7 +258,7 @@ def evaluate(
         own = sources if len(sources) == len(models) else sources[:1] * len(models)
         groups[method] = [Subject(*each) for each in zip(outputs[method], models, own, strict=True)]
     if control:
-        groups["retrained, left out"] = control
+        groups[CONTROL] = control
     blank = (
         None if teacher is None or "forget" not in splits else predict(teacher, splits["forget"])[0]
     )
@@ -301,9 +304,9 @@ def _scored(
     ones: Sequence[Subject],
     context: Context,
     level: float,
-) -> list[Score]:
+) -> list[EvaluationRow]:
     """The rows of one metric on one part."""
-    rows: list[Score] = []
+    rows: list[EvaluationRow] = []
     own = _targets(metric, ones, 1, part, context)
     before: list[float] = []
     for method, group in groups.items():
@@ -319,7 +322,8 @@ def _scored(
         # where the score is not defined for the original itself, such as the direction of no step,
         # any side is off
         before = before or [v for v in found if math.isfinite(v)]
-        rows.append(_score(metric, method, part, found, own, before or found, level))
+        unit = metric.unit_in(context)
+        rows.append(_score(metric, unit, method, part, found, own, before or found, level))
     return rows
 
 
@@ -339,14 +343,15 @@ def _targets(
 
 def _score(
     metric: Metric,
+    unit: str,
     method: str,
     part: str,
     found: Sequence[float],
     own: Sequence[float],
     before: Sequence[float],
     level: float,
-) -> Score:
-    common = method, metric.name, part, metric.unit
+) -> EvaluationRow:
+    common = method, metric.name, part, unit
     capped = (
         f" Counting ended at {metric.cap:g}."
         if max([*found, *own], default=0) >= metric.cap
@@ -354,9 +359,11 @@ def _score(
     )
     if not found or not np.isfinite([*found, *own]).all():
         why = "A value is not finite." if found else TOO_FEW
-        return Score(*common, math.nan, len(found), *(math.nan,) * 5, UNDEFINED, why, tuple(found))
+        return EvaluationRow(
+            *common, math.nan, len(found), *(math.nan,) * 5, UNDEFINED, why, tuple(found)
+        )
     margin = (
-        ENOUGH.get(metric.unit) if np.ptp(own) == 0 else None
+        ENOUGH.get(unit) if np.ptp(own) == 0 else None
     )  # without a spread only a margin can judge
     judged, interval = (
         verdict(found, own, original=before, margin=margin, level=level),
@@ -364,7 +371,7 @@ def _score(
     )
     ends = interval.low, interval.high, float(np.mean(own)), judged.low, judged.high
     spread = float(np.std(own, ddof=1))
-    return Score(
+    return EvaluationRow(
         *common,
         interval.value,
         len(found),

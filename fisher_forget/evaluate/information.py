@@ -103,25 +103,6 @@ class NoiseLaw:
         return replace(self, mean=moved, scale=self.scale if scale is None else scale)
 
 
-def information_in_weights(result: ForgetResult, *, error: float | None = None) -> float:
-    """Local forgetting bound of a result, nats: the expected KL to the same noise around the exact
-    Newton step.
-
-    It rests on a guess of that step's error. Against a retrained model nothing is guessed:
-    `gaussian_kl(law, law.at(retrained))` with `law = NoiseLaw.of(result)`.
-
-    Args:
-        result: Of `forget`.
-        error: sigma_h, in units of the weights; by default the result's own estimate.
-
-    Returns:
-        Infinity where no noise was added; NaN where no Newton step was taken and no error is given.
-    """
-    if result.noise is None:
-        return math.inf
-    return result.information(result.noise.scale, exponent=result.noise.exponent, error=error)
-
-
 def gaussian_kl(law: NoiseLaw, reference: NoiseLaw) -> float:
     """KL(law || reference) between laws of one shape, exact for every structure of curvature, nats.
 

@@ -4,8 +4,8 @@ For each sample, the margins of M unlearned and M' retrained ("oracle") models b
 p and q over their joint range, and KLoM = KL(p || q) in nats (Georgiev et al. 2024,
 arXiv:2410.23232; EasyDUB, arXiv:2602.16400):
 
-- It is never 0 for finite ensembles, and depends on their size: `klom_null` and `klom_floor` say
-  where "as good as retrained" lies. Compare only values of equal M and M'.
+- It is never 0 for finite ensembles, and depends on their size: compare only values of equal M and
+  M', such as that of M retrained models against M' others.
 - It saturates at -log(floor) = 11.51 nats, where no oracle margin shares a bin with an unlearned
   one.
 - It is not symmetric; the direction is part of the number.
@@ -24,7 +24,6 @@ from torch import Tensor
 from fisher_forget.errors import ConfigError, DataError
 from fisher_forget.evaluate.divergence import (
     check_ensembles,
-    check_halves,
     check_logits,
     check_targets,
     sample_slices,
@@ -93,26 +92,6 @@ class KlomSummary:
     samples: int
 
 
-@dataclass(frozen=True)
-class KlomFloor:
-    """KLoM between disjoint halves of one ensemble, nats.
-
-    Attributes:
-        mean: Mean over halvings of the mean over samples.
-        mean_std: Its standard deviation over halvings, which share models: too small for a standard
-            error.
-        p95: Mean over halvings of the 95th percentile over samples.
-        p95_std: Its standard deviation over halvings.
-        models: Models in each half: the M and M' that these values hold for.
-    """
-
-    mean: float
-    mean_std: float
-    p95: float
-    p95_std: float
-    models: int
-
-
 def margins(logits: Tensor, targets: Tensor) -> Tensor:
     """z_y - log sum_{j != y} exp z_j = log(p_y / (1 - p_y)): [N] or [M, N], float64.
 
@@ -139,7 +118,7 @@ def margins(logits: Tensor, targets: Tensor) -> Tensor:
 def klom(unlearned: Tensor, oracle: Tensor, settings: KlomSettings = DEFAULT) -> Tensor:
     """KLoM of each sample: [N], float64, nats, at most -log(floor).
 
-    Target: `klom_null(M, M')` or, of the same size, `klom_floor`; values below it are not better.
+    Target: what M retrained models score against M' others; values below it are not better.
 
     Args:
         unlearned: Margins [M, N], one row for each unlearned model.
@@ -173,77 +152,6 @@ def summarise_klom(values: Tensor) -> KlomSummary:
         )
     array = values.double().cpu().numpy()
     return KlomSummary(float(array.mean()), float(np.percentile(array, 95)), len(array))
-
-
-def klom_null(
-    models: int,
-    oracles: int | None = None,
-    settings: KlomSettings = DEFAULT,
-    *,
-    samples: int = 4000,
-    seed: int = 0,
-) -> KlomSummary:
-    """KLoM of two ensembles that draw from the same Gaussian, by simulation.
-
-    Bins follow the range of the margins, so that their mean and scale do not matter.
-
-    Args:
-        models: M.
-        oracles: M'; M if `None`.
-        settings: As for `klom`.
-        samples: Simulated samples, independent of each other.
-        seed: Of the simulation.
-
-    Raises:
-        DataError: If there are fewer than two models on a side.
-    """
-    oracles = models if oracles is None else oracles
-    if min(models, oracles) < 2 or samples < 1:
-        raise DataError(
-            f"{models} and {oracles} models, {samples} samples",
-            "at least 2 models on each side and a sample",
-            "Correct the sizes.",
-        )
-    generator = torch.Generator().manual_seed(seed)
-    drawn = [
-        torch.randn(m, samples, generator=generator, dtype=torch.float64) for m in (models, oracles)
-    ]
-    return summarise_klom(klom(drawn[0], drawn[1], settings))
-
-
-def klom_floor(
-    oracle: Tensor, settings: KlomSettings = DEFAULT, *, seed: int = 0, halvings: int = 10
-) -> KlomFloor:
-    """KLoM between random disjoint halves of the oracles: what the perfect method scores with M //
-    2 models a side.
-
-    Args:
-        oracle: Margins [M, N]; an odd model sits out.
-        settings: As for `klom`.
-        seed: Of the halvings.
-        halvings: How many.
-
-    Raises:
-        ConfigError: If there is no halving.
-        DataError: If there are fewer than four oracles.
-        NumericalError: If margins are not finite.
-    """
-    check_halves(oracle, 2, halvings, least=4)
-    half = len(oracle) // 2
-    rng = np.random.default_rng(seed)
-    found = []
-    for _ in range(halvings):
-        first, second = torch.from_numpy(rng.permutation(len(oracle)))[: 2 * half].view(2, half)
-        found.append(summarise_klom(klom(oracle[first], oracle[second], settings)))
-    means, p95s = [f.mean for f in found], [f.p95 for f in found]
-    ddof = min(1, halvings - 1)
-    return KlomFloor(
-        float(np.mean(means)),
-        float(np.std(means, ddof=ddof)),
-        float(np.mean(p95s)),
-        float(np.std(p95s, ddof=ddof)),
-        half,
-    )
 
 
 def _klom(first: Tensor, second: Tensor, settings: KlomSettings) -> Tensor:

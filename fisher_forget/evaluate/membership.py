@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,14 +29,7 @@ from scipy import special, stats
 from torch import Tensor
 
 from fisher_forget.errors import ConfigError, DataError, NumericalError
-from fisher_forget.evaluate.intervals import (
-    Array,
-    Interval,
-    Values,
-    as_array,
-    bootstrap,
-    t_interval,
-)
+from fisher_forget.evaluate.intervals import Array, Values, as_array
 
 Features = Mapping[str, Array]
 
@@ -48,24 +40,7 @@ SIGNS = {
     "modified_entropy": -1.0,
 }  # times the feature: "member"
 ATTACKS = (*SIGNS, "all", "svc")
-FPRS = (0.01, 0.001)
 LIMIT = 2000  # samples a side that a rule is fitted on: a kernel machine costs their square
-
-
-@dataclass(frozen=True)
-class Separation:
-    """How well scores tell positives from negatives.
-
-    Attributes:
-        auc: P(positive > negative) + P(equal) / 2; 1/2 where they cannot be told apart.
-        tpr_1: True positive rate at a false positive rate of at most 1 %.
-        tpr_01: The same at 0.1 %. With fewer than 1000 negatives it allows no false positive at
-        all.
-    """
-
-    auc: Interval
-    tpr_1: Interval
-    tpr_01: Interval
 
 
 @dataclass(frozen=True)
@@ -92,22 +67,6 @@ class PopulationAttack:
         """Fraction of the queried samples that are called members."""
         return float(np.mean(self.queried >= self.cutoff))
 
-    def called_members_interval(
-        self, *, level: float = 0.95, draws: int = 1000, seed: int = 0
-    ) -> Interval:
-        """The same with a bootstrap interval over the queried samples, the fitted rule being held
-        fixed."""
-        called = (self.queried >= self.cutoff).astype(np.float64)
-        return bootstrap(lambda x: as_array(x.mean(1)), called, level=level, draws=draws, seed=seed)
-
-    def control(self, *, level: float = 0.95, draws: int = 1000, seed: int = 0) -> Separation:
-        """Members against non-members: what the attack can tell at all on this model."""
-        return separation(self.member, self.nonmember, level=level, draws=draws, seed=seed)
-
-    def leak(self, *, level: float = 0.95, draws: int = 1000, seed: int = 0) -> Separation:
-        """Queried samples against non-members."""
-        return separation(self.queried, self.nonmember, level=level, draws=draws, seed=seed)
-
 
 @dataclass(frozen=True)
 class ShadowAttack:
@@ -121,15 +80,13 @@ class ShadowAttack:
     unlearned: Array
     out: Array
 
-    def separation(self, level: float = 0.95) -> Separation:
-        """Mean over the pairs of the separation over the N samples; target of the AUC 1/2.
+    def auc(self) -> float:
+        """Mean over the pairs of the AUC over the N samples; the target is 1/2."""
+        return float(auc(self.unlearned, self.out).mean())
 
-        The t-intervals treat pairs as independent, although their fits overlap.
-        """
-        tpr_1, tpr_01 = (
-            t_interval(tpr_at_fpr(self.unlearned, self.out, fpr), level) for fpr in FPRS
-        )
-        return Separation(t_interval(auc(self.unlearned, self.out), level), tpr_1, tpr_01)
+    def tpr_at_fpr(self, fpr: float) -> float:
+        """Mean over the pairs of the true positive rate at a false positive rate of at most `fpr`."""
+        return float(tpr_at_fpr(self.unlearned, self.out, fpr).mean())
 
 
 def attack_features(logits: Tensor, targets: Tensor) -> dict[str, Array]:
@@ -202,21 +159,6 @@ def tpr_at_fpr(positive: Values, negative: Values, fpr: float) -> Array:
         return np.ones(a.shape[:-1])
     cutoff = np.sort(b, -1)[..., -1 - allowed]  # the highest negative that must not pass
     return as_array((a > cutoff[..., None]).mean(-1))
-
-
-def separation(
-    positive: Values, negative: Values, *, level: float = 0.95, draws: int = 1000, seed: int = 0
-) -> Separation:
-    """AUC and true positive rates of scores [P] and [Q], with bootstrap intervals over the
-    samples."""
-
-    statistics: tuple[Callable[..., Array], ...] = (
-        auc,
-        *(partial(tpr_at_fpr, fpr=fpr) for fpr in FPRS),
-    )
-    return Separation(
-        *(bootstrap(s, positive, negative, level=level, draws=draws, seed=seed) for s in statistics)
-    )
 
 
 def population_attack(

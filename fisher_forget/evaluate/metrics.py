@@ -21,9 +21,12 @@ from torch import Tensor, nn
 
 from fisher_forget.data.split import Split
 from fisher_forget.evaluate import divergence, klom, relearn, weights
-from fisher_forget.evaluate.composite import zrf
+from fisher_forget.evaluate.composite import average_gap, tug_of_war, zrf
+from fisher_forget.evaluate.intervals import Array
 from fisher_forget.evaluate.membership import (
+    ShadowAttack,
     attack_features,
+    auc,
     population_attack,
     ruli,
     shadow_attack,
@@ -34,6 +37,7 @@ from fisher_forget.likelihood import Categorical, Likelihood
 MEMBERSHIP_SAMPLES = 1000  # of retained and test data each, that a membership attack is fitted on
 GROUP_SAMPLES = 10_000  # of a part, that distributions of models are compared on
 RELEARN = 100  # epochs at most
+RELEARN_STEPS = 1000  # at most
 LEAST = 3  # models on either side of such a comparison
 
 
@@ -95,6 +99,7 @@ class Metric:
         needs: What it needs besides outputs: "categorical", "membership", "split", "teacher" (see
             `missing`), or "weights": those of the original's architecture, without which it is
             undefined.
+        by_name: Computed only where it is asked for by name: it takes long, or follows from others.
     """
 
     name: str
@@ -108,6 +113,11 @@ class Metric:
     parts: tuple[str, ...] = ()
     cap: float = math.inf
     needs: frozenset[str] = field(default_factory=frozenset)
+    by_name: bool = False
+
+    def unit_in(self, context: Context) -> str:
+        """Its unit; that of "score" is the likelihood's."""
+        return context.likelihood.score.unit if self.name == "score" else self.unit
 
     def missing(self, context: Context) -> str | None:
         """Why it cannot be computed here, or `None`."""
@@ -140,13 +150,12 @@ def _mean(fn: Callable[[Tensor, Tensor], Tensor], factor: float = 1.0) -> Pair:
 
 def _score(a: Subject, part: str, context: Context) -> float:
     value = float(context.likelihood.scores(a.outputs[part], context.targets[part]).mean())
-    return 100 * value if context.likelihood.score_name == "accuracy" else value
+    return context.likelihood.score.factor * value
 
 
 def _loss(a: Subject, part: str, context: Context) -> float:
-    targets = context.targets[part]
-    total = context.likelihood.losses(a.outputs[part], targets).double().sum()
-    return float(total / context.likelihood.counts(targets).double().sum())
+    total, count = context.likelihood.loss_totals([(a.outputs[part], context.targets[part])])
+    return total / count
 
 
 def _entropy(a: Subject, part: str, context: Context) -> float:
@@ -154,24 +163,47 @@ def _entropy(a: Subject, part: str, context: Context) -> float:
     return float(-(logp.exp() * logp).sum(-1).mean())
 
 
+def _features(a: Subject, context: Context) -> dict[str, dict[str, Array]]:
+    """What membership attacks look at, of `MEMBERSHIP_SAMPLES` retained and test samples at most."""
+    generator = torch.Generator().manual_seed(context.seed)
+    features = {}
+    for part in ("retain", "test", "forget"):
+        outputs, targets = a.outputs[part], context.targets[part]
+        if part != "forget":
+            few = torch.randperm(len(targets), generator=generator)[:MEMBERSHIP_SAMPLES]
+            outputs, targets = outputs[few], targets[few]
+        features[part] = attack_features(outputs, targets)
+    return features
+
+
 def _called_members(feature: str) -> Solo:
     def solo(a: Subject, part: str, context: Context) -> float:
-        generator = torch.Generator().manual_seed(context.seed)
-        features = {}
-        for name in ("retain", "test", "forget"):
-            outputs, targets = a.outputs[name], context.targets[name]
-            if name != "forget":
-                few = torch.randperm(len(targets), generator=generator)[:MEMBERSHIP_SAMPLES]
-                outputs, targets = outputs[few], targets[few]
-            features[name] = attack_features(outputs, targets)
-        return (
-            100
-            * population_attack(
-                features["retain"], features["test"], features["forget"], feature
-            ).called_members
-        )
+        of = _features(a, context)
+        attack = population_attack(of["retain"], of["test"], of["forget"], feature)
+        return 100 * attack.called_members
 
     return solo
+
+
+def _membership_auc(a: Subject, part: str, context: Context) -> float:
+    of = _features(a, context)
+    return 100 * float(auc(-of["forget"]["loss"], -of["test"]["loss"]))
+
+
+def _rates(a: Subject, context: Context) -> list[float]:
+    """Accuracies on forgotten, retained and test samples."""
+    parts = ("forget", "retain", "test")
+    return [_score(a, part, context) / context.likelihood.score.factor for part in parts]
+
+
+def _tug_of_war(a: Subject, b: Subject, part: str, context: Context) -> float:
+    return tug_of_war(_rates(a, context), _rates(b, context))
+
+
+def _average_gap(a: Subject, b: Subject, part: str, context: Context) -> float:
+    attacked = _called_members("confidence")
+    ours, theirs = ([*_rates(x, context), attacked(x, part, context) / 100] for x in (a, b))
+    return average_gap(ours, theirs)
 
 
 def _zrf(a: Subject, part: str, context: Context) -> float:
@@ -194,10 +226,18 @@ def _efficacy(a: Subject, part: str, context: Context) -> float:
 
 def _relearn(a: Subject, part: str, context: Context) -> float:
     assert context.split is not None
-    found = relearn.relearn_time(
+    time = relearn.relearn_time(
         a.model, context.split, a.original, context.likelihood, max_epochs=RELEARN
     )
-    return float(found.epochs)
+    return float(time.epochs)
+
+
+def _relearn_steps(a: Subject, part: str, context: Context) -> float:
+    assert context.split is not None
+    steps = relearn.relearn_steps(
+        a.model, context.split, a.original, context.likelihood, max_steps=RELEARN_STEPS
+    )
+    return float(steps.steps)
 
 
 def _margins(group: Sequence[Subject], part: str, context: Context) -> Tensor:
@@ -219,14 +259,12 @@ def _klom(number: str) -> Group:
     return group
 
 
-def _shadow(attack: Callable[..., Any]) -> Group:
+def _shadow(attack: Callable[..., Any], number: Callable[[ShadowAttack], float]) -> Group:
     def group(
         ours: Sequence[Subject], retrained: Sequence[Subject], part: str, context: Context
     ) -> float:
-        found = shadow_attack(
-            _margins(ours, part, context), _margins(retrained, part, context), attack
-        )
-        return 100 * found.separation().auc.value
+        margins = _margins(ours, part, context), _margins(retrained, part, context)
+        return 100 * number(shadow_attack(*margins, attack))
 
     return group
 
@@ -297,12 +335,12 @@ TABLE = (
     Metric(
         "u_lira", "%", "how well an attacker with shadow models tells scrubbed models from retrained ones, per sample",
         "AUC of the likelihood ratio of two Gaussians of the margin", "Hayes et al. 2024, arXiv:2403.01218",
-        group=_shadow(partial(u_lira, pooled=True)), parts=FORGET, needs=CLASSES,
+        group=_shadow(partial(u_lira, pooled=True), ShadowAttack.auc), parts=FORGET, needs=CLASSES,
     ),
     Metric(
         "ruli", "%", "the same with kernel densities",
         "AUC of p_u / (p_u + p_o) of the margin", "Naderloui et al. 2025, arXiv:2506.13009",
-        group=_shadow(ruli), parts=FORGET, needs=CLASSES,
+        group=_shadow(ruli, ShadowAttack.auc), parts=FORGET, needs=CLASSES,
     ),
     Metric(
         "zrf", "", "zero retrain forgetting: likeness to a model that has learned nothing",
@@ -326,7 +364,34 @@ TABLE = (
     Metric(
         "relearn", "epochs", "how soon training on all data finds the original loss on the forget set again",
         f"epochs of 500 samples at lr 0.01 until L_f(w) <= L_f(w_original); at most {RELEARN}", GOLATKAR,
-        solo=_relearn, parts=FORGET, cap=float(RELEARN), needs=frozenset({"split"}),
+        solo=_relearn, parts=FORGET, cap=float(RELEARN), needs=frozenset({"split"}), by_name=True,
+    ),
+    Metric(
+        "relearn_steps", "steps", "how soon training on all data finds 95 % of the original accuracy on the forget set",
+        f"batches of 128 samples at lr 0.01 until A_f(w) >= 0.95 A_f(w_original); at most {RELEARN_STEPS}",
+        "Chundawat et al. 2023, arXiv:2201.05629", solo=_relearn_steps, parts=FORGET, cap=float(RELEARN_STEPS),
+        needs=frozenset({"categorical", "split"}), by_name=True,
+    ),
+    Metric(
+        "membership_auc", "%", "how well the loss alone tells forgotten from test samples",
+        "AUC of -loss, forgotten against test samples", "Yeom et al. 2018, arXiv:1709.01604",
+        solo=_membership_auc, parts=FORGET, needs=ATTACK, by_name=True,
+    ),
+    Metric(
+        "u_lira_tpr", "%", "true positives of u_lira at 1 % false positives",
+        "TPR at 1 % FPR of the likelihood ratio of two Gaussians of the margin", "Hayes et al. 2024, arXiv:2403.01218",
+        group=_shadow(partial(u_lira, pooled=True), partial(ShadowAttack.tpr_at_fpr, fpr=0.01)), parts=FORGET,
+        needs=CLASSES, by_name=True,
+    ),
+    Metric(
+        "tug_of_war", "", "three accuracies against a retrained model's, in one number",
+        "prod_parts (1 - |A(w) - A(w_retrained)|)", "Zhao et al. 2024, arXiv:2406.01257",
+        pair=_tug_of_war, parts=FORGET, needs=ATTACK, by_name=True,
+    ),
+    Metric(
+        "average_gap", "%", "the same, with the members that an attack on the confidence calls",
+        "mean of |A(w) - A(w_retrained)| over the parts and of |MIA(w) - MIA(w_retrained)|",
+        "Fan et al. 2024, arXiv:2310.12508", pair=_average_gap, parts=FORGET, needs=ATTACK, by_name=True,
     ),
 )  # fmt: skip
 METRICS: dict[str, Metric] = {m.name: m for m in TABLE}

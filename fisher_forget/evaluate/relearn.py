@@ -172,9 +172,9 @@ def relearn_steps(
     """
     _check(batch_size=batch_size, lr=lr, weight_decay=weight_decay, max_steps=max_steps, seed=seed)
     likelihood = resolve_likelihood(likelihood)
-    if "accuracy" not in likelihood.score_name:
+    if not likelihood.score.higher_is_better:
         raise ConfigError(
-            f"a likelihood scored by {likelihood.score_name}",
+            f"a likelihood scored by {likelihood.score.name}",
             "one that scores by an accuracy",
             "Use relearn_time, which compares losses.",
         )

@@ -29,7 +29,7 @@ one value. Of 20 scores one rejects a perfect scrub: for n scores judged togethe
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -85,25 +85,37 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class _Design:
-    """Sizes and spreads, in standard deviations of the retrained models: what both tests need to
-    know.
+class Design:
+    """Numbers of models and their spreads, in standard deviations of the retrained models: all that
+    both tests need to know.
 
     Attributes:
-        models: M.
-        runs: K.
-        ratio: s_x / s; irrelevant for K = 1, where x is judged as it is.
-        margin: In standard deviations.
+        models: M >= 2 retrained models.
+        margin: Distance that still counts as the same.
         estimated: The margin is a multiple of the estimated s, not given in the unit of the score.
-        level: Of both tests.
+        level: 1 - false-alarm rate, of both tests.
+        runs: K scrubbed models.
+        ratio: s_x / s; irrelevant for K = 1, where x is judged as it is.
+
+    Raises:
+        ConfigError: If a value is out of range.
     """
 
     models: int
-    runs: int
-    ratio: float
-    margin: float
-    estimated: bool
-    level: float
+    margin: float = MARGIN
+    estimated: bool = True
+    level: float = 0.95
+    runs: int = 1
+    ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_level(self.level)
+        if self.models < 2 or not self.margin > 0:
+            raise ConfigError(
+                f"models={self.models}, margin={self.margin}",
+                "at least two models and a positive margin",
+                "Give the margin in standard deviations of the retrained models.",
+            )
 
     @property
     def error(self) -> float:
@@ -131,19 +143,24 @@ class _Design:
     @property
     def bound(self) -> float:
         """|xbar - rbar| up to which it is the same; not positive where nothing can be."""
-        if self.estimated:  # s has M - 1 degrees of freedom whatever K is
-            return (
-                _noncentral(1 - self.level, self.models - 1, self.margin / self.error) * self.error
-            )
+        if self.estimated:
+            # |x - rbar| sqrt(M) / s is noncentral t at the margin; s has M - 1 degrees of freedom
+            # whatever K is
+            shift = self.margin / self.error
+            return _noncentral(1 - self.level, self.models - 1, shift) * self.error
         return self.margin - float(special.stdtrit(self.df, self.level)) * self.error
 
     @property
     def _own(self) -> float:
         return self.ratio**2 / self.runs if self.runs > 1 else 0.0
 
-    def power(self, distance: float | None) -> float:
-        """Probability that "the same" is shown at |E[x] - mu| = distance; `None` for a truly
-        retrained model."""
+    def power(self, distance: float | None = None) -> float:
+        """Probability that "the same" is shown at |E[x] - mu| = distance.
+
+        Args:
+            distance: At least 0; `None` for a model that is itself a retrained one, and so at a
+                random distance.
+        """
         bound = self.bound
         if bound <= 0:
             return 0.0
@@ -151,10 +168,28 @@ class _Design:
             return 2 * float(stats.t.cdf(bound / self.novelty, self.df)) - 1
         df = self.models - 1 if self.estimated else self.df
         shift, reach = distance / self.error, bound / self.error
-        low, high = np.nan_to_num(
-            stats.nct.cdf([-reach, reach], df, shift)
-        )  # NaN where it underflows
+        # NaN where it underflows
+        low, high = np.nan_to_num(stats.nct.cdf([-reach, reach], df, shift))
         return max(0.0, float(high - low))
+
+    def models_needed(self, distance: float | None = None, power: float = POWER) -> int | None:
+        """Least number of retrained models at which the power is reached; `None` if 1000 do not.
+
+        Args:
+            distance: As for `power`.
+            power: Wanted probability.
+        """
+
+        def reached(models: int) -> bool:
+            return replace(self, models=models).power(distance) >= power
+
+        low, high = 1, MOST
+        if not reached(high):
+            return None
+        while high - low > 1:  # bisection: the power grows with the number of models
+            middle = (low + high) // 2
+            low, high = (low, middle) if reached(middle) else (middle, high)
+        return high
 
 
 def verdict(
@@ -169,10 +204,9 @@ def verdict(
 
     Different, between the retrained models and the original or beyond the original: "not
     forgotten". Different, on the side away from the original: "over-forgotten". Not different, and
-    equivalent: "indistinguishable from retrained".
-    Neither: "undecided". Where the original itself is no different there was nothing to forget that
-    this score can see; a scrubbed model that is different is then "over-forgotten", since the scrub
-    alone moved it.
+    equivalent: "indistinguishable from retrained". Neither: "undecided". Where the original itself
+    is no different there was nothing to forget that this score can see; a scrubbed model that is
+    different is then "over-forgotten", since the scrub alone moved it.
 
     Args:
         values: The score of the scrubbed model, or of K scrubbed models of independent originals
@@ -188,44 +222,23 @@ def verdict(
         DataError: If there are fewer than two retrained models, or no value.
         NumericalError: If a score is NaN or infinite.
     """
-    x, r, o = (
-        finite_vector(values, "values"),
-        finite_vector(retrained, "retrained"),
-        finite_vector(original, "original"),
-    )
+    x, r = finite_vector(values, "values"), finite_vector(retrained, "retrained")
+    o = finite_vector(original, "original")
     _check(r, margin, level)
     value, target, std = float(x.mean()), float(r.mean()), float(r.std(ddof=1))
     if std <= 1e-12 * float(np.abs(r).max()):  # rounding of equal numbers leaves a trace
         return _without_spread(value, target, float(o.mean()), margin)
 
-    def design(sample: Array) -> _Design:
+    def design(sample: Array) -> Design:
         ratio = float(sample.std(ddof=1)) / std if len(sample) > 1 else 1.0
-        return _Design(
-            len(r),
-            len(sample),
-            ratio,
-            MARGIN if margin is None else margin / std,
-            margin is None,
-            level,
-        )
+        width = MARGIN if margin is None else margin / std
+        return Design(len(r), width, margin is None, level, len(sample), ratio)
 
-    plan = design(x)
-    gap, before = (value - target) / std, (float(o.mean()) - target) / std
+    # from here on in standard deviations of the retrained models
+    plan, gap, before = design(x), (value - target) / std, (float(o.mean()) - target) / std
     visible = abs(before) > design(o).limit
-    different, same = abs(gap) > plan.limit, abs(gap) <= plan.bound
-    needed = _needed(plan, abs(gap))
-    if different:
-        label, reason = _different(gap, before if visible else 0.0)
-        reason += " The difference is within the given margin." if same else ""
-    elif same:
-        label, reason = INDISTINGUISHABLE, "A difference beyond the margin is ruled out."
-    else:
-        label = UNDECIDED
-        reason = "Neither difference nor equivalence is shown: "
-        if abs(gap) < plan.margin:
-            reason += f"at this distance it needs {f'about {needed}' if needed else f'over {MOST}'} retrained models."
-        else:
-            reason += "beyond the margin, more retrained models will rather show a difference."
+    needed = plan.models_needed(abs(gap))
+    label, reason = _judged(plan, gap, before if visible else 0.0, needed)
     return Verdict(
         label,
         value,
@@ -234,94 +247,32 @@ def verdict(
         high=target + plan.limit * std,
         p_value=float(2 * stats.t.sf(abs(gap) / plan.novelty, plan.df)),
         margin=plan.margin * std,
-        power=plan.power(None),
+        power=plan.power(),
         models_needed=needed,
         reason=reason if visible else f"{reason} Nothing to forget is visible in this score.",
     )
 
 
-def equivalence_power(
-    models: int,
-    margin: float = MARGIN,
-    distance: float | None = None,
-    *,
-    known: bool = False,
-    level: float = 0.95,
-) -> float:
-    """Probability that the second test shows one scrubbed model to be the same as `models`
-    retrained ones.
-
-    Args:
-        models: M >= 2.
-        margin: In standard deviations of the retrained models.
-        distance: Of the scrubbed model from the retrained mean, likewise; `None` for a model that
-            is itself a retrained one, and so at a random distance.
-        known: The margin is given in the unit of the score, so that only the mean has to be
-            estimated.
-        level: Of the test.
-
-    Raises:
-        ConfigError: If an argument is out of range.
-    """
-    check_level(level)
-    if models < 2 or not margin > 0 or (distance is not None and distance < 0):
-        raise ConfigError(
-            f"models={models}, margin={margin}, distance={distance}",
-            "at least two models, a positive margin and no negative distance",
-            "Give margin and distance in standard deviations of the retrained models.",
-        )
-    return _Design(models, 1, 1.0, margin, not known, level).power(distance)
-
-
-def models_needed(
-    margin: float = MARGIN,
-    distance: float | None = None,
-    *,
-    power: float = POWER,
-    known: bool = False,
-    level: float = 0.95,
-) -> int | None:
-    """Least number of retrained models at which `equivalence_power` reaches `power`; `None` if 1000
-    do not.
-
-    Args:
-        margin: As for `equivalence_power`.
-        distance: As for `equivalence_power`.
-        power: Wanted probability.
-        known: As for `equivalence_power`.
-        level: Of the test.
-
-    Raises:
-        ConfigError: If an argument is out of range.
-    """
-    check_level(power)
-    equivalence_power(2, margin, distance, known=known, level=level)
-    return _needed(_Design(2, 1, 1.0, margin, not known, level), distance, power)
+def _judged(plan: Design, gap: float, before: float, needed: int | None) -> tuple[str, str]:
+    """Label and reason of a score `gap` away from the retrained ones; `before` is the original's
+    distance, 0 where it is no different."""
+    same = abs(gap) <= plan.bound
+    if abs(gap) > plan.limit:
+        label, reason = _different(gap, before)
+        return label, reason + " The difference is within the given margin." * same
+    if same:
+        return INDISTINGUISHABLE, "A difference beyond the margin is ruled out."
+    if abs(gap) < plan.margin:
+        count = f"about {needed}" if needed else f"over {MOST}"
+        why = f"at this distance it needs {count} retrained models."
+    else:
+        why = "beyond the margin, more retrained models will rather show a difference."
+    return UNDECIDED, f"Neither difference nor equivalence is shown: {why}"
 
 
 @lru_cache(maxsize=4096)  # slow, and the same for all scores of as many models
 def _noncentral(probability: float, df: int, shift: float) -> float:
     return float(stats.nct.ppf(probability, df, shift))
-
-
-def _needed(plan: _Design, distance: float | None, power: float = POWER) -> int | None:
-    """Bisection: the power grows with the number of retrained models."""
-
-    def reached(models: int) -> bool:
-        return (
-            _Design(models, plan.runs, plan.ratio, plan.margin, plan.estimated, plan.level).power(
-                distance
-            )
-            >= power
-        )
-
-    low, high = 1, MOST
-    if not reached(high):
-        return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if reached(middle) else (middle, high)
-    return high
 
 
 def _different(gap: float, before: float) -> tuple[str, str]:

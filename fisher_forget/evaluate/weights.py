@@ -21,7 +21,6 @@ from fisher_forget import params as P
 from fisher_forget.curvature import estimate_curvature
 from fisher_forget.data.split import Split
 from fisher_forget.errors import ConfigError, ModelError
-from fisher_forget.evaluate import composite
 from fisher_forget.likelihood import Likelihood
 from fisher_forget.params import Params
 
@@ -108,7 +107,8 @@ def efficacy(model: nn.Module, split: Split, likelihood: Likelihood | str = "cat
     fisher = estimate_curvature(
         model, split, likelihood, structure="diagonal", kind="empirical", part="forget"
     )
-    return composite.efficacy(fisher.trace())
+    trace = fisher.trace()
+    return 1 / trace if trace else math.inf
 
 
 def _parameters(model: nn.Module) -> Params:

@@ -383,7 +383,7 @@ def _describe(
         "forgotten": len(case.forget),
         "retained": len(results[0].split.retain),
         "members": len(case.retrained.models),
-        "score_name": evaluations[0].score_name,
+        **evaluations[0].score.stored(),
         "seconds": {
             "train_original": float(np.mean(case.originals.seconds)),
             "retrain_one": float(np.mean(case.retrained.seconds)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from operator import truediv
 from typing import Any
 
 import pandas as pd
@@ -11,6 +12,7 @@ import torch
 
 from fisher_forget.errors import ConfigError
 from fisher_forget.evaluate.closeness import Closeness, Outputs, Reference, gap_closed, mean_kl
+from fisher_forget.likelihood import Score
 from fisher_forget.sweep.table import DONE, RUINED
 
 PARTS = ("forget", "retain", "test")  # that a reference must have
@@ -68,9 +70,9 @@ class Judge:
         return cls(reference, original, marks, ruin)
 
     @property
-    def score_name(self) -> str:
+    def score(self) -> Score:
         """What the scores are."""
-        return self.original.score_name
+        return self.original.score
 
     def row(self, outputs: Outputs) -> dict[str, Any]:
         """status, and kl_<part>, score_<part>, loss_<part> and gap_closed; without these where
@@ -101,9 +103,7 @@ def _losses(reference: Reference, outputs: Outputs) -> dict[str, float]:
     """loss_<part>: mean loss, nats a scored position."""
     likelihood = reference.likelihood
     return {
-        f"loss_{column(part)}": float(
-            likelihood.losses(outputs[part], y).double().sum() / likelihood.counts(y).double().sum()
-        )
+        f"loss_{column(part)}": truediv(*likelihood.loss_totals([(outputs[part], y)]))
         for part, y in reference.targets.items()
     }
 

@@ -116,7 +116,7 @@ def sweep(
 
     def table() -> SweepTable:
         named = [_axes(cell, axes) | rows[cell.key] for cell in cells if cell.key in rows]
-        return SweepTable(_frame(named, (*axes, "seed")), axes, judge.marks, judge.score_name, ruin)
+        return SweepTable(_frame(named, (*axes, "seed")), axes, judge.marks, judge.score, ruin)
 
     groups = grouped(cells, lambda cell: cell.part(CURVATURE) if cell.method == OURS else cell.key)
     todo = [group for group in groups if any(cell.key not in rows for cell in group)]

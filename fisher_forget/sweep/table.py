@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import pandas as pd
 from scipy.stats import t as student
 
 from fisher_forget._util import files
+from fisher_forget._util.numbers import MISSING, plus_minus
 from fisher_forget.errors import StorageError
+from fisher_forget.likelihood import Score
 
 CONFIDENCE = 0.95  # of the intervals of `SweepTable.frontier`
 DONE, RUINED, SKIPPED = "done", "ruined", "skipped"
@@ -36,14 +39,14 @@ class SweepTable:
         axes: The columns that tell settings apart: all axes but the seed.
         marks: kl_<part>, score_<part>, loss_<part> of "original", "retrained" (whose kl_<part> is
             the floor) and "retrained_std".
-        score_name: What score_<part> is.
+        score: What score_<part> is.
         ruin: Nats by which the retained loss may rise above the original's.
     """
 
     frame: pd.DataFrame
     axes: tuple[str, ...]
     marks: dict[str, dict[str, float]]
-    score_name: str
+    score: Score
     ruin: float | None = None
 
     @property
@@ -135,7 +138,7 @@ class SweepTable:
         frame.attrs[ATTRIBUTES] = {
             "axes": list(self.axes),
             "marks": self.marks,
-            "score_name": self.score_name,
+            **self.score.stored(),
             "ruin": self.ruin,
             **notes,
         }
@@ -161,9 +164,7 @@ class SweepTable:
 
     @property
     def _sign(self) -> float:
-        return (
-            1.0 if "accuracy" in self.score_name else -1.0
-        )  # all else is an error: the less, the better
+        return 1.0 if self.score.higher_is_better else -1.0
 
     @property
     def _headline(self) -> str:
@@ -171,8 +172,8 @@ class SweepTable:
         score = f"score_{self.kept}"
         lines = [
             f"Sweep of {len(self.frame)} cells. KL on the forgotten data: original {original['kl_forget']:.3g} nats, "
-            f"floor {retrained['kl_forget']:.3g}. {self.score_name.capitalize()} on {self.kept.replace('_', ' ')}: "
-            f"original {original[score]:.3g}, retrained {retrained[score]:.3g}."
+            f"floor {retrained['kl_forget']:.3g}. {self.score.name.capitalize()} on {self.kept.replace('_', ' ')}: "
+            f"original {self.score.format(original[score])}, retrained {self.score.format(retrained[score])}."
         ]
         counts = self.frame["status"].value_counts()
         if ruined := int(counts.get(RUINED, 0)):
@@ -193,15 +194,12 @@ class SweepTable:
         if "noise" in changing and table["noise"].dtype != float:
             shown["scale"] = table["scale"]
         shown["draws"] = table["draws"]
-        for column, title in (
-            ("kl_forget", "KL forget (nats)"),
-            (score, f"{self.score_name} {self.kept}"),
+        for column, title, form in (
+            ("kl_forget", "KL forget (nats)", plus_minus),
+            (score, self.score.title(self.kept), partial(self.score.format, unit=False)),
         ):
-            half = (table[f"{column}_high"] - table[column]).fillna(0.0)
-            shown[title] = [
-                f"{m:.3g}" + (f" ± {h:.1g}" if h else "")
-                for m, h in zip(table[column], half, strict=True)
-            ]
+            half = table[f"{column}_high"] - table[column]  # NaN for a single draw
+            shown[title] = [form(m, h) for m, h in zip(table[column], half, strict=True)]
         shown["gap closed"] = [
             MISSING if math.isnan(v) else f"{100 * v:.0f} %" for v in table["gap_closed"]
         ]
@@ -221,10 +219,7 @@ class SweepTable:
 
     @property
     def _score_unit(self) -> str:
-        return "1" if self._sign > 0 else "squared unit of the targets"
-
-
-MISSING = "–"
+        return "1" if self.score.unit == "%" else "squared unit of the targets"
 
 
 def read(path: str | Path) -> tuple[SweepTable, dict[str, Any]]:
@@ -236,15 +231,16 @@ def read(path: str | Path) -> tuple[SweepTable, dict[str, Any]]:
     try:
         frame = pd.read_parquet(path)
         attributes = frame.attrs.pop(ATTRIBUTES)
-        axes, marks, name, ruin = (
-            attributes.pop(key) for key in ("axes", "marks", "score_name", "ruin")
-        )
+        score = Score.read(attributes)
+        for key in score.stored():
+            attributes.pop(key, None)
+        axes, marks, ruin = (attributes.pop(key) for key in ("axes", "marks", "ruin"))
     except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are ValueErrors
         raise StorageError(
             f"{path}: {error}", "the Parquet file of a sweep", files.AGAIN
         ) from error
     frame.attrs = {}
-    return SweepTable(frame, tuple(axes), marks, name, ruin), attributes
+    return SweepTable(frame, tuple(axes), marks, score, ruin), attributes
 
 
 def pareto(kl: np.ndarray[Any, Any], score: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

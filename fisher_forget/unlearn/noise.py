@@ -106,9 +106,9 @@ class NoiseTarget:
         Raises:
             ConfigError: If the likelihood scores by something else.
         """
-        if self.accuracy is not None and not _is_accuracy(likelihood):
+        if self.accuracy is not None and not likelihood.score.higher_is_better:
             raise ConfigError(
-                f"the noise target accuracy={self.accuracy} of models scored by {likelihood.score_name}",
+                f"the noise target accuracy={self.accuracy} of models scored by {likelihood.score.name}",
                 "a likelihood whose score is an accuracy",
                 "Pass NoiseTarget(loss=...), in nats: for a Gaussian the squared error over 2 sigma^2.",
             )
@@ -292,7 +292,7 @@ def calibrate_noise(
     generator = torch.Generator().manual_seed(seed)
     directions = [draw_noise(curvature, at, 1.0, generator, exponent) for _ in range(DRAWS)]
     loss, score = _means(objective, split.batches(chosen), at)
-    sign = 1 if _is_accuracy(objective.likelihood) else -1
+    sign = 1 if objective.likelihood.score.higher_is_better else -1
 
     @cache
     def harm(scale: float) -> tuple[float, float]:
@@ -342,10 +342,6 @@ def information(scale: float, error: float, precision: float) -> float:
         precision: tr((B + tau I)^2p).
     """
     return (error / scale) * (error / scale) * precision / 2 if scale else math.inf
-
-
-def _is_accuracy(likelihood: Likelihood) -> bool:
-    return "accuracy" in likelihood.score_name  # all else is an error: the less, the better
 
 
 def _means(objective: Objective, batches: Iterable[Batch], at: Params) -> tuple[float, float]:

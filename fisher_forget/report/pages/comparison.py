@@ -14,9 +14,10 @@ import pandas as pd
 from scipy.stats import t as student
 
 from fisher_forget._util.files import ensure_folder, read_json
-from fisher_forget.evaluate.evaluation import MARKS, MEANING, Evaluation
+from fisher_forget._util.markdown import markdown_table
+from fisher_forget.evaluate.evaluation import CONTROL, MARKS, MEANING, Evaluation
 from fisher_forget.evaluate.intervals import t_interval
-from fisher_forget.report.pages.evaluation import CONTROL, judged, within
+from fisher_forget.report.pages.evaluation import judged, within
 from fisher_forget.report.pages.html import Figure, inline, render_template, write_html
 from fisher_forget.report.plots import plot_cost, plot_methods, save_figure
 
@@ -190,9 +191,9 @@ def frame(found: Sequence[Row]) -> pd.DataFrame:
 
 def to_markdown(found: Sequence[Row]) -> str:
     """The table of one forget set for a Markdown file."""
-    first = found[0]
+    first, shown = found[0], frame(found)
     return (
-        f"{_markdown(frame(found))}\n\n"
+        f"{markdown_table(shown, shown.itertuples(index=False))}\n\n"
         f"{answer(found)} Retrained models: {first['floor']:.3g} nats, {first['target']:.1f} %. {LEGEND}"
     )
 
@@ -243,7 +244,8 @@ def overview(cases: Mapping[str, Sequence[Row]], refused: Iterable[str] = ()) ->
 
 def overview_markdown(report: Mapping[str, Any]) -> str:
     """`overview` of what `fisher-forget compare` stores, for a Markdown file."""
-    return f"{_markdown(_overview(report))}\n\n{OVERVIEW}"
+    shown = _overview(report)
+    return f"{markdown_table(shown, shown.itertuples(index=False))}\n\n{OVERVIEW}"
 
 
 def _overview(report: Mapping[str, Any]) -> pd.DataFrame:
@@ -251,14 +253,6 @@ def _overview(report: Mapping[str, Any]) -> pd.DataFrame:
         o["method"] for case in report["cases"].values() for o in case["outcomes"] if o["refused"]
     ]
     return overview({name: case["rows"] for name, case in report["cases"].items()}, refused)
-
-
-def _markdown(table: pd.DataFrame) -> str:
-    lines = ["| " + " | ".join(table.columns) + " |", "|---" * len(table.columns) + "|"]
-    lines += [
-        "| " + " | ".join(str(cell) for cell in row) + " |" for row in table.itertuples(index=False)
-    ]
-    return "\n".join(lines)
 
 
 LEFT_OUT = f"Methods that lose more than {RUINED:g} points of accuracy are left out."

@@ -13,7 +13,15 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from fisher_forget._util.files import ensure_folder
-from fisher_forget.evaluate.evaluation import MARKS, MEANING, UNDEFINED, Evaluation, Score
+from fisher_forget._util.numbers import MISSING
+from fisher_forget.evaluate.evaluation import (
+    CONTROL,
+    MARKS,
+    MEANING,
+    UNDEFINED,
+    Evaluation,
+    EvaluationRow,
+)
 from fisher_forget.evaluate.metrics import METRICS
 from fisher_forget.report.pages.html import (
     Figure,
@@ -25,9 +33,7 @@ from fisher_forget.report.pages.html import (
 )
 from fisher_forget.report.plots import BLUE, GREEN, GREY, ORANGE, VERMILLION, save_figure
 from fisher_forget.report.plots.hover import explain
-from fisher_forget.report.tables import MISSING
 
-CONTROL = "retrained, left out"
 STYLES = (
     ("s", VERMILLION),
     ("o", BLUE),
@@ -97,7 +103,7 @@ def write_page(
     return write_html(folder / "evaluation.html", page)
 
 
-def judged(table: Evaluation, method: str) -> list[Score]:
+def judged(table: Evaluation, method: str) -> list[EvaluationRow]:
     """The rows of a method that have a value."""
     return [s for s in table.scores if s.method == method and s.label != UNDEFINED]
 
@@ -107,7 +113,7 @@ def main_method(table: Evaluation) -> str:
     return next((m for m in methods(table) if m not in ("original", CONTROL)), "original")
 
 
-def outside(table: Evaluation) -> list[Score]:
+def outside(table: Evaluation) -> list[EvaluationRow]:
     """The rows of the main method that no further retrained model is expected to have."""
     return [s for s in judged(table, main_method(table)) if not within(s)]
 
@@ -161,7 +167,7 @@ def sentence(table: Evaluation) -> str:
     return f"Scores of {main_method(table)} that a further retrained model is not expected to have: {named}."
 
 
-def within(score: Score) -> bool:
+def within(score: EvaluationRow) -> bool:
     """Whether the score lies in the interval of further retrained models."""
     return score.target_low <= score.value <= score.target_high
 
@@ -236,7 +242,7 @@ def plot_scores(table: Evaluation, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def _told(score: Score) -> str:
+def _told(score: EvaluationRow) -> str:
     """A score in words, for the pointer."""
     unit = f" {score.unit}" if score.unit else ""
     interval = f"{score.target_low:.3g} … {score.target_high:.3g}"
@@ -246,7 +252,7 @@ def _told(score: Score) -> str:
     )
 
 
-def distance(score: Score) -> float:
+def distance(score: EvaluationRow) -> float:
     """(value - target) over the half-width of the prediction interval, at most `FAR` either way."""
     half = (score.target_high - score.target_low) / 2
     if not half > 0:

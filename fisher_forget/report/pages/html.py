@@ -20,7 +20,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from fisher_forget._util.files import ensure_folder
+from fisher_forget._util.numbers import MISSING, number, plus_minus
 from fisher_forget.errors import StorageError
+from fisher_forget.likelihood import Score
 from fisher_forget.report import tables
 from fisher_forget.report.tables import Case
 
@@ -156,7 +158,7 @@ def _case(case: Case, figures: list[Figure]) -> dict[str, Any]:
         "retained": f"{case['retained']:,}",
         "seeds": len(runs),
         "members": case["members"],
-        "verdict": tables.verdict(case),
+        "conclusion": tables.conclusion(case),
         "sentence": tables.sentence(case),
         "cost": tables.cost(case),
         "timing": tables.timing(case),
@@ -165,7 +167,6 @@ def _case(case: Case, figures: list[Figure]) -> dict[str, Any]:
         "figures": [f for f in figures if f is not lead],
         "table": tables.case_table(case),
         "spread": tables.spread_note(case),
-        "rival": tables.reference_code(case) is not None,
         "runs": tables.runs_table(case),
         "moving": sum(not run["forget"]["newton"]["at_minimum"] for run in runs),
         "refreshed": any(run["forget"]["buffers_refreshed"] for run in runs),
@@ -173,36 +174,35 @@ def _case(case: Case, figures: list[Figure]) -> dict[str, Any]:
 
 
 def _numbers(case: Case) -> list[Number]:
-    """The three numbers of the verdict, each with the value that it must be read against."""
+    """The three numbers of the conclusion, each with the value that it must be read against."""
     before, after, floor = (
         tables.estimate(case, "forget", key) for key in ("kl_original", "kl_scrubbed", "floor")
     )
     closed = tables.gap(case, "forget")
     share, _, seeds = closed.partition(" %")
     kept = tables.kept_part(case)
-    name = case["score_name"]
-    unit = tables.score_scale(name)[1]
+    score = Score.read(case)
     scores = {key: tables.estimate(case, kept, f"score_{key}") for key in ("scrubbed", "retrained")}
     return [
         Number(
             "KL on forgotten data",
-            tables.number(after.mean),
+            number(after.mean),
             "nats",
-            f"was {tables.number(before.mean)}; floor {tables.plus_minus(floor.mean, floor.std)}",
+            f"was {number(before.mean)}; floor {plus_minus(floor.mean, floor.std)}",
         ),
         Number(
             "Gap closed",
-            share if seeds or closed != tables.UNDEFINED else tables.MISSING,
-            "%" if closed not in (tables.UNDEFINED, tables.MISSING) else "",
+            share if seeds or closed != tables.UNDEFINED else MISSING,
+            "%" if closed not in (tables.UNDEFINED, MISSING) else "",
             "the original is within the floor"
             if closed == tables.UNDEFINED
             else f"100 % is the floor{seeds}",
         ),
         Number(
-            f"{name.capitalize()} ({tables.part_label(kept)})",
-            tables.score(scores["scrubbed"]._replace(std=float("nan")), name),
-            unit,
-            f"retrained {tables.score(scores['retrained'], name)}",
+            f"{score.name.capitalize()} ({tables.part_label(kept)})",
+            score.format(scores["scrubbed"].mean, unit=False),
+            score.unit,
+            f"retrained {score.format(scores['retrained'].mean, scores['retrained'].std)}",
         ),
     ]
 
@@ -226,7 +226,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]
                 isinstance(item, (list, Mapping)) for item in value
             )
             text = ", ".join(map(str, value)) if plain else str(value)
-            yield f"{prefix}{key}", tables.MISSING if value is None else text
+            yield f"{prefix}{key}", MISSING if value is None else text
 
 
 def _place(cases: list[Case], figures: Mapping[str, Path]) -> dict[int | None, list[Figure]]:

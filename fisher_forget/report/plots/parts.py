@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
+from fisher_forget.likelihood import Score
 from fisher_forget.report.plots.style import (
     EDGE,
     GREY,
@@ -20,9 +21,8 @@ from fisher_forget.report.plots.style import (
     finish,
     log_limits,
     score_limits,
-    with_unit,
 )
-from fisher_forget.report.tables import Case, estimate, part_label, parts_of, score_scale
+from fisher_forget.report.tables import Case, estimate, part_label, parts_of
 
 
 def plot_parts(case: Case, ax: Axes | None = None) -> Axes:
@@ -48,10 +48,10 @@ def plot_scores(case: Case, ax: Axes | None = None) -> Axes:
         DataError: If the case lacks a score.
     """
     ax = axes_or_new(ax)
-    factor, unit = score_scale(case["score_name"])
+    score = Score.read(case)
     keys = {name: f"score_{name}" for name in ("original", "scrubbed", "retrained")}
-    score_limits(ax, _dumbbells(ax, case, keys, factor, LABELS["retrained"]), unit)
-    ax.set_xlabel(with_unit(case["score_name"], unit))
+    score_limits(ax, _dumbbells(ax, case, keys, score.factor, LABELS["retrained"]), score.unit)
+    ax.set_xlabel(score.title())
     finish(ax, legend_columns=3)
     return ax
 

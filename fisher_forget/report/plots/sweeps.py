@@ -33,9 +33,8 @@ from fisher_forget.report.plots.style import (
     log_limits,
     score_limits,
     short,
-    with_unit,
 )
-from fisher_forget.report.tables import part_label, score_scale
+from fisher_forget.report.tables import part_label
 from fisher_forget.sweep import SweepTable
 from fisher_forget.sweep.table import SKIPPED
 
@@ -71,7 +70,7 @@ def plot_tradeoff(table: SweepTable, ax: Axes | None = None) -> Axes:
         DataError: If the table has no rows.
     """
     ax = axes_or_new(ax)
-    factor, unit = score_scale(table.score_name)
+    factor = table.score.factor
     kept, frontier = f"score_{table.kept}", _frontier(table)
     _retrained_region(ax, table, factor)
     draws = table.frame[(table.frame["status"] != SKIPPED) & (table.frame["scale"] > 0)]
@@ -147,8 +146,10 @@ def plot_tradeoff(table: SweepTable, ax: Axes | None = None) -> Axes:
     marks = [_mark(ax, table, name, kept, factor) for name in ("original", "retrained")]
 
     log_limits(ax, "y", [*values, *frontier["kl_forget"], *(y for _, y in marks)])
-    score_limits(ax, [*frontier[kept] * factor, *(x for x, _ in marks)], unit, stretch=True)
-    ax.set_xlabel(with_unit(f"{table.score_name} on {KEPT_LABELS[table.kept]}", unit))
+    score_limits(
+        ax, [*frontier[kept] * factor, *(x for x, _ in marks)], table.score.unit, stretch=True
+    )
+    ax.set_xlabel(table.score.title(f"on {KEPT_LABELS[table.kept]}"))
     ax.set_ylabel("KL(retrained ‖ scrubbed)\non forgotten data (nats)")
     finish(ax, legend_columns=2)
     if named:

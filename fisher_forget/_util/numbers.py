@@ -1,0 +1,49 @@
+"""Numbers as they are shown to people: in tables, on pages and in a terminal."""
+
+from __future__ import annotations
+
+import math
+
+MISSING = "–"
+
+
+def number(value: float | None) -> str:
+    """Three significant digits from 1 on, two below.
+
+    Example:
+        >>> [number(v) for v in (12.345, 0.5, 0.0001234, 20000.0, 0.0, None)]
+        ['12.3', '0.50', '1.2e-04', '2.0e+04', '0', '–']
+    """
+    if value is None or math.isnan(value):
+        return MISSING
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    if value == 0:
+        return "0"
+    return f"{value:.{_decimals(value)}f}" if _plain(value) else f"{value:.1e}"
+
+
+def plus_minus(mean: float, std: float) -> str:
+    """Mean ± standard deviation, rounded alike.
+
+    Example:
+        >>> plus_minus(1.2345, 0.1), plus_minus(12.3, 0.04), plus_minus(1.2, float("nan"))
+        ('1.23 ± 0.10', '12.30 ± 0.04', '1.20')
+    """
+    if not (math.isfinite(mean) and math.isfinite(std)):
+        return number(mean)
+    if not _plain(mean):
+        return f"{number(mean)} ± {std:.0e}"
+    decimals = _decimals(mean) if mean else 2
+    if std > 1e-9 * abs(mean):  # one digit of a spread that is not rounding error must survive
+        decimals = min(max(decimals, -math.floor(math.log10(std))), decimals + 2)
+    return f"{mean:.{decimals}f} ± {std:.{decimals}f}"
+
+
+def _plain(value: float) -> bool:
+    return value == 0 or 1e-3 <= abs(value) < 1e4
+
+
+def _decimals(value: float) -> int:
+    power = math.floor(math.log10(abs(value)))
+    return max(0, (2 if power >= 0 else 1) - power)

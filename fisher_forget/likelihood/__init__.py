@@ -1,0 +1,50 @@
+r"""Categorical, Bernoulli and Gaussian likelihoods: everything the package needs to know about a
+model's outputs.
+
+Notation: a sample n has outputs f_n (logits or means; all positions of a sequence together), loss
+l_n = -log p(y_n | f_n) in nats, output gradient r_n = dl_n/df_n and output Hessian H_n = d^2
+l_n/df_n^2. All three are exponential families in their natural parameter, so H_n is also the Fisher
+information of f_n: generalised Gauss-Newton (GGN) and Fisher coincide (Martens 2020,
+arXiv:1412.1193, section 9.2).
+
+A *column* is a tensor S of the shape of the outputs; a set of columns represents H when sum_k E[S_k
+S_k^T] = H_n for every sample n. Random columns are drawn sample after sample from one stream, so
+they do not depend on the batch size.
+"""
+
+from __future__ import annotations
+
+from fisher_forget.errors import ConfigError
+from fisher_forget.likelihood.base import Likelihood, Score
+from fisher_forget.likelihood.bernoulli import Bernoulli
+from fisher_forget.likelihood.categorical import Categorical
+from fisher_forget.likelihood.gaussian import Gaussian
+
+__all__ = [
+    "LIKELIHOODS",
+    "Bernoulli",
+    "Categorical",
+    "Gaussian",
+    "Likelihood",
+    "Score",
+    "resolve_likelihood",
+]
+
+LIKELIHOODS: dict[str, type[Likelihood]] = {
+    "categorical": Categorical,
+    "bernoulli": Bernoulli,
+    "gaussian": Gaussian,
+}
+
+
+def resolve_likelihood(likelihood: Likelihood | str) -> Likelihood:
+    """A likelihood from its name, or itself."""
+    if isinstance(likelihood, Likelihood):
+        return likelihood
+    if not isinstance(likelihood, str) or likelihood not in LIKELIHOODS:
+        raise ConfigError(
+            f"likelihood={likelihood!r}",
+            f"one of {sorted(LIKELIHOODS)}",
+            "Pass a name or an instance.",
+        )
+    return LIKELIHOODS[likelihood]()

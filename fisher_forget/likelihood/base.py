@@ -1,0 +1,255 @@
+"""What the package asks of a model's outputs, and the helpers that the likelihoods share."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fisher_forget._util.numbers import MISSING, plus_minus
+from fisher_forget.errors import DataError, NumericalError
+
+
+@dataclass(frozen=True)
+class Score:
+    """Quality of predictions: what it is called, how it is shown and which direction is better.
+
+    Attributes:
+        name: As written in tables and files.
+        unit: "%" for a share in [0, 1], which is shown times 100; "" for all else, shown as it is.
+        higher_is_better: Direction.
+    """
+
+    name: str
+    unit: str
+    higher_is_better: bool
+
+    @property
+    def factor(self) -> float:
+        """Shown number over stored number."""
+        return 100.0 if self.unit == "%" else 1.0
+
+    def format(self, value: float, std: float = math.nan, *, unit: bool = True) -> str:
+        """A value, with its spread where there is one: a share in % with one decimal.
+
+        Args:
+            value: As stored: a share in [0, 1], or a number in its own unit.
+            std: Its standard deviation; NaN leaves it out.
+            unit: Whether to append the unit.
+
+        Example:
+            >>> ACCURACY.format(0.953, 0.002), SQUARED_ERROR.format(1.152)
+            ('95.3 ± 0.2 %', '1.15')
+        """
+        if not self.unit:
+            return plus_minus(value, std)
+        if not math.isfinite(value):
+            return MISSING
+        spread = f" ± {self.factor * std:.1f}" if math.isfinite(std) else ""
+        return f"{self.factor * value:.1f}{spread}{f' {self.unit}' if unit else ''}"
+
+    def title(self, what: str = "") -> str:
+        """Heading of a column or an axis: "accuracy on test data (%)".
+
+        Args:
+            what: Follows the name.
+        """
+        return f"{self.name}{f' {what}' if what else ''}{f' ({self.unit})' if self.unit else ''}"
+
+    def loss(self, value: float, reference: float) -> float:
+        """How much worse a value is than a reference; negative where it is better."""
+        return reference - value if self.higher_is_better else value - reference
+
+    def stored(self) -> dict[str, Any]:
+        """The entries of a JSON file, read again by `read`."""
+        return {
+            "score_name": self.name,
+            "score_unit": self.unit,
+            "score_higher_is_better": self.higher_is_better,
+        }
+
+    @classmethod
+    def read(cls, entry: Mapping[str, Any]) -> Score:
+        """A score from what `stored` gave, or from a name alone, as in files of version 0.1."""
+        name = entry["score_name"]
+        if "score_unit" in entry:
+            return cls(name, entry["score_unit"], entry["score_higher_is_better"])
+        return next((score for score in SCORES if score.name == name), cls(name, "", False))
+
+
+ACCURACY = Score("accuracy", "%", True)
+LABEL_ACCURACY = Score("label accuracy", "%", True)
+SQUARED_ERROR = Score("squared error", "", False)
+SCORES = (ACCURACY, LABEL_ACCURACY, SQUARED_ERROR)
+
+
+class Likelihood(ABC):
+    """What a stage may ask about outputs [B, ...] and targets; B counts samples, everything after B
+    is one sample."""
+
+    name: ClassVar[str]
+    score: ClassVar[Score]
+
+    @abstractmethod
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        """Refuse targets that do not fit the outputs, and outputs that are not finite."""
+
+    @abstractmethod
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """-log p(y_n | f_n) in nats, summed over the positions of a sample: [B]."""
+
+    @abstractmethod
+    def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """dl_n/df_n: the shape of the outputs. Its outer product is the empirical Fisher."""
+
+    @abstractmethod
+    def hessian_product(
+        self, outputs: Tensor, vector: Tensor, targets: Tensor | None = None
+    ) -> Tensor:
+        """H_n v_n: the shape of the outputs."""
+
+    @abstractmethod
+    def columns(self, outputs: Tensor, targets: Tensor | None = None) -> Iterator[Tensor]:
+        """Exact columns, one at a time: sum_k S_k S_k^T = H_n."""
+
+    @abstractmethod
+    def column_count(self, outputs: Tensor) -> int:
+        """How many columns `columns` yields."""
+
+    @abstractmethod
+    def sketch(
+        self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None
+    ) -> Tensor:
+        """Low-variance sketch [draws, *outputs]: S = H^{1/2} xi / sqrt(draws) with random signs xi
+        (Sun 2505.13614)."""
+
+    @abstractmethod
+    def sampled(
+        self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None
+    ) -> Tensor:
+        """Score at labels sampled from the model [draws, *outputs], over sqrt(draws): the
+        Monte-Carlo Fisher."""
+
+    @abstractmethod
+    def kl(self, p: Tensor, q: Tensor, targets: Tensor | None = None) -> Tensor:
+        """KL(p || q) between predictive distributions with these outputs, nats per scored position:
+        [B], float64."""
+
+    @abstractmethod
+    def output_curvature(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
+        """tr H_n: [B]. Samples whose output curvature vanishes do not move the GGN."""
+
+    @abstractmethod
+    def scores(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Quality per sample (`score` says which): [B], float64."""
+
+    def counts(self, targets: Tensor) -> Tensor:
+        """Scored positions per sample [B], the denominator of the mean loss; 1 where a sample has
+        one target."""
+        return torch.ones(len(targets), device=targets.device)
+
+    def mean_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss over the scored positions of a batch, in nats: a scalar to differentiate."""
+        return self.losses(outputs, targets).sum() / self.counts(targets).sum().clamp(min=1)
+
+    def loss_totals(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+        """Sum of the losses in nats, and number of scored positions, over batches.
+
+        Args:
+            pairs: Outputs and targets of each batch.
+        """
+        total = positions = 0.0
+        for outputs, targets in pairs:
+            # float64, so that the sum does not depend on how samples are cut into batches
+            total += float(self.losses(outputs, targets).double().sum())
+            positions += float(self.counts(targets).double().sum())
+        return total, positions
+
+    def class_mass(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Sum of the targets of each class, over samples and positions: [C], float64; a scalar 0
+        without classes."""
+        return torch.zeros((), dtype=torch.float64)
+
+    def mask(self, outputs: Tensor, targets: Tensor | None) -> Tensor | None:
+        """1 where an output is scored, 0 where it is ignored; broadcasts to outputs; `None` if all
+        are scored."""
+        return None
+
+
+def check_finite(outputs: Tensor) -> None:
+    """Refuse NaN and infinite outputs."""
+    # one quick pass; only a sum that is not finite (it may have overflowed) asks for a closer look
+    if bool(torch.isfinite(outputs.detach().sum())):
+        return
+    if not bool(torch.isfinite(outputs).all()):
+        bad = int((~torch.isfinite(outputs.detach()).flatten(1).all(1)).sum())
+        raise NumericalError(
+            f"NaN or infinite logits for {bad} of {len(outputs)} samples of a batch",
+            "finite logits",
+            "Check the weights and the inputs: a diverged training run cannot be scrubbed.",
+        )
+
+
+def signed(magnitude: Tensor, draws: int, generator: torch.Generator) -> Tensor:
+    """Magnitudes / sqrt(draws) with random signs [draws, *outputs].
+
+    A sample's signs are the bits of its own random words, so batches may be split, and 64 signs
+    cost one draw.
+    """
+    n, entries = len(magnitude), magnitude[:1].numel()
+    words = torch.empty(n, draws, -(-entries // 64), dtype=torch.int64, device=generator.device)
+    words = words.random_(-(2**63), None, generator=generator).to(magnitude.device)
+    shifts = torch.arange(32, dtype=torch.int32, device=magnitude.device)
+    bits = words.view(torch.int32).unsqueeze(-1) << shifts  # each bit in turn becomes the sign
+    signs = bits.flatten(2)[..., :entries].transpose(0, 1).to(magnitude.dtype)
+    signed = torch.copysign(magnitude.reshape(n, entries), signs).view(draws, *magnitude.shape)
+    return signed if draws == 1 else signed / math.sqrt(draws)
+
+
+def uniform(outputs: Tensor, draws: int, generator: torch.Generator, shape: torch.Size) -> Tensor:
+    """Numbers in [0, 1) [draws, *shape]; a sample's come one after the other, so batches may be
+    split."""
+    u = torch.rand(
+        len(outputs),
+        draws,
+        *shape[1:],
+        generator=generator,
+        dtype=torch.float64,
+        device=generator.device,
+    )
+    return u.to(outputs.device).transpose(0, 1)
+
+
+def masked(value: Tensor, mask: Tensor | None) -> Tensor:
+    """The value where it is scored, 0 elsewhere."""
+    return value if mask is None else value * mask
+
+
+def positions(outputs: Tensor, last: int) -> Iterator[tuple[Any, Tensor]]:
+    """Every index into the dims 1 ... last - 1, for all samples, with a zero tensor like the
+    outputs to fill."""
+    for index in itertools.product(*(range(size) for size in outputs.shape[1:last])):
+        yield (slice(None), *index), torch.zeros_like(outputs)
+
+
+def check_same_shape(outputs: Tensor, targets: Tensor, name: str) -> None:
+    """Refuse targets of another shape than the outputs."""
+    if targets.shape != outputs.shape:
+        raise DataError(
+            f"targets of shape {tuple(targets.shape)} for outputs {tuple(outputs.shape)}",
+            f"the same shape for both with likelihood={name!r}",
+            "Reshape the targets (a single output usually needs [batch, 1]), or pass unpack=.",
+        )
+
+
+def coordinates(weight: Tensor) -> Iterator[Tensor]:
+    """Columns of a diagonal H^{1/2}: one coordinate of every sample at a time."""
+    for at, zero in positions(weight, weight.dim()):
+        zero[at] = weight[at]
+        yield zero

@@ -1,0 +1,95 @@
+"""Independent binary labels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fisher_forget.errors import DataError
+from fisher_forget.likelihood.base import (
+    LABEL_ACCURACY,
+    Likelihood,
+    Score,
+    check_finite,
+    check_same_shape,
+    coordinates,
+    signed,
+    uniform,
+)
+
+
+@dataclass(frozen=True)
+class Bernoulli(Likelihood):
+    """Independent binary labels. Outputs are logits [B, ...]; targets in [0, 1] of the same shape.
+
+    With p = sigmoid(f): l = -sum_c y_c log p_c + (1 - y_c) log(1 - p_c), r = p - y, H = diag(p (1 -
+    p)).
+    """
+
+    name: ClassVar[str] = "bernoulli"
+    score: ClassVar[Score] = LABEL_ACCURACY
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        check_same_shape(outputs, targets, "bernoulli")
+        if not bool(((targets >= 0) & (targets <= 1)).all()):  # NaN fails, too
+            raise DataError(
+                f"targets from {float(targets.min()):g} to {float(targets.max()):g}",
+                "labels in [0, 1]",
+                "Encode each label as 0 or 1; for regression pass likelihood='gaussian'.",
+            )
+        check_finite(outputs)
+
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        each = F.binary_cross_entropy_with_logits(
+            outputs, targets.to(outputs.dtype), reduction="none"
+        )
+        return each.reshape(len(outputs), -1).sum(1)
+
+    def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return outputs.sigmoid() - targets.to(outputs.dtype)
+
+    def hessian_product(
+        self, outputs: Tensor, vector: Tensor, targets: Tensor | None = None
+    ) -> Tensor:
+        p = outputs.sigmoid()
+        return p * (1 - p) * vector
+
+    def columns(self, outputs: Tensor, targets: Tensor | None = None) -> Iterator[Tensor]:
+        p = outputs.sigmoid()
+        yield from coordinates((p * (1 - p)).sqrt())
+
+    def column_count(self, outputs: Tensor) -> int:
+        return outputs[0].numel()
+
+    def sketch(
+        self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None
+    ) -> Tensor:
+        p = outputs.sigmoid()
+        return signed((p * (1 - p)).sqrt(), draws, generator)
+
+    def sampled(
+        self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None
+    ) -> Tensor:
+        p = outputs.sigmoid()
+        y = (uniform(outputs, draws, generator, outputs.shape) < p.double()).to(p.dtype)
+        return (p - y) / math.sqrt(draws)
+
+    def kl(self, p: Tensor, q: Tensor, targets: Tensor | None = None) -> Tensor:
+        p, q = p.double(), q.double()
+        each = p.sigmoid() * (F.logsigmoid(p) - F.logsigmoid(q)) + (-p).sigmoid() * (
+            F.logsigmoid(-p) - F.logsigmoid(-q)
+        )
+        return each.reshape(len(p), -1).sum(1).clamp_(min=0.0)
+
+    def output_curvature(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
+        p = outputs.sigmoid()
+        return (p * (1 - p)).reshape(len(outputs), -1).sum(1)
+
+    def scores(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return ((outputs > 0) == (targets > 0.5)).double().reshape(len(outputs), -1).mean(1)
