@@ -23,6 +23,7 @@ from torch.utils.data import TensorDataset
 from fisher_forget.experiments.training import TrainSettings, train
 
 torch.set_num_threads(1)
+pytest.register_assert_rewrite("browser", "laws", "oracle")
 
 WEIGHT_DECAY = 0.01
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_curvature import prepared
+from small_models import prepared
 
 from fisher_forget import CurvatureError, StorageError, estimate_curvature
 from fisher_forget.curvature import load_curvature, merged, save_curvature, with_prior, without

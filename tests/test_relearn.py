@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import blobs_data, seeded, small_net
-from test_curvature import prepared
+from small_models import prepared
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
