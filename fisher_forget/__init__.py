@@ -27,8 +27,11 @@ from fisher_forget.report.plots import plot_tradeoff
 from fisher_forget.sweep import SweepTable, sweep
 from fisher_forget.unlearn.forget import forget
 from fisher_forget.unlearn.newton.step import NewtonStep, newton_step
-from fisher_forget.unlearn.noise import NoiseDraw, NoiseTarget, calibrate_noise, draw_noise
+from fisher_forget.unlearn.noise import NoiseDraw, calibrate_noise, draw_noise
+from fisher_forget.unlearn.noise_target import NoiseTarget
+from fisher_forget.unlearn.options import ForgetOptions
 from fisher_forget.unlearn.prepare import Prepared, prepare
+from fisher_forget.unlearn.problem import Problem
 from fisher_forget.unlearn.result import ForgetResult
 
 __all__ = [
@@ -43,6 +46,7 @@ __all__ = [
     "Evaluation",
     "FisherForgetError",
     "FisherForgetWarning",
+    "ForgetOptions",
     "ForgetResult",
     "Gaussian",
     "Likelihood",
@@ -52,6 +56,7 @@ __all__ = [
     "NoiseTarget",
     "NumericalError",
     "Prepared",
+    "Problem",
     "Reference",
     "RetrainedEnsemble",
     "SplitError",

@@ -317,7 +317,7 @@ class TestResult:
             "not a certificate",
         ):
             assert word in text, text
-        assert max(map(len, text.splitlines())) <= 120
+        assert max(map(len, text.splitlines())) <= 100
 
     def test_str_without_noise_or_steps(self, expected):
         assert "noise      none" in str(expected)

@@ -10,6 +10,7 @@ import oracle
 import pytest
 import torch
 from conftest import blobs_data, seeded, small_net
+from problems import problem_of
 from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression, Ridge
 from torch import Tensor, nn
@@ -18,20 +19,24 @@ from torch.utils.data import TensorDataset
 from fisher_forget import (
     Categorical,
     CurvatureError,
+    ForgetOptions,
     Gaussian,
     NumericalError,
     estimate_curvature,
     forget,
     newton_step,
 )
+from fisher_forget import params as P
+from fisher_forget.curvature.products import GgnProduct
+from fisher_forget.curvature.solvers import conjugate_gradient
 from fisher_forget.curvature.structures.diagonal import Diagonal
-from fisher_forget.curvature.structures.matrix_free import GgnProduct, conjugate_gradient
-from fisher_forget.data.split import Split, resolve_split, some
+from fisher_forget.data.split import resolve_split, some
 from fisher_forget.experiments.datasets import load_dataset
 from fisher_forget.experiments.training import TrainSettings, train
-from fisher_forget.params import add, flatten, norm, randn_like, unflatten
-from fisher_forget.unlearn.newton.flow import Flow
-from fisher_forget.unlearn.newton.guard import AHEAD, Correction, Look
+from fisher_forget.params import Params, add, flatten, norm, randn_like, unflatten
+from fisher_forget.unlearn.newton.drift import AHEAD, drift_of
+from fisher_forget.unlearn.newton.flow import Flow, LinearSolver
+from fisher_forget.unlearn.newton.guard import Guard, HeldOut, Look
 from fisher_forget.unlearn.objective import Objective
 
 DECAY = 0.01
@@ -169,9 +174,8 @@ class TestControls:
     ) -> object:
         split = resolve_split(data, idx, allow_empty=True)
         curvature = estimate_curvature(model, split)
-        return newton_step(
-            Objective(model, Categorical()), split, curvature, weight_decay=DECAY, **options
-        )
+        problem = problem_of(model, split, curvature, weight_decay=DECAY)
+        return newton_step(problem, ForgetOptions(**options))
 
     def data(self) -> tuple[nn.Module, TensorDataset]:
         g = torch.Generator().manual_seed(2)
@@ -233,7 +237,7 @@ class TestControls:
         settings = TrainSettings(epochs=50, batch_size=60, lr=0.3, weight_decay=0.0)
         short = train(seeded(small_net), data, settings, seed=0, progress=False)
         split = resolve_split(data, [1, 2, 3])
-        step = newton_step(Objective(short, Categorical()), split, estimate_curvature(short, split))
+        step = newton_step(problem_of(short, split, estimate_curvature(short, split)))
         assert step.stationarity < 0.1
         assert not step.at_minimum
         assert step.drift_removed
@@ -241,7 +245,8 @@ class TestControls:
 
     def test_a_step_outside_the_budget_is_never_returned(self) -> None:
         model, data = self.data()
-        step = self.flow(model, data, [0, 1], drift=False, budget=-10.0)
+        model = softmax_minimiser(model, *data.tensors, DECAY)
+        step = self.flow(model, data, list(range(20)), budget=0.0, seed=1)
         assert step.norm == 0.0
         assert not step.accepted
         assert [s.share for s in step.path] == [2.0**-7]  # it was shortened before giving up
@@ -284,7 +289,7 @@ class TestControls:
         assert found.path[-1].shift == pytest.approx(shift)
         assert float(likelihood.losses(after, y).mean()) + shift <= allowed
 
-    def test_the_held_back_loss_stays_within_the_budget(self) -> None:
+    def test_the_held_out_loss_stays_within_the_budget(self) -> None:
         model, data = self.data()
         for budget in (1e-4, 1e-2):
             step = self.flow(model, data, list(range(20)), drift=False, budget=budget)
@@ -355,20 +360,12 @@ class TestControls:
         _, data = self.data()
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
-        objective = Objective(model, Categorical())
-        blind = Diagonal(
-            eigenvalues={name: torch.zeros_like(p) for name, p in objective.start.items()}
-        )
+        zeros = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+        blind = Diagonal(eigenvalues=P.detached(zeros))
+        problem = problem_of(model, resolve_split(data, [0, 1]), blind)
+        options = ForgetOptions(steps=1, damping=1e-35, solver="direct", drift=False)
         with pytest.raises(NumericalError, match="left the finite numbers"):
-            newton_step(
-                objective,
-                resolve_split(data, [0, 1]),
-                blind,
-                steps=1,
-                damping=1e-35,
-                solver="direct",
-                drift=False,
-            )
+            newton_step(problem, options)
 
 
 class TestGgnProduct:
@@ -434,18 +431,9 @@ def test_variance_reduction_is_exact_when_every_sample_is_in_the_working_set() -
     curvature = estimate_curvature(model, split)
 
     def weights(working_set: int) -> Tensor:
-        objective = Objective(model, Categorical())
-        step = newton_step(
-            objective,
-            split,
-            curvature,
-            weight_decay=DECAY,
-            steps=3,
-            damping=1.0,
-            drift=True,
-            working_set=working_set,
-        )
-        return flatten(step.params)
+        problem = problem_of(model, split, curvature, weight_decay=DECAY)
+        options = ForgetOptions(steps=3, damping=1.0, drift=True)
+        return flatten(newton_step(problem, options, working_set=working_set).params)
 
     all_samples, many, few = weights(170), weights(169), weights(20)
     start = flatten(oracle.start(model))
@@ -461,10 +449,10 @@ def test_the_curvature_stands_for_samples_outside_the_working_set() -> None:
     x, y = torch.cat([x[:50], x]), torch.cat([y[:50], y])
     split = resolve_split(TensorDataset(x, y), range(100, 110))
     model = ridge(x, y, DECAY)
-    objective = Objective(model, Gaussian())
     curvature = estimate_curvature(model, split, Gaussian(), structure="dense")
-    options = {"weight_decay": DECAY, "steps": 2, "damping": 0.05, "solver": "cg", "drift": False}
-    step = newton_step(objective, split, curvature, working_set=50, **options)
+    problem = problem_of(model, split, curvature, Gaussian(), DECAY)
+    options = ForgetOptions(steps=2, damping=0.05, solver="cg", drift=False)
+    step = newton_step(problem, options, working_set=50)
 
     ones = torch.cat([x[:100], torch.ones(100, 1, dtype=x.dtype)], 1)
     b = ones.T @ ones / 100 + DECAY * torch.eye(6, dtype=x.dtype)
@@ -585,23 +573,24 @@ def test_the_force_is_taken_where_a_share_of_the_step_over_all_leads(share: floa
     objective, split = Objective(model, likelihood), resolve_split(data, gone)
     everybody = resolve_split(data, [], allow_empty=True)
     curvature = estimate_curvature(model, everybody, likelihood, structure="dense")
-    options = {"weight_decay": DECAY, "direct": True, "literal": False, "working_set": 600}
-
-    def flow(part: Split) -> Flow:
-        sums = objective.gradient(part.batches("retain"), objective.start)
-        return Flow(objective, part, curvature, sums, torch.ones(len(part.retain)), **options)
-
-    everyone, retained = flow(everybody), flow(split)
+    problem = problem_of(model, split, curvature, likelihood, DECAY)
+    solver = LinearSolver(direct=True)
+    everyone = Flow(problem, problem.sums.samples, problem.sums.total, solver)
     delta = everyone.solve(1 / AHEAD).x
-    correction = Correction(
-        objective, split, retained, split.retain[:20], split.forget, 0.0, progress=False
-    )
-    correction._look = lambda at, s=1.0: Look(at, s, -math.inf if s <= share else math.inf)
-    correction.remove_drift(everyone)
+
+    class UpToAShare(HeldOut):
+        """Held-out samples that allow a share of a step and no more."""
+
+        def look(self, at: Params, taken: float = 1.0) -> Look:
+            return Look(at, taken, -math.inf if taken <= share else math.inf)
+
+    held_out = UpToAShare(objective, split, split.retain[:20])
+    guard = Guard(held_out, Look(objective.start, 1.0, 0.0), budget=0.0)
+    drift = drift_of(problem, everyone, guard)
 
     there = add(objective.start, delta, share)
     whole = objective.gradient(everybody.batches("retain"), there)
     forgotten = objective.gradient(split.batches("forget"), there)
     owed = (flatten(whole.mean()) - flatten(forgotten.mean())) * len(gone) / len(split.retain)
-    start = flatten(retained.sums.mean()) + DECAY * flatten(objective.start)
-    torch.testing.assert_close(start - flatten(retained.drift), owed, rtol=1e-8, atol=1e-10)
+    start = flatten(problem.retained.mean()) + DECAY * flatten(objective.start)
+    torch.testing.assert_close(start - flatten(drift), owed, rtol=1e-8, atol=1e-10)

@@ -14,8 +14,8 @@ from torch.utils.data import TensorDataset
 from fisher_forget import SplitError, StorageError, forget, prepare
 from fisher_forget import params as P
 from fisher_forget.experiments.training import TrainSettings, train
-from fisher_forget.unlearn.data_sums import load_snapshot
-from fisher_forget.unlearn.newton import step as newton
+from fisher_forget.unlearn import data_sums
+from fisher_forget.unlearn.data_sums import load_data_sums
 
 WD = 0.01
 # by name, because the package exports the functions of the same names
@@ -114,7 +114,7 @@ def test_its_cost_grows_with_the_forget_set_only(
 
     shown = 8
     monkeypatch.setattr(FORGET, "LOSS_SAMPLES", shown)
-    monkeypatch.setattr(newton, "SAMPLED", shown)
+    monkeypatch.setattr(data_sums, "NORM_SAMPLES", shown)
     prepared = prepare(
         model,
         Counting(*data.tensors),
@@ -147,8 +147,8 @@ class TestOnDisk:
         self, model: nn.Module, data: TensorDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
-        monkeypatch.setattr(PREPARE, "take_snapshot", None)
-        monkeypatch.setattr(PREPARE, "estimate_curvature", None)
+        monkeypatch.setattr(PREPARE, "take_data_sums", None)
+        monkeypatch.setattr(PREPARE, "curvature_of", None)
         prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
 
     def test_a_killed_call_goes_on(
@@ -158,14 +158,14 @@ class TestOnDisk:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patched:
-            patched.setattr(PREPARE, "take_snapshot", killed)
+            patched.setattr(PREPARE, "take_data_sums", killed)
             with pytest.raises(KeyboardInterrupt):
                 prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
         assert (tmp_path / "curvature.safetensors").exists()
         found = prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
         whole = prepare(model, data, weight_decay=WD, progress=False)
-        for name, value in whole.snapshot.total.sums.items():
-            assert torch.equal(found.snapshot.total.sums[name], value)
+        for name, value in whole.sums.total.sums.items():
+            assert torch.equal(found.sums.total.sums[name], value)
 
     def test_a_killed_request_has_forgotten_nothing(
         self, model: nn.Module, data: TensorDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -201,9 +201,9 @@ class TestOnDisk:
         content = bytearray(path.read_bytes())
         content[-3] ^= 0xFF
         path.write_bytes(bytes(content))
-        assert prepared.store is not None
+        assert prepared.log is not None
         with pytest.raises(StorageError, match="checksum"):
-            load_snapshot(path, prepared.objective, prepared.store.mark)
+            load_data_sums(path, prepared.objective, prepared.log.mark)
 
 
 def test_bad_requests(model: nn.Module, data: TensorDataset) -> None:

@@ -1,5 +1,4 @@
-"""What model and options must be before anything is computed; every problem is found here, before
-any work."""
+"""What a model and its numbers must be before anything is computed."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fisher_forget.errors import ConfigError, ModelError
+from fisher_forget.errors import ModelError
 
 STOCHASTIC = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
 
@@ -67,66 +66,8 @@ def check_model(model: nn.Module) -> None:
         )
 
 
-def check_options(
-    *,
-    weight_decay: Any,
-    draws: Any,
-    steps: Any,
-    damping: Any,
-    solver: Any,
-    drift: Any,
-    budget: Any,
-    noise: Any,
-    exponent: Any,
-    seed: Any = 0,
-) -> None:
-    """Refuse values of `forget`'s options that no stage can use.
-
-    Raises:
-        ConfigError: For the first option that is out of range or of a wrong type.
-    """
-    number, positive = "a finite number of at least 0", "a finite number above 0"
-    noises = "'auto', a NoiseTarget or None"
-    for name, value, good, expected in (
-        ("weight_decay", weight_decay, _number(weight_decay), number),
-        ("draws", draws, _whole(draws, 1), "a whole number of at least 1"),
-        (
-            "steps",
-            steps,
-            steps == "auto" or _whole(steps, 1),
-            "a whole number of at least 1, or 'auto'",
-        ),
-        ("damping", damping, damping == "auto" or _number(damping), f"{number}, or 'auto'"),
-        (
-            "damping",
-            damping,
-            damping == "auto" or steps != "auto" or damping > 0,
-            f"{positive} with steps='auto'",
-        ),
-        ("solver", solver, solver in ("auto", "cg", "direct"), "'auto', 'cg' or 'direct'"),
-        ("drift", drift, drift == "auto" or isinstance(drift, bool), "True, False or 'auto'"),
-        (
-            "budget",
-            budget,
-            budget is None or budget == math.inf or _number(budget),
-            "nats of at least 0, or None",
-        ),
-        (
-            "noise",
-            noise,
-            noise in (None, "auto") or _target(noise) or _number(noise),
-            f"{number}, {noises}",
-        ),
-        ("exponent", exponent, _number(exponent), number),
-        ("seed", seed, _whole(seed, 0), "a whole number of at least 0"),
-    ):
-        if not good:
-            raise ConfigError(
-                f"{name}={value!r}", expected, f"Correct {name}, or leave it at its default."
-            )
-
-
-def _number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number of at least 0."""
     if isinstance(value, (bool, str)):
         return False
     try:
@@ -135,10 +76,6 @@ def _number(value: Any) -> bool:
         return False
 
 
-def _target(value: Any) -> bool:
-    """Whether it is a `NoiseTarget`, which checks itself; its module builds on this one."""
-    return type(value).__name__ == "NoiseTarget"
-
-
-def _whole(value: Any, least: int) -> bool:
+def is_whole(value: Any, least: int) -> bool:
+    """Whether it is a whole number of at least `least`."""
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least

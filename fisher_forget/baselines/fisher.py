@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,44 +22,25 @@ from fisher_forget import params as P
 from fisher_forget._util.checks import check_model
 from fisher_forget.baselines.golatkar import ALPHA, TAU, paper_forget, reference_code_forget
 from fisher_forget.baselines.protocol import Unlearned
-from fisher_forget.curvature.estimate import Structure
-from fisher_forget.curvature.kinds import Kind
 from fisher_forget.data.split import Split
 from fisher_forget.likelihood import Likelihood
 from fisher_forget.unlearn.forget import forget
-from fisher_forget.unlearn.newton.step import Solver
-from fisher_forget.unlearn.noise import EXPONENT, NoiseTarget
+from fisher_forget.unlearn.options import ForgetOptions
 
 
 @dataclass(frozen=True)
-class FisherForget:
+class FisherForget(ForgetOptions):
     """`fisher_forget.forget`; every field is its option of that name, with its default."""
 
     name: ClassVar[str] = "fisher-forget"
     grid: ClassVar[dict[str, tuple[Any, ...]]] = {}  # its defaults need no tuning
 
-    likelihood: Likelihood | str = "categorical"
-    weight_decay: float = 0.0
-    structure: Structure = "ekfac"
-    kind: Kind = "auto"
-    max_samples: int | Literal["auto"] | None = "auto"
-    steps: int | Literal["auto"] = "auto"
-    damping: float | Literal["auto"] = "auto"
-    solver: Solver = "auto"
-    drift: bool | Literal["auto"] = "auto"
-    budget: float | None = None
-    noise: float | Literal["auto"] | NoiseTarget | None = "auto"
-    exponent: float = EXPONENT
-    subset: str | tuple[str, ...] | None = None
-    seed: int = 0
-
     def unlearn(self, model: nn.Module, split: Split) -> Unlearned:
         """Forget `split.forget`; the given model is untouched."""
 
         def run(twin: nn.Module, loader: DataLoader[Any]) -> nn.Module:
-            options = {f.name: getattr(self, f.name) for f in fields(self)}
             return forget(
-                twin, loader, split.forget, unpack=split.unpack, progress=False, **options
+                twin, loader, split.forget, self, unpack=split.unpack, progress=False
             ).model
 
         return _measured(model, split, run)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-from fisher_forget.curvature.operator import rehearsal
 from fisher_forget.curvature.passes import Accumulator, Walk
 from fisher_forget.curvature.structures.dense import DenseSum
 from fisher_forget.curvature.structures.ekfac import REPLAY_BYTES, EkfacSum
@@ -63,19 +62,25 @@ def of_columns(walk: Walk, build: Callable[[Tape], Accumulator], columns: int) -
     sides: list[int] = []
     samples, replays, bytes_result = len(walk.chosen), True, 0
 
+    def skipped(moment: torch.Tensor) -> torch.Tensor:
+        sides.append(len(moment))
+        return moment
+
     def run(n: int) -> float:
         nonlocal total, sides, replays, bytes_result
         begun = time.perf_counter()
-        total = build(walk.tape)
-        if isinstance(total, EkfacSum) and not replays:
-            total._replay = None
-        with rehearsal() as sides:
-            count = walk.first(n).accumulate(total)
+        sides = []
+        total = (
+            EkfacSum(walk.tape, decompose=skipped, replay=replays)
+            if build is EkfacSum
+            else build(walk.tape)
+        )
+        count = walk.first(n).accumulate(total)
         if not isinstance(total, DenseSum):
             bytes_result = total.result(count).nbytes()
         if isinstance(total, EkfacSum) and replays:
             replays = (
-                total._bytes / n * samples <= REPLAY_BYTES
+                total.remembered / n * samples <= REPLAY_BYTES
             )  # from the first look on, as with all samples
         return time.perf_counter() - begun
 
@@ -90,7 +95,7 @@ def of_columns(walk: Walk, build: Callable[[Tape], Accumulator], columns: int) -
         seconds += eigh_seconds(walk, d)
         peak += 3 * bytes_result
     if isinstance(total, EkfacSum) and replays:
-        peak += int(total._bytes / min(samples, 2 * walk.split.batch_size) * samples)
+        peak += int(total.remembered / min(samples, 2 * walk.split.batch_size) * samples)
     return Estimate(seconds, bytes_result, peak + 2 * bytes_result, samples, total.passes, columns)
 
 

@@ -1,23 +1,24 @@
-"""The abstract curvature: a symmetric positive semi-definite operator on parameter space, and its
-five methods.
+"""The abstract curvature: a symmetric positive semi-definite operator on parameter space.
 
 *Matrix power is the primitive*: Newton is B^-1, the paper's noise B^-1/4, a product B^1, whitening
-B^-1/2.
+B^-1/2. A structure implements the five abstract methods; traces of powers, sums, priors and storage
+have defaults that it replaces where it knows better.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fisher_forget import params as P
+from fisher_forget.curvature.checks import check_definite, checked_damping, needs_definite
+from fisher_forget.curvature.solvers import rademacher
 from fisher_forget.errors import CurvatureError
 from fisher_forget.params import Params
 
@@ -38,14 +39,48 @@ class Info:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """An operator taken apart for a file.
+
+    Attributes:
+        type: `Curvature.stored_as` of its class.
+        settings: What JSON can hold.
+        tensors: By name.
+        parts: (parameter names, operator) of an operator that is made of others.
+    """
+
+    type: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    parts: tuple[tuple[tuple[str, ...], Stored], ...] = ()
+
+    def with_params(self, prefix: str, params: Params, setting: str) -> Stored:
+        """With named tensors; their names, in order, become a setting."""
+        named = {f"{prefix}/{name}": value for name, value in params.items()}
+        settings = self.settings | {setting: list(params)}
+        return replace(self, settings=settings, tensors=self.tensors | named)
+
+    def params(self, prefix: str, setting: str) -> Params:
+        """Inverse of `with_params`."""
+        return {name: self.tensors[f"{prefix}/{name}"] for name in self.settings[setting]}
+
+
+@dataclass(frozen=True)
 class Curvature(ABC):
     """B + tau I: the mean over samples of the output-weighted J_n^T H_n J_n, in nats, plus damping.
 
     Attributes:
         info: What it was estimated from; `None` for an operator that was put together by hand.
+        stored_as: Name of the class in files; empty where it cannot be stored.
     """
 
     info: Info | None = field(default=None, kw_only=True)
+    stored_as: ClassVar[str] = ""
+
+    @property
+    @abstractmethod
+    def tau(self) -> float:
+        """Damping."""
 
     @abstractmethod
     def power(self, v: Mapping[str, Tensor], p: float) -> Params:
@@ -80,6 +115,86 @@ class Curvature(ABC):
         Raises:
             CurvatureError: If the operator is indefinite.
         """
+
+    def zeros(self) -> Params:
+        """The zero vector of its parameters."""
+        return P.zeros_like(self.diagonal())
+
+    def power_trace(
+        self, p: float, *, times_curvature: bool = False, probes: int = 8, seed: int = 0
+    ) -> float:
+        r"""tr((B + tau I)^p), or tr(B (B + tau I)^p): what noise of exponent -p/2 needs.
+
+        Exact where the eigenvalues are known. Else the mean of y^T y, or of y^T B y, over
+        y = (B + tau I)^{p/2} z with random signs z (Hutchinson 1990): unbiased, and the estimate of
+        tr A has a standard error of at most (2 tr(A^2) / probes)^1/2.
+
+        Args:
+            p: Exponent.
+            times_curvature: Whether B, without damping, stands before the power.
+            probes: Random vectors of the estimate.
+            seed: Of these.
+
+        Raises:
+            CurvatureError: As for `power`.
+        """
+        generator, zeros, values = torch.Generator().manual_seed(seed), self.zeros(), []
+        first = P.flatten(zeros)
+        for _ in range(probes):
+            y = self.power(P.unflatten(rademacher(len(first), first, generator), zeros), p / 2)
+            squares = P.dot(y, y)
+            if times_curvature:  # y^T B y = y^T (B + tau I) y - tau y^T y
+                squares = P.dot(y, self.power(y, 1.0)) - self.tau * squares
+            values.append(squares)
+        return math.fsum(values) / probes
+
+    def combined(self, other: Curvature, x: float, y: float) -> Curvature:
+        """x A + y B of two undamped curvatures of the same parameters.
+
+        Raises:
+            CurvatureError: If either is damped, or the structure is not a sum over samples.
+        """
+        check_undamped(self, other)
+        raise not_sums(self, other)
+
+    def with_prior(self, precision: Mapping[str, Tensor | float]) -> Curvature:
+        """B + diag(precision) + tau I; parameters without a precision get 0.
+
+        Raises:
+            CurvatureError: If the precisions differ and the structure can't hold them.
+        """
+        vector = precision_vector(precision, self.zeros())
+        if bool((vector == vector[0]).all()):
+            return self.damped(float(vector[0]))
+        raise CurvatureError(
+            f"precisions that differ within a {type(self).__name__}",
+            "one number for all its parameters",
+            "Use structure='diagonal' or 'dense', or blocks: "
+            "structure={'*bias': 'diagonal', '*': 'ekfac'}.",
+        )
+
+    def pack(self) -> Stored:
+        """The operator's settings and tensors, for a file.
+
+        Raises:
+            CurvatureError: If it has no tensors of its own (matrix-free).
+        """
+        raise CurvatureError(
+            f"a {type(self).__name__}",
+            "a diagonal, EKFAC, dense, low-rank or mixed curvature",
+            "A matrix-free curvature is its model and data: store these.",
+        )
+
+    @classmethod
+    def unpack(cls, stored: Stored, parts: Sequence[Curvature], model: nn.Module) -> Curvature:
+        """Inverse of `pack`.
+
+        Args:
+            stored: What `pack` returned.
+            parts: `stored.parts`, unpacked already.
+            model: That the operator belongs to.
+        """
+        raise NotImplementedError
 
     def nbytes(self) -> int:
         """Bytes of the tensors that it holds."""
@@ -131,6 +246,26 @@ class Spectral(Curvature):
         check_definite(_smallest(spectrum), "logdet")
         return math.fsum(float(s.double().log().sum()) for s in spectrum.values())
 
+    def power_trace(
+        self, p: float, *, times_curvature: bool = False, probes: int = 8, seed: int = 0
+    ) -> float:
+        undamped = replace(self, tau=0.0).spectrum().values()
+        known = [(values, 1) for values in undamped]
+        return exact_power_trace(known, self.tau, p, times_curvature)
+
+    def pack(self) -> Stored:
+        plain = Stored(self.stored_as, {"tau": self.tau, "signed": self.signed})
+        return plain.with_params("eigenvalues", self.eigenvalues, "keys")
+
+    @classmethod
+    def unpack(cls, stored: Stored, parts: Sequence[Curvature], model: nn.Module) -> Curvature:
+        return cls(**spectral_fields(stored))
+
+    def mixed_eigenvalues(self, other: Spectral, x: float, y: float) -> Self:
+        """x A + y B of operators with one basis."""
+        mixed = {key: x * a + y * other.eigenvalues[key] for key, a in self.eigenvalues.items()}
+        return replace(self, eigenvalues=mixed)
+
 
 @dataclass(frozen=True)
 class BlockDiagonal(Curvature):
@@ -143,6 +278,12 @@ class BlockDiagonal(Curvature):
 
     parts: tuple[tuple[tuple[str, ...], Curvature], ...]
     order: tuple[str, ...]
+    stored_as: ClassVar[str] = "blocks"
+
+    @property
+    def tau(self) -> float:
+        """The damping that all blocks have at least."""
+        return min((part.tau for _, part in self.parts), default=0.0)
 
     def power(self, v: Mapping[str, Tensor], p: float) -> Params:
         out: Params = {}
@@ -154,8 +295,14 @@ class BlockDiagonal(Curvature):
         return replace(self, parts=tuple((names, part.damped(tau)) for names, part in self.parts))
 
     def diagonal(self) -> Params:
-        found = {name: value for _, part in self.parts for name, value in part.diagonal().items()}
-        return {name: found[name] for name in self.order}
+        return self._ordered(part.diagonal() for _, part in self.parts)
+
+    def zeros(self) -> Params:
+        return self._ordered(part.zeros() for _, part in self.parts)
+
+    def _ordered(self, pieces: Iterable[Params]) -> Params:
+        merged = {name: value for piece in pieces for name, value in piece.items()}
+        return {name: merged[name] for name in self.order}
 
     def trace(self) -> float:
         return math.fsum(part.trace() for _, part in self.parts)
@@ -163,77 +310,88 @@ class BlockDiagonal(Curvature):
     def logdet(self) -> float:
         return math.fsum(part.logdet() for _, part in self.parts)
 
+    def power_trace(
+        self, p: float, *, times_curvature: bool = False, probes: int = 8, seed: int = 0
+    ) -> float:
+        options: Any = {"times_curvature": times_curvature, "probes": probes, "seed": seed}
+        return math.fsum(part.power_trace(p, **options) for _, part in self.parts)
 
-_REHEARSAL: ContextVar[list[int] | None] = ContextVar("rehearsal", default=None)
+    def combined(self, other: Curvature, x: float, y: float) -> Curvature:
+        same = isinstance(other, BlockDiagonal) and len(self.parts) == len(other.parts)
+        if not isinstance(other, BlockDiagonal) or not same:
+            raise not_sums(self, other)
+        pairs = zip(self.parts, other.parts, strict=True)
+        parts = tuple((names, a.combined(b, x, y)) for (names, a), (_, b) in pairs)
+        return replace(self, parts=parts)
 
+    def with_prior(self, precision: Mapping[str, Tensor | float]) -> Curvature:
+        parts = tuple(
+            (names, part.with_prior({n: precision[n] for n in names if n in precision}))
+            for names, part in self.parts
+        )
+        return replace(self, parts=parts)
 
-@contextmanager
-def rehearsal() -> Iterator[list[int]]:
-    """Inside, `symmetric_basis` returns its argument at once and notes the side: for timing all the
-    rest."""
-    sides: list[int] = []
-    token = _REHEARSAL.set(sides)
-    try:
-        yield sides
-    finally:
-        _REHEARSAL.reset(token)
+    def pack(self) -> Stored:
+        parts = tuple((names, part.pack()) for names, part in self.parts)
+        return Stored(self.stored_as, {"order": list(self.order)}, parts=parts)
 
-
-def symmetric_basis(covariance: Tensor) -> Tensor:
-    """Orthonormal eigenvectors [k, k] of a matrix given by its upper triangle, in float64 where
-    that is cheap."""
-    if (sides := _REHEARSAL.get()) is not None:
-        sides.append(len(covariance))
-        return covariance
-    exact = covariance.double() if len(covariance) <= 512 else covariance
-    try:
-        basis: Tensor = torch.linalg.eigh(exact, UPLO="U")[1]
-    except (
-        RuntimeError
-    ):  # LinAlgError: single precision may not converge where the rank is low (dead pixels)
-        basis = torch.linalg.eigh(covariance.double(), UPLO="U")[1]
-    return basis.to(covariance.dtype)
-
-
-def checked_damping(tau: float) -> float:
-    """The damping itself.
-
-    Raises:
-        CurvatureError: If it is negative or not a number.
-    """
-    if not tau >= 0:
-        raise CurvatureError(f"damping {tau}", "tau >= 0", "Pass a non-negative damping.")
-    return tau
+    @classmethod
+    def unpack(cls, stored: Stored, parts: Sequence[Curvature], model: nn.Module) -> Curvature:
+        names = (names for names, _ in stored.parts)
+        return cls(tuple(zip(names, parts, strict=True)), tuple(stored.settings["order"]))
 
 
-def needs_definite(p: float) -> bool:
-    """Whether x^p makes trouble for some x <= 0."""
-    return p < 0 or p != int(p)
+def spectral_fields(stored: Stored) -> dict[str, Any]:
+    """The fields of a stored `Spectral`."""
+    settings: dict[str, Any] = {key: stored.settings[key] for key in ("tau", "signed")}
+    return settings | {"eigenvalues": stored.params("eigenvalues", "keys")}
 
 
-def check_definite(smallest: float, what: str, *, singular: bool = False) -> None:
-    """Refuse an operation on an operator whose smallest eigenvalue is too small for it.
+def exact_power_trace(
+    known: Iterable[tuple[Tensor, int]], tau: float, p: float, times_curvature: bool
+) -> float:
+    """sum_i m_i (s_i + tau)^p, or sum_i m_i s_i (s_i + tau)^p.
 
     Args:
-        smallest: Smallest eigenvalue, damping included.
-        what: The operation, for the message.
-        singular: Refuse 0, too.
+        known: Eigenvalues s of B, and how often each of them occurs.
+        tau: Damping.
+        p: Exponent.
+        times_curvature: Which of the two.
+    """
+    powers = [(s.double(), (s.double() + tau).pow(p), times) for s, times in known]
+    return math.fsum(
+        times * float((s * power if times_curvature else power).sum()) for s, power, times in powers
+    )
+
+
+def precision_vector(precision: Mapping[str, Tensor | float], like: Params) -> Tensor:
+    """The precisions of a prior as one vector [d]; names without one get 0."""
+    pieces = (
+        torch.as_tensor(precision.get(name, 0.0), dtype=p.dtype, device=p.device).expand(p.shape)
+        for name, p in like.items()
+    )
+    return torch.cat([piece.reshape(-1) for piece in pieces])
+
+
+def check_undamped(a: Curvature, b: Curvature) -> None:
+    """Refuse to add damped curvatures, whose sum would hold the damping twice.
 
     Raises:
-        CurvatureError: With a damping that is enough.
+        CurvatureError: If either is damped.
     """
-    if smallest < 0:
+    if a.tau or b.tau:
         raise CurvatureError(
-            f"{what} of an indefinite curvature, smallest eigenvalue {smallest:.4g}",
-            "a positive definite one: away from a minimum a Hessian also curves downwards",
-            f"Damp it first: curvature.damped(tau) with tau >= {-1.01 * smallest:.4g}; or use kind='exact'.",
+            f"dampings {(a.tau, b.tau)}", "undamped curvatures", "Add first, damp afterwards."
         )
-    if singular and smallest == 0:
-        raise CurvatureError(
-            f"{what} of a singular curvature",
-            "strictly positive eigenvalues",
-            "Damp it first: curvature.damped(tau) with tau > 0.",
-        )
+
+
+def not_sums(a: Curvature, b: Curvature) -> CurvatureError:
+    """The error for two curvatures that do not add up."""
+    return CurvatureError(
+        f"{type(a).__name__} and {type(b).__name__}",
+        "two diagonal, EKFAC or dense curvatures of the same parameters",
+        "The other structures are no sums over samples: estimate them anew.",
+    )
 
 
 def _smallest(spectrum: Params) -> float:
@@ -249,5 +407,5 @@ def _nbytes(value: Any) -> int:
         return sum(_nbytes(v) for v in value)
     if is_dataclass(value):
         return sum(_nbytes(getattr(value, f.name)) for f in fields(value))
-    own = getattr(value, "nbytes", 0)  # a product that keeps graphs
-    return own if isinstance(own, int) else 0
+    size = getattr(value, "nbytes", 0)  # a product that keeps graphs
+    return size if isinstance(size, int) else 0

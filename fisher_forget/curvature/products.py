@@ -137,3 +137,42 @@ class DataProduct:
         with twice_differentiable(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             self._build(single, generator)
         return max(sum(saved.values()), 1)
+
+
+class GgnProduct:
+    r"""v -> (1/count) sum_n J_n^T H_n J_n v, exact, with the graphs of all given samples kept.
+
+    Args:
+        outputs: The model at the point of expansion.
+        live: Its parameters, the leaves of the graph.
+        likelihood: Gives H_n.
+        batches: The samples.
+        count: Divisor: the scored positions of *all* retained data, also where only some samples
+            are given.
+    """
+
+    def __init__(
+        self,
+        outputs: Callable[[Batch], Tensor],
+        live: Params,
+        likelihood: Likelihood,
+        batches: Iterable[Batch],
+        count: float,
+    ) -> None:
+        self.count = count
+        self._chunks: list[Chunk] = []
+        for batch in batches:
+            with twice_differentiable():
+                out = outputs(batch)
+                weight = _exact_weight(likelihood, out.detach(), batch.targets)
+                self._chunks.append(GgnChunk(out, live, weight))
+
+    def __call__(self, v: Mapping[str, Tensor]) -> Params:
+        """B v."""
+        return summed(self._chunks, v, self.count)
+
+
+def _exact_weight(
+    likelihood: Likelihood, outputs: Tensor, targets: Tensor
+) -> Callable[[Tensor], Tensor]:
+    return lambda u: likelihood.hessian_product(outputs, u, targets)

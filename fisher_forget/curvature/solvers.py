@@ -1,13 +1,16 @@
-"""What products v -> A v alone tell about a symmetric A: Krylov spaces, the diagonal, the matrix
-itself."""
+"""What products v -> A v alone tell about a symmetric A: Krylov spaces, solutions of A x = b, the
+diagonal, the matrix itself."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fisher_forget import params as P
 from fisher_forget.errors import NumericalError
 from fisher_forget.params import Params, flatten, unflatten
 
@@ -147,3 +150,65 @@ def hutchinson(product: FlatProduct, like: Tensor, probes: int, seed: int) -> Te
         z = rademacher(len(like), like, generator)
         total += z * product(z)
     return total / probes
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What conjugate gradients found.
+
+    Attributes:
+        x: The solution.
+        iterations: Products used.
+        residual: |b - A x| relative to |b|, both in the norm of the preconditioner.
+    """
+
+    x: Params
+    iterations: int
+    residual: float
+
+
+def conjugate_gradient(
+    product: Product,
+    b: Params,
+    precondition: Product,
+    *,
+    iterations: int = 10,
+    tolerance: float = 0.05,
+) -> Solution:
+    """Solve A x = b for a symmetric positive definite A by preconditioned conjugate gradients.
+
+    Args:
+        product: v -> A v.
+        b: Right-hand side.
+        precondition: r -> M^-1 r with M close to A.
+        iterations: Most products.
+        tolerance: Stop at this relative residual in the M^-1 norm.
+
+    Raises:
+        NumericalError: If A is not positive definite along a search direction.
+    """
+    x, r = P.zeros_like(b), dict(b)
+    z = precondition(r)
+    p, rz = z, P.dot(r, z)
+    start = rz
+    if start <= 0:
+        return Solution(x, 0, 0.0)
+    iteration = 0
+    while iteration < iterations:
+        iteration += 1
+        ap = product(p)
+        curvature = P.dot(p, ap)
+        if not curvature > 0:
+            raise NumericalError(
+                f"curvature {curvature:g} along a search direction",
+                "a positive definite operator",
+                "Use more damping.",
+            )
+        alpha = rz / curvature
+        x, r = P.add(x, p, alpha), P.add(r, ap, -alpha)
+        z = precondition(r)
+        rz, before = P.dot(r, z), rz
+        if rz <= tolerance**2 * start:
+            break
+        p = P.add(z, p, rz / before)
+    return Solution(x, iteration, math.sqrt(max(rz, 0.0) / start))

@@ -12,18 +12,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from fisher_forget._util import files
-from fisher_forget.curvature.operator import BlockDiagonal, Curvature, Info
-from fisher_forget.curvature.rules import rule_for
-from fisher_forget.curvature.rules.layers import MatrixRule
+from fisher_forget.curvature.operator import BlockDiagonal, Curvature, Info, Stored
 from fisher_forget.curvature.structures.dense import Dense
 from fisher_forget.curvature.structures.diagonal import Diagonal
-from fisher_forget.curvature.structures.ekfac import Kronecker, Matrix
+from fisher_forget.curvature.structures.ekfac import Kronecker
 from fisher_forget.curvature.structures.low_rank import LowRank
 from fisher_forget.data.split import Split
-from fisher_forget.errors import CurvatureError, StorageError
-from fisher_forget.params import Params
+from fisher_forget.errors import StorageError
 
 FORMAT = "1"
+OPERATORS: dict[str, type[Curvature]] = {
+    kind.stored_as: kind for kind in (BlockDiagonal, Dense, Diagonal, Kronecker, LowRank)
+}
 
 
 def save_curvature(path: str | Path, curvature: Curvature, model: nn.Module, data: Split) -> None:
@@ -34,7 +34,7 @@ def save_curvature(path: str | Path, curvature: Curvature, model: nn.Module, dat
         StorageError: If the file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
-    tree = _pack(curvature, "", tensors)
+    tree = _write(curvature.pack(), "", tensors)
     metadata = {
         "format": FORMAT,
         "fisher_forget": version("fisher-forget"),
@@ -67,105 +67,27 @@ def load_curvature(path: str | Path, model: nn.Module, data: Split) -> Curvature
                 "Estimate the curvature again.",
             )
     info = json.loads(metadata["info"])
-    found = _unpack(json.loads(metadata["tree"]), "", tensors, model)
-    return replace(found, info=None if info is None else Info(**info))
+    curvature = _read(json.loads(metadata["tree"]), "", tensors, model)
+    return replace(curvature, info=None if info is None else Info(**info))
 
 
-def _pack(curvature: Curvature, at: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Describe the operator; its tensors go into `tensors` under `at`."""
-    if isinstance(curvature, BlockDiagonal):
-        parts = [
-            [list(names), _pack(part, f"{at}{i}/", tensors)]
-            for i, (names, part) in enumerate(curvature.parts)
-        ]
-        return {"type": "blocks", "parts": parts, "order": list(curvature.order)}
-    if isinstance(curvature, LowRank):
-        tensors |= {f"{at}basis": curvature.basis, f"{at}eigenvalues": curvature.eigenvalues}
-        tensors |= {f"{at}like/{name}": p for name, p in curvature.like.items()}
-        return {
-            "type": "low_rank",
-            "delta": curvature.delta,
-            "tau": curvature.tau,
-            "like": list(curvature.like),
-        }
-    if not isinstance(curvature, (Diagonal, Kronecker, Dense)):
-        raise CurvatureError(
-            f"a {type(curvature).__name__}",
-            "a diagonal, EKFAC, dense, low-rank or mixed curvature",
-            "A matrix-free curvature is its model and data: store these.",
-        )
-    tensors |= {f"{at}eigenvalues/{key}": value for key, value in curvature.eigenvalues.items()}
-    tree: dict[str, Any] = {
-        "tau": curvature.tau,
-        "signed": curvature.signed,
-        "keys": list(curvature.eigenvalues),
-    }
-    if isinstance(curvature, Diagonal):
-        return tree | {"type": "diagonal"}
-    if isinstance(curvature, Dense):
-        tensors |= {f"{at}basis": curvature.basis} | {
-            f"{at}like/{name}": p for name, p in curvature.like.items()
-        }
-        return tree | {"type": "dense", "like": list(curvature.like)}
-    if curvature.row is not None:
-        tensors[f"{at}row"] = curvature.row
-    tensors[f"{at}col"] = curvature.col
-    return tree | {
-        "type": "kronecker",
-        "weight": curvature.layout.weight,
-        "bias": curvature.layout.bias,
-    }
+def _write(stored: Stored, at: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The tree that JSON holds; tensors go into `tensors` under `at`."""
+    tensors |= {f"{at}{name}": value for name, value in stored.tensors.items()}
+    tree = {"type": stored.type, **stored.settings}
+    if stored.parts:
+        parts = enumerate(stored.parts)
+        tree["parts"] = [[list(n), _write(part, f"{at}{i}/", tensors)] for i, (n, part) in parts]
+    return tree
 
 
-def _unpack(
-    tree: dict[str, Any], at: str, tensors: dict[str, Tensor], model: nn.Module
-) -> Curvature:
-    """Inverse of `_pack`; the layout of a Kronecker block comes from the model's layer."""
-    kind = tree["type"]
-    if kind == "blocks":
-        parts = [
-            (tuple(names), _unpack(part, f"{at}{i}/", tensors, model))
-            for i, (names, part) in enumerate(tree["parts"])
-        ]
-        return BlockDiagonal(tuple(parts), tuple(tree["order"]))
-    like: Params = {name: tensors[f"{at}like/{name}"] for name in tree.get("like", [])}
-    if kind == "low_rank":
-        return LowRank(
-            basis=tensors[f"{at}basis"],
-            eigenvalues=tensors[f"{at}eigenvalues"],
-            delta=tree["delta"],
-            like=like,
-            tau=tree["tau"],
-        )
-    eigenvalues = {key: tensors[f"{at}eigenvalues/{key}"] for key in tree["keys"]}
-    tau, signed = tree["tau"], tree["signed"]
-    if kind == "diagonal":
-        return Diagonal(eigenvalues, tau, signed=signed)
-    if kind == "dense":
-        return Dense(
-            eigenvalues=eigenvalues, tau=tau, signed=signed, basis=tensors[f"{at}basis"], like=like
-        )
-    layout = Matrix(_rule_of(tree["weight"], model), tree["weight"], tree["bias"])
-    return Kronecker(
-        eigenvalues=eigenvalues,
-        tau=tau,
-        signed=signed,
-        layout=layout,
-        row=tensors.get(f"{at}row"),
-        col=tensors[f"{at}col"],
-    )
-
-
-def _rule_of(weight: str, model: nn.Module) -> MatrixRule:
-    wanted = dict(model.named_parameters())[weight]
-    for module in model.modules():
-        rule = (
-            rule_for(module) if any(p is wanted for p in module.parameters(recurse=False)) else None
-        )
-        if isinstance(rule, MatrixRule):
-            return rule
-    raise StorageError(
-        f"a block of {weight}",
-        "a layer with a matrix of that name",
-        "Estimate the curvature again.",
+def _read(tree: dict[str, Any], at: str, tensors: dict[str, Tensor], model: nn.Module) -> Curvature:
+    """Inverse of `_write`, parts first."""
+    settings = {key: value for key, value in tree.items() if key not in ("type", "parts")}
+    pairs = list(enumerate(tree.get("parts", [])))
+    parts = [_read(part, f"{at}{i}/", tensors, model) for i, (_, part) in pairs]
+    names = tuple((tuple(names), Stored(part["type"])) for _, (names, part) in pairs)
+    inside = {name.removeprefix(at): x for name, x in tensors.items() if name.startswith(at)}
+    return OPERATORS[tree["type"]].unpack(
+        Stored(tree["type"], settings, inside, names), parts, model
     )

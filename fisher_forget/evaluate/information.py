@@ -33,7 +33,7 @@ from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Indices, Part, Split
 from fisher_forget.errors import ConfigError, ModelError, SplitError
 from fisher_forget.params import Params
-from fisher_forget.unlearn.noise import EXPONENT
+from fisher_forget.unlearn.noise_target import EXPONENT
 from fisher_forget.unlearn.result import ForgetResult
 
 Covariance = Literal["full", "diagonal"]

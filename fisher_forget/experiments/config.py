@@ -14,16 +14,12 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from fisher_forget._util.checks import check_options
-from fisher_forget.curvature.estimate import Structure
-from fisher_forget.curvature.kinds import Kind
 from fisher_forget.errors import ConfigError
 from fisher_forget.experiments.datasets import DataBundle, load_dataset
 from fisher_forget.experiments.training import TrainSettings
 from fisher_forget.sweep.cells import OURS, expand
 from fisher_forget.sweep.run import RUIN
-from fisher_forget.unlearn.newton.step import Solver
-from fisher_forget.unlearn.noise import NoiseTarget
+from fisher_forget.unlearn.options import ForgetOptions
 
 KEY = "config"  # jsonargparse nests the schema under one argument
 NAMED = ("data", "model")  # sections that a plain name may stand for
@@ -109,46 +105,6 @@ class ForgetSet:
 
 
 @dataclass(frozen=True)
-class ForgetSettings:
-    """Options of `forget`, with the same names, meanings and defaults.
-
-    Attributes:
-        weight_decay: By default the one that the model is trained with.
-        structure: Curvature structure.
-        kind: Curvature kind.
-        draws: Columns a sample of the random kinds.
-        steps: Newton sub-steps.
-        damping: Of each sub-step.
-        solver: Of the linear system.
-        drift: Subtract the force that is not owed to the forget set.
-        budget: Allowed rise of the held-back retained loss by the Newton step, nats.
-        noise: Scale; or what it is to reach, such as {loss: 0.01} (see `NoiseTarget`); or "auto";
-            or null for none.
-        exponent: Of the noise.
-        subset: Patterns of the parameters that may move.
-    """
-
-    weight_decay: float | None = None
-    structure: Structure = "ekfac"
-    kind: Kind = "auto"
-    draws: int = 1
-    steps: int | Literal["auto"] = "auto"
-    damping: float | Literal["auto"] = "auto"
-    solver: Solver = "auto"
-    drift: bool | Literal["auto"] = "auto"
-    budget: float | None = None
-    noise: float | Literal["auto"] | NoiseTarget | None = "auto"
-    exponent: float = 0.25
-    subset: list[str] | None = None
-
-    def __post_init__(self) -> None:
-        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for name in ("structure", "kind", "subset"):
-            options.pop(name)
-        check_options(**options | {"weight_decay": self.weight_decay or 0.0})
-
-
-@dataclass(frozen=True)
 class RunConfig:
     """Train, forget, retrain, compare.
 
@@ -159,7 +115,8 @@ class RunConfig:
         training: Of the original and the retrained models.
         likelihood: "categorical", "bernoulli" or "gaussian".
         forget_sets: What to forget, one after the other.
-        forget: Options of the method.
+        forget: Options of the method; likelihood and seed are the run's, and so is its weight decay
+            unless another is given.
         seeds: One original model, scrubbed once, for each.
         retrained: Number of models retrained without each forget set.
         jobs: Worker processes for training.
@@ -175,7 +132,7 @@ class RunConfig:
     model: ModelSettings = field(default_factory=ModelSettings)
     training: TrainSettings = field(default_factory=TrainSettings)
     likelihood: Literal["categorical", "bernoulli", "gaussian"] = "categorical"
-    forget: ForgetSettings = ForgetSettings()
+    forget: ForgetOptions = ForgetOptions()
     seeds: list[int] = field(default_factory=lambda: [0])
     retrained: int = 5
     jobs: int = 1
@@ -212,10 +169,25 @@ class RunConfig:
                 "'categorical': the public code sums over the classes of a softmax",
                 "Leave reference_variant out.",
             )
+        if self.forget.likelihood != "categorical" or self.forget.seed != 0:
+            raise ConfigError(
+                "likelihood or seed in the section forget",
+                "the run's own `likelihood` and `seeds`",
+                "Move them to the top of the configuration.",
+            )
+        self.forget_options(self.seeds[0])  # refuses what does not go with the likelihood
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ConfigError(
                 f"the name {self.name!r}", "a folder name", "Use letters, digits and hyphens."
             )
+
+    def forget_options(self, seed: int) -> ForgetOptions:
+        """The options of `forget` for the model of one seed."""
+        decay = self.forget.weight_decay
+        if decay is None:
+            decay = self.training.weight_decay
+        changes = {"likelihood": self.likelihood, "seed": seed, "weight_decay": decay}
+        return self.forget.changed(changes)
 
 
 @dataclass(frozen=True)

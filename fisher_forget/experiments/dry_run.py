@@ -39,7 +39,6 @@ from fisher_forget.experiments.datasets import DataBundle
 from fisher_forget.experiments.run import Task
 from fisher_forget.experiments.training import train
 from fisher_forget.params import call
-from fisher_forget.unlearn.forget import curvature_samples
 
 STEPS = 6  # of training, that are timed
 GRADIENTS = {"sgd": 2, "adam": 3}  # tensors of the weights' size that training holds beside them
@@ -175,20 +174,18 @@ def _cost(config: RunConfig, data: DataBundle, model: nn.Module, forget: Indices
         train(model, data.train, few, indices=rows, **options)
         epoch = (time.perf_counter() - begun) * len(data.train) / len(rows)
     split = resolve_split(data.train, forget)
-    settings = config.forget
-    part = curvature_samples(split, "auto", settings.structure, settings.solver, config.seeds[0])
+    chosen = config.forget_options(config.seeds[0])
+    part, kind = chosen.curvature_plan(split)
     curvature = estimate_curvature(
         model.eval(),
         split,
         config.likelihood,
-        structure=settings.structure,
-        kind="sketch"
-        if settings.kind == "auto" and len(part) < len(split.retain)
-        else settings.kind,
-        draws=settings.draws,
+        structure=chosen.structure,
+        kind=kind,
+        draws=chosen.draws,
         part=part,
-        subset=None if settings.subset is None else tuple(settings.subset),
-        seed=config.seeds[0],
+        subset=chosen.subset,
+        seed=chosen.seed,
         dry_run=True,
     )
     weights = sum(x.numel() * x.element_size() for x in model.state_dict().values())

@@ -8,7 +8,7 @@ import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -271,16 +271,6 @@ def evaluate_case(
     )
 
 
-def forget_options(config: RunConfig) -> dict[str, Any]:
-    """The options of `forget` that a configuration stands for."""
-    options = {f.name: getattr(config.forget, f.name) for f in fields(config.forget)}
-    if options["weight_decay"] is None:
-        options["weight_decay"] = config.training.weight_decay
-    if options["subset"] is not None:
-        options["subset"] = tuple(options["subset"])
-    return options
-
-
 def _sweep(config: SweepConfig, case: Case) -> SweepTable:
     """A sweep from the first original model; its table is written as sweep.parquet and, to be read,
     as sweep.csv."""
@@ -294,8 +284,11 @@ def _sweep(config: SweepConfig, case: Case) -> SweepTable:
         file=case.folder / SWEEP,
         jobs=config.jobs,
         progress=config.progress,
-        seed=config.seeds[0],
-        **forget_options(config),
+        **{
+            name: value
+            for name, value in vars(config.forget_options(config.seeds[0])).items()
+            if name != "likelihood"
+        },
     )
     table.to_pandas().to_csv((case.folder / SWEEP).with_suffix(".csv"), index=False)
     return table
@@ -307,10 +300,8 @@ def _forget(config: RunConfig, case: Case, index: int) -> tuple[ForgetResult, Cl
         case.originals.models[index],
         case.data.train,
         case.forget,
-        likelihood=config.likelihood,
-        seed=seed,
+        config.forget_options(seed),
         progress=config.progress,
-        **forget_options(config),
     )
     evaluation = case.references[index].closeness(result.model)
     place = files.ensure_folder(case.folder / f"seed-{seed}")

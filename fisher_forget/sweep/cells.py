@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -11,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from fisher_forget._util.checks import check_options
 from fisher_forget.baselines import METHODS
 from fisher_forget.baselines.fisher import FisherForget
 from fisher_forget.errors import ConfigError
-from fisher_forget.unlearn.forget import forget
+from fisher_forget.unlearn.options import ForgetOptions
 
 OURS = FisherForget.name
 CURVATURE = (
@@ -29,9 +27,7 @@ CURVATURE = (
 DRAW = ("noise", "exponent", "seed")  # what needs neither another estimate nor another Newton step
 _SHARED = ("likelihood", "unpack", "device", "progress")  # by all cells, or by none
 DEFAULTS: dict[str, Any] = {
-    name: parameter.default
-    for name, parameter in inspect.signature(forget).parameters.items()
-    if parameter.kind is parameter.KEYWORD_ONLY and name not in _SHARED
+    field.name: field.default for field in fields(ForgetOptions) if field.name not in _SHARED
 }
 
 
@@ -104,9 +100,7 @@ def expand(grid: Mapping[str, Iterable[Any]], fixed: Mapping[str, Any]) -> tuple
             if method == OURS:
                 options["noise"] = 0.0 if options["noise"] is None else options["noise"]
                 options["seed"] = first if options["noise"] == 0 else options["seed"]
-                check_options(
-                    **{name: options[name] for name in inspect.signature(check_options).parameters}
-                )
+                ForgetOptions(**options)  # refuses what is out of range
             cell = Cell(method, options)
             found[cell.key] = cell
     return tuple(found.values())

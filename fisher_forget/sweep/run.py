@@ -7,7 +7,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,11 @@ from fisher_forget.evaluate.closeness import Reference
 from fisher_forget.sweep.cells import CURVATURE, DRAW, OURS, Cell, expand, grouped
 from fisher_forget.sweep.judge import Judge
 from fisher_forget.sweep.table import RUINED, SKIPPED, SweepTable, read
-from fisher_forget.unlearn.data_sums import take_snapshot
-from fisher_forget.unlearn.forget import forget, scrub
+from fisher_forget.unlearn.forget import scrub
 from fisher_forget.unlearn.noise import noise_step
-from fisher_forget.unlearn.objective import Objective
-from fisher_forget.unlearn.result import ForgetResult, newton_error, noise_damping
+from fisher_forget.unlearn.options import ForgetOptions
+from fisher_forget.unlearn.problem import Problem
+from fisher_forget.unlearn.result import ForgetResult
 
 RUIN = 1.0  # nats of retained loss: a label's typical probability has fallen to a third
 Row = dict[str, Any]
@@ -162,66 +162,44 @@ class _Work:
             **{name: value for name, value in shared.items() if name in known}, **cell.options
         )
 
-    def newton(self, cell: Cell, before: ForgetResult | None) -> ForgetResult:
-        """Curvature and Newton step of a cell; the curvature is that of a result before it, where
-        there is one."""
-        options = {name: value for name, value in cell.options.items() if name not in DRAW}
-        likelihood = self.judge.reference.likelihood
-        if before is None:
-            return forget(
+    def options(self, cell: Cell) -> ForgetOptions:
+        """Options of `forget` for the curvature and Newton step of a cell: without its draw."""
+        step = {name: value for name, value in cell.options.items() if name not in DRAW}
+        return ForgetOptions(
+            likelihood=self.judge.reference.likelihood, noise=None, seed=self.seed, **step
+        )
+
+    def problem(self, cell: Cell) -> Problem:
+        """Curvature and gradient of a cell."""
+        with preserved_rng():
+            return Problem.of(
                 self.model,
                 self.data,
                 self.split.forget,
-                likelihood=likelihood,
-                noise=None,
+                self.options(cell),
                 unpack=self.split.unpack,
-                seed=self.seed,
-                progress=False,
-                **options,
-            )
-        options = {
-            name: value
-            for name, value in options.items()
-            if name not in CURVATURE or name == "solver"
-        }
-        with preserved_rng():
-            objective = Objective(self.model, likelihood, cell.options["subset"])
-            return scrub(
-                self.model,
-                objective,
-                before.split,
-                before.curvature,
-                take_snapshot(objective, before.split),
-                seconds={name: before.seconds[name] for name in ("curvature", "gradient")},
-                noise=None,
-                exponent=cell.options["exponent"],
-                seed=self.seed,
-                progress=False,
-                **options,
             )
 
-    def draw(self, result: ForgetResult, cell: Cell, unit: float) -> Row:
+    def newton(self, cell: Cell, problem: Problem) -> ForgetResult:
+        """Newton step of a cell."""
+        options = self.options(cell)
+        with preserved_rng():
+            return scrub(self.model, replace(problem, weight_decay=options.decay), options)
+
+    def draw(self, problem: Problem, result: ForgetResult, cell: Cell, unit: float) -> Row:
         """Scores after one noise draw; `unit` is the local forgetting bound of noise of scale 1."""
         noise, exponent, seed = (cell.options[name] for name in DRAW)
         clock = time.perf_counter()
         scale = noise
         if cell.level < 0:  # the scale is searched for
             scale = noise_step(
-                Objective(self.model, self.judge.reference.likelihood, cell.options["subset"]),
-                result.split,
-                result.curvature,
-                result.newton.params,
-                noise=noise,
-                damping=noise_damping(result.newton, result.weight_decay),
-                error=newton_error(result.newton),
-                exponent=exponent,
-                seed=seed,
+                problem, result.newton, noise=noise, exponent=exponent, seed=seed
             ).scale
         model = result.with_noise(scale, seed=seed, exponent=exponent)
         seconds = sum(result.seconds[name] for name in ("curvature", "gradient", "newton"))
-        found = {"scale": float(scale), "seconds": seconds + time.perf_counter() - clock}
-        found["information"] = unit / scale**2 if scale else math.inf
-        return found | self.judge.row(self.judge.reference.outputs(model))
+        row = {"scale": float(scale), "seconds": seconds + time.perf_counter() - clock}
+        row["information"] = unit / scale**2 if scale else math.inf
+        return row | self.judge.row(self.judge.reference.outputs(model))
 
 
 def _found(
@@ -260,7 +238,7 @@ def _rows(work: _Work, group: list[Cell], known: Mapping[str, Row]) -> Iterator[
             {"scale": math.nan, "seconds": done.seconds, "information": math.nan} | scored,
         )
         return
-    first: ForgetResult | None = None
+    problem: Problem | None = None
     newton = [name for name in group[0].options if name not in DRAW]
     for step in grouped(group, lambda cell: cell.part(newton)):
         result = None
@@ -275,12 +253,11 @@ def _rows(work: _Work, group: list[Cell], known: Mapping[str, Row]) -> Iterator[
                     if row is None and ruined:
                         row = {"status": SKIPPED}
                     elif row is None:
-                        if result is None:
-                            result = work.newton(cell, first)
-                            first = first or result
+                        problem = problem or work.problem(cell)
+                        result = result or work.newton(cell, problem)
                         if math.isnan(unit):
                             unit = result.information(1.0, exponent=cell.options["exponent"])
-                        row = work.draw(result, cell, unit)
+                        row = work.draw(problem, result, cell, unit)
                     rows.append(row)
                     yield cell.key, row
                 ruined = ruined or (

@@ -1,9 +1,7 @@
-"""What one pass over all the data tells at the original weights, and what is left of it without the
-forget set.
+"""Sums over all the data at the original weights, and what is left of them without the forget set.
 
-Everything here is a sum over samples: the retained part follows by taking the forget set's part
-away, at a cost that grows with the forget set and not with the data (`prepare` keeps the sums for
-that).
+The retained part follows by taking the forget set's part away, at a cost that grows with the forget
+set and not with the data (`prepare` keeps the sums for that).
 """
 
 from __future__ import annotations
@@ -16,102 +14,111 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fisher_forget import params as P
 from fisher_forget._util import files
 from fisher_forget._util.progress import bar
-from fisher_forget.data.split import Indices, Split
+from fisher_forget.curvature.passes import squared_gradient_norms
+from fisher_forget.data.split import Indices, Split, some
 from fisher_forget.errors import StorageError
 from fisher_forget.unlearn.objective import Gradient, Objective
 
-FORMAT = "3"
+FORMAT = "4"
+NORM_SAMPLES = 1000  # whose gradient norms give the sampling variance of the mean gradient
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class DataSums:
     """Sums at the original weights over all samples, retained and forgotten.
 
     Attributes:
         total: Gradient, loss, count and targets of each class of all samples, without weight decay.
         samples: Their indices, sorted.
         spread: tr H_n of each, in that order: where the output curvature is.
+        norm_samples: Indices of some of them, drawn at random, sorted.
+        squared_norms: |grad l_n|^2 of those, in that order: [len(norm_samples)].
     """
 
     total: Gradient
     samples: Indices
     spread: Tensor
-
-    def retained(self, split: Split, forgotten: Gradient) -> Gradient:
-        """The sums of the retained samples.
-
-        Raises:
-            StorageError: If the snapshot was taken of other samples than the split has.
-        """
-        if not np.array_equal(self.samples, split.indices("all")):
-            raise StorageError(
-                f"a snapshot of {len(self.samples):,} samples for {split}",
-                "the same samples",
-                "Take a new snapshot.",
-            )
-        return self.total - forgotten
+    norm_samples: Indices
+    squared_norms: Tensor
 
     def spread_of(self, indices: Indices) -> Tensor:
         """tr H_n of some of the samples: [len(indices)]."""
         return self.spread[torch.from_numpy(np.searchsorted(self.samples, indices))]
 
+    def variance_of_mean(self, retain: Indices) -> float:
+        """Sampling variance of the mean gradient of all samples, as retained ones have it.
 
-def take_snapshot(objective: Objective, split: Split, *, progress: bool = False) -> Snapshot:
+        (1/N) mean |grad l_n|^2 over those of `norm_samples` that are retained: the forgotten ones
+        may be outliers, such as wrong labels, whose large gradients would make any model look as if
+        it were at a minimum.
+        """
+        kept = np.isin(self.norm_samples, retain)
+        norms = self.squared_norms[torch.from_numpy(kept if kept.any() else ~kept)]
+        return float(norms.mean()) / max(self.total.count, 1.0)
+
+
+def take_data_sums(
+    objective: Objective, split: Split, *, seed: int = 0, progress: bool = False
+) -> DataSums:
     """One pass over the data, forward and backward.
 
     Args:
         objective: Losses at the original parameters.
         split: All of its samples count.
+        seed: Of the samples whose gradient norms are kept.
         progress: Show a progress bar.
 
     Raises:
         NumericalError: If a loss or gradient is not finite.
     """
-    every = split.indices("all")
+    samples = split.indices("all")
     spread: list[Tensor] = []
-    batches = bar(split.batches(every), split.steps(every), "gradient", progress)
+    batches = bar(split.batches(samples), split.steps(samples), "gradient", progress)
     total = objective.gradient(batches, objective.start, spread)
-    return Snapshot(total, every, torch.cat(spread))
+    few = some(samples, NORM_SAMPLES, seed)
+    norms = squared_gradient_norms(objective.tape, split, few, objective.likelihood)
+    return DataSums(total, samples, torch.cat(spread), few, norms)
 
 
-def save_snapshot(path: str | Path, snapshot: Snapshot, fingerprint: str) -> None:
-    """Write a snapshot, with a fingerprint of the model and the data that it was taken of.
+def save_data_sums(path: str | Path, sums: DataSums, fingerprint: str) -> None:
+    """Write sums, with a fingerprint of the model and the data that they were taken of.
 
     Raises:
         StorageError: If the file cannot be written.
     """
-    tensors = {f"gradient/{name}": value for name, value in snapshot.total.sums.items()}
-    tensors |= {"samples": torch.from_numpy(snapshot.samples), "spread": snapshot.spread}
-    tensors["classes"] = snapshot.total.classes
-    numbers = {"loss": snapshot.total.loss, "count": snapshot.total.count}
-    files.save_tensors(
-        path,
-        tensors,
-        {"format": FORMAT, "fingerprint": fingerprint, "numbers": json.dumps(numbers)},
-    )
+    tensors = {f"gradient/{name}": value for name, value in sums.total.sums.items()}
+    tensors |= {
+        "classes": sums.total.classes,
+        "samples": torch.from_numpy(sums.samples),
+        "spread": sums.spread,
+        "norm_samples": torch.from_numpy(sums.norm_samples),
+        "squared_norms": sums.squared_norms,
+    }
+    numbers = {"loss": sums.total.loss, "count": sums.total.count}
+    notes = {"format": FORMAT, "fingerprint": fingerprint, "numbers": json.dumps(numbers)}
+    files.save_tensors(path, tensors, notes)
 
 
-def load_snapshot(path: str | Path, objective: Objective, fingerprint: str) -> Snapshot:
-    """Read a snapshot back.
+def load_data_sums(path: str | Path, objective: Objective, fingerprint: str) -> DataSums | None:
+    """Read sums back; `None` where the file is of another format, so that they are taken anew.
 
     Raises:
-        StorageError: If the file is missing or damaged, of another format, or made for another
-            model or other data.
+        StorageError: If the file is missing or damaged, or made for another model or other data.
     """
-    tensors, metadata = files.load_tensors(path)
-    for key, expected in (("format", FORMAT), ("fingerprint", fingerprint)):
-        if metadata.get(key) != expected:
-            raise StorageError(
-                f"{path} with {key} {metadata.get(key)}",
-                f"{key} {expected}",
-                "Name another folder.",
-            )
-    numbers = json.loads(metadata["numbers"])
-    sums: P.Params = {
-        name: tensors[f"gradient/{name}"].to(p.device) for name, p in objective.start.items()
-    }
-    total = Gradient(sums, numbers["loss"], numbers["count"], tensors["classes"])
-    return Snapshot(total, tensors["samples"].numpy(), tensors["spread"])
+    tensors, notes = files.load_tensors(path)
+    if notes.get("fingerprint") != fingerprint:
+        got = f"{path} with fingerprint {notes.get('fingerprint')}"
+        raise StorageError(got, f"fingerprint {fingerprint}", "Name another folder.")
+    if notes.get("format") != FORMAT:
+        return None
+    numbers = json.loads(notes["numbers"])
+    gradient = {n: tensors[f"gradient/{n}"].to(p.device) for n, p in objective.start.items()}
+    return DataSums(
+        total=Gradient(gradient, numbers["loss"], numbers["count"], tensors["classes"]),
+        samples=tensors["samples"].numpy(),
+        spread=tensors["spread"],
+        norm_samples=tensors["norm_samples"].numpy(),
+        squared_norms=tensors["squared_norms"],
+    )

@@ -7,7 +7,6 @@ positions.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from fisher_forget import params as P
-from fisher_forget.curvature.structures.matrix_free import GgnProduct
+from fisher_forget.curvature.products import GgnProduct
+from fisher_forget.curvature.tape import Tape
 from fisher_forget.data.batches import Batch
-from fisher_forget.errors import NumericalError
+from fisher_forget.errors import ConfigError, NumericalError
 from fisher_forget.likelihood import Likelihood
 from fisher_forget.params import Params
 
@@ -59,25 +59,36 @@ class Objective:
     """The losses of a private copy of a model as functions of the parameters that move.
 
     Args:
-        model: Copied; never touched.
+        model: Copied, once; never touched.
         likelihood: Gives the loss of outputs.
         subset: Name patterns of the parameters that move; the others stay.
+        device: Where the copy lies; by default where the model does.
+
+    Attributes:
+        tape: The copy, which curvature estimates share.
+        start: The moving parameters at the original weights.
+
+    Raises:
+        ConfigError: If torch cannot use the device.
     """
 
     def __init__(
-        self, model: nn.Module, likelihood: Likelihood, subset: str | tuple[str, ...] | None = None
+        self,
+        model: nn.Module,
+        likelihood: Likelihood,
+        subset: str | tuple[str, ...] | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         self.likelihood = likelihood
-        self.model = P.channels_last(copy.deepcopy(model).eval().requires_grad_(False))
-        own = dict(self.model.named_parameters())
-        self.start = P.detached({name: own[name] for name in P.trainable(model, subset)})
-
-    def twin(self) -> nn.Module:
-        """A copy of the model in which exactly the moving parameters require gradients."""
-        twin = copy.deepcopy(self.model)
-        for name, p in twin.named_parameters():
-            p.requires_grad_(name in self.start)
-        return twin
+        self.tape = Tape(model, subset)
+        self.model = P.channels_last(self.tape.model)
+        if device is not None:
+            try:
+                self.model.to(device)
+            except (RuntimeError, AssertionError, TypeError) as error:  # unknown, or not built in
+                got = f"device={device!r}: {error}"
+                raise ConfigError(got, "a device that torch can use", "Try 'cpu'.") from error
+        self.start = P.detached(self.tape.params)
 
     def outputs(self, batch: Batch, at: Mapping[str, Tensor]) -> Tensor:
         """Outputs at given parameters, checked against the targets."""

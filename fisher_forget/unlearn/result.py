@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import math
 import platform
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fisher_forget import params as P
 from fisher_forget.curvature.operator import Curvature
 from fisher_forget.data.split import Split
+from fisher_forget.unlearn.batch_norm import refresh_statistics
 from fisher_forget.unlearn.newton.step import NewtonStep
-from fisher_forget.unlearn.noise import (
-    EXPONENT,
-    NoiseDraw,
-    information,
-    noise_curvature,
-    noise_step,
-    power_trace,
-)
-
-BUFFER_BATCH = 64  # samples per batch, at least, for BatchNorm statistics
-BUFFER_SAMPLES = 20_000  # retained samples for BatchNorm statistics, at most
+from fisher_forget.unlearn.noise import NoiseDraw, draw_noise, information, noise_curvature
+from fisher_forget.unlearn.noise_target import EXPONENT
+from fisher_forget.unlearn.options import ForgetOptions
 
 
 @dataclass(frozen=True)
@@ -37,54 +29,66 @@ class ForgetResult:
     Attributes:
         model: Scrubbed copy, in eval mode, on the given model's device.
         split: Who was retained and forgotten.
+        options: Of the call.
         curvature: Of the retained loss at the given weights, without damping.
-        structure: Of the curvature.
-        kind: Of the curvature.
         newton: The Newton correction.
         noise: The noise drawn, or `None`.
         losses: Mean loss in nats, of 2,000 samples of each part at most: retain_before,
             retain_after, forget_before, forget_after.
         buffers_refreshed: Whether BatchNorm statistics were recomputed on the retained data.
         seconds: Wall time of each stage.
-        weight_decay: Of the training objective.
-        seed: Of every random choice.
         versions: Of this package, torch and Python.
     """
 
     model: nn.Module
     split: Split
+    options: ForgetOptions
     curvature: Curvature
-    structure: str
-    kind: str
     newton: NewtonStep
     noise: NoiseDraw | None
     losses: dict[str, float]
     buffers_refreshed: bool
     seconds: dict[str, float]
-    weight_decay: float
-    seed: int
     versions: dict[str, str]
 
+    @property
+    def structure(self) -> str:
+        """Structure of the curvature."""
+        info = self.curvature.info
+        return type(self.curvature).__name__ if info is None else info.structure
+
+    @property
+    def kind(self) -> str:
+        """Kind of the curvature."""
+        return "given" if self.curvature.info is None else self.curvature.info.kind
+
+    @property
+    def weight_decay(self) -> float:
+        """wd of the training objective."""
+        return self.options.decay
+
+    @property
+    def seed(self) -> int:
+        """Of every random choice."""
+        return self.options.seed
+
+    def noise_curvature(self) -> Curvature:
+        """B + (wd + tau) I, which shapes noise of any scale, with the Newton step's damping."""
+        return noise_curvature(self.curvature, self.newton, self.weight_decay)[0]
+
     def with_noise(self, scale: float, *, seed: int = 0, exponent: float = EXPONENT) -> nn.Module:
-        """The Newton-corrected model with another noise draw, from the same curvature: for sweeps.
+        """The Newton-corrected model with another noise draw, from the same curvature.
 
         Args:
             scale: s; 0 gives the model without noise.
             seed: Of the draw.
             exponent: p.
         """
-        drawn = noise_step(
-            None,
-            self.split,
-            self.curvature,
-            self.newton.params,
-            noise=scale,
-            damping=noise_damping(self.newton, self.weight_decay),
-            exponent=exponent,
-            seed=seed,
-        )
-        scrubbed = P.load(self.model, P.add(self.newton.params, drawn.params)).eval()
-        refresh_buffers(scrubbed, self.split)
+        generator = torch.Generator().manual_seed(seed)
+        at = self.newton.params
+        drawn = draw_noise(self.noise_curvature(), at, scale, generator, exponent)
+        scrubbed = P.load(self.model, P.add(at, drawn)).eval()
+        refresh_statistics(scrubbed, self.split)
         return scrubbed
 
     def information(
@@ -95,77 +99,89 @@ class ForgetResult:
         Args:
             scale: s.
             exponent: p.
-            error: sigma_h, in units of the weights; by default `newton_error`, NaN where no step
-                was taken.
+            error: sigma_h, in units of the weights; by default `NewtonStep.error`, NaN where no
+                step was taken.
         """
-        damped, _ = noise_curvature(
-            self.curvature, self.newton.params, noise_damping(self.newton, self.weight_decay)
-        )
-        sigma = newton_error(self.newton) if error is None else error
-        return information(scale, sigma, power_trace(damped, self.newton.params, 2 * exponent))
+        sigma = self.newton.error if error is None else error
+        return information(scale, sigma, self.noise_curvature().power_trace(2 * exponent))
 
     def __str__(self) -> str:
-        n, loss = self.newton, self.losses
-        taken, cleared = n.accepted, ", ".join(map(str, n.absent))
+        loss = self.losses
         lines = [
             f"Forgot {len(self.split.forget):,} samples, retained {len(self.split.retain):,}, "
             f"in {sum(self.seconds.values()):.1f} s (seed {self.seed})",
-            f"  curvature  {self.structure}, {self.kind} kind, of the retained data; {self.seconds['curvature']:.1f} s",
+            f"  curvature  {self.structure}, {self.kind} kind, of the retained data; "
+            f"{self.seconds['curvature']:.1f} s",
+            *self._newton_lines(),
+            *self._noise_lines(),
         ]
-        if n.absent:
-            lines.append(
-                f"  absent     no sample of class {cleared} is left: its output row starts from zero"
-            )
-        if taken:
-            rejected = f", {len(n.path) - len(taken)} rejected" if len(n.path) > len(taken) else ""
-            shortened = (
-                f", the last shortened to {taken[-1].share:.2g}" if taken[-1].share < 1 else ""
-            )
-            lines.append(
-                f"  newton     {len(taken)} sub-step{'s' * (len(taken) > 1)}{rejected}{shortened}, damping "
-                f"{max(s.damping for s in taken):.1e} to {min(s.damping for s in taken):.1e}, |step| {n.norm:.3g}; "
-                f"{self.seconds['newton']:.1f} s"
-            )
-        elif n.path or not n.absent:
-            unchanged = "" if n.absent else ": the weights are unchanged"
-            lines.append(f"  newton     no step stayed within the budget{unchanged}")
-        if not n.at_minimum:
-            done = (
-                "only what forgetting adds to the gradient acts"
-                if n.drift_removed
-                else "the step also trains on"
-            )
-            done = done if n.path else "no step follows"
-            lines.append(
-                f"  note       not at a minimum of the objective (stationarity {n.stationarity:.2g}): {done}"
-            )
-        if self.noise is None:
-            lines.append("  noise      none")
-        else:
-            z = self.noise
-            line = f"  noise      {z.scale:.2e} (B + {z.damping:.1e} I)^-{z.exponent:g}, |noise| {z.norm:.3g}"
-            if z.target is not None:
-                reached = (
-                    f"drop {z.drop:.1e}" if z.target.kind == "accuracy" else f"loss {z.rise:+.1e}"
-                )
-                line += f"; {z.target}: {reached}"
-            lines.append(
-                line if math.isnan(z.information) else f"{line}, bound {z.information:.2g} nats"
-            )
         if self.buffers_refreshed:
             lines.append("  buffers    BatchNorm statistics recomputed on the retained data")
-        lines.append(
-            f"  loss       retain {loss['retain_before']:.4g} -> {loss['retain_after']:.4g} nats, "
-            f"forget {loss['forget_before']:.4g} -> {loss['forget_after']:.4g} nats"
+        return "\n".join(
+            [
+                *lines,
+                f"  loss       retain {loss['retain_before']:.4g} -> {loss['retain_after']:.4g} "
+                f"nats, forget {loss['forget_before']:.4g} -> {loss['forget_after']:.4g} nats",
+                "  An estimate, not a certificate: compare with retrained models to see how close "
+                "it came.",
+            ]
         )
-        lines.append(
-            "  An estimate, not a certificate: compare with retrained models to see how close it came."
+
+    def _newton_lines(self) -> Iterator[str]:
+        n = self.newton
+        taken = n.accepted
+        if n.absent:
+            classes = ", ".join(map(str, n.absent))
+            yield f"  absent     no retained sample of class {classes}: its row starts at zero"
+        if taken:
+            rejected = f", {len(n.path) - len(taken)} rejected" if len(n.path) > len(taken) else ""
+            shortened = f", the last shortened to {taken[-1].share:.2g}"
+            shortened = shortened if taken[-1].share < 1 else ""
+            yield (
+                f"  newton     {len(taken)} sub-step{'s' * (len(taken) > 1)}{rejected}{shortened}, "
+                f"|step| {n.norm:.3g}; {self.seconds['newton']:.1f} s"
+            )
+            dampings = [s.damping for s in taken]
+            yield f"  damping    tau {max(dampings):.1e} to {min(dampings):.1e}"
+        elif n.path or not n.absent:
+            unchanged = "" if n.absent else ": the weights are unchanged"
+            yield f"  newton     no step stayed within the budget{unchanged}"
+        if not n.at_minimum:
+            done = "the step also trains on"
+            if not n.path:
+                done = "no step follows"
+            elif n.drift_removed:
+                done = "only what forgetting adds to the gradient acts"
+            ratio = f"stationarity {n.stationarity:.2g}"
+            yield f"  note       not at a minimum of the objective ({ratio}):"
+            yield f"             {done}"
+
+    def _noise_lines(self) -> Iterator[str]:
+        z = self.noise
+        if z is None:
+            yield "  noise      none"
+            return
+        yield (
+            f"  noise      {z.scale:.2e} (B + (wd + tau) I)^-{z.exponent:g}, tau {z.damping:.1e}, "
+            f"|noise| {z.norm:.3g}"
         )
-        return "\n".join(lines)
+        reached = []
+        if z.target is not None:
+            by_score = z.target.kind == "accuracy"
+            harm = f"drop {z.drop:.1e}" if by_score else f"loss {z.rise:+.1e}"
+            reached.append(f"{z.target}: {harm}")
+        if not math.isnan(z.information):
+            reached.append(f"bound {z.information:.2g} nats")
+        if reached:
+            yield f"  reached    {', '.join(reached)}"
 
     def summary(self) -> dict[str, Any]:
         """Plain numbers for a JSON file."""
         n, z = self.newton, self.noise
+        newton = {name: getattr(n, name) for name in NEWTON_NUMBERS}
+        noise = None if z is None else {name: getattr(z, name) for name in NOISE_NUMBERS}
+        if z is not None and noise is not None:
+            noise["target"] = None if z.target is None else asdict(z.target)
         return {
             "forgotten": len(self.split.forget),
             "retained": len(self.split.retain),
@@ -173,29 +189,10 @@ class ForgetResult:
             "newton": {
                 "substeps": len(n.accepted),
                 "rejected": len(n.path) - len(n.accepted),
-                "damping": n.damping,
-                "norm": n.norm,
-                "gradient_norm": n.gradient_norm,
-                "stationarity": n.stationarity,
-                "at_minimum": n.at_minimum,
-                "drift_removed": n.drift_removed,
                 "absent": list(n.absent),
-                "held_back": n.held_back,
-                "budget": n.budget,
+                **newton,
             },
-            "noise": None
-            if z is None
-            else {
-                "scale": z.scale,
-                "exponent": z.exponent,
-                "damping": z.damping,
-                "norm": z.norm,
-                "rise": z.rise,
-                "drop": z.drop,
-                "information": z.information,
-                "error": z.error,
-                "target": None if z.target is None else asdict(z.target),
-            },
+            "noise": noise,
             "losses": self.losses,
             "buffers_refreshed": self.buffers_refreshed,
             "seconds": self.seconds,
@@ -204,59 +201,26 @@ class ForgetResult:
         }
 
 
-def noise_damping(newton: NewtonStep, weight_decay: float) -> float:
-    """The noise is damped as the last Newton sub-step was (1 without), so that it is as wide where
-    that was blind."""
-    return (newton.damping if newton.accepted else 1.0) + weight_decay
-
-
-def newton_error(newton: NewtonStep) -> float:
-    """sigma_h, by which the Newton step misses per weight, root mean square: |last sub-step taken|
-    / sqrt(d).
-
-    A rough guess from above of what the flow still had to go, as its sub-steps get shorter; NaN
-    where none was taken.
-    """
-    return (
-        newton.accepted[-1].norm / math.sqrt(P.size(newton.params)) if newton.accepted else math.nan
-    )
-
-
-def refresh_buffers(model: nn.Module, split: Split) -> bool:
-    """Recompute BatchNorm's running statistics on the retained data, in place: they hold the
-    forgotten data, too.
-
-    As in training, a layer normalises by the statistics of its batch; here batches are drawn at
-    random from all retained samples (20,000 at most), since in a data set sorted by class
-    neighbours are alike, and each counts by its size.
-
-    Returns:
-        Whether there was anything to do, and samples to do it with: a single one has no variance.
-    """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    order = np.random.default_rng(0).permutation(split.retain)[:BUFFER_SAMPLES]
-    if not norms or len(order) < 2:
-        return False
-    batches = max(1, len(order) // max(split.batch_size, BUFFER_BATCH))
-    walk = replace(split, batch_size=-(-len(order) // batches))
-    seen = 0
-    momenta = [m.momentum for m in norms]
-    for m in norms:
-        m.reset_running_stats()
-        m.train()
-    with torch.no_grad():
-        for batch in walk.batches(order):
-            if len(batch) < 2:
-                continue
-            seen += len(batch)
-            for m in norms:
-                m.momentum = len(batch) / seen  # a running mean over all samples so far
-            batch = batch.on(model)
-            P.call(model, {}, batch.args, batch.kwargs)
-    for m, momentum in zip(norms, momenta, strict=True):
-        m.momentum = momentum
-        m.eval()
-    return True
+NEWTON_NUMBERS = (
+    "damping",
+    "norm",
+    "gradient_norm",
+    "stationarity",
+    "at_minimum",
+    "drift_removed",
+    "held_out",
+    "budget",
+)
+NOISE_NUMBERS = (
+    "scale",
+    "exponent",
+    "damping",
+    "norm",
+    "rise",
+    "drop",
+    "information",
+    "error",
+)
 
 
 def versions() -> dict[str, str]:

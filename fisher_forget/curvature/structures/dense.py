@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fisher_forget.curvature.operator import Spectral
+from fisher_forget.curvature.operator import (
+    Curvature,
+    Spectral,
+    Stored,
+    check_undamped,
+    not_sums,
+    precision_vector,
+    spectral_fields,
+)
 from fisher_forget.curvature.record import Record
 from fisher_forget.curvature.tape import Tape
 from fisher_forget.errors import CurvatureError
@@ -29,6 +38,7 @@ class Dense(Spectral):
 
     basis: Tensor
     like: Params
+    stored_as: ClassVar[str] = "dense"
 
     def rotate(self, v: Mapping[str, Tensor]) -> Params:
         return {KEY: self.basis.T @ flatten({name: v[name] for name in self.like})}
@@ -42,6 +52,28 @@ class Dense(Spectral):
     def matrix(self) -> Tensor:
         """B + tau I [d, d]."""
         return (self.basis * self.spectrum()[KEY]) @ self.basis.T
+
+    def combined(self, other: Curvature, x: float, y: float) -> Curvature:
+        check_undamped(self, other)
+        if not isinstance(other, Dense) or self.basis.shape != other.basis.shape:
+            raise not_sums(self, other)
+        mixed = from_matrix(x * self.matrix() + y * other.matrix(), self.like)
+        return replace(mixed, signed=self.signed)
+
+    def with_prior(self, precision: Mapping[str, Tensor | float]) -> Curvature:
+        plain = replace(self, tau=0.0).matrix()
+        prior = precision_vector(precision, self.like).diag()
+        moved = from_matrix(plain + prior, self.like, signed=self.signed)
+        return replace(moved, tau=self.tau, info=self.info)
+
+    def pack(self) -> Stored:
+        plain = super().pack().with_params("like", self.like, "like")
+        return replace(plain, tensors=plain.tensors | {"basis": self.basis})
+
+    @classmethod
+    def unpack(cls, stored: Stored, parts: Sequence[Curvature], model: nn.Module) -> Curvature:
+        like, basis = stored.params("like", "like"), stored.tensors["basis"]
+        return cls(basis=basis, like=like, **spectral_fields(stored))
 
 
 def from_matrix(matrix: Tensor, like: Params, *, signed: bool = False) -> Dense:

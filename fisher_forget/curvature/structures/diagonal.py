@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fisher_forget.curvature.operator import Spectral
+from fisher_forget.curvature.operator import Curvature, Spectral, check_undamped, not_sums
 from fisher_forget.curvature.record import Record
 from fisher_forget.curvature.tape import Tape
 from fisher_forget.params import Params
@@ -18,6 +19,8 @@ from fisher_forget.params import Params
 class Diagonal(Spectral):
     """diag(B): eigenvalues are the diagonal, keyed and shaped like the parameters."""
 
+    stored_as: ClassVar[str] = "diagonal"
+
     def rotate(self, v: Mapping[str, Tensor]) -> Params:
         return {name: v[name] for name in self.eigenvalues}
 
@@ -26,6 +29,16 @@ class Diagonal(Spectral):
 
     def diagonal(self) -> Params:
         return self.spectrum()
+
+    def combined(self, other: Curvature, x: float, y: float) -> Curvature:
+        check_undamped(self, other)
+        if not isinstance(other, Diagonal) or list(self.eigenvalues) != list(other.eigenvalues):
+            raise not_sums(self, other)
+        return self.mixed_eigenvalues(other, x, y)
+
+    def with_prior(self, precision: Mapping[str, Tensor | float]) -> Curvature:
+        moved = {name: x + precision.get(name, 0.0) for name, x in self.eigenvalues.items()}
+        return replace(self, eigenvalues=moved)
 
 
 SETTLE_EVERY = 64  # chunks

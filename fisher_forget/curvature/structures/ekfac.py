@@ -14,18 +14,28 @@ diagonal.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fisher_forget.curvature.operator import BlockDiagonal, Curvature, Spectral, symmetric_basis
+from fisher_forget.curvature.operator import (
+    BlockDiagonal,
+    Curvature,
+    Spectral,
+    Stored,
+    check_undamped,
+    not_sums,
+    spectral_fields,
+)
 from fisher_forget.curvature.record import Group, Record
+from fisher_forget.curvature.rules import rule_for
 from fisher_forget.curvature.rules.layers import PATCH_BYTES, MatrixRule, add_squared_products
 from fisher_forget.curvature.structures.diagonal import Diagonal, Settling
 from fisher_forget.curvature.tape import Tape
-from fisher_forget.errors import CurvatureError
+from fisher_forget.errors import CurvatureError, StorageError
 from fisher_forget.params import Params
 
 KEY = "matrix"
@@ -74,6 +84,7 @@ class Kronecker(Spectral):
     layout: Matrix
     row: Tensor | None
     col: Tensor
+    stored_as: ClassVar[str] = "kronecker"
 
     def rotate(self, v: Mapping[str, Tensor]) -> Params:
         return {KEY: turn(self.layout.join(v), self.row, self.col)}
@@ -87,6 +98,67 @@ class Kronecker(Spectral):
         m = m if self.row is None else self.row.square() @ m
         return self.layout.part(m @ self.col.square().T)
 
+    def combined(self, other: Curvature, x: float, y: float) -> Curvature:
+        check_undamped(self, other)
+        if not isinstance(other, Kronecker):
+            raise not_sums(self, other)
+        if not (_equal(self.row, other.row) and _equal(self.col, other.col)):
+            raise CurvatureError(
+                f"EKFAC blocks of {self.layout.names} in different bases",
+                "one basis for both",
+                "Estimate the second with estimate_curvature(..., basis=first).",
+            )
+        return self.mixed_eigenvalues(other, x, y)
+
+    def pack(self) -> Stored:
+        plain = super().pack()
+        bases = {"col": self.col} if self.row is None else {"row": self.row, "col": self.col}
+        names = {"weight": self.layout.weight, "bias": self.layout.bias}
+        return replace(plain, settings=plain.settings | names, tensors=plain.tensors | bases)
+
+    @classmethod
+    def unpack(cls, stored: Stored, parts: Sequence[Curvature], model: nn.Module) -> Curvature:
+        weight, bias = stored.settings["weight"], stored.settings["bias"]
+        return cls(
+            layout=Matrix(_rule_of(weight, model), weight, bias),
+            row=stored.tensors.get("row"),
+            col=stored.tensors["col"],
+            **spectral_fields(stored),
+        )
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a is b or (a.shape == b.shape and bool(torch.equal(a, b)))
+
+
+def _rule_of(weight: str, model: nn.Module) -> MatrixRule:
+    """The rule of the layer that holds a weight, which says how that is a matrix."""
+    wanted = dict(model.named_parameters())[weight]
+    for module in model.modules():
+        owns = any(p is wanted for p in module.parameters(recurse=False))
+        rule = rule_for(module) if owns else None
+        if isinstance(rule, MatrixRule):
+            return rule
+    raise StorageError(
+        f"a block of {weight}",
+        "a layer with a matrix of that name",
+        "Estimate the curvature again.",
+    )
+
+
+def symmetric_basis(covariance: Tensor) -> Tensor:
+    """Orthonormal eigenvectors [k, k] of a matrix given by its upper triangle, in float64 where
+    that is cheap."""
+    exact = covariance.double() if len(covariance) <= 512 else covariance
+    try:
+        basis: Tensor = torch.linalg.eigh(exact, UPLO="U")[1]
+    except RuntimeError:
+        # single precision may not converge where the rank is low (dead pixels)
+        basis = torch.linalg.eigh(covariance.double(), UPLO="U")[1]
+    return basis.to(covariance.dtype)
+
 
 def turn(matrix: Tensor, row: Tensor | None, col: Tensor) -> Tensor:
     """Q_row^T M Q_col."""
@@ -98,11 +170,25 @@ class EkfacSum:
 
     Where all layer inputs and output gradients of the first pass fit `REPLAY_BYTES`, the second is
     a replay of them: no forward or backward pass is repeated.
+
+    Args:
+        tape: The model.
+        basis: Take the eigenbases of this EKFAC of the same model: one pass, and sums that add.
+        decompose: Second moment, known by its upper triangle -> orthonormal basis.
+        replay: Whether the second pass may be a replay.
+
+    Attributes:
+        remembered: Bytes of inputs and gradients that were kept for the replay.
     """
 
-    def __init__(self, tape: Tape, basis: Curvature | None = None) -> None:
-        """Start from nothing, or from the eigenbases of an EKFAC of the same model: one pass, and
-        sums that add."""
+    def __init__(
+        self,
+        tape: Tape,
+        basis: Curvature | None = None,
+        *,
+        decompose: Callable[[Tensor], Tensor] = symmetric_basis,
+        replay: bool = True,
+    ) -> None:
         self.passes = 2
         self.params = {name: p.detach() for name, p in tape.params.items()}
         self.layouts: dict[str, Matrix] = {}
@@ -110,10 +196,11 @@ class EkfacSum:
         self.bases: dict[str, tuple[Tensor | None, Tensor]] = {}
         self.lambdas: Params = {}
         self.rest: Params = {name: torch.zeros_like(p) for name, p in self.params.items()}
+        self.remembered = 0
+        self._decompose = decompose
         self._pending: dict[str, tuple[Tensor, Tensor]] = {}
         self._pass = 0
-        self._replay: list[Step] | None = []
-        self._bytes = 0
+        self._replay: list[Step] | None = [] if replay else None
         if basis is not None:
             self._adopt(basis)
 
@@ -146,8 +233,8 @@ class EkfacSum:
             return
         for weight, (row, col) in self.moments.items():
             self.bases[weight] = (
-                None if row is None else symmetric_basis(row),
-                symmetric_basis(col),
+                None if row is None else self._decompose(row),
+                self._decompose(col),
             )
         self.moments.clear()
         self._make_room()
@@ -174,8 +261,8 @@ class EkfacSum:
         tensors = [g for g in grads if g is not None] + [
             u.a for u in record.uses if u.a.data_ptr() not in known
         ]
-        self._bytes += sum(t.numel() * t.element_size() for t in tensors)
-        if self._bytes > REPLAY_BYTES:
+        self.remembered += sum(t.numel() * t.element_size() for t in tensors)
+        if self.remembered > REPLAY_BYTES:
             self._replay = None
             return
         self._replay.append((record.without_graph(), column, grads, last))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fisher_forget import params as P
-from fisher_forget.curvature.operator import Curvature, check_definite, checked_damping
+from fisher_forget.curvature.checks import check_definite, checked_damping
+from fisher_forget.curvature.operator import Curvature, Stored, exact_power_trace
 from fisher_forget.curvature.solvers import Lanczos, Product, flat
 from fisher_forget.params import Params
 
@@ -41,6 +42,7 @@ class LowRank(Curvature):
     residual: float = 0.0
     trace_estimated: bool = False
     products: int = 0
+    stored_as: ClassVar[str] = "low_rank"
 
     def power(self, v: Mapping[str, Tensor], p: float) -> Params:
         if p < 0:
@@ -73,6 +75,28 @@ class LowRank(Curvature):
             return inside
         rest = self.delta + self.tau
         return inside + self._rest * math.log(rest) if rest > 0 else -math.inf
+
+    def zeros(self) -> Params:
+        return P.zeros_like(self.like)
+
+    def power_trace(
+        self, p: float, *, times_curvature: bool = False, probes: int = 8, seed: int = 0
+    ) -> float:
+        # delta has a multiplicity of 0 where the rank is full: then 0^p must not count
+        others = self.eigenvalues.new_full((min(self._rest, 1),), self.delta, dtype=torch.float64)
+        known = [(self.eigenvalues, 1), (others, self._rest)]
+        return exact_power_trace(known, self.tau, p, times_curvature)
+
+    def pack(self) -> Stored:
+        settings = {"delta": self.delta, "tau": self.tau}
+        tensors = {"basis": self.basis, "eigenvalues": self.eigenvalues}
+        return Stored(self.stored_as, settings, tensors).with_params("like", self.like, "like")
+
+    @classmethod
+    def unpack(cls, stored: Stored, parts: Sequence[Curvature], model: nn.Module) -> Curvature:
+        fields: dict[str, Any] = {key: stored.settings[key] for key in ("delta", "tau")}
+        tensors: dict[str, Any] = {key: stored.tensors[key] for key in ("basis", "eigenvalues")}
+        return cls(like=stored.params("like", "like"), **fields, **tensors)
 
     @property
     def _rest(self) -> int:

@@ -1,9 +1,9 @@
-"""Matrix-free curvature: conjugate gradients, and the operator that needs nothing but products."""
+"""Matrix-free structure: the operator that needs nothing but its products."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -11,124 +11,24 @@ import torch
 from torch import Tensor
 
 from fisher_forget import params as P
-from fisher_forget.curvature.operator import (
-    Curvature,
-    check_definite,
-    checked_damping,
-    needs_definite,
+from fisher_forget.curvature.checks import check_definite, checked_damping, needs_definite
+from fisher_forget.curvature.operator import Curvature
+from fisher_forget.curvature.solvers import (
+    Lanczos,
+    Product,
+    conjugate_gradient,
+    flat,
+    hutchinson,
+    matrix,
+    rademacher,
 )
-from fisher_forget.curvature.products import Chunk, GgnChunk, summed, twice_differentiable
-from fisher_forget.curvature.solvers import Lanczos, Product, flat, hutchinson, matrix, rademacher
-from fisher_forget.data.batches import Batch
 from fisher_forget.errors import NumericalError
-from fisher_forget.likelihood import Likelihood
 from fisher_forget.params import Params
 
 SMALL = 512  # parameters up to which diagonal, trace and logdet come from the matrix itself, by d products
 LOWEST_STEPS = 100  # Lanczos steps that look for a negative eigenvalue of a larger Hessian
 QUADRATURE_STEPS = 80  # of each probe of a larger operator's logdet
 CHECK_EVERY = 5  # Lanczos steps between two looks at the convergence of f(A) v
-
-
-class GgnProduct:
-    r"""v -> (1/count) sum_n J_n^T H_n J_n v, exact, with the graphs of all given samples kept.
-
-    Args:
-        outputs: The model at the point of expansion.
-        live: Its parameters, the leaves of the graph.
-        likelihood: Gives H_n.
-        batches: The samples.
-        count: Divisor: the scored positions of *all* retained data, also where only some samples
-            are given.
-    """
-
-    def __init__(
-        self,
-        outputs: Callable[[Batch], Tensor],
-        live: Params,
-        likelihood: Likelihood,
-        batches: Iterable[Batch],
-        count: float,
-    ) -> None:
-        self.count = count
-        self._chunks: list[Chunk] = []
-        for batch in batches:
-            with twice_differentiable():
-                out = outputs(batch)
-                weight = _exact_weight(likelihood, out.detach(), batch.targets)
-                self._chunks.append(GgnChunk(out, live, weight))
-
-    def __call__(self, v: Mapping[str, Tensor]) -> Params:
-        """B v."""
-        return summed(self._chunks, v, self.count)
-
-
-def _exact_weight(
-    likelihood: Likelihood, outputs: Tensor, targets: Tensor
-) -> Callable[[Tensor], Tensor]:
-    return lambda u: likelihood.hessian_product(outputs, u, targets)
-
-
-@dataclass(frozen=True)
-class Solution:
-    """What conjugate gradients found.
-
-    Attributes:
-        x: The solution.
-        iterations: Products used.
-        residual: |b - A x| relative to |b|, both in the norm of the preconditioner.
-    """
-
-    x: Params
-    iterations: int
-    residual: float
-
-
-def conjugate_gradient(
-    product: Product,
-    b: Params,
-    precondition: Product,
-    *,
-    iterations: int = 10,
-    tolerance: float = 0.05,
-) -> Solution:
-    """Solve A x = b for a symmetric positive definite A by preconditioned conjugate gradients.
-
-    Args:
-        product: v -> A v.
-        b: Right-hand side.
-        precondition: r -> M^-1 r with M close to A.
-        iterations: Most products.
-        tolerance: Stop at this relative residual in the M^-1 norm.
-
-    Raises:
-        NumericalError: If A is not positive definite along a search direction.
-    """
-    x, r = P.zeros_like(b), dict(b)
-    z = precondition(r)
-    p, rz = z, P.dot(r, z)
-    start = rz
-    if start <= 0:
-        return Solution(x, 0, 0.0)
-    iteration = 0
-    while iteration < iterations:
-        iteration += 1
-        ap = product(p)
-        curvature = P.dot(p, ap)
-        if not curvature > 0:
-            raise NumericalError(
-                f"curvature {curvature:g} along a search direction",
-                "a positive definite operator",
-                "Use more damping.",
-            )
-        alpha = rz / curvature
-        x, r = P.add(x, p, alpha), P.add(r, ap, -alpha)
-        z = precondition(r)
-        rz, before = P.dot(r, z), rz
-        if rz <= tolerance**2 * start:
-            break
-        p = P.add(z, p, rz / before)
-    return Solution(x, iteration, math.sqrt(max(rz, 0.0) / start))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +78,9 @@ class MatrixFree(Curvature):
 
     def damped(self, tau: float) -> Self:
         return replace(self, tau=self.tau + checked_damping(tau))
+
+    def zeros(self) -> Params:
+        return P.zeros_like(self.like)
 
     def diagonal(self) -> Params:
         if "diagonal" not in self.known:

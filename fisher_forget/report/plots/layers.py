@@ -25,7 +25,7 @@ from fisher_forget.report.plots.style import (
     finish,
     log_limits,
 )
-from fisher_forget.unlearn.result import ForgetResult, noise_damping
+from fisher_forget.unlearn.result import ForgetResult
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 TINY = 1e-12  # of an eigenvalue, relative to the largest: rounding
@@ -126,7 +126,7 @@ def plot_spectrum(result: ForgetResult, ax: Axes | None = None) -> Axes:
             **look,
         )
         shown += [low, found.max()]
-    tau = noise_damping(result.newton, result.weight_decay)
+    tau = result.noise_curvature().tau
     ax.axvline(tau, color=ORANGE, linestyle=":", linewidth=1.6, label="damping", zorder=1)
     log_limits(ax, "x", [*shown, tau])
     _name_rows(ax, list(layers))

@@ -3,123 +3,104 @@ r"""The gradient flow of a mean loss, followed by backward-Euler steps over time
 A step solves (B + (wd + tau) I) delta = -(grad L + wd w - drift). Its curvature B is the exact GGN,
 and the system is solved by conjugate gradients with the estimated curvature as preconditioner; or B
 is the estimated curvature itself.
+
+Only samples with output curvature contribute to the GGN, so products run over the working set of
+samples with the largest tr H_n, re-chosen at every step, and the estimated curvature stands for the
+others in proportion to their share of tr H_n, which is next to nothing in a converged network. The
+gradient is computed in full once and then updated by its change on the working set (variance
+reduction) and, again, by what the curvature says of the others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fisher_forget import params as P
-from fisher_forget.curvature.operator import Curvature
-from fisher_forget.curvature.structures.matrix_free import Solution, conjugate_gradient
-from fisher_forget.data.split import Indices, Split
+from fisher_forget.curvature.solvers import Solution, conjugate_gradient
+from fisher_forget.data.split import Indices
 from fisher_forget.params import Params
-from fisher_forget.unlearn.objective import Gradient, Objective
+from fisher_forget.unlearn.objective import Gradient
+from fisher_forget.unlearn.problem import Problem
 
 Product = Callable[[Params], Params]
 POOL = 4000  # candidates among which the working set is re-chosen
-QUICK, EXACT = (
-    (10, 0.05),
-    (200, 1e-9),
-)  # conjugate-gradient products and tolerance: along the flow, for a given damping
+# Conjugate-gradient products and tolerance. Along the flow a rough solution is enough: the next
+# step starts with a new gradient. A given damping asks for the solution itself.
+QUICK, EXACT = (10, 0.05), (200, 1e-9)
+
+
+@dataclass(frozen=True)
+class LinearSolver:
+    """How the linear systems are solved.
+
+    Attributes:
+        direct: Invert the estimated curvature itself.
+        literal: Solve to the end: number of steps and damping were given.
+        working_set: Samples that enter the products.
+    """
+
+    direct: bool = False
+    literal: bool = False
+    working_set: int = 600
 
 
 class Flow:
-    """The gradient flow of the mean loss over some samples plus weight decay, followed by
-    backward-Euler steps.
+    """The flow of the mean loss of some samples, with weight decay, from a point on.
 
     Args:
-        objective: Losses.
-        split: Its retained samples are those of the flow.
-        curvature: Preconditioner, or B itself.
-        sums: Gradient sums of the samples at the start.
-        spread: tr H_n of each of those samples at the start.
-        weight_decay: wd.
-        direct: Invert `curvature` itself.
-        literal: Solve to the end: the damping was given.
-        working_set: Samples that enter the products.
+        problem: Losses, curvature and weight decay.
+        samples: Indices of the samples that the mean is over, sorted.
+        sums: Their gradient sums at the original weights.
+        solver: How the linear systems are solved.
+        drift: Subtracted from the force.
+        start: Where the flow begins; by default at the original weights.
     """
 
     def __init__(
         self,
-        objective: Objective,
-        split: Split,
-        curvature: Curvature,
+        problem: Problem,
+        samples: Indices,
         sums: Gradient,
-        spread: Tensor,
+        solver: LinearSolver,
         *,
-        weight_decay: float,
-        direct: bool,
-        literal: bool,
-        working_set: int,
+        drift: Params | None = None,
+        start: Params | None = None,
     ) -> None:
-        self.objective, self.split, self.curvature, self.sums = objective, split, curvature, sums
-        self.weight_decay, self.direct, self.literal, self.working_set = (
-            weight_decay,
-            direct,
-            literal,
-            working_set,
-        )
-        self.spread = spread.double().numpy()
-        order = np.argsort(-self.spread, kind="stable")
-        self.pool = split.retain[order[: max(POOL, working_set)]]
-        self.at: Params = dict(objective.start)
-        self.base = self.at  # where `sums` are of
-        self.drift: Params | None = None  # subtracted from the force
-        self._restart = False
+        self.problem, self.samples, self.solver, self.drift = problem, samples, solver, drift
+        self._batches = problem.split.batches
+        self._spread = problem.sums.spread_of(samples).double().numpy()
+        most_curved = np.argsort(-self._spread, kind="stable")
+        self._pool = samples[most_curved[: max(POOL, solver.working_set)]]
+        # `_sums` are the gradient sums at `_base`, from which later gradients are reckoned
+        self._sums, self._base = sums, dict(problem.objective.start)
+        self._at = self._base if start is None else start
+        self._rebase = start is not None
         self._linear: tuple[Params, Product | None] | None = None
 
     def move(self, at: Params) -> None:
-        """Go there."""
-        self.at, self._linear = at, None
-
-    def restart(self, at: Params) -> None:
-        """Go there; before the next step, the pool is to tell how far the gradient has changed."""
-        self.move(at)
-        self._restart = True
-
-    def _change(self, chosen: Indices, at: Params) -> Gradient:
-        """Sums over some samples there minus those at the base, and of the others what the
-        curvature says."""
-        here, before = (
-            self.objective.gradient(self.split.batches(chosen), w) for w in (at, self.base)
-        )
-        change, others = here - before, self._others(chosen)
-        if others:
-            curved = self.curvature.power(P.add(at, self.base, -1), 1)
-            change = replace(change, sums=P.add(change.sums, curved, others * self.sums.count))
-        return change
-
-    def _others(self, chosen: Indices) -> float:
-        """Share of tr H_n at the start that the retained samples have that are not among some."""
-        if len(chosen) == len(self.split.retain) or not self.spread.any():
-            return 0.0
-        return 1 - float(
-            self.spread[np.searchsorted(self.split.retain, chosen)].sum() / self.spread.sum()
-        )
+        """Go on from there."""
+        self._at, self._linear = at, None
 
     def solve(self, tau: float) -> Solution:
-        """delta of (B + (wd + tau) I) delta = -(grad L + wd w - drift), by the curvature itself or
-        conjugate gradients.
+        """delta of (B + (wd + tau) I) delta = -(grad L + wd w - drift).
 
         Raises:
             CurvatureError: If the curvature is a Hessian that needs more damping.
             NumericalError: If numbers overflow.
         """
         if self._linear is None:
-            self._linear = self._linearise()
+            self._linear = self.linearise()
         force, ggn = self._linear
-        total = tau + self.weight_decay
-        damped, b = self.curvature.damped(total), P.scale(force, -1)
+        total = tau + self.problem.weight_decay
+        damped, b = self.problem.curvature.damped(total), P.scale(force, -1)
         if ggn is None:
             return Solution(damped.power(b, -1), 0, 0.0)
         product = ggn
-        iterations, tolerance = EXACT if self.literal else QUICK
+        iterations, tolerance = EXACT if self.solver.literal else QUICK
         return conjugate_gradient(
             lambda v: P.add(product(v), v, total),
             b,
@@ -128,35 +109,50 @@ class Flow:
             tolerance=tolerance,
         )
 
-    def _linearise(self) -> tuple[Params, Product | None]:
-        """Force grad L(w) + wd w - drift, and products with the GGN, at the current weights."""
-        chosen = self._working_set() if len(self.pool) > self.working_set else self.pool
-        if self._restart:
-            self.sums, self.base, self._restart = (
-                self.sums + self._change(self.pool, self.at),
-                self.at,
-                False,
-            )
-        if self.at is self.base:
-            gradient = self.sums.mean()
-        elif len(self.split.retain) <= self.working_set:
-            gradient = self.objective.gradient(self.split.batches("retain"), self.at).mean()
-        else:  # variance reduction
-            gradient = (self.sums + self._change(chosen, self.at)).mean()
-        force = P.add(gradient, self.at, self.weight_decay)
+    def linearise(self) -> tuple[Params, Product | None]:
+        """The force grad L(w) + wd w - drift, and GGN products, at the current weights."""
+        objective, curvature = self.problem.objective, self.problem.curvature
+        few = self.solver.working_set
+        working = self.most_curved() if len(self._pool) > few else self._pool
+        if self._rebase:  # the pool tells how far the gradient at the start of the flow has changed
+            self._sums = self._sums + self._change(self._pool, self._at)
+            self._base, self._rebase = self._at, False
+        if self._at is self._base:
+            gradient = self._sums.mean()
+        elif len(self.samples) <= few:
+            gradient = objective.gradient(self._batches(self.samples), self._at).mean()
+        else:  # variance reduction: only the working set's gradient is computed again
+            gradient = (self._sums + self._change(working, self._at)).mean()
+        force = P.add(gradient, self._at, self.problem.weight_decay)
         if self.drift is not None:
             force = P.add(force, self.drift, -1)
-        if self.direct:
+        if self.solver.direct:
             return force, None
-        ggn = self.objective.ggn(self.split.batches(chosen), self.at, self.sums.count)
-        others = self._others(chosen)
-        return force, (
-            lambda v: P.add(ggn(v), self.curvature.power(v, 1), others)
-        ) if others else ggn
+        ggn = objective.ggn(self._batches(working), self._at, self._sums.count)
+        rest = self._rest(working)
+        return force, (lambda v: P.add(ggn(v), curvature.power(v, 1), rest)) if rest else ggn
 
-    def _working_set(self) -> Indices:
+    def most_curved(self) -> Indices:
         """The pool's samples with the largest output curvature at the current weights."""
-        likelihood = self.objective.likelihood
-        outputs = self.objective.forward(self.split.batches(self.pool), self.at)
-        spread = torch.cat([likelihood.output_curvature(f, y).cpu() for f, y in outputs]).numpy()
-        return np.sort(self.pool[np.argsort(-spread, kind="stable")[: self.working_set]])
+        likelihood = self.problem.objective.likelihood
+        pairs = self.problem.objective.forward(self._batches(self._pool), self._at)
+        spread = torch.cat([likelihood.output_curvature(f, y).cpu() for f, y in pairs]).numpy()
+        order = np.argsort(-spread, kind="stable")
+        return np.sort(self._pool[order[: self.solver.working_set]])
+
+    def _change(self, working: Indices, at: Params) -> Gradient:
+        """Sums of some samples there less those at the base; of the others what B says."""
+        gradient = self.problem.objective.gradient
+        there, before = (gradient(self._batches(working), w) for w in (at, self._base))
+        change, rest = there - before, self._rest(working)
+        if rest:
+            curved = self.problem.curvature.power(P.add(at, self._base, -1), 1)
+            change = replace(change, sums=P.add(change.sums, curved, rest * self._sums.count))
+        return change
+
+    def _rest(self, working: Indices) -> float:
+        """Share of tr H_n at the start that samples outside the working set have."""
+        if len(working) == len(self.samples) or not self._spread.any():
+            return 0.0
+        inside = self._spread[np.searchsorted(self.samples, working)].sum()
+        return 1 - float(inside / self._spread.sum())

@@ -1,0 +1,79 @@
+"""When to follow the flow, how far, and within which budget: decided before any step is taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fisher_forget import params as P
+from fisher_forget.unlearn.options import ForgetOptions
+from fisher_forget.unlearn.problem import Problem
+
+# Squared gradient norm over its sampling variance; converged digits models measure 0.17 to 0.27.
+STATIONARY = 0.5
+# Times of the sub-steps. One of 1,000 and more can diverge alone, and 125 first is what the classes
+# of digits and MNIST need before the curvature has changed.
+TIMES = (125.0, 250.0, 500.0, 1000.0, 1000.0, 1000.0)
+DRIFTING = (60.0, 250.0, 500.0)  # where the drift is subtracted
+STRICT = 0.002  # budget, nats, of a model that is still being trained: its loss need not rise
+
+
+@dataclass(frozen=True)
+class Signs:
+    """What the original weights tell.
+
+    Attributes:
+        stationarity: |grad L_D + wd w|^2 over the sampling variance of the mean gradient.
+        trains_on: Whether a step of the flow over all samples lowers the loss beyond the budget.
+        drift_prevails: Whether more of the force is drift than is owed to the forget set.
+    """
+
+    stationarity: float
+    trains_on: bool
+    drift_prevails: bool
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How to follow the flow.
+
+    Attributes:
+        at_minimum: Whether the model is near a minimum of its training objective.
+        remove_drift: Whether only the force that is owed to the forget set acts.
+        budget: Allowed rise of the held-out loss, nats; `None` for a share of it.
+    """
+
+    at_minimum: bool
+    remove_drift: bool
+    budget: float | None
+
+    def times(self, cleared: bool) -> tuple[float, ...]:
+        """Times of the sub-steps of steps="auto".
+
+        Args:
+            cleared: Output rows of absent classes start at their limit: what training has no time
+                to do is done, so that one short step, or none where the model drifts, follows.
+        """
+        if cleared:
+            return TIMES[:1] if self.at_minimum else ()
+        return DRIFTING if self.remove_drift else TIMES
+
+
+def decide(signs: Signs, options: ForgetOptions) -> Policy:
+    """The policy for a model with these signs; an option that is given decides itself."""
+    at_minimum = signs.stationarity < STATIONARY and not signs.trains_on
+    if options.drift == "auto":
+        remove_drift = not at_minimum and signs.drift_prevails
+    else:
+        remove_drift = options.drift
+    budget = options.budget
+    if budget is None and (remove_drift or not at_minimum):
+        budget = STRICT
+    return Policy(at_minimum, remove_drift, budget)
+
+
+def stationarity(problem: Problem) -> float:
+    """|grad L_D + wd w|^2 over the sampling variance of the mean gradient; below 0.5 at a
+    minimum."""
+    force = P.add(problem.sums.total.mean(), problem.objective.start, problem.weight_decay)
+    variance = problem.sums.variance_of_mean(problem.split.retain)
+    return P.dot(force, force) / variance if variance > 0 else 0.0

@@ -1,0 +1,180 @@
+"""Every option of `forget`, in one place: meaning, default and allowed values."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Self, TypedDict, cast
+
+import numpy as np
+
+from fisher_forget._util.checks import is_number, is_whole
+from fisher_forget.curvature.estimate import Structure
+from fisher_forget.curvature.kinds import Kind
+from fisher_forget.data.split import Indices, Split
+from fisher_forget.errors import ConfigError
+from fisher_forget.likelihood import Likelihood, resolve_likelihood
+from fisher_forget.unlearn.noise_target import EXPONENT, NoiseTarget
+
+Solver = Literal["auto", "cg", "direct"]
+PRECONDITIONER_SAMPLES = 2000  # that a curvature is estimated on which only preconditions
+
+NUMBER = "a finite number of at least 0"
+WHOLE = "a whole number of at least"
+
+
+@dataclass(frozen=True)
+class ForgetOptions:
+    """What `forget` may be told beside model and data; every default needs no tuning.
+
+    Attributes:
+        likelihood: "categorical", "bernoulli", "gaussian", or an instance.
+        weight_decay: wd of the training objective, mean loss + (wd/2)|w|^2 (the `weight_decay` of
+            SGD). `None` is what a recipe trains with, and 0 where no training is known.
+        structure: Curvature structure, see `estimate_curvature`.
+        kind: Curvature kind, see `estimate_curvature`; where max_samples="auto" leaves samples out,
+            "auto" is one sketched column a sample, since the curvature is an estimate for a
+            preconditioner then.
+        draws: Columns a sample of the random kinds.
+        max_samples: Retained samples that the curvature is estimated on; `None` for all. "auto" is
+            2,000 where it only preconditions and shapes the noise, and all where it is inverted
+            itself (solver="direct").
+        subset: Shell patterns of the parameters that may move ("head.*"); `None` for all that
+            require gradients.
+        seed: Of every random choice.
+        steps: Newton sub-steps: "auto" follows the flow, see `newton_step`; 1 is the textbook step.
+        damping: tau of each step, nats per squared unit of weight; "auto" takes the times of the
+            flow, or with a given number of steps the smallest of 13 values whose first step stays
+            within the budget.
+        solver: "cg" on exact GGN products, "direct" inverse of the curvature, which stays that of
+            the start at every sub-step; "auto" is direct for a dense curvature, else cg.
+        drift: Subtract the force that is not owed to the forget set; "auto" where the model is not
+            at a minimum, and that force outweighs what is owed.
+        budget: How far the mean loss on held-out retained samples may rise above the lowest on the
+            way, plus how far the predictions of those move whose own loss rises (`SubStep.shift`),
+            nats. By default max(0.01, 10 % of the loss); 0.002 where the model is not at a minimum
+            or the drift is subtracted; after the rows of absent classes were cleared the mean loss
+            may not rise at all, and moves are not counted.
+        noise: Scale s of the noise s (B + (wd + tau) I)^-p xi; or a `NoiseTarget` that it is to
+            reach, which is by default ("auto") that the retained loss rises by max(0.0002 nats,
+            0.2 % of it); `None` adds none.
+        exponent: p.
+
+    Raises:
+        ConfigError: For the first option that is out of range or of a wrong type.
+    """
+
+    likelihood: Likelihood | str = "categorical"
+    weight_decay: float | None = None
+    structure: Structure = "ekfac"
+    kind: Kind = "auto"
+    draws: int = 1
+    max_samples: int | Literal["auto"] | None = "auto"
+    subset: str | tuple[str, ...] | None = None
+    seed: int = 0
+    steps: int | Literal["auto"] = "auto"
+    damping: float | Literal["auto"] = "auto"
+    solver: Solver = "auto"
+    drift: bool | Literal["auto"] = "auto"
+    budget: float | None = None
+    noise: float | Literal["auto"] | NoiseTarget | None = "auto"
+    exponent: float = EXPONENT
+
+    def __post_init__(self) -> None:
+        likelihood = resolve_likelihood(self.likelihood)
+        steps, damping, noise = self.steps, self.damping, self.noise
+        whole_samples = self.max_samples in ("auto", None) or is_whole(self.max_samples, 1)
+        # the flow goes on for the time 1 / tau
+        in_time = steps != "auto" or damping == "auto" or not is_number(damping) or damping > 0
+        good_noise = noise in (None, "auto") or isinstance(noise, NoiseTarget) or is_number(noise)
+        good_budget = self.budget is None or self.budget == math.inf or is_number(self.budget)
+        for name, good, expected in (
+            ("weight_decay", self.weight_decay is None or is_number(self.weight_decay), NUMBER),
+            ("draws", is_whole(self.draws, 1), f"{WHOLE} 1"),
+            ("max_samples", whole_samples, f"{WHOLE} 1, 'auto' or None"),
+            ("steps", steps == "auto" or is_whole(steps, 1), f"{WHOLE} 1, or 'auto'"),
+            ("damping", damping == "auto" or is_number(damping), f"{NUMBER}, or 'auto'"),
+            ("damping", in_time, "a finite number above 0 with steps='auto'"),
+            ("solver", self.solver in ("auto", "cg", "direct"), "'auto', 'cg' or 'direct'"),
+            (
+                "drift",
+                self.drift == "auto" or isinstance(self.drift, bool),
+                "True, False or 'auto'",
+            ),
+            ("budget", good_budget, "nats of at least 0, or None"),
+            ("noise", good_noise, f"{NUMBER}, 'auto', a NoiseTarget or None"),
+            ("exponent", is_number(self.exponent), NUMBER),
+            ("seed", is_whole(self.seed, 0), f"{WHOLE} 0"),
+        ):
+            if not good:
+                got = f"{name}={getattr(self, name)!r}"
+                raise ConfigError(got, expected, f"Correct {name}, or leave it at its default.")
+        if isinstance(noise, NoiseTarget):
+            noise.check(likelihood)
+
+    def changed(self, changes: Mapping[str, Any]) -> Self:
+        """The same options with other values for some.
+
+        Raises:
+            ConfigError: An unknown option, with the nearest right name; a value out of range.
+        """
+        names = [field.name for field in fields(self)]
+        for name in changes:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+                fix = f"Did you mean {near[0]!r}?" if near else "Leave it out."
+                raise ConfigError(f"the option {name!r}", f"one of {names}", fix)
+        return replace(self, **changes)
+
+    @property
+    def decay(self) -> float:
+        """wd, 0 where it is not given."""
+        return self.weight_decay or 0.0
+
+    @property
+    def inverts(self) -> bool:
+        """Whether the curvature is inverted itself, and no preconditioner."""
+        return self.solver == "direct" or (self.solver == "auto" and self.structure == "dense")
+
+    def curvature_plan(self, split: Split) -> tuple[Indices, Kind]:
+        """The retained samples that the curvature is estimated on, and the kind of it.
+
+        The samples are the first of one permutation of all, so that most of them stay the same
+        after a deletion.
+        """
+        kind, most = self.kind, self.max_samples
+        if most == "auto":
+            most = None if self.inverts else PRECONDITIONER_SAMPLES
+        if most is None or most >= len(split.retain):
+            return split.retain, kind
+        if kind == "auto" and self.max_samples == "auto":
+            kind = "sketch"
+        order = np.random.default_rng(self.seed).permutation(split.indices("all"))
+        return np.sort(order[np.isin(order, split.retain)][:most]), kind
+
+
+class ForgetKeywords(TypedDict, total=False):
+    """The fields of `ForgetOptions` as keywords of a call."""
+
+    likelihood: Likelihood | str
+    weight_decay: float | None
+    structure: Structure
+    kind: Kind
+    draws: int
+    max_samples: int | Literal["auto"] | None
+    subset: str | tuple[str, ...] | None
+    seed: int
+    steps: int | Literal["auto"]
+    damping: float | Literal["auto"]
+    solver: Solver
+    drift: bool | Literal["auto"]
+    budget: float | None
+    noise: float | Literal["auto"] | NoiseTarget | None
+    exponent: float
+
+
+def merged(options: ForgetOptions | None, changes: ForgetKeywords) -> ForgetOptions:
+    """Options, the defaults where there are none, with the keywords of a call over them."""
+    return (options or ForgetOptions()).changed(cast("Mapping[str, Any]", changes))

@@ -1,0 +1,115 @@
+"""The problem that Newton step and noise solve: model, data, curvature and gradient, together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from fisher_forget._util.checks import check_model
+from fisher_forget.curvature.estimate import estimate_curvature
+from fisher_forget.curvature.kinds import Kind
+from fisher_forget.curvature.operator import Curvature
+from fisher_forget.data.batches import Unpack
+from fisher_forget.data.split import Indices, Split, resolve_split
+from fisher_forget.errors import StorageError
+from fisher_forget.likelihood import resolve_likelihood
+from fisher_forget.unlearn.data_sums import DataSums, take_data_sums
+from fisher_forget.unlearn.objective import Gradient, Objective
+from fisher_forget.unlearn.options import ForgetOptions, merged
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Who is to be forgotten by which model, and what is known at its weights.
+
+    Attributes:
+        objective: Losses of a private copy of the model.
+        split: Who is retained and forgotten; nobody forgotten is a legal control run.
+        curvature: Of the mean retained loss at the original weights, without damping.
+        sums: Of all samples, retained and forgotten, at the original weights.
+        weight_decay: wd of the training objective, mean loss + (wd/2)|w|^2.
+        seconds: Wall time of what was computed for it.
+
+    Raises:
+        StorageError: If the sums were taken of other samples than the split has.
+    """
+
+    objective: Objective
+    split: Split
+    curvature: Curvature
+    sums: DataSums
+    weight_decay: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not np.array_equal(self.sums.samples, self.split.indices("all")):
+            got = f"sums over {len(self.sums.samples):,} samples for {self.split}"
+            raise StorageError(got, "sums over the same samples", "Take them anew.")
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        retain_loader: DataLoader[Any] | Dataset[Any],
+        forget_idx: Sequence[int] | Indices | Tensor | range,
+        options: ForgetOptions | None = None,
+        *,
+        unpack: Unpack | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+        **changes: Any,
+    ) -> Problem:
+        """Curvature and gradient sums of a model: the first two stages of `forget`, whose arguments
+        these are."""
+        options = merged(options, changes)  # type: ignore[arg-type]
+        check_model(model)
+        split = resolve_split(retain_loader, forget_idx, unpack=unpack)
+        likelihood = resolve_likelihood(options.likelihood)
+        objective = Objective(model, likelihood, options.subset, device)
+        clock = time.perf_counter()
+        part, kind = options.curvature_plan(split)
+        curvature = curvature_of(objective, split, options, part, kind, progress=progress)
+        estimated = time.perf_counter()
+        sums = take_data_sums(objective, split, seed=options.seed, progress=progress)
+        seconds = {"curvature": estimated - clock, "gradient": time.perf_counter() - estimated}
+        return cls(objective, split, curvature, sums, options.decay, seconds)
+
+    @cached_property
+    def retained(self) -> Gradient:
+        """Sums over the retained samples: all samples' less the forget set's."""
+        batches = self.split.batches("forget")
+        return self.sums.total - self.objective.gradient(batches, self.objective.start)
+
+
+def curvature_of(
+    objective: Objective,
+    split: Split,
+    options: ForgetOptions,
+    part: Indices,
+    kind: Kind,
+    *,
+    basis: Curvature | None = None,
+    progress: bool = False,
+) -> Curvature:
+    """The curvature of some samples as the options ask for it; `ForgetOptions.curvature_plan` says
+    which samples and kind, `basis` is that of `estimate_curvature`."""
+    return estimate_curvature(
+        objective.tape,
+        split,
+        objective.likelihood,
+        structure=options.structure,
+        kind=kind,
+        draws=options.draws,
+        part=part,
+        seed=options.seed,
+        basis=basis,
+        progress=progress,
+    )
