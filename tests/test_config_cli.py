@@ -522,7 +522,8 @@ class TestCompletion:
         function = re.search(r"complete .*-F (\S+) ", text := capsys.readouterr().out)[1]
         line = " ".join(map(shlex.quote, words))
         script.write_text(
-            f"{text}\nCOMP_WORDS=({line}) COMP_CWORD={len(words) - 1}\n{function}\nprintf '%s\\n' ${{COMPREPLY[@]}}"
+            f"{text}\nCOMP_WORDS=({line}) COMP_CWORD={len(words) - 1}\n{function}\n"
+            "printf '%s\\n' ${COMPREPLY[@]}"
         )
         done = subprocess.run(
             ["bash", str(script)], capture_output=True, text=True, cwd=tmp_path, check=False
