@@ -22,8 +22,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install ## Forget handwritten digits and compare with retrained models (two minutes)
 	$(VENV)/bin/fisher-forget run configs/digits.yaml
 
-test: install ## Run the whole test suite, two files at a time
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+test: install ## Run the whole test suite in two processes
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 lint: install ## Formatting, lint, types and import contracts
 	$(VENV)/bin/ruff check .

@@ -1,12 +1,18 @@
-"""Shared by all tests: one thread, and small models that are really trained."""
+"""Shared by all tests: one thread, a count of what was skipped, and small models that are really
+trained."""
 
 from __future__ import annotations
 
+import collections
 import copy
+import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+
+# Two test workers share two cores: programs and notebook kernels that tests start inherit this.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import pytest
@@ -17,8 +23,39 @@ from torch.utils.data import TensorDataset
 from fisher_forget.experiments.training import TrainSettings, train
 
 torch.set_num_threads(1)
+pytest.register_assert_rewrite("browser", "laws", "oracle")
 
 WEIGHT_DECAY = 0.01
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addini("allowed_skips", "how the reason of a skip may begin", type="linelist")
+    parser.addoption(
+        "--strict-skips", action="store_true", help="fail where a skip is not in allowed_skips"
+    )
+
+
+def skip_reasons(config: pytest.Config) -> collections.Counter[str]:
+    """How often a test or file was skipped, by reason."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    skipped = reporter.stats.get("skipped", []) if reporter else []
+    return collections.Counter(r.longrepr[2].removeprefix("Skipped: ") for r in skipped)
+
+
+def unexpected_skips(config: pytest.Config) -> list[str]:
+    allowed = tuple(config.getini("allowed_skips"))
+    return [reason for reason in skip_reasons(config) if not reason.startswith(allowed)]
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    for reason, count in skip_reasons(config).most_common():
+        verdict = "unexpected" if reason in unexpected_skips(config) else "allowed"
+        terminalreporter.write_line(f"skipped {count} ({verdict}): {reason}")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.getoption("strict_skips") and unexpected_skips(session.config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def blobs_data(count: int = 60, classes: int = 3, seed: int = 0) -> TensorDataset:

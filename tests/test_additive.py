@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_curvature import prepared
+from small_models import prepared
 
 from fisher_forget import CurvatureError, StorageError, estimate_curvature
 from fisher_forget.curvature import load_curvature, merged, save_curvature, with_prior, without
@@ -100,7 +100,7 @@ class TestDisk:
         content = bytearray(path.read_bytes())
         content[-3] ^= 1
         path.write_bytes(bytes(content))
-        with pytest.raises(StorageError):
+        with pytest.raises(StorageError, match="another checksum"):
             load_curvature(path, model, split)
 
     def test_matrix_free_has_nothing_to_store(self, tmp_path: Path) -> None:
@@ -112,8 +112,8 @@ class TestDisk:
 
 
 def test_float32_sums_do_not_drift() -> None:
-    """One million samples of a tiny model in float32, against the exact mean of the 1,000 distinct
-    ones in float64."""
+    """200,000 samples of a tiny model in float32, against the exact mean of the 1,000 distinct
+    ones in float64. Batches added up in float32 would be 13e-6 off, the trace 4e-6."""
     generator = torch.Generator().manual_seed(0)
     x, y = (
         torch.randn(1000, 3, generator=generator),
@@ -123,15 +123,15 @@ def test_float32_sums_do_not_drift() -> None:
     model = torch.nn.Linear(3, 3).eval()
     data = torch.utils.data.TensorDataset(x, y)
     split = resolve_split(torch.utils.data.DataLoader(data, batch_size=50), [], allow_empty=True)
-    million = np.tile(np.arange(1000), 1000)
+    repeated = np.tile(np.arange(1000), 200)
     exact = flatten(estimate_curvature(model.double(), split, structure="diagonal").diagonal())
     model.float()
     for structure in ("diagonal", "ekfac"):
-        found = estimate_curvature(model, split, structure=structure, part=million)
-        assert found.info.count == 1e6
-        assert found.trace() == pytest.approx(float(exact.sum()), rel=1e-5)
+        found = estimate_curvature(model, split, structure=structure, part=repeated)
+        assert found.info.count == 200_000
+        assert found.trace() == pytest.approx(float(exact.sum()), rel=1e-6)
         if structure == "diagonal":
-            assert torch.allclose(flatten(found.diagonal()).double(), exact, rtol=3e-5)
+            assert torch.allclose(flatten(found.diagonal()).double(), exact, rtol=3e-6)
 
 
 class TestPrior:

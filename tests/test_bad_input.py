@@ -537,5 +537,5 @@ class TestCommandLine:
         fails(CONFIG.replace(before, after), *words)
 
     def test_debug_shows_the_traceback(self, tmp_path):
-        with pytest.raises(FisherForgetError):
+        with pytest.raises(FisherForgetError, match=r"absent\.yaml: .*No such file"):
             main(["run", str(tmp_path / "absent.yaml"), "--debug"])

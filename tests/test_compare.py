@@ -408,7 +408,8 @@ class TestTable:
             {"one": self.found(), "two": rows(other.table(), {"far": [0.4]}, 4.0)}
         ).set_index("method")
         assert list(table.index) == [
-            "near", "far", "noisy", "ruined", "original", "retrain", CONTROL, "retrained, among themselves"
+            "near", "far", "noisy", "ruined", "original", "retrain", CONTROL,
+            "retrained, among themselves",
         ]  # fmt: skip
         assert table.loc["near"].tolist() == ["0.61 * (89.5 %)", "0.7 (90.0 %)", "0.25"]
         assert table.loc["ruined"].tolist() == ["0.1 † (50.0 %)", "–", "0"]

@@ -18,7 +18,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 import yaml
-from chromium import chromium, installed
+from browser import chromium, needs_chromium
 
 from fisher_forget.baselines import METHODS
 from fisher_forget.cli import main
@@ -189,13 +189,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.mark.skipif(not installed(), reason="no chromium on the PATH: the site is not looked at")
-def test_the_site_opens_from_files_with_its_formulas_and_no_network(site, tmp_path):
-    with chromium(tmp_path) as browser:
+@needs_chromium
+def test_the_site_opens_from_files_with_its_formulas_and_no_network(site):
+    with chromium() as open_page:
         for name, width in itertools.product(
             ("index", "concepts", "noise", "closeness", "api/curvature"), (390, 1280)
         ):
-            page = browser.open((site / f"{name}.html").as_uri(), width)
+            page = open_page((site / f"{name}.html").as_uri(), width)
             assert page.errors == []
             assert [r for r in page.requests if not r.startswith(("file:", "data:"))] == []
             assert page.overflow() <= 0, (name, width)

@@ -167,9 +167,16 @@ class TestCache:
 
 
 class TestRefusals:
-    @pytest.mark.parametrize(("seeds", "jobs"), [((), 1), ((1, 1), 1), ((0,), 0)])
-    def test_arguments(self, seeds, jobs):
-        with pytest.raises(ConfigError):
+    @pytest.mark.parametrize(
+        ("seeds", "jobs", "words"),
+        [
+            ((), 1, "at least one seed, each once"),
+            ((1, 1), 1, "at least one seed, each once"),
+            ((0,), 0, "jobs=0"),
+        ],
+    )
+    def test_arguments(self, seeds, jobs, words):
+        with pytest.raises(ConfigError, match=words):
             run(fit, seeds, jobs=jobs)
 
     def test_another_architecture(self):

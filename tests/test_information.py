@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import WEIGHT_DECAY, blobs_data, seeded, small_net
 from scipy.stats import invwishart, multivariate_normal
-from test_curvature import prepared
+from small_models import prepared
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
-from test_curvature import MODELS, blocks, prepared
-from test_structures import claim, obeys
+from laws import blocks, claim, obeys
+from small_models import MODELS, prepared
 from torch import nn
 from torch.utils.data import TensorDataset
 

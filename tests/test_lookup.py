@@ -29,7 +29,8 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 DRAWS = """
     import random, numpy, torch
     def drawn(count=1, scale=1.0):
-        return [scale * f() for _ in range(count) for f in (random.random, numpy.random.rand, torch.rand(()).item)]
+        draws = (random.random, numpy.random.rand, torch.rand(()).item)
+        return [scale * draw() for _ in range(count) for draw in draws]
     def broken(count=1):
         return 1 / (count - 1)
     class Holder:

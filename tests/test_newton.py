@@ -371,7 +371,7 @@ class TestControls:
 class TestGgnProduct:
     @pytest.mark.parametrize("size", [2, 64])
     def test_equals_the_dense_ggn(self, size: int) -> None:
-        from test_curvature import prepared
+        from small_models import prepared
 
         for name in ("residual", "sequence", "patched"):
             model, data = prepared(name)

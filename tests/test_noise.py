@@ -13,7 +13,7 @@ import oracle
 import pytest
 import torch
 from scipy.optimize import minimize_scalar
-from test_curvature import prepared
+from small_models import prepared
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 

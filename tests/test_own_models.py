@@ -82,7 +82,8 @@ MODULES = {
 
         def part(count):
             x = torch.randn(count, 3)
-            return x, x @ torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]) + 0.1 * torch.randn(count, 2)
+            truth = x @ torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+            return x, truth + 0.1 * torch.randn(count, 2)
 
         def load():
             return part(80), part(30)

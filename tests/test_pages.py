@@ -12,21 +12,18 @@ from xml.etree import ElementTree
 
 import matplotlib.pyplot as plt
 import pytest
-from chromium import Browser, chromium, installed
+from browser import OpenPage, chromium, needs_chromium
 
 from fisher_forget.cli import main
 from fisher_forget.report.plots.hover import SVG, explain, explain_all, titled
 
-needs_chromium = pytest.mark.skipif(
-    not installed(), reason="no chromium on the PATH: the pages are not looked at"
-)
 PAGES = ("report.html", "evaluation.html")
 WIDTHS = (390, 1280)
 CONFIG = """
 name: pages
 data: {name: digits, max_train: 300, max_test: 120}
 model: {name: mlp, options: {hidden: [16]}}
-training: {epochs: 15, batch_size: 50, lr: 0.1, weight_decay: 0.0005}
+training: {epochs: 100, batch_size: 50, lr: 0.1, weight_decay: 0.005}
 forget_sets:
   - {name: class 3, kind: class, label: 3}
   - {name: 20 random samples, kind: random, count: 20}
@@ -47,27 +44,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with chromium(tmp_path_factory.mktemp("profile")) as running:
-        yield running
+def open_page() -> Iterator[OpenPage]:
+    with chromium() as opener:
+        yield opener
 
 
 @needs_chromium
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", PAGES)
 class TestPages:
-    def test_fits_its_window_without_errors_or_requests(self, folder, browser, name, width):
-        page = browser.open((folder / name).as_uri(), width)
+    def test_fits_its_window_without_errors_or_requests(self, folder, open_page, name, width):
+        page = open_page((folder / name).as_uri(), width)
         assert page.errors == []
         assert [r for r in page.requests if not r.startswith("data:")] == []
         assert page.evaluate("innerWidth") == width
         assert page.overflow() <= 0
 
-    def test_shows_the_answer_before_anything_else(self, folder, browser, name, width):
-        page = browser.open((folder / name).as_uri(), width)
+    def test_shows_the_answer_before_anything_else(self, folder, open_page, name, width):
+        page = open_page((folder / name).as_uri(), width)
         heights = page.evaluate(
-            "['.card .word', '.card .lead', '.card .value', '.plate svg', 'table', 'summary', 'pre']"
-            ".map(s => document.querySelector(s).getBoundingClientRect().top)"
+            "['.card .word', '.card .lead', '.card .value', '.plate svg', 'table', 'summary',"
+            " 'pre'].map(s => document.querySelector(s).getBoundingClientRect().top)"
         )
         word, lead, value, plot, table, more, again = heights
         assert word < lead < value < table < more < again
@@ -93,9 +90,10 @@ class TestPages:
             page.evaluate("document.querySelector('pre').textContent"),
         )
 
-    def test_tables_sort_by_a_click(self, folder, browser, name, width):
-        page = browser.open((folder / name).as_uri(), width)
-        column = "[...document.querySelector('table').tBodies[0].rows].map(r => r.cells[%d].textContent.trim())"
+    def test_tables_sort_by_a_click(self, folder, open_page, name, width):
+        page = open_page((folder / name).as_uri(), width)
+        rows = "[...document.querySelector('table').tBodies[0].rows]"
+        column = rows + ".map(r => r.cells[%d].textContent.trim())"
         at = 1 if name == "report.html" else 2  # samples; the retrained value
         before = page.evaluate(column % at)
         click = f"document.querySelectorAll('table th button')[{at}].click()"
@@ -107,19 +105,25 @@ class TestPages:
         assert number == sorted(number)
         assert page.evaluate(column % at)[0] == up[-1]
 
-    def test_marks_say_what_they_are(self, folder, browser, name, width):
-        page = browser.open((folder / name).as_uri(), width)
-        found = page.evaluate(
-            "[...document.querySelectorAll('.plate use')].filter(m => m.querySelector('title')).map(m => {"
-            "m.scrollIntoView({block: 'center', inline: 'center'}); const box = m.getBoundingClientRect();"
-            "const hit = document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2);"
-            "return [m.querySelector('title').textContent, hit === m || hit?.querySelector?.('title') != null]})"
-        )
+    def test_marks_say_what_they_are(self, folder, open_page, name, width):
+        page = open_page((folder / name).as_uri(), width)
+        # Each mark's words, and whether the pointer at its middle meets it or another with words.
+        marks = page.evaluate("""
+            [...document.querySelectorAll('.plate use')].filter(m => m.querySelector('title'))
+            .map(m => {
+                m.scrollIntoView({block: 'center', inline: 'center'})
+                const box = m.getBoundingClientRect()
+                const x = box.x + box.width / 2, y = box.y + box.height / 2
+                const hit = document.elementFromPoint(x, y)
+                const titled = hit === m || hit?.querySelector?.('title') != null
+                return [m.querySelector('title').textContent, titled]
+            })
+        """)
         metrics = json.loads((folder / "metrics.json").read_text())
         if name == "report.html":
             scores = metrics["cases"][0]["summary"]["forget"]["kl_scrubbed"]["mean"]
             assert f"scrubbed\nforgotten data\nKL(retrained ‖ model) (nats): {scores:.3g}" in [
-                t for t, _ in found
+                title for title, _ in marks
             ]
         else:
             rows = json.loads((folder / "evaluation.json").read_text())["class 3"]["scores"]
@@ -130,9 +134,23 @@ class TestPages:
             )
             assert any(
                 t.startswith(f"default\nkl, forget: {row['value']:.3g} nats\nretrained")
-                for t, _ in found
+                for t, _ in marks
             )
-        assert sum(hit for _, hit in found) > 0.9 * len(found)  # the pointer reaches them
+        assert sum(hit for _, hit in marks) > 0.9 * len(marks)  # the pointer reaches them
+
+
+@needs_chromium
+def test_the_browser_sees_errors_and_requests(open_page, tmp_path):
+    bad = tmp_path / "bad.html"
+    bad.write_text(
+        "<meta name='viewport' content='width=device-width'><body style='width: 500px'>"
+        "<img src='http://127.0.0.1:9/missing.png'>"
+        "<script>console.warn('careful'); undefinedFunction()</script>"
+    )
+    page = open_page(bad.as_uri(), 390)
+    assert {"careful", "undefinedFunction is not defined"} <= set(page.errors)
+    assert page.requests == ["http://127.0.0.1:9/missing.png"]
+    assert page.overflow() > 0
 
 
 class TestTitles:

@@ -12,7 +12,6 @@ import torch
 import yaml
 
 from fisher_forget.cli import main
-from fisher_forget.evaluate import ensemble
 from fisher_forget.experiments import dry_run as plan
 from fisher_forget.experiments import run as recipe
 from fisher_forget.experiments.config import load_config
@@ -78,12 +77,13 @@ def test_counts_what_the_run_then_trains(
         first["original"] == first["original with wrong"] == (2, 0)
     )  # labels made wrong want their own
     trained = []
-    real = ensemble._member
-    monkeypatch.setattr(
-        ensemble,
-        "_member",
-        lambda f, s, *rest, **more: trained.append(s) or real(f, s, *rest, **more),
-    )
+    train_one = recipe.train_one
+
+    def counted(config: object, data: object, rows: object, seed: int) -> object:
+        trained.append(seed)
+        return train_one(config, data, rows, seed)
+
+    monkeypatch.setattr(recipe, "train_one", counted)
     assert main(["run", path]) == 0
     assert len(trained) == 2 + 2 + 2 + 2 + 3 == int(re.search(r"training: (\d+) models", text)[1])
     for file in Path("runs/small/some/retrained").glob("seed-1001*"):

@@ -540,9 +540,10 @@ def test_files_are_the_same_to_the_byte_in_every_process(case, tmp_path):
     assert dict(mpl.rcParams) == before
     assert "<text" in svg.read_text()
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import made_up as t; from pathlib import Path;"
+        "import sys; sys.path.insert(0, sys.argv[1]); import made_up; from pathlib import Path;"
         "from fisher_forget.report import plots;"
-        "plots.save_figure(plots.plot_parts(t.make_case('class 3', t.CLASS_3)).figure, Path(sys.argv[2]))"
+        "ax = plots.plot_parts(made_up.make_case('class 3', made_up.CLASS_3));"
+        "plots.save_figure(ax.figure, Path(sys.argv[2]))"
     )
     subprocess.run(
         [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path / "b")], check=True

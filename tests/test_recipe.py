@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from fisher_forget.cli import main
-from fisher_forget.evaluate import ensemble
 from fisher_forget.evaluate.closeness import Closeness, PartScores
+from fisher_forget.experiments import run
 from fisher_forget.experiments.run import ALPHAS, best_scale
 from fisher_forget.report.schema import load_schema
 from fisher_forget.sweep import SweepTable
@@ -77,31 +77,22 @@ class TestRun:
     ) -> None:
         path = write(tmp_path)
         trained: list[int] = []
-        real = ensemble._member
+        limit = 3
+        train_one = run.train_one
 
-        def counted(train_fn: object, seed: int, *rest: object, **options: object) -> object:
-            if len(trained) == 3:
+        def counted(config: object, data: object, rows: object, seed: int) -> object:
+            if len(trained) == limit:
                 raise KeyboardInterrupt
             trained.append(seed)
-            return real(train_fn, seed, *rest, **options)
+            return train_one(config, data, rows, seed)
 
-        monkeypatch.setattr(ensemble, "_member", counted)
+        monkeypatch.setattr(run, "train_one", counted)
         assert main(["run", path]) == 130
         assert "start it again" in capsys.readouterr().err
-        monkeypatch.setattr(
-            ensemble,
-            "_member",
-            lambda f, seed, *r, **o: trained.append(seed) or real(f, seed, *r, **o),
-        )
+        limit = 100
         assert main(["run", path]) == 0
-        assert sorted(trained) == [
-            0,
-            1,
-            1000,
-            1000,
-            1001,
-            1001,
-        ]  # none twice: two forget sets share two seeds
+        # none twice: two forget sets share two seeds
+        assert sorted(trained) == [0, 1, 1000, 1000, 1001, 1001]
 
     def test_sweep_and_plot(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         path = write(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import blobs_data, seeded, small_net
-from test_curvature import prepared
+from small_models import prepared
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -41,7 +41,8 @@ def regression(n: int = 30, d: int = 3) -> tuple[np.ndarray, np.ndarray, Split]:
 
 class TestTime:
     @pytest.mark.parametrize(("start", "end", "lr", "samples", "batch"), [
-        (4.0, 1.0, 0.01, 500, 128), (4.0, 1.0, 0.03, 5, 5), (-2.0, 0.7, 0.01, 7, 3), (1.0, 0.999, 0.1, 1, 1),
+        (4.0, 1.0, 0.01, 500, 128), (4.0, 1.0, 0.03, 5, 5), (-2.0, 0.7, 0.01, 7, 3),
+        (1.0, 0.999, 0.1, 1, 1),
     ])  # fmt: skip
     def test_closed_form(
         self, start: float, end: float, lr: float, samples: int, batch: int
@@ -166,8 +167,9 @@ class TestTime:
                 "gaussian",
             )
         for options in (
-            {"samples": 0}, {"batch_size": 1.5}, {"lr": 0.0}, {"lr": math.nan}, {"lr": True}, {"weight_decay": -1.0},
-            {"max_epochs": -1}, {"seed": "1"}, {"original": math.nan}, {"original": "model"},
+            {"samples": 0}, {"batch_size": 1.5}, {"lr": 0.0}, {"lr": math.nan}, {"lr": True},
+            {"weight_decay": -1.0}, {"max_epochs": -1}, {"seed": "1"}, {"original": math.nan},
+            {"original": "model"},
         ):  # fmt: skip
             with pytest.raises(ConfigError, match=next(iter(options))):
                 relearn_time(

@@ -169,7 +169,8 @@ def test_a_gap_undefined_in_some_seeds_names_their_number(case):
             14.0,
             0.969,
             "worse",
-            "rose from 12.3 to 14.0 nats; two retrained models differ by 0.55: the gap grew by 14 %.",
+            "rose from 12.3 to 14.0 nats; two retrained models differ by 0.55: the gap grew by "
+            "14 %.",
         ),
         (40.0, 0.969, "worse", "the gap more than doubled."),
         (1.2, 0.9, "costly", "94 % of the gap is closed."),
@@ -405,9 +406,11 @@ def test_names_cannot_become_markup(metrics, tmp_path):
 def test_a_hostile_figure_is_disarmed_and_a_broken_one_refused(metrics, tmp_path):
     bad = tmp_path / "bad.svg"
     bad.write_text(
-        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" onload="x()">'
-        '<style>@import url(https://e.org/a.css); *{fill:red}</style><script>x()</script><image href="https://e.org/b"/>'
-        '<rect id="r" style="fill: url(https://e.org/c)" clip-path="url(#r)"/><use xlink:href="https://e.org/d"/></svg>'
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        'onload="x()"><style>@import url(https://e.org/a.css); *{fill:red}</style>'
+        '<script>x()</script><image href="https://e.org/b"/>'
+        '<rect id="r" style="fill: url(https://e.org/c)" clip-path="url(#r)"/>'
+        '<use xlink:href="https://e.org/d"/></svg>'
     )
     page = _Page(write_report(metrics, {"A figure of mine": bad}, tmp_path))
     assert "e.org" not in page.source

@@ -28,7 +28,7 @@ from fisher_forget.errors import FisherForgetWarning
 from fisher_forget.experiments.config import SweepConfig, load_config
 from fisher_forget.experiments.training import TrainSettings, train
 from fisher_forget.likelihood.base import ACCURACY, SQUARED_ERROR, Score
-from fisher_forget.sweep import SweepTable, run
+from fisher_forget.sweep import SweepTable
 from fisher_forget.sweep.table import pareto
 
 ROOT = Path(__file__).parent.parent
@@ -290,17 +290,17 @@ class TestFile:
     ) -> None:
         whole = swept(GRID).to_pandas().drop(columns="seconds")
         file = tmp_path / "t.parquet"
-        real = run._Work.draw
+        outputs = Reference.outputs
 
-        def killed(self: Any, *args: Any) -> Any:
+        def killed(self: Reference, model: nn.Module) -> Any:
             if file.exists() and len(pd.read_parquet(file)) == 7:
                 raise KeyboardInterrupt
-            return real(self, *args)
+            return outputs(self, model)
 
-        monkeypatch.setattr(run._Work, "draw", killed)
-        with pytest.raises(KeyboardInterrupt):
-            swept(GRID, file=file)
-        monkeypatch.setattr(run._Work, "draw", real)
+        with monkeypatch.context() as patched:
+            patched.setattr(Reference, "outputs", killed)
+            with pytest.raises(KeyboardInterrupt):
+                swept(GRID, file=file)
         for name in counted:
             counted[name] = 0
         resumed = swept(GRID, file=file).to_pandas().drop(columns="seconds")

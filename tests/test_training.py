@@ -72,7 +72,7 @@ class TestDeterminism:
 
     def test_random_state_is_put_back_after_an_error(self, blobs):
         state = torch.get_rng_state()
-        with pytest.raises(NumericalError):
+        with pytest.raises(NumericalError, match="Lower lr"):
             train(dropout_net(), blobs, TrainSettings(epochs=50, lr=1e30), seed=0, progress=False)
         assert torch.equal(state, torch.get_rng_state())
 
@@ -270,7 +270,7 @@ class TestRefusals:
 
     def test_nan_inputs(self, blobs):
         blobs.tensors[0][0] = float("nan")
-        with pytest.raises(NumericalError):
+        with pytest.raises(NumericalError, match="check the inputs for NaN"):
             train(nn.Linear(4, 3), blobs, FAST, seed=0, progress=False)
 
     @pytest.mark.parametrize("option", ["augment", "channels_last"])
@@ -279,7 +279,7 @@ class TestRefusals:
             train(dropout_net(), blobs, TrainSettings(**{option: True}), seed=0, progress=False)
 
     def test_targets_that_do_not_fit(self, blobs):
-        with pytest.raises(DataError):
+        with pytest.raises(DataError, match="targets from 0 to 2"):
             train(nn.Linear(4, 2), blobs, FAST, seed=0, progress=False)
 
     def test_inputs_alone(self, blobs):

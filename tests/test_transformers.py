@@ -59,8 +59,7 @@ def images() -> Dicts:
     )
 
 
-def seeded(build: Callable[[Any], nn.Module], config: Any, attention: str) -> nn.Module:
-    config._attn_implementation = attention
+def seeded(build: Callable[[Any], nn.Module], config: Any) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = build(config)
@@ -81,7 +80,8 @@ def gpt2(attention: str, **options: int) -> nn.Module:
         "eos_token_id": None,
     }
     return seeded(
-        transformers.GPT2LMHeadModel, transformers.GPT2Config(**sizes, **tokens), attention
+        transformers.GPT2LMHeadModel,
+        transformers.GPT2Config(**sizes, **tokens, attn_implementation=attention),
     )
 
 
@@ -93,9 +93,14 @@ def vit(attention: str) -> nn.Module:
         "intermediate_size": 6,
     }
     config = transformers.ViTConfig(
-        image_size=4, patch_size=2, num_channels=1, num_labels=3, **sizes
+        image_size=4,
+        patch_size=2,
+        num_channels=1,
+        num_labels=3,
+        **sizes,
+        attn_implementation=attention,
     )
-    return seeded(transformers.ViTForImageClassification, config, attention)
+    return seeded(transformers.ViTForImageClassification, config)
 
 
 def brute_force(model: nn.Module, data: Dicts) -> Params:

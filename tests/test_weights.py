@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 import oracle
 import pytest
 import torch
-from test_curvature import prepared
+from small_models import prepared
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
