@@ -6,7 +6,7 @@ result.model, print(result)
 """
 
 from fisher_forget._util import moved
-from fisher_forget._util.moved import renamed as __getattr__
+from fisher_forget._util.moved import renamed as __getattr__  # noqa: F401 - Python calls it
 from fisher_forget.baselines import METHODS, SISA, Unlearned, Unlearner
 from fisher_forget.curvature import Curvature, estimate_curvature
 from fisher_forget.data.samples import read_samples

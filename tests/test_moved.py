@@ -25,6 +25,6 @@ def test_from_the_package() -> None:
 
 
 def test_other_names_are_as_unknown_as_ever() -> None:
-    with pytest.raises(ModuleNotFoundError, match="No module named 'fisher_forget.nothing'"):
+    with pytest.raises(ModuleNotFoundError, match=r"No module named 'fisher_forget\.nothing'"):
         importlib.import_module("fisher_forget.nothing")
     assert importlib.util.find_spec("fisher_forget.nothing") is None
