@@ -203,8 +203,7 @@ class Training:
         return epoch
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Outputs [B, ...] of the model or a teacher, where the batch is, checked to fit the
-        targets.
+        """Outputs [B, ...] of the model or a teacher, checked to fit the targets.
 
         BatchNorm cannot normalise a sample by itself: for a batch of one, it uses its running
         statistics.
@@ -229,18 +228,3 @@ class Training:
     def mean_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean loss per scored position of a batch, nats, with its graph."""
         return self.mean(self.outputs(model, batch), batch.targets)
-
-    def distillation(
-        self, teacher: Tensor, student: Tensor, targets: Tensor, temperature: float
-    ) -> Tensor:
-        """T^2 KL(teacher / T || student / T), mean over samples of nats per scored position.
-
-        Args:
-            teacher: Outputs [B, ...].
-            student: Outputs [B, ...].
-            targets: Say which positions are scored.
-            temperature: T divides the outputs; T^2 keeps the size of the gradient (Hinton et al.
-                2015, arXiv:1503.02531).
-        """
-        kl = self.likelihood.kl(teacher / temperature, student / temperature, targets)
-        return temperature * temperature * kl.mean()

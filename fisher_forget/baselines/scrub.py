@@ -29,7 +29,15 @@ from torch import Tensor, nn
 
 from fisher_forget.baselines.base import Training, TrainingMethod
 from fisher_forget.baselines.protocol import Grid
-from fisher_forget.baselines.training_loop import Descent, Epoch, Loss, each, require, shuffled
+from fisher_forget.baselines.training_loop import (
+    Descent,
+    Epoch,
+    Loss,
+    distillation,
+    each,
+    require,
+    shuffled,
+)
 from fisher_forget.data.batches import Batch
 
 
@@ -79,7 +87,8 @@ class Scrub(TrainingMethod):
             outputs = training.outputs(student, batch)
             with torch.no_grad():
                 taught = training.outputs(teacher, batch)
-            return outputs, training.distillation(taught, outputs, batch.targets, self.temperature)
+            likelihood, targets = training.likelihood, batch.targets
+            return outputs, distillation(likelihood, taught, outputs, targets, self.temperature)
 
         def leave(student: nn.Module, batch: Batch) -> Tensor:
             return -compared(student, batch)[1]
