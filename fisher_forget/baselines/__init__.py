@@ -1,8 +1,8 @@
-"""Published unlearning methods under one protocol, one file each, to compare with.
+"""Published unlearning methods, one file each, to compare with.
 
-`METHODS` maps names to classes; to add your own, write a frozen dataclass that satisfies
-`Unlearner` and `METHODS["mine"] = Mine`. Exact unlearning by sharding is `SISA`, and `Sharded` that
-class as a method.
+`METHODS` maps names to classes. To add one that trains, write a `base.SgdMethod` or
+`base.TrainingMethod` with its `losses` (`finetune` is the shortest) and add it here. Exact
+unlearning by sharding is `SISA`, and `Sharded` that class as a method.
 """
 
 from fisher_forget.baselines.bad_teacher import BadTeacher

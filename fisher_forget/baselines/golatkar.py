@@ -184,6 +184,7 @@ class GolatkarPaper(Golatkar):
         require(self, at_least={"tau": 0})
 
     def moments(self, weights: Params, fisher: Curvature, classes: int) -> tuple[Params, Params]:
+        # s (F + tau I)^-1/4, which is diagonal: applied to ones it is the deviation of every weight
         ones = P.map_params(torch.ones_like, weights)
         return weights, P.scale(fisher.damped(self.tau).power(ones, -EXPONENT), self.scale)
 

@@ -98,6 +98,7 @@ class Scrub(TrainingMethod):
             return self.gamma * training.mean(outputs, batch.targets) + self.alpha * kl
 
         def epoch(number: int, rng: np.random.Generator) -> Iterator[Loss]:
+            # max steps first, so that the min steps mend what they did to D_r
             if number < self.max_epochs:
                 forgotten = shuffled(split, split.forget, self.forget_batch_size, rng)
                 yield from each(forgotten, leave)
