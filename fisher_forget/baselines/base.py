@@ -118,8 +118,7 @@ class TrainingMethod(Method):
     likelihood: Likelihood | str = "categorical"
 
     def __post_init__(self) -> None:
-        self.descent()  # checks what it is given
-        require(self, at_least={"batch_size": 1})
+        require(self, at_least={"epochs": 0, "batch_size": 1}, above={"lr": 0})
 
     @abstractmethod
     def losses(self, training: Training) -> Epoch:
@@ -157,6 +156,11 @@ class SgdMethod(TrainingMethod):
 
     momentum: float = 0.9
     weight_decay: float = 5e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        momentum = (0 <= self.momentum < 1, "a value in [0, 1)")
+        require(self, at_least={"weight_decay": 0}, momentum=momentum)
 
     def descent(self) -> Descent:
         return Descent(self.epochs, self.lr, self.momentum, self.weight_decay)

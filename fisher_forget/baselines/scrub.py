@@ -72,8 +72,13 @@ class Scrub(TrainingMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        least = {"max_epochs": 0, "alpha": 0, "gamma": 0, "forget_batch_size": 1}
-        require(self, at_least=least, above={"temperature": 0})
+        weights = {"alpha": 0, "gamma": 0, "weight_decay": 0}
+        require(
+            self,
+            at_least=weights | {"max_epochs": 0, "forget_batch_size": 1},
+            above={"temperature": 0},
+            optimizer=(self.optimizer in ("sgd", "adam"), "'sgd' or 'adam'"),
+        )
 
     def descent(self) -> Descent:
         settings = replace(super().descent(), optimizer=self.optimizer)

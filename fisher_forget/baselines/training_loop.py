@@ -39,9 +39,6 @@ class Descent:
         optimizer: "sgd" or "adam".
         milestones: Epochs, counted from 0, from which on the learning rate is a tenth of what it
             was.
-
-    Raises:
-        ConfigError: If a value is out of range.
     """
 
     epochs: int
@@ -50,15 +47,6 @@ class Descent:
     weight_decay: float = 0.0
     optimizer: Literal["sgd", "adam"] = "sgd"
     milestones: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        require(
-            self,
-            at_least={"epochs": 0, "weight_decay": 0},
-            above={"lr": 0},
-            momentum=(0 <= self.momentum < 1, "a value in [0, 1)"),
-            optimizer=(self.optimizer in ("sgd", "adam"), "'sgd' or 'adam'"),
-        )
 
 
 def descend(
