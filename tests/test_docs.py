@@ -207,3 +207,38 @@ def test_the_site_opens_from_files_with_its_formulas_and_no_network(site):
             assert len(sizes) == len(re.findall(r"(?s)\$\$.*?\$\$|(?<!\$)\$[^$]+\$", source))
             assert all(size > 3 for size in sizes)  # pixels
             assert page.evaluate("document.querySelectorAll('.arithmatex').length") == 0
+
+
+class TestOneSource:
+    """The README states it; the other pages repeat it."""
+
+    def text(self, name: str) -> str:
+        return (ROOT / name).read_text(encoding="utf-8")
+
+    def test_how_long_the_demo_takes(self) -> None:
+        (duration,) = re.findall(r"and (about .+?) on two CPU cores", self.text("README.md"))
+        assert re.search(rf"^demo:.*\({duration}\)$", self.text("Makefile"), re.M)
+        row = f"| `digits.yaml` | handwritten digits, a class and some samples | {duration} |"
+        assert row in self.text("docs/how-to/command-line.md")
+
+    def test_how_close_the_demo_comes(self) -> None:
+        def rows(name: str, first: str) -> dict[str, list[str]]:
+            """Forget set -> KLs, floor, gap closed."""
+            cells = [re.split(r" *\| *", line)[1:] for line in self.text(name).splitlines()]
+            return {
+                re.sub(r"^digits, | \(.*\)$", "", row[0]): row[1:5]
+                for row in cells
+                if len(row) > 5 and row[0].startswith(first)
+            }
+
+        results = rows("docs/results.md", "digits, ")
+        readme = {name: row for name, row in rows("README.md", "").items() if name in results}
+        assert len(readme) == 2
+        assert readme == results
+
+    def test_how_many_methods_there_are(self) -> None:
+        published = METHODS.keys() - {"fisher-forget", "retrain", "sisa"}
+        ones = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+        count = {20 + i: f"twenty-{word}" for i, word in enumerate(ones, 1)}[len(published)]
+        assert f"Beside {count} published methods and SISA" in self.text("README.md")
+        assert f"SISA and {count} published methods" in self.text("CHANGELOG.md")
