@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,6 +208,40 @@ def test_the_site_opens_from_files_with_its_formulas_and_no_network(site):
             assert len(sizes) == len(re.findall(r"(?s)\$\$.*?\$\$|(?<!\$)\$[^$]+\$", source))
             assert all(size > 3 for size in sizes)  # pixels
             assert page.evaluate("document.querySelectorAll('.arithmatex').length") == 0
+
+
+@pytest.fixture(scope="module")
+def rooms() -> list[tuple[str, list[str]]]:
+    """(room, names of its files) of each row of the table in docs/architecture.md."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\S+)` \| *(.*?) *\| .+ \|$", text, re.M)
+    return [(room, re.findall(r"`(\w+)`", names)) for room, names in rows]
+
+
+class TestRooms:
+    """That table has all files of the package, from the lowest layer up."""
+
+    def test_every_file_is_named_once(self, rooms: list[tuple[str, list[str]]]) -> None:
+        listed = [
+            f"{room}{name}.py" if name else room for room, names in rooms for name in names or [""]
+        ]
+        package = ROOT / "fisher_forget"
+        files = [path.relative_to(package).as_posix() for path in package.rglob("*.py")]
+        assert sorted(listed) == sorted(name for name in files if not name.endswith("__init__.py"))
+
+    def test_rooms_stand_in_the_order_of_the_contract(
+        self, rooms: list[tuple[str, list[str]]]
+    ) -> None:
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+        layers = project["tool"]["importlinter"]["contracts"][0]["layers"]
+        heights = {
+            room: height
+            for height, layer in enumerate(reversed(layers))
+            for room in layer.split(" | ")
+        }
+        order = [room.removesuffix(".py").split("/")[0] for room, _ in rooms]
+        assert set(order) == set(heights)
+        assert [heights[room] for room in order] == sorted(heights[room] for room in order)
 
 
 class TestOneSource:
