@@ -1,4 +1,4 @@
-"""Classes that nothing is left of: found from labels, their output rows from what the network
+"""Classes with no retained sample: found from labels, their output rows from what the network
 does."""
 
 from __future__ import annotations
