@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
 
-demo: install ## Forget handwritten digits and compare with retrained models (two minutes)
+demo: install ## Forget handwritten digits and compare with retrained models (about a minute)
 	$(VENV)/bin/fisher-forget run configs/digits.yaml
 
 test: install ## Run the whole test suite in two processes

@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,3 +208,72 @@ def test_the_site_opens_from_files_with_its_formulas_and_no_network(site):
             assert len(sizes) == len(re.findall(r"(?s)\$\$.*?\$\$|(?<!\$)\$[^$]+\$", source))
             assert all(size > 3 for size in sizes)  # pixels
             assert page.evaluate("document.querySelectorAll('.arithmatex').length") == 0
+
+
+@pytest.fixture(scope="module")
+def rooms() -> list[tuple[str, list[str]]]:
+    """(room, names of its files) of each row of the table in docs/architecture.md."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\S+)` \| *(.*?) *\| .+ \|$", text, re.M)
+    return [(room, re.findall(r"`(\w+)`", names)) for room, names in rows]
+
+
+class TestRooms:
+    """That table has all files of the package, from the lowest layer up."""
+
+    def test_every_file_is_named_once(self, rooms: list[tuple[str, list[str]]]) -> None:
+        listed = [
+            f"{room}{name}.py" if name else room for room, names in rooms for name in names or [""]
+        ]
+        package = ROOT / "fisher_forget"
+        files = [path.relative_to(package).as_posix() for path in package.rglob("*.py")]
+        assert sorted(listed) == sorted(name for name in files if not name.endswith("__init__.py"))
+
+    def test_rooms_stand_in_the_order_of_the_contract(
+        self, rooms: list[tuple[str, list[str]]]
+    ) -> None:
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+        layers = project["tool"]["importlinter"]["contracts"][0]["layers"]
+        heights = {
+            room: height
+            for height, layer in enumerate(reversed(layers))
+            for room in layer.split(" | ")
+        }
+        order = [room.removesuffix(".py").split("/")[0] for room, _ in rooms]
+        assert set(order) == set(heights)
+        assert [heights[room] for room in order] == sorted(heights[room] for room in order)
+
+
+class TestOneSource:
+    """The README states it; the other pages repeat it."""
+
+    def text(self, name: str) -> str:
+        return (ROOT / name).read_text(encoding="utf-8")
+
+    def test_how_long_the_demo_takes(self) -> None:
+        (duration,) = re.findall(r"and (about .+?) on two CPU cores", self.text("README.md"))
+        assert re.search(rf"^demo:.*\({duration}\)$", self.text("Makefile"), re.M)
+        row = f"| `digits.yaml` | handwritten digits, a class and some samples | {duration} |"
+        assert row in self.text("docs/how-to/command-line.md")
+
+    def test_how_close_the_demo_comes(self) -> None:
+        def rows(name: str, first: str) -> dict[str, list[str]]:
+            """Forget set -> KLs, floor, gap closed."""
+            cells = [re.split(r" *\| *", line)[1:] for line in self.text(name).splitlines()]
+            return {
+                re.sub(r"^digits, | \(.*\)$", "", row[0]): row[1:5]
+                for row in cells
+                if len(row) > 5 and row[0].startswith(first)
+            }
+
+        results = rows("docs/results.md", "digits, ")
+        readme = {name: row for name, row in rows("README.md", "").items() if name in results}
+        assert len(readme) == 2
+        assert readme == results
+
+    def test_how_many_methods_there_are(self) -> None:
+        published = METHODS.keys() - {"fisher-forget", "retrain", "sisa"}
+        ones = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+        count = {20 + i: f"twenty-{word}" for i, word in enumerate(ones, 1)}[len(published)]
+        assert f"Beside {count} published methods and SISA" in self.text("README.md")
+        assert f"SISA and {count} published methods" in self.text("CHANGELOG.md")
