@@ -35,8 +35,7 @@ from fisher_forget.baselines.base import DirectMethod
 from fisher_forget.baselines.jacobian_rows import MEMORY, Rows
 from fisher_forget.baselines.protocol import Grid
 from fisher_forget.baselines.training_loop import require
-from fisher_forget.curvature.products import GgnChunk, summed, twice_differentiable
-from fisher_forget.curvature.structures.hessian import HessianChunk
+from fisher_forget.curvature.products import GgnChunk, HessianChunk, summed, twice_differentiable
 from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Split, some
 from fisher_forget.errors import NumericalError

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -15,14 +16,14 @@ from fisher_forget._util.progress import bar
 from fisher_forget.curvature import kinds
 from fisher_forget.curvature.kinds import Kind
 from fisher_forget.curvature.operator import Curvature
-from fisher_forget.curvature.products import Chunk, DataProduct, GgnChunk
+from fisher_forget.curvature.options import CurvatureOptions
+from fisher_forget.curvature.products import Chunk, DataProduct, GgnChunk, HessianChunk
 from fisher_forget.curvature.record import Record
-from fisher_forget.curvature.structures.hessian import HessianChunk
 from fisher_forget.curvature.tape import Tape
 from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.likelihood import Likelihood
-from fisher_forget.params import call, size
+from fisher_forget.params import Params, call, detached, size
 
 MOST = 256 << 20  # bytes of recorded tensors at a time: larger chunks are no faster
 REUSED = 128 << 20  # the same where several columns read them: smaller ones are faster then
@@ -54,55 +55,69 @@ class Walk:
     Attributes:
         tape: Private copy of the model, verified.
         split: The data.
-        chosen: Indices of the samples.
+        samples: Indices of the samples.
         likelihood: Of the outputs.
-        kind: Resolved.
-        draws: Columns or probes of the random kinds.
-        seed: Of the random kinds.
-        memory: Bytes that recorded tensors may take at a time.
-        progress: Show a progress bar.
+        options: With the kind resolved.
+        exact_columns: How many columns the exact kind has.
     """
 
     tape: Tape
     split: Split
-    chosen: Indices
+    samples: Indices
     likelihood: Likelihood
-    kind: Kind
-    draws: int
-    seed: int
-    memory: int
-    progress: bool
+    options: CurvatureOptions
+    exact_columns: int = 1
+
+    @property
+    def kind(self) -> Kind:
+        """What is back-propagated."""
+        return self.options.kind
+
+    @property
+    def columns(self) -> int:
+        """Columns a sample; of a Hessian's diagonal, probes."""
+        return {"exact": self.exact_columns, "empirical": 1}.get(self.kind, self.options.draws)
+
+    @cached_property
+    def memory(self) -> int:
+        """Bytes that recorded tensors may take at a time."""
+        device = next(iter(self.tape.params.values())).device
+        return self.options.memory or default_memory(device)
+
+    def like(self) -> Params:
+        """A copy of the parameters."""
+        return detached(self.tape.params)
 
     def first(self, samples: int) -> Walk:
         """The same walk over its first samples, without a progress bar."""
-        return replace(self, chosen=self.chosen[:samples], progress=False)
+        quiet = replace(self.options, progress=False, memory=self.memory)
+        return replace(self, samples=self.samples[:samples], options=quiet)
 
     def batches(self) -> Iterator[Batch]:
         """Batches on the model's device."""
-        return (batch.on(self.tape.model) for batch in self.split.batches(self.chosen))
+        return (batch.on(self.tape.model) for batch in self.split.batches(self.samples))
 
     def accumulate(self, total: Reader) -> float:
         """Feed all columns of all samples to a reader, once per pass; returns the scored
         positions."""
-        count = 0.0
-        pass_index = 0
+        count, pass_index, options = 0.0, 0, self.options
         steps: dict[tuple[torch.Size, ...], int] = {}
         while pass_index < total.passes:  # a structure may find that it needs fewer
-            generator = torch.Generator().manual_seed(self.seed)
+            generator = torch.Generator().manual_seed(options.seed)  # the same columns every pass
             label = f"curvature {pass_index + 1}/{total.passes}"
-            for batch in bar(self.batches(), self.split.steps(self.chosen), label, self.progress):
-                for record in self._records(batch, steps):
-                    outputs, targets = record.outputs.detach(), record.batch.targets
-                    self.likelihood.check(outputs, targets)
-                    if pass_index == 0:
-                        count += float(self.likelihood.counts(targets).double().sum())
-                    columns = kinds.columns(
-                        self.kind, self.likelihood, outputs, targets, self.draws, generator
-                    )
-                    for column, last in _with_last(columns):
-                        grads = record.pull(column)
-                        with torch.no_grad():  # sums must not drag the graphs of all chunks along
-                            total.add(record, column, grads, last)
+            batches = bar(self.batches(), self.split.steps(self.samples), label, options.progress)
+            for record in (record for batch in batches for record in self._records(batch, steps)):
+                outputs, targets = record.outputs.detach(), record.batch.targets
+                self.likelihood.check(outputs, targets)
+                if pass_index == 0:
+                    count += float(self.likelihood.counts(targets).double().sum())
+                columns = kinds.columns(
+                    self.kind, self.likelihood, outputs, targets, options.draws, generator
+                )
+                for column, last in _with_last(columns):
+                    grads = record.pull(column)
+                    with torch.no_grad():  # sums must not drag the graphs of all chunks along
+                        total.add(record, column, grads, last)
             with torch.no_grad():
                 total.end_pass()
             pass_index += 1
@@ -120,12 +135,12 @@ class Walk:
 
         def build(batch: Batch, generator: torch.Generator) -> Chunk:
             outputs = call(self.tape.model, {}, batch.args, batch.kwargs)
-            detached = outputs.detach()
-            self.likelihood.check(detached, batch.targets)
+            values = outputs.detach()
+            self.likelihood.check(values, batch.targets)
             if self.kind == "hessian":
                 return HessianChunk(self.likelihood.losses(outputs, batch.targets).sum(), live)
             weight = kinds.weight(
-                self.kind, self.likelihood, detached, batch.targets, self.draws, generator
+                self.kind, self.likelihood, values, batch.targets, self.options.draws, generator
             )
             return GgnChunk(outputs, live, weight)
 
@@ -134,16 +149,16 @@ class Walk:
             build,
             live,
             self.likelihood,
-            samples=len(self.chosen),
+            samples=len(self.samples),
             memory=self.memory,
-            seed=self.seed,
+            seed=self.options.seed,
             keep=keep,
         )
 
     @property
     def _several(self) -> bool:
         """Whether a sample has more than one column."""
-        return self.draws > 1 or self.kind == "exact"
+        return self.options.draws > 1 or self.kind == "exact"
 
     @property
     def chunk_bytes(self) -> int:
@@ -219,9 +234,9 @@ def squared_gradient_norms(
     if not len(indices):
         return torch.zeros(0, dtype=torch.float64)
     first = next(split.batches(indices)).on(tape.model)
-    outputs = tape.verify(first).outputs
-    memory = default_memory(outputs.device) if memory is None else memory
-    walk = Walk(tape, split, indices, likelihood, "empirical", 1, 0, memory, False)
+    tape.verify(first)
+    options = CurvatureOptions(kind="empirical", memory=memory)
+    walk = Walk(tape, split, indices, likelihood, options)
     total = _NormSum()
     walk.accumulate(total)
     return torch.cat(total.norms)

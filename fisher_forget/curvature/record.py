@@ -198,7 +198,7 @@ class Group:
             names = self.layer.names
             factor = _row_squares(a) * ("weight" in names) + ("bias" in names)
             return _row_squares(g) * factor
-        # pieces are short runs of samples, in order; the uses that add up are summed before squaring
+        # runs of samples, in order: what several uses of a parameter add is summed, then squared
         pieces = [
             torch.stack([_row_squares(value) for value in piece.values()]).sum(0)
             for piece in self.pieces(grads)

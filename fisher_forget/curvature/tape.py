@@ -131,7 +131,8 @@ class Tape:
                 continue
             if a._version != version:
                 raise ModelError(
-                    f"a {type(module).__name__} whose input is overwritten in place after its forward",
+                    f"a {type(module).__name__} whose input is overwritten in place after its "
+                    "forward",
                     "inputs that stay as they were until backward",
                     "Replace the in-place operation on that tensor.",
                 )
@@ -228,9 +229,11 @@ class Tape:
             alone = P.call(self.model, {}, single.args, single.kwargs)[0]
             if float((alone - outputs[-1]).abs().max()) > tolerance:
                 raise ModelError(
-                    "a model whose output for a sample depends on the other samples of its batch, or on chance",
+                    "a model whose output for a sample depends on the other samples of its batch, "
+                    "or on chance",
                     "one output a sample, the same at every call",
-                    "Call model.eval(), and remove what mixes samples (batch statistics) or draws random numbers.",
+                    "Call model.eval(), and remove what mixes samples (batch statistics) or draws "
+                    "random numbers.",
                 )
 
     def _by_rules(self, record: Record, column: Tensor, weights: Tensor) -> Params:

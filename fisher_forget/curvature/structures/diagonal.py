@@ -9,10 +9,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fisher_forget.curvature.operator import Curvature, Spectral, check_undamped, not_sums
+from fisher_forget.curvature import cost
+from fisher_forget.curvature.checks import check_undamped
+from fisher_forget.curvature.cost import CostEstimate
+from fisher_forget.curvature.operator import Curvature, Spectral, not_sums
+from fisher_forget.curvature.passes import Walk
 from fisher_forget.curvature.record import Record
+from fisher_forget.curvature.solvers import flat, hutchinson
+from fisher_forget.curvature.structures.spec import StructureSpec
 from fisher_forget.curvature.tape import Tape
-from fisher_forget.params import Params
+from fisher_forget.params import Params, flatten, size, unflatten
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ class Diagonal(Spectral):
         return self.spectrum()
 
     def combined(self, other: Curvature, x: float, y: float) -> Curvature:
-        check_undamped(self, other)
+        check_undamped(self.tau, other.tau)
         if not isinstance(other, Diagonal) or list(self.eigenvalues) != list(other.eigenvalues):
             raise not_sums(self, other)
         return self.mixed_eigenvalues(other, x, y)
@@ -127,3 +133,27 @@ class DiagonalSum:
     def result(self, count: float) -> Diagonal:
         """The mean over `count` scored positions."""
         return Diagonal(self._settling.mean(count))
+
+
+def hessian_diagonal(walk: Walk) -> tuple[Diagonal, float]:
+    """An unbiased *estimate* of the Hessian's diagonal by `hutchinson`; entries may be negative."""
+    product, like = walk.product(), walk.like()
+    probes, seed = walk.options.draws, walk.options.seed
+    entries = unflatten(hutchinson(flat(product, like), flatten(like), probes, seed), like)
+    return Diagonal(entries, signed=True), product.count
+
+
+def _estimate(walk: Walk) -> tuple[Curvature, float]:
+    if walk.kind == "hessian":
+        return hessian_diagonal(walk)
+    return walk.estimate(DiagonalSum(walk.tape))
+
+
+def _cost(walk: Walk) -> CostEstimate:
+    if walk.kind != "hessian":
+        return cost.of_columns(walk, lambda: DiagonalSum(walk.tape))
+    nbytes = size(walk.tape.params) * cost.itemsize(walk)
+    return cost.of_products(walk, walk.options.draws, nbytes)
+
+
+DIAGONAL = StructureSpec("diagonal", (Diagonal,), _estimate, _cost, additive=True)

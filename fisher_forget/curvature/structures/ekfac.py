@@ -14,138 +14,28 @@ diagonal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fisher_forget.curvature.operator import (
-    BlockDiagonal,
-    Curvature,
-    Spectral,
-    Stored,
-    check_undamped,
-    not_sums,
-    spectral_fields,
-)
+from fisher_forget.curvature import cost
+from fisher_forget.curvature.cost import CostEstimate
+from fisher_forget.curvature.operator import BlockDiagonal, Curvature, Spectral
+from fisher_forget.curvature.passes import Walk
 from fisher_forget.curvature.record import Group, Record
-from fisher_forget.curvature.rules import rule_for
 from fisher_forget.curvature.rules.base import PATCH_BYTES, MatrixRule, add_squared_products
 from fisher_forget.curvature.structures.diagonal import Diagonal, Settling
+from fisher_forget.curvature.structures.kronecker import KEY, Kronecker, Matrix, turn
+from fisher_forget.curvature.structures.spec import StructureSpec
 from fisher_forget.curvature.tape import Tape
-from fisher_forget.errors import CurvatureError, StorageError
+from fisher_forget.errors import CurvatureError
 from fisher_forget.params import Params
 
-KEY = "matrix"
-REPLAY_BYTES = (
-    256 << 20
-)  # layer inputs and output gradients kept from the first pass for the second
+REPLAY_BYTES = 256 << 20  # layer inputs and output gradients kept from the first pass
 
 Step = tuple[Record, Tensor, Sequence[Tensor | None], bool]
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """How a layer's parameters are laid out as one matrix [O, I (+ 1)]."""
-
-    rule: MatrixRule
-    weight: str
-    bias: str | None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (self.weight,) if self.bias is None else (self.weight, self.bias)
-
-    def join(self, v: Mapping[str, Tensor]) -> Tensor:
-        """[..., O, I (+ 1)] from parameters with any leading dimensions."""
-        matrix = self.rule.to_matrix(v[self.weight])
-        return matrix if self.bias is None else torch.cat([matrix, v[self.bias].unsqueeze(-1)], -1)
-
-    def part(self, matrix: Tensor) -> Params:
-        """Inverse of `join`."""
-        if self.bias is None:
-            return {self.weight: self.rule.from_matrix(matrix)}
-        return {self.weight: self.rule.from_matrix(matrix[..., :-1]), self.bias: matrix[..., -1]}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kronecker(Spectral):
-    """One layer: B = (Q_row (x) Q_col) diag(Lambda) (Q_row (x) Q_col)^T; `None` stands for the
-    standard basis.
-
-    Attributes:
-        layout: The layer's matrix.
-        row: Q_row [O, O] or `None`.
-        col: Q_col [I, I].
-    """
-
-    layout: Matrix
-    row: Tensor | None
-    col: Tensor
-    stored_as: ClassVar[str] = "kronecker"
-
-    def rotate(self, v: Mapping[str, Tensor]) -> Params:
-        return {KEY: turn(self.layout.join(v), self.row, self.col)}
-
-    def unrotate(self, z: Mapping[str, Tensor]) -> Params:
-        m = z[KEY] if self.row is None else self.row @ z[KEY]
-        return self.layout.part(m @ self.col.T)
-
-    def diagonal(self) -> Params:
-        m = self.spectrum()[KEY]
-        m = m if self.row is None else self.row.square() @ m
-        return self.layout.part(m @ self.col.square().T)
-
-    def combined(self, other: Curvature, x: float, y: float) -> Curvature:
-        check_undamped(self, other)
-        if not isinstance(other, Kronecker):
-            raise not_sums(self, other)
-        if not (_equal(self.row, other.row) and _equal(self.col, other.col)):
-            raise CurvatureError(
-                f"EKFAC blocks of {self.layout.names} in different bases",
-                "one basis for both",
-                "Estimate the second with estimate_curvature(..., basis=first).",
-            )
-        return self.mixed_eigenvalues(other, x, y)
-
-    def pack(self) -> Stored:
-        plain = super().pack()
-        bases = {"col": self.col} if self.row is None else {"row": self.row, "col": self.col}
-        names = {"weight": self.layout.weight, "bias": self.layout.bias}
-        return replace(plain, settings=plain.settings | names, tensors=plain.tensors | bases)
-
-    @classmethod
-    def unpack(cls, stored: Stored, parts: Sequence[Curvature], model: nn.Module) -> Curvature:
-        weight, bias = stored.settings["weight"], stored.settings["bias"]
-        return cls(
-            layout=Matrix(_rule_of(weight, model), weight, bias),
-            row=stored.tensors.get("row"),
-            col=stored.tensors["col"],
-            **spectral_fields(stored),
-        )
-
-
-def _equal(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return a is b or (a.shape == b.shape and bool(torch.equal(a, b)))
-
-
-def _rule_of(weight: str, model: nn.Module) -> MatrixRule:
-    """The rule of the layer that holds a weight, which says how that is a matrix."""
-    wanted = dict(model.named_parameters())[weight]
-    for module in model.modules():
-        owns = any(p is wanted for p in module.parameters(recurse=False))
-        rule = rule_for(module) if owns else None
-        if isinstance(rule, MatrixRule):
-            return rule
-    raise StorageError(
-        f"a block of {weight}",
-        "a layer with a matrix of that name",
-        "Estimate the curvature again.",
-    )
 
 
 def symmetric_basis(covariance: Tensor) -> Tensor:
@@ -158,11 +48,6 @@ def symmetric_basis(covariance: Tensor) -> Tensor:
         # single precision may not converge where the rank is low (dead pixels)
         basis = torch.linalg.eigh(covariance.double(), UPLO="U")[1]
     return basis.to(covariance.dtype)
-
-
-def turn(matrix: Tensor, row: Tensor | None, col: Tensor) -> Tensor:
-    """Q_row^T M Q_col."""
-    return (matrix if row is None else row.T @ matrix) @ col
 
 
 class EkfacSum:
@@ -427,3 +312,44 @@ class EkfacSum:
         if rest:
             parts.append((tuple(rest), Diagonal(rest)))
         return BlockDiagonal(tuple(parts), tuple(self.params))
+
+
+def _estimate(walk: Walk) -> tuple[Curvature, float]:
+    return walk.estimate(EkfacSum(walk.tape, walk.options.basis))
+
+
+def _cost(walk: Walk) -> CostEstimate:
+    """Eigendecompositions are left out of the timed runs, and added by their size: what stands in
+    for a basis is as large, which is all that timing needs."""
+    sides: list[int] = []
+
+    def standing_in(moment: Tensor) -> Tensor:
+        sides.append(len(moment))
+        return moment
+
+    look, basis = walk.first(cost.FEW), walk.options.basis
+    probe = EkfacSum(walk.tape, basis, decompose=standing_in)
+    look.accumulate(probe)
+    seconds = sum(cost.eigh_seconds(walk, side) for side in sides)
+    remembered = probe.remembered * len(walk.samples) // len(look.samples)
+    replay = remembered <= REPLAY_BYTES
+    timed = cost.of_columns(
+        walk, lambda: EkfacSum(walk.tape, basis, decompose=standing_in, replay=replay)
+    )
+    peak = timed.bytes_peak + (remembered if replay else 0)
+    return replace(timed, seconds=timed.seconds + seconds, bytes_peak=peak)
+
+
+EKFAC = StructureSpec(
+    "ekfac",
+    (BlockDiagonal, Kronecker, Diagonal),
+    _estimate,
+    _cost,
+    refused={
+        "hessian": "Kronecker factors are second moments of layer gradients, and the Hessian is no "
+        "sum of such squares; use kind='exact' or 'sketch', or structure='diagonal', 'dense' or "
+        "'matrix_free'."
+    },
+    additive=True,
+    takes_basis=True,
+)

@@ -11,9 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from fisher_forget import params as P
+from fisher_forget.curvature import cost
 from fisher_forget.curvature.checks import check_definite, checked_damping
+from fisher_forget.curvature.cost import CostEstimate
+from fisher_forget.curvature.kinds import EXACT_UP_TO
 from fisher_forget.curvature.operator import Curvature, Stored, exact_power_trace
+from fisher_forget.curvature.passes import Walk
 from fisher_forget.curvature.solvers import Lanczos, Product, flat
+from fisher_forget.curvature.structures.diagonal import DiagonalSum
+from fisher_forget.curvature.structures.spec import StructureSpec
 from fisher_forget.params import Params
 
 
@@ -165,3 +171,50 @@ def top_eigenpairs(
         trace_estimated=trace_estimated,
         products=space.rows,
     )
+
+
+def _for_trace(walk: Walk) -> Walk:
+    """The trace of many exact columns costs as many backward passes; one random column a sample is
+    unbiased."""
+    if walk.kind != "exact" or walk.exact_columns <= EXACT_UP_TO:
+        return walk
+    return replace(walk, options=replace(walk.options, kind="sketch"))
+
+
+def _estimate(walk: Walk) -> tuple[Curvature, float]:
+    tracing = _for_trace(walk)
+    # the trace first, before the product keeps its graphs
+    trace = tracing.estimate(DiagonalSum(walk.tape))[0].trace()
+    product = walk.product()
+    operator = top_eigenpairs(
+        product,
+        walk.like(),
+        walk.options.rank,
+        trace,
+        seed=walk.options.seed,
+        trace_estimated=tracing is not walk,
+    )
+    return operator, product.count
+
+
+def _cost(walk: Walk) -> CostEstimate:
+    d, each = P.size(walk.tape.params), cost.itemsize(walk)
+    rank, most = min(walk.options.rank, d), most_products(min(walk.options.rank, d), d)
+    products = cost.of_products(walk, most, (d * rank + rank + d) * each, vectors=most)
+    trace = cost.of_columns(_for_trace(walk), lambda: DiagonalSum(walk.tape))
+    both = products + trace
+    return replace(both, bytes_result=products.bytes_result, columns=trace.columns)
+
+
+LOW_RANK = StructureSpec(
+    "low_rank",
+    (LowRank,),
+    _estimate,
+    _cost,
+    refused={
+        "hessian": "The largest eigenpairs beside a non-negative rest describe a semi-definite "
+        "operator, and a Hessian may be indefinite; use kind='exact', or structure='matrix_free' "
+        "or 'dense'."
+    },
+    by_products=True,
+)

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from fisher_forget import params as P
+from fisher_forget.curvature import cost
 from fisher_forget.curvature.checks import check_definite, checked_damping, needs_definite
+from fisher_forget.curvature.cost import CostEstimate
 from fisher_forget.curvature.operator import Curvature
+from fisher_forget.curvature.passes import Walk
 from fisher_forget.curvature.solvers import (
     Lanczos,
     Product,
@@ -22,10 +25,11 @@ from fisher_forget.curvature.solvers import (
     matrix,
     rademacher,
 )
+from fisher_forget.curvature.structures.spec import StructureSpec
 from fisher_forget.errors import NumericalError
 from fisher_forget.params import Params
 
-SMALL = 512  # parameters up to which diagonal, trace and logdet come from the matrix itself, by d products
+SMALL = 512  # parameters up to which diagonal, trace and logdet come from the matrix itself
 LOWEST_STEPS = 100  # Lanczos steps that look for a negative eigenvalue of a larger Hessian
 QUADRATURE_STEPS = 80  # of each probe of a larger operator's logdet
 CHECK_EVERY = 5  # Lanczos steps between two looks at the convergence of f(A) v
@@ -216,5 +220,29 @@ class MatrixFree(Curvature):
         return NumericalError(
             f"{method} at {reached:.2g} after {products} products",
             f"the tolerance {self.tolerance:g}",
-            "Use more damping, a preconditioner=, or dataclasses.replace(curvature, iterations=..., tolerance=...).",
+            "Use more damping, a preconditioner=, or "
+            "dataclasses.replace(curvature, iterations=..., tolerance=...).",
         )
+
+
+def _estimate(walk: Walk) -> tuple[Curvature, float]:
+    product = walk.product()
+    operator = MatrixFree(
+        product=product,
+        like=walk.like(),
+        signed=walk.kind == "hessian",
+        preconditioner=walk.options.preconditioner,
+        seed=walk.options.seed,
+    )
+    return operator, product.count
+
+
+def _cost(walk: Walk) -> CostEstimate:
+    preconditioner = walk.options.preconditioner
+    held = P.size(walk.tape.params) * cost.itemsize(walk)
+    held += 0 if preconditioner is None else preconditioner.nbytes()
+    prepared = cost.of_products(walk, 0, held)
+    return replace(prepared, bytes_result=held + cost.kept_bytes(walk))
+
+
+MATRIX_FREE = StructureSpec("matrix_free", (MatrixFree,), _estimate, _cost, by_products=True)
