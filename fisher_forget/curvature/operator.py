@@ -142,6 +142,10 @@ class Curvature(ABC):
         Raises:
             CurvatureError: As for `power`.
         """
+        if (known := self.known_eigenvalues()) is not None:
+            powers = [(s.double(), (s.double() + self.tau).pow(p), times) for s, times in known]
+            terms = ((s * x if times_curvature else x, times) for s, x, times in powers)
+            return math.fsum(times * float(term.sum()) for term, times in terms)
         generator, zeros, values = torch.Generator().manual_seed(seed), self.zeros(), []
         first = P.flatten(zeros)
         for _ in range(probes):
@@ -151,6 +155,11 @@ class Curvature(ABC):
                 squares = P.dot(y, self.power(y, 1.0)) - self.tau * squares
             values.append(squares)
         return math.fsum(values) / probes
+
+    def known_eigenvalues(self) -> Sequence[tuple[Tensor, int]] | None:
+        """Eigenvalues of B, and how often each of them occurs; `None` where only products are
+        known."""
+        return None
 
     def combined(self, other: Curvature, x: float, y: float) -> Curvature:
         """x A + y B of two undamped curvatures of the same parameters.
@@ -250,11 +259,8 @@ class Spectral(Curvature):
         check_definite(_smallest(spectrum), "logdet")
         return math.fsum(float(s.double().log().sum()) for s in spectrum.values())
 
-    def power_trace(
-        self, p: float, *, times_curvature: bool = False, probes: int = 8, seed: int = 0
-    ) -> float:
-        known = [(values, 1) for values in replace(self, tau=0.0).spectrum().values()]
-        return exact_power_trace(known, self.tau, p, times_curvature)
+    def known_eigenvalues(self) -> Sequence[tuple[Tensor, int]]:
+        return [(values, 1) for values in replace(self, tau=0.0).spectrum().values()]
 
     def pack(self) -> Stored:
         plain = Stored(self.stored_as, {"tau": self.tau, "signed": self.signed})
@@ -347,23 +353,6 @@ def spectral_fields(stored: Stored) -> dict[str, Any]:
     """The fields of a stored `Spectral`."""
     settings: dict[str, Any] = {key: stored.settings[key] for key in ("tau", "signed")}
     return settings | {"eigenvalues": stored.params("eigenvalues", "keys")}
-
-
-def exact_power_trace(
-    known: Iterable[tuple[Tensor, int]], tau: float, p: float, times_curvature: bool
-) -> float:
-    """sum_i m_i (s_i + tau)^p, or sum_i m_i s_i (s_i + tau)^p.
-
-    Args:
-        known: Eigenvalues s of B, and how often each of them occurs.
-        tau: Damping.
-        p: Exponent.
-        times_curvature: Which of the two.
-    """
-    powers = [(s.double(), (s.double() + tau).pow(p), times) for s, times in known]
-    return math.fsum(
-        times * float((s * power if times_curvature else power).sum()) for s, power, times in powers
-    )
 
 
 def precision_vector(precision: Mapping[str, Tensor | float], like: Params) -> Tensor:

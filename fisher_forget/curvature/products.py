@@ -151,12 +151,12 @@ class DataProduct:
 
     def _measure(self, batch: Batch, live: Params) -> int:
         """Bytes that autograd saves for one sample, without the parameters themselves."""
-        own = {p.untyped_storage().data_ptr() for p in live.values()}
+        weights = {p.untyped_storage().data_ptr() for p in live.values()}
         saved: dict[int, int] = {}
 
         def pack(x: Tensor) -> Tensor:
             storage = x.untyped_storage()
-            if storage.data_ptr() not in own:
+            if storage.data_ptr() not in weights:
                 at = storage.data_ptr()
                 saved[at] = max(saved.get(at, 0), x.numel() * x.element_size())
             return x

@@ -209,8 +209,8 @@ class Group:
 
     def pieces(self, grads: Sequence[Tensor | None]) -> Iterator[Params]:
         """`per_sample` over runs of samples short enough that the gradients stay in cache."""
-        each = 4 * sum(self.record.params[name].numel() for name in self.names)
-        step, total = max(1, PIECE_BYTES // each), len(self.record.batch)
+        row_bytes = 4 * sum(self.record.params[name].numel() for name in self.names)
+        step, total = max(1, PIECE_BYTES // row_bytes), len(self.record.batch)
         for start in range(0, total, step):
             yield self.per_sample(grads, slice(start, min(start + step, total)))
 

@@ -48,12 +48,12 @@ def load_curvature(path: str | Path, model: nn.Module, data: Split) -> Curvature
             other data.
     """
     tensors, metadata = files.load_tensors(path)
-    asked = {
+    wanted = {
         "format": FORMAT,
         "model": files.fingerprint(dict(model.state_dict())),
         "data": data.fingerprint(),
     }
-    for key, expected in asked.items():
+    for key, expected in wanted.items():
         if metadata.get(key) != expected:
             raise StorageError(
                 f"{path} made for {key} {metadata.get(key)}",

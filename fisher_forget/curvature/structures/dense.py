@@ -148,8 +148,8 @@ class DenseSum:
     def add(
         self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool
     ) -> None:
-        each = record.per_sample(column, grads)
-        rows = torch.cat([value.flatten(1) for value in each.values()], 1)
+        gradients = record.per_sample(column, grads)
+        rows = torch.cat([value.flatten(1) for value in gradients.values()], 1)
         self.sums.addmm_(rows.T, rows)
 
     def end_pass(self) -> None:

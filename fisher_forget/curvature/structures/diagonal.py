@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -88,43 +88,56 @@ class Settling:
         return {key: value / count for key, value in (self._total or self.recent).items()}
 
 
-class DiagonalSum:
-    """Accumulates diag(sum_n J_n^T H_n J_n).
+class ThinSquares:
+    """Sums over columns of squared output gradients, of layers whose gradients are g a^T.
 
-    A Linear layer at one position needs no per-sample gradient: the squared output gradients of all
-    columns are added first, then one product (sum_k G_k*G_k)^T (A*A) serves the chunk.
+    sum_nk (g_nk a_n^T)^2 = (sum_k G_k * G_k)^T (A * A): all columns of a chunk share its inputs.
     """
+
+    def __init__(self) -> None:
+        self._sums: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    def add(self, key: Any, a: Tensor, g: Tensor) -> None:
+        """Add a column of a layer: its inputs a [N, I] and output gradients g [N, O]."""
+        if key in self._sums:
+            self._sums[key][1].addcmul_(g, g)
+        else:
+            self._sums[key] = (a, g * g)
+
+    def drained(self) -> Iterator[tuple[Any, Tensor, Tensor]]:
+        """(key, a, sum_k g_k * g_k) of every layer, after which nothing is held."""
+        sums, self._sums = self._sums, {}
+        return ((key, a, squares) for key, (a, squares) in sums.items())
+
+
+class DiagonalSum:
+    """Accumulates diag(sum_n J_n^T H_n J_n)."""
 
     passes = 1
 
     def __init__(self, tape: Tape) -> None:
         self.sums: Params = {name: torch.zeros_like(p) for name, p in tape.params.items()}
         self._settling = Settling(self.sums)
-        self._pending: dict[int, tuple[Tensor, Tensor, dict[str, str]]] = {}
+        self._thin = ThinSquares()
 
     def add(
         self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool
     ) -> None:
         for group in record.groups():
             thin = group.rank_one(grads)
-            if thin is not None:
-                a, g = thin
-                key = group.calls[0]
-                if key in self._pending:
-                    self._pending[key][1].addcmul_(g, g)
-                else:
-                    self._pending[key] = (a, g * g, group.layer.names)
-                continue
-            group.add_squares(self.sums, grads, more=not last)
+            if thin is None:
+                group.add_squares(self.sums, grads, more=not last)
+            else:
+                self._thin.add(tuple(group.layer.names.items()), *thin)
         for name, value in record.stray(column).items():
             self.sums[name] += value.square().sum(0)
         if last:
-            for a, squares, names in self._pending.values():
+            for key, a, squares in self._thin.drained():
+                names = dict(key)
                 if "weight" in names:
                     self.sums[names["weight"]].addmm_(squares.T, a * a)
                 if "bias" in names:
                     self.sums[names["bias"]] += squares.sum(0)
-            self._pending.clear()
             self._settling.end_chunk()
 
     def end_pass(self) -> None:

@@ -15,7 +15,7 @@ from fisher_forget.curvature import cost
 from fisher_forget.curvature.checks import check_definite, checked_damping
 from fisher_forget.curvature.cost import CostEstimate
 from fisher_forget.curvature.kinds import EXACT_UP_TO
-from fisher_forget.curvature.operator import Curvature, Stored, exact_power_trace
+from fisher_forget.curvature.operator import Curvature, Stored
 from fisher_forget.curvature.passes import Walk
 from fisher_forget.curvature.solvers import Lanczos, Product, flat
 from fisher_forget.curvature.structures.diagonal import DiagonalSum
@@ -56,20 +56,20 @@ class LowRank(Curvature):
             smallest = min(smallest, self.delta) if self._rest else smallest
             check_definite(smallest + self.tau, f"power {p:g}", singular=True)
         x = P.flatten({name: v[name] for name in self.like})
+        # U (s + tau)^p U^T x, and (delta + tau)^p of what is not in the span of U
         inside = self.basis.T @ x
-        rest = (self.delta + self.tau) ** p if self._rest else 0.0
-        found = self.basis @ ((self.eigenvalues + self.tau).pow(p) * inside)
+        powered = self.basis @ ((self.eigenvalues + self.tau).pow(p) * inside)
         if self._rest:
-            found += rest * (x - self.basis @ inside)
-        return P.unflatten(found, self.like)
+            powered += (self.delta + self.tau) ** p * (x - self.basis @ inside)
+        return P.unflatten(powered, self.like)
 
     def damped(self, tau: float) -> Self:
         return replace(self, tau=self.tau + checked_damping(tau))
 
     def diagonal(self) -> Params:
         rest = self.delta if self._rest else 0.0
-        found = self.basis.square() @ (self.eigenvalues - rest) + rest + self.tau
-        return P.unflatten(found, self.like)
+        entries = self.basis.square() @ (self.eigenvalues - rest) + rest + self.tau
+        return P.unflatten(entries, self.like)
 
     def trace(self) -> float:
         d = len(self.basis)
@@ -85,13 +85,10 @@ class LowRank(Curvature):
     def zeros(self) -> Params:
         return P.zeros_like(self.like)
 
-    def power_trace(
-        self, p: float, *, times_curvature: bool = False, probes: int = 8, seed: int = 0
-    ) -> float:
-        # delta has a multiplicity of 0 where the rank is full: then 0^p must not count
+    def known_eigenvalues(self) -> Sequence[tuple[Tensor, int]]:
+        # where the rank is full there is no delta, whose power -1 might be infinite
         others = self.eigenvalues.new_full((min(self._rest, 1),), self.delta, dtype=torch.float64)
-        known = [(self.eigenvalues, 1), (others, self._rest)]
-        return exact_power_trace(known, self.tau, p, times_curvature)
+        return [(self.eigenvalues, 1), (others, self._rest)]
 
     def pack(self) -> Stored:
         settings = {"delta": self.delta, "tau": self.tau}
@@ -100,9 +97,9 @@ class LowRank(Curvature):
 
     @classmethod
     def unpack(cls, stored: Stored, parts: Sequence[Curvature], model: nn.Module) -> Curvature:
-        fields: dict[str, Any] = {key: stored.settings[key] for key in ("delta", "tau")}
+        numbers: dict[str, Any] = {key: stored.settings[key] for key in ("delta", "tau")}
         tensors: dict[str, Any] = {key: stored.tensors[key] for key in ("basis", "eigenvalues")}
-        return cls(like=stored.params("like", "like"), **fields, **tensors)
+        return cls(like=stored.params("like", "like"), **numbers, **tensors)
 
     @property
     def _rest(self) -> int:
@@ -152,6 +149,7 @@ def top_eigenpairs(
         if space.rows < rank or ((space.rows - rank) % 4 and space.rows < most_products(rank, d)):
             continue
         values, vectors = space.eigh()
+        # B Q^T y - theta Q^T y = residual * y_m q_(m+1): the last entries say how far off each is
         worst = space.residual * float(vectors[-1, -rank:].abs().max())
         residual = worst / max(float(values[-1]), 1e-300)
         # a residual of exactly 0 is an invariant subspace: other eigenvalues may hide outside it
@@ -159,6 +157,7 @@ def top_eigenpairs(
             break
     s = values[-rank:].flip(0).clamp(min=0)
     basis = space.basis.T @ vectors[:, -rank:].flip(1).to(space.basis)
+    # what the trace leaves for the other eigenvalues, unless that is rounding
     left = trace - float(s.sum())
     rounding = 10 * d * eps * trace
     delta = left / (d - rank) if d > rank and left > rounding else 0.0
