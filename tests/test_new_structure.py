@@ -33,7 +33,7 @@ from fisher_forget.curvature import (
 from fisher_forget.curvature import cost as costs
 from fisher_forget.curvature.checks import check_undamped, checked_damping
 from fisher_forget.curvature.operator import BlockDiagonal, Stored, not_sums
-from fisher_forget.curvature.passes import Walk
+from fisher_forget.curvature.passes import Accumulator, Walk
 from fisher_forget.curvature.record import Record
 from fisher_forget.curvature.structures import STRUCTURES
 from fisher_forget.curvature.structures.spec import StructureSpec
@@ -81,10 +81,8 @@ class ScaledIdentity(Curvature):
         return cls(like=stored.params("like", "like"), **settings)
 
 
-class IdentitySum:
+class IdentitySum(Accumulator):
     """Sum of squares of all per-sample gradients."""
-
-    passes = 1
 
     def __init__(self, like: Params) -> None:
         self.like, self.sum = like, 0.0
@@ -93,9 +91,6 @@ class IdentitySum:
         self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool
     ) -> None:
         self.sum += float(record.squared_norms(column, grads).sum())
-
-    def end_pass(self) -> None:
-        pass
 
     def result(self, count: float) -> ScaledIdentity:
         return ScaledIdentity(factor=self.sum / count / size(self.like), like=self.like)

@@ -90,7 +90,7 @@ def weight(
 
     def product(u: Tensor) -> Tensor:
         total = torch.zeros_like(u)
-        for s in drawn:
+        for s in drawn:  # H_n u_n = sum_k S_nk <S_nk, u_n>
             inner = (s * u).reshape(len(u), -1).sum(1)
             total += s * inner.view(-1, *[1] * (u.dim() - 1))
         return total

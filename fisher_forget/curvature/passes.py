@@ -4,10 +4,10 @@ batch."""
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -30,22 +30,38 @@ REUSED = 128 << 20  # the same where several columns read them: smaller ones are
 SHARE = 4  # of the available memory, one part in so many
 
 
-class Reader(Protocol):
-    """What reads the columns, pass by pass."""
+class Reader(ABC):
+    """What reads the columns, pass by pass.
 
-    passes: int
+    Attributes:
+        passes: How many passes over the data it needs.
+    """
 
+    passes: int = 1
+
+    @abstractmethod
     def add(
         self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool
-    ) -> None: ...
+    ) -> None:
+        """Read one column of a chunk.
 
-    def end_pass(self) -> None: ...
+        Args:
+            record: The chunk's forward pass.
+            column: [N, ...], of the outputs' shape.
+            grads: What `record.pull(column)` returned.
+            last: Whether it is the chunk's last column.
+        """
+
+    def end_pass(self) -> None:  # noqa: B027 - most have nothing to do between passes
+        """All samples have been read once more."""
 
 
-class Accumulator(Reader, Protocol):
+class Accumulator(Reader):
     """What a structure gathers from the columns."""
 
-    def result(self, count: float) -> Curvature: ...
+    @abstractmethod
+    def result(self, count: float) -> Curvature:
+        """The mean over `count` scored positions."""
 
 
 @dataclass(frozen=True)
@@ -172,14 +188,15 @@ class Walk:
         Where several columns follow each other, also what layers keep for all of them.
         """
         probe = self.tape.run(next(batch.chunks(1)))
+        # input, output, its gradient and the graph are about as large as the input each
         recorded = sum(u.a.numel() * u.a.element_size() for u in probe.uses) * 4
         if self._several:
             for use, g in zip(probe.uses, probe.pull(torch.ones_like(probe.outputs)), strict=True):
                 shared = None if g is None else use.layer.rule.shared(use.a, g)
                 recorded += 0 if shared is None else shared.numel() * shared.element_size()
-        return max(
-            recorded + size({name: self.tape.params[name] for name in self.tape.stray}) * 8, 1
-        )
+        # rows of stray parameters: the gradient and its square
+        stray = size({name: self.tape.params[name] for name in self.tape.stray})
+        return max(recorded + stray * 8, 1)
 
     def _records(self, batch: Batch, steps: dict[tuple[torch.Size, ...], int]) -> Iterator[Record]:
         """Forward passes over chunks whose recorded tensors fit the memory; `steps` remembers sizes
@@ -190,10 +207,8 @@ class Walk:
         yield from (self.tape.run(chunk) for chunk in batch.chunks(steps[shape]))
 
 
-class _NormSum:
+class _NormSum(Reader):
     """Accumulates the squared gradient norms of samples, in the order of the walk."""
-
-    passes = 1
 
     def __init__(self) -> None:
         self.norms: list[Tensor] = []
@@ -202,9 +217,6 @@ class _NormSum:
         self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool
     ) -> None:
         self.norms.append(record.squared_norms(column, grads).cpu())
-
-    def end_pass(self) -> None:
-        """One pass is all it needs."""
 
 
 def squared_gradient_norms(
@@ -233,12 +245,10 @@ def squared_gradient_norms(
     """
     if not len(indices):
         return torch.zeros(0, dtype=torch.float64)
-    first = next(split.batches(indices)).on(tape.model)
-    tape.verify(first)
-    options = CurvatureOptions(kind="empirical", memory=memory)
-    walk = Walk(tape, split, indices, likelihood, options)
-    total = _NormSum()
-    walk.accumulate(total)
+    tape.verify(next(split.batches(indices)).on(tape.model))
+    # the empirical kind's one column a sample is dl_n/df_n, which back-propagates to dl_n/dw
+    options, total = CurvatureOptions(kind="empirical", memory=memory), _NormSum()
+    Walk(tape, split, indices, likelihood, options).accumulate(total)
     return torch.cat(total.norms)
 
 

@@ -90,6 +90,7 @@ def summed(chunks: Iterable[Chunk], v: Mapping[str, Tensor], count: float) -> Pa
     """(1/count) sum over the chunks of what they make of v."""
     total = {name: torch.zeros_like(x) for name, x in v.items()}
     for chunk in chunks:
+        # parameters that a chunk does not use add nothing
         for name, value in chunk(v).items():
             total[name] += value
     return P.scale(total, 1 / count)

@@ -66,6 +66,7 @@ class Record:
         """Gradients of <column, outputs> at the output of every recorded layer call."""
         if not self.uses:
             return []
+        # gradients stop at the layers' outputs: those of the weights are never formed
         edges = [use.edge for use in self.uses if use.edge is not None]
         grads = torch.autograd.grad(
             self.outputs, edges, column, retain_graph=True, allow_unused=True
@@ -82,6 +83,7 @@ class Record:
         """Layer calls that share parameters, together: the per-sample gradients of a tensor add
         over its uses."""
         if self._groups is None:
+            # union-find by name: two calls with one parameter in common are one group
             by_name: dict[str, Group] = {}
             for index, use in enumerate(self.uses):
                 merged = Group(self, [index], dict.fromkeys(use.layer.names.values()))

@@ -20,7 +20,7 @@ from fisher_forget.curvature.operator import (
     precision_vector,
     spectral_fields,
 )
-from fisher_forget.curvature.passes import Walk
+from fisher_forget.curvature.passes import Accumulator, Walk
 from fisher_forget.curvature.record import Record
 from fisher_forget.curvature.solvers import flat, matrix
 from fisher_forget.curvature.structures.spec import StructureSpec
@@ -52,6 +52,7 @@ class Dense(Spectral):
         return unflatten(self.basis @ z[KEY], self.like)
 
     def diagonal(self) -> Params:
+        # B_ii = sum_k Q_ik^2 lambda_k
         return unflatten((self.basis.square() * self.spectrum()[KEY]).sum(1), self.like)
 
     def matrix(self) -> Tensor:
@@ -62,6 +63,7 @@ class Dense(Spectral):
         check_undamped(self.tau, other.tau)
         if not isinstance(other, Dense) or self.basis.shape != other.basis.shape:
             raise not_sums(self, other)
+        # the two have different bases: add the matrices and decompose anew
         mixed = from_matrix(x * self.matrix() + y * other.matrix(), self.like)
         return replace(mixed, signed=self.signed)
 
@@ -93,6 +95,7 @@ def from_matrix(b: Tensor, like: Params, *, signed: bool = False) -> Dense:
     Raises:
         CurvatureError: If a matrix that is not `signed` has a negative eigenvalue beyond rounding.
     """
+    # symmetric but for rounding: eigh reads one triangle only
     eigenvalues, basis = torch.linalg.eigh((b + b.T) / 2)
     largest, smallest = float(eigenvalues.abs().max()), float(eigenvalues.min())
     eps = torch.finfo(b.dtype).eps
@@ -130,14 +133,12 @@ def check_size(like: Params) -> int:
     return d
 
 
-class DenseSum:
+class DenseSum(Accumulator):
     """Accumulates sum_n J_n^T H_n J_n [d, d].
 
     Raises:
         CurvatureError: If the model is too large for a d x d matrix.
     """
-
-    passes = 1
 
     def __init__(self, tape: Tape) -> None:
         self.like = {name: p.detach() for name, p in tape.params.items()}
@@ -150,13 +151,10 @@ class DenseSum:
     ) -> None:
         gradients = record.per_sample(column, grads)
         rows = torch.cat([value.flatten(1) for value in gradients.values()], 1)
+        # the rows are J_n^T s_n, one a sample: their outer products add up in one matrix product
         self.sums.addmm_(rows.T, rows)
 
-    def end_pass(self) -> None:
-        """One pass is all a dense matrix needs."""
-
     def result(self, count: float) -> Dense:
-        """The mean over `count` scored positions."""
         return from_matrix(self.sums / count, self.like)
 
 

@@ -13,7 +13,7 @@ from fisher_forget.curvature import cost
 from fisher_forget.curvature.checks import check_undamped
 from fisher_forget.curvature.cost import CostEstimate
 from fisher_forget.curvature.operator import Curvature, Spectral, not_sums
-from fisher_forget.curvature.passes import Walk
+from fisher_forget.curvature.passes import Accumulator, Walk
 from fisher_forget.curvature.record import Record
 from fisher_forget.curvature.solvers import flat, hutchinson
 from fisher_forget.curvature.structures.spec import StructureSpec
@@ -73,6 +73,7 @@ class Settling:
             self._settle()
 
     def _settle(self) -> None:
+        # a small number added to a large one loses digits; a sum of such has lost fewer
         if self._total is None:
             self._total = {key: value.clone() for key, value in self.recent.items()}
         else:
@@ -110,10 +111,8 @@ class ThinSquares:
         return ((key, a, squares) for key, (a, squares) in sums.items())
 
 
-class DiagonalSum:
+class DiagonalSum(Accumulator):
     """Accumulates diag(sum_n J_n^T H_n J_n)."""
-
-    passes = 1
 
     def __init__(self, tape: Tape) -> None:
         self.sums: Params = {name: torch.zeros_like(p) for name, p in tape.params.items()}
@@ -140,11 +139,7 @@ class DiagonalSum:
                     self.sums[names["bias"]] += squares.sum(0)
             self._settling.end_chunk()
 
-    def end_pass(self) -> None:
-        """One pass is all a diagonal needs."""
-
     def result(self, count: float) -> Diagonal:
-        """The mean over `count` scored positions."""
         return Diagonal(self._settling.mean(count))
 
 

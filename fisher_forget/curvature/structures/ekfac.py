@@ -23,7 +23,7 @@ from torch import Tensor
 from fisher_forget.curvature import cost
 from fisher_forget.curvature.cost import CostEstimate
 from fisher_forget.curvature.operator import BlockDiagonal, Curvature, Spectral
-from fisher_forget.curvature.passes import Walk
+from fisher_forget.curvature.passes import Accumulator, Walk
 from fisher_forget.curvature.record import Group, Record
 from fisher_forget.curvature.rules.base import PATCH_BYTES, MatrixRule, add_squared_products
 from fisher_forget.curvature.structures.diagonal import Diagonal, Settling, ThinSquares
@@ -50,7 +50,7 @@ def symmetric_basis(covariance: Tensor) -> Tensor:
     return basis.to(covariance.dtype)
 
 
-class EkfacSum:
+class EkfacSum(Accumulator):
     """Accumulates the sides' second moments in a first pass over the data and Lambda in a second.
 
     Where all layer inputs and output gradients of the first pass fit `REPLAY_BYTES`, the second is
@@ -286,7 +286,6 @@ class EkfacSum:
                     self.rest[name] += value.square().sum(0)
 
     def result(self, count: float) -> BlockDiagonal:
-        """The mean over `count` scored positions."""
         parts: list[tuple[tuple[str, ...], Spectral]] = []
         lambdas, rest = (settling.mean(count) for settling in self._settling)
         for weight, eigenvalues in lambdas.items():

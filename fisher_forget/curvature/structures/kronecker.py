@@ -70,10 +70,12 @@ class Kronecker(Spectral):
         return {KEY: turn(self.layout.join(v), self.row, self.col)}
 
     def unrotate(self, z: Mapping[str, Tensor]) -> Params:
+        # (Q_row (x) Q_col) vec(Z) = vec(Q_row Z Q_col^T)
         m = z[KEY] if self.row is None else self.row @ z[KEY]
         return self.layout.part(m @ self.col.T)
 
     def diagonal(self) -> Params:
+        # entry (o, i) is sum_kl Q_row[o,k]^2 Lambda_kl Q_col[i,l]^2
         m = self.spectrum()[KEY]
         m = m if self.row is None else self.row.square() @ m
         return self.layout.part(m @ self.col.square().T)
