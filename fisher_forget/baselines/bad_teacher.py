@@ -58,7 +58,7 @@ class BadTeacher(TrainingMethod):
         good = copy.deepcopy(training.model).eval()
         bad = fresh(training.model, self.seed, self.init).eval()
         retained = some(split.retain, max(1, round(self.share * len(split.retain))), self.seed)
-        used = np.union1d(retained, split.forget)
+        used = np.union1d(retained, split.forget)  # batches mix both
 
         def loss(rows: Indices, batch: Batch, student: nn.Module) -> Tensor:
             batch = batch.on(student)

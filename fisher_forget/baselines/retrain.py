@@ -93,6 +93,7 @@ def fresh(
     with preserved_rng(), torch.no_grad():
         torch.manual_seed(seed)
         if init is None:
+            # in the order in which `__init__` names them, which is mostly that of their first draw
             for name, module in modules.items():
                 _reset(name, module)
         else:
