@@ -36,6 +36,10 @@ class BadTeacher(TrainingMethod):
         share: Of D_r that is used, drawn once.
         temperature: T.
         init: Makes the untrained teacher; by default the modules' own `reset_parameters`.
+
+    Raises:
+        ConfigError: If share or temperature is out of range.
+        ModelError: In `unlearn`, if the model has layers that cannot be reset.
     """
 
     name = "bad-teacher"

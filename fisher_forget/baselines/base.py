@@ -110,6 +110,10 @@ class TrainingMethod(Method):
         lr: Learning rate.
         batch_size: Samples per step.
         likelihood: Name or instance.
+
+    Raises:
+        ConfigError: If a value is out of range.
+        NumericalError: In `unlearn`, if the training diverges.
     """
 
     epochs: int = 10
