@@ -132,10 +132,10 @@ def conclusion(table: Evaluation) -> tuple[str, str]:
 def numbers(table: Evaluation) -> list[Number]:
     """How many scores pass, the KL on the forgotten data, and the score on test data that should be
     kept."""
-    method, found = main_method(table), []
+    method, shown = main_method(table), []
     rows = judged(table, method)
     passed = f"{len(rows) - len(outside(table))} of {len(rows)}"
-    found.append(
+    shown.append(
         Number("Scores that a retrained model could have", passed, "", counts(table, but=method))
     )
     tests = [s.part for s in table.scores if s.part.startswith("test")]
@@ -148,14 +148,16 @@ def numbers(table: Evaluation) -> list[Number]:
         if method in by_method:
             row, before = by_method[method], by_method["original"]
             beside = f"was {before.value:.3g}; retrained {row.target:.3g}"
-            found.append(Number(label, f"{row.value:.3g}", row.unit, beside))
-    return found
+            shown.append(Number(label, f"{row.value:.3g}", row.unit, beside))
+    return shown
 
 
 def counts(table: Evaluation, but: str = "") -> str:
     """How many scores of each method a retrained model could have."""
     rows = {method: judged(table, method) for method in methods(table) if method != but}
-    return ", ".join(f"{m} {sum(map(within, of))} of {len(of)}" for m, of in rows.items())
+    return ", ".join(
+        f"{m} {sum(map(within, scores))} of {len(scores)}" for m, scores in rows.items()
+    )
 
 
 def sentence(table: Evaluation) -> str:
@@ -186,8 +188,8 @@ def wide(table: Evaluation) -> pd.DataFrame:
     """One row a metric and part, one column a method."""
     rows: list[dict[str, Any]] = []
     for metric, part in dict.fromkeys((s.metric, s.part) for s in table.scores):
-        found = {s.method: s for s in table.scores if (s.metric, s.part) == (metric, part)}
-        first = next(iter(found.values()))
+        by_method = {s.method: s for s in table.scores if (s.metric, s.part) == (metric, part)}
+        first = next(iter(by_method.values()))
         row: dict[str, Any] = {
             "metric": metric + (f" ({first.unit})" if first.unit else ""),
             "part": part,
@@ -195,7 +197,7 @@ def wide(table: Evaluation) -> pd.DataFrame:
             EXPECTED: f"{_short(first.target_low)} … {_short(first.target_high)}",
         }
         row |= {
-            m: f"{_short(found[m].value)} {MARKS[found[m].label]}" if m in found else ""
+            m: f"{_short(by_method[m].value)} {MARKS[by_method[m].label]}" if m in by_method else ""
             for m in methods(table)
         }
         rows.append(row)
