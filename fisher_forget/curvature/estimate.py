@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from fisher_forget._util.checks import check_model
+from fisher_forget._util.markdown import markdown_table
 from fisher_forget.curvature import cost, kinds
 from fisher_forget.curvature.cost import Estimate
 from fisher_forget.curvature.kinds import EXACT_UP_TO, Kind
@@ -63,12 +64,13 @@ def support_table() -> str:
     below."""
     reasons = list(dict.fromkeys(reason for reason in SUPPORT.values() if reason))
     structures = list(dict.fromkeys(structure for _, structure in SUPPORT))
-    lines = ["| kind | " + " | ".join(structures) + " |", "|---" * (len(structures) + 1) + "|"]
+    rows = []
     for kind in dict.fromkeys(kind for kind, _ in SUPPORT):
         cells = [SUPPORT[kind, structure] for structure in structures]
         marks = ["yes" if cell is None else f"no ({reasons.index(cell) + 1})" for cell in cells]
-        lines.append(f"| {kind} | " + " | ".join(marks) + " |")
-    return "\n".join([*lines, "", *(f"{i}. {reason}" for i, reason in enumerate(reasons, 1))])
+        rows.append([kind, *marks])
+    table = markdown_table(["kind", *structures], rows)
+    return "\n".join([table, "", *(f"{i}. {reason}" for i, reason in enumerate(reasons, 1))])
 
 
 @overload
