@@ -18,7 +18,7 @@ from fisher_forget._util.markdown import markdown_table
 from fisher_forget.evaluate.evaluation import CONTROL, MARKS, MEANING, Evaluation
 from fisher_forget.evaluate.intervals import t_interval
 from fisher_forget.likelihood.base import SHARE_LOSS
-from fisher_forget.report.pages.evaluation import judged, within
+from fisher_forget.report.pages.evaluation import defined, within
 from fisher_forget.report.pages.html import Figure, render_template, write_html
 from fisher_forget.report.pages.svg import inline
 from fisher_forget.report.plots import plot_cost, plot_methods, save_figure
@@ -101,7 +101,7 @@ def _row(
     retraining: float,
 ) -> Row:
     kl, score = table.get("kl", "forget", name), table.get("score", kept, name)
-    defined = judged(table, name)
+    scores = defined(table, name)
     spent = seconds.get(name, ())
     return {
         "method": name,
@@ -120,8 +120,8 @@ def _row(
         ),
         "cost": float(np.mean(spent)) / retraining if spent else (1.0 if name == CONTROL else 0.0),
         "mark": MARKS[kl.label],
-        "inside": sum(within(s) for s in defined),
-        "scored": len(defined),
+        "inside": sum(within(s) for s in scores),
+        "scored": len(scores),
     }
 
 

@@ -106,7 +106,7 @@ def _case(name: str, table: Evaluation, figure: Figure) -> dict[str, Any]:
     }
 
 
-def judged(table: Evaluation, method: str) -> list[EvaluationRow]:
+def defined(table: Evaluation, method: str) -> list[EvaluationRow]:
     """The rows of a method that have a value."""
     return [s for s in table.scores if s.method == method and s.label != UNDEFINED]
 
@@ -118,12 +118,12 @@ def main_method(table: Evaluation) -> str:
 
 def outside(table: Evaluation) -> list[EvaluationRow]:
     """The rows of the main method outside the range expected of a retrained model."""
-    return [s for s in judged(table, main_method(table)) if not within(s)]
+    return [s for s in defined(table, main_method(table)) if not within(s)]
 
 
 def conclusion(table: Evaluation) -> tuple[str, str]:
     """The answer in a few words, and its tone."""
-    rows, wrong = len(judged(table, main_method(table))), len(outside(table))
+    rows, wrong = len(defined(table, main_method(table))), len(outside(table))
     if not wrong:
         return "not told apart from retrained", "good"
     return f"{wrong} of {rows} scores differ", "fair" if wrong <= FEW * rows else "poor"
@@ -133,7 +133,7 @@ def numbers(table: Evaluation) -> list[Number]:
     """How many scores pass, the KL on the forgotten data, and the score on test data that should be
     kept."""
     method, shown = main_method(table), []
-    rows = judged(table, method)
+    rows = defined(table, method)
     passed = f"{len(rows) - len(outside(table))} of {len(rows)}"
     shown.append(
         Number("Scores that a retrained model could have", passed, "", counts(table, but=method))
@@ -154,7 +154,7 @@ def numbers(table: Evaluation) -> list[Number]:
 
 def counts(table: Evaluation, but: str = "") -> str:
     """How many scores of each method a retrained model could have."""
-    rows = {method: judged(table, method) for method in methods(table) if method != but}
+    rows = {method: defined(table, method) for method in methods(table) if method != but}
     return ", ".join(
         f"{m} {sum(map(within, scores))} of {len(scores)}" for m, scores in rows.items()
     )
@@ -164,7 +164,7 @@ def sentence(table: Evaluation) -> str:
     """Which scores give the main method away."""
     wrong, method = outside(table), main_method(table)
     if not wrong:
-        count = len(judged(table, method))
+        count = len(defined(table, method))
         return f"All {count} scores are in the range expected of a retrained model."
     places: dict[str, list[str]] = {}
     for score in wrong:
