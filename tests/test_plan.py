@@ -7,14 +7,16 @@ import re
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 from fisher_forget.cli import main
-from fisher_forget.experiments import dry_run as plan
-from fisher_forget.experiments import run as recipe
-from fisher_forget.experiments.config import load_config
+from fisher_forget.experiments import cases
+from fisher_forget.experiments.config import SweepConfig
+from fisher_forget.experiments.config_file import load_config
+from fisher_forget.experiments.dry_run import activation_bytes, predicted_cost
 
 CONTENT = {
     "name": "small",
@@ -77,13 +79,13 @@ def test_counts_what_the_run_then_trains(
         first["original"] == first["original with wrong"] == (2, 0)
     )  # labels made wrong want their own
     trained = []
-    train_one = recipe.train_one
+    train_one = cases.train_one
 
     def counted(config: object, data: object, rows: object, seed: int) -> object:
         trained.append(seed)
         return train_one(config, data, rows, seed)
 
-    monkeypatch.setattr(recipe, "train_one", counted)
+    monkeypatch.setattr(cases, "train_one", counted)
     assert main(["run", path]) == 0
     assert len(trained) == 2 + 2 + 2 + 2 + 3 == int(re.search(r"training: (\d+) models", text)[1])
     for file in Path("runs/small/some/retrained").glob("seed-1001*"):
@@ -124,9 +126,8 @@ def test_prints_the_resolved_configuration(path: str, capsys: pytest.CaptureFixt
     assert main(["sweep", path, "--dry-run", "--forget.noise.loss", "0.1", "--draws", "2"]) == 0
     text = capsys.readouterr().out
     Path("again.yaml").write_text(text.split("with all defaults:\n")[1])
-    kind = type(load_config(path))
     given = [
-        load_config(p, f, kind.__subclasses__()[0])
+        load_config(p, f, SweepConfig)
         for p, f in ((path, ["--draws", "2", "--forget.noise.loss", "0.1"]), ("again.yaml", []))
     ]
     assert given[0] == given[1]
@@ -159,14 +160,15 @@ def test_time_and_memory_are_of_the_right_size(path: str) -> None:
         path, ["--training.epochs", "8", "--data.max_train", "1000", "--model.options.width", "8"]
     )
     data = config.data.load()
-    model = recipe.untrained(config, data, 0)
-    cost = plan._cost(config, data, model, plan._choice(config.forget_sets[0], data))
+    model = cases.untrained(config, data, 0)
+    class_3 = np.flatnonzero(data.train.tensors[1].numpy() == 3)
+    cost = predicted_cost(config, data, model, class_3)
     begun = time.perf_counter()
-    recipe.train_one(config, data, None, 0)
+    cases.train_one(config, data, None, 0)
     taken = time.perf_counter() - begun
     assert 1 / 3 < 8 * cost.epoch / taken < 3
     assert cost.weights == 4 * sum(p.numel() for p in model.parameters())
     linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
     # of Flatten's view the images' own memory is kept, and the weights for the gradient of the
     # input are not
-    assert plan._activations(linear, data, torch.arange(32).numpy()) == 4 * 32 * 64
+    assert activation_bytes(linear, data, torch.arange(32).numpy()) == 4 * 32 * 64

@@ -16,7 +16,7 @@ TEMPLATES = {
 }
 
 
-def write_starter(path: Path, template: str = "classifier") -> Path:
+def write_template(path: Path, template: str = "classifier") -> Path:
     """Write a configuration that runs once the functions that it names are there.
 
     Args:

@@ -9,9 +9,9 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, nn
 
+from fisher_forget._util.random_state import seeded_rng
 from fisher_forget.errors import ConfigError
 from fisher_forget.experiments import import_path
 
@@ -61,9 +61,7 @@ def build_model(
             f"options among {known}",
             "Remove them.",
         )
-    with torch.random.fork_rng(devices=[]):
-        # not torch.manual_seed, which would also seed the accelerators
-        torch.default_generator.manual_seed(seed)
+    with seeded_rng(seed):
         return MODELS[name](tuple(input_shape), outputs, **options)
 
 
