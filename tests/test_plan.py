@@ -6,17 +6,22 @@ from __future__ import annotations
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from torch.utils.data import TensorDataset
 
+from fisher_forget import ForgetOptions, forget
 from fisher_forget.cli import main
 from fisher_forget.experiments import cases
-from fisher_forget.experiments.config import SweepConfig
+from fisher_forget.experiments.config import ForgetSet, ModelSettings, RunConfig, SweepConfig
 from fisher_forget.experiments.config_file import load_config
+from fisher_forget.experiments.datasets import DataBundle
 from fisher_forget.experiments.dry_run import activation_bytes, predicted_cost
+from fisher_forget.unlearn.options import PRECONDITIONER_SAMPLES
 
 CONTENT = {
     "name": "small",
@@ -151,6 +156,38 @@ def test_finds_mistakes_without_training(
 ) -> None:
     assert main(["run", path, "--dry-run", *flags]) == 2
     assert word in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "columns", "samples"),
+    [
+        ({}, 1, PRECONDITIONER_SAMPLES),  # "auto" is a sketch where samples are left out
+        ({"kind": "exact"}, 2, PRECONDITIONER_SAMPLES),  # of three classes
+        ({"max_samples": None}, 2, PRECONDITIONER_SAMPLES + 97),
+        ({"solver": "direct"}, 2, PRECONDITIONER_SAMPLES + 97),
+        ({"max_samples": 50}, 2, 50),
+    ],
+    ids=str,
+)
+def test_foresees_the_samples_and_kind_of_the_curvature_that_forget_estimates(
+    options: dict[str, Any], columns: int, samples: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(PRECONDITIONER_SAMPLES + 100, 4, generator=generator)
+    train = TensorDataset(inputs, torch.arange(len(inputs)) % 3)
+    data = DataBundle("made up", train, train, ("a", "b", "c"))
+    config = RunConfig(
+        "large",
+        [ForgetSet("three", "indices", indices=[3, 4, 5])],
+        model=ModelSettings("linear"),
+        forget=ForgetOptions(**options, drift=True, noise=None),
+    )
+    model, forgotten = cases.untrained(config, data, 0), np.array([3, 4, 5])
+    cost = predicted_cost(config, data, model, forgotten).curvature
+    assert (cost.columns, cost.samples) == (columns, samples)
+    result = forget(model, train, forgotten, config.forget_options(0), progress=False)
+    assert result.curvature.info.count == samples
+    assert result.kind == ("sketch" if columns == 1 else "exact")
 
 
 def test_time_and_memory_are_of_the_right_size(path: str) -> None:
