@@ -90,18 +90,24 @@ def expand(
             base = vars((options or ForgetOptions()).changed(base))
             base = {name: base[name] for name in known[method]}
             if "noise" in crossed:
-                crossed["noise"] = [0.0, *(value for value in crossed["noise"] if value)]
+                crossed["noise"] = [0.0, *filter(None, crossed["noise"])]
         base = {"seed": 0} | base
+        first_seed = crossed.get("seed", [base["seed"]])[0]
         for values in itertools.product(*crossed.values()):
-            chosen = base | dict(zip(crossed, values, strict=True))
-            if method == OURS:
-                ForgetOptions(**chosen)  # refuses what is out of range
-                chosen["noise"] = chosen["noise"] or 0.0
-                if not chosen["noise"]:
-                    chosen["seed"] = crossed.get("seed", [base["seed"]])[0]
-            cell = Cell(method, chosen)
+            cell = _cell(method, base | dict(zip(crossed, values, strict=True)), first_seed)
             cells[cell.key] = cell
     return tuple(cells.values())
+
+
+def _cell(method: str, options: dict[str, Any], first_seed: int) -> Cell:
+    """A cell whose options are allowed; without noise there is nothing to draw, so that all seeds
+    are the first one."""
+    if method == OURS:
+        ForgetOptions(**options)  # refuses what is out of range
+        options["noise"] = options["noise"] or 0.0
+        if not options["noise"]:
+            options["seed"] = first_seed
+    return Cell(method, options)
 
 
 def grouped(cells: Iterable[Cell], by: Callable[[Cell], Any]) -> list[list[Cell]]:

@@ -131,6 +131,7 @@ def sweep(
         if cell.method != OURS:
             work.method(cell)  # refuses what is out of range before any work
     axes = tuple(dict.fromkeys(["method", *(name for name in grid if name != "seed")]))
+    # what a stored row depends on beside its cell: a changed grid keeps the rows that it shares
     mark = files.fingerprint(
         model, split.fingerprint(), reference.targets, reference.retrained, seed, settings.ruin
     )
@@ -208,13 +209,13 @@ class _Work:
         noise, exponent, seed = (cell.options[name] for name in DRAW)
         clock = time.perf_counter()
         scale = noise
-        if cell.level < 0:  # the scale is searched for
+        if cell.level < 0:  # a target or "auto": the scale is searched for
             newton = result.newton
             scale = noise_step(problem, newton, noise=noise, exponent=exponent, seed=seed).scale
         model = result.with_noise(scale, seed=seed, exponent=exponent)
         seconds = sum(result.seconds[name] for name in ("curvature", "gradient", "newton"))
         row = {"scale": float(scale), "seconds": seconds + time.perf_counter() - clock}
-        row["information"] = unit / scale**2 if scale else math.inf
+        row["information"] = unit / scale**2 if scale else math.inf  # the bound falls as 1 / s^2
         return row | self.scores(model)
 
     def scores(self, model: nn.Module) -> Row:
