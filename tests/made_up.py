@@ -60,7 +60,7 @@ def summary_of_forget(seed: int) -> dict[str, Any]:
             "at_minimum": True,
             "drift_removed": False,
             "absent": [],
-            "held_back": 258,
+            "held_out": 258,
             "budget": 0.0031,
         },
         "noise": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import ClassVar
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 from conftest import seeded, small_net
 from torch import nn
 
-from fisher_forget.baselines import METHODS, Unlearned, Unlearner
+from fisher_forget.baselines import METHODS, SgdMethod, Unlearned, Unlearner
+from fisher_forget.baselines.protocol import settings_of
 from fisher_forget.data.split import Split, resolve_split
+from fisher_forget.errors import ConfigError
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -36,6 +39,57 @@ class TestEveryMethod:
 
         text = sys.modules[METHODS[name].__module__].__doc__
         assert name in ("fisher-forget", "retrain") or "arXiv" in text or "doi" in text
+
+    def test_its_settings_are_those_that_it_takes(self, name):
+        kind = METHODS[name]
+        settings = settings_of(kind)
+        assert {"seed", *kind.grid} <= settings.keys()
+        assert kind(**settings) == kind()
+
+
+def test_no_settings_of_a_class_that_says_none():
+    assert settings_of(object) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value"),
+    [("ssd", "alpha", "much"), ("finetune", "lr", True), ("scrub", "gamma", math.nan)],
+)
+def test_what_is_no_number_is_refused_with_the_name_of_the_method(name, setting, value):
+    with pytest.raises(ConfigError, match=f"{setting}={value!r}.*{name!r}"):
+        METHODS[name](**{setting: value})
+
+
+def test_a_method_that_trains_is_what_it_trains_on(blobs):
+    """Two losses in turn, each by its own step of SGD."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Turns(SgdMethod):
+        name = "turns"
+        grid: ClassVar[dict] = {}
+
+        def losses(self, training):
+            down = training.over(training.split.retain, training.mean_loss)
+            up = training.over(training.split.forget, lambda m, b: -training.mean_loss(m, b))
+            return lambda number, rng: [*down(number, rng), *up(number, rng)]
+
+    net, split = seeded(small_net), resolve_split(blobs, [0, 5])
+    done = Turns(epochs=1, lr=0.1, momentum=0.0, weight_decay=0.0, batch_size=100).unlearn(
+        net, split
+    )
+    x, y = blobs.tensors
+    twin = seeded(small_net)
+    for rows, sign in ((split.retain, 1), (split.forget, -1)):
+        loss = sign * nn.functional.cross_entropy(twin(x[rows]), y[rows])
+        gradients = torch.autograd.grad(loss, list(twin.parameters()))
+        with torch.no_grad():
+            for p, g in zip(twin.parameters(), gradients, strict=True):
+                p -= 0.1 * g
+    for p, q in zip(done.model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    assert done.passes == 60 / 58
+    assert Turns().prepare(net, split) == (Turns(), net)
+    assert Turns().template(net) is net
 
 
 def test_a_method_of_ones_own(blobs):

@@ -249,7 +249,7 @@ class TestTape:
 
     def test_a_wrong_rule_is_caught(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The mutation that verification exists for: a rule that is off by a factor."""
-        from fisher_forget.curvature.rules.layers import LinearRule
+        from fisher_forget.curvature.rules.linear import LinearRule
 
         right = LinearRule.per_sample
         monkeypatch.setattr(

@@ -73,7 +73,7 @@ def test_python_runs(page, tmp_path, monkeypatch):
             source = (
                 "\n" * block.line + block.code
             )  # so that a traceback names the line of the page
-            exec(compile(source, str(page), "exec"), names)
+            exec(compile(source, str(page), "exec", dont_inherit=True), names)
     plt.close("all")
 
 

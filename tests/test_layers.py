@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from fisher_forget import Categorical, estimate_curvature
+from fisher_forget.curvature.rules.base import add_gram, add_squared_products
 from fisher_forget.curvature.rules.convolution import ConvRule
-from fisher_forget.curvature.rules.layers import LinearRule, add_gram, add_squared_products
+from fisher_forget.curvature.rules.linear import LinearRule
 from fisher_forget.curvature.structures.ekfac import Kronecker
 from fisher_forget.curvature.tape import Tape
 from fisher_forget.data.split import resolve_split
@@ -37,7 +38,7 @@ def test_squared_products_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     y, x = (torch.randn(7, *shape, generator=g, dtype=torch.float64) for shape in ((5, 3), (3, 4)))
     expected = (y @ x).square().sum(0)
     for budget in (1, 40, 1 << 20):
-        monkeypatch.setattr("fisher_forget.curvature.rules.layers.PIECE_BYTES", budget)
+        monkeypatch.setattr("fisher_forget.curvature.rules.base.PIECE_BYTES", budget)
         total = torch.zeros(5, 4, dtype=torch.float64)
         add_squared_products(total, y, x)
         assert torch.allclose(total, expected)

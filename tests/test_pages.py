@@ -130,7 +130,7 @@ class TestPages:
             row = next(
                 r
                 for r in rows
-                if (r["metric"], r["part"], r["method"]) == ("kl", "forget", "default")
+                if (r["metric"], r["part"], r["method"]) == ("kl", "forget", "fisher-forget")
             )
             assert any(
                 t.startswith(f"default\nkl, forget: {row['value']:.3g} nats\nretrained")

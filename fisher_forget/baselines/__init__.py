@@ -1,11 +1,12 @@
-"""Published unlearning methods under one protocol, one file each, to compare with.
+"""Published unlearning methods, one file each, to compare with.
 
-`METHODS` maps names to classes; to add your own, write a frozen dataclass that satisfies
-`Unlearner` and `METHODS["mine"] = Mine`. Exact unlearning by sharding is `SISA`, and `Sharded` that
-class as a method.
+`METHODS` maps names to classes. To add one that trains, write an `SgdMethod` or
+`TrainingMethod` with its `losses` (`finetune` is the shortest) and add it here. Exact
+unlearning by sharding is `SISA`, and `Sharded` that class as a method.
 """
 
 from fisher_forget.baselines.bad_teacher import BadTeacher
+from fisher_forget.baselines.base import DirectMethod, Method, SgdMethod, TrainingMethod
 from fisher_forget.baselines.delta_grad import DeltaGrad
 from fisher_forget.baselines.finetune import FineTune
 from fisher_forget.baselines.fisher import FisherForget
@@ -56,4 +57,13 @@ METHODS: dict[str, type[Unlearner]] = {
     )
 }
 
-__all__ = ["METHODS", "SISA", "Unlearned", "Unlearner"]
+__all__ = [
+    "METHODS",
+    "SISA",
+    "DirectMethod",
+    "Method",
+    "SgdMethod",
+    "TrainingMethod",
+    "Unlearned",
+    "Unlearner",
+]

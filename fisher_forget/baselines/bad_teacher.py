@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fisher_forget.baselines.base import Training, TrainingMethod
 from fisher_forget.baselines.protocol import Grid
 from fisher_forget.baselines.retrain import Init, fresh
-from fisher_forget.baselines.training_loop import Epoch, Loss, numbered, require
+from fisher_forget.baselines.training_loop import Epoch, Loss, distillation, numbered, require
 from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Indices, some
 
@@ -70,7 +70,8 @@ class BadTeacher(TrainingMethod):
                 taught = training.outputs(bad, batch).where(
                     forgotten, training.outputs(good, batch)
                 )
-            return training.distillation(taught, outputs, batch.targets, self.temperature)
+            likelihood = training.likelihood
+            return distillation(likelihood, taught, outputs, batch.targets, self.temperature)
 
         def epoch(_: int, rng: np.random.Generator) -> Iterator[Loss]:
             for rows, batch in numbered(split, used, self.batch_size, rng):

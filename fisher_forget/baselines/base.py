@@ -118,8 +118,7 @@ class TrainingMethod(Method):
     likelihood: Likelihood | str = "categorical"
 
     def __post_init__(self) -> None:
-        self.descent()  # checks what it is given
-        require(self, at_least={"batch_size": 1})
+        require(self, at_least={"epochs": 0, "batch_size": 1}, above={"lr": 0})
 
     @abstractmethod
     def losses(self, training: Training) -> Epoch:
@@ -157,6 +156,11 @@ class SgdMethod(TrainingMethod):
 
     momentum: float = 0.9
     weight_decay: float = 5e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        momentum = (0 <= self.momentum < 1, "a value in [0, 1)")
+        require(self, at_least={"weight_decay": 0}, momentum=momentum)
 
     def descent(self) -> Descent:
         return Descent(self.epochs, self.lr, self.momentum, self.weight_decay)
@@ -203,8 +207,7 @@ class Training:
         return epoch
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Outputs [B, ...] of the model or a teacher, where the batch is, checked to fit the
-        targets.
+        """Outputs [B, ...] of the model or a teacher, checked to fit the targets.
 
         BatchNorm cannot normalise a sample by itself: for a batch of one, it uses its running
         statistics.
@@ -229,18 +232,3 @@ class Training:
     def mean_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean loss per scored position of a batch, nats, with its graph."""
         return self.mean(self.outputs(model, batch), batch.targets)
-
-    def distillation(
-        self, teacher: Tensor, student: Tensor, targets: Tensor, temperature: float
-    ) -> Tensor:
-        """T^2 KL(teacher / T || student / T), mean over samples of nats per scored position.
-
-        Args:
-            teacher: Outputs [B, ...].
-            student: Outputs [B, ...].
-            targets: Say which positions are scored.
-            temperature: T divides the outputs; T^2 keeps the size of the gradient (Hinton et al.
-                2015, arXiv:1503.02531).
-        """
-        kl = self.likelihood.kl(teacher / temperature, student / temperature, targets)
-        return temperature * temperature * kl.mean()

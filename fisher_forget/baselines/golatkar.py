@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 from fisher_forget import params as P
-from fisher_forget._util.checks import check_model
+from fisher_forget._util.checks import check_model, is_whole
 from fisher_forget._util.random_state import preserved_rng
 from fisher_forget.baselines.base import DirectMethod
 from fisher_forget.baselines.meter import metered
@@ -66,8 +66,7 @@ class Golatkar(DirectMethod):
     scale_name: ClassVar[str]  # the setting that scales the noise
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.seed, Integral) and not isinstance(self.seed, bool)
-        seed = (whole and self.seed >= 0, "a whole number of at least 0")
+        seed = (is_whole(self.seed, 0), "a whole number of at least 0")
         require(self, at_least={self.scale_name: 0}, seed=seed)
 
     @abstractmethod
@@ -184,6 +183,7 @@ class GolatkarPaper(Golatkar):
         require(self, at_least={"tau": 0})
 
     def moments(self, weights: Params, fisher: Curvature, classes: int) -> tuple[Params, Params]:
+        # s (F + tau I)^-1/4, which is diagonal: applied to ones it is the deviation of every weight
         ones = P.map_params(torch.ones_like, weights)
         return weights, P.scale(fisher.damped(self.tau).power(ones, -EXPONENT), self.scale)
 

@@ -83,38 +83,43 @@ class RowBlock:
     def gram(self, other: RowBlock) -> Tensor:
         """Products with the rows of another block: [r, r']."""
         total = self._rest() @ other._rest().T
-        for own, its in zip(self.thin, other.thin, strict=True):
-            (n, each, _), m = own.g.shape, len(its.g)
-            products = (own.g.flatten(0, 1) @ its.g.flatten(0, 1).T).view(n, each, m, each)
-            total += (products * (own.a @ its.a.T)[:, None, :, None]).view(n * each, m * each)
+        for left, right in zip(self.thin, other.thin, strict=True):
+            (n, columns, _), m = left.g.shape, len(right.g)
+            # (g a^T, h b^T) = (g, h) (a, b), where all columns of a sample share its a
+            products = left.g.flatten(0, 1) @ right.g.flatten(0, 1).T
+            products = (
+                products.view(n, columns, m, columns) * (left.a @ right.a.T)[:, None, :, None]
+            )
+            total += products.view(n * columns, m * columns)
         return total
 
     def times(self, v: Params) -> Tensor:
         """Products with a vector: [r]."""
         rest = self._rest()
         total = rest @ torch.cat([rest.new_zeros(0), *(v[name].reshape(-1) for name in self.rest)])
-        for own in self.thin:
-            total += (own.g * (own.a @ own.join(v).T)[:, None]).sum(-1).flatten()
+        for layer in self.thin:
+            # (g a^T, V) = g^T V a
+            total += (layer.g * (layer.a @ layer.join(v).T)[:, None]).sum(-1).flatten()
         return total
 
     def transposed(self, c: Tensor) -> Params:
         """Sum of the rows, each times its c [r]."""
-        found: Params = {}
-        for own in self.thin:
-            weighted = (c.view(own.g.shape[:2])[..., None] * own.g).sum(1)
-            found |= own.part(weighted.T @ own.a)
+        total: Params = {}
+        for layer in self.thin:
+            weighted = (c.view(layer.g.shape[:2])[..., None] * layer.g).sum(1)
+            total |= layer.part(weighted.T @ layer.a)
         for name, rows in self.rest.items():
-            found[name] = (c @ rows.flatten(0, 1).flatten(1)).view(rows.shape[2:])
-        return found
+            total[name] = (c @ rows.flatten(0, 1).flatten(1)).view(rows.shape[2:])
+        return total
 
     def matrix(self, like: Params) -> Tensor:
         """[r, d], parameters in the order of `like`."""
         full = dict(self.rest)
-        for own in self.thin:
-            each = own.g[..., None] * own.a[:, None, None]
-            full[own.weight] = each if own.bias is None else each[..., :-1]
-            if own.bias is not None:
-                full[own.bias] = each[..., -1]
+        for layer in self.thin:
+            outer = layer.g[..., None] * layer.a[:, None, None]
+            full[layer.weight] = outer if layer.bias is None else outer[..., :-1]
+            if layer.bias is not None:
+                full[layer.bias] = outer[..., -1]
         return torch.cat([full[name].flatten(0, 1).flatten(1) for name in like], 1)
 
     def _rest(self) -> Tensor:
@@ -163,19 +168,14 @@ class Rows:
         memory: int,
     ) -> None:
         check_model(model)
-        self.tape, self.split, self.likelihood, self.columns = (
-            Tape(model),
-            split,
-            likelihood,
-            columns,
-        )
+        self.tape, self.split, self.likelihood = Tape(model), split, likelihood
+        self.columns, self.gradients = columns, 0.0
         self.like = P.detached(self.tape.params)
         first = next(split.batches(np.concatenate(list(parts))[:2])).on(self.tape.model)
         probe = self.tape.verify(first)
         likelihood.check(probe.outputs, first.targets)
-        self.gradients = 0.0
-        self.each = each = len(columns(probe.outputs, first.targets))
-        total = each * sum(map(len, parts))
+        self.per_sample = len(columns(probe.outputs, first.targets))
+        total = self.per_sample * sum(map(len, parts))
         if total > most_rows(memory):
             raise ConfigError(
                 f"{total:,} rows, whose products with each other need "
@@ -184,7 +184,8 @@ class Rows:
                 "Raise `memory`, or give the method fewer samples.",
             )
         numbers = self._rows(self.tape.run(first), first).numbers()
-        step = max(1, memory // (ALIVE * each * numbers * P.flatten(self.like).element_size()))
+        size = numbers * P.flatten(self.like).element_size()  # bytes of a row
+        step = max(1, memory // (ALIVE * self.per_sample * size))
         self._blocks = [part[i : i + step] for part in parts for i in range(0, len(part), step)]
         self._parts = [k for k, part in enumerate(parts) for _ in range(0, len(part), step)]
         self._count = len(parts)
@@ -196,8 +197,8 @@ class Rows:
         return (self._block(i).matrix(self.like) for i in range(len(self._blocks)))
 
     def _batch(self, index: int) -> Batch:
-        chosen = self._blocks[index]
-        return next(replace(self.split, batch_size=len(chosen)).batches(chosen)).on(self.tape.model)
+        rows = self._blocks[index]
+        return next(replace(self.split, batch_size=len(rows)).batches(rows)).on(self.tape.model)
 
     def _block(self, index: int) -> RowBlock:
         if self._held is not None and self._held[0] == index:
@@ -242,38 +243,37 @@ class Rows:
 
     def outputs(self, read: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
         """What `read` makes of outputs and targets: one vector a part, float64, on the CPU."""
-        found: list[list[Tensor]] = [
-            [torch.zeros(0, dtype=torch.float64)] for _ in range(self._count)
-        ]
+        empty = torch.zeros(0, dtype=torch.float64)
+        values: list[list[Tensor]] = [[empty] for _ in range(self._count)]
         for index, part in enumerate(self._parts):
             batch = self._batch(index)
             with torch.no_grad():
                 outputs = P.call(self.tape.model, {}, batch.args, batch.kwargs)
-            found[part].append(read(outputs, batch.targets).double().cpu().reshape(-1))
+            values[part].append(read(outputs, batch.targets).double().cpu().reshape(-1))
             self.gradients += len(batch) / 3
-        return [torch.cat(pieces) for pieces in found]
+        return [torch.cat(pieces) for pieces in values]
 
     def positions(self) -> list[float]:
         """Scored positions of each part, which its mean loss is over."""
-        found = [0.0] * self._count
+        counts = [0.0] * self._count
         for index, part in enumerate(self._parts):
-            found[part] += float(self.likelihood.counts(self._batch(index).targets).double().sum())
-        return found
+            targets = self._batch(index).targets
+            counts[part] += float(self.likelihood.counts(targets).double().sum())
+        return counts
 
     def gram(self) -> Tensor:
         """G G^T [R, R], float64, on the CPU."""
-        lines = []
+        lines: list[list[Tensor]] = []  # the lower triangle, block by block
         for i in range(len(self._blocks)):
-            own = self._block(i)  # held by its name while the blocks before it are made again
-            lines.append(
-                [own.gram(self._block(j) if j < i else own).double().cpu() for j in range(i + 1)]
-            )
-        return torch.cat(
-            [
-                torch.cat([*line, *(lines[k][i].T for k in range(i + 1, len(lines)))], 1)
-                for i, line in enumerate(lines)
-            ]
-        )
+            block = self._block(i)  # held by its name while the blocks before it are made again
+            before = [block.gram(self._block(j)).double().cpu() for j in range(i)]
+            lines.append([*before, block.gram(block).double().cpu()])
+        # the upper triangle is the lower one, mirrored
+        whole = [
+            torch.cat([*line, *(lines[k][i].T for k in range(i + 1, len(lines)))], 1)
+            for i, line in enumerate(lines)
+        ]
+        return torch.cat(whole)
 
     def times(self, v: Params) -> Tensor:
         """G v [R], float64, on the CPU."""
@@ -284,14 +284,13 @@ class Rows:
         totals = [
             {name: p.double() * 0 for name, p in self.like.items()} for _ in range(c.shape[1])
         ]
+        kind = next(iter(self.like.values()))
         at = 0
-        for i, chosen in enumerate(self._blocks):
-            block, end = self._block(i), at + len(chosen) * self.each
+        for i, rows in enumerate(self._blocks):
+            block, end = self._block(i), at + len(rows) * self.per_sample
             for total, column in zip(totals, c[at:end].T, strict=True):
-                for name, value in block.transposed(
-                    column.to(self.like[next(iter(self.like))])
-                ).items():
-                    total[name] += value.double()
+                for name, value in block.transposed(column.to(kind)).items():
+                    total[name] += value.double()  # sums over blocks in double precision
             at = end
         return [
             {name: x.to(self.like[name].dtype) for name, x in total.items()} for total in totals

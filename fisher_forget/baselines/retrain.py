@@ -97,6 +97,7 @@ def fresh(
                 _reset(name, module)
         else:
             _copy_from(init(), modules)
+        # a module may mix frozen and trainable parameters, and is drawn anew as a whole
         parameters = dict(twin.named_parameters())
         for name, value in frozen.items():
             parameters[name].copy_(value)

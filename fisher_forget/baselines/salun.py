@@ -64,5 +64,6 @@ def saliency(model: nn.Module, split: Split, likelihood: Likelihood, share: floa
     objective = Objective(model, likelihood)
     gradient = objective.gradient(split.batches("forget"), objective.start).sums
     size = P.flatten(gradient).abs()
+    # exactly the share k, over all layers together
     kept = torch.topk(size, max(1, round(share * len(size)))).indices
     return P.unflatten(torch.zeros_like(size).index_fill_(0, kept, 1.0), gradient)

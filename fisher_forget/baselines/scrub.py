@@ -29,7 +29,15 @@ from torch import Tensor, nn
 
 from fisher_forget.baselines.base import Training, TrainingMethod
 from fisher_forget.baselines.protocol import Grid
-from fisher_forget.baselines.training_loop import Descent, Epoch, Loss, each, require, shuffled
+from fisher_forget.baselines.training_loop import (
+    Descent,
+    Epoch,
+    Loss,
+    distillation,
+    each,
+    require,
+    shuffled,
+)
 from fisher_forget.data.batches import Batch
 
 
@@ -64,8 +72,13 @@ class Scrub(TrainingMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        least = {"max_epochs": 0, "alpha": 0, "gamma": 0, "forget_batch_size": 1}
-        require(self, at_least=least, above={"temperature": 0})
+        weights = {"alpha": 0, "gamma": 0, "weight_decay": 0}
+        require(
+            self,
+            at_least=weights | {"max_epochs": 0, "forget_batch_size": 1},
+            above={"temperature": 0},
+            optimizer=(self.optimizer in ("sgd", "adam"), "'sgd' or 'adam'"),
+        )
 
     def descent(self) -> Descent:
         settings = replace(super().descent(), optimizer=self.optimizer)
@@ -79,7 +92,8 @@ class Scrub(TrainingMethod):
             outputs = training.outputs(student, batch)
             with torch.no_grad():
                 taught = training.outputs(teacher, batch)
-            return outputs, training.distillation(taught, outputs, batch.targets, self.temperature)
+            likelihood, targets = training.likelihood, batch.targets
+            return outputs, distillation(likelihood, taught, outputs, targets, self.temperature)
 
         def leave(student: nn.Module, batch: Batch) -> Tensor:
             return -compared(student, batch)[1]
@@ -89,6 +103,7 @@ class Scrub(TrainingMethod):
             return self.gamma * training.mean(outputs, batch.targets) + self.alpha * kl
 
         def epoch(number: int, rng: np.random.Generator) -> Iterator[Loss]:
+            # max steps first, so that the min steps mend what they did to D_r
             if number < self.max_epochs:
                 forgotten = shuffled(split, split.forget, self.forget_batch_size, rng)
                 yield from each(forgotten, leave)

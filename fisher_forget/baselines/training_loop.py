@@ -20,6 +20,7 @@ from fisher_forget._util.random_state import preserved_rng
 from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import ConfigError, NumericalError
+from fisher_forget.likelihood import Likelihood
 
 Loss = Callable[[nn.Module], Tensor]  # scalar to be minimised by one step
 # (number of the epoch, generator) -> the losses of its steps
@@ -38,9 +39,6 @@ class Descent:
         optimizer: "sgd" or "adam".
         milestones: Epochs, counted from 0, from which on the learning rate is a tenth of what it
             was.
-
-    Raises:
-        ConfigError: If a value is out of range.
     """
 
     epochs: int
@@ -49,15 +47,6 @@ class Descent:
     weight_decay: float = 0.0
     optimizer: Literal["sgd", "adam"] = "sgd"
     milestones: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        require(
-            self,
-            at_least={"epochs": 0, "weight_decay": 0},
-            above={"lr": 0},
-            momentum=(0 <= self.momentum < 1, "a value in [0, 1)"),
-            optimizer=(self.optimizer in ("sgd", "adam"), "'sgd' or 'adam'"),
-        )
 
 
 def descend(
@@ -150,6 +139,23 @@ def _on_device(
     loss: Callable[[nn.Module, Batch], Tensor], batch: Batch, model: nn.Module
 ) -> Tensor:
     return loss(model, batch.on(model))
+
+
+def distillation(
+    likelihood: Likelihood, teacher: Tensor, student: Tensor, targets: Tensor, temperature: float
+) -> Tensor:
+    """T^2 KL(teacher / T || student / T), mean over samples of nats per scored position.
+
+    Args:
+        likelihood: Gives the KL.
+        teacher: Outputs [B, ...].
+        student: Outputs [B, ...].
+        targets: Say which positions are scored.
+        temperature: T divides the outputs; T^2 keeps the size of the gradient (Hinton et al. 2015,
+            arXiv:1503.02531).
+    """
+    kl = likelihood.kl(teacher / temperature, student / temperature, targets)
+    return temperature * temperature * kl.mean()
 
 
 def require(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from fisher_forget.curvature.rules.layers import PIECE_BYTES, EmbeddingRule, LinearRule, Rule
+from fisher_forget.curvature.rules.base import PIECE_BYTES, Rule
 from fisher_forget.data.batches import Batch
 from fisher_forget.params import Params
 
@@ -147,12 +147,7 @@ class Group:
         """a [N, I] and g [N, O] where each sample's gradient is g a^T: a Linear layer called once,
         at one position."""
         use, g = self.record.uses[self.calls[0]], grads[self.calls[0]]
-        if (
-            len(self.calls) > 1
-            or g is None
-            or type(use.layer.rule) is not LinearRule
-            or use.a.dim() != 2
-        ):
+        if len(self.calls) > 1 or g is None or not use.layer.rule.rank_one or use.a.dim() != 2:
             return None
         return use.a, g
 
@@ -160,9 +155,7 @@ class Group:
         """Per-sample gradients [rows, *shape] of this group's parameters."""
         total: Params = {}
         # embeddings last: they add a few rows to the matrix that a tied layer has formed
-        for call in sorted(
-            self.calls, key=lambda i: isinstance(self.record.uses[i].layer.rule, EmbeddingRule)
-        ):
+        for call in sorted(self.calls, key=lambda i: self.record.uses[i].layer.rule.sparse):
             use, g = self.record.uses[call], grads[call]
             if g is None:
                 continue

@@ -74,7 +74,7 @@ class NoiseLaw:
             raise ConfigError(
                 "a result without noise", "noise that was drawn", "Call forget with noise='auto'."
             )
-        return cls(result.newton.params, result.curvature.damped(z.damping), z.scale, z.exponent)
+        return cls(result.newton.params, result.noise_curvature(), z.scale, z.exponent)
 
     def at(self, mean: nn.Module | Mapping[str, Tensor], scale: float | None = None) -> Self:
         """The law of the same shape around other weights: a retrained model's, say.

@@ -270,7 +270,8 @@ TABLE = (
     ),
     Metric(
         "kl_reverse", "nats", "the same in the other direction",
-        "mean_n KL(p(x_n) || p_retrained(x_n))", GOLATKAR, pair=lambda a, b, part, context: _kl(b, a, part, context),
+        "mean_n KL(p(x_n) || p_retrained(x_n))", GOLATKAR,
+        pair=lambda a, b, part, context: _kl(b, a, part, context),
     ),
     Metric(
         "jensen_shannon", "bits", "symmetric divergence between 0 and 1",
@@ -345,7 +346,8 @@ TABLE = (
     Metric(
         "weight_distance", "", "distance of the weights to a retrained model's",
         "|w - w_retrained|", "textbook",
-        pair=lambda a, b, *_: weights.weight_distance(a.model, b.model), parts=FORGET, needs=WEIGHTS,
+        pair=lambda a, b, *_: weights.weight_distance(a.model, b.model),
+        parts=FORGET, needs=WEIGHTS,
     ),
     Metric(
         "step_cosine", "", "direction of the step against the retrained model's",

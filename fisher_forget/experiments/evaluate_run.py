@@ -17,7 +17,7 @@ from fisher_forget.experiments.config import RunConfig
 from fisher_forget.experiments.run import Case
 from fisher_forget.report.pages import evaluation as page
 
-OURS, TUNED, NOISED = "default", "fine-tuning", "diagonal Fisher (public code)"
+OURS, TUNED, NOISED = "fisher-forget", "fine-tuning", "diagonal Fisher (public code)"
 
 
 def assess(config: RunConfig) -> Path:

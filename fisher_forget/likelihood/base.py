@@ -15,6 +15,10 @@ from torch import Tensor
 from fisher_forget._util.numbers import MISSING, plus_minus
 from fisher_forget.errors import DataError, NumericalError
 
+# what may be lost against a reference and still counts as nothing lost
+SHARE_LOSS = 0.01  # of a share in [0, 1]: one point of accuracy
+ERROR_LOSS = 0.05  # of an error, relative to the reference's
+
 
 @dataclass(frozen=True)
 class Score:
@@ -65,6 +69,11 @@ class Score:
     def loss(self, value: float, reference: float) -> float:
         """How much worse a value is than a reference; negative where it is better."""
         return reference - value if self.higher_is_better else value - reference
+
+    def allowed_loss(self, reference: float) -> float:
+        """The loss against a reference that still counts as nothing lost: one point of a share, 5 %
+        of an error."""
+        return SHARE_LOSS if self.unit == "%" else ERROR_LOSS * abs(reference)
 
     def stored(self) -> dict[str, Any]:
         """The entries of a JSON file, read again by `read`."""

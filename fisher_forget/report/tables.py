@@ -1,4 +1,4 @@
-"""The numbers of a run in words: one sentence and one verdict a case, tables, and the summary for a
+"""The numbers of a run in words: one sentence and one word a case, tables, and the summary for a
 terminal.
 
 A case is one entry of `cases` in metrics.json (metrics.schema.json describes it). What it holds
@@ -26,8 +26,6 @@ Tone = Literal["good", "fair", "poor", "none"]
 UNDEFINED = "undefined: original within the floor"
 CAVEAT = "An estimate, not a certificate."
 CLOSE, PARTLY = 0.9, 0.5  # shares of the gap from which a case is called close, and partly closed
-SCORE_LOSS = 0.01  # accuracy below the retrained models' that counts as a cost, unless their own spread is wider
-ERROR_LOSS = 0.05  # the same for an error, as a share of the retrained models' error
 WIDTH = 100  # columns of a terminal
 PART_LABELS = {"forget": "forgotten data", "retain": "retained data", "test": "test data"}
 # spreads over the retrained models, which are a property of the target and not of the method
@@ -125,7 +123,10 @@ def spread_note(case: Case) -> str:
     models = f"the {members} retrained models"
     if seeds == 1:
         return f"± is the standard deviation over {models}."
-    return f"± is the standard deviation over {seeds} seeds; for the floor and the retrained column, over {models}."
+    return (
+        f"± is the standard deviation over {seeds} seeds; "
+        f"for the floor and the retrained column, over {models}."
+    )
 
 
 def gap(case: Case, part: str) -> str:
@@ -178,7 +179,7 @@ def cost(case: Case) -> str | None:
     such loss.
 
     A loss counts when it is more than twice the spread of the retrained models, and more than
-    `SCORE_LOSS` of accuracy or `ERROR_LOSS` of an error.
+    `Score.allowed_loss`.
     """
     score = Score.read(case)
     losses = []
@@ -188,10 +189,9 @@ def cost(case: Case) -> str | None:
             estimate(case, part, "score_retrained"),
         )
         loss = score.loss(scrubbed.mean, target.mean)
-        share = score.unit == "%"
-        allowed = SCORE_LOSS if share else ERROR_LOSS * abs(target.mean)
         spread = target.std if math.isfinite(target.std) else 0.0
-        if loss > max(allowed, 2 * spread):
+        if loss > max(score.allowed_loss(target.mean), 2 * spread):
+            share = score.unit == "%"
             size = f"{score.factor * loss:.1f} points" if share else number(loss)
             side = "below" if score.higher_is_better else "above"
             losses.append(f"{size} {side} the retrained models on the {part_label(part)}")
@@ -199,7 +199,7 @@ def cost(case: Case) -> str | None:
 
 
 def conclusion(case: Case) -> Conclusion:
-    """One word for a case, by fixed thresholds (`CLOSE`, `PARTLY`, `SCORE_LOSS`, `ERROR_LOSS`)."""
+    """One word for a case, by fixed thresholds (`CLOSE`, `PARTLY`, `Score.allowed_loss`)."""
     before, after = estimate(case, "forget", "kl_original"), estimate(case, "forget", "kl_scrubbed")
     floor, closed = estimate(case, "forget", "floor"), estimate(case, "forget", "gap_closed")
     if not (math.isfinite(after.mean) and math.isfinite(floor.mean)):
@@ -293,12 +293,15 @@ def runs_table(case: Case) -> pd.DataFrame:
                 "curvature": f"{done['curvature']['structure']}, {done['curvature']['kind']}",
                 "sub-steps": str(newton["substeps"])
                 + (f" (+{newton['rejected']} rejected)" * (newton["rejected"] > 0)),
-                "last damping": number(newton["damping"]),
+                "last damping (nats per squared weight)": number(newton["damping"]),
                 "step norm": number(newton["norm"]),
                 "noise scale": "none" if noise is None else number(noise["scale"]),
                 "noise norm": "none" if noise is None else number(noise["norm"]),
-                "retain loss (nats)": f"{number(losses['retain_before'])} → {number(losses['retain_after'])}",
-                "forget loss (nats)": f"{number(losses['forget_before'])} → {number(losses['forget_after'])}",
+                **{
+                    f"{part} loss (nats)": f"{number(losses[f'{part}_before'])} → "
+                    f"{number(losses[f'{part}_after'])}"
+                    for part in ("retain", "forget")
+                },
                 "folder": run["folder"],
             }
         )
@@ -319,8 +322,8 @@ def _console_case(case: Case) -> str:
     seeds, members = len(case["runs"]), case["members"]
     title = (
         f"{case['name']}: {conclusion(case).word}. "
-        f"{case['forgotten']:,} samples forgotten, {case['retained']:,} retained; {seeds} seed{'s' * (seeds > 1)} "
-        f"against {members} retrained models."
+        f"{case['forgotten']:,} samples forgotten, {case['retained']:,} retained; "
+        f"{seeds} seed{'s' * (seeds > 1)} against {members} retrained models."
     )
     said = [title, *(f"  {line}" for line in (sentence(case), cost(case), timing(case)) if line)]
     lines = [line for text in said for line in textwrap.wrap(text, WIDTH, subsequent_indent="  ")]

@@ -12,6 +12,7 @@ import numpy as np
 
 from fisher_forget.baselines import METHODS
 from fisher_forget.baselines.fisher import FisherForget
+from fisher_forget.baselines.protocol import settings_of
 from fisher_forget.errors import ConfigError
 from fisher_forget.unlearn.options import ForgetOptions
 
@@ -125,7 +126,7 @@ def _values(name: str, values: Iterable[Any]) -> Sequence[Any]:
 def _options(method: str) -> set[str]:
     if method == OURS:
         return set(DEFAULTS)
-    return {f.name for f in fields(METHODS[method])} - {*_SHARED}  # type: ignore[arg-type]  # all are dataclasses
+    return {*settings_of(METHODS[method])} - {*_SHARED}
 
 
 def _check_names(names: Iterable[str], known: Collection[Collection[str]]) -> None:

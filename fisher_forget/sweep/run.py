@@ -7,7 +7,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from fisher_forget._util import files
 from fisher_forget._util.random_state import preserved_rng
 from fisher_forget.baselines import METHODS, Unlearner
+from fisher_forget.baselines.protocol import settings_of
 from fisher_forget.data.batches import Unpack
 from fisher_forget.data.split import Indices, Split, resolve_split
 from fisher_forget.errors import ConfigError, FisherForgetWarning, StorageError
@@ -157,7 +158,7 @@ class _Work:
         """Another method with the cell's options, and the likelihood of all."""
         method = METHODS[cell.method]
         shared = {"likelihood": self.judge.reference.likelihood}
-        known = {f.name for f in fields(method)}  # type: ignore[arg-type]  # all are dataclasses
+        known = settings_of(method)
         return method(
             **{name: value for name, value in shared.items() if name in known}, **cell.options
         )

@@ -17,6 +17,7 @@ from fisher_forget._util import files
 from fisher_forget._util.numbers import MISSING, plus_minus
 from fisher_forget.errors import StorageError
 from fisher_forget.likelihood import Score
+from fisher_forget.likelihood.base import SHARE_LOSS
 
 CONFIDENCE = 0.95  # of the intervals of `SweepTable.frontier`
 DONE, RUINED, SKIPPED = "done", "ruined", "skipped"
@@ -97,7 +98,7 @@ class SweepTable:
         )
         return table.reset_index()
 
-    def best(self, cost: float = 0.01) -> pd.Series[Any]:
+    def best(self, cost: float = SHARE_LOSS) -> pd.Series[Any]:
         """The row of `frontier` with the smallest KL on the forgotten data, among those that cost
         little.
 

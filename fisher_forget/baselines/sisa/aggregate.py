@@ -66,12 +66,14 @@ class Aggregate(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Log-probabilities [N, ..., C]; inputs go to every member."""
-        each = torch.stack(
+        log_p = torch.stack(
             [F.log_softmax(P.logits(member(*args, **kwargs)), -1) for member in self.members]
         )
-        counts = self.counts.to(each).reshape(-1, *[1] * (each.dim() - 1))
-        mean = torch.logsumexp(each + counts.log(), 0) - counts.sum().log()
+        counts = self.counts.to(log_p).reshape(-1, *[1] * (log_p.dim() - 1))
+        # log (sum_s k_s p_s / K)
+        mean = torch.logsumexp(log_p + counts.log(), 0) - counts.sum().log()
         if self.aggregation == "mean":
             return mean
-        votes = (counts * F.one_hot(each.argmax(-1), each.shape[-1])).sum(0)
+        # log ((votes + p) / (K + 1)): p is one more vote, divided among the classes
+        votes = (counts * F.one_hot(log_p.argmax(-1), log_p.shape[-1])).sum(0)
         return torch.logaddexp(votes.log(), mean) - (counts.sum() + 1).log()

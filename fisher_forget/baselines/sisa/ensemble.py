@@ -332,9 +332,9 @@ class SISA:
                 f"{self.shards} shards",
                 "Raise the budget, or use fewer shards.",
             )
-        each, more = divmod(room, self.shards)
+        share, more = divmod(room, self.shards)  # the first `more` shards keep one more
         return tuple(
-            partition.kept_checkpoints(self.slices, each + (shard < more))
+            partition.kept_checkpoints(self.slices, share + (shard < more))
             for shard in range(self.shards)
         )
 

@@ -1,23 +1,23 @@
-"""Which layer has which rule."""
+"""Which layer has which rule: one file a family of layers, one line a layer here."""
 
 from __future__ import annotations
 
 from torch import nn
 
+from fisher_forget.curvature.rules.base import Rule
 from fisher_forget.curvature.rules.convolution import ConvRule
-from fisher_forget.curvature.rules.layers import (
+from fisher_forget.curvature.rules.embedding import EmbeddingRule
+from fisher_forget.curvature.rules.linear import LinearRule, TransposedLinearRule
+from fisher_forget.curvature.rules.normalisation import (
     BatchNormRule,
-    EmbeddingRule,
     GroupNormRule,
     LayerNormRule,
-    LinearRule,
     RMSNormRule,
-    Rule,
-    TransposedLinearRule,
 )
 
-RULES: dict[type[nn.Module], type[Rule]] = {
+RULES: dict[type[nn.Module] | str, type[Rule]] = {
     nn.Linear: LinearRule,
+    "transformers.pytorch_utils.Conv1D": TransposedLinearRule,
     nn.Conv1d: ConvRule,
     nn.Conv2d: ConvRule,
     nn.Conv3d: ConvRule,
@@ -29,16 +29,13 @@ RULES: dict[type[nn.Module], type[Rule]] = {
     nn.BatchNorm2d: BatchNormRule,
     nn.BatchNorm3d: BatchNormRule,
 }
+"""Rules by class; by its full name where the class is of a library that need not be installed."""
 
 
 def rule_for(module: nn.Module) -> Rule | None:
     """The rule of a module, by its class or a parent class; `None` if there is none."""
-    if (
-        type(module).__module__ == "transformers.pytorch_utils"
-        and type(module).__name__ == "Conv1D"
-    ):
-        return TransposedLinearRule(module)
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
     for kind, rule in RULES.items():
-        if isinstance(module, kind):
+        if kind == name if isinstance(kind, str) else isinstance(module, kind):
             return rule(module)
     return None

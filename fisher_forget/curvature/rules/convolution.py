@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fisher_forget.curvature.rules.layers import (
+from fisher_forget.curvature.rules.base import (
     PATCH_BYTES,
     MatrixRule,
     add_gram,
@@ -17,10 +17,17 @@ from fisher_forget.curvature.rules.layers import (
 )
 
 SHIFTS_FROM = 64  # output positions from which the autocorrelation is faster than forming patches
-LOOP_FROM = 512  # output positions from which the convolution's own weight-gradient kernel serves each sample,
-LOOP_ABOVE = (
-    64  # if its matrix has more columns than this: images of few channels are faster as patches
-)
+# Output positions from which the library's own weight-gradient kernel serves each sample, if the
+# matrix has more columns than LOOP_ABOVE: images of few channels are faster as patches
+LOOP_FROM, LOOP_ABOVE = 512, 64
+Range = tuple[int, int]  # start and stop of pixels
+
+
+def positions_last(g: Tensor) -> Tensor:
+    """Output gradients [N, O, *spatial] as [N, O, R], without a copy in either memory layout."""
+    if g.is_contiguous():
+        return g.flatten(2)
+    return g.movedim(1, -1).flatten(1, -2).transpose(1, 2)
 
 
 class ConvRule(MatrixRule):
@@ -51,6 +58,7 @@ class ConvRule(MatrixRule):
         """
         m = self.module
         padded = self._padded(a).movedim(1, -1).contiguous()
+        # output position r and kernel offset k see the pixel r * stride + k * dilation
         n, *pixels, c = padded.stride()
         steps = [p * s for p, s in zip(pixels, m.stride, strict=True)]
         kernel = [p * d for p, d in zip(pixels, m.dilation, strict=True)]
@@ -71,19 +79,19 @@ class ConvRule(MatrixRule):
 
     def per_sample(self, a: Tensor, g: Tensor) -> dict[str, Tensor]:
         m, n, groups = self.module, len(a), self.module.groups
-        out = {} if m.bias is None else {"bias": g.flatten(2).sum(-1)}
+        out = {} if m.bias is None else {"bias": positions_last(g).sum(-1)}
         if self._loops(g):
             out["weight"] = torch.stack(
                 [self._weight_gradient(a[i : i + 1], g[i : i + 1]) for i in range(n)]
             )
             return out
-        x, y = self.patches(a, g.shape[2:]), g.flatten(2)
+        # M_n = sum_r g_nr a_nr^T, group by group
+        x, y = self.patches(a, g.shape[2:]), positions_last(g)
         if groups > 1:
-            x = self._by_group(x)  # [N, G, R, K C/G]
-            y = y.unflatten(1, (groups, -1))
-            out["weight"] = self.from_matrix((y @ x).flatten(1, 2))
+            matrix = (y.unflatten(1, (groups, -1)) @ self._by_group(x)).flatten(1, 2)
         else:
-            out["weight"] = self.from_matrix(y @ x)
+            matrix = y @ x
+        out["weight"] = self.from_matrix(matrix)
         return out
 
     def _by_group(self, patches: Tensor) -> Tensor:
@@ -104,25 +112,23 @@ class ConvRule(MatrixRule):
     def add_squares(
         self, totals: dict[str, Tensor], a: Tensor, g: Tensor, shared: Tensor | None = None
     ) -> None:
-        m = self.module
-        if "weight" in totals and self._loops(g):
+        if "bias" in totals:
+            totals["bias"] += positions_last(g).sum(-1).square().sum(0)
+        if "weight" not in totals:
+            return
+        if self._loops(g):
             for i in range(len(g)):
                 gradient = self._weight_gradient(a[i : i + 1], g[i : i + 1])
                 totals["weight"].addcmul_(gradient, gradient)
-            if "bias" in totals:
-                totals["bias"] += g.flatten(2).sum(-1).square().sum(0)
-            return
-        if m.groups > 1 or "weight" not in totals:
-            super().add_squares(totals, a, g)
-            return
-        squares = torch.zeros_like(
-            self.to_matrix(totals["weight"]), memory_format=torch.contiguous_format
-        )
-        for x, y in self._chunks(a, g) if shared is None else [(shared, g.flatten(2))]:
-            add_squared_products(squares, y, x)
-        totals["weight"] += self.from_matrix(squares)
-        if "bias" in totals:
-            totals["bias"] += g.flatten(2).sum(-1).square().sum(0)
+        elif self.module.groups > 1:
+            super().add_squares({"weight": totals["weight"]}, a, g)
+        else:
+            # summed as a matrix, whose columns are ordered as the patches', and turned back once
+            matrix = self.to_matrix(totals["weight"])
+            squares = torch.zeros_like(matrix, memory_format=torch.contiguous_format)
+            for x, y in self._chunks(a, g) if shared is None else [(shared, positions_last(g))]:
+                add_squared_products(squares, y, x)
+            totals["weight"] += self.from_matrix(squares)
 
     def _chunks(self, a: Tensor, g: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Patches [n, R, K C] and output gradients [n, O, R] of a few samples at a time."""
@@ -130,7 +136,7 @@ class ConvRule(MatrixRule):
         step = max(1, PATCH_BYTES // (4 * m.weight[0].numel() * m.groups * g[0, 0].numel()))
         for start in range(0, len(a), step):
             rows = slice(start, start + step)
-            yield self.patches(a[rows], g.shape[2:]), g[rows].flatten(2)
+            yield self.patches(a[rows], g.shape[2:]), positions_last(g[rows])
 
     def _weight_gradient(self, a: Tensor, g: Tensor) -> Tensor:
         """The library's own kernel on one sample: best where one sample's image is large."""
@@ -153,10 +159,10 @@ class ConvRule(MatrixRule):
     def positions(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.module.groups > 1:
             return None
-        return self.patches(a, g.shape[2:]), g.flatten(2).transpose(1, 2)
+        return self.patches(a, g.shape[2:]), positions_last(g).transpose(1, 2)
 
     def add_row_moment(self, total: Tensor, a: Tensor, g: Tensor) -> None:
-        add_gram(total, g.flatten(2).transpose(1, 2).flatten(0, 1))
+        add_gram(total, positions_last(g).transpose(1, 2).flatten(0, 1))
 
     def add_column_moment(self, total: Tensor, a: Tensor, g: Tensor) -> None:
         m = self.module
@@ -177,67 +183,88 @@ class ConvRule(MatrixRule):
         """Second moment of the patches from autocorrelations, without forming a patch.
 
         At stride 1 the block of the kernel offsets o and o' is sum_q x[q] x[q + o' - o]^T over the
-        window of o. Over *all* q it depends on d = o' - o alone: K (2K - 1) shifts in two
-        dimensions instead of K^4 pairs, and all of them are the weight gradient of one convolution
-        of the image with itself. What a window leaves out at the borders is subtracted: strips of
-        the same, a few pixels wide.
+        window of o: what the output positions see of the image at that offset.
         """
         m = self.module
         (kh, kw), (dh, dw), (h, w) = m.kernel_size, m.dilation, spatial
         if m.padding_mode == "zeros" and not isinstance(m.padding, str):
-            (ph, pw), x = m.padding, a
+            (ph, pw), x = m.padding, a  # zeros add nothing: leave them out
         else:
             (ph, pw), x = (0, 0), self._padded(a)
-        height, width = x.shape[2:]
-        wide = F.pad(x, ((kw - 1) * dw, (kw - 1) * dw, 0, (kh - 1) * dh))
-        cache: dict[tuple[int, int, int, int], Tensor | float] = {}
-
-        def shifts(r0: int, r1: int, c0: int, c1: int) -> Tensor | float:
-            """sum of x[q] x[q + d]^T over rows r0:r1 and columns c0:c1 of q: [C, C, kh, 2 kw -
-            1]."""
-            if r0 >= r1 or c0 >= c1:
-                return 0.0
-            key = (r0, r1, c0, c1)
-            if key not in cache:
-                cache[key] = torch.ops.aten.convolution_backward(
-                    x[:, :, r0:r1, c0:c1].contiguous(),
-                    wide[:, :, r0 : r1 + (kh - 1) * dh, c0 : c1 + 2 * (kw - 1) * dw].contiguous(),
-                    x.new_empty(x.shape[1], x.shape[1], kh, 2 * kw - 1),
-                    None,
-                    [1, 1],
-                    [0, 0],
-                    [dh, dw],
-                    False,
-                    [0, 0],
-                    1,
-                    [False, True, False],
-                )[1]
-            return cache[key]
-
-        channels = x.shape[1]
+        correlation = Autocorrelation(x, (kh, kw), (dh, dw))
+        channels, height, width = x.shape[1:]
         size = channels * kh * kw
         block = total[:size, :size].view(kh, kw, channels, kh, kw, channels)
         sums = x.sum(0)
         for i, j in itertools.product(range(kh), range(kw)):
-            top, bottom = max(0, i * dh - ph), min(height, i * dh - ph + h)
-            left, right = max(0, j * dw - pw), min(width, j * dw - pw + w)
-            inside = shifts(0, height, 0, width)
-            for r0, r1 in ((0, top), (bottom, height)):
-                inside = inside - shifts(r0, r1, 0, width)
-                for c0, c1 in ((0, left), (right, width)):
-                    inside = inside + shifts(r0, r1, c0, c1)
-            for c0, c1 in ((0, left), (right, width)):
-                inside = inside - shifts(0, height, c0, c1)
-            assert isinstance(inside, Tensor)
+            rows = max(0, i * dh - ph), min(height, i * dh - ph + h)
+            columns = max(0, j * dw - pw), min(width, j * dw - pw + w)
+            shifted = correlation.within(rows, columns)
             for u, v in itertools.product(range(i, kh), range(kw)):
-                if (u, v) < (i, j):
-                    continue
-                block[i, j, :, u, v] += inside[
-                    :, :, u - i, v - j + kw - 1
-                ]  # the upper triangle only
+                if (u, v) >= (i, j):  # the upper triangle only
+                    block[i, j, :, u, v] += shifted[:, :, u - i, v - j + kw - 1]
             if len(total) > size:
-                total[:size, -1].view(kh, kw, channels)[i, j] += sums[
-                    :, top:bottom, left:right
-                ].sum((1, 2))
+                seen = sums[:, slice(*rows), slice(*columns)].sum((1, 2))
+                total[:size, -1].view(kh, kw, channels)[i, j] += seen
         if len(total) > size:
             total[-1, -1] += len(x) * h * w
+
+
+class Autocorrelation:
+    """sum over samples and pixels q of x[q] x[q + d]^T, for all shifts d between kernel offsets.
+
+    There are K (2K - 1) shifts in two dimensions instead of K^4 pairs of offsets, and all of them
+    are the weight gradient of one convolution of the image with itself.
+
+    Args:
+        x: Images [N, C, H, W].
+        kernel: Sides of the kernel.
+        dilation: Of the kernel.
+    """
+
+    def __init__(self, x: Tensor, kernel: tuple[int, int], dilation: tuple[int, int]) -> None:
+        self.x, self.kernel, self.dilation = x, kernel, dilation
+        self.reach = [(k - 1) * d for k, d in zip(kernel, dilation, strict=True)]
+        below, aside = self.reach  # shifts go down, and to either side
+        self.wide = F.pad(x, (aside, aside, 0, below))
+        self._known: dict[tuple[Range, Range], Tensor] = {}
+
+    def over(self, rows: Range, columns: Range) -> Tensor | float:
+        """The sum over q in a rectangle: [C, C, kh, 2 kw - 1]; 0 where it is empty."""
+        if rows[0] >= rows[1] or columns[0] >= columns[1]:
+            return 0.0
+        key = rows, columns
+        if key not in self._known:
+            channels, (kh, kw), (below, aside) = self.x.shape[1], self.kernel, self.reach
+            pixels = self.x[:, :, slice(*rows), slice(*columns)]
+            seen = self.wide[:, :, rows[0] : rows[1] + below, columns[0] : columns[1] + 2 * aside]
+            self._known[key] = torch.ops.aten.convolution_backward(
+                pixels.contiguous(),
+                seen.contiguous(),
+                self.x.new_empty(channels, channels, kh, 2 * kw - 1),
+                None,
+                [1, 1],
+                [0, 0],
+                list(self.dilation),
+                False,
+                [0, 0],
+                1,
+                [False, True, False],
+            )[1]
+        return self._known[key]
+
+    def within(self, rows: Range, columns: Range) -> Tensor:
+        """`over` a window that leaves out thin borders: the whole image, which all windows share,
+        less strips a few pixels wide, whose corners would else be taken away twice."""
+        height, width = self.x.shape[2:]
+        every_row, every_column = (0, height), (0, width)
+        left_right = (0, columns[0]), (columns[1], width)
+        inside = self.over(every_row, every_column)
+        for strip in ((0, rows[0]), (rows[1], height)):
+            inside = inside - self.over(strip, every_column)
+            for side in left_right:
+                inside = inside + self.over(strip, side)
+        for side in left_right:
+            inside = inside - self.over(every_row, side)
+        assert isinstance(inside, Tensor)
+        return inside

@@ -32,7 +32,7 @@ from fisher_forget.curvature.operator import (
 )
 from fisher_forget.curvature.record import Group, Record
 from fisher_forget.curvature.rules import rule_for
-from fisher_forget.curvature.rules.layers import PATCH_BYTES, MatrixRule, add_squared_products
+from fisher_forget.curvature.rules.base import PATCH_BYTES, MatrixRule, add_squared_products
 from fisher_forget.curvature.structures.diagonal import Diagonal, Settling
 from fisher_forget.curvature.tape import Tape
 from fisher_forget.errors import CurvatureError, StorageError

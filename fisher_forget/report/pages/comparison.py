@@ -17,14 +17,17 @@ from fisher_forget._util.files import ensure_folder, read_json
 from fisher_forget._util.markdown import markdown_table
 from fisher_forget.evaluate.evaluation import CONTROL, MARKS, MEANING, Evaluation
 from fisher_forget.evaluate.intervals import t_interval
+from fisher_forget.likelihood.base import SHARE_LOSS
 from fisher_forget.report.pages.evaluation import judged, within
-from fisher_forget.report.pages.html import Figure, inline, render_template, write_html
+from fisher_forget.report.pages.html import Figure, render_template, write_html
+from fisher_forget.report.pages.svg import inline
 from fisher_forget.report.plots import plot_cost, plot_methods, save_figure
 
 OURS = "fisher-forget"
 REFERENCES = ("original", CONTROL, "retrain")  # rows to read the others against
-RUINED = 10.0  # percentage points of accuracy below retrained, from which on a figure leaves a method out
-MAY_LOSE = 1.0  # percentage points of accuracy below retrained that a method may lose whatever retrained models do
+# percentage points of accuracy below retrained: from which on a figure leaves a method out; and
+# which a method may lose whatever retrained models do
+RUINED, MAY_LOSE = 10.0, 100 * SHARE_LOSS
 KEPT = ("test, retained classes", "test")  # where accuracy is read: the first that there is
 Row = dict[str, Any]
 
@@ -36,7 +39,7 @@ def rows(table: Evaluation, seconds: Mapping[str, Sequence[float]], retraining: 
     What the methods are read against comes last.
 
     Args:
-        table: Scores of all methods, the original and the left-out retrained model.
+        table: Scores of all methods, the original and the control.
         seconds: Method -> wall time of each of its models.
         retraining: Wall time of training one model without the forget set.
 
@@ -44,8 +47,8 @@ def rows(table: Evaluation, seconds: Mapping[str, Sequence[float]], retraining: 
         Rows with: method; models; kl, kl_low, kl_high (nats, forgotten samples, 95 % interval over
         models); floor (what retrained models have among themselves); kl_retain (nats); accuracy,
         accuracy_low, accuracy_high (%, test data of what is retained); target (%, of retrained
-        models); accurate (not below what 97.5 % of further retrained models reach, or at most
-        `MAY_LOSE` below the target); cost (seconds over those of retraining); mark (verdict of the
+        models); accurate (not below what 97.5 % of retrained models reach, or at most `MAY_LOSE`
+        below the target); cost (seconds over those of retraining); mark (verdict of the
         KL); inside and scored (how many scores a retrained model could have, and how many are
         defined); tied (not told apart from the first by the paired difference of the KL); pareto
         (no method has both less KL and more accuracy).
@@ -145,16 +148,15 @@ def _better(one: Row, other: Row) -> bool:
 
 
 def answer(found: Sequence[Row]) -> str:
-    """Who is first, who is tied with it, and where the package's own default stands."""
+    """Who is first, who is tied with it, and where fisher-forget stands."""
     rivals = [r for r in found if r["method"] not in REFERENCES]
     if not rivals or not rivals[0]["accurate"]:
         return "No method keeps the accuracy of retrained models."
     first, ties = rivals[0], [r["method"] for r in rivals[1:] if r["tied"]]
-    text = f"Closest to retrained at equal accuracy: {first['method']}, {_nats(first)} (floor {first['floor']:.2g})"
-    text += (
-        f"; not told apart from it: {', '.join(ties)}."
-        if ties
-        else "; every other method is farther away."
+    others = f"not told apart from it: {', '.join(ties)}" if ties else "every other is farther away"
+    text = (
+        f"Closest to retrained at equal accuracy: {first['method']}, {_nats(first)} "
+        f"(floor {first['floor']:.2g}); {others}."
     )
     ours = next((r for r in rivals if r["method"] == OURS), None)
     if ours is not None and ours is not first and not ours["tied"]:
@@ -194,7 +196,8 @@ def to_markdown(found: Sequence[Row]) -> str:
     first, shown = found[0], frame(found)
     return (
         f"{markdown_table(shown, shown.itertuples(index=False))}\n\n"
-        f"{answer(found)} Retrained models: {first['floor']:.3g} nats, {first['target']:.1f} %. {LEGEND}"
+        f"{answer(found)} Retrained models: {first['floor']:.3g} nats, {first['target']:.1f} %. "
+        f"{LEGEND}"
     )
 
 
@@ -257,15 +260,15 @@ def _overview(report: Mapping[str, Any]) -> pd.DataFrame:
 
 LEFT_OUT = f"Methods that lose more than {RUINED:g} points of accuracy are left out."
 OVERVIEW = (
-    "KL on the forgotten samples in nats, mean over the originals (test accuracy of what is retained); * first, or not "
-    "told apart from the first; † less accurate than retrained models; – no result; retrainings: median wall time over "
-    "that of one retraining. Sorted by mean place."
+    "KL on the forgotten samples in nats, mean over the originals (test accuracy of what is "
+    "retained); * first, or not told apart from the first; † less accurate than retrained models; "
+    "– no result; retrainings: median wall time over that of one retraining. Sorted by mean place."
 )
 LEGEND = (
     "* not told apart from the first (paired over the originals, 95 %); "
     + "; ".join(f"{MARKS[label]} {meaning}" for label, meaning in MEANING.items())
-    + f". Equally accurate: not below what 97.5 % of further retrained models reach, or at most {MAY_LOSE:g} point "
-    "below their mean."
+    + ". Equally accurate: not below what 97.5 % of retrained models reach, or at most "
+    f"{MAY_LOSE:g} point below their mean."
 )
 
 
@@ -299,52 +302,52 @@ def write_page(report: Mapping[str, Any], folder: Path) -> Path:
         folder: Made if need be.
     """
     ensure_folder(folder)
-    cases = []
-    for index, (name, case) in enumerate(report["cases"].items()):
-        figures = []
-        for kind, plot, caption in (
-            (
-                "tradeoff",
-                plot_methods,
-                f"KL on the forgotten samples against test accuracy of what is retained. {LEFT_OUT}",
-            ),
-            (
-                "cost",
-                plot_cost,
-                f"KL on the forgotten samples against wall time, as a share of one retraining. {LEFT_OUT}",
-            ),
-        ):
-            ax = plot(plotted(case["rows"]))
-            _, svg = save_figure(ax.figure, folder / f"{kind}-{index}")
-            plt.close("all")
-            figures.append(Figure(caption, inline(svg, f"{kind[0]}{index}-", caption)))
-        refused = [(o["method"], o["refused"]) for o in case["outcomes"] if o["refused"]]
-        cases.append(
-            {
-                "name": name,
-                "answer": answer(case["rows"]),
-                "forgotten": case["forgotten"],
-                "models": max(row["models"] for row in case["rows"]),
-                "retrained": case["evaluation"]["retrained"],
-                "table": frame(case["rows"]),
-                "figures": figures,
-                "settings": _settings(case["outcomes"]),
-                "scores": _scores(case["evaluation"]),
-                "refused": pd.DataFrame(refused, columns=["method", "why"]) if refused else None,
-            }
-        )
-    config = report["config"]
-    whole = _overview(report) if len(cases) > 1 else None
-    values = {
-        "overview": whole,
-        "about": OVERVIEW,
-        "run": report["name"],
-        "cases": cases,
-        "legend": LEGEND,
-        "command": report["command"],
-        "config": config,
+    cases = [
+        _case(name, case, _figures(case["rows"], index, folder))
+        for index, (name, case) in enumerate(report["cases"].items())
+    ]
+    page = render_template(
+        "comparison.html.j2",
+        overview=_overview(report) if len(cases) > 1 else None,
+        about=OVERVIEW,
+        run=report["name"],
+        cases=cases,
+        legend=LEGEND,
+        command=report["command"],
+        config=report["config"],
+    )
+    return write_html(folder / "comparison.html", page)
+
+
+def _figures(found: Sequence[Row], index: int, folder: Path) -> list[Figure]:
+    """KL against accuracy, and against time, of one forget set."""
+    figures = []
+    for kind, plot, what in (
+        ("tradeoff", plot_methods, "test accuracy of what is retained"),
+        ("cost", plot_cost, "wall time, as a share of one retraining"),
+    ):
+        caption = f"KL on the forgotten samples against {what}. {LEFT_OUT}"
+        _, svg = save_figure(plot(plotted(found)).figure, folder / f"{kind}-{index}")
+        plt.close("all")
+        figures.append(Figure(caption, inline(svg, f"{kind[0]}{index}-", caption)))
+    return figures
+
+
+def _case(name: str, case: Mapping[str, Any], figures: list[Figure]) -> dict[str, Any]:
+    """What the template needs of one forget set."""
+    refused = [(o["method"], o["refused"]) for o in case["outcomes"] if o["refused"]]
+    return {
+        "name": name,
+        "answer": answer(case["rows"]),
+        "forgotten": case["forgotten"],
+        "models": max(row["models"] for row in case["rows"]),
+        "retrained": case["evaluation"]["retrained"],
+        "table": frame(case["rows"]),
+        "figures": figures,
+        "settings": _settings(case["outcomes"]),
+        "scores": _scores(case["evaluation"]),
+        "refused": pd.DataFrame(refused, columns=["method", "why"]) if refused else None,
     }
-    return write_html(folder / "comparison.html", render_template("comparison.html.j2", **values))
 
 
 def _settings(outcomes: Sequence[Mapping[str, Any]]) -> pd.DataFrame:

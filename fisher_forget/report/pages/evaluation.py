@@ -1,4 +1,4 @@
-"""The page of `fisher-forget evaluate`: verdicts first, then a picture, then every score."""
+"""The page of `fisher-forget evaluate`: the answer first, then a picture, then every score."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from fisher_forget.report.pages.html import (
     Figure,
     Number,
     flat,
-    inline,
     render_template,
     write_html,
 )
+from fisher_forget.report.pages.svg import inline
 from fisher_forget.report.plots import BLUE, GREEN, GREY, ORANGE, VERMILLION, save_figure
 from fisher_forget.report.plots.hover import explain
 
@@ -42,7 +42,13 @@ STYLES = (
     ("P", GREY),
     ("X", "#56B4E9"),
 )
+CAPTION = (
+    "Distance of every score from the mean of the retrained models, in half-widths of the band: "
+    "the range expected of a retrained model, for all scores together (95 %). "
+    "Hold the pointer on a mark for its numbers."
+)
 FEW = 0.25  # share of the scores that may differ before the page calls the result poor
+EXPECTED = "expected range (95 %)"
 FAR = 30.0  # half-widths, where the axis ends
 
 
@@ -63,27 +69,7 @@ def write_page(
         ax = plot_scores(table)
         _, svg = save_figure(ax.figure, folder / f"evaluation-{index}")
         plt.close("all")
-        caption = (
-            "Distance of every score from the mean of the retrained models, in half-widths of the band, in which all "
-            "scores of a further retrained model would lie in 95 % of cases. "
-            "Hold the pointer on a mark for its numbers."
-        )
-        word, tone = verdict_of(table)
-        cases.append(
-            {
-                "name": case,
-                "word": word,
-                "tone": tone,
-                "numbers": numbers(table),
-                "sentence": sentence(table),
-                "counts": counts(table),
-                "retrained": table.retrained,
-                "figures": [Figure(caption, inline(svg, f"e{index}-", caption))],
-                "table": wide(table),
-                "reasons": table.to_pandas()[["metric", "part", "method", "label", "reason"]],
-                "left_out": "; ".join(f"{key} ({why})" for key, why in table.left_out.items()),
-            }
-        )
+        cases.append(_case(case, table, Figure(CAPTION, inline(svg, f"e{index}-", CAPTION))))
     definitions = pd.DataFrame(
         [(m.name, m.unit, m.definition, m.formula, m.source) for m in METRICS.values()],
         columns=["metric", "unit", "what it tells", "formula", "source"],
@@ -102,6 +88,24 @@ def write_page(
     return write_html(folder / "evaluation.html", page)
 
 
+def _case(name: str, table: Evaluation, figure: Figure) -> dict[str, Any]:
+    """What the template needs of one forget set."""
+    word, tone = conclusion(table)
+    return {
+        "name": name,
+        "word": word,
+        "tone": tone,
+        "numbers": numbers(table),
+        "sentence": sentence(table),
+        "counts": counts(table),
+        "retrained": table.retrained,
+        "figures": [figure],
+        "table": wide(table),
+        "reasons": table.to_pandas()[["metric", "part", "method", "label", "reason"]],
+        "left_out": "; ".join(f"{key} ({why})" for key, why in table.left_out.items()),
+    }
+
+
 def judged(table: Evaluation, method: str) -> list[EvaluationRow]:
     """The rows of a method that have a value."""
     return [s for s in table.scores if s.method == method and s.label != UNDEFINED]
@@ -113,11 +117,11 @@ def main_method(table: Evaluation) -> str:
 
 
 def outside(table: Evaluation) -> list[EvaluationRow]:
-    """The rows of the main method that no further retrained model is expected to have."""
+    """The rows of the main method outside the range expected of a retrained model."""
     return [s for s in judged(table, main_method(table)) if not within(s)]
 
 
-def verdict_of(table: Evaluation) -> tuple[str, str]:
+def conclusion(table: Evaluation) -> tuple[str, str]:
     """The answer in a few words, and its tone."""
     rows, wrong = len(judged(table, main_method(table))), len(outside(table))
     if not wrong:
@@ -150,24 +154,25 @@ def numbers(table: Evaluation) -> list[Number]:
 
 def counts(table: Evaluation, but: str = "") -> str:
     """How many scores of each method a retrained model could have."""
-    every = [(m, judged(table, m)) for m in methods(table) if m != but]
-    return ", ".join(f"{method} {sum(map(within, rows))} of {len(rows)}" for method, rows in every)
+    rows = {method: judged(table, method) for method in methods(table) if method != but}
+    return ", ".join(f"{m} {sum(map(within, of))} of {len(of)}" for m, of in rows.items())
 
 
 def sentence(table: Evaluation) -> str:
     """Which scores give the main method away."""
-    wrong = outside(table)
+    wrong, method = outside(table), main_method(table)
     if not wrong:
-        return "No score lies where a further retrained model would not be expected."
+        count = len(judged(table, method))
+        return f"All {count} scores are in the range expected of a retrained model."
     places: dict[str, list[str]] = {}
     for score in wrong:
         places.setdefault(score.metric, []).append(score.part)
     named = "; ".join(f"{metric} ({', '.join(parts)})" for metric, parts in places.items())
-    return f"Scores of {main_method(table)} that a further retrained model is not expected to have: {named}."
+    return f"Scores of {method} outside the range expected of a retrained model: {named}."
 
 
 def within(score: EvaluationRow) -> bool:
-    """Whether the score lies in the interval of further retrained models."""
+    """Whether the score lies in the range expected of a retrained model."""
     return score.target_low <= score.value <= score.target_high
 
 
@@ -187,7 +192,7 @@ def wide(table: Evaluation) -> pd.DataFrame:
             "metric": metric + (f" ({first.unit})" if first.unit else ""),
             "part": part,
             "retrained": _short(first.target),
-            "further ones": f"{_short(first.target_low)} … {_short(first.target_high)}",
+            EXPECTED: f"{_short(first.target_low)} … {_short(first.target_high)}",
         }
         row |= {
             m: f"{_short(found[m].value)} {MARKS[found[m].label]}" if m in found else ""
@@ -202,7 +207,7 @@ def _short(value: float) -> str:
 
 
 def plot_scores(table: Evaluation, ax: Axes | None = None) -> Axes:
-    """Every score as its distance from the retrained mean, in half-widths of their interval."""
+    """Every score as its distance from the retrained mean, in half-widths of the expected range."""
     keys = list(dict.fromkeys((s.metric, s.part) for s in table.scores))
     if ax is None:
         _, ax = plt.subplots(figsize=(7.2, 0.8 + 0.24 * len(keys)), layout="constrained")
@@ -221,7 +226,7 @@ def plot_scores(table: Evaluation, ax: Axes | None = None) -> Axes:
             ax.scatter(x, y, marker=marker, s=26, label=method, zorder=3, **style),
             [_told(s) for s in rows],
         )
-    ax.axvspan(-1, 1, color=GREEN, alpha=0.15, lw=0, label="retrained models")
+    ax.axvspan(-1, 1, color=GREEN, alpha=0.15, lw=0, label=EXPECTED)
     ax.axvline(0, color=GREEN, lw=0.8)
     ax.set_xscale("symlog", linthresh=1.0)
     ax.set_xlim(-FAR * 1.15, FAR * 1.15)
@@ -234,7 +239,7 @@ def plot_scores(table: Evaluation, ax: Axes | None = None) -> Axes:
     ax.set_ylim(-0.7, len(keys) - 0.3)
     ax.grid(axis="y", color="#e6e6e6", lw=0.6)
     ax.set_axisbelow(True)
-    ax.set_xlabel("distance from the retrained mean, in half-widths of their interval")
+    ax.set_xlabel("distance from the retrained mean, in half-widths of the expected range")
     ax.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3, fontsize=8, frameon=False)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
@@ -247,12 +252,12 @@ def _told(score: EvaluationRow) -> str:
     interval = f"{score.target_low:.3g} … {score.target_high:.3g}"
     return (
         f"{score.method}\n{score.metric}, {score.part}: {score.value:.3g}{unit}\n"
-        f"retrained {score.target:.3g}, further ones {interval}\n{score.label}"
+        f"retrained {score.target:.3g}, {EXPECTED} {interval}\n{score.label}"
     )
 
 
 def distance(score: EvaluationRow) -> float:
-    """(value - target) over the half-width of the prediction interval, at most `FAR` either way."""
+    """(value - target) over the half-width of the expected range, at most `FAR` either way."""
     half = (score.target_high - score.target_low) / 2
     if not half > 0:
         return (

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -23,36 +21,22 @@ from fisher_forget._util.files import ensure_folder
 from fisher_forget._util.numbers import MISSING, number, plus_minus
 from fisher_forget.errors import StorageError
 from fisher_forget.likelihood import Score
+from fisher_forget.likelihood.base import ERROR_LOSS, SHARE_LOSS
 from fisher_forget.report import tables
+from fisher_forget.report.pages.svg import inline
 from fisher_forget.report.tables import Case
 
 CAPTIONS = {
-    "trade-off": "Forgetting against usefulness. Each point is one noise scale s, its mean and 95 % interval over "
-    "draws; light dots are single draws. The target is the green diamond on the floor, not the lower right corner.",
-    "KL": "KL to the retrained models before (square) and after (circle) forgetting. The green bar is the floor, "
-    "the KL between two retrained models: the closer the circle, the better.",
-    "scores": "Quality before (square) and after (circle) forgetting. The green bar is what retrained models reach: "
-    "the closer the circle, the better, on the forgotten data, too.",
+    "trade-off": "Forgetting against usefulness. Each point is one noise scale s, its mean and 95 "
+    "% interval over draws; light dots are single draws. The target is the green diamond on the "
+    "floor, not the lower right corner.",
+    "KL": "KL to the retrained models before (square) and after (circle) forgetting. The green bar "
+    "is the floor, the KL between two retrained models: the closer the circle, the better.",
+    "scores": "Quality before (square) and after (circle) forgetting. The green bar is what "
+    "retrained models reach: the closer the circle, the better, on the forgotten data, too.",
     "noise": "KL against the noise scale, with 95 % bands over draws. Dotted lines are the floors.",
 }
-SORT_SCRIPT = """
-for (const button of document.querySelectorAll("th button")) button.addEventListener("click", () => {
-  const head = button.closest("th"), body = head.closest("table").tBodies[0], column = head.cellIndex;
-  const up = head.getAttribute("aria-sort") !== "ascending";
-  const key = row => row.cells[column].textContent.trim();
-  const value = row => { const n = parseFloat(key(row).replaceAll(",", "")); return isNaN(n) ? -Infinity : n; };
-  const order = (a, b) => value(a) === value(b) ? key(a).localeCompare(key(b)) : value(a) - value(b);
-  for (const other of head.parentNode.cells) other.removeAttribute("aria-sort");
-  head.setAttribute("aria-sort", up ? "ascending" : "descending");
-  body.append(...[...body.rows].sort((a, b) => up ? order(a, b) : order(b, a)));
-});
-"""
-LARGE = (
-    400.0  # points of width, above which a figure is scrolled on a phone instead of made illegible
-)
-_SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
-_DROPPED = {f"{{{_SVG}}}{tag}" for tag in ("metadata", "script", "foreignObject", "image", "a")}
-_REFERENCE = re.compile(r"url\(\s*['\"]?#([^'\")]+)['\"]?\s*\)")
+TEMPLATES = Path(__file__).parents[1] / "templates"
 
 
 @dataclass(frozen=True)
@@ -108,6 +92,8 @@ def render(metrics: Mapping[str, Any], figures: Mapping[str, Path]) -> str:
         metrics=metrics,
         created=_when(metrics["created"]),
         thresholds=tables,
+        share_loss=SHARE_LOSS,
+        error_loss=ERROR_LOSS,
         cases=[_case(case, placed.get(i, [])) for i, case in enumerate(metrics["cases"])],
         figures=placed.get(None, []),
         settings=list(flat(metrics["config"])),
@@ -119,15 +105,16 @@ def render_template(template: str, **values: Any) -> str:
     """A page of this folder's templates, with the script that sorts tables and the policy that
     allows nothing else."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parents[1] / "templates"),
+        loader=FileSystemLoader(TEMPLATES),
         autoescape=True,  # always, because the ending .j2 tells jinja2 nothing
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    script = (TEMPLATES / "sort.js").read_text(encoding="utf-8")
     return environment.get_template(template).render(
-        script=Markup(SORT_SCRIPT),
-        script_hash=base64.b64encode(hashlib.sha256(SORT_SCRIPT.encode()).digest()).decode(),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         **values,
     )
 
@@ -241,54 +228,3 @@ def _place(cases: list[Case], figures: Mapping[str, Path]) -> dict[int | None, l
         caption = CAPTIONS.get(kind, kind)
         placed.setdefault(position, []).append(Figure(caption, inline(path, f"f{count}-", caption)))
     return placed
-
-
-def inline(path: Path, prefix: str, title: str) -> Markup:
-    """An SVG file as an element of the page: ids made unique, its style kept to itself, nothing
-    loaded or run.
-
-    Raises:
-        StorageError: If it is not a readable SVG file.
-    """
-    try:
-        root = ElementTree.fromstring(Path(path).read_bytes())
-    except (OSError, ElementTree.ParseError) as error:
-        raise StorageError(
-            f"{path}: {error}", "an SVG file", "Save it with save_figure."
-        ) from error
-    if root.tag != f"{{{_SVG}}}svg":
-        raise StorageError(
-            f"{path} with the root element {root.tag}", "an SVG file", "Save it with save_figure."
-        )
-    for parent in list(root.iter()):
-        for child in [c for c in parent if c.tag in _DROPPED]:
-            parent.remove(child)
-    for element in root.iter():
-        if element.tag == f"{{{_SVG}}}style":
-            # a style element counts for the whole page
-            rules = re.sub(r"@import[^;]*;?", "", element.text or "")
-            element.text = re.sub(r"(^|\})\s*([^{}]+)\{", rf"\1#{prefix}svg \2{{", rules)
-        for name, value in list(element.attrib.items()):
-            local = name.rpartition("}")[2]
-            if local == "id":
-                element.set(name, prefix + value)
-            elif local == "href" and value.startswith("#"):
-                element.set(name, f"#{prefix}{value[1:]}")
-            elif local == "href" or local.startswith("on"):
-                del element.attrib[name]
-            elif "url(" in value:
-                inside = _REFERENCE.sub(rf"url(#{prefix}\1)", value)
-                element.set(name, re.sub(r"url\((?!#)[^)]*\)", "none", inside))
-    width = str(root.attrib.pop("width", ""))
-    root.attrib.pop("height", None)
-    root.set("id", f"{prefix}svg")
-    root.set("role", "img")
-    root.set("aria-label", title)
-    points = re.fullmatch(r"([\d.]+)pt", width)
-    if points and float(points[1]) > LARGE:
-        root.set("class", "large")
-    if points:  # hardly larger than it was drawn, or its text would outgrow the page's
-        root.set("style", f"max-width: {1.15 * float(points[1]) * 4 / 3:.0f}px")
-    ElementTree.register_namespace("", _SVG)
-    ElementTree.register_namespace("xlink", _XLINK)
-    return Markup(ElementTree.tostring(root, encoding="unicode"))

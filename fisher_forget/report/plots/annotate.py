@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -37,12 +38,24 @@ def along(x0: Array, y0: Array, x1: Array, y1: Array, steps: int = 40) -> list[t
     return list(zip(((1 - t) * x0 + t * x1).ravel(), np.exp(log_y).ravel(), strict=True))
 
 
+@dataclass(frozen=True)
+class Obstacles:
+    """What a text must not cover, in data coordinates.
+
+    Attributes:
+        marks: Symbols other than the points that are named.
+        busy: Points of lines and small dots.
+    """
+
+    marks: Sequence[Point]
+    busy: Sequence[Point]
+
+
 def annotate(
     ax: Axes,
     points: list[Point],
     texts: list[str],
-    marks: list[Point],
-    busy: list[Point],
+    obstacles: Obstacles,
     *,
     limit: int = NAMED,
     everything: bool = False,
@@ -57,71 +70,79 @@ def annotate(
         ax: The axes.
         points: What to name, in data coordinates.
         texts: One a point.
-        marks: Other symbols.
-        busy: Points of lines and small dots.
+        obstacles: What must not be covered.
         limit: Most texts.
         everything: Let a text cross a line, or stand close to another point, rather than leave it
             out.
         order: Which come first; by default the ends, then halves, quarters, ..., so that the
             extremes keep theirs.
     """
-    width, height = whole_figure(ax.figure).bbox.size
-    renderer = RendererAgg(width, height, whole_figure(ax.figure).dpi)  # type: ignore[no-untyped-call]  # measures for any canvas
-    unit = whole_figure(ax.figure).dpi / 72  # pixels in a point
-    centres = ax.transData.transform(points)
-    around = 5 * unit * np.array([(np.cos(a), np.sin(a)) for a in np.linspace(0, 2 * np.pi, 12)])
-    symbols = (ax.transData.transform([*points, *marks])[:, None] + around).reshape(-1, 2)
-    lines = ax.transData.transform(np.reshape(busy, (-1, 2)))
-    inside = ax.get_window_extent(renderer).padded(-2 * unit)
-    boxes: list[Bbox] = []
+    page = _Page(ax, points, obstacles)
     waiting = list(ends_first(len(points)) if order is None else order)
-    everywhere = np.concatenate([symbols, lines])
     # what found no place may first cross a line, then stand near another point, which only a crowd
     # makes necessary
-    for obstacles, strict in ((everywhere, True), (symbols, True), (symbols, False))[
-        : 3 if everything else 1
-    ]:
+    rounds = ((page.everywhere, True), (page.symbols, True), (page.symbols, False))
+    for covered, strict in rounds[: 3 if everything else 1]:
         for i in list(waiting):
-            if len(boxes) == limit:
+            if len(page.boxes) == limit:
                 return
-            for distance, angle in _PLACES:
-                text = _text(ax, points[i], texts[i], distance, angle)
-                text.update_positions(renderer)
-                box = Text.get_window_extent(text, renderer).padded(
-                    unit
-                )  # the words alone, without the line to them
-                fits = (
-                    inside.x0 <= box.x0
-                    and box.x1 <= inside.x1
-                    and inside.y0 <= box.y0
-                    and box.y1 <= inside.y1
-                )
-                fits = (
-                    fits
-                    and not any(box.overlaps(other) for other in boxes)
-                    and not _contains(box, obstacles)
-                )
-                others = np.delete(centres, i, axis=0)
-                if distance > NEAR:  # the line must not seem to end at another point
-                    offset = (
-                        unit
-                        * distance
-                        * np.array([math.cos(math.radians(angle)), math.sin(math.radians(angle))])
-                    )
-                    line = centres[i] + np.linspace(0, 1, 12)[:, None] * offset
-                    clear = all(
-                        _distances(Bbox([at, at]), others).min(initial=np.inf) > 6 * unit
-                        for at in line
-                    )
-                else:
-                    clear = (
-                        _distances(box, others).min(initial=np.inf) > _distances(box, centres)[i]
-                    )
-                if fits and (clear or not strict):
-                    boxes.append(box)
-                    waiting.remove(i)
-                    break
-                text.remove()
+            if page.place(i, points[i], texts[i], covered, strict):
+                waiting.remove(i)
+
+
+class _Page:
+    """Where things are, in pixels."""
+
+    def __init__(self, ax: Axes, points: list[Point], obstacles: Obstacles) -> None:
+        figure = whole_figure(ax.figure)
+        width, height = figure.bbox.size
+        # measures for any canvas
+        self.renderer = RendererAgg(width, height, figure.dpi)  # type: ignore[no-untyped-call]
+        self.ax, self.unit = ax, figure.dpi / 72  # pixels in a point
+        self.centres = ax.transData.transform(points)
+        angles = np.linspace(0, 2 * np.pi, 12)
+        around = 5 * self.unit * np.array([(np.cos(a), np.sin(a)) for a in angles])
+        marked = ax.transData.transform([*points, *obstacles.marks])
+        self.symbols = (marked[:, None] + around).reshape(-1, 2)
+        lines = ax.transData.transform(np.reshape(obstacles.busy, (-1, 2)))
+        self.everywhere = np.concatenate([self.symbols, lines])
+        self.inside = ax.get_window_extent(self.renderer).padded(-2 * self.unit)
+        self.boxes: list[Bbox] = []
+
+    def place(self, i: int, point: Point, words: str, covered: Array, strict: bool) -> bool:
+        """Write beside point i at the first place that is free; whether there is one."""
+        for distance, angle in _PLACES:
+            text = _text(self.ax, point, words, distance, angle)
+            text.update_positions(self.renderer)
+            # the words alone, without the line to them
+            box = Text.get_window_extent(text, self.renderer).padded(self.unit)
+            free = (
+                self._contains(box)
+                and not any(box.overlaps(other) for other in self.boxes)
+                and not _contains(box, covered)
+            )
+            if free and (not strict or self._clear(i, box, distance, angle)):
+                self.boxes.append(box)
+                return True
+            text.remove()
+        return False
+
+    def _contains(self, box: Bbox) -> bool:
+        inside = self.inside
+        across = inside.x0 <= box.x0 and box.x1 <= inside.x1
+        return bool(across and inside.y0 <= box.y0 and box.y1 <= inside.y1)
+
+    def _clear(self, i: int, box: Bbox, distance: float, angle: float) -> bool:
+        """Whether no other point is nearer to the text, or to the line that leads to it."""
+        others = np.delete(self.centres, i, axis=0)
+        if distance <= NEAR:
+            nearest = _distances(box, others).min(initial=np.inf)
+            return bool(nearest > _distances(box, self.centres)[i])
+        direction = np.array([math.cos(math.radians(angle)), math.sin(math.radians(angle))])
+        line = self.centres[i] + np.linspace(0, 1, 12)[:, None] * self.unit * distance * direction
+        return all(
+            _distances(Bbox([at, at]), others).min(initial=np.inf) > 6 * self.unit for at in line
+        )
 
 
 def _text(ax: Axes, point: Point, text: str, distance: float, angle: float) -> Annotation:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fisher_forget.curvature.operator import BlockDiagonal, Curvature, Spectral
@@ -48,40 +49,46 @@ def plot_path(result: ForgetResult, ax: Axes | None = None) -> Axes:
             "at least one",
             "Look at result.newton: nothing was tried.",
         )
-    times, at = [], 0.0
-    for step in newton.path:
-        times.append(at + step.share / step.damping if step.damping > 0 else math.nan)
-        at = times[-1] if step.accepted else at
-    ax = axes_or_new(ax)
+    ax, x = axes_or_new(ax), _times(result)
     moved = np.array([s.moved for s in newton.path])
     rise = np.array([s.loss - newton.loss_before for s in newton.path])
     rise = np.where(rise > 0, rise, math.nan)  # which a logarithmic axis cannot show
-    taken, x = np.array([s.accepted for s in newton.path]), np.array(times)
-    series = (
-        ("KL moved by a sub-step, forgotten data", moved, BLUE, "o", "-"),
-        ("rise of the retained loss, where it rose", rise, VERMILLION, "s", "--"),
+    taken = np.array([s.accepted for s in newton.path])
+    series: tuple[tuple[str, Any, dict[str, Any]], ...] = (
+        (
+            "KL moved by a sub-step, forgotten data",
+            moved,
+            {"color": BLUE, "marker": "o", "linestyle": "-"},
+        ),
+        (
+            "rise of the retained loss, where it rose",
+            rise,
+            {"color": VERMILLION, "marker": "s", "linestyle": "--"},
+        ),
     )
-    for label, y, color, marker, line in series:
-        ax.plot(
-            x[taken],
-            y[taken],
-            color=color,
-            marker=marker,
-            linestyle=line,
-            markersize=7,
-            label=label,
-            **EDGE,
-        )
-        ax.plot(x[~taken], y[~taken], color=color, marker="x", linestyle="none", markersize=7)
+    for label, y, look in series:
+        ax.plot(x[taken], y[taken], markersize=7, label=label, **look, **EDGE)
+        crosses = look | {"marker": "x", "linestyle": "none"}
+        ax.plot(x[~taken], y[~taken], markersize=7, **crosses)
     if not taken.all():
         ax.plot([], [], color=GREY, marker="x", linestyle="none", label="not taken")
     ax.axhline(newton.budget, color=GREY, linestyle=":", linewidth=1.4, label="budget of the rise")
     log_limits(ax, "x", x.tolist())
     log_limits(ax, "y", [*np.abs(moved), *rise, newton.budget])
-    ax.set_xlabel("time of the flow, sum of share / damping (1 / nats)")
+    ax.set_xlabel("time of the flow, sum of share / damping (squared weight / nats)")
     ax.set_ylabel("nats")
     finish(ax, legend_columns=1)
     return ax
+
+
+def _times(result: ForgetResult) -> NDArray[np.float64]:
+    """Time of the flow after each sub-step: backward Euler with damping tau advances it by 1 / tau,
+    and by nothing where the sub-step was not taken."""
+    times, at = [], 0.0
+    for step in result.newton.path:
+        times.append(at + step.share / step.damping if step.damping > 0 else math.nan)
+        at = times[-1] if step.accepted else at
+    return np.array(times)
 
 
 def plot_spectrum(result: ForgetResult, ax: Axes | None = None) -> Axes:
@@ -95,37 +102,7 @@ def plot_spectrum(result: ForgetResult, ax: Axes | None = None) -> Axes:
     ax = axes_or_new(ax, _tall(len(layers)))
     shown: list[float] = []
     for row, values in enumerate(layers.values()):
-        found = values.double().flatten().numpy()
-        found = np.maximum(found, TINY * max(found.max(), TINY))
-        low, left, middle, right, high = np.quantile(found, QUANTILES)
-        ax.plot(
-            [low, high],
-            [row, row],
-            color=BLUE,
-            linewidth=1,
-            zorder=2,
-            label=_first(row, "5 to 95 %"),
-        )
-        ax.plot(
-            [left, right],
-            [row, row],
-            color=BLUE,
-            linewidth=4,
-            zorder=3,
-            label=_first(row, "25 to 75 %"),
-        )
-        look: dict[str, Any] = {"color": BLUE, "markersize": 7, "linestyle": "none"}
-        ax.plot(middle, row, marker="o", zorder=4, label=_first(row, "median"), **(look | EDGE))
-        ax.plot(
-            found.max(),
-            row,
-            marker=">",
-            markerfacecolor="white",
-            zorder=4,
-            label=_first(row, "largest"),
-            **look,
-        )
-        shown += [low, found.max()]
+        shown += _draw_spectrum(ax, row, values.double().flatten().numpy())
     tau = result.noise_curvature().tau
     ax.axvline(tau, color=ORANGE, linestyle=":", linewidth=1.6, label="damping", zorder=1)
     log_limits(ax, "x", [*shown, tau])
@@ -133,6 +110,27 @@ def plot_spectrum(result: ForgetResult, ax: Axes | None = None) -> Axes:
     ax.set_xlabel("eigenvalue of the curvature (nats per squared weight)")
     finish(ax, legend_columns=3)
     return ax
+
+
+def _draw_spectrum(ax: Axes, row: int, values: NDArray[np.float64]) -> tuple[float, float]:
+    """One layer's line; returns what the axis must show."""
+    eigenvalues = np.maximum(values, TINY * max(values.max(), TINY))
+    low, left, middle, right, high = np.quantile(eigenvalues, QUANTILES)
+    for ends, width, order, label in (
+        ((low, high), 1, 2, "5 to 95 %"),
+        ((left, right), 4, 3, "25 to 75 %"),
+    ):
+        line: dict[str, Any] = {"linewidth": width, "zorder": order, "label": _first(row, label)}
+        ax.plot(ends, [row, row], color=BLUE, **line)
+    look: dict[str, Any] = {"color": BLUE, "markersize": 7, "linestyle": "none", "zorder": 4}
+    ax.plot(middle, row, marker="o", label=_first(row, "median"), **(look | EDGE))
+    largest: dict[str, Any] = {
+        "marker": ">",
+        "markerfacecolor": "white",
+        "label": _first(row, "largest"),
+    }
+    ax.plot(eigenvalues.max(), row, **(look | largest))
+    return float(low), float(eigenvalues.max())
 
 
 def plot_steps(result: ForgetResult, original: nn.Module, ax: Axes | None = None) -> Axes:
@@ -154,35 +152,18 @@ def plot_steps(result: ForgetResult, original: nn.Module, ax: Axes | None = None
         )
     names = list(result.newton.params)
     size = [max(_rms(before[name]), TINY) for name in names]
-    newton = [
-        _rms(result.newton.params[n] - before[n]) / s for n, s in zip(names, size, strict=True)
-    ]
-    ax = axes_or_new(ax, _tall(len(names)))
-    rows = np.arange(len(names))
-    ax.plot(
-        newton,
-        rows,
-        linestyle="none",
-        color=GREEN,
-        marker="D",
-        markersize=7,
-        label="Newton step",
-        **EDGE,
-    )
-    noise: list[float] = []
+    steps = {name: result.newton.params[name] - before[name] for name in names}
+    look: dict[str, Any] = {"color": GREEN, "marker": "D", **EDGE}
+    series = [("Newton step", steps, look)]
     if result.noise is not None:
-        noise = [_rms(result.noise.params[n]) / s for n, s in zip(names, size, strict=True)]
-        ax.plot(
-            noise,
-            rows,
-            linestyle="none",
-            color=ORANGE,
-            marker="o",
-            fillstyle="none",
-            markersize=7,
-            label="noise",
-        )
-    log_limits(ax, "x", [*newton, *noise])
+        look = {"color": ORANGE, "marker": "o", "fillstyle": "none"}
+        series.append(("noise", dict(result.noise.params), look))
+    ax, rows, shown = axes_or_new(ax, _tall(len(names))), np.arange(len(names)), []
+    for label, moves, look in series:
+        lengths = [_rms(moves[name]) / s for name, s in zip(names, size, strict=True)]
+        ax.plot(lengths, rows, linestyle="none", markersize=7, label=label, **look)
+        shown += lengths
+    log_limits(ax, "x", shown)
     _name_rows(ax, names)
     ax.set_xlabel("root mean square, relative to the weights' (no unit)")
     finish(ax, legend_columns=2)

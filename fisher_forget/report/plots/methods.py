@@ -18,7 +18,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from fisher_forget.errors import DataError
-from fisher_forget.report.plots.annotate import Point, along, annotate, ends_first
+from fisher_forget.report.plots.annotate import Obstacles, Point, along, annotate, ends_first
 from fisher_forget.report.plots.hover import explain
 from fisher_forget.report.plots.style import (
     BLUE,
@@ -283,4 +283,5 @@ def _label(
     order = [i for i in ends_first(len(points)) if named[i]] + [
         i for i in ends_first(len(points)) if not named[i]
     ]
-    annotate(ax, points, texts, marks, busy, limit=len(points), everything=True, order=order)
+    obstacles = Obstacles(marks, busy)
+    annotate(ax, points, texts, obstacles, limit=len(points), everything=True, order=order)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
@@ -66,45 +67,38 @@ def _dumbbells(
         Every value that the axis must show.
     """
     parts = parts_of(case)
-    color = STYLES["retrained"]["color"]
     shown: list[float] = []
     for row, part in enumerate(parts):
         values = {name: estimate(case, part, key) for name, key in keys.items()}
-        before, after, goal = (
-            factor * values[name].mean for name in ("original", "scrubbed", "retrained")
-        )
-        spread = factor * values["retrained"].std
+        before, after = (factor * values[name].mean for name in ("original", "scrubbed"))
         if math.isfinite(before) and math.isfinite(after):
             ax.plot([before, after], [row, row], color=GREY, linewidth=1, zorder=2)
         for name, mean in (("original", before), ("scrubbed", after)):
+            bars: dict[str, Any] = {"ecolor": STYLES[name]["color"], "capsize": 3, "zorder": 4}
             error = bar_or_none(factor * values[name].std)
-            ax.errorbar(
-                [mean],
-                [row],
-                xerr=error,
-                fmt="none",
-                ecolor=STYLES[name]["color"],
-                capsize=3,
-                zorder=4,
-            )
+            ax.errorbar([mean], [row], xerr=error, fmt="none", **bars)
             style = {"linestyle": "none", "markersize": 9, **EDGE, **STYLES[name]}
             ax.plot([mean], [row], zorder=5, label=name if row == 0 else None, **style)
-        if math.isfinite(goal):
-            low, high = (goal - spread, goal + spread) if math.isfinite(spread) else (goal, goal)
-            if factor == 100:
-                low, high = max(low, 0.0), min(high, 100.0)
-            ax.add_patch(Rectangle((low, row - 0.32), high - low, 0.64, zorder=1, **band(color)))
-            shown += [low, high]
+        goal, spread = factor * values["retrained"].mean, factor * values["retrained"].std
         label = f"{target} ± std" if row == 0 else None
-        ax.plot(
-            [goal, goal],
-            [row - 0.32, row + 0.32],
-            color=color,
-            linewidth=2.4,
-            zorder=3,
-            label=label,
-        )
+        shown += _draw_target(ax, row, goal, spread, label, most=100.0 if factor == 100 else None)
         shown += [before, after, goal, after + factor * values["scrubbed"].std]
     ax.set_yticks(range(len(parts)), [part_label(part).replace(", ", ",\n") for part in parts])
     ax.set_ylim(len(parts) - 0.4, -0.6)  # the first part on top
     return shown
+
+
+def _draw_target(
+    ax: Axes, row: int, goal: float, spread: float, label: str | None, most: float | None
+) -> list[float]:
+    """The retrained models' value as a bar, with its spread as a band within 0 ... `most`."""
+    color, ends = STYLES["retrained"]["color"], []
+    if math.isfinite(goal):
+        low, high = (goal - spread, goal + spread) if math.isfinite(spread) else (goal, goal)
+        if most is not None:
+            low, high = max(low, 0.0), min(high, most)
+        ax.add_patch(Rectangle((low, row - 0.32), high - low, 0.64, zorder=1, **band(color)))
+        ends = [low, high]
+    bar = {"color": color, "linewidth": 2.4, "zorder": 3, "label": label}
+    ax.plot([goal, goal], [row - 0.32, row + 0.32], **bar)
+    return ends

@@ -60,45 +60,22 @@ def plot_classes(
         DataError: If the reference lacks the part, or its targets are no classes.
     """
     targets = _targets(reference, part)
-    found = {
-        "original": per_class(_kl(reference, reference.original[part], part), targets),
-        "scrubbed": per_class(_kl(reference, reference.outputs(model)[part], part), targets),
-        "floor": per_class(_floor(reference, part), targets),
+    kl = {
+        "original": _kl(reference, reference.original[part], part),
+        "scrubbed": _kl(reference, reference.outputs(model)[part], part),
+        "floor": _floor(reference, part),
     }
-    names = list(found["floor"])
-    ax = axes_or_new(ax)
-    rows = np.arange(len(names))
-    floors = np.maximum(list(found["floor"].values()), TINY)
-    ax.vlines(
-        floors,
-        rows - 0.32,
-        rows + 0.32,
-        colors=GREEN,
-        linewidth=2.4,
-        label="floor: target",
-        zorder=3,
-    )
-    before, after = (
-        np.maximum(list(found[name].values()), TINY) for name in ("original", "scrubbed")
-    )
-    ax.hlines(
-        rows,
-        np.minimum(before, after),
-        np.maximum(before, after),
-        colors=GREY,
-        linewidth=1,
-        zorder=2,
-    )
+    means = {name: per_class(values, targets) for name, values in kl.items()}
+    names = list(means["floor"])
+    ax, rows = axes_or_new(ax), np.arange(len(names))
+    before, after, floors = (np.maximum(list(of.values()), TINY) for of in means.values())
+    target: dict[str, Any] = {"colors": GREEN, "linewidth": 2.4, "zorder": 3}
+    ax.vlines(floors, rows - 0.32, rows + 0.32, label="floor: target", **target)
+    ends = np.minimum(before, after), np.maximum(before, after)
+    ax.hlines(rows, *ends, colors=GREY, linewidth=1, zorder=2)
     for name, values in (("original", before), ("scrubbed", after)):
-        ax.plot(
-            values,
-            rows,
-            linestyle="none",
-            label=name,
-            markersize=8,
-            zorder=4,
-            **(EDGE | STYLES[name]),
-        )
+        look = {"linestyle": "none", "markersize": 8, "zorder": 4, **EDGE, **STYLES[name]}
+        ax.plot(values, rows, label=name, **look)
     log_limits(ax, "x", [*floors, *before, *after])
     ax.set_yticks(rows, [classes[c] if classes else f"class {c}" for c in names])
     ax.set_ylim(len(names) - 0.4, -0.6)
@@ -225,48 +202,40 @@ def plot_resistant(
         DataError: If images and part do not match, or the reference lacks the part.
     """
     targets = _targets(reference, part)
-    if (
-        len(images) != len(targets)
-        or images.dim() not in (3, 4)
-        or (images.dim() == 4 and images.shape[1] not in (1, 3))
-    ):
-        raise DataError(
-            f"images of shape {tuple(images.shape)} for {len(targets)} samples",
-            "[N, C, H, W] with one or three channels, or [N, H, W]",
-            "Pass the images of that part of the reference, in its order.",
-        )
+    _check_images(images, len(targets))
     outputs = reference.outputs(model)[part]
     kl, predicted = _kl(reference, outputs, part), outputs.argmax(1)
     worst = kl.argsort(descending=True)[:count].tolist()
-    columns = min(len(worst), 6)
-    ax = axes_or_new(ax, (1.3 * columns, 0.5 + 1.75 * -(-len(worst) // columns)))
+    columns, lines = min(len(worst), 6), -(-len(worst) // 6)
+    ax = axes_or_new(ax, (1.3 * columns, 0.5 + 1.75 * lines))
     low, high = float(images.min()), float(images.max())
     for place, i in enumerate(worst):
         row, column = divmod(place, columns)
         picture = images[i] if images.dim() == 3 else images[i].movedim(0, -1).squeeze(-1)
         shade = ((picture.double() - low) / max(high - low, 1e-12)).numpy()
         left, top = 1.3 * column, -1.7 * row
-        ax.imshow(
-            shade,
-            cmap="gray_r",
-            vmin=0,
-            vmax=1,
-            extent=(left, left + 1, top - 1, top),
-            interpolation="nearest",
-        )
-        label, said = (
-            classes[c] if classes else str(c) for c in (int(targets[i]), int(predicted[i]))
-        )
-        ax.text(
-            left, top - 1.08, f"{label} → {said}\n{short(float(kl[i]))} nats", fontsize=9, va="top"
-        )
+        look: dict[str, Any] = {"cmap": "gray_r", "vmin": 0, "vmax": 1, "interpolation": "nearest"}
+        ax.imshow(shade, extent=(left, left + 1, top - 1, top), **look)
+        pair = int(targets[i]), int(predicted[i])
+        label, guess = (classes[c] if classes else str(c) for c in pair)
+        words = f"{label} → {guess}\n{short(float(kl[i]))} nats"
+        ax.text(left, top - 1.08, words, fontsize=9, va="top")
     ax.set_xlim(-0.05, 1.3 * columns - 0.2)
-    ax.set_ylim(-1.7 * -(-len(worst) // columns) + 0.05, 0.05)
-    ax.set_title(
-        f"{part_label(part)}: label → predicted, KL(retrained ‖ scrubbed)", fontsize=9, loc="left"
-    )
+    ax.set_ylim(-1.7 * lines + 0.05, 0.05)
+    title = f"{part_label(part)}: label → predicted, KL(retrained ‖ scrubbed)"
+    ax.set_title(title, fontsize=9, loc="left")
     ax.set_axis_off()
     return ax
+
+
+def _check_images(images: Tensor, samples: int) -> None:
+    fits = images.dim() == 3 or (images.dim() == 4 and images.shape[1] in (1, 3))
+    if len(images) != samples or not fits:
+        raise DataError(
+            f"images of shape {tuple(images.shape)} for {samples} samples",
+            "[N, C, H, W] with one or three channels, or [N, H, W]",
+            "Pass the images of that part of the reference, in its order.",
+        )
 
 
 def _targets(reference: Reference, part: str) -> Tensor:

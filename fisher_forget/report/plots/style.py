@@ -200,8 +200,3 @@ def power_text(value: float) -> str:
     """A power of ten on an axis of many decades."""
     exponent = round(math.log10(value)) if value > 0 else 0
     return f"{value:g}" if exponent in (0, 1) else f"10{str(exponent).translate(_SUPERSCRIPTS)}"
-
-
-def with_unit(text: str, unit: str) -> str:
-    """The label of an axis."""
-    return f"{text} ({unit})" if unit else text

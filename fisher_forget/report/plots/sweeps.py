@@ -14,7 +14,15 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 
 from fisher_forget.errors import DataError
-from fisher_forget.report.plots.annotate import NAMED, Point, along, annotate, ends_first
+from fisher_forget.report.plots.annotate import (
+    NAMED,
+    Array,
+    Obstacles,
+    Point,
+    along,
+    annotate,
+    ends_first,
+)
 from fisher_forget.report.plots.style import (
     BLUE,
     EDGE,
@@ -38,7 +46,9 @@ from fisher_forget.report.tables import part_label
 from fisher_forget.sweep import SweepTable
 from fisher_forget.sweep.table import SKIPPED
 
+Shade = Callable[[float], tuple[float, ...]]  # noise scale -> colour
 SHADE = "cividis"  # grows monotonically in grey, too
+PART_LOOKS = {"forget": (BLUE, "-", "////"), "retain": (VERMILLION, "--", "\\\\\\\\")}
 KEPT_LABELS = {"test": "test data", "test_retained_classes": "test data of the retained classes"}
 
 
@@ -70,70 +80,15 @@ def plot_tradeoff(table: SweepTable, ax: Axes | None = None) -> Axes:
         DataError: If the table has no rows.
     """
     ax = axes_or_new(ax)
-    factor = table.score.factor
     kept, frontier = f"score_{table.kept}", _frontier(table)
-    _retrained_region(ax, table, factor)
+    front = _Front(ax, kept, table.score.factor)
+    _retrained_region(ax, table, front.factor)
     draws = table.frame[(table.frame["status"] != SKIPPED) & (table.frame["scale"] > 0)]
-    busy: list[Point] = list(zip(draws[kept] * factor, draws["kl_forget"], strict=True))
-    dots = np.reshape(busy, (-1, 2))
-    ax.scatter(dots[:, 0], dots[:, 1], s=9, color=GREY, alpha=0.35, linewidths=0, zorder=2)
-    named: list[tuple[Point, str]] = []
-    values = list(dots[:, 1])
+    front.dots(draws)
     curves = list(_curves(table, frontier, "noise"))
     shade = _shades(frontier["scale"]) if len(curves) == 1 else None
     for curve in curves:
-        x, y = curve.rows[kept].to_numpy() * factor, curve.rows["kl_forget"].to_numpy()
-        low, high = (
-            [curve.rows[f"{name}_{end}"] for name in (kept, "kl_forget")] for end in ("low", "high")
-        )
-        ends = [factor * low[0].fillna(math.nan), factor * high[0], low[1], high[1]]
-        errors = [
-            np.nan_to_num(np.abs(end - at)) for end, at in zip(ends, (x, x, y, y), strict=True)
-        ]
-        ax.errorbar(
-            x,
-            y,
-            yerr=errors[2:],
-            xerr=errors[:2],
-            fmt="none",
-            ecolor="#a6a6a6",
-            elinewidth=0.9,
-            zorder=2.2,
-        )
-        ax.plot(
-            x,
-            y,
-            color=curve.look["color"],
-            linestyle=curve.look["linestyle"],
-            linewidth=1.2,
-            zorder=3,
-        )
-        sizes = np.linspace(5, 9, len(x)) if len(x) > 1 else [8.0]
-        for i, (scale, ruined) in enumerate(
-            zip(curve.rows["scale"], curve.rows["ruined"], strict=True)
-        ):
-            color = shade(scale) if shade else curve.look["color"]
-            style = EDGE if ruined < 1 else {"markerfacecolor": "white", "markeredgecolor": color}
-            if scale == 0:  # drawn last and hollow, as it lies on others
-                newton = {"linestyle": "none", "markersize": 9, "zorder": 5, **STYLES["newton"]}
-                ax.plot(x[i : i + 1], y[i : i + 1], label=_once(ax, LABELS["newton"]), **newton)
-                continue
-            ax.plot(
-                x[i],
-                y[i],
-                color=color,
-                marker=curve.look["marker"],
-                markersize=sizes[i],
-                zorder=4,
-                **style,
-            )
-            text = f"s = {short(scale, digits=2)}" if math.isfinite(scale) else curve.label
-            named.append(((x[i], y[i]), text))
-        if math.isfinite(curve.rows["scale"].max()):
-            key = {"markerfacecolor": shade(curve.rows["scale"].median())} if shade else {}
-            ax.plot([], [], label=curve.label, markersize=7, linewidth=1.2, **(curve.look | key))
-        busy += along(x[:-1], y[:-1], x[1:], y[1:]) + along(x - errors[0], y, x + errors[1], y)
-        busy += along(x, y - errors[2], x, y + errors[3])
+        front.curve(curve, shade)
     if (frontier["ruined"] == 1).any():
         hollow: dict[str, Any] = {
             "color": GREY,
@@ -142,22 +97,99 @@ def plot_tradeoff(table: SweepTable, ax: Axes | None = None) -> Axes:
             "markersize": 7,
         }
         ax.plot([], [], linestyle="none", label="ruined", **hollow)
-    _stair(ax, frontier[frontier["pareto"]], kept, factor)
-    marks = [_mark(ax, table, name, kept, factor) for name in ("original", "retrained")]
+    _stair(ax, frontier[frontier["pareto"]], kept, front.factor)
+    marks = [_mark(ax, table, name, kept, front.factor) for name in ("original", "retrained")]
 
-    log_limits(ax, "y", [*values, *frontier["kl_forget"], *(y for _, y in marks)])
-    score_limits(
-        ax, [*frontier[kept] * factor, *(x for x, _ in marks)], table.score.unit, stretch=True
-    )
+    log_limits(ax, "y", [*draws["kl_forget"], *frontier["kl_forget"], *(y for _, y in marks)])
+    scores = [*frontier[kept] * front.factor, *(x for x, _ in marks)]
+    score_limits(ax, scores, table.score.unit, stretch=True)
     ax.set_xlabel(table.score.title(f"on {KEPT_LABELS[table.kept]}"))
     ax.set_ylabel("KL(retrained ‖ scrubbed)\non forgotten data (nats)")
     finish(ax, legend_columns=2)
-    if named:
-        methods = [i for i, (_, text) in enumerate(named) if not text.startswith("s = ")]
-        order = [*methods, *(i for i in ends_first(len(named)) if i not in methods)]
-        points, texts = [at for at, _ in named], [text for _, text in named]
-        annotate(ax, points, texts, marks, busy, limit=NAMED + len(methods), order=order)
+    front.annotate(marks)
     return ax
+
+
+class _Front:
+    """What is drawn of a trade-off, and what a text must not cover.
+
+    Args:
+        ax: The axes.
+        kept: Column of the score.
+        factor: Shown score over stored score.
+    """
+
+    def __init__(self, ax: Axes, kept: str, factor: float) -> None:
+        self.ax, self.kept, self.factor = ax, kept, factor
+        self.busy: list[Point] = []
+        self.named: list[tuple[Point, str]] = []
+
+    def dots(self, draws: pd.DataFrame) -> None:
+        """Single draws."""
+        self.busy += zip(draws[self.kept] * self.factor, draws["kl_forget"], strict=True)
+        x, y = np.reshape(self.busy, (-1, 2)).T
+        self.ax.scatter(x, y, s=9, color=GREY, alpha=0.35, linewidths=0, zorder=2)
+
+    def curve(self, curve: Curve, shade: Shade | None) -> None:
+        """A line through the settings of a curve, with their intervals and symbols."""
+        ax, look, rows = self.ax, curve.look, curve.rows
+        x, y = rows[self.kept].to_numpy() * self.factor, rows["kl_forget"].to_numpy()
+        left, right, down, up = self._errors(rows, x, y)
+        bars: dict[str, Any] = {
+            "fmt": "none",
+            "ecolor": "#a6a6a6",
+            "elinewidth": 0.9,
+            "zorder": 2.2,
+        }
+        ax.errorbar(x, y, yerr=[down, up], xerr=[left, right], **bars)
+        line: dict[str, Any] = {"linestyle": look["linestyle"], "linewidth": 1.2, "zorder": 3}
+        ax.plot(x, y, color=look["color"], **line)
+        sizes = np.linspace(5, 9, len(x)) if len(x) > 1 else [8.0]
+        for at, size, (_, row) in zip(zip(x, y, strict=True), sizes, rows.iterrows(), strict=True):
+            self._symbol(at, size, row, curve, shade)
+        if math.isfinite(rows["scale"].max()):
+            key = {"markerfacecolor": shade(rows["scale"].median())} if shade else {}
+            ax.plot([], [], label=curve.label, markersize=7, linewidth=1.2, **(look | key))
+        self.busy += along(x[:-1], y[:-1], x[1:], y[1:]) + along(x - left, y, x + right, y)
+        self.busy += along(x, y - down, x, y + up)
+
+    def _errors(self, rows: pd.DataFrame, x: Array, y: Array) -> list[Array]:
+        """Lengths of the bars to the left, right, below and above; 0 for a single draw."""
+        ends = [
+            self.factor * rows[f"{self.kept}_low"].fillna(math.nan),
+            self.factor * rows[f"{self.kept}_high"],
+            rows["kl_forget_low"],
+            rows["kl_forget_high"],
+        ]
+        pairs = zip(ends, (x, x, y, y), strict=True)
+        return [np.nan_to_num(np.abs(end - at)) for end, at in pairs]
+
+    def _symbol(
+        self, at: Point, size: float, row: pd.Series[Any], curve: Curve, shade: Shade | None
+    ) -> None:
+        """One setting: hollow if it ruined the model."""
+        scale = float(row["scale"])
+        if scale == 0:  # drawn last and hollow, as it lies on others
+            newton = {"linestyle": "none", "markersize": 9, "zorder": 5, **STYLES["newton"]}
+            self.ax.plot([at[0]], [at[1]], label=_once(self.ax, LABELS["newton"]), **newton)
+            return
+        color = shade(scale) if shade else curve.look["color"]
+        hollow = {"markerfacecolor": "white", "markeredgecolor": color}
+        style: dict[str, Any] = {"color": color, "marker": curve.look["marker"], "zorder": 4}
+        style |= EDGE if row["ruined"] < 1 else hollow
+        self.ax.plot(*at, markersize=size, **style)
+        text = f"s = {short(scale, digits=2)}" if math.isfinite(scale) else curve.label
+        self.named.append((at, text))
+
+    def annotate(self, marks: list[Point]) -> None:
+        """Noise scales and methods beside their points; methods first."""
+        if not self.named:
+            return
+        points, texts = [at for at, _ in self.named], [text for _, text in self.named]
+        methods = [i for i, text in enumerate(texts) if not text.startswith("s = ")]
+        order = [*methods, *(i for i in ends_first(len(texts)) if i not in methods)]
+        limit = NAMED + len(methods)
+        annotate(self.ax, points, texts, Obstacles(marks, self.busy), limit=limit, order=order)
 
 
 def plot_noise(
@@ -193,15 +225,11 @@ def plot_damping(
         DataError: If the sweep has no damping that is a number above zero.
     """
     frontier = _frontier(table)
-    given = (
-        frontier["damping"]
-        if "damping" in table.axes
-        else pd.Series(index=frontier.index, dtype=float)
-    )
-    frontier = frontier.assign(
-        damping=pd.to_numeric(given, errors="coerce")
-    )  # "auto" has no place on the axis
-    frontier = frontier[frontier["damping"] > 0]
+    if "damping" in table.axes:  # "auto" has no place on the axis
+        frontier = frontier.assign(damping=pd.to_numeric(frontier["damping"], errors="coerce"))
+        frontier = frontier[frontier["damping"] > 0]
+    else:
+        frontier = frontier.iloc[:0]
     if frontier.empty:
         raise DataError(
             "a sweep without dampings",
@@ -209,7 +237,7 @@ def plot_damping(
             "Sweep over {'damping': [1e-3, ...], 'steps': [1]}.",
         )
     ax = _along_axis(axes_or_new(ax), table, frontier, "damping", "damping", quantity)
-    ax.set_xlabel("damping τ of the Newton step (nats)")
+    ax.set_xlabel("damping τ of the Newton step (nats per squared weight)")
     finish(ax, legend_columns=2)
     return ax
 
@@ -225,29 +253,19 @@ def _along_axis(
     """A line a curve and part, with its band, and the retrained models' value."""
     values: list[float] = []
     curves = list(_curves(table, frontier.sort_values(column), axis))
-    for part, (color, line, hatch) in {
-        "forget": (BLUE, "-", "////"),
-        "retain": (VERMILLION, "--", "\\\\\\\\"),
-    }.items():
+    for part, (color, line, hatch) in PART_LOOKS.items():
         name = f"{quantity}_{part}"
+        base: dict[str, Any] = {"color": color, "linestyle": line, "linewidth": 1.6}
         for curve in curves:
             label = part_label(part) + (f", {curve.label}" if len(curves) > 1 else "")
             x, y = curve.rows[column].to_numpy(), curve.rows[name].to_numpy()
-            low, high = (
-                curve.rows[f"{name}_{end}"].fillna(curve.rows[name]).to_numpy()
-                for end in ("low", "high")
-            )
+            ends = (curve.rows[f"{name}_{end}"].fillna(curve.rows[name]) for end in ("low", "high"))
+            low, high = (end.to_numpy() for end in ends)
             ax.fill_between(x, np.maximum(low, y * 1e-3), high, zorder=1, **band(color, hatch))
             look: dict[str, Any] = {"marker": curve.look["marker"], "markersize": 6, **EDGE}
             if len(curves) > 1:
                 look["linestyle"] = curve.look["linestyle"]
-            base: dict[str, Any] = {
-                "color": color,
-                "linestyle": line,
-                "linewidth": 1.6,
-                "zorder": 4,
-            }
-            ax.plot(x, y, label=label, **(base | look))
+            ax.plot(x, y, label=label, zorder=4, **(base | look))
             values += [*y, *high]
         target = table.marks["retrained"][name]
         values.append(target)
@@ -296,15 +314,14 @@ def _word(name: str, value: object) -> str:
     )
 
 
-def _shades(scales: pd.Series[float]) -> Callable[[float], tuple[float, ...]]:
+def _shades(scales: pd.Series[float]) -> Shade:
     """scale -> colour; a scale of zero is as light as the smallest."""
     positive = scales[scales > 0]
     low, high = (positive.min(), positive.max()) if len(positive) else (1.0, 1.0)
     norm = LogNorm(low, high if high > low else 2 * low)
     colors = mpl.colormaps[SHADE]
-    return lambda scale: colors(
-        0.85 * (1 - float(norm(max(scale, low))))
-    )  # the last sixth is too pale on white
+    # the last sixth of the colours is too pale on white
+    return lambda scale: colors(0.85 * (1 - float(norm(max(scale, low)))))
 
 
 def _once(ax: Axes, label: str) -> str:
