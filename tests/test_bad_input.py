@@ -343,7 +343,6 @@ class TestOptions:
             (ConfigError, {"noise": NoiseTarget}),
             (ConfigError, {"weight_decay": -1}),
             (ConfigError, {"weight_decay": "5e-4"}),
-            (ConfigError, {"weight_decay": None}),
             (ConfigError, {"budget": -0.1}),
             (ConfigError, {"exponent": float("nan")}),
             (ConfigError, {"solver": "lbfgs"}),

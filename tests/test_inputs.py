@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -645,3 +646,20 @@ class TestSubset:
             if not torch.equal(after[name], value)
         } == moves
         assert result.newton.params.keys() == moves
+
+
+@pytest.mark.parametrize("structure", ["ekfac", "dense"])
+def test_a_model_is_copied_twice_once_to_work_on_and_once_to_return(
+    structure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies, deepcopy = [], copy.deepcopy
+
+    def counted(value: Any, memo: dict[int, Any] | None = None) -> Any:
+        if memo is None and isinstance(value, nn.Module):
+            copies.append(value)
+        return deepcopy(value) if memo is None else deepcopy(value, memo)
+
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)).eval()
+    monkeypatch.setattr(copy, "deepcopy", counted)
+    forget(model, TensorDataset(X, Y), IDX, structure=structure, drift=True, progress=False)
+    assert len(copies) == 2
