@@ -133,7 +133,7 @@ class TestPages:
                 if (r["metric"], r["part"], r["method"]) == ("kl", "forget", "fisher-forget")
             )
             assert any(
-                t.startswith(f"default\nkl, forget: {row['value']:.3g} nats\nretrained")
+                t.startswith(f"fisher-forget\nkl, forget: {row['value']:.3g} nats\nretrained")
                 for t, _ in marks
             )
         assert sum(hit for _, hit in marks) > 0.9 * len(marks)  # the pointer reaches them
