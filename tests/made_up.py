@@ -168,8 +168,8 @@ def make_sweep(
         marks[name] |= {"loss_forget": 7 * loss, "loss_retain": loss, "loss_test": 2 * loss}
     rng = np.random.default_rng(0)
     rows = []
-    every = (0.0, *np.logspace(-5, -1.5, 11)) if scales is None else scales
-    for exponent, scale, seed in itertools.product(exponents, every, range(seeds)):
+    levels = (0.0, *np.logspace(-5, -1.5, 11)) if scales is None else scales
+    for exponent, scale, seed in itertools.product(exponents, levels, range(seeds)):
         if scale == 0 and seed:
             continue
         strength = scale / 1e-3 * (1 if exponent == 0.25 else 4)

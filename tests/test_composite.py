@@ -8,20 +8,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from outputs import logits, probabilities
 from scipy.spatial.distance import jensenshannon
-from scipy.special import softmax
-from torch import Tensor
 
 from fisher_forget import DataError, NumericalError
 from fisher_forget.evaluate.composite import average_gap, tug_of_war, zrf
-
-
-def logits(seed: int, *shape: int) -> Tensor:
-    return 2 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def probabilities(x: Tensor) -> np.ndarray:
-    return softmax(x.double().numpy(), axis=-1)
 
 
 class TestOutputs:

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from outputs import logits, probabilities
 from scipy.spatial.distance import jensenshannon
-from scipy.special import softmax
 from torch import Tensor
 
 from fisher_forget import Categorical, DataError, NumericalError
@@ -22,14 +22,6 @@ from fisher_forget.evaluate.divergence import (
 )
 
 ALL = [jensen_shannon, total_variation, agreement]
-
-
-def logits(seed: int, *shape: int, scale: float = 2.0) -> Tensor:
-    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def probabilities(x: Tensor) -> np.ndarray:
-    return softmax(x.double().numpy(), axis=-1)
 
 
 class TestPerSample:

@@ -444,20 +444,23 @@ class TestCost:
         assert np.mean(passes) == pytest.approx(expected, rel=1e-12)
 
     @pytest.mark.parametrize(
-        "call",
+        ("words", "call"),
         [
-            lambda: partition.expected_points_sequential(10, 0, 1),
-            lambda: partition.expected_points_sequential(10, 2, 11),
-            lambda: partition.expected_points_batch(10, 2, 0),
-            lambda: partition.epochs_per_slice(0, 2),
-            lambda: partition.epochs_per_slice(math.nan, 2),
-            lambda: partition.slicing_fraction(True),
-            lambda: partition.kept_checkpoints(3, 0),
-            lambda: partition.by_deletion_probability([0.5, 0.1], 1, 1, 0, exponent=2),
+            ("shards=0", lambda: partition.expected_points_sequential(10, 0, 1)),
+            ("11 requests for 10", lambda: partition.expected_points_sequential(10, 2, 11)),
+            ("requests=0", lambda: partition.expected_points_batch(10, 2, 0)),
+            ("epochs=0", lambda: partition.epochs_per_slice(0, 2)),
+            ("epochs=nan", lambda: partition.epochs_per_slice(math.nan, 2)),
+            ("slices=True", lambda: partition.slicing_fraction(True)),
+            ("room=0", lambda: partition.kept_checkpoints(3, 0)),
+            (
+                "exponent=2",
+                lambda: partition.by_deletion_probability([0.5, 0.1], 1, 1, 0, exponent=2),
+            ),
         ],
     )
-    def test_refusals(self, call):
-        with pytest.raises(ConfigError):
+    def test_refusals(self, words, call):
+        with pytest.raises(ConfigError, match=words):
             call()
 
 
@@ -809,11 +812,16 @@ class TestAggregate:
         torch.testing.assert_close(out, torch.log_softmax(inputs, -1))
 
     @pytest.mark.parametrize(
-        ("count", "counts", "kind"),
-        [(0, [], "mean"), (2, [1], "mean"), (1, [0], "vote"), (1, [1], "median")],
+        ("count", "counts", "kind", "words"),
+        [
+            (0, [], "mean", "at least one member"),
+            (2, [1], "mean", r"2 members with the counts \[1\]"),
+            (1, [0], "vote", "whole number of at least 1"),
+            (1, [1], "median", "aggregation='median'"),
+        ],
     )
-    def test_refusals(self, count, counts, kind):
-        with pytest.raises(ConfigError):
+    def test_refusals(self, count, counts, kind, words):
+        with pytest.raises(ConfigError, match=words):
             Aggregate([nn.Linear(1, 2)] * count, counts, kind)
 
     def test_of_a_fitted_sisa(self, data):
@@ -838,46 +846,60 @@ class TestAggregate:
 
 class TestRefusals:
     @pytest.mark.parametrize(
-        "options",
+        ("options", "words"),
         [
-            {"shards": 0},
-            {"shards": 2.0},
-            {"slices": 0},
-            {"jobs": 0},
-            {"seed": -1},
-            {"labels": np.zeros(COUNT, dtype=int), "probabilities": np.ones(COUNT)},
+            ({"shards": 0}, "shards=0"),
+            ({"shards": 2.0}, r"shards=2\.0"),
+            ({"slices": 0}, "slices=0"),
+            ({"jobs": 0}, "jobs=0"),
+            ({"seed": -1}, "seed=-1"),
+            (
+                {"labels": np.zeros(COUNT, dtype=int), "probabilities": np.ones(COUNT)},
+                "both labels and probabilities",
+            ),
         ],
     )
-    def test_options(self, options):
-        with pytest.raises(ConfigError):
+    def test_options(self, options, words):
+        with pytest.raises(ConfigError, match=words):
             make(**options)
 
     @pytest.mark.parametrize(
-        "options",
+        ("options", "words"),
         [
-            {"shards": COUNT + 1, "slices": 1},
-            {"shards": 5, "slices": 5},
-            {"labels": np.zeros(COUNT - 1, dtype=int)},
-            {"labels": np.zeros(COUNT)},
-            {"labels": np.zeros(COUNT, dtype=int), "shards": 13},
-            {"probabilities": np.zeros(COUNT)},
-            {"probabilities": np.full(COUNT, 1.5)},
-            {"probabilities": np.full(COUNT, np.nan)},
-            {"probabilities": np.ones(3)},
-            {"budget": 100},
+            ({"shards": COUNT + 1, "slices": 1}, "at least one sample in every slice"),
+            ({"shards": 5, "slices": 5}, "at least one sample in every slice"),
+            ({"labels": np.zeros(COUNT - 1, dtype=int)}, r"labels of shape \(23,\)"),
+            ({"labels": np.zeros(COUNT)}, "labels.*dtype float64"),
+            ({"labels": np.zeros(COUNT, dtype=int), "shards": 13}, "13 shards of 2 slices"),
+            ({"probabilities": np.zeros(COUNT)}, "all zero"),
+            ({"probabilities": np.full(COUNT, 1.5)}, r"not all in \[0, 1\]"),
+            ({"probabilities": np.full(COUNT, np.nan)}, r"not all in \[0, 1\]"),
+            ({"probabilities": np.ones(3)}, r"probabilities of shape \(3,\)"),
+            ({"budget": 100}, "budget=100 bytes"),
         ],
     )
-    def test_data(self, data, options):
+    def test_data(self, data, options, words):
         train_fn = KilledAfter(0)
-        with pytest.raises(ConfigError):
+        with pytest.raises(ConfigError, match=words):
             make(train_fn, **options).fit(data)
         assert train_fn.indices == []
 
-    @pytest.mark.parametrize("request_", [[], [COUNT], [-1], [1, 1], range(COUNT), [0.5], 3])
-    def test_requests(self, data, request_):
+    @pytest.mark.parametrize(
+        ("request_", "words"),
+        [
+            ([], "an empty forget_idx"),
+            ([COUNT], "the index 24"),
+            ([-1], "negative index -1"),
+            ([1, 1], "repeats"),
+            (range(COUNT), "names every sample"),
+            ([0.5], "dtype float64"),
+            (3, "of type int"),
+        ],
+    )
+    def test_requests(self, data, request_, words):
         sisa = make(untrained)
         sisa.fit(data)
-        with pytest.raises(SplitError):
+        with pytest.raises(SplitError, match=words):
             sisa.forget(request_)
         assert sisa.requests == []
 
