@@ -185,7 +185,7 @@ def predicted_cost(config: RunConfig, data: DataBundle, model: nn.Module, forget
 
 def _curvature_cost(
     config: RunConfig, data: DataBundle, model: nn.Module, forget: Indices
-) -> Estimate:
+) -> CostEstimate:
     split = resolve_split(data.train, forget)
     options = config.forget_options(config.seeds[0])
     part, kind = options.curvature_plan(split)
