@@ -45,13 +45,7 @@ def check_model(model: nn.Module) -> None:
             "float32 or float64: half precision does not hold the range of a curvature",
             "Call model.float() first, and model.half() on the result.",
         )
-    broken = [
-        name
-        for name, p in model.named_parameters()
-        # the sum is one quick pass; only where it is not finite (it may have overflowed) is every
-        # entry looked at
-        if not bool(torch.isfinite(p.detach().sum())) and not bool(torch.isfinite(p).all())
-    ]
+    broken = _not_finite(model)
     if broken:
         raise ModelError(
             f"NaN or infinite weights in {', '.join(broken[:4])}",
@@ -64,6 +58,17 @@ def check_model(model: nn.Module) -> None:
             "at least one parameter with requires_grad=True",
             "Unfreeze the parameters that were trained.",
         )
+
+
+def _not_finite(model: nn.Module) -> list[str]:
+    """Names of parameters with an entry that is NaN or infinite."""
+    return [
+        name
+        for name, p in model.named_parameters()
+        # the sum is one quick pass; only where it is not finite (it may have overflowed) is every
+        # entry looked at
+        if not bool(torch.isfinite(p.detach().sum())) and not bool(torch.isfinite(p).all())
+    ]
 
 
 def is_number(value: Any) -> bool:

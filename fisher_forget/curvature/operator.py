@@ -76,7 +76,7 @@ class Curvature(ABC):
     Attributes:
         info: What it was estimated from; `None` for an operator that was put together by hand.
         stored_as: Name of the class in files; empty where it cannot be stored.
-        whole: Whether it holds all of B, so that a Newton step inverts it itself; others precondition.
+        whole: Whether it holds all of B: a Newton step inverts it, while others precondition.
     """
 
     info: Info | None = field(default=None, kw_only=True)

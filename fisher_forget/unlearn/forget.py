@@ -122,12 +122,7 @@ def scrub(
     home = next(scrubbed.parameters()).device
     scrubbed.to(next(iter(objective.start.values())).device)
     refreshed = refresh_statistics(scrubbed, split)
-    after = dict(scrubbed.named_parameters()) | dict(scrubbed.named_buffers())
-    losses = {}
-    for part in PARTS:
-        samples = some(split.indices(part), LOSS_SAMPLES, options.seed)
-        losses[f"{part}_before"] = objective.mean_loss(split.batches(samples), objective.start)
-        losses[f"{part}_after"] = objective.mean_loss(split.batches(samples), after)
+    losses = _losses(problem, scrubbed, options.seed)
     return ForgetResult(
         model=scrubbed.to(home),
         split=split,
@@ -138,13 +133,22 @@ def scrub(
         losses=losses,
         buffers_refreshed=refreshed,
         seconds=problem.seconds
-        | {
-            "newton": newton.seconds,
-            "noise": noised - clock,
-            "check": time.perf_counter() - noised,
-        },
+        | {"newton": newton.seconds, "noise": noised - clock}
+        | {"check": time.perf_counter() - noised},
         versions=versions(),
     )
+
+
+def _losses(problem: Problem, scrubbed: nn.Module, seed: int) -> dict[str, float]:
+    """Mean loss of samples of each part, before and after, nats."""
+    objective, split = problem.objective, problem.split
+    after = dict(scrubbed.named_parameters()) | dict(scrubbed.named_buffers())
+    losses = {}
+    for part in PARTS:
+        samples = some(split.indices(part), LOSS_SAMPLES, seed)
+        losses[f"{part}_before"] = objective.mean_loss(split.batches(samples), objective.start)
+        losses[f"{part}_after"] = objective.mean_loss(split.batches(samples), after)
+    return losses
 
 
 def _warn_of_drift(newton: NewtonStep) -> None:

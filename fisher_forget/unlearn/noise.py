@@ -15,9 +15,8 @@ information (their Prop. 4). The public code of that paper draws p = 1/2 instead
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from itertools import count
 from typing import Literal
 
@@ -157,23 +156,9 @@ def calibrate_noise(
             "sigma_h, the root-mean-square error of the step per weight",
             "Pass NoiseTarget(..., error=...).",
         )
-    batches = list(split.batches(some(split.retain, SAMPLES, seed)))
     generator = torch.Generator().manual_seed(seed)
     directions = [draw_noise(curvature, at, 1.0, generator, exponent) for _ in range(DRAWS)]
-    loss, score = _means(objective, batches, at)
-
-    @cache
-    def harm(scale: float) -> tuple[float, float]:
-        """(rise, drop)."""
-        if scale == 0:
-            return 0.0, 0.0
-        try:
-            noisy = [_means(objective, batches, P.add(at, d, scale)) for d in directions]
-        except NumericalError:
-            return math.inf, math.inf
-        losses, scores = np.mean(noisy, axis=0).tolist()
-        return losses - loss, objective.likelihood.score.loss(scores, score)
-
+    harm = _Harm(objective, list(split.batches(some(split.retain, SAMPLES, seed))), at, directions)
     precision = curvature.power_trace(2 * exponent, seed=seed)
     if target.information is not None:
         scale = _scale_of_information(target.information, error, precision)
@@ -185,7 +170,7 @@ def calibrate_noise(
         scale = (target.trade_off * error * error * precision / steepness) ** 0.25
     else:
         # rise ~ s^2/2 of the directions' mean curvature: where the search begins
-        budget = target.loss if target.loss is not None else max(0.0002, 0.002 * loss)
+        budget = target.loss if target.loss is not None else max(0.0002, 0.002 * harm.loss)
         steepness = float(np.mean([P.dot(d, curvature.power(d, 1.0)) for d in directions]))
         guess = math.sqrt(2 * budget / max(steepness, 1e-30))
         if target.accuracy is None:
@@ -193,8 +178,46 @@ def calibrate_noise(
         allowed, which = (budget, 0) if target.accuracy is None else (target.accuracy, 1)
         scale = largest_scale(lambda s: harm(s)[which], allowed, guess, target)
     rise, drop = harm(scale)
-    bound = information(scale, error, precision)
-    return Calibration(scale, rise, drop, bound, error, target)
+    return Calibration(scale, rise, drop, information(scale, error, precision), error, target)
+
+
+class _Harm:
+    """What noise along common directions does to retained samples.
+
+    Args:
+        objective: Losses and scores.
+        batches: Of the samples.
+        at: Weights without noise.
+        directions: Draws at scale 1.
+    """
+
+    def __init__(
+        self, objective: Objective, batches: list[Batch], at: Params, directions: list[Params]
+    ) -> None:
+        self._objective, self._batches, self._at = objective, batches, at
+        self._directions = directions
+        self._known = {0.0: (0.0, 0.0)}
+        self.loss, self._score = self._means(at)
+
+    def __call__(self, scale: float) -> tuple[float, float]:
+        """(rise of the mean loss, drop of the mean score), means over the directions."""
+        if scale not in self._known:
+            try:
+                noisy = [self._means(P.add(self._at, d, scale)) for d in self._directions]
+                loss, score = np.mean(noisy, axis=0).tolist()
+                drop = self._objective.likelihood.score.loss(score, self._score)
+                self._known[scale] = loss - self.loss, drop
+            except NumericalError:  # weights that overflow
+                self._known[scale] = math.inf, math.inf
+        return self._known[scale]
+
+    def _means(self, at: Params) -> tuple[float, float]:
+        """Mean loss, nats a scored position, and mean score a sample."""
+        likelihood = self._objective.likelihood
+        pairs = list(self._objective.forward(self._batches, at))
+        loss, positions = likelihood.loss_totals(pairs)
+        scores = torch.cat([likelihood.scores(f, y) for f, y in pairs])
+        return loss / positions, float(scores.mean())
 
 
 def information(scale: float, error: float, precision: float) -> float:
@@ -214,17 +237,6 @@ def _scale_of_information(bound: float, error: float, precision: float) -> float
     while information(scale, error, precision) > bound:  # by a rounding error
         scale = math.nextafter(scale, math.inf)
     return scale
-
-
-def _means(objective: Objective, batches: Iterable[Batch], at: Params) -> tuple[float, float]:
-    """Mean loss, nats a scored position, and mean score a sample."""
-    loss = positions = score = samples = 0.0
-    for outputs, targets in objective.forward(batches, at):
-        loss += float(objective.likelihood.losses(outputs, targets).double().sum())
-        positions += float(objective.likelihood.counts(targets).double().sum())
-        score += float(objective.likelihood.scores(outputs, targets).sum())
-        samples += len(outputs)
-    return loss / positions, score / samples
 
 
 def largest_scale(

@@ -149,16 +149,9 @@ def newton_step(
         )
     begun = time.perf_counter()
     options = options or ForgetOptions()
-    literal = options.steps != "auto" and options.damping != "auto"
-    whole = options.solver == "auto" and problem.curvature.whole
-    direct = whole or options.solver == "direct"
-    solver = LinearSolver(direct, literal, working_set)
-    rng = np.random.default_rng(options.seed)
-    split, start = problem.split, problem.objective.start
-    # a given damping means the textbook step, which no loss judges
-    most = 0 if literal else min(len(split.retain) // 10, HELD_OUT)
-    held_out = HeldOut(problem.objective, split, some(split.retain, most, rng))
-    shown = some(split.forget, SHOWN, rng)
+    solver = _linear_solver(problem, options, working_set)
+    held_out, shown = _samples(problem, options, guarded=not solver.literal)
+    start = problem.objective.start
 
     everyone = Flow(problem, problem.sums.samples, problem.sums.total, solver)
     guard = Guard.at(held_out, start, options.budget)
@@ -173,14 +166,8 @@ def newton_step(
     drift = None
     if policy.remove_drift and not absent:
         drift = drift_of(problem, everyone, guard)
-    flow = Flow(
-        problem,
-        split.retain,
-        problem.retained,
-        solver,
-        drift=drift,
-        start=start if absent else None,
-    )
+    retain, begins = problem.split.retain, start if absent else None
+    flow = Flow(problem, retain, problem.retained, solver, drift=drift, start=begins)
 
     path = Path(problem, flow, guard, start, shown)
     path.follow(policy.times(cleared=bool(absent)), options, progress)
@@ -199,6 +186,22 @@ def newton_step(
         budget=path.guard.budget,
         seconds=time.perf_counter() - begun,
     )
+
+
+def _linear_solver(problem: Problem, options: ForgetOptions, working_set: int) -> LinearSolver:
+    whole = options.solver == "auto" and problem.curvature.whole
+    direct = whole or options.solver == "direct"
+    literal = options.steps != "auto" and options.damping != "auto"
+    return LinearSolver(direct, literal, working_set)
+
+
+def _samples(problem: Problem, options: ForgetOptions, *, guarded: bool) -> tuple[HeldOut, Indices]:
+    """Held-out retained samples, none where a given damping means the textbook step, which no loss
+    judges; and the forget samples whose predictions are looked at."""
+    split, rng = problem.split, np.random.default_rng(options.seed)
+    most = min(len(split.retain) // 10, HELD_OUT) if guarded else 0
+    held_out = HeldOut(problem.objective, split, some(split.retain, most, rng))
+    return held_out, some(split.forget, SHOWN, rng)
 
 
 def _signs(problem: Problem, everyone: Flow, guard: Guard, options: ForgetOptions) -> Signs:
