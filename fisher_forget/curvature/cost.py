@@ -13,6 +13,7 @@ from fisher_forget.params import flatten, randn_like, size
 
 FEW = 8  # samples of the first look
 LONG = 0.2  # seconds: where a batch would take longer, it is extrapolated from few samples
+CERTAIN = 0.1  # seconds: a shorter time is taken twice
 EIGH = 512  # side of the largest eigenproblem that is timed; others scale with the third power
 
 
@@ -148,9 +149,17 @@ def _extrapolate(run: Callable[[int], float], walk: Walk) -> float:
     quick = run(few) * walk.split.batch_size / few < LONG
     low = min(walk.split.batch_size if quick else few, total)
     high = min(2 * low, total)
-    first = run(low)
-    slope = max(run(high) - first, 0.0) / (high - low) if high > low else 0.0
+    first = _timed(run, low)
+    if high == low:
+        return first
+    slope = max(_timed(run, high) - first, 0.0) / (high - low)
     return first + slope * (total - low)
+
+
+def _timed(run: Callable[[int], float], samples: int) -> float:
+    """The shorter of two, where other work on the machine may have spoilt one."""
+    taken = run(samples)
+    return taken if taken > CERTAIN else min(taken, run(samples))
 
 
 def _dot_seconds(walk: Walk) -> float:
