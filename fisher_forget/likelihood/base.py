@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fisher_forget._util.numbers import MISSING, plus_minus
-from fisher_forget.errors import DataError, NumericalError
+from fisher_forget.errors import NumericalError
 
 # what may be lost against a reference and still counts as nothing lost
 SHARE_LOSS = 0.01  # of a share in [0, 1]: one point of accuracy
@@ -245,20 +245,3 @@ def positions(outputs: Tensor, last: int) -> Iterator[tuple[Any, Tensor]]:
     outputs to fill."""
     for index in itertools.product(*(range(size) for size in outputs.shape[1:last])):
         yield (slice(None), *index), torch.zeros_like(outputs)
-
-
-def check_same_shape(outputs: Tensor, targets: Tensor, name: str) -> None:
-    """Refuse targets of another shape than the outputs."""
-    if targets.shape != outputs.shape:
-        raise DataError(
-            f"targets of shape {tuple(targets.shape)} for outputs {tuple(outputs.shape)}",
-            f"the same shape for both with likelihood={name!r}",
-            "Reshape the targets (a single output usually needs [batch, 1]), or pass unpack=.",
-        )
-
-
-def coordinates(weight: Tensor) -> Iterator[Tensor]:
-    """Columns of a diagonal H^{1/2}: one coordinate of every sample at a time."""
-    for at, zero in positions(weight, weight.dim()):
-        zero[at] = weight[at]
-        yield zero

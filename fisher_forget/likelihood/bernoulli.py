@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,20 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fisher_forget.errors import DataError
-from fisher_forget.likelihood.base import (
-    LABEL_ACCURACY,
-    Likelihood,
-    Score,
-    check_finite,
-    check_same_shape,
-    coordinates,
-    signed,
-    uniform,
-)
+from fisher_forget.likelihood.base import LABEL_ACCURACY, Score, uniform
+from fisher_forget.likelihood.independent import IndependentOutputs
 
 
 @dataclass(frozen=True)
-class Bernoulli(Likelihood):
+class Bernoulli(IndependentOutputs):
     """Independent binary labels. Outputs are logits [B, ...]; targets in [0, 1] of the same shape.
 
     With p = sigmoid(f): l = -sum_c y_c log p_c + (1 - y_c) log(1 - p_c), r = p - y, H = diag(p (1 -
@@ -35,15 +26,13 @@ class Bernoulli(Likelihood):
     name: ClassVar[str] = "bernoulli"
     score: ClassVar[Score] = LABEL_ACCURACY
 
-    def check(self, outputs: Tensor, targets: Tensor) -> None:
-        check_same_shape(outputs, targets, "bernoulli")
+    def check_targets(self, targets: Tensor) -> None:
         if not bool(((targets >= 0) & (targets <= 1)).all()):  # NaN fails, too
             raise DataError(
                 f"targets from {float(targets.min()):g} to {float(targets.max()):g}",
                 "labels in [0, 1]",
                 "Encode each label as 0 or 1; for regression pass likelihood='gaussian'.",
             )
-        check_finite(outputs)
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         per_label = F.binary_cross_entropy_with_logits(
@@ -60,18 +49,9 @@ class Bernoulli(Likelihood):
         p = outputs.sigmoid()
         return p * (1 - p) * vector
 
-    def columns(self, outputs: Tensor, targets: Tensor | None = None) -> Iterator[Tensor]:
+    def root(self, outputs: Tensor) -> Tensor:
         p = outputs.sigmoid()
-        yield from coordinates((p * (1 - p)).sqrt())
-
-    def column_count(self, outputs: Tensor) -> int:
-        return outputs[0].numel()
-
-    def sketch(
-        self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None
-    ) -> Tensor:
-        p = outputs.sigmoid()
-        return signed((p * (1 - p)).sqrt(), draws, generator)
+        return (p * (1 - p)).sqrt()
 
     def sampled(
         self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,20 +10,12 @@ import torch
 from torch import Tensor
 
 from fisher_forget.errors import ConfigError, DataError
-from fisher_forget.likelihood.base import (
-    SQUARED_ERROR,
-    Likelihood,
-    Score,
-    check_finite,
-    check_same_shape,
-    coordinates,
-    signed,
-    uniform,
-)
+from fisher_forget.likelihood.base import SQUARED_ERROR, Score, uniform
+from fisher_forget.likelihood.independent import IndependentOutputs
 
 
 @dataclass(frozen=True)
-class Gaussian(Likelihood):
+class Gaussian(IndependentOutputs):
     """Regression with known noise. Outputs are means [B, ...]; targets of the same shape.
 
     l = |y - f|^2 / (2 sigma^2), the constant log(2 pi sigma^2)/2 left out; r = (f - y)/sigma^2; H =
@@ -49,13 +40,11 @@ class Gaussian(Likelihood):
         """sigma^2."""
         return self.sigma * self.sigma
 
-    def check(self, outputs: Tensor, targets: Tensor) -> None:
-        check_same_shape(outputs, targets, "gaussian")
+    def check_targets(self, targets: Tensor) -> None:
         if not bool(torch.isfinite(targets).all()):
             raise DataError(
                 "NaN or infinite targets", "finite targets", "Drop or impute these samples."
             )
-        check_finite(outputs)
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return ((outputs - targets).square() / (2 * self.variance)).reshape(len(outputs), -1).sum(1)
@@ -68,16 +57,8 @@ class Gaussian(Likelihood):
     ) -> Tensor:
         return vector / self.variance
 
-    def columns(self, outputs: Tensor, targets: Tensor | None = None) -> Iterator[Tensor]:
-        yield from coordinates(torch.full_like(outputs, 1 / self.sigma))
-
-    def column_count(self, outputs: Tensor) -> int:
-        return outputs[0].numel()
-
-    def sketch(
-        self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None
-    ) -> Tensor:
-        return signed(torch.full_like(outputs, 1 / self.sigma), draws, generator)
+    def root(self, outputs: Tensor) -> Tensor:
+        return torch.full_like(outputs, 1 / self.sigma)
 
     def sampled(
         self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None
