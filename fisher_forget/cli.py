@@ -117,11 +117,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # models and data of the user's own, as with `python -m`
-    chosen, overrides = _parser().parse_known_args(arguments)
+    given, overrides = _parser().parse_known_args(arguments)
     try:
-        _dispatch(chosen, overrides)
+        _dispatch(given, overrides)
     except FisherForgetError as error:
-        if chosen.debug:
+        if given.debug:
             raise
         print(f"fisher-forget: {error}", file=sys.stderr)
         return EXIT_ERROR
@@ -133,23 +133,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _dispatch(chosen: argparse.Namespace, overrides: list[str]) -> None:
-    if not COMMANDS[chosen.command].configured:
+def _dispatch(given: argparse.Namespace, overrides: list[str]) -> None:
+    if not COMMANDS[given.command].configured:
         if overrides:
             _parser().error(f"unrecognized arguments: {' '.join(overrides)}")
-        _START[chosen.command](chosen)
+        _START[given.command](given)
         return
-    config = _config(chosen.command, Path(chosen.config), overrides)
+    config = _config(given.command, Path(given.config), overrides)
     # imported here, because matplotlib takes a second: --help and mistakes are answered at once
-    if getattr(chosen, "dry_run", False):
+    if getattr(given, "dry_run", False):
         from fisher_forget.experiments.dry_run import describe
 
-        print(describe(config, chosen.command))
-    elif chosen.command == "plot":
+        print(describe(config, given.command))
+    elif given.command == "plot":
         from fisher_forget.experiments.run import redraw
 
         print("\n".join(map(str, redraw(config))))
-    elif chosen.command == "evaluate":
+    elif given.command == "evaluate":
         from fisher_forget.experiments.evaluate_run import evaluate_run
 
         print(f"Evaluation: {evaluate_run(config)}")
@@ -173,16 +173,16 @@ def _config(command: str, path: Path, overrides: list[str]) -> RunConfig:
     return load_config(path, overrides, kind)
 
 
-def _print_data(chosen: argparse.Namespace) -> None:
-    print(catalogue(chosen.root))
+def _print_data(given: argparse.Namespace) -> None:
+    print(catalogue(given.root))
 
 
-def _print_completion(chosen: argparse.Namespace) -> None:
-    print(shtab.complete(_parser(keys=True), chosen.shell))
+def _print_completion(given: argparse.Namespace) -> None:
+    print(shtab.complete(_parser(keys=True), given.shell))
 
 
-def _write_template(chosen: argparse.Namespace) -> None:
-    path = write_template(Path(chosen.path), chosen.template)
+def _write_template(given: argparse.Namespace) -> None:
+    path = write_template(Path(given.path), given.template)
     print(f"{path} is written. Name your functions in it, then: fisher-forget run {path} --dry-run")
 
 
