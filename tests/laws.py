@@ -15,7 +15,7 @@ from fisher_forget import Categorical
 from fisher_forget.curvature.operator import BlockDiagonal, Curvature, Spectral
 from fisher_forget.curvature.structures.dense import Dense
 from fisher_forget.curvature.structures.diagonal import Diagonal
-from fisher_forget.curvature.structures.ekfac import Kronecker
+from fisher_forget.curvature.structures.kronecker import Kronecker
 from fisher_forget.curvature.structures.low_rank import LowRank
 from fisher_forget.curvature.structures.matrix_free import MatrixFree
 from fisher_forget.params import Params, flatten, randn_like, unflatten
@@ -89,7 +89,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 def obeys(found: Curvature, matrix: Tensor, like: Params, accuracy: float = 1e-6) -> None:
-    """All five methods, against a dense matrix."""
+    """All methods, against a dense matrix."""
     v = randn_like(like, torch.Generator().manual_seed(0))
     for p in POWERS:
         assert (
@@ -98,5 +98,17 @@ def obeys(found: Curvature, matrix: Tensor, like: Params, accuracy: float = 1e-6
     assert relative(flatten(found.diagonal()), matrix.diag()) < accuracy
     assert found.trace() == pytest.approx(float(matrix.trace()), rel=accuracy)
     assert found.logdet() == pytest.approx(float(torch.linalg.slogdet(matrix)[1]), rel=accuracy)
+    if not isinstance(found, MatrixFree):  # whose traces are estimates
+        values = torch.linalg.eigvalsh(matrix).clamp(min=1e-300)
+        for p in POWERS:
+            expected = float(values.pow(p).sum())
+            assert found.power_trace(p) == pytest.approx(expected, rel=10 * accuracy), p
+            terms = (values - found.tau) * values.pow(p)  # of an indefinite one they may cancel
+            traced = found.power_trace(p, times_curvature=True)
+            assert abs(traced - float(terms.sum())) < 10 * accuracy * float(terms.abs().sum()), p
+    assert found.damped(0.5).tau == pytest.approx(found.tau + 0.5)
+    zeros = found.zeros()
+    assert list(zeros) == list(found.diagonal())
+    assert not flatten(zeros).any()
     more = flatten(found.damped(0.5).power(v, 1.0))
     assert relative(more, matrix @ flatten(v) + 0.5 * flatten(v)) < accuracy

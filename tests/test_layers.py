@@ -14,7 +14,7 @@ from fisher_forget import Categorical, estimate_curvature
 from fisher_forget.curvature.rules.base import add_gram, add_squared_products
 from fisher_forget.curvature.rules.convolution import ConvRule
 from fisher_forget.curvature.rules.linear import LinearRule
-from fisher_forget.curvature.structures.ekfac import Kronecker
+from fisher_forget.curvature.structures.kronecker import Kronecker
 from fisher_forget.curvature.tape import Tape
 from fisher_forget.data.split import resolve_split
 

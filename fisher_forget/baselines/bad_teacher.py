@@ -36,6 +36,10 @@ class BadTeacher(TrainingMethod):
         share: Of D_r that is used, drawn once.
         temperature: T.
         init: Makes the untrained teacher; by default the modules' own `reset_parameters`.
+
+    Raises:
+        ConfigError: If share or temperature is out of range.
+        ModelError: In `unlearn`, if the model has layers that cannot be reset.
     """
 
     name = "bad-teacher"
@@ -58,7 +62,7 @@ class BadTeacher(TrainingMethod):
         good = copy.deepcopy(training.model).eval()
         bad = fresh(training.model, self.seed, self.init).eval()
         retained = some(split.retain, max(1, round(self.share * len(split.retain))), self.seed)
-        used = np.union1d(retained, split.forget)
+        used = np.union1d(retained, split.forget)  # batches mix both
 
         def loss(rows: Indices, batch: Batch, student: nn.Module) -> Tensor:
             batch = batch.on(student)

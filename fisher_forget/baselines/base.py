@@ -110,6 +110,10 @@ class TrainingMethod(Method):
         lr: Learning rate.
         batch_size: Samples per step.
         likelihood: Name or instance.
+
+    Raises:
+        ConfigError: If a value is out of range.
+        NumericalError: In `unlearn`, if the training diverges.
     """
 
     epochs: int = 10
@@ -184,7 +188,7 @@ class Training:
     ) -> None:
         self.model, self.split, self.likelihood = model, split, likelihood
         self.batch_size = batch_size
-        self._thirds = 0
+        self._thirds = 0  # whole numbers: a sum of thirds would be rounded
 
     @property
     def gradients(self) -> float:
@@ -219,13 +223,14 @@ class Training:
             norm.eval()
         outputs = P.call(model, {}, batch.args, batch.kwargs)
         for norm in norms:
-            norm.train()
+            norm.train()  # the model is the trained one: its mode outlives the batch
         self.likelihood.check(outputs.detach(), batch.targets)
         return outputs
 
     def mean(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Mean loss per scored position of outputs [B, ...], nats."""
         likelihood = self.likelihood
+        # a batch without any scored position (all padding) has the loss 0, not 0 / 0
         count = likelihood.counts(targets).sum().clamp(min=1)
         return likelihood.losses(outputs, targets).sum() / count
 

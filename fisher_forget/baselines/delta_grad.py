@@ -227,7 +227,7 @@ class DeltaGrad(Method):
             kept = np.setdiff1d(rows, split.forget)
             if not len(kept):  # training without the forgotten samples had not had this batch
                 continue
-            away = P.flatten(at) - before
+            away = P.flatten(at) - before  # w - w_t
             forgotten = objective.gradient(split.batches(gone), at)
             gradients += len(gone)
             curved = self._curved(number, pairs, away, plan.lr)
@@ -235,7 +235,7 @@ class DeltaGrad(Method):
                 # n_t (B_t (w - w_t) + grad L_t(w_t)), less what the forgotten samples add at w
                 guess = P.unflatten(known + curved, at)
                 gradient = (Gradient(P.scale(guess, count), 0.0, count) - forgotten).mean()
-            else:
+            else:  # in full, and another pair for B_t
                 retained = objective.gradient(split.batches(kept), at)
                 gradients += len(kept)
                 gradient = retained.mean()
@@ -307,7 +307,7 @@ def lbfgs_product(pairs: Sequence[tuple[Tensor, Tensor]], v: Tensor) -> Tensor:
     middle = torch.cat(
         [torch.cat([sigma * s.T @ s, below], 1), torch.cat([below.T, -across.diag().diag()], 1)]
     )
-    sides = torch.cat([sigma * s, y], 1)
+    sides = torch.cat([sigma * s, y], 1)  # in double precision: pairs may be nearly parallel
     wide = v.double()
     product: Tensor = sigma * wide - sides @ torch.linalg.solve(middle, sides.T @ wide)
     return product.to(v.dtype)

@@ -35,8 +35,7 @@ from fisher_forget.baselines.base import DirectMethod
 from fisher_forget.baselines.jacobian_rows import MEMORY, Rows
 from fisher_forget.baselines.protocol import Grid
 from fisher_forget.baselines.training_loop import require
-from fisher_forget.curvature.products import GgnChunk, summed, twice_differentiable
-from fisher_forget.curvature.structures.hessian import HessianChunk
+from fisher_forget.curvature.products import GgnChunk, HessianChunk, summed, twice_differentiable
 from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Split, some
 from fisher_forget.errors import NumericalError
@@ -150,7 +149,7 @@ class Lissa(DirectMethod):
         return P.add(objective.start, x, self.alpha), gradients
 
     def _series(self, objective: Objective, split: Split, v: Params, repeat: int) -> Params:
-        rng = np.random.default_rng([self.seed, repeat])
+        rng = np.random.default_rng([self.seed, repeat])  # other batches in every series
         size, h = min(self.batch_size, len(split.retain)), v
         ridge = self.damping + self.weight_decay
         for _ in range(self.steps):
@@ -165,7 +164,7 @@ class Lissa(DirectMethod):
                     "a scale above half the largest eigenvalue of every batch's curvature",
                     "Raise `scale`, or pass curvature='ggn'.",
                 )
-        return P.scale(h, 1 / self.scale)
+        return P.scale(h, 1 / self.scale)  # the fixed point is s (H + gamma I)^-1 v
 
     def _product(self, objective: Objective, batch: Batch, h: Params) -> Params:
         """H_batch h."""
@@ -175,6 +174,7 @@ class Lissa(DirectMethod):
         with twice_differentiable():
             outputs = objective.outputs(batch, leaves)
             at = outputs.detach()
+            # H h differentiates the loss twice; the GGN J^T H_out J h only the outputs
             chunk = (
                 HessianChunk(likelihood.losses(outputs, targets).sum(), leaves)
                 if self.curvature == "hessian"
@@ -188,6 +188,7 @@ def forgotten_pull(objective: Objective, split: Split) -> Params:
     forget set."""
     retained = objective.gradient(split.batches("retain"), objective.start)
     forgotten = objective.gradient(split.batches("forget"), objective.start)
+    # grad L_D is the mean over n of which m are forgotten: (m/n) g_f + (1 - m/n) g_r
     share = forgotten.count / max(forgotten.count + retained.count, 1.0)
     return P.scale(P.add(forgotten.mean(), retained.mean(), -1), share)
 

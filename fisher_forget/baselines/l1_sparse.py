@@ -32,6 +32,9 @@ class L1Sparse(SgdMethod):
     Attributes:
         alpha: Penalty of the first epoch, nats per unit of |w|_1.
         free: Last epochs without penalty.
+
+    Raises:
+        ConfigError: If alpha or free is out of range.
     """
 
     name = "l1-sparse"

@@ -34,6 +34,9 @@ class CFk(FineTune):
 
     Attributes:
         k: Number of layers that move.
+
+    Raises:
+        ConfigError: If k is below 1, or, in `unlearn`, above the number of layers.
     """
 
     name = "cf-k"
@@ -62,6 +65,9 @@ class EUk(CFk):
     Attributes:
         init: Makes an untrained model of the same kind; by default the modules' own
             `reset_parameters`.
+
+    Raises:
+        ModelError: In `unlearn`, if one of the layers cannot be reset.
     """
 
     name = "eu-k"

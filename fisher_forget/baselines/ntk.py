@@ -105,6 +105,7 @@ class Ntk(DirectMethod):
         network = P.load(model, {}).eval()
         batch = next(split.batches(split.retain[:1])).on(network)
         outputs = P.call(network, {}, batch.args, batch.kwargs)[0].numel()
+        # rows of D_f all count; what is left of the memory goes to D_r
         fitting = max(1, most_rows(self.memory) // outputs - len(split.forget))
         retained = some(split.retain, self.samples or fitting, self.seed)
         unit = _unit(likelihood)
@@ -160,6 +161,7 @@ class NtkFisher(Ntk):
         moved = P.load(model, weights).eval()
         fisher = estimate_curvature(moved, split, likelihood, structure="diagonal", kind="exact")
         generator = torch.Generator().manual_seed(self.seed)
+        # covariance alpha (F + tau I)^-1: its root is the exponent 1/2
         scale = math.sqrt(self.alpha)
         noise = draw_noise(fisher.damped(self.tau), weights, scale, generator, exponent=0.5)
         batch = next(split.batches(split.retain[:1])).on(moved)
@@ -199,6 +201,7 @@ def by_difference(
     r"""The same as two separate fits with the ridges n_r wd and n wd; arguments as in
     `by_blocks`."""
     cut = len(kept)
+    # Delta(D_r) = -J_r^T (J_r J_r^T + n_r wd I)^-1 r_r: zero coefficients on D_f
     retained = -_solve(_ridged(gram[:cut, :cut], n_kept * weight_decay), kept[:, None])[:, 0]
     fit = torch.cat([retained, torch.zeros_like(gone)])
     residuals = torch.cat([kept, gone])[:, None]
@@ -221,6 +224,7 @@ def stretch(step: Params, missing: Params) -> float:
     if not length or not rest:
         return 1.0
     cosine = P.dot(step, missing) / (length * rest)
+    # the longer base of a trapezium with the shorter base |delta| and legs |e|
     return (length + 2 * abs(cosine) * rest) / length
 
 
@@ -242,7 +246,7 @@ def _unit(likelihood: Likelihood) -> float:
 
 
 def _ridged(gram: Tensor, ridge: float) -> Tensor:
-    theta = gram.clone()
+    theta = gram.clone()  # both fits need the matrix without a ridge
     theta.diagonal().add_(ridge)
     return theta
 

@@ -50,6 +50,7 @@ class RandomLabels(SgdMethod):
         def epoch(number: int, rng: np.random.Generator) -> Iterator[Loss]:
             split = training.split
             forgotten = numbered(split, split.forget, self.batch_size, rng)
+            # the epoch's number is part of the key: other labels in every epoch
             wrong = (draw(batch, rows, (self.seed, number)) for rows, batch in forgotten)
             for batches in (wrong, training.batches(split.retain, rng)):
                 yield from each(batches, training.mean_loss)
@@ -144,9 +145,11 @@ class Relabelling:
         wrong = np.isin(rows, self.forget)
         shifts = torch.zeros(labels.shape, dtype=torch.long)
         highest = max(self.classes, self.least + 1)
+        # a generator for each sample: its label does not depend on the batch that it is in
         for at in np.flatnonzero(wrong):
             rng = np.random.default_rng((*key, int(rows[at])))
             shifts[at] = torch.as_tensor(rng.integers(self.least, highest, labels.shape[1:]))
+        # (y + k) mod C with k >= 1 is uniform on the other classes
         moved = (labels + shifts.to(labels.device)) % self.classes
         if soft:
             moved = F.one_hot(moved, self.classes).to(targets.dtype)

@@ -40,6 +40,10 @@ class Retrain(FineTune):
             `passes` of the result are NaN, since they are not known.
         init: Makes an untrained model of the same kind; by default the modules' own
             `reset_parameters`.
+
+    Raises:
+        ModelError: In `unlearn`, if the model has layers that cannot be reset.
+        ConfigError: In `unlearn`, if `train` or `init` does not return such a model.
     """
 
     name = "retrain"
@@ -93,6 +97,7 @@ def fresh(
     with preserved_rng(), torch.no_grad():
         torch.manual_seed(seed)
         if init is None:
+            # in the order in which `__init__` names them, which is mostly that of their first draw
             for name, module in modules.items():
                 _reset(name, module)
         else:

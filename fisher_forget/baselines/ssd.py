@@ -68,6 +68,7 @@ class Ssd(DirectMethod):
         forgotten = P.zeros_like(start)
         if len(split.forget):
             forgotten = measure(model, split, likelihood, split.forget)
+        # D once, D_f once more
         gradients = len(split.retain) + 2 * len(split.forget)
         return P.map_params(self._dampened, start, everyone, forgotten), gradients
 

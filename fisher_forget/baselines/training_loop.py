@@ -78,6 +78,7 @@ def descend(
         torch.manual_seed(seed)
         for number in range(settings.epochs):
             for group in optimizer.param_groups:
+                # counted from the start, so that it holds no state
                 group["lr"] = settings.lr * 0.1 ** sum(number >= m for m in settings.milestones)
             for loss in epoch(number, rng):
                 optimizer.zero_grad(set_to_none=True)
@@ -85,7 +86,7 @@ def descend(
                 if not math.isfinite(float(value.detach())):
                     raise _diverged(f"the loss {float(value.detach())} in epoch {number + 1}")
                 value.backward()
-                if mask is not None:
+                if mask is not None:  # after backward: momentum and Adam see masked gradients alone
                     _masked(weights, mask, settings.weight_decay)
                 optimizer.step()
     twin.zero_grad(set_to_none=True)
@@ -123,6 +124,7 @@ def numbered(
 ) -> Iterator[tuple[Indices, Batch]]:
     """As `shuffled`, with the index of every sample of the batch."""
     order = rng.permutation(samples)
+    # as many batches as are needed, then as even as they get: no small last batch
     for rows in np.array_split(order, max(1, -(-len(order) // batch_size))):
         if len(rows):
             for batch in replace(split, batch_size=len(rows)).batches(rows):

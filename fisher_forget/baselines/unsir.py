@@ -103,6 +103,7 @@ class Unsir(Method):
 
         repair = training.over(kept, training.mean_loss)
         settings = Descent(self.impair_epochs, self.impair_lr, optimizer="adam")
+        # a new optimizer, and another order of the samples, for each phase
         impaired = descend(model, settings, impair, seed=self.seed)
         settings = Descent(self.repair_epochs, self.repair_lr, optimizer="adam")
         return descend(impaired, settings, repair, seed=self.seed + 1), training.gradients

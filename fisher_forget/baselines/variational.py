@@ -138,6 +138,7 @@ class Variational(DirectMethod):
 def _start(w: Tensor) -> Tensor:
     """First guess: a share of the variance of each filter's weights."""
     filters = w.detach().flatten(1)
+    # a filter of one weight has no variance: its square stands for it
     variance = filters.var(1) if filters.shape[1] > 1 else filters.square()[:, 0]
     return (START * variance + SMALLEST).log().clamp(max=LIMIT).view(-1, *[1] * (w.dim() - 1))
 
@@ -146,5 +147,6 @@ def _noisy(start: Params, logs: Params, generator: torch.Generator) -> tuple[Par
     """(w + n, w - n) for the weights with filters, differentiable in the log-variances."""
     weights = {name: start[name] for name in logs}
     xi = P.randn_like(weights, generator)
+    # n = exp(log sigma^2 / 2) xi, differentiable in the log-variance
     noise = {name: (x / 2).exp() * xi[name] for name, x in logs.items()}
     return P.add(weights, noise), P.add(weights, noise, -1)

@@ -16,6 +16,18 @@ def checked_damping(tau: float) -> float:
     return tau
 
 
+def check_undamped(a: float, b: float) -> None:
+    """Refuse to add damped curvatures: the sum would hold the damping twice.
+
+    Raises:
+        CurvatureError: If either damping is not 0.
+    """
+    if a or b:
+        raise CurvatureError(
+            f"dampings {(a, b)}", "undamped curvatures", "Add first, damp afterwards."
+        )
+
+
 def needs_definite(p: float) -> bool:
     """Whether x^p makes trouble for some x <= 0."""
     return p < 0 or p != int(p)

@@ -9,19 +9,15 @@ from dataclasses import dataclass
 import torch
 
 from fisher_forget.curvature.passes import Accumulator, Walk
-from fisher_forget.curvature.structures.dense import DenseSum
-from fisher_forget.curvature.structures.ekfac import REPLAY_BYTES, EkfacSum
-from fisher_forget.curvature.tape import Tape
 from fisher_forget.params import flatten, randn_like, size
 
 FEW = 8  # samples of the first look
 LONG = 0.2  # seconds: where a batch would take longer, it is extrapolated from few samples
-CERTAIN = 0.1  # seconds: a shorter time is taken twice
 EIGH = 512  # side of the largest eigenproblem that is timed; others scale with the third power
 
 
 @dataclass(frozen=True)
-class Estimate:
+class CostEstimate:
     """The predicted cost of `estimate_curvature`.
 
     Attributes:
@@ -43,9 +39,9 @@ class Estimate:
     passes: int
     columns: int
 
-    def __add__(self, other: Estimate) -> Estimate:
+    def __add__(self, other: CostEstimate) -> CostEstimate:
         """One after the other, both results held."""
-        return Estimate(
+        return CostEstimate(
             self.seconds + other.seconds,
             self.bytes_result + other.bytes_result,
             max(self.bytes_peak + other.bytes_result, self.bytes_result + other.bytes_peak),
@@ -55,51 +51,37 @@ class Estimate:
         )
 
 
-def of_columns(walk: Walk, build: Callable[[Tape], Accumulator], columns: int) -> Estimate:
-    """Cost of feeding columns to a structure; eigendecompositions are left out of the run and added
-    by their size."""
-    total = build(walk.tape)
-    sides: list[int] = []
-    samples, replays, bytes_result = len(walk.chosen), True, 0
+def of_columns(
+    walk: Walk, build: Callable[[], Accumulator], bytes_result: int | None = None
+) -> CostEstimate:
+    """Cost of feeding columns to a structure.
 
-    def skipped(moment: torch.Tensor) -> torch.Tensor:
-        sides.append(len(moment))
-        return moment
+    Args:
+        walk: The data.
+        build: Makes an empty accumulator.
+        bytes_result: Of the result's tensors; `None` makes a result of a few samples to see.
+    """
+    samples, total = len(walk.samples), build()
 
     def run(n: int) -> float:
-        nonlocal total, sides, replays, bytes_result
+        nonlocal total, bytes_result
         begun = time.perf_counter()
-        sides = []
-        total = (
-            EkfacSum(walk.tape, decompose=skipped, replay=replays)
-            if build is EkfacSum
-            else build(walk.tape)
-        )
+        total = build()
         count = walk.first(n).accumulate(total)
-        if not isinstance(total, DenseSum):
+        if bytes_result is None:
             bytes_result = total.result(count).nbytes()
-        if isinstance(total, EkfacSum) and replays:
-            replays = (
-                total.remembered / n * samples <= REPLAY_BYTES
-            )  # from the first look on, as with all samples
         return time.perf_counter() - begun
 
-    seconds = _extrapolate(run, walk) + sum(eigh_seconds(walk, side) for side in sides)
-    d, each = size(walk.tape.params), _itemsize(walk)
+    seconds = _extrapolate(run, walk)
     recorded = walk.recorded_bytes(next(walk.batches()))
-    peak = d * each + max(
-        recorded, min(recorded * min(walk.split.batch_size, samples), walk.chunk_bytes)
-    )
-    if isinstance(total, DenseSum):
-        bytes_result = (d * d + 2 * d) * each
-        seconds += eigh_seconds(walk, d)
-        peak += 3 * bytes_result
-    if isinstance(total, EkfacSum) and replays:
-        peak += int(total.remembered / min(samples, 2 * walk.split.batch_size) * samples)
-    return Estimate(seconds, bytes_result, peak + 2 * bytes_result, samples, total.passes, columns)
+    at_once = min(recorded * min(walk.split.batch_size, samples), walk.chunk_bytes)
+    # the copy of the model, one chunk, the sums and the result made of them
+    result = bytes_result or 0
+    peak = size(walk.tape.params) * itemsize(walk) + max(recorded, at_once) + 2 * result
+    return CostEstimate(seconds, result, peak, samples, total.passes, walk.columns)
 
 
-def of_products(walk: Walk, products: int, bytes_result: int, vectors: int = 0) -> Estimate:
+def of_products(walk: Walk, products: int, bytes_result: int, vectors: int = 0) -> CostEstimate:
     """Cost of so many products over the data.
 
     Args:
@@ -109,9 +91,9 @@ def of_products(walk: Walk, products: int, bytes_result: int, vectors: int = 0) 
         vectors: Vectors of the parameters' size that are orthogonalised against each other on the
             way.
     """
-    samples = len(walk.chosen)
-    probe = walk.first(FEW).product(keep=False)
-    kept = samples * probe.sample_bytes <= max(walk.memory, probe.sample_bytes)
+    samples = len(walk.samples)
+    each = walk.first(1).product(keep=False).sample_bytes
+    kept = samples * each <= max(walk.memory, each)
     v = randn_like(walk.tape.params, torch.Generator().manual_seed(0))
 
     def build(n: int) -> float:
@@ -121,24 +103,22 @@ def of_products(walk: Walk, products: int, bytes_result: int, vectors: int = 0) 
 
     def apply(n: int) -> float:
         product = walk.first(n).product(keep=kept)
-        product(v)
         begun = time.perf_counter()
         product(v)
         return time.perf_counter() - begun
 
-    d, each = size(walk.tape.params), _itemsize(walk)
+    # each vector is orthogonalised twice against all before it: 2 sum_k 2k inner products or so
     seconds = _extrapolate(build, walk) + 2 * vectors**2 * _dot_seconds(walk)
     if products:
         seconds += products * _extrapolate(apply, walk)
-    graph = probe.sample_bytes * samples if kept else min(probe.sample_bytes * samples, walk.memory)
-    peak = bytes_result + graph + (3 + vectors) * d * each
-    return Estimate(seconds, bytes_result, peak, samples, max(products, 1), 0)
+    graph = each * samples if kept else min(each * samples, walk.memory)
+    peak = bytes_result + graph + (3 + vectors) * size(walk.tape.params) * itemsize(walk)
+    return CostEstimate(seconds, bytes_result, peak, samples, max(products, 1), 0)
 
 
 def kept_bytes(walk: Walk) -> int:
     """Bytes of the graphs that a product over the walk keeps."""
-    each = walk.first(1).product(keep=False).sample_bytes
-    samples = len(walk.chosen)
+    each, samples = walk.first(1).product(keep=False).sample_bytes, len(walk.samples)
     return each * samples if samples <= max(1, walk.memory // each) else 0
 
 
@@ -147,33 +127,30 @@ def eigh_seconds(walk: Walk, side: int) -> float:
     type."""
     k = min(side, EIGH)
     first = next(iter(walk.tape.params.values()))
-    a = torch.randn(k, k, dtype=first.dtype, generator=torch.Generator().manual_seed(0)).to(
-        first.device
-    )
+    a = torch.randn(k, k, dtype=first.dtype, generator=torch.Generator().manual_seed(0))
+    a = a.to(first.device)
     begun = time.perf_counter()
     float(torch.linalg.eigh(a + a.T)[0][0])
     return (time.perf_counter() - begun) * (side / k) ** 3
 
 
+def itemsize(walk: Walk) -> int:
+    """Bytes of one number."""
+    return next(iter(walk.tape.params.values())).element_size()
+
+
 def _extrapolate(run: Callable[[int], float], walk: Walk) -> float:
     """Fixed and marginal time from two runs that differ by a batch, or by few samples where a batch
     takes long."""
-    total = len(walk.chosen)
+    total = len(walk.samples)
     few = min(FEW, total)
     run(few)  # the first one pays for caches and allocations
     quick = run(few) * walk.split.batch_size / few < LONG
     low = min(walk.split.batch_size if quick else few, total)
     high = min(2 * low, total)
-    first = _timed(run, low)
-    if high == low:
-        return first
-    slope = max(_timed(run, high) - first, 0.0) / (high - low)
+    first = run(low)
+    slope = max(run(high) - first, 0.0) / (high - low) if high > low else 0.0
     return first + slope * (total - low)
-
-
-def _timed(run: Callable[[int], float], samples: int) -> float:
-    taken = run(samples)
-    return taken if taken > CERTAIN else min(taken, run(samples))
 
 
 def _dot_seconds(walk: Walk) -> float:
@@ -183,7 +160,3 @@ def _dot_seconds(walk: Walk) -> float:
     begun = time.perf_counter()
     float((block @ v)[0])
     return (time.perf_counter() - begun) / 16
-
-
-def _itemsize(walk: Walk) -> int:
-    return next(iter(walk.tape.params.values())).element_size()

@@ -3,70 +3,65 @@
 from __future__ import annotations
 
 import glob
-import time
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Mapping
 from dataclasses import replace
-from numbers import Integral
-from typing import Any, Literal, cast, get_args, overload
+from functools import reduce
+from typing import Any, Literal, TypedDict, Unpack, get_args, overload
 
-import numpy as np
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from fisher_forget._util.checks import check_model
-from fisher_forget.curvature import cost, kinds
-from fisher_forget.curvature.cost import Estimate
-from fisher_forget.curvature.kinds import EXACT_UP_TO, Kind
+from fisher_forget.curvature import kinds
+from fisher_forget.curvature.cost import CostEstimate
+from fisher_forget.curvature.kinds import Kind
 from fisher_forget.curvature.operator import Curvature, Info
-from fisher_forget.curvature.passes import Accumulator, Walk, default_memory
-from fisher_forget.curvature.structures import hessian, mixed
-from fisher_forget.curvature.structures.dense import DenseSum, check_size
-from fisher_forget.curvature.structures.diagonal import DiagonalSum
-from fisher_forget.curvature.structures.ekfac import EkfacSum
-from fisher_forget.curvature.structures.low_rank import most_products, top_eigenpairs
-from fisher_forget.curvature.structures.matrix_free import MatrixFree
+from fisher_forget.curvature.options import CurvatureOptions
+from fisher_forget.curvature.passes import Walk
+from fisher_forget.curvature.structures import STRUCTURES, Structure, mixed
 from fisher_forget.curvature.tape import Tape
-from fisher_forget.data.split import Indices, Part, Split, resolve_split
+from fisher_forget.data.split import Indices, Part, Split, resolve_split, some
 from fisher_forget.errors import CurvatureError, SplitError
 from fisher_forget.likelihood import Likelihood, resolve_likelihood
-from fisher_forget.params import detached, size
 
-Structure = Literal["ekfac", "diagonal", "dense", "low_rank", "matrix_free"]
-ACCUMULATORS: dict[str, Callable[[Tape], Accumulator]] = {
-    "ekfac": EkfacSum,
-    "diagonal": DiagonalSum,
-    "dense": DenseSum,
-}
+__all__ = ["CurvatureKeywords", "Structure", "estimate_curvature", "support", "support_table"]
 
-SUPPORT: dict[tuple[str, str], str | None] = {
-    (kind, structure): None
-    for kind in get_args(Kind)
-    if kind != "auto"
-    for structure in get_args(Structure)
-}
-"""Whether a kind (resolved) can be held in a structure: `None`, or the reason why not."""
+Data = Split | DataLoader[Any] | Dataset[Any]
 
-SUPPORT["hessian", "ekfac"] = (
-    "Kronecker factors are second moments of layer gradients, and the Hessian is no sum of such squares; use "
-    "kind='exact' or 'sketch', or structure='diagonal', 'dense' or 'matrix_free'."
-)
-SUPPORT["hessian", "low_rank"] = (
-    "The largest eigenpairs beside a non-negative rest describe a semi-definite operator, and a Hessian may be "
-    "indefinite; use kind='exact', or structure='matrix_free' or 'dense'."
-)
 
-RANK = 32
+class CurvatureKeywords(TypedDict, total=False):
+    """The fields of `CurvatureOptions` as keyword arguments, for type checkers."""
+
+    structure: Structure | Mapping[str, Structure]
+    kind: Kind
+    draws: int
+    part: Part | Indices
+    subset: str | tuple[str, ...] | None
+    seed: int
+    rank: int
+    preconditioner: Curvature | None
+    basis: Curvature | None
+    max_samples: int | None
+    memory: int | None
+    progress: bool
+
+
+def support() -> dict[tuple[str, str], str | None]:
+    """Whether a kind (resolved) can be held in a structure: `None`, or the reason why not."""
+    resolved = [kind for kind in get_args(Kind) if kind != "auto"]
+    return {(k, name): spec.refused.get(k) for k in resolved for name, spec in STRUCTURES.items()}
 
 
 def support_table() -> str:
-    """`SUPPORT` as a Markdown table, kinds down and structures across, with the reasons as notes
+    """`support` as a Markdown table, kinds down and structures across, with the reasons as notes
     below."""
-    reasons = list(dict.fromkeys(reason for reason in SUPPORT.values() if reason))
-    structures = list(dict.fromkeys(structure for _, structure in SUPPORT))
-    lines = ["| kind | " + " | ".join(structures) + " |", "|---" * (len(structures) + 1) + "|"]
-    for kind in dict.fromkeys(kind for kind, _ in SUPPORT):
-        cells = [SUPPORT[kind, structure] for structure in structures]
-        marks = ["yes" if cell is None else f"no ({reasons.index(cell) + 1})" for cell in cells]
+    cells = support()
+    reasons = list(dict.fromkeys(reason for reason in cells.values() if reason))
+    lines = ["| kind | " + " | ".join(STRUCTURES) + " |", "|---" * (len(STRUCTURES) + 1) + "|"]
+    for kind in dict.fromkeys(kind for kind, _ in cells):
+        row = [cells[kind, structure] for structure in STRUCTURES]
+        marks = ["yes" if cell is None else f"no ({reasons.index(cell) + 1})" for cell in row]
         lines.append(f"| {kind} | " + " | ".join(marks) + " |")
     return "\n".join([*lines, "", *(f"{i}. {reason}" for i, reason in enumerate(reasons, 1))])
 
@@ -74,66 +69,33 @@ def support_table() -> str:
 @overload
 def estimate_curvature(
     model: nn.Module | Tape,
-    data: Split | DataLoader[Any] | Dataset[Any],
+    data: Data,
     likelihood: Likelihood | str = ...,
     *,
-    structure: Structure | Mapping[str, Structure] = ...,
-    kind: Kind = ...,
-    draws: int = ...,
-    part: Part | Indices = ...,
-    subset: str | tuple[str, ...] | None = ...,
-    seed: int = ...,
-    rank: int = ...,
-    preconditioner: Curvature | None = ...,
-    basis: Curvature | None = ...,
-    max_samples: int | None = ...,
-    memory: int | None = ...,
-    progress: bool = ...,
     dry_run: Literal[False] = ...,
+    **options: Unpack[CurvatureKeywords],
 ) -> Curvature: ...
 
 
 @overload
 def estimate_curvature(
     model: nn.Module | Tape,
-    data: Split | DataLoader[Any] | Dataset[Any],
+    data: Data,
     likelihood: Likelihood | str = ...,
     *,
-    structure: Structure | Mapping[str, Structure] = ...,
-    kind: Kind = ...,
-    draws: int = ...,
-    part: Part | Indices = ...,
-    subset: str | tuple[str, ...] | None = ...,
-    seed: int = ...,
-    rank: int = ...,
-    preconditioner: Curvature | None = ...,
-    basis: Curvature | None = ...,
-    max_samples: int | None = ...,
-    memory: int | None = ...,
-    progress: bool = ...,
     dry_run: Literal[True],
-) -> Estimate: ...
+    **options: Unpack[CurvatureKeywords],
+) -> CostEstimate: ...
 
 
 def estimate_curvature(
     model: nn.Module | Tape,
-    data: Split | DataLoader[Any] | Dataset[Any],
+    data: Data,
     likelihood: Likelihood | str = "categorical",
     *,
-    structure: Structure | Mapping[str, Structure] = "ekfac",
-    kind: Kind = "auto",
-    draws: int = 1,
-    part: Part | Indices = "retain",
-    subset: str | tuple[str, ...] | None = None,
-    seed: int = 0,
-    rank: int = RANK,
-    preconditioner: Curvature | None = None,
-    basis: Curvature | None = None,
-    max_samples: int | None = None,
-    memory: int | None = None,
-    progress: bool = False,
     dry_run: bool = False,
-) -> Curvature | Estimate:
+    **options: Unpack[CurvatureKeywords],
+) -> Curvature | CostEstimate:
     r"""Per-sample curvature of the mean loss, B = (1/N) sum_n J_n^T H_n J_n, without weight decay
     or damping.
 
@@ -148,6 +110,10 @@ def estimate_curvature(
             parameters.
         data: A `Split`, or a loader or data set whose samples all count.
         likelihood: Name or instance.
+        dry_run: Time a few samples, and return the predicted cost instead of the curvature.
+        **options: See below.
+
+    Keyword Args:
         structure: `"ekfac"` (Kronecker basis, exact diagonal in it), `"diagonal"`, `"dense"` (small
             models), `"low_rank"` (largest eigenpairs and the mean of the rest), `"matrix_free"`
             (exact products over the data at every use). Or structures by shell pattern of parameter
@@ -173,7 +139,6 @@ def estimate_curvature(
             memory, at most 256 MiB. matrix_free and low_rank keep their graphs where all of them
             fit, which makes products faster.
         progress: Show a progress bar.
-        dry_run: Time a few samples, and return the predicted cost instead of the curvature.
 
     Raises:
         ModelError, DataError, NumericalError: If model or data cannot be used; the message says
@@ -192,84 +157,20 @@ def estimate_curvature(
         >>> B.info
         Info(count=3.0, kind='exact', structure='diagonal')
     """
-    _check_structure(structure, kind)
-    for name, value in (
-        ("draws", draws),
-        ("rank", rank),
-        ("max_samples", max_samples),
-        ("memory", memory),
-    ):
-        optional = value is None and name in ("max_samples", "memory")
-        if not optional and (
-            not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1
-        ):
-            raise CurvatureError(
-                f"{name}={value!r}", "a whole number of at least 1", f"Pass {name}=1 or more."
-            )
+    settings = CurvatureOptions(**options)
+    _check_structure(settings)
     check_model(model.model if isinstance(model, Tape) else model)
     split = data if isinstance(data, Split) else resolve_split(data, [], allow_empty=True)
-    chosen = _chosen(split, part, max_samples, seed)
+    settings = replace(settings, part=_samples(split, settings))
     likelihood = resolve_likelihood(likelihood)
-    tape = _tape(model, subset)
-    if isinstance(structure, Mapping):
-        names = list(tape.params)
-        groups = mixed.assign(structure, names)
-        one = cast(
-            Any, estimate_curvature
-        )  # each with its own walk: the same samples and random columns
-        found = [
-            one(
-                tape,
-                split,
-                likelihood,
-                structure=own,
-                kind=kind,
-                draws=draws,
-                part=chosen,
-                subset=tuple(glob.escape(name) for name in members),
-                seed=seed,
-                rank=rank,
-                preconditioner=preconditioner,
-                basis=basis if own == "ekfac" else None,
-                memory=memory,
-                progress=progress,
-                dry_run=dry_run,
-            )
-            for own, members in groups
-        ]
-        if dry_run:
-            return cast(Estimate, sum(found[1:], found[0]))
-        info = replace(found[0].info, structure=mixed.label(structure))
-        return replace(mixed.join(groups, found, names), info=info)
-    first = next(split.batches(chosen)).on(tape.model)
-    outputs = tape.verify(first).outputs
-    exact_columns = likelihood.column_count(outputs)
-    by_products = structure in ("low_rank", "matrix_free")
-    kind = kinds.choose(kind, 0 if by_products else exact_columns)
-    if memory is None:
-        memory = default_memory(outputs.device)
-    walk = Walk(tape, split, chosen, likelihood, kind, draws, seed, memory, progress)
-    # the trace of many exact columns costs as many backward passes; one random column a sample is
-    # unbiased
-    tracing = (
-        replace(walk, kind="sketch") if kind == "exact" and exact_columns > EXACT_UP_TO else walk
-    )
+    tape = _tape(model, settings.subset)
+    if isinstance(settings.structure, Mapping):
+        return _mixed(tape, split, likelihood, settings, dry_run)
+    spec, walk = STRUCTURES[settings.structure], _walk(tape, split, likelihood, settings)
     if dry_run:
-        columns = {"exact": exact_columns, "empirical": 1}.get(kind, draws)
-        begun = time.perf_counter()  # again: the first time may have paid for lazy imports
-        _tape(model, subset).verify(first)
-        prepared = time.perf_counter() - begun
-        predicted = _predict(walk, tracing, structure, rank, preconditioner, columns)
-        return replace(predicted, seconds=predicted.seconds + prepared)
-    if basis is not None:
-        if structure != "ekfac":
-            raise CurvatureError(
-                f"basis= with structure={structure!r}", "structure='ekfac'", "Leave basis= out."
-            )
-        curvature, count = walk.estimate(EkfacSum(tape, basis))
-    else:
-        curvature, count = _estimate(walk, tracing, structure, rank, preconditioner)
-    return replace(curvature, info=Info(count, kind, structure))
+        return spec.cost(walk)
+    curvature, count = spec.estimate(walk)
+    return replace(curvature, info=Info(count, walk.kind, spec.name))
 
 
 def _tape(model: nn.Module | Tape, subset: str | tuple[str, ...] | None) -> Tape:
@@ -278,95 +179,67 @@ def _tape(model: nn.Module | Tape, subset: str | tuple[str, ...] | None) -> Tape
     return Tape(model, subset)
 
 
-def _estimate(
-    walk: Walk, tracing: Walk, structure: str, rank: int, preconditioner: Curvature | None
-) -> tuple[Curvature, float]:
-    """The curvature, and the scored positions that it is the mean over."""
-    signed = walk.kind == "hessian"
-    if structure in ACCUMULATORS and not signed:
-        return walk.estimate(ACCUMULATORS[structure](walk.tape))
-    like = detached(walk.tape.params)
-    if structure == "low_rank":  # the trace first, before the product keeps its graphs
-        trace = tracing.estimate(DiagonalSum(walk.tape))[0].trace()
-        product = walk.product()
-        estimated = tracing is not walk
-        found = top_eigenpairs(
-            product, like, rank, trace, seed=walk.seed, trace_estimated=estimated
-        )
-        return found, product.count
-    product = walk.product()
-    if structure == "dense":
-        return hessian.dense(product, like), product.count
-    if structure == "diagonal":
-        return hessian.diagonal(product, like, walk.draws, walk.seed), product.count
-    operator = MatrixFree(
-        product=product, like=like, signed=signed, preconditioner=preconditioner, seed=walk.seed
-    )
-    return operator, product.count
+def _walk(tape: Tape, split: Split, likelihood: Likelihood, options: CurvatureOptions) -> Walk:
+    """The verified tape, and the kind resolved."""
+    assert isinstance(options.structure, str)
+    assert not isinstance(options.part, str)
+    spec = STRUCTURES[options.structure]
+    outputs = tape.verify(next(split.batches(options.part)).on(tape.model)).outputs
+    columns = likelihood.column_count(outputs)
+    kind = kinds.choose(options.kind, 0 if spec.by_products else columns)
+    return Walk(tape, split, options.part, likelihood, replace(options, kind=kind), columns)
 
 
-def _predict(
-    walk: Walk,
-    tracing: Walk,
-    structure: str,
-    rank: int,
-    preconditioner: Curvature | None,
-    columns: int,
-) -> Estimate:
-    """What `_estimate` would cost."""
-    if structure in ACCUMULATORS and walk.kind != "hessian":
-        return cost.of_columns(walk, ACCUMULATORS[structure], columns)
-    d = size(walk.tape.params)
-    each = next(iter(walk.tape.params.values())).element_size()
-    if structure == "dense":
-        check_size(walk.tape.params)
-        predicted = cost.of_products(walk, d, (d * d + 2 * d) * each)
-        return replace(
-            predicted,
-            seconds=predicted.seconds + cost.eigh_seconds(walk, d),
-            bytes_peak=predicted.bytes_peak + 3 * d * d * each,
-        )
-    if structure == "diagonal":
-        return cost.of_products(walk, walk.draws, d * each)
-    if structure == "matrix_free":
-        own = d * each + (preconditioner.nbytes() if preconditioner is not None else 0)
-        predicted = cost.of_products(walk, 0, own)
-        return replace(predicted, bytes_result=own + cost.kept_bytes(walk))
-    rank, most = min(rank, d), most_products(rank, d)
-    predicted = cost.of_products(walk, most, (d * rank + rank + d) * each, vectors=most)
-    trace = cost.of_columns(tracing, DiagonalSum, columns if tracing is walk else tracing.draws)
-    both = predicted + trace
-    return replace(both, bytes_result=predicted.bytes_result, columns=trace.columns)
+def _mixed(
+    tape: Tape, split: Split, likelihood: Likelihood, options: CurvatureOptions, dry_run: bool
+) -> Curvature | CostEstimate:
+    """Each group of parameters by a walk of its own: the same samples and random columns."""
+    assert isinstance(options.structure, Mapping)
+    groups, parts = mixed.assign(options.structure, list(tape.params)), []
+    for structure, names in groups:
+        spec = STRUCTURES[structure]
+        basis = options.basis if spec.takes_basis else None
+        group = tape.restricted(tuple(glob.escape(name) for name in names))
+        single = replace(options, structure=structure, subset=None, basis=basis)
+        parts.append((spec, _walk(group, split, likelihood, single)))
+    if dry_run:
+        return reduce(operator.add, (spec.cost(walk) for spec, walk in parts))
+    estimates = [spec.estimate(walk) for spec, walk in parts]
+    count, kind = estimates[0][1], parts[0][1].kind
+    joined = mixed.join(groups, [curvature for curvature, _ in estimates], list(tape.params))
+    return replace(joined, info=Info(count, kind, mixed.label(options.structure)))
 
 
-def _check_structure(structure: Structure | Mapping[str, Structure], kind: Kind) -> None:
-    """Refuse unknown names and cells of `SUPPORT` that have a reason."""
-    if isinstance(structure, Mapping) and not structure:
-        raise CurvatureError(
-            "an empty structure=", "at least one pattern", "Pass {'*': 'ekfac'}, say."
-        )
-    kinds.choose(kind, 0)
-    for name in structure.values() if isinstance(structure, Mapping) else (structure,):
-        if name not in get_args(Structure):
-            known = get_args(Structure)
+def _check_structure(options: CurvatureOptions) -> None:
+    """Refuse unknown names, kinds that a structure can't hold, and bases for one that has none."""
+    kinds.choose(options.kind, 0)
+    structure = options.structure
+    names = structure.values() if isinstance(structure, Mapping) else (structure,)
+    for name in names:
+        if name not in STRUCTURES:
+            known = tuple(STRUCTURES)
             raise CurvatureError(
                 f"structure={name!r}", f"one of {known}", "Pass one of these names."
             )
-        if kind != "auto" and (reason := SUPPORT[kind, name]) is not None:
+        if options.kind != "auto" and (reason := STRUCTURES[name].refused.get(options.kind)):
             raise CurvatureError(
-                f"kind={kind!r} with structure={name!r}", "a supported pair", reason
+                f"kind={options.kind!r} with structure={name!r}", "a supported pair", reason
             )
+    if options.basis is not None and not any(STRUCTURES[name].takes_basis for name in names):
+        raise CurvatureError(
+            f"basis= with structure={structure!r}", "structure='ekfac'", "Leave basis= out."
+        )
 
 
-def _chosen(split: Split, part: Part | Indices, max_samples: int | None, seed: int) -> Indices:
+def _samples(split: Split, options: CurvatureOptions) -> Indices:
     """Indices of the samples to walk through."""
-    every = split.indices(part) if isinstance(part, str) else part
-    if not len(every):
+    part = options.part
+    samples = split.indices(part) if isinstance(part, str) else part
+    if not len(samples):
         raise SplitError(
             f"part={part!r} of {split}, without samples",
             "at least one sample",
             "Choose another part.",
         )
-    if max_samples is None or max_samples >= len(every):
-        return every
-    return np.sort(np.random.default_rng(seed).choice(every, max_samples, replace=False))
+    most = options.max_samples
+    return samples if most is None else some(samples, most, options.seed)

@@ -86,11 +86,11 @@ def weight(
     """
     if kind == "exact":
         return lambda u: likelihood.hessian_product(outputs, u, targets)
-    every = list(columns(kind, likelihood, outputs, targets, draws, generator))
+    drawn = list(columns(kind, likelihood, outputs, targets, draws, generator))
 
     def product(u: Tensor) -> Tensor:
         total = torch.zeros_like(u)
-        for s in every:
+        for s in drawn:  # H_n u_n = sum_k S_nk <S_nk, u_n>
             inner = (s * u).reshape(len(u), -1).sum(1)
             total += s * inner.view(-1, *[1] * (u.dim() - 1))
         return total

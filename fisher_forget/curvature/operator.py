@@ -1,8 +1,7 @@
 """The abstract curvature: a symmetric positive semi-definite operator on parameter space.
 
 *Matrix power is the primitive*: Newton is B^-1, the paper's noise B^-1/4, a product B^1, whitening
-B^-1/2. A structure implements the five abstract methods; traces of powers, sums, priors and storage
-have defaults that it replaces where it knows better.
+B^-1/2. Traces of powers, sums, priors and storage have defaults.
 """
 
 from __future__ import annotations
@@ -17,7 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from fisher_forget import params as P
-from fisher_forget.curvature.checks import check_definite, checked_damping, needs_definite
+from fisher_forget.curvature.checks import (
+    check_definite,
+    check_undamped,
+    checked_damping,
+    needs_definite,
+)
 from fisher_forget.curvature.solvers import rademacher
 from fisher_forget.errors import CurvatureError
 from fisher_forget.params import Params
@@ -138,6 +142,10 @@ class Curvature(ABC):
         Raises:
             CurvatureError: As for `power`.
         """
+        if (known := self.known_eigenvalues()) is not None:
+            powers = [(s.double(), (s.double() + self.tau).pow(p), times) for s, times in known]
+            terms = ((s * x if times_curvature else x, times) for s, x, times in powers)
+            return math.fsum(times * float(term.sum()) for term, times in terms)
         generator, zeros, values = torch.Generator().manual_seed(seed), self.zeros(), []
         first = P.flatten(zeros)
         for _ in range(probes):
@@ -148,13 +156,18 @@ class Curvature(ABC):
             values.append(squares)
         return math.fsum(values) / probes
 
+    def known_eigenvalues(self) -> Sequence[tuple[Tensor, int]] | None:
+        """Eigenvalues of B, and how often each of them occurs; `None` where only products are
+        known."""
+        return None
+
     def combined(self, other: Curvature, x: float, y: float) -> Curvature:
         """x A + y B of two undamped curvatures of the same parameters.
 
         Raises:
             CurvatureError: If either is damped, or the structure is not a sum over samples.
         """
-        check_undamped(self, other)
+        check_undamped(self.tau, other.tau)
         raise not_sums(self, other)
 
     def with_prior(self, precision: Mapping[str, Tensor | float]) -> Curvature:
@@ -246,12 +259,8 @@ class Spectral(Curvature):
         check_definite(_smallest(spectrum), "logdet")
         return math.fsum(float(s.double().log().sum()) for s in spectrum.values())
 
-    def power_trace(
-        self, p: float, *, times_curvature: bool = False, probes: int = 8, seed: int = 0
-    ) -> float:
-        undamped = replace(self, tau=0.0).spectrum().values()
-        known = [(values, 1) for values in undamped]
-        return exact_power_trace(known, self.tau, p, times_curvature)
+    def known_eigenvalues(self) -> Sequence[tuple[Tensor, int]]:
+        return [(values, 1) for values in replace(self, tau=0.0).spectrum().values()]
 
     def pack(self) -> Stored:
         plain = Stored(self.stored_as, {"tau": self.tau, "signed": self.signed})
@@ -317,8 +326,7 @@ class BlockDiagonal(Curvature):
         return math.fsum(part.power_trace(p, **options) for _, part in self.parts)
 
     def combined(self, other: Curvature, x: float, y: float) -> Curvature:
-        same = isinstance(other, BlockDiagonal) and len(self.parts) == len(other.parts)
-        if not isinstance(other, BlockDiagonal) or not same:
+        if not isinstance(other, BlockDiagonal) or len(self.parts) != len(other.parts):
             raise not_sums(self, other)
         pairs = zip(self.parts, other.parts, strict=True)
         parts = tuple((names, a.combined(b, x, y)) for (names, a), (_, b) in pairs)
@@ -347,23 +355,6 @@ def spectral_fields(stored: Stored) -> dict[str, Any]:
     return settings | {"eigenvalues": stored.params("eigenvalues", "keys")}
 
 
-def exact_power_trace(
-    known: Iterable[tuple[Tensor, int]], tau: float, p: float, times_curvature: bool
-) -> float:
-    """sum_i m_i (s_i + tau)^p, or sum_i m_i s_i (s_i + tau)^p.
-
-    Args:
-        known: Eigenvalues s of B, and how often each of them occurs.
-        tau: Damping.
-        p: Exponent.
-        times_curvature: Which of the two.
-    """
-    powers = [(s.double(), (s.double() + tau).pow(p), times) for s, times in known]
-    return math.fsum(
-        times * float((s * power if times_curvature else power).sum()) for s, power, times in powers
-    )
-
-
 def precision_vector(precision: Mapping[str, Tensor | float], like: Params) -> Tensor:
     """The precisions of a prior as one vector [d]; names without one get 0."""
     pieces = (
@@ -371,18 +362,6 @@ def precision_vector(precision: Mapping[str, Tensor | float], like: Params) -> T
         for name, p in like.items()
     )
     return torch.cat([piece.reshape(-1) for piece in pieces])
-
-
-def check_undamped(a: Curvature, b: Curvature) -> None:
-    """Refuse to add damped curvatures, whose sum would hold the damping twice.
-
-    Raises:
-        CurvatureError: If either is damped.
-    """
-    if a.tau or b.tau:
-        raise CurvatureError(
-            f"dampings {(a.tau, b.tau)}", "undamped curvatures", "Add first, damp afterwards."
-        )
 
 
 def not_sums(a: Curvature, b: Curvature) -> CurvatureError:

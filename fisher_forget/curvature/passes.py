@@ -4,9 +4,10 @@ batch."""
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,36 +16,52 @@ from fisher_forget._util.progress import bar
 from fisher_forget.curvature import kinds
 from fisher_forget.curvature.kinds import Kind
 from fisher_forget.curvature.operator import Curvature
-from fisher_forget.curvature.products import Chunk, DataProduct, GgnChunk
+from fisher_forget.curvature.options import CurvatureOptions
+from fisher_forget.curvature.products import Chunk, DataProduct, GgnChunk, HessianChunk
 from fisher_forget.curvature.record import Record
-from fisher_forget.curvature.structures.hessian import HessianChunk
 from fisher_forget.curvature.tape import Tape
 from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.likelihood import Likelihood
-from fisher_forget.params import call, size
+from fisher_forget.params import Params, call, detached, size
 
 MOST = 256 << 20  # bytes of recorded tensors at a time: larger chunks are no faster
 REUSED = 128 << 20  # the same where several columns read them: smaller ones are faster then
 SHARE = 4  # of the available memory, one part in so many
 
 
-class Reader(Protocol):
-    """What reads the columns, pass by pass."""
+class Reader(ABC):
+    """What reads the columns, pass by pass.
 
-    passes: int
+    Attributes:
+        passes: How many passes over the data it needs.
+    """
 
+    passes: int = 1
+
+    @abstractmethod
     def add(
         self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool
-    ) -> None: ...
+    ) -> None:
+        """Read one column of a chunk.
 
-    def end_pass(self) -> None: ...
+        Args:
+            record: The chunk's forward pass.
+            column: [N, ...], of the outputs' shape.
+            grads: What `record.pull(column)` returned.
+            last: Whether it is the chunk's last column.
+        """
+
+    def end_pass(self) -> None:  # noqa: B027 - most have nothing to do between passes
+        """All samples have been read once more."""
 
 
-class Accumulator(Reader, Protocol):
+class Accumulator(Reader):
     """What a structure gathers from the columns."""
 
-    def result(self, count: float) -> Curvature: ...
+    @abstractmethod
+    def result(self, count: float) -> Curvature:
+        """The mean over `count` scored positions."""
 
 
 @dataclass(frozen=True)
@@ -54,55 +71,69 @@ class Walk:
     Attributes:
         tape: Private copy of the model, verified.
         split: The data.
-        chosen: Indices of the samples.
+        samples: Indices of the samples.
         likelihood: Of the outputs.
-        kind: Resolved.
-        draws: Columns or probes of the random kinds.
-        seed: Of the random kinds.
-        memory: Bytes that recorded tensors may take at a time.
-        progress: Show a progress bar.
+        options: With the kind resolved.
+        exact_columns: How many columns the exact kind has.
     """
 
     tape: Tape
     split: Split
-    chosen: Indices
+    samples: Indices
     likelihood: Likelihood
-    kind: Kind
-    draws: int
-    seed: int
-    memory: int
-    progress: bool
+    options: CurvatureOptions
+    exact_columns: int = 1
+
+    @property
+    def kind(self) -> Kind:
+        """What is back-propagated."""
+        return self.options.kind
+
+    @property
+    def columns(self) -> int:
+        """Columns a sample; of a Hessian's diagonal, probes."""
+        return {"exact": self.exact_columns, "empirical": 1}.get(self.kind, self.options.draws)
+
+    @cached_property
+    def memory(self) -> int:
+        """Bytes that recorded tensors may take at a time."""
+        device = next(iter(self.tape.params.values())).device
+        return self.options.memory or default_memory(device)
+
+    def like(self) -> Params:
+        """A copy of the parameters."""
+        return detached(self.tape.params)
 
     def first(self, samples: int) -> Walk:
         """The same walk over its first samples, without a progress bar."""
-        return replace(self, chosen=self.chosen[:samples], progress=False)
+        quiet = replace(self.options, progress=False, memory=self.memory)
+        return replace(self, samples=self.samples[:samples], options=quiet)
 
     def batches(self) -> Iterator[Batch]:
         """Batches on the model's device."""
-        return (batch.on(self.tape.model) for batch in self.split.batches(self.chosen))
+        return (batch.on(self.tape.model) for batch in self.split.batches(self.samples))
 
     def accumulate(self, total: Reader) -> float:
         """Feed all columns of all samples to a reader, once per pass; returns the scored
         positions."""
-        count = 0.0
-        pass_index = 0
+        count, pass_index, options = 0.0, 0, self.options
         steps: dict[tuple[torch.Size, ...], int] = {}
         while pass_index < total.passes:  # a structure may find that it needs fewer
-            generator = torch.Generator().manual_seed(self.seed)
+            generator = torch.Generator().manual_seed(options.seed)  # the same columns every pass
             label = f"curvature {pass_index + 1}/{total.passes}"
-            for batch in bar(self.batches(), self.split.steps(self.chosen), label, self.progress):
-                for record in self._records(batch, steps):
-                    outputs, targets = record.outputs.detach(), record.batch.targets
-                    self.likelihood.check(outputs, targets)
-                    if pass_index == 0:
-                        count += float(self.likelihood.counts(targets).double().sum())
-                    columns = kinds.columns(
-                        self.kind, self.likelihood, outputs, targets, self.draws, generator
-                    )
-                    for column, last in _with_last(columns):
-                        grads = record.pull(column)
-                        with torch.no_grad():  # sums must not drag the graphs of all chunks along
-                            total.add(record, column, grads, last)
+            batches = bar(self.batches(), self.split.steps(self.samples), label, options.progress)
+            for record in (record for batch in batches for record in self._records(batch, steps)):
+                outputs, targets = record.outputs.detach(), record.batch.targets
+                self.likelihood.check(outputs, targets)
+                if pass_index == 0:
+                    count += float(self.likelihood.counts(targets).double().sum())
+                columns = kinds.columns(
+                    self.kind, self.likelihood, outputs, targets, options.draws, generator
+                )
+                for column, last in _with_last(columns):
+                    grads = record.pull(column)
+                    with torch.no_grad():  # sums must not drag the graphs of all chunks along
+                        total.add(record, column, grads, last)
             with torch.no_grad():
                 total.end_pass()
             pass_index += 1
@@ -120,12 +151,12 @@ class Walk:
 
         def build(batch: Batch, generator: torch.Generator) -> Chunk:
             outputs = call(self.tape.model, {}, batch.args, batch.kwargs)
-            detached = outputs.detach()
-            self.likelihood.check(detached, batch.targets)
+            values = outputs.detach()
+            self.likelihood.check(values, batch.targets)
             if self.kind == "hessian":
                 return HessianChunk(self.likelihood.losses(outputs, batch.targets).sum(), live)
             weight = kinds.weight(
-                self.kind, self.likelihood, detached, batch.targets, self.draws, generator
+                self.kind, self.likelihood, values, batch.targets, self.options.draws, generator
             )
             return GgnChunk(outputs, live, weight)
 
@@ -134,16 +165,16 @@ class Walk:
             build,
             live,
             self.likelihood,
-            samples=len(self.chosen),
+            samples=len(self.samples),
             memory=self.memory,
-            seed=self.seed,
+            seed=self.options.seed,
             keep=keep,
         )
 
     @property
     def _several(self) -> bool:
         """Whether a sample has more than one column."""
-        return self.draws > 1 or self.kind == "exact"
+        return self.options.draws > 1 or self.kind == "exact"
 
     @property
     def chunk_bytes(self) -> int:
@@ -157,14 +188,15 @@ class Walk:
         Where several columns follow each other, also what layers keep for all of them.
         """
         probe = self.tape.run(next(batch.chunks(1)))
+        # input, output, its gradient and the graph are about as large as the input each
         recorded = sum(u.a.numel() * u.a.element_size() for u in probe.uses) * 4
         if self._several:
             for use, g in zip(probe.uses, probe.pull(torch.ones_like(probe.outputs)), strict=True):
                 shared = None if g is None else use.layer.rule.shared(use.a, g)
                 recorded += 0 if shared is None else shared.numel() * shared.element_size()
-        return max(
-            recorded + size({name: self.tape.params[name] for name in self.tape.stray}) * 8, 1
-        )
+        # rows of stray parameters: the gradient and its square
+        stray = size({name: self.tape.params[name] for name in self.tape.stray})
+        return max(recorded + stray * 8, 1)
 
     def _records(self, batch: Batch, steps: dict[tuple[torch.Size, ...], int]) -> Iterator[Record]:
         """Forward passes over chunks whose recorded tensors fit the memory; `steps` remembers sizes
@@ -175,10 +207,8 @@ class Walk:
         yield from (self.tape.run(chunk) for chunk in batch.chunks(steps[shape]))
 
 
-class _NormSum:
+class _NormSum(Reader):
     """Accumulates the squared gradient norms of samples, in the order of the walk."""
-
-    passes = 1
 
     def __init__(self) -> None:
         self.norms: list[Tensor] = []
@@ -187,9 +217,6 @@ class _NormSum:
         self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool
     ) -> None:
         self.norms.append(record.squared_norms(column, grads).cpu())
-
-    def end_pass(self) -> None:
-        """One pass is all it needs."""
 
 
 def squared_gradient_norms(
@@ -218,12 +245,10 @@ def squared_gradient_norms(
     """
     if not len(indices):
         return torch.zeros(0, dtype=torch.float64)
-    first = next(split.batches(indices)).on(tape.model)
-    outputs = tape.verify(first).outputs
-    memory = default_memory(outputs.device) if memory is None else memory
-    walk = Walk(tape, split, indices, likelihood, "empirical", 1, 0, memory, False)
-    total = _NormSum()
-    walk.accumulate(total)
+    tape.verify(next(split.batches(indices)).on(tape.model))
+    # the empirical kind's one column a sample is dl_n/df_n, which back-propagates to dl_n/dw
+    options, total = CurvatureOptions(kind="empirical", memory=memory), _NormSum()
+    Walk(tape, split, indices, likelihood, options).accumulate(total)
     return torch.cat(total.norms)
 
 

@@ -15,9 +15,8 @@ from fisher_forget.data.batches import Batch
 from fisher_forget.likelihood import Likelihood
 from fisher_forget.params import Params
 
-Chunk = Callable[
-    [Mapping[str, Tensor]], Params
-]  # v -> sum over some samples, keyed by the parameters they use
+# v -> sum over some samples, keyed by the parameters they use
+Chunk = Callable[[Mapping[str, Tensor]], Params]
 
 
 class GgnChunk:
@@ -44,11 +43,40 @@ class GgnChunk:
     def __call__(self, v: Mapping[str, Tensor]) -> Params:
         """Keyed by the parameters that the samples use."""
         leaves, grads = [p for p, _ in self._used.values()], [g for _, g in self._used.values()]
+        # J^T u is linear in u, so its derivative with respect to u, against v, is J v
         (jv,) = torch.autograd.grad(
             grads, self._u, [v[name] for name in self._used], retain_graph=True
         )
         back = torch.autograd.grad(self._outputs, leaves, self._weight(jv), retain_graph=True)
         return dict(zip(self._used, back, strict=True))
+
+
+class HessianChunk:
+    r"""v -> sum_n (d^2 l_n / dw^2) v over some samples, on the graph of one gradient.
+
+    H = GGN + (1/N) sum_n sum_k r_nk d^2 f_nk / dw^2. The second part makes it indefinite away from
+    a minimum, and is not a sum of outer products: there are no columns to accumulate, only products
+    H v (Pearlmutter 1994, Neural Computation 6).
+
+    Args:
+        loss: Sum of the samples' losses.
+        live: The parameters, leaves of its graph.
+    """
+
+    def __init__(self, loss: Tensor, live: Params) -> None:
+        grads = torch.autograd.grad(loss, list(live.values()), create_graph=True, allow_unused=True)
+        pairs = zip(live.items(), grads, strict=True)
+        # a parameter with a constant gradient has zero rows and columns
+        self._used = {name: (p, g) for (name, p), g in pairs if g is not None and g.requires_grad}
+
+    def __call__(self, v: Mapping[str, Tensor]) -> Params:
+        """Keyed by the parameters that the samples use."""
+        if not self._used:
+            return {}
+        leaves, grads = [p for p, _ in self._used.values()], [g for _, g in self._used.values()]
+        along = [v[name] for name in self._used]
+        products = torch.autograd.grad(grads, leaves, along, retain_graph=True, allow_unused=True)
+        return {name: g for name, g in zip(self._used, products, strict=True) if g is not None}
 
 
 @contextmanager
@@ -62,6 +90,7 @@ def summed(chunks: Iterable[Chunk], v: Mapping[str, Tensor], count: float) -> Pa
     """(1/count) sum over the chunks of what they make of v."""
     total = {name: torch.zeros_like(x) for name, x in v.items()}
     for chunk in chunks:
+        # parameters that a chunk does not use add nothing
         for name, value in chunk(v).items():
             total[name] += value
     return P.scale(total, 1 / count)
@@ -123,12 +152,12 @@ class DataProduct:
 
     def _measure(self, batch: Batch, live: Params) -> int:
         """Bytes that autograd saves for one sample, without the parameters themselves."""
-        own = {p.untyped_storage().data_ptr() for p in live.values()}
+        weights = {p.untyped_storage().data_ptr() for p in live.values()}
         saved: dict[int, int] = {}
 
         def pack(x: Tensor) -> Tensor:
             storage = x.untyped_storage()
-            if storage.data_ptr() not in own:
+            if storage.data_ptr() not in weights:
                 at = storage.data_ptr()
                 saved[at] = max(saved.get(at, 0), x.numel() * x.element_size())
             return x

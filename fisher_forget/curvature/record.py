@@ -66,6 +66,7 @@ class Record:
         """Gradients of <column, outputs> at the output of every recorded layer call."""
         if not self.uses:
             return []
+        # gradients stop at the layers' outputs: those of the weights are never formed
         edges = [use.edge for use in self.uses if use.edge is not None]
         grads = torch.autograd.grad(
             self.outputs, edges, column, retain_graph=True, allow_unused=True
@@ -82,6 +83,7 @@ class Record:
         """Layer calls that share parameters, together: the per-sample gradients of a tensor add
         over its uses."""
         if self._groups is None:
+            # union-find by name: two calls with one parameter in common are one group
             by_name: dict[str, Group] = {}
             for index, use in enumerate(self.uses):
                 merged = Group(self, [index], dict.fromkeys(use.layer.names.values()))
@@ -198,7 +200,7 @@ class Group:
             names = self.layer.names
             factor = _row_squares(a) * ("weight" in names) + ("bias" in names)
             return _row_squares(g) * factor
-        # pieces are short runs of samples, in order; the uses that add up are summed before squaring
+        # runs of samples, in order: what several uses of a parameter add is summed, then squared
         pieces = [
             torch.stack([_row_squares(value) for value in piece.values()]).sum(0)
             for piece in self.pieces(grads)
@@ -209,8 +211,8 @@ class Group:
 
     def pieces(self, grads: Sequence[Tensor | None]) -> Iterator[Params]:
         """`per_sample` over runs of samples short enough that the gradients stay in cache."""
-        each = 4 * sum(self.record.params[name].numel() for name in self.names)
-        step, total = max(1, PIECE_BYTES // each), len(self.record.batch)
+        row_bytes = 4 * sum(self.record.params[name].numel() for name in self.names)
+        step, total = max(1, PIECE_BYTES // row_bytes), len(self.record.batch)
         for start in range(0, total, step):
             yield self.per_sample(grads, slice(start, min(start + step, total)))
 

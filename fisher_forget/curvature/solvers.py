@@ -72,13 +72,14 @@ class Lanczos:
         if self.exhausted or self.rows == self._most:
             return False
         q, m = self._next, self.rows
-        if m == len(self._basis):
+        if m == len(self._basis):  # twice as many rows: few need the most that was allowed
             room = self._basis.new_empty(min(2 * m, self._most) - m, len(q))
             self._basis = torch.cat([self._basis, room])
         if m:
             self._beta.append(self.residual)
         self._basis[m] = q
         self.rows = m + 1
+        # A q_m = beta_(m-1) q_(m-1) + alpha_m q_m + beta_m q_(m+1)
         w = self._product(q)
         self._alpha.append(float(w.double() @ q.double()))
         w = self._orthogonal(w)
@@ -90,9 +91,11 @@ class Lanczos:
                 "finite weights and data",
                 "Check for NaN.",
             )
+        # what rounding alone leaves of a w in the span of Q
         if self.residual > len(q) ** 0.5 * 8 * torch.finfo(q.dtype).eps * self._scale:
             self._next = w / self.residual
             return True
+        # an invariant subspace: T falls into blocks, and the next block starts anywhere outside it
         self.residual = 0.0
         self.exhausted = self._generator is None or self.rows == len(q)
         if not self.exhausted:
@@ -102,7 +105,7 @@ class Lanczos:
         return True
 
     def _orthogonal(self, w: Tensor) -> Tensor:
-        for _ in range(2):
+        for _ in range(2):  # "twice is enough": the second pass mends what rounding spoilt
             w = w - self.basis.T @ (self.basis @ w)
         return w
 
@@ -147,7 +150,7 @@ def hutchinson(product: FlatProduct, like: Tensor, probes: int, seed: int) -> Te
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros_like(like)
     for _ in range(probes):
-        z = rademacher(len(like), like, generator)
+        z = rademacher(len(like), like, generator)  # E z_i z_j = 0 for i != j, and z_i^2 = 1
         total += z * product(z)
     return total / probes
 
@@ -187,6 +190,7 @@ def conjugate_gradient(
     Raises:
         NumericalError: If A is not positive definite along a search direction.
     """
+    # from x = 0 the residual r = b - A x is b; z = M^-1 r, and p are conjugate directions
     x, r = P.zeros_like(b), dict(b)
     z = precondition(r)
     p, rz = z, P.dot(r, z)
@@ -204,10 +208,11 @@ def conjugate_gradient(
                 "a positive definite operator",
                 "Use more damping.",
             )
-        alpha = rz / curvature
+        alpha = rz / curvature  # the minimum of 1/2 x^T A x - b^T x along p
         x, r = P.add(x, p, alpha), P.add(r, ap, -alpha)
         z = precondition(r)
         rz, before = P.dot(r, z), rz
+        # r^T M^-1 r is the squared residual in the norm of M^-1
         if rz <= tolerance**2 * start:
             break
         p = P.add(z, p, rz / before)

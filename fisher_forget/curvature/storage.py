@@ -13,17 +13,11 @@ from torch import Tensor, nn
 
 from fisher_forget._util import files
 from fisher_forget.curvature.operator import BlockDiagonal, Curvature, Info, Stored
-from fisher_forget.curvature.structures.dense import Dense
-from fisher_forget.curvature.structures.diagonal import Diagonal
-from fisher_forget.curvature.structures.ekfac import Kronecker
-from fisher_forget.curvature.structures.low_rank import LowRank
+from fisher_forget.curvature.structures import STRUCTURES
 from fisher_forget.data.split import Split
 from fisher_forget.errors import StorageError
 
 FORMAT = "1"
-OPERATORS: dict[str, type[Curvature]] = {
-    kind.stored_as: kind for kind in (BlockDiagonal, Dense, Diagonal, Kronecker, LowRank)
-}
 
 
 def save_curvature(path: str | Path, curvature: Curvature, model: nn.Module, data: Split) -> None:
@@ -54,12 +48,12 @@ def load_curvature(path: str | Path, model: nn.Module, data: Split) -> Curvature
             other data.
     """
     tensors, metadata = files.load_tensors(path)
-    asked = {
+    wanted = {
         "format": FORMAT,
         "model": files.fingerprint(dict(model.state_dict())),
         "data": data.fingerprint(),
     }
-    for key, expected in asked.items():
+    for key, expected in wanted.items():
         if metadata.get(key) != expected:
             raise StorageError(
                 f"{path} made for {key} {metadata.get(key)}",
@@ -88,6 +82,8 @@ def _read(tree: dict[str, Any], at: str, tensors: dict[str, Tensor], model: nn.M
     parts = [_read(part, f"{at}{i}/", tensors, model) for i, (_, part) in pairs]
     names = tuple((tuple(names), Stored(part["type"])) for _, (names, part) in pairs)
     inside = {name.removeprefix(at): x for name, x in tensors.items() if name.startswith(at)}
-    return OPERATORS[tree["type"]].unpack(
-        Stored(tree["type"], settings, inside, names), parts, model
-    )
+    by_name: dict[str, type[Curvature]] = {BlockDiagonal.stored_as: BlockDiagonal}
+    for spec in STRUCTURES.values():
+        by_name |= {operator.stored_as: operator for operator in spec.operators}
+    stored = Stored(tree["type"], settings, inside, names)
+    return by_name[stored.type].unpack(stored, parts, model)

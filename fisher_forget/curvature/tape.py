@@ -131,7 +131,8 @@ class Tape:
                 continue
             if a._version != version:
                 raise ModelError(
-                    f"a {type(module).__name__} whose input is overwritten in place after its forward",
+                    f"a {type(module).__name__} whose input is overwritten in place after its "
+                    "forward",
                     "inputs that stay as they were until backward",
                     "Replace the in-place operation on that tensor.",
                 )
@@ -144,34 +145,28 @@ class Tape:
         can't trace."""
         stray = {name: self.params[name].detach() for name in self.stray}
 
-        def outputs(theta: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-            return P.call(self.model, theta, args, kwargs)
-
-        def one(args: tuple[Any, ...], kwargs: dict[str, Any], v: Tensor) -> Params:
+        def single(args: tuple[Any, ...], kwargs: dict[str, Any], v: Tensor) -> Params:
             args, kwargs = _batched((args, kwargs))
-            pull: Any = torch.func.vjp(lambda theta: outputs(theta, args, kwargs)[0], stray)[1]
+            pull: Any = torch.func.vjp(lambda w: P.call(self.model, w, args, kwargs)[0], stray)[1]
             gradient: Params = pull(v)[0]
             return gradient
 
         if self._vectorised:
+            total = len(batch)
+            dims = torch.utils._pytree.tree_map(
+                lambda x: 0 if isinstance(x, Tensor) and x.dim() and len(x) == total else None,
+                (batch.args, batch.kwargs),
+            )
+            vectorised = torch.func.vmap(single, in_dims=(*dims, 0))
             try:
-                dims = torch.utils._pytree.tree_map(
-                    lambda x: (
-                        0 if isinstance(x, Tensor) and x.dim() and len(x) == len(batch) else None
-                    ),
-                    (batch.args, batch.kwargs),
-                )
                 with torch.no_grad():
-                    each: Params = torch.func.vmap(one, in_dims=(*dims, 0))(
-                        batch.args, batch.kwargs, column
-                    )
-                    return each
+                    gradients: Params = vectorised(batch.args, batch.kwargs, column)
+                    return gradients
             except (RuntimeError, ModelError):
-                self._vectorised = (
-                    False  # data-dependent control flow: the loop below is slower and always right
-                )
+                # data-dependent control flow: the loop below is slower and always right
+                self._vectorised = False
         with torch.no_grad():
-            rows = [one(*_unbatched(b), column[i]) for i, b in enumerate(batch.chunks(1))]
+            rows = [single(*_unbatched(b), column[i]) for i, b in enumerate(batch.chunks(1))]
         return {name: torch.stack([row[name] for row in rows]) for name in stray}
 
     def verify(self, batch: Batch) -> Record:
@@ -199,26 +194,29 @@ class Tape:
                 "Return the logits themselves, one row a sample, without detach() or no_grad().",
             )
         self._check_independence(probe, outputs.detach())
+        self._drop(set(self.stray) | self._disagreeing(record))
+        return record.without_graph()
+
+    def _disagreeing(self, record: Record) -> set[str]:
+        """Parameters whose gradient by the rules is not autograd's."""
+        outputs = record.outputs
         column = P.randn_like({"": outputs}, torch.Generator().manual_seed(0))[""]
-        weights = outputs.new_tensor(WEIGHTS[: len(probe)])
+        weights = outputs.new_tensor(WEIGHTS[: len(outputs)])
         weighted = column * weights.view(-1, *(1,) * (outputs.dim() - 1))
-        found = self._by_rules(record, column, weights)
-        truth = torch.autograd.grad(
-            outputs, list(self.params.values()), weighted, allow_unused=True
-        )
-        found = {name: value.detach() for name, value in found.items()}
-        stray = set(self.stray)
+        by_rules = self._by_rules(record, column, weights)
+        leaves = list(self.params.values())
+        truth = torch.autograd.grad(outputs, leaves, weighted, allow_unused=True)
+        wrong = set()
         for (name, p), g in zip(self.params.items(), truth, strict=True):
             expected = torch.zeros_like(p) if g is None else g
-            value = found.get(name, torch.zeros_like(p))
+            value = by_rules.get(name, torch.zeros_like(p)).detach()
             if value.shape != p.shape:
-                stray.add(name)
+                wrong.add(name)
                 continue
             error = torch.linalg.vector_norm(value - expected)
             if not float(error) <= TOLERANCE * float(torch.linalg.vector_norm(expected)):
-                stray.add(name)
-        self._drop(stray)
-        return record.without_graph()
+                wrong.add(name)  # also where it is not a number
+        return wrong
 
     def _check_independence(self, probe: Batch, outputs: Tensor) -> None:
         """The last sample alone must give what it gives in the batch."""
@@ -228,9 +226,11 @@ class Tape:
             alone = P.call(self.model, {}, single.args, single.kwargs)[0]
             if float((alone - outputs[-1]).abs().max()) > tolerance:
                 raise ModelError(
-                    "a model whose output for a sample depends on the other samples of its batch, or on chance",
+                    "a model whose output for a sample depends on the other samples of its batch, "
+                    "or on chance",
                     "one output a sample, the same at every call",
-                    "Call model.eval(), and remove what mixes samples (batch statistics) or draws random numbers.",
+                    "Call model.eval(), and remove what mixes samples (batch statistics) or draws "
+                    "random numbers.",
                 )
 
     def _by_rules(self, record: Record, column: Tensor, weights: Tensor) -> Params:
@@ -238,8 +238,8 @@ class Tape:
         total: Params = {}
         for use, g in zip(record.uses, record.pull(column), strict=True):
             try:
-                found = use.layer.per_sample(use.a, g) if g is not None else {}
-                summed = {name: torch.tensordot(weights, value, 1) for name, value in found.items()}
+                gradients = use.layer.per_sample(use.a, g) if g is not None else {}
+                summed = {n: torch.tensordot(weights, value, 1) for n, value in gradients.items()}
             except (RuntimeError, ValueError, IndexError):
                 summed = {name: torch.full((0,), 0.0) for name in use.layer.names.values()}
             for name, value in summed.items():

@@ -21,7 +21,7 @@ import yaml
 from torch import Tensor, nn
 
 from fisher_forget.baselines import METHODS
-from fisher_forget.curvature.cost import Estimate
+from fisher_forget.curvature.cost import CostEstimate
 from fisher_forget.curvature.estimate import estimate_curvature
 from fisher_forget.data.batches import make_batch
 from fisher_forget.data.split import Indices, resolve_split
@@ -59,7 +59,7 @@ class Cost:
     epoch: float
     training: int
     weights: int
-    curvature: Estimate
+    curvature: CostEstimate
 
 
 @dataclass(frozen=True)

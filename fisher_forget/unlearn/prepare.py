@@ -24,10 +24,10 @@ from fisher_forget._util import files
 from fisher_forget._util.checks import check_model
 from fisher_forget._util.random_state import preserved_rng
 from fisher_forget.curvature.arithmetic import without
-from fisher_forget.curvature.estimate import ACCUMULATORS
 from fisher_forget.curvature.kinds import Kind
 from fisher_forget.curvature.operator import Curvature
 from fisher_forget.curvature.storage import load_curvature, save_curvature
+from fisher_forget.curvature.structures import STRUCTURES
 from fisher_forget.data import batches
 from fisher_forget.data.split import Indices, Split, resolve_split
 from fisher_forget.errors import ConfigError
@@ -138,7 +138,7 @@ class Prepared:
             return self.curvature
         assert self.curvature.info is not None
         kind, objective = cast(Kind, self.curvature.info.kind), self.objective
-        if self.options.structure not in ACCUMULATORS:
+        if not STRUCTURES[self.options.structure].additive:
             left = np.setdiff1d(self.sampled, gone)
             return curvature_of(objective, split, self.options, left, kind)
         basis = self.curvature if self.options.structure == "ekfac" else None

@@ -193,6 +193,7 @@ class SISA:
         total = len(dataset)
         cut = self._cut(total)
         initial = initial_model(self.build, self.seed, 0)
+        # what else a checkpoint depends on: a folder of another run is refused
         mark = files.fingerprint(self.fingerprint, self.seed, cut, dict(initial.state_dict()))
         store = Store(self._place(), mark)
         requests = store.requests()
@@ -219,6 +220,7 @@ class SISA:
         state = self._fitted()
         split = state.split.forgetting(indices)
         requests = [*self.requests, np.setdiff1d(split.forget, state.split.forget).tolist()]
+        # before anything is removed or trained: a kill after this line is completed by `fit`
         state.store.record(requests)
         self._state, self.requests = _State(split, state.cut, state.store, state.kept), requests
         return self._update()

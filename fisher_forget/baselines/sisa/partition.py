@@ -63,6 +63,7 @@ def balanced(labels: ArrayLike, shards: int, slices: int, seed: int) -> Cut:
         )
     _check(len(classes), shards, slices)
     order = _ascending(classes, seed)
+    # dealing in turn from classes in order: no shard gets two more of a class than another
     return tuple(
         tuple(np.sort(part[number::slices]) for number in range(slices))
         for part in (order[number::shards] for number in range(shards))
@@ -114,6 +115,7 @@ def by_deletion_probability(
     total = len(chances)
     _check(total, shards, slices)
     order = _ascending(chances, seed)
+    # minimising sum_s P_s n_s for small shards means equal integrals of sqrt(p)
     shares = chances[order] ** exponent
     sums = np.cumsum(shares)
     middles = sums - shares / 2  # a sample goes to the side where most of it lies
@@ -205,6 +207,7 @@ def kept_checkpoints(slices: int, room: int) -> frozenset[int]:
     """
     check_at_least(1, slices=slices, room=room)
     room = min(slices, room)
+    # rounded up, so that the last number is always R
     return frozenset(-(-slices * number // room) for number in range(1, room + 1))
 
 

@@ -29,6 +29,7 @@ def slice_seed(seed: int, shard: int, done: int) -> int:
     It depends on nothing else, so that a request does not change the randomness of what it does not
     hit.
     """
+    # hashed: seeds of neighbouring shards and slices share no stream
     return int(np.random.SeedSequence([seed, shard, done]).generate_state(1)[0])
 
 

@@ -33,6 +33,7 @@ class Store(files.RequestLog):
 
     def keys(self, shard: int, parts: Shard) -> tuple[str, ...]:
         """key_0 ... key_R of a shard whose slices retain `parts`."""
+        # a hash chain: a sample less in slice d changes all keys from d on, and none before
         chain = [files.fingerprint(self.mark, shard)]
         for part in parts:
             chain.append(files.fingerprint(chain[-1], part))
@@ -62,6 +63,7 @@ class Store(files.RequestLog):
         """Remove every checkpoint that is not wanted or has another key, and what a killed write
         left behind."""
         for path in self.folder.glob(PATTERN):
+            # what cannot be read has no key, and goes as well
             if path not in wanted or _key(path) != wanted[path]:
                 _remove(path)
         for path in self.folder.glob(f".{PATTERN}.*.tmp"):

@@ -102,6 +102,7 @@ class MatrixRule(Rule):
 def add_squared_products(total: Tensor, y: Tensor, x: Tensor) -> None:
     """Add sum_n (y_n x_n)^2 to `total` [O, I], for y [N, O, R] and x [N, R, I], in pieces that stay
     in the cache."""
+    # a block of output rows at a time, so that what is squared has not left the cache
     rows = max(1, min(len(total), PIECE_BYTES // (4 * total.shape[1])))
     step = max(1, PIECE_BYTES // (4 * rows * total.shape[1]))
     for top in range(0, len(total), rows):

@@ -9,16 +9,21 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from fisher_forget.curvature import cost
+from fisher_forget.curvature.checks import check_undamped
+from fisher_forget.curvature.cost import CostEstimate
 from fisher_forget.curvature.operator import (
     Curvature,
     Spectral,
     Stored,
-    check_undamped,
     not_sums,
     precision_vector,
     spectral_fields,
 )
+from fisher_forget.curvature.passes import Accumulator, Walk
 from fisher_forget.curvature.record import Record
+from fisher_forget.curvature.solvers import flat, matrix
+from fisher_forget.curvature.structures.spec import StructureSpec
 from fisher_forget.curvature.tape import Tape
 from fisher_forget.errors import CurvatureError
 from fisher_forget.params import Params, flatten, size, unflatten
@@ -47,6 +52,7 @@ class Dense(Spectral):
         return unflatten(self.basis @ z[KEY], self.like)
 
     def diagonal(self) -> Params:
+        # B_ii = sum_k Q_ik^2 lambda_k
         return unflatten((self.basis.square() * self.spectrum()[KEY]).sum(1), self.like)
 
     def matrix(self) -> Tensor:
@@ -54,9 +60,10 @@ class Dense(Spectral):
         return (self.basis * self.spectrum()[KEY]) @ self.basis.T
 
     def combined(self, other: Curvature, x: float, y: float) -> Curvature:
-        check_undamped(self, other)
+        check_undamped(self.tau, other.tau)
         if not isinstance(other, Dense) or self.basis.shape != other.basis.shape:
             raise not_sums(self, other)
+        # the two have different bases: add the matrices and decompose anew
         mixed = from_matrix(x * self.matrix() + y * other.matrix(), self.like)
         return replace(mixed, signed=self.signed)
 
@@ -76,11 +83,11 @@ class Dense(Spectral):
         return cls(basis=basis, like=like, **spectral_fields(stored))
 
 
-def from_matrix(matrix: Tensor, like: Params, *, signed: bool = False) -> Dense:
+def from_matrix(b: Tensor, like: Params, *, signed: bool = False) -> Dense:
     """Eigendecompose a symmetric matrix [d, d].
 
     Args:
-        matrix: B.
+        b: B.
         like: Parameters that give names, order and shapes.
         signed: Whether it may be indefinite. If not, negative eigenvalues are rounding errors and
             become 0.
@@ -88,12 +95,13 @@ def from_matrix(matrix: Tensor, like: Params, *, signed: bool = False) -> Dense:
     Raises:
         CurvatureError: If a matrix that is not `signed` has a negative eigenvalue beyond rounding.
     """
-    eigenvalues, basis = torch.linalg.eigh((matrix + matrix.T) / 2)
+    # symmetric but for rounding: eigh reads one triangle only
+    eigenvalues, basis = torch.linalg.eigh((b + b.T) / 2)
     largest, smallest = float(eigenvalues.abs().max()), float(eigenvalues.min())
-    eps = torch.finfo(matrix.dtype).eps
+    eps = torch.finfo(b.dtype).eps
     # a sum of squares is semi-definite; differences of such sums lose more digits, hence the square
     # root
-    rounding = (len(matrix) * eps if signed else eps**0.5) * largest
+    rounding = (len(b) * eps if signed else eps**0.5) * largest
     if not signed and smallest < -rounding:
         raise CurvatureError(
             f"a matrix with the eigenvalue {smallest:.3g} beside {largest:.3g}",
@@ -119,19 +127,18 @@ def check_size(like: Params) -> int:
         raise CurvatureError(
             f"a dense curvature of {d:,} parameters ({d * d * 4 / 2**30:.0f} GiB)",
             f"at most {LARGEST:,} parameters",
-            "Use structure='ekfac', 'matrix_free' or 'diagonal', or choose fewer parameters with subset=.",
+            "Use structure='ekfac', 'matrix_free' or 'diagonal', or choose fewer parameters with "
+            "subset=.",
         )
     return d
 
 
-class DenseSum:
+class DenseSum(Accumulator):
     """Accumulates sum_n J_n^T H_n J_n [d, d].
 
     Raises:
         CurvatureError: If the model is too large for a d x d matrix.
     """
-
-    passes = 1
 
     def __init__(self, tape: Tape) -> None:
         self.like = {name: p.detach() for name, p in tape.params.items()}
@@ -142,13 +149,41 @@ class DenseSum:
     def add(
         self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool
     ) -> None:
-        each = record.per_sample(column, grads)
-        rows = torch.cat([value.flatten(1) for value in each.values()], 1)
+        gradients = record.per_sample(column, grads)
+        rows = torch.cat([value.flatten(1) for value in gradients.values()], 1)
+        # the rows are J_n^T s_n, one a sample: their outer products add up in one matrix product
         self.sums.addmm_(rows.T, rows)
 
-    def end_pass(self) -> None:
-        """One pass is all a dense matrix needs."""
-
     def result(self, count: float) -> Dense:
-        """The mean over `count` scored positions."""
         return from_matrix(self.sums / count, self.like)
+
+
+def hessian_matrix(walk: Walk) -> tuple[Dense, float]:
+    """The Hessian by d products; its negative eigenvalues are kept.
+
+    Raises:
+        CurvatureError: If the model is too large for a d x d matrix.
+    """
+    like = walk.like()
+    check_size(like)
+    product = walk.product()
+    return from_matrix(matrix(flat(product, like), flatten(like)), like, signed=True), product.count
+
+
+def _estimate(walk: Walk) -> tuple[Curvature, float]:
+    return hessian_matrix(walk) if walk.kind == "hessian" else walk.estimate(DenseSum(walk.tape))
+
+
+def _cost(walk: Walk) -> CostEstimate:
+    d, each = check_size(walk.tape.params), cost.itemsize(walk)
+    nbytes = (d * d + 2 * d) * each  # basis, eigenvalues, names and shapes
+    if walk.kind == "hessian":
+        plain = cost.of_products(walk, d, nbytes)
+    else:
+        plain = cost.of_columns(walk, lambda: DenseSum(walk.tape), nbytes)
+    # the decomposition holds three matrices more
+    seconds, peak = plain.seconds + cost.eigh_seconds(walk, d), plain.bytes_peak + 3 * nbytes
+    return replace(plain, seconds=seconds, bytes_peak=peak)
+
+
+DENSE = StructureSpec("dense", (Dense,), _estimate, _cost, additive=True)

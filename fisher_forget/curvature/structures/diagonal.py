@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fisher_forget.curvature.operator import Curvature, Spectral, check_undamped, not_sums
+from fisher_forget.curvature import cost
+from fisher_forget.curvature.checks import check_undamped
+from fisher_forget.curvature.cost import CostEstimate
+from fisher_forget.curvature.operator import Curvature, Spectral, not_sums
+from fisher_forget.curvature.passes import Accumulator, Walk
 from fisher_forget.curvature.record import Record
+from fisher_forget.curvature.solvers import flat, hutchinson
+from fisher_forget.curvature.structures.spec import StructureSpec
 from fisher_forget.curvature.tape import Tape
-from fisher_forget.params import Params
+from fisher_forget.params import Params, flatten, size, unflatten
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ class Diagonal(Spectral):
         return self.spectrum()
 
     def combined(self, other: Curvature, x: float, y: float) -> Curvature:
-        check_undamped(self, other)
+        check_undamped(self.tau, other.tau)
         if not isinstance(other, Diagonal) or list(self.eigenvalues) != list(other.eigenvalues):
             raise not_sums(self, other)
         return self.mixed_eigenvalues(other, x, y)
@@ -67,6 +73,7 @@ class Settling:
             self._settle()
 
     def _settle(self) -> None:
+        # a small number added to a large one loses digits; a sum of such has lost fewer
         if self._total is None:
             self._total = {key: value.clone() for key, value in self.recent.items()}
         else:
@@ -82,48 +89,79 @@ class Settling:
         return {key: value / count for key, value in (self._total or self.recent).items()}
 
 
-class DiagonalSum:
-    """Accumulates diag(sum_n J_n^T H_n J_n).
+class ThinSquares:
+    """Sums over columns of squared output gradients, of layers whose gradients are g a^T.
 
-    A Linear layer at one position needs no per-sample gradient: the squared output gradients of all
-    columns are added first, then one product (sum_k G_k*G_k)^T (A*A) serves the chunk.
+    sum_nk (g_nk a_n^T)^2 = (sum_k G_k * G_k)^T (A * A): all columns of a chunk share its inputs.
     """
 
-    passes = 1
+    def __init__(self) -> None:
+        self._sums: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    def add(self, key: Any, a: Tensor, g: Tensor) -> None:
+        """Add a column of a layer: its inputs a [N, I] and output gradients g [N, O]."""
+        if key in self._sums:
+            self._sums[key][1].addcmul_(g, g)
+        else:
+            self._sums[key] = (a, g * g)
+
+    def drained(self) -> Iterator[tuple[Any, Tensor, Tensor]]:
+        """(key, a, sum_k g_k * g_k) of every layer, after which nothing is held."""
+        sums, self._sums = self._sums, {}
+        return ((key, a, squares) for key, (a, squares) in sums.items())
+
+
+class DiagonalSum(Accumulator):
+    """Accumulates diag(sum_n J_n^T H_n J_n)."""
 
     def __init__(self, tape: Tape) -> None:
         self.sums: Params = {name: torch.zeros_like(p) for name, p in tape.params.items()}
         self._settling = Settling(self.sums)
-        self._pending: dict[int, tuple[Tensor, Tensor, dict[str, str]]] = {}
+        self._thin = ThinSquares()
 
     def add(
         self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool
     ) -> None:
         for group in record.groups():
             thin = group.rank_one(grads)
-            if thin is not None:
-                a, g = thin
-                key = group.calls[0]
-                if key in self._pending:
-                    self._pending[key][1].addcmul_(g, g)
-                else:
-                    self._pending[key] = (a, g * g, group.layer.names)
-                continue
-            group.add_squares(self.sums, grads, more=not last)
+            if thin is None:
+                group.add_squares(self.sums, grads, more=not last)
+            else:
+                self._thin.add(tuple(group.layer.names.items()), *thin)
         for name, value in record.stray(column).items():
             self.sums[name] += value.square().sum(0)
         if last:
-            for a, squares, names in self._pending.values():
+            for key, a, squares in self._thin.drained():
+                names = dict(key)
                 if "weight" in names:
                     self.sums[names["weight"]].addmm_(squares.T, a * a)
                 if "bias" in names:
                     self.sums[names["bias"]] += squares.sum(0)
-            self._pending.clear()
             self._settling.end_chunk()
 
-    def end_pass(self) -> None:
-        """One pass is all a diagonal needs."""
-
     def result(self, count: float) -> Diagonal:
-        """The mean over `count` scored positions."""
         return Diagonal(self._settling.mean(count))
+
+
+def hessian_diagonal(walk: Walk) -> tuple[Diagonal, float]:
+    """An unbiased *estimate* of the Hessian's diagonal by `hutchinson`; entries may be negative."""
+    product, like = walk.product(), walk.like()
+    probes, seed = walk.options.draws, walk.options.seed
+    entries = unflatten(hutchinson(flat(product, like), flatten(like), probes, seed), like)
+    return Diagonal(entries, signed=True), product.count
+
+
+def _estimate(walk: Walk) -> tuple[Curvature, float]:
+    if walk.kind == "hessian":
+        return hessian_diagonal(walk)
+    return walk.estimate(DiagonalSum(walk.tape))
+
+
+def _cost(walk: Walk) -> CostEstimate:
+    if walk.kind != "hessian":
+        return cost.of_columns(walk, lambda: DiagonalSum(walk.tape))
+    nbytes = size(walk.tape.params) * cost.itemsize(walk)
+    return cost.of_products(walk, walk.options.draws, nbytes)
+
+
+DIAGONAL = StructureSpec("diagonal", (Diagonal,), _estimate, _cost, additive=True)

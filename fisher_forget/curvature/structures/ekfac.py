@@ -14,138 +14,28 @@ diagonal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fisher_forget.curvature.operator import (
-    BlockDiagonal,
-    Curvature,
-    Spectral,
-    Stored,
-    check_undamped,
-    not_sums,
-    spectral_fields,
-)
+from fisher_forget.curvature import cost
+from fisher_forget.curvature.cost import CostEstimate
+from fisher_forget.curvature.operator import BlockDiagonal, Curvature, Spectral
+from fisher_forget.curvature.passes import Accumulator, Walk
 from fisher_forget.curvature.record import Group, Record
-from fisher_forget.curvature.rules import rule_for
 from fisher_forget.curvature.rules.base import PATCH_BYTES, MatrixRule, add_squared_products
-from fisher_forget.curvature.structures.diagonal import Diagonal, Settling
+from fisher_forget.curvature.structures.diagonal import Diagonal, Settling, ThinSquares
+from fisher_forget.curvature.structures.kronecker import KEY, Kronecker, Matrix, turn
+from fisher_forget.curvature.structures.spec import StructureSpec
 from fisher_forget.curvature.tape import Tape
-from fisher_forget.errors import CurvatureError, StorageError
+from fisher_forget.errors import CurvatureError
 from fisher_forget.params import Params
 
-KEY = "matrix"
-REPLAY_BYTES = (
-    256 << 20
-)  # layer inputs and output gradients kept from the first pass for the second
+REPLAY_BYTES = 256 << 20  # layer inputs and output gradients kept from the first pass
 
 Step = tuple[Record, Tensor, Sequence[Tensor | None], bool]
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """How a layer's parameters are laid out as one matrix [O, I (+ 1)]."""
-
-    rule: MatrixRule
-    weight: str
-    bias: str | None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (self.weight,) if self.bias is None else (self.weight, self.bias)
-
-    def join(self, v: Mapping[str, Tensor]) -> Tensor:
-        """[..., O, I (+ 1)] from parameters with any leading dimensions."""
-        matrix = self.rule.to_matrix(v[self.weight])
-        return matrix if self.bias is None else torch.cat([matrix, v[self.bias].unsqueeze(-1)], -1)
-
-    def part(self, matrix: Tensor) -> Params:
-        """Inverse of `join`."""
-        if self.bias is None:
-            return {self.weight: self.rule.from_matrix(matrix)}
-        return {self.weight: self.rule.from_matrix(matrix[..., :-1]), self.bias: matrix[..., -1]}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kronecker(Spectral):
-    """One layer: B = (Q_row (x) Q_col) diag(Lambda) (Q_row (x) Q_col)^T; `None` stands for the
-    standard basis.
-
-    Attributes:
-        layout: The layer's matrix.
-        row: Q_row [O, O] or `None`.
-        col: Q_col [I, I].
-    """
-
-    layout: Matrix
-    row: Tensor | None
-    col: Tensor
-    stored_as: ClassVar[str] = "kronecker"
-
-    def rotate(self, v: Mapping[str, Tensor]) -> Params:
-        return {KEY: turn(self.layout.join(v), self.row, self.col)}
-
-    def unrotate(self, z: Mapping[str, Tensor]) -> Params:
-        m = z[KEY] if self.row is None else self.row @ z[KEY]
-        return self.layout.part(m @ self.col.T)
-
-    def diagonal(self) -> Params:
-        m = self.spectrum()[KEY]
-        m = m if self.row is None else self.row.square() @ m
-        return self.layout.part(m @ self.col.square().T)
-
-    def combined(self, other: Curvature, x: float, y: float) -> Curvature:
-        check_undamped(self, other)
-        if not isinstance(other, Kronecker):
-            raise not_sums(self, other)
-        if not (_equal(self.row, other.row) and _equal(self.col, other.col)):
-            raise CurvatureError(
-                f"EKFAC blocks of {self.layout.names} in different bases",
-                "one basis for both",
-                "Estimate the second with estimate_curvature(..., basis=first).",
-            )
-        return self.mixed_eigenvalues(other, x, y)
-
-    def pack(self) -> Stored:
-        plain = super().pack()
-        bases = {"col": self.col} if self.row is None else {"row": self.row, "col": self.col}
-        names = {"weight": self.layout.weight, "bias": self.layout.bias}
-        return replace(plain, settings=plain.settings | names, tensors=plain.tensors | bases)
-
-    @classmethod
-    def unpack(cls, stored: Stored, parts: Sequence[Curvature], model: nn.Module) -> Curvature:
-        weight, bias = stored.settings["weight"], stored.settings["bias"]
-        return cls(
-            layout=Matrix(_rule_of(weight, model), weight, bias),
-            row=stored.tensors.get("row"),
-            col=stored.tensors["col"],
-            **spectral_fields(stored),
-        )
-
-
-def _equal(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return a is b or (a.shape == b.shape and bool(torch.equal(a, b)))
-
-
-def _rule_of(weight: str, model: nn.Module) -> MatrixRule:
-    """The rule of the layer that holds a weight, which says how that is a matrix."""
-    wanted = dict(model.named_parameters())[weight]
-    for module in model.modules():
-        owns = any(p is wanted for p in module.parameters(recurse=False))
-        rule = rule_for(module) if owns else None
-        if isinstance(rule, MatrixRule):
-            return rule
-    raise StorageError(
-        f"a block of {weight}",
-        "a layer with a matrix of that name",
-        "Estimate the curvature again.",
-    )
 
 
 def symmetric_basis(covariance: Tensor) -> Tensor:
@@ -160,12 +50,7 @@ def symmetric_basis(covariance: Tensor) -> Tensor:
     return basis.to(covariance.dtype)
 
 
-def turn(matrix: Tensor, row: Tensor | None, col: Tensor) -> Tensor:
-    """Q_row^T M Q_col."""
-    return (matrix if row is None else row.T @ matrix) @ col
-
-
-class EkfacSum:
+class EkfacSum(Accumulator):
     """Accumulates the sides' second moments in a first pass over the data and Lambda in a second.
 
     Where all layer inputs and output gradients of the first pass fit `REPLAY_BYTES`, the second is
@@ -198,7 +83,7 @@ class EkfacSum:
         self.rest: Params = {name: torch.zeros_like(p) for name, p in self.params.items()}
         self.remembered = 0
         self._decompose = decompose
-        self._pending: dict[str, tuple[Tensor, Tensor]] = {}
+        self._thin = ThinSquares()
         self._pass = 0
         self._replay: list[Step] | None = [] if replay else None
         if basis is not None:
@@ -232,10 +117,8 @@ class EkfacSum:
         if self._pass > 1:
             return
         for weight, (row, col) in self.moments.items():
-            self.bases[weight] = (
-                None if row is None else self._decompose(row),
-                self._decompose(col),
-            )
+            turned = None if row is None else self._decompose(row)
+            self.bases[weight] = turned, self._decompose(col)
         self.moments.clear()
         self._make_room()
         if self._replay is not None:
@@ -257,10 +140,10 @@ class EkfacSum:
     ) -> None:
         if self._replay is None:
             return
+        # the columns of a chunk share its inputs: these take memory once
         known = {use.a.data_ptr() for step in self._replay[-1:] for use in step[0].uses}
-        tensors = [g for g in grads if g is not None] + [
-            u.a for u in record.uses if u.a.data_ptr() not in known
-        ]
+        inputs = [use.a for use in record.uses if use.a.data_ptr() not in known]
+        tensors = [g for g in grads if g is not None] + inputs
         self.remembered += sum(t.numel() * t.element_size() for t in tensors)
         if self.remembered > REPLAY_BYTES:
             self._replay = None
@@ -272,19 +155,7 @@ class EkfacSum:
             layout = self._layout(group)
             if layout is None:
                 continue
-            if layout.weight not in self.moments:
-                rows, columns = layout.join(self.params).shape
-                new = self.params[layout.weight].new_zeros
-                has_row = all(
-                    u.layer.rule.has_row_basis()
-                    for u in group.uses
-                    if isinstance(u.layer.rule, MatrixRule)
-                )
-                self.moments[layout.weight] = (
-                    new(rows, rows) if has_row else None,
-                    new(columns, columns),
-                )
-            row, col = self.moments[layout.weight]
+            row, col = self._moment(layout, group)
             for call in group.calls:
                 use, g = record.uses[call], grads[call]
                 rule = use.layer.rule
@@ -292,8 +163,19 @@ class EkfacSum:
                     continue
                 if row is not None:
                     rule.add_row_moment(row, use.a, g)
-                if last:
+                if last:  # all columns of a chunk share its inputs, which count once
                     rule.add_column_moment(col, use.a, g)
+
+    def _moment(self, layout: Matrix, group: Group) -> tuple[Tensor | None, Tensor]:
+        """Second moments of output gradients [O, O] and of inputs [I (+ 1), I (+ 1)] so far."""
+        if layout.weight not in self.moments:
+            rows, columns = layout.join(self.params).shape
+            new = self.params[layout.weight].new_zeros
+            rules = [use.layer.rule for use in group.uses]
+            has_row = all(rule.has_row_basis() for rule in rules if isinstance(rule, MatrixRule))
+            row = new(rows, rows) if has_row else None
+            self.moments[layout.weight] = row, new(columns, columns)
+        return self.moments[layout.weight]
 
     def _layout(self, group: Group) -> Matrix | None:
         """Weight and bias share a matrix where every call of the group uses both; else the weight
@@ -310,9 +192,8 @@ class EkfacSum:
             same = all(u.layer.names == matrices[0].names for u in group.uses)
             rule = matrices[0].rule
             assert isinstance(rule, MatrixRule)
-            self.layouts[weight] = Matrix(
-                rule, weight, matrices[0].names.get("bias") if same else None
-            )
+            bias = matrices[0].names.get("bias") if same else None
+            self.layouts[weight] = Matrix(rule, weight, bias)
         return self.layouts[weight]
 
     def _add_lambdas(
@@ -326,24 +207,20 @@ class EkfacSum:
             row = self.bases[layout.weight][0]
             thin = group.rank_one(grads)
             if thin is not None and set(layout.names) == set(group.names):
+                # (Q_row^T g a^T Q_col)^2: the output gradients are rotated now, the inputs once
                 a, g = thin
-                g = g if row is None else g @ row
-                if layout.weight in self._pending:
-                    self._pending[layout.weight][1].addcmul_(g, g)
-                else:
-                    self._pending[layout.weight] = (a, g * g)
+                self._thin.add(layout.weight, a, g if row is None else g @ row)
                 continue
             self._add_shared(layout, group, grads)
             self._square(group, grads, layout.names)
         for name, value in record.stray(column).items():
             self.rest[name] += value.square().sum(0)
         if last:
-            for weight, (a, squares) in self._pending.items():
+            for weight, a, squares in self._thin.drained():
                 if self.layouts[weight].bias is not None:
                     a = torch.cat([a, a.new_ones(len(a), 1)], 1)
                 a = a @ self.bases[weight][1]
                 self.lambdas[weight].addmm_(squares.T, a * a)
-            self._pending.clear()
             for settling in self._settling:
                 settling.end_chunk()
 
@@ -355,26 +232,23 @@ class EkfacSum:
         rule = use.layer.rule
         rows, columns = self.lambdas[layout.weight].shape
         if len(group.calls) == 1 and g is not None and isinstance(rule, MatrixRule):
+            # multiplications a sample: R positions from both sides, or one matrix from both
             count = rule.position_count(g)
             by_positions = count * (columns**2 + (0 if row is None else rows**2))
             by_matrix = rows * columns * (columns + (0 if row is None else rows))
             if by_positions < by_matrix and rule.positions(use.a[:1], g[:1]) is not None:
-                self._turn_positions(
-                    layout, rule, use.a, g, max(1, PATCH_BYTES // (4 * count * columns))
-                )
+                self._turn_positions(layout, rule, use.a, g)
             else:
-                self._turn_matrices(
-                    layout, rule, use.a, g, max(1, PATCH_BYTES // (4 * rows * columns))
-                )
+                self._turn_matrices(layout, rule, use.a, g)
             return
         for piece in group.pieces(grads):
             if all(name in piece for name in layout.names):
                 self.lambdas[layout.weight] += turn(layout.join(piece), row, col).square_().sum(0)
 
-    def _turn_positions(
-        self, layout: Matrix, rule: MatrixRule, a: Tensor, g: Tensor, step: int
-    ) -> None:
+    def _turn_positions(self, layout: Matrix, rule: MatrixRule, a: Tensor, g: Tensor) -> None:
+        """Q_row^T M_n Q_col = sum_r (Q_row^T g_nr) (Q_col^T a_nr)^T."""
         row, col = self.bases[layout.weight]
+        step = max(1, PATCH_BYTES // (4 * rule.position_count(g) * len(col)))
         for start in range(0, len(g), step):
             seen = rule.positions(a[start : start + step], g[start : start + step])
             assert seen is not None
@@ -385,17 +259,17 @@ class EkfacSum:
             y = y if row is None else y @ row
             add_squared_products(self.lambdas[layout.weight], y.transpose(1, 2), turned)
 
-    def _turn_matrices(
-        self, layout: Matrix, rule: MatrixRule, a: Tensor, g: Tensor, step: int
-    ) -> None:
+    def _turn_matrices(self, layout: Matrix, rule: MatrixRule, a: Tensor, g: Tensor) -> None:
+        """Q_row^T M_n Q_col, from M_n = [weight gradient, bias gradient]."""
         row, col = self.bases[layout.weight]
+        step = max(1, PATCH_BYTES // (4 * self.lambdas[layout.weight].numel()))
         for start in range(0, len(g), step):
-            found = rule.per_sample(a[start : start + step], g[start : start + step])
-            m = rule.to_matrix(found["weight"])
+            gradients = rule.per_sample(a[start : start + step], g[start : start + step])
+            m = rule.to_matrix(gradients["weight"])
             m = m if row is None else row.T @ m
             turned = m @ col[: m.shape[-1]]
-            if layout.bias is not None:
-                b = found["bias"] if row is None else found["bias"] @ row
+            if layout.bias is not None:  # the last column, without joining the two in memory
+                b = gradients["bias"] if row is None else gradients["bias"] @ row
                 turned.addcmul_(b.unsqueeze(-1), col[-1])
             self.lambdas[layout.weight] += turned.square_().sum(0)
 
@@ -412,18 +286,53 @@ class EkfacSum:
                     self.rest[name] += value.square().sum(0)
 
     def result(self, count: float) -> BlockDiagonal:
-        """The mean over `count` scored positions."""
         parts: list[tuple[tuple[str, ...], Spectral]] = []
         lambdas, rest = (settling.mean(count) for settling in self._settling)
         for weight, eigenvalues in lambdas.items():
-            row, col = self.bases[weight]
-            layout = self.layouts[weight]
-            parts.append(
-                (
-                    layout.names,
-                    Kronecker(eigenvalues={KEY: eigenvalues}, layout=layout, row=row, col=col),
-                )
-            )
+            (row, col), layout = self.bases[weight], self.layouts[weight]
+            block = Kronecker(eigenvalues={KEY: eigenvalues}, layout=layout, row=row, col=col)
+            parts.append((layout.names, block))
         if rest:
             parts.append((tuple(rest), Diagonal(rest)))
         return BlockDiagonal(tuple(parts), tuple(self.params))
+
+
+def _estimate(walk: Walk) -> tuple[Curvature, float]:
+    return walk.estimate(EkfacSum(walk.tape, walk.options.basis))
+
+
+def _cost(walk: Walk) -> CostEstimate:
+    """Eigendecompositions are left out of the timed runs, and added by their size: what stands in
+    for a basis is as large, which is all that timing needs."""
+    sides: list[int] = []
+
+    def standing_in(moment: Tensor) -> Tensor:
+        sides.append(len(moment))
+        return moment
+
+    look, basis = walk.first(cost.FEW), walk.options.basis
+    probe = EkfacSum(walk.tape, basis, decompose=standing_in)
+    look.accumulate(probe)
+    seconds = sum(cost.eigh_seconds(walk, side) for side in sides)
+    remembered = probe.remembered * len(walk.samples) // len(look.samples)
+    replay = remembered <= REPLAY_BYTES
+    timed = cost.of_columns(
+        walk, lambda: EkfacSum(walk.tape, basis, decompose=standing_in, replay=replay)
+    )
+    peak = timed.bytes_peak + (remembered if replay else 0)
+    return replace(timed, seconds=timed.seconds + seconds, bytes_peak=peak)
+
+
+EKFAC = StructureSpec(
+    "ekfac",
+    (BlockDiagonal, Kronecker, Diagonal),
+    _estimate,
+    _cost,
+    refused={
+        "hessian": "Kronecker factors are second moments of layer gradients, and the Hessian is no "
+        "sum of such squares; use kind='exact' or 'sketch', or structure='diagonal', 'dense' or "
+        "'matrix_free'."
+    },
+    additive=True,
+    takes_basis=True,
+)

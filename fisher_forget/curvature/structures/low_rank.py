@@ -11,9 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from fisher_forget import params as P
+from fisher_forget.curvature import cost
 from fisher_forget.curvature.checks import check_definite, checked_damping
-from fisher_forget.curvature.operator import Curvature, Stored, exact_power_trace
+from fisher_forget.curvature.cost import CostEstimate
+from fisher_forget.curvature.kinds import EXACT_UP_TO
+from fisher_forget.curvature.operator import Curvature, Stored
+from fisher_forget.curvature.passes import Walk
 from fisher_forget.curvature.solvers import Lanczos, Product, flat
+from fisher_forget.curvature.structures.diagonal import DiagonalSum
+from fisher_forget.curvature.structures.spec import StructureSpec
 from fisher_forget.params import Params
 
 
@@ -50,20 +56,20 @@ class LowRank(Curvature):
             smallest = min(smallest, self.delta) if self._rest else smallest
             check_definite(smallest + self.tau, f"power {p:g}", singular=True)
         x = P.flatten({name: v[name] for name in self.like})
+        # U (s + tau)^p U^T x, and (delta + tau)^p of what is not in the span of U
         inside = self.basis.T @ x
-        rest = (self.delta + self.tau) ** p if self._rest else 0.0
-        found = self.basis @ ((self.eigenvalues + self.tau).pow(p) * inside)
+        powered = self.basis @ ((self.eigenvalues + self.tau).pow(p) * inside)
         if self._rest:
-            found += rest * (x - self.basis @ inside)
-        return P.unflatten(found, self.like)
+            powered += (self.delta + self.tau) ** p * (x - self.basis @ inside)
+        return P.unflatten(powered, self.like)
 
     def damped(self, tau: float) -> Self:
         return replace(self, tau=self.tau + checked_damping(tau))
 
     def diagonal(self) -> Params:
         rest = self.delta if self._rest else 0.0
-        found = self.basis.square() @ (self.eigenvalues - rest) + rest + self.tau
-        return P.unflatten(found, self.like)
+        entries = self.basis.square() @ (self.eigenvalues - rest) + rest + self.tau
+        return P.unflatten(entries, self.like)
 
     def trace(self) -> float:
         d = len(self.basis)
@@ -79,13 +85,10 @@ class LowRank(Curvature):
     def zeros(self) -> Params:
         return P.zeros_like(self.like)
 
-    def power_trace(
-        self, p: float, *, times_curvature: bool = False, probes: int = 8, seed: int = 0
-    ) -> float:
-        # delta has a multiplicity of 0 where the rank is full: then 0^p must not count
+    def known_eigenvalues(self) -> Sequence[tuple[Tensor, int]]:
+        # where the rank is full there is no delta, whose power -1 might be infinite
         others = self.eigenvalues.new_full((min(self._rest, 1),), self.delta, dtype=torch.float64)
-        known = [(self.eigenvalues, 1), (others, self._rest)]
-        return exact_power_trace(known, self.tau, p, times_curvature)
+        return [(self.eigenvalues, 1), (others, self._rest)]
 
     def pack(self) -> Stored:
         settings = {"delta": self.delta, "tau": self.tau}
@@ -94,9 +97,9 @@ class LowRank(Curvature):
 
     @classmethod
     def unpack(cls, stored: Stored, parts: Sequence[Curvature], model: nn.Module) -> Curvature:
-        fields: dict[str, Any] = {key: stored.settings[key] for key in ("delta", "tau")}
+        numbers: dict[str, Any] = {key: stored.settings[key] for key in ("delta", "tau")}
         tensors: dict[str, Any] = {key: stored.tensors[key] for key in ("basis", "eigenvalues")}
-        return cls(like=stored.params("like", "like"), **fields, **tensors)
+        return cls(like=stored.params("like", "like"), **numbers, **tensors)
 
     @property
     def _rest(self) -> int:
@@ -146,6 +149,7 @@ def top_eigenpairs(
         if space.rows < rank or ((space.rows - rank) % 4 and space.rows < most_products(rank, d)):
             continue
         values, vectors = space.eigh()
+        # B Q^T y - theta Q^T y = residual * y_m q_(m+1): the last entries say how far off each is
         worst = space.residual * float(vectors[-1, -rank:].abs().max())
         residual = worst / max(float(values[-1]), 1e-300)
         # a residual of exactly 0 is an invariant subspace: other eigenvalues may hide outside it
@@ -153,6 +157,7 @@ def top_eigenpairs(
             break
     s = values[-rank:].flip(0).clamp(min=0)
     basis = space.basis.T @ vectors[:, -rank:].flip(1).to(space.basis)
+    # what the trace leaves for the other eigenvalues, unless that is rounding
     left = trace - float(s.sum())
     rounding = 10 * d * eps * trace
     delta = left / (d - rank) if d > rank and left > rounding else 0.0
@@ -165,3 +170,50 @@ def top_eigenpairs(
         trace_estimated=trace_estimated,
         products=space.rows,
     )
+
+
+def _for_trace(walk: Walk) -> Walk:
+    """The trace of many exact columns costs as many backward passes; one random column a sample is
+    unbiased."""
+    if walk.kind != "exact" or walk.exact_columns <= EXACT_UP_TO:
+        return walk
+    return replace(walk, options=replace(walk.options, kind="sketch"))
+
+
+def _estimate(walk: Walk) -> tuple[Curvature, float]:
+    tracing = _for_trace(walk)
+    # the trace first, before the product keeps its graphs
+    trace = tracing.estimate(DiagonalSum(walk.tape))[0].trace()
+    product = walk.product()
+    operator = top_eigenpairs(
+        product,
+        walk.like(),
+        walk.options.rank,
+        trace,
+        seed=walk.options.seed,
+        trace_estimated=tracing is not walk,
+    )
+    return operator, product.count
+
+
+def _cost(walk: Walk) -> CostEstimate:
+    d, each = P.size(walk.tape.params), cost.itemsize(walk)
+    rank, most = min(walk.options.rank, d), most_products(min(walk.options.rank, d), d)
+    products = cost.of_products(walk, most, (d * rank + rank + d) * each, vectors=most)
+    trace = cost.of_columns(_for_trace(walk), lambda: DiagonalSum(walk.tape))
+    both = products + trace
+    return replace(both, bytes_result=products.bytes_result, columns=trace.columns)
+
+
+LOW_RANK = StructureSpec(
+    "low_rank",
+    (LowRank,),
+    _estimate,
+    _cost,
+    refused={
+        "hessian": "The largest eigenpairs beside a non-negative rest describe a semi-definite "
+        "operator, and a Hessian may be indefinite; use kind='exact', or structure='matrix_free' "
+        "or 'dense'."
+    },
+    by_products=True,
+)

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from fisher_forget import params as P
+from fisher_forget.curvature import cost
 from fisher_forget.curvature.checks import check_definite, checked_damping, needs_definite
+from fisher_forget.curvature.cost import CostEstimate
 from fisher_forget.curvature.operator import Curvature
+from fisher_forget.curvature.passes import Walk
 from fisher_forget.curvature.solvers import (
     Lanczos,
     Product,
@@ -22,10 +25,11 @@ from fisher_forget.curvature.solvers import (
     matrix,
     rademacher,
 )
+from fisher_forget.curvature.structures.spec import StructureSpec
 from fisher_forget.errors import NumericalError
 from fisher_forget.params import Params
 
-SMALL = 512  # parameters up to which diagonal, trace and logdet come from the matrix itself, by d products
+SMALL = 512  # parameters up to which diagonal, trace and logdet come from the matrix itself
 LOWEST_STEPS = 100  # Lanczos steps that look for a negative eigenvalue of a larger Hessian
 QUADRATURE_STEPS = 80  # of each probe of a larger operator's logdet
 CHECK_EVERY = 5  # Lanczos steps between two looks at the convergence of f(A) v
@@ -85,13 +89,11 @@ class MatrixFree(Curvature):
     def diagonal(self) -> Params:
         if "diagonal" not in self.known:
             flat_product, first = flat(self.product, self.like), P.flatten(self.like)
-            small = len(first) <= SMALL
-            found = (
-                self._matrix().diag()
-                if small
-                else hutchinson(flat_product, first, self.probes, self.seed)
-            )
-            self.known["diagonal"] = P.unflatten(found, self.like)
+            if len(first) <= SMALL:
+                entries = self._matrix().diag()
+            else:
+                entries = hutchinson(flat_product, first, self.probes, self.seed)
+            self.known["diagonal"] = P.unflatten(entries, self.like)
         return P.map_params(lambda x: x + self.tau, self.known["diagonal"])
 
     def trace(self) -> float:
@@ -118,37 +120,36 @@ class MatrixFree(Curvature):
         """B [d, d], for small d."""
         if "matrix" not in self.known:
             self.known["matrix"] = matrix(flat(self.product, self.like), P.flatten(self.like))
-        found: Tensor = self.known["matrix"]
-        return found
+        b: Tensor = self.known["matrix"]
+        return b
 
     def _quadrature(self) -> tuple[Tensor, Tensor]:
         """Nodes and weights with tr f(B) = sum w f(node): eigenvalues, or those of Krylov spaces of
         random signs."""
         if "quadrature" not in self.known:
-            d = P.size(self.like)
-            if d <= SMALL:
+            if P.size(self.like) <= SMALL:
                 symmetric = (self._matrix() + self._matrix().T).double() / 2
                 nodes = torch.linalg.eigvalsh(symmetric).cpu()
                 self.known["quadrature"] = nodes, torch.ones_like(nodes)
             else:
-                generator, first = torch.Generator().manual_seed(self.seed), P.flatten(self.like)
-                rules = []
-                for _ in range(self.probes):
-                    space = Lanczos(
-                        flat(self.product, self.like),
-                        rademacher(d, first, generator),
-                        min(d, QUADRATURE_STEPS),
-                    )
-                    while space.extend():
-                        pass
-                    values, vectors = space.eigh()
-                    rules.append((values, vectors[0].square() * d / self.probes))
-                self.known["quadrature"] = (
-                    torch.cat([n for n, _ in rules]),
-                    torch.cat([w for _, w in rules]),
-                )
-        found: tuple[Tensor, Tensor] = self.known["quadrature"]
-        return found
+                self.known["quadrature"] = self._lanczos_quadrature()
+        nodes, weights = self.known["quadrature"]
+        return nodes, weights
+
+    def _lanczos_quadrature(self) -> tuple[Tensor, Tensor]:
+        """For random signs z, z^T f(B) z ~ |z|^2 sum_i (e_1^T y_i)^2 f(theta_i) with the eigenpairs
+        (theta_i, y_i) of T, and its mean over z is tr f(B)."""
+        d, first = P.size(self.like), P.flatten(self.like)
+        generator, rules = torch.Generator().manual_seed(self.seed), []
+        for _ in range(self.probes):
+            signs = rademacher(d, first, generator)
+            space = Lanczos(flat(self.product, self.like), signs, min(d, QUADRATURE_STEPS))
+            while space.extend():
+                pass
+            values, vectors = space.eigh()
+            rules.append((values, vectors[0].square() * d / self.probes))
+        nodes, weights = zip(*rules, strict=True)
+        return torch.cat(nodes), torch.cat(weights)
 
     def _check(self, what: str, *, singular: bool = False) -> None:
         """Refuse an indefinite operator; beyond `SMALL` parameters by the lowest Ritz value, which
@@ -173,7 +174,7 @@ class MatrixFree(Curvature):
         damped = self.preconditioner.damped(self.tau) if self.preconditioner is not None else None
         precondition: Product = dict if damped is None else lambda r: damped.power(r, -1)
         try:
-            found = conjugate_gradient(
+            solution = conjugate_gradient(
                 self._damped_product,
                 v,
                 precondition,
@@ -184,22 +185,21 @@ class MatrixFree(Curvature):
             if self.tau == 0:
                 check_definite(0.0, "power -1", singular=True)
             raise
-        if not found.residual <= self.tolerance:
-            raise self._unfinished("conjugate gradients", found.residual, found.iterations)
-        return found.x
+        if not solution.residual <= self.tolerance:
+            raise self._unfinished("conjugate gradients", solution.residual, solution.iterations)
+        return solution.x
 
     def _function(self, v: Params, p: float) -> Params:
-        """(B + tau I)^p v in the Krylov space of v; |x_m - x_k| = |y_m - y_k| as Q is
-        orthonormal."""
+        """(B + tau I)^p v in the Krylov space of v."""
+        # x_m = Q y_m, and Q is orthonormal: |x_m - x_k| = |y_m - y_k|, without forming either
         most = min(self.iterations, P.size(v))
         space = Lanczos(flat(self.product, self.like), P.flatten(v), most)
         y, change = torch.zeros(0, dtype=torch.float64), math.inf
         while change > self.tolerance and space.extend():
             if space.rows % CHECK_EVERY == 0 or space.exhausted or space.rows == most:
                 before, y = y, self._coefficients(space, p)
-                change = float(
-                    (y - torch.cat([before, y.new_zeros(len(y) - len(before))])).norm() / y.norm()
-                )
+                longer = torch.cat([before, y.new_zeros(len(y) - len(before))])
+                change = float((y - longer).norm() / y.norm())
         if not (space.exhausted or space.rows == P.size(v) or change <= self.tolerance):
             raise self._unfinished("Lanczos", change, space.rows)
         return P.unflatten(space.basis.T @ y.to(space.basis), self.like)
@@ -216,5 +216,29 @@ class MatrixFree(Curvature):
         return NumericalError(
             f"{method} at {reached:.2g} after {products} products",
             f"the tolerance {self.tolerance:g}",
-            "Use more damping, a preconditioner=, or dataclasses.replace(curvature, iterations=..., tolerance=...).",
+            "Use more damping, a preconditioner=, or "
+            "dataclasses.replace(curvature, iterations=..., tolerance=...).",
         )
+
+
+def _estimate(walk: Walk) -> tuple[Curvature, float]:
+    product = walk.product()
+    operator = MatrixFree(
+        product=product,
+        like=walk.like(),
+        signed=walk.kind == "hessian",
+        preconditioner=walk.options.preconditioner,
+        seed=walk.options.seed,
+    )
+    return operator, product.count
+
+
+def _cost(walk: Walk) -> CostEstimate:
+    preconditioner = walk.options.preconditioner
+    held = P.size(walk.tape.params) * cost.itemsize(walk)
+    held += 0 if preconditioner is None else preconditioner.nbytes()
+    prepared = cost.of_products(walk, 0, held)
+    return replace(prepared, bytes_result=held + cost.kept_bytes(walk))
+
+
+MATRIX_FREE = StructureSpec("matrix_free", (MatrixFree,), _estimate, _cost, by_products=True)

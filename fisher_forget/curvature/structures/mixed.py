@@ -25,8 +25,8 @@ def assign(structures: Mapping[str, str], names: Sequence[str]) -> list[Group]:
     left = list(names)
     groups: list[Group] = []
     for pattern, structure in structures.items():
-        found = tuple(name for name in left if fnmatchcase(name, pattern))
-        if not found:
+        members = tuple(name for name in left if fnmatchcase(name, pattern))
+        if not members:
             taken = any(fnmatchcase(name, pattern) for name in names)
             raise CurvatureError(
                 f"the pattern {pattern!r} in structure=, "
@@ -36,8 +36,8 @@ def assign(structures: Mapping[str, str], names: Sequence[str]) -> list[Group]:
                 if taken
                 else "Correct the pattern.",
             )
-        groups.append((structure, found))
-        left = [name for name in left if name not in found]
+        groups.append((structure, members))
+        left = [name for name in left if name not in members]
     if left:
         raise CurvatureError(
             f"no pattern in structure= for {left[:5]}" + (" and others" if len(left) > 5 else ""),
@@ -48,15 +48,15 @@ def assign(structures: Mapping[str, str], names: Sequence[str]) -> list[Group]:
 
 
 def join(
-    groups: Sequence[Group], found: Sequence[Curvature], names: Sequence[str]
+    groups: Sequence[Group], operators: Sequence[Curvature], names: Sequence[str]
 ) -> BlockDiagonal:
     """The groups' operators side by side, those that consist of blocks themselves taken apart."""
     parts: list[tuple[tuple[str, ...], Curvature]] = []
-    for (_, own), curvature in zip(groups, found, strict=True):
+    for (_, members), curvature in zip(groups, operators, strict=True):
         if isinstance(curvature, BlockDiagonal):
             parts.extend(curvature.parts)
         else:
-            parts.append((own, curvature))
+            parts.append((members, curvature))
     return BlockDiagonal(tuple(parts), tuple(names))
 
 

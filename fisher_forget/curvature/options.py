@@ -1,0 +1,48 @@
+"""The options of a curvature estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Integral
+
+from fisher_forget.curvature.kinds import Kind
+from fisher_forget.curvature.operator import Curvature
+from fisher_forget.data.split import Indices, Part
+from fisher_forget.errors import CurvatureError
+
+
+@dataclass(frozen=True)
+class CurvatureOptions:
+    """The keyword arguments of `estimate_curvature`, which documents them.
+
+    Raises:
+        CurvatureError: If a number is out of range, or no structure is given.
+    """
+
+    structure: str | Mapping[str, str] = "ekfac"
+    kind: Kind = "auto"
+    draws: int = 1
+    part: Part | Indices = "retain"
+    subset: str | tuple[str, ...] | None = None
+    seed: int = 0
+    rank: int = 32
+    preconditioner: Curvature | None = None
+    basis: Curvature | None = None
+    max_samples: int | None = None
+    memory: int | None = None
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        optional = ("max_samples", "memory")
+        for name in ("draws", "rank", *optional):
+            value = getattr(self, name)
+            whole = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
+            if not whole and not (value is None and name in optional):
+                raise CurvatureError(
+                    f"{name}={value!r}", "a whole number of at least 1", f"Pass {name}=1 or more."
+                )
+        if isinstance(self.structure, Mapping) and not self.structure:
+            raise CurvatureError(
+                "an empty structure=", "at least one pattern", "Pass {'*': 'ekfac'}, say."
+            )
