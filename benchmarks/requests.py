@@ -4,9 +4,9 @@ models.
     python -m benchmarks.requests CONFIG [--out FOLDER] [--few N]
 
 Models are those of `fisher-forget run CONFIG`, trained where the run has not stored them. Prints
-two Markdown tables: every forget set of the recipe with the default flow, and one literal step
-without a few random samples by each structure. No noise is added, so that weights and KL can be
-compared.
+two Markdown tables: every forget set of the configuration with the default flow, and one literal
+step without a few random samples by each structure. No noise is added, so that weights and KL can
+be compared.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 from torch import nn
+from torch.utils.data import TensorDataset
 
-from fisher_forget import forget, prepare
+from fisher_forget import ForgetOptions, ForgetResult, forget, prepare
 from fisher_forget import params as P
-from fisher_forget.experiments import run as recipe
-from fisher_forget.experiments.config import load_config
-from fisher_forget.unlearn.result import ForgetResult
+from fisher_forget._util.markdown import markdown_table
+from fisher_forget.experiments.cases import Case, prepare_case
+from fisher_forget.experiments.config_file import load_config
 
 T = TypeVar("T")
 STRUCTURES = ("diagonal", "ekfac")
@@ -35,8 +36,8 @@ DAMPING = 1e-2
 def timed(function: Callable[..., T], *args: Any, **options: Any) -> tuple[T, float]:
     """What a call returns, and its seconds."""
     begun = time.perf_counter()
-    found = function(*args, **options)
-    return found, time.perf_counter() - begun
+    result = function(*args, **options)
+    return result, time.perf_counter() - begun
 
 
 def distance(a: ForgetResult, b: ForgetResult, start: nn.Module) -> float:
@@ -45,6 +46,52 @@ def distance(a: ForgetResult, b: ForgetResult, start: nn.Module) -> float:
     return P.norm(P.add(a.newton.params, b.newton.params, -1)) / P.norm(
         P.add(b.newton.params, origin, -1)
     )
+
+
+def each_forget_set(cases: list[Case], train: TensorDataset, options: ForgetOptions) -> None:
+    """Print the table of every forget set with the default flow."""
+    model, rows = cases[0].originals.models[0], []
+    for case in cases:
+        prepared, once = timed(prepare, model, train, options, progress=False)
+        direct, seconds = timed(forget, model, train, case.forget, options, progress=False)
+        request, short = timed(prepared.forget, case.forget)
+        models = (model, direct.model, request.model)
+        near = [case.references[0].closeness(m).parts["forget"] for m in models]
+        kl = [f"{part.kl_scrubbed:.3g}" for part in near]
+        name = case.settings.name
+        rows.append([name, f"{seconds:.1f}", f"{short:.1f}", *kl, f"{near[0].floor:.2g}"])
+    columns = ["forget", "`forget`, s", "prepared, s", "KL before", "`forget`", "prepared", "floor"]
+    print(f"{markdown_table(columns, rows)}\n\n`prepare` takes {once:.1f} s.")
+
+
+def literal_step(
+    model: nn.Module, train: TensorDataset, options: ForgetOptions, count: int
+) -> None:
+    """Print the table of one literal step without a few random samples, by each structure."""
+    few = np.sort(np.random.default_rng(0).choice(len(train), count, replace=False))
+    options = options.changed(
+        {
+            "max_samples": None,
+            "steps": 1,
+            "damping": DAMPING,
+            "solver": "direct",
+            "drift": False,
+        }
+    )
+    rows = []
+    for structure in STRUCTURES:
+        literal = options.changed({"structure": structure})
+        prepared = prepare(model, train, literal, progress=False)
+        direct, seconds = timed(forget, model, train, few, literal, progress=False)
+        request, short = timed(prepared.forget, few)
+        gap, ratio = f"{distance(request, direct, model):.1e}", f"{seconds / short:.0f}"
+        rows.append([structure, f"{seconds:.1f}", f"{short:.2f}", ratio, gap])
+    print(
+        f"\n{count} random samples, one literal step at damping {DAMPING}, curvature of all "
+        "samples\n"
+    )
+    columns = ["structure", "`forget`, s", "prepared, s", "ratio", "relative weight difference"]
+    print(markdown_table(columns, rows))
 
 
 def main() -> None:
@@ -57,58 +104,12 @@ def main() -> None:
     parser.add_argument("--few", type=int, default=100, help="random samples of the literal step")
     args = parser.parse_args()
     config = replace(load_config(args.config), out=args.out)
-    data, folder = config.data.load(), Path(config.out) / config.name
-    cases = [recipe.prepare_case(config, data, settings, folder) for settings in config.forget_sets]
-    model, seed, train = cases[0].originals.models[0], config.seeds[0], data.train
-    common: dict[str, Any] = {"likelihood": config.likelihood, "seed": seed, "progress": False}
-    common["weight_decay"] = recipe.forget_options(config)["weight_decay"]
-
-    print(f"{config.name}, {len(train):,} samples, seed {seed}\n")
-    print(
-        "| forget | `forget`, s | prepared, s | KL before | `forget` | prepared | floor |\n"
-        + 7 * "|---"
-        + "|"
-    )
-    for case in cases:
-        prepared, once = timed(prepare, model, train, **common)
-        direct, long = timed(forget, model, train, case.forget, noise=None, **common)
-        asked, short = timed(prepared.forget, case.forget, noise=None)
-        near = [
-            case.references[0].closeness(m).parts["forget"]
-            for m in (model, direct.model, asked.model)
-        ]
-        kl = " | ".join(f"{part.kl_scrubbed:.3g}" for part in near)
-        print(
-            f"| {case.settings.name} | {long:.1f} | {short:.1f} | {kl} | {near[0].floor:.2g} |",
-            flush=True,
-        )
-    print(f"\n`prepare` takes {once:.1f} s.")
-
-    few = np.sort(np.random.default_rng(0).choice(len(train), args.few, replace=False))
-    literal: dict[str, Any] = {
-        "steps": 1,
-        "damping": DAMPING,
-        "solver": "direct",
-        "drift": False,
-        "noise": None,
-    }
-    print(
-        f"\n{args.few} random samples, one literal step at damping {DAMPING}, curvature of all samples\n"
-    )
-    print(
-        "| structure | `forget`, s | prepared, s | ratio | relative weight difference |\n"
-        + 5 * "|---"
-        + "|"
-    )
-    for structure in STRUCTURES:
-        whole: dict[str, Any] = {"structure": structure, "max_samples": None, **common}
-        ready = prepare(model, train, **whole)
-        direct, long = timed(forget, model, train, few, **whole, **literal)
-        asked, short = timed(ready.forget, few, **literal)
-        gap = f"{distance(asked, direct, model):.1e}"
-        print(
-            f"| {structure} | {long:.1f} | {short:.2f} | {long / short:.0f} | {gap} |", flush=True
-        )
+    data, folder, seed = config.data.load(), Path(config.out) / config.name, config.seeds[0]
+    cases = [prepare_case(config, data, settings, folder) for settings in config.forget_sets]
+    options = config.forget_options(seed).changed({"noise": None})
+    print(f"{config.name}, {len(data.train):,} samples, seed {seed}\n")
+    each_forget_set(cases, data.train, options)
+    literal_step(cases[0].originals.models[0], data.train, options, args.few)
 
 
 if __name__ == "__main__":

@@ -14,15 +14,11 @@ from pathlib import Path
 import shtab
 
 from fisher_forget.errors import FisherForgetError
-from fisher_forget.experiments.config import (
-    CompareConfig,
-    RunConfig,
-    SweepConfig,
-    load_config,
-    option_names,
-)
+from fisher_forget.experiments.config import CompareConfig, RunConfig, SweepConfig
+from fisher_forget.experiments.config_file import load_config, option_names
+from fisher_forget.experiments.data_sources import ROOT_VARIABLE
 from fisher_forget.experiments.datasets import catalogue
-from fisher_forget.experiments.init_config import TEMPLATES, write_starter
+from fisher_forget.experiments.init_config import TEMPLATES, write_template
 
 EXIT_ERROR = 2  # something given was wrong; the message says what to do
 EXIT_INTERRUPTED = 130
@@ -66,7 +62,7 @@ COMMANDS = {
     "compare": Command(
         MAKE,
         "published methods beside this one, each tuned by the same budget",
-        "fisher-forget compare configs/compare_digits.yaml --methods '[fisher-forget, finetune, scrub]'",
+        "fisher-forget compare configs/compare_digits.yaml --methods '[fisher-forget, scrub]'",
     ),
     "evaluate": Command(
         LOOK,
@@ -108,7 +104,7 @@ KEYS = (
 EXIT_CODES = f"""exit codes:
   0    done
   1    an unexpected error: a bug, here or in a model of yours; the traceback says where
-  {EXIT_ERROR}    something given was wrong: the message says what was found, what was expected and what to do
+  {EXIT_ERROR}    something given was wrong: the message says what, what was expected, what to do
   {EXIT_INTERRUPTED}  interrupted; start the same command again to go on"""
 
 
@@ -144,28 +140,27 @@ def _dispatch(chosen: argparse.Namespace, overrides: list[str]) -> None:
         _START[chosen.command](chosen)
         return
     config = _config(chosen.command, Path(chosen.config), overrides)
+    # imported here, because matplotlib takes a second: --help and mistakes are answered at once
     if getattr(chosen, "dry_run", False):
         from fisher_forget.experiments.dry_run import describe
 
         print(describe(config, chosen.command))
-        return
-    from fisher_forget.experiments import (
-        run as recipe,  # imports matplotlib: --help and the messages about mistakes stay quick
-    )
+    elif chosen.command == "plot":
+        from fisher_forget.experiments.run import redraw
 
-    if chosen.command == "plot":
-        for drawn in recipe.redraw(config):
-            print(drawn)
+        print("\n".join(map(str, redraw(config))))
     elif chosen.command == "evaluate":
-        from fisher_forget.experiments.evaluate_run import assess
+        from fisher_forget.experiments.evaluate_run import evaluate_run
 
-        print(f"Evaluation: {assess(config)}")
+        print(f"Evaluation: {evaluate_run(config)}")
     elif isinstance(config, CompareConfig):
         from fisher_forget.experiments.compare import compare
 
         print(f"Comparison: {compare(config)}")
     else:
-        print(f"Report: {recipe.run(config)}")
+        from fisher_forget.experiments.run import run
+
+        print(f"Report: {run(config)}")
 
 
 def _config(command: str, path: Path, overrides: list[str]) -> RunConfig:
@@ -186,12 +181,12 @@ def _print_completion(chosen: argparse.Namespace) -> None:
     print(shtab.complete(_parser(keys=True), chosen.shell))
 
 
-def _write_starter(chosen: argparse.Namespace) -> None:
-    path = write_starter(Path(chosen.path), chosen.template)
+def _write_template(chosen: argparse.Namespace) -> None:
+    path = write_template(Path(chosen.path), chosen.template)
     print(f"{path} is written. Name your functions in it, then: fisher-forget run {path} --dry-run")
 
 
-_START = {"init": _write_starter, "data": _print_data, "completion": _print_completion}
+_START = {"init": _write_template, "data": _print_data, "completion": _print_completion}
 
 
 class _Grouped(argparse.RawDescriptionHelpFormatter):
@@ -226,41 +221,47 @@ def _parser(*, keys: bool = False) -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         if about.configured:
-            _file(
-                command.add_argument(
-                    "config", help="YAML file, such as configs/digits.yaml, or the folder of a run"
-                )
-            )
-            if about.plans:
-                command.add_argument(
-                    "--dry-run",
-                    action="store_true",
-                    help="check everything, count the models to train, estimate time and memory; write nothing",
-                )
-            if keys:
-                _add_keys(command, name)
+            _add_config(command, about)
+        if about.configured and keys:
+            _add_keys(command, name)
+        if name in _ARGUMENTS:
+            _ARGUMENTS[name](command)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        if name == "init":
-            _file(
-                command.add_argument(
-                    "path", nargs="?", default="config.yaml", help="default %(default)s"
-                )
-            )
-            about_each = "; ".join(f"{key}: {what}" for key, what in TEMPLATES.items())
-            command.add_argument(
-                "--template",
-                choices=TEMPLATES,
-                default="classifier",
-                help=f"{about_each}; default %(default)s",
-            )
-        elif name == "data":
-            root = command.add_argument(
-                "--root", help="folder to look in; default FISHER_FORGET_DATA"
-            )
-            root.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
-        elif name == "completion":
-            command.add_argument("shell", choices=SHELLS)
     return parser
+
+
+def _add_config(command: argparse.ArgumentParser, about: Command) -> None:
+    what = "YAML file, such as configs/digits.yaml, or the folder of a run"
+    _file(command.add_argument("config", help=what))
+    if about.plans:
+        what = (
+            "check everything, count the models to train, estimate time and memory; write nothing"
+        )
+        command.add_argument("--dry-run", action="store_true", help=what)
+
+
+def _add_init(command: argparse.ArgumentParser) -> None:
+    where = "default %(default)s"
+    _file(command.add_argument("path", nargs="?", default="config.yaml", help=where))
+    templates = "; ".join(f"{key}: {what}" for key, what in TEMPLATES.items())
+    command.add_argument(
+        "--template",
+        choices=TEMPLATES,
+        default="classifier",
+        help=f"{templates}; default %(default)s",
+    )
+
+
+def _add_data(command: argparse.ArgumentParser) -> None:
+    what = f"folder to look in; default {ROOT_VARIABLE}, else your data folder"
+    command.add_argument("--root", help=what).complete = shtab.DIRECTORY  # type: ignore[attr-defined]
+
+
+def _add_completion(command: argparse.ArgumentParser) -> None:
+    command.add_argument("shell", choices=SHELLS)
+
+
+_ARGUMENTS = {"init": _add_init, "data": _add_data, "completion": _add_completion}
 
 
 def _add_keys(command: argparse.ArgumentParser, name: str) -> None:
@@ -304,7 +305,8 @@ def _overview() -> str:
 
 def _epilog() -> str:
     examples = textwrap.indent("\n".join(about.example for about in COMMANDS.values()), "  ")
-    return f"examples:\n{examples}\n\n{KEYS}\n\n{EXIT_CODES}\n\nfisher-forget COMMAND --help says more about a command."
+    more = "fisher-forget COMMAND --help says more about a command."
+    return "\n\n".join([f"examples:\n{examples}", KEYS, EXIT_CODES, more])
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 # Two test workers share two cores: programs and notebook kernels that tests start inherit this.
@@ -24,6 +25,11 @@ from fisher_forget.experiments.training import TrainSettings, train
 
 torch.set_num_threads(1)
 pytest.register_assert_rewrite("browser", "laws", "oracle")
+
+# Data sets that need files lie beside this repository, for all tests and what they start.
+for parent in Path(__file__).resolve().parents:
+    if (parent / "shared" / "data").is_dir():
+        os.environ.setdefault("FISHER_FORGET_DATA", str(parent / "shared" / "data"))
 
 WEIGHT_DECAY = 0.01
 

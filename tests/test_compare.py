@@ -25,8 +25,11 @@ from fisher_forget.errors import NumericalError
 from fisher_forget.evaluate.evaluation import Evaluation
 from fisher_forget.evaluate.scoring import EvaluationRow
 from fisher_forget.evaluate.verdict import UNDECIDED
-from fisher_forget.experiments.compare import compare, configured
-from fisher_forget.experiments.config import CompareConfig, load_config
+from fisher_forget.experiments.cases import prepare_case, untrained
+from fisher_forget.experiments.compare import compare
+from fisher_forget.experiments.config import CompareConfig
+from fisher_forget.experiments.config_file import load_config
+from fisher_forget.experiments.method_setup import configured
 from fisher_forget.report.pages.comparison import (
     CONTROL,
     answer,
@@ -263,26 +266,25 @@ def test_unknown_methods_are_refused_before_training(tmp_path: Path, capsys: Any
     assert not (tmp_path / "small" / "original").exists()
 
 
-def test_methods_get_what_the_recipe_knows(tmp_path: Path) -> None:
-    from fisher_forget.experiments import run as recipe
+def test_methods_get_what_the_experiment_knows(tmp_path: Path) -> None:
     from fisher_forget.experiments.datasets import load_dataset
 
     settings = load_config(config(tmp_path), [], CompareConfig)
     data = load_dataset("digits", max_train=150)
-    case = recipe.prepare_case(settings, data, settings.forget_sets[0], tmp_path)
+    case = prepare_case(settings, data, settings.forget_sets[0], tmp_path)
 
     def build(name: str, **chosen: Any) -> Any:
         return configured(settings, case, METHODS[name], chosen, 1)
 
     assert build("finetune", lr=0.3) == METHODS["finetune"](lr=0.3, weight_decay=0.001, seed=1)
     assert build("ntk").weight_decay == METHODS["ntk"]().weight_decay  # chosen from its grid
-    initial, again = build("ntk").initial, recipe.untrained(settings, data, 1)
+    initial, again = build("ntk").initial, untrained(settings, data, 1)
     assert all(
         torch.equal(a, b) for a, b in zip(initial.parameters(), again.parameters(), strict=True)
     )
     torch.manual_seed(3)
     fresh = build("eu-k").init()
-    others = [recipe.untrained(settings, data, s) for s in (0, 1, 3)] + list(case.retrained.models)
+    others = [untrained(settings, data, s) for s in (0, 1, 3)] + list(case.retrained.models)
     assert not any(
         torch.equal(next(fresh.parameters()), next(other.parameters())) for other in others
     )

@@ -9,25 +9,26 @@ import shlex
 import shutil
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
 import yaml
 
-from fisher_forget import NoiseTarget, cli, forget
+from fisher_forget import ForgetOptions, NoiseTarget, cli
+from fisher_forget.baselines.fisher import FisherForget
 from fisher_forget.errors import ConfigError
 from fisher_forget.experiments.config import (
     CompareConfig,
     ForgetSet,
-    ForgetSettings,
     RunConfig,
     SweepConfig,
-    load_config,
-    option_names,
     to_plain,
 )
-from fisher_forget.experiments.datasets import MNIST_FILES
+from fisher_forget.experiments.config_file import load_config, option_names
+from fisher_forget.experiments.data_sources import MNIST_FILES
 from fisher_forget.experiments.training import TrainSettings
+from fisher_forget.unlearn.options import ForgetKeywords
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 LEAST = {"name": "least", "forget_sets": [{"name": "some", "kind": "random", "count": 2}]}
@@ -53,7 +54,7 @@ class TestLoad:
         config = load_config(CONFIGS / f"{name}.yaml", kind=kind)
         assert type(config) is kind
         assert isinstance(config.training, TrainSettings)
-        assert isinstance(config.forget, ForgetSettings)
+        assert isinstance(config.forget, ForgetOptions)
         assert all(isinstance(entry, ForgetSet) for entry in config.forget_sets)
 
         def within(said, held):
@@ -126,11 +127,46 @@ class TestLoad:
             load_config(written(yaml.safe_dump(LEAST) + "training:\n")).training == TrainSettings()
         )
 
-    def test_forget_settings_are_forgets_options(self):
-        options = forget.__kwdefaults__
-        for field in dataclasses.fields(ForgetSettings):
-            default = None if field.name == "weight_decay" else options[field.name]
-            assert field.default == default, field.name
+    @pytest.mark.parametrize("option", dataclasses.fields(ForgetOptions), ids=lambda f: f.name)
+    def test_every_option_of_forget_is_a_key(self, written, option):
+        config = load_config(written())
+        default = getattr(config.forget, option.name)
+        assert default == option.default
+        assert f"forget.{option.name}" in option_names(RunConfig)
+        section = {option.name: to_plain(config)["forget"][option.name]}
+        assert load_config(written(LEAST | {"forget": section})) == config
+
+    def test_every_option_of_forget_reaches_it(self, written):
+        """Each takes another value in the file, and those are the options of a model."""
+        values = {
+            "weight_decay": 0.25,
+            "structure": "diagonal",
+            "kind": "sampled",
+            "draws": 3,
+            "max_samples": 77,
+            "subset": ["head.*"],
+            "steps": 4,
+            "damping": 0.5,
+            "solver": "cg",
+            "drift": False,
+            "budget": 0.125,
+            "noise": {"loss": 0.01},
+            "exponent": 0.5,
+        }
+        options = load_config(written(LEAST | {"forget": values})).forget_options(seed=9)
+        expected = values | {"noise": NoiseTarget(loss=0.01), "subset": ("head.*",), "seed": 9}
+        assert {name: getattr(options, name) for name in expected} == expected
+
+    def test_one_list_of_options(self):
+        """The method of comparisons and the keywords of calls are the options themselves."""
+        names = {option.name for option in dataclasses.fields(ForgetOptions)}
+        assert {option.name for option in dataclasses.fields(FisherForget)} == names
+        assert set(ForgetKeywords.__annotations__) == names
+        assert typing.get_type_hints(ForgetKeywords) == {
+            name: hint
+            for name, hint in typing.get_type_hints(ForgetOptions).items()
+            if name in names
+        }
 
 
 class TestNames:
@@ -202,7 +238,7 @@ class TestFlags:
             ),
             (["--forget.steps", "3"], lambda c: c.forget.steps == 3),
             (["--forget.drift", "false"], lambda c: c.forget.drift is False),
-            (["--forget.subset", "[head.*]"], lambda c: c.forget.subset == ["head.*"]),
+            (["--forget.subset", "[head.*]"], lambda c: c.forget.subset == ("head.*",)),
             (["--name", "another run"], lambda c: c.name == "another run"),
             (
                 ["--forget_sets", "[{name: a, kind: indices, indices: [1]}]"],
@@ -386,7 +422,7 @@ class TestExitCodes:
         seen = []
         monkeypatch.chdir(CONFIGS.parent)
         monkeypatch.setattr(cli, "load_config", lambda *a: seen.append(load_config(*a)) or seen[0])
-        for work in ("run.run", "run.redraw", "evaluate_run.assess", "compare.compare"):
+        for work in ("run.run", "run.redraw", "evaluate_run.evaluate_run", "compare.compare"):
             monkeypatch.setattr(f"fisher_forget.experiments.{work}", lambda config: [])
         arguments = shlex.split(cli.COMMANDS[name].example)[1:]
         if arguments[1].startswith("runs/"):

@@ -6,19 +6,19 @@ import pickle
 from pathlib import Path
 
 import numpy as np
+import platformdirs
 import pytest
 import torch
 
 from fisher_forget.errors import ConfigError, DataError
-from fisher_forget.experiments.datasets import (
+from fisher_forget.experiments.data_sources import (
     CIFAR_FILES,
     DATASETS,
     MNIST_FILES,
-    available,
-    load_dataset,
     read_idx,
+    read_pickled_arrays,
 )
-from fisher_forget.experiments.datasets import read_pickled_arrays as read_pickle
+from fisher_forget.experiments.datasets import available, data_root, load_dataset
 
 SHIPPED = ["digits", "breast_cancer", "diabetes"]
 
@@ -33,6 +33,10 @@ def write_mnist(root: Path, images: np.ndarray, labels: np.ndarray, *, suffix: s
     for name, array in zip(MNIST_FILES, (images, labels, images[:4], labels[:4]), strict=True):
         content = idx(array)
         (folder / (name + suffix)).write_bytes(gzip.compress(content) if suffix else content)
+
+
+def two_images() -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros((2, 28, 28), np.uint8), np.arange(2, dtype=np.uint8)
 
 
 def write_cifar10(root: Path, protocol: int) -> np.ndarray:
@@ -136,6 +140,32 @@ class TestNames:
         assert list(found) == list(DATASETS)
         assert {name for name, text in found.items() if text == "ready"} == set(SHIPPED)
 
+    def test_root_is_the_argument_else_the_environment_else_the_users_folder(
+        self, tmp_path, monkeypatch
+    ):
+        user = tmp_path / "user"
+        monkeypatch.setenv("XDG_DATA_HOME", str(user))  # what platformdirs asks on Linux
+        monkeypatch.delenv("FISHER_FORGET_DATA", raising=False)
+        expected = Path(platformdirs.user_data_dir("fisher_forget"))
+        assert data_root() == expected
+        monkeypatch.setenv("FISHER_FORGET_DATA", str(tmp_path / "named"))
+        assert data_root() == tmp_path / "named"
+        assert data_root(tmp_path / "given") == tmp_path / "given"
+        with pytest.raises(DataError) as caught:
+            load_dataset("mnist", tmp_path / "given")
+        for words in (str(tmp_path / "given"), "data.root", "FISHER_FORGET_DATA", str(expected)):
+            assert words in caught.value.fix
+
+    def test_the_place_that_a_program_runs_in_names_no_data(self, tmp_path, monkeypatch):
+        write_mnist(tmp_path / "shared" / "data", *two_images())
+        (tmp_path / "project").mkdir()
+        monkeypatch.chdir(tmp_path / "project")
+        monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "user"))
+        monkeypatch.delenv("FISHER_FORGET_DATA", raising=False)
+        assert available()["mnist"] != "ready"
+        write_mnist(data_root(), *two_images())
+        assert available()["mnist"] == "ready"
+
     def test_root_comes_from_the_environment(self, tmp_path, monkeypatch):
         monkeypatch.setenv("FISHER_FORGET_DATA", str(tmp_path))
         with pytest.raises(DataError, match=str(tmp_path)):
@@ -188,7 +218,7 @@ class TestMnist:
         assert len(bundle.test) == 4
 
     def test_missing_files_are_named(self, tmp_path):
-        with pytest.raises(DataError, match=r"t10k-labels-idx1-ubyte.*root= or FISHER_FORGET_DATA"):
+        with pytest.raises(DataError, match=r"t10k-labels.*by root= .*FISHER_FORGET_DATA"):
             load_dataset("mnist", tmp_path)
 
     def test_images_and_labels_must_match(self, tmp_path):
@@ -218,7 +248,7 @@ class TestCifar10:
         assert bundle.classes == tuple(f"c{i}" for i in range(10))
 
     def test_missing_files_are_named(self, tmp_path):
-        with pytest.raises(DataError, match=r"data_batch_1.*root= or FISHER_FORGET_DATA"):
+        with pytest.raises(DataError, match=r"data_batch_1.*by root= .*FISHER_FORGET_DATA"):
             load_dataset("cifar10", tmp_path)
 
     def test_archive_is_to_be_unpacked(self, tmp_path):
@@ -258,20 +288,20 @@ class TestRestrictedPickle:
         mark = tmp_path / "mark"
         (tmp_path / "evil").write_bytes(pickle.dumps({"data": Evil(os.mkdir, str(mark))}, protocol))
         with pytest.raises(DataError, match=r"mkdir, which no array needs"):
-            read_pickle(tmp_path / "evil")
+            read_pickled_arrays(tmp_path / "evil")
         assert not mark.exists()
 
     @pytest.mark.parametrize("call", [eval, getattr, np.load, np.frombuffer, type])
     def test_refuses_every_other_name(self, tmp_path, call):
         (tmp_path / "evil").write_bytes(pickle.dumps(Evil(call, "1")))
         with pytest.raises(DataError, match="which no array needs"):
-            read_pickle(tmp_path / "evil")
+            read_pickled_arrays(tmp_path / "evil")
 
     def test_refuses_object_arrays_that_hold_code(self, tmp_path):
         hidden = np.array([Evil(os.getcwd)], dtype=object)
         (tmp_path / "evil").write_bytes(pickle.dumps(hidden))
         with pytest.raises(DataError, match="getcwd, which no array needs"):
-            read_pickle(tmp_path / "evil")
+            read_pickled_arrays(tmp_path / "evil")
 
     def test_reads_what_python_2_wrote(self, tmp_path):
         # {'data': array([[1, 200]], dtype=uint8), 'labels': [7]}, protocol 2, with NumPy's old
@@ -281,11 +311,11 @@ class TestRestrictedPickle:
             b"(K\x01K\x01K\x02\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xff"
             b"K\x00tb\x89U\x02\x01\xc8tbU\x06labels]K\x07au."
         )
-        found = read_pickle(tmp_path / "old")
+        found = read_pickled_arrays(tmp_path / "old")
         assert found["data"].tolist() == [[1, 200]]
         assert found["labels"] == [7]
 
     def test_refuses_damage(self, tmp_path):
         (tmp_path / "cut").write_bytes(pickle.dumps(np.arange(100))[:-30])
         with pytest.raises(DataError, match="cannot be read"):
-            read_pickle(tmp_path / "cut")
+            read_pickled_arrays(tmp_path / "cut")

@@ -23,7 +23,8 @@ from browser import chromium, needs_chromium
 
 from fisher_forget.baselines import METHODS
 from fisher_forget.cli import main
-from fisher_forget.experiments.config import CompareConfig, RunConfig, SweepConfig, load_config
+from fisher_forget.experiments.config import CompareConfig, RunConfig, SweepConfig
+from fisher_forget.experiments.config_file import load_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

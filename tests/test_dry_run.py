@@ -6,15 +6,22 @@ from __future__ import annotations
 import re
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from torch.utils.data import TensorDataset
 
+from fisher_forget import ForgetOptions, forget
 from fisher_forget.cli import main
-from fisher_forget.experiments import dry_run as plan
-from fisher_forget.experiments import run as recipe
-from fisher_forget.experiments.config import load_config
+from fisher_forget.experiments import cases
+from fisher_forget.experiments.config import ForgetSet, ModelSettings, RunConfig, SweepConfig
+from fisher_forget.experiments.config_file import load_config
+from fisher_forget.experiments.datasets import DataBundle
+from fisher_forget.experiments.dry_run import activation_bytes, predicted_cost
+from fisher_forget.unlearn.options import PRECONDITIONER_SAMPLES
 
 CONTENT = {
     "name": "small",
@@ -77,13 +84,13 @@ def test_counts_what_the_run_then_trains(
         first["original"] == first["original with wrong"] == (2, 0)
     )  # labels made wrong want their own
     trained = []
-    train_one = recipe.train_one
+    train_one = cases.train_one
 
     def counted(config: object, data: object, rows: object, seed: int) -> object:
         trained.append(seed)
         return train_one(config, data, rows, seed)
 
-    monkeypatch.setattr(recipe, "train_one", counted)
+    monkeypatch.setattr(cases, "train_one", counted)
     assert main(["run", path]) == 0
     assert len(trained) == 2 + 2 + 2 + 2 + 3 == int(re.search(r"training: (\d+) models", text)[1])
     for file in Path("runs/small/some/retrained").glob("seed-1001*"):
@@ -124,9 +131,8 @@ def test_prints_the_resolved_configuration(path: str, capsys: pytest.CaptureFixt
     assert main(["sweep", path, "--dry-run", "--forget.noise.loss", "0.1", "--draws", "2"]) == 0
     text = capsys.readouterr().out
     Path("again.yaml").write_text(text.split("with all defaults:\n")[1])
-    kind = type(load_config(path))
     given = [
-        load_config(p, f, kind.__subclasses__()[0])
+        load_config(p, f, SweepConfig)
         for p, f in ((path, ["--draws", "2", "--forget.noise.loss", "0.1"]), ("again.yaml", []))
     ]
     assert given[0] == given[1]
@@ -152,6 +158,38 @@ def test_finds_mistakes_without_training(
     assert word in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "columns", "samples"),
+    [
+        ({}, 1, PRECONDITIONER_SAMPLES),  # "auto" is a sketch where samples are left out
+        ({"kind": "exact"}, 2, PRECONDITIONER_SAMPLES),  # of three classes
+        ({"max_samples": None}, 2, PRECONDITIONER_SAMPLES + 97),
+        ({"solver": "direct"}, 2, PRECONDITIONER_SAMPLES + 97),
+        ({"max_samples": 50}, 2, 50),
+    ],
+    ids=str,
+)
+def test_foresees_the_samples_and_kind_of_the_curvature_that_forget_estimates(
+    options: dict[str, Any], columns: int, samples: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(PRECONDITIONER_SAMPLES + 100, 4, generator=generator)
+    train = TensorDataset(inputs, torch.arange(len(inputs)) % 3)
+    data = DataBundle("made up", train, train, ("a", "b", "c"))
+    config = RunConfig(
+        "large",
+        [ForgetSet("three", "indices", indices=[3, 4, 5])],
+        model=ModelSettings("linear"),
+        forget=ForgetOptions(**options, drift=True, noise=None),
+    )
+    model, forgotten = cases.untrained(config, data, 0), np.array([3, 4, 5])
+    cost = predicted_cost(config, data, model, forgotten).curvature
+    assert (cost.columns, cost.samples) == (columns, samples)
+    result = forget(model, train, forgotten, config.forget_options(0), progress=False)
+    assert result.curvature.info.count == samples
+    assert result.kind == ("sketch" if columns == 1 else "exact")
+
+
 def test_time_and_memory_are_of_the_right_size(path: str) -> None:
     """Against the run itself: an epoch within a factor of three, and the bytes of weights and
     activations exactly."""
@@ -159,14 +197,15 @@ def test_time_and_memory_are_of_the_right_size(path: str) -> None:
         path, ["--training.epochs", "8", "--data.max_train", "1000", "--model.options.width", "8"]
     )
     data = config.data.load()
-    model = recipe.untrained(config, data, 0)
-    cost = plan._cost(config, data, model, plan._choice(config.forget_sets[0], data))
+    model = cases.untrained(config, data, 0)
+    class_3 = np.flatnonzero(data.train.tensors[1].numpy() == 3)
+    cost = predicted_cost(config, data, model, class_3)
     begun = time.perf_counter()
-    recipe.train_one(config, data, None, 0)
+    cases.train_one(config, data, None, 0)
     taken = time.perf_counter() - begun
     assert 1 / 3 < 8 * cost.epoch / taken < 3
     assert cost.weights == 4 * sum(p.numel() for p in model.parameters())
     linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
     # of Flatten's view the images' own memory is kept, and the weights for the gradient of the
     # input are not
-    assert plan._activations(linear, data, torch.arange(32).numpy()) == 4 * 32 * 64
+    assert activation_bytes(linear, data, torch.arange(32).numpy()) == 4 * 32 * 64

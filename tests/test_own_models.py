@@ -17,7 +17,7 @@ import yaml
 from fisher_forget._util import files
 from fisher_forget.cli import main
 from fisher_forget.errors import ConfigError, DataError
-from fisher_forget.experiments.config import load_config
+from fisher_forget.experiments.config_file import load_config
 from fisher_forget.experiments.datasets import load_dataset
 from fisher_forget.experiments.init_config import TEMPLATES
 from fisher_forget.experiments.models import build_model

@@ -11,9 +11,7 @@ import pytest
 import yaml
 
 from fisher_forget.cli import main
-from fisher_forget.evaluate.closeness import Closeness, PartScores
-from fisher_forget.experiments import run
-from fisher_forget.experiments.run import ALPHAS, best_scale
+from fisher_forget.experiments import cases
 from fisher_forget.report.schema import load_schema
 from fisher_forget.sweep import SweepTable
 
@@ -48,7 +46,6 @@ class TestRun:
         assert f"Report: {folder / 'report.html'}" in capsys.readouterr().out
         metrics = json.loads((folder / "metrics.json").read_text())
         jsonschema.validate(metrics, load_schema())
-        assert "reference_code" not in str(metrics["cases"])
         forgotten = metrics["cases"][0]
         assert forgotten["runs"][0]["forget"]["forgotten"] == forgotten["forgotten"] > 0
         assert set(forgotten["summary"]) == {"forget", "retain", "test", "test, retained classes"}
@@ -78,7 +75,7 @@ class TestRun:
         path = write(tmp_path)
         trained: list[int] = []
         limit = 3
-        train_one = run.train_one
+        train_one = cases.train_one
 
         def counted(config: object, data: object, rows: object, seed: int) -> object:
             if len(trained) == limit:
@@ -86,7 +83,7 @@ class TestRun:
             trained.append(seed)
             return train_one(config, data, rows, seed)
 
-        monkeypatch.setattr(run, "train_one", counted)
+        monkeypatch.setattr(cases, "train_one", counted)
         assert main(["run", path]) == 130
         assert "start it again" in capsys.readouterr().err
         limit = 100
@@ -121,64 +118,25 @@ class TestRun:
         assert str(place / "tradeoff.svg") in capsys.readouterr().out
         assert (place / "tradeoff.svg").read_bytes() == before
 
-    def test_reference_variant(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["run", write(tmp_path, reference_variant=True, seeds=[0])]) == 0
-        printed = capsys.readouterr().out
-        assert printed.count("\n  reference code ") == 2  # a row for each forget set
-        assert printed.count("best of twelve scales") == 2
-        metrics = json.loads((tmp_path / "small" / "metrics.json").read_text())
-        jsonschema.validate(metrics, load_schema())
-        for case in metrics["cases"]:
-            assert set(case["reference_code"]) == set(case["summary"])
-            found = case["runs"][0]["reference_code"]
-            assert found["alpha"] in ALPHAS
-            for part, scores in found["evaluation"]["parts"].items():
-                own = case["runs"][0]["evaluation"]["parts"][part]
-                for key in (
-                    "kl_original",
-                    "floor",
-                    "score_original",
-                    "score_retrained",
-                ):  # the same yardstick
-                    assert scores[key] == own[key]
-                assert scores["kl_scrubbed"] != own["kl_scrubbed"]
-                assert case["reference_code"][part]["kl_scrubbed"]["mean"] == scores["kl_scrubbed"]
-        page = (tmp_path / "small" / "report.html").read_text()
-        assert page.count("KL reference code (nats)") == 2
-        assert "Golatkar" in page
+    def test_folders_of_version_0_1_are_read(self, tmp_path: Path) -> None:
+        """Their configuration names `reference_variant`, which compare does today."""
+        assert main(["run", write(tmp_path, seeds=[0])]) == 0
+        stored = tmp_path / "small" / "config.yaml"
+        stored.write_text(stored.read_text() + "reference_variant: false\n")
+        assert main(["plot", str(tmp_path / "small")]) == 0
 
-    def test_reference_variant_needs_classes(
+    def test_the_public_code_is_a_matter_of_compare(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert main(["run", write(tmp_path, reference_variant=True, likelihood="gaussian")]) == 2
-        assert "reference_variant" in capsys.readouterr().err
+        assert main(["run", write(tmp_path, reference_variant=True)]) == 2
+        message = capsys.readouterr().err
+        assert "'reference_variant'" in message
+        assert "compare has it" in message
+        assert "golatkar-code" in message
+        assert not (tmp_path / "small").exists()
 
     def test_plot_needs_a_finished_run(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert main(["plot", write(tmp_path)]) == 2
         assert "metrics.json" in capsys.readouterr().err
-
-
-def scored(scale: float, kl: float, retained: float) -> tuple[float, Closeness]:
-    """Of an original that has 0.99 on the retained data."""
-
-    def part(score: float) -> PartScores:
-        return PartScores(9, 5.0, kl, 0.1, 0.2, 0.1, None, 0.99, score, 0.99, 0.0)
-
-    return scale, Closeness({"forget": part(0.0), "retain": part(retained)}, 2, "accuracy")
-
-
-class TestBestScale:
-    def test_smallest_kl_among_those_that_cost_a_point_at_most(self) -> None:
-        tried = [
-            scored(1, 4.0, 0.99),
-            scored(2, 3.0, 0.98),
-            scored(3, 2.0, 0.979),
-            scored(4, 3.5, 0.985),
-        ]
-        assert best_scale(tried) == tried[1]
-
-    def test_else_the_smallest_cost(self) -> None:
-        tried = [scored(1, 4.0, 0.9), scored(2, 3.0, 0.95), scored(3, 2.0, 0.1)]
-        assert best_scale(tried) == tried[1]

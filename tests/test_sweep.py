@@ -25,7 +25,8 @@ from fisher_forget import ConfigError, NoiseTarget, Reference, StorageError, for
 from fisher_forget.baselines.finetune import FineTune
 from fisher_forget.data.split import resolve_split
 from fisher_forget.errors import FisherForgetWarning
-from fisher_forget.experiments.config import SweepConfig, load_config
+from fisher_forget.experiments.config import SweepConfig
+from fisher_forget.experiments.config_file import load_config
 from fisher_forget.experiments.training import TrainSettings, train
 from fisher_forget.likelihood.base import ACCURACY, SQUARED_ERROR, Score
 from fisher_forget.sweep import SweepTable
@@ -71,8 +72,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
         return call
 
-    module = sys.modules["fisher_forget.unlearn.forget"]
-    for name in ("estimate_curvature", "newton_step"):
+    for room, name in (("problem", "estimate_curvature"), ("forget", "newton_step")):
+        module = sys.modules[f"fisher_forget.unlearn.{room}"]
         monkeypatch.setattr(module, name, counting(name, getattr(module, name)))
     monkeypatch.setattr(Reference, "outputs", counting("outputs", Reference.outputs))
     return calls

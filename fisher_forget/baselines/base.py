@@ -227,13 +227,6 @@ class Training:
         self.likelihood.check(outputs.detach(), batch.targets)
         return outputs
 
-    def mean(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss per scored position of outputs [B, ...], nats."""
-        likelihood = self.likelihood
-        # a batch without any scored position (all padding) has the loss 0, not 0 / 0
-        count = likelihood.counts(targets).sum().clamp(min=1)
-        return likelihood.losses(outputs, targets).sum() / count
-
     def mean_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean loss per scored position of a batch, nats, with its graph."""
-        return self.mean(self.outputs(model, batch), batch.targets)
+        return self.likelihood.mean_loss(self.outputs(model, batch), batch.targets)

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from fisher_forget import params as P
-from fisher_forget._util.random_state import preserved_rng
+from fisher_forget._util.random_state import seeded_rng
 from fisher_forget.baselines.finetune import FineTune
 from fisher_forget.baselines.protocol import Grid
 from fisher_forget.data.split import Indices, Split
@@ -94,8 +94,7 @@ def fresh(
     twin = copy.deepcopy(model)
     frozen = P.detached({name: p for name, p in twin.named_parameters() if not p.requires_grad})
     modules = {name: m for name, m in twin.named_modules() if only is None or name in only}
-    with preserved_rng(), torch.no_grad():
-        torch.manual_seed(seed)
+    with seeded_rng(seed), torch.no_grad():
         if init is None:
             # in the order in which `__init__` names them, which is mostly that of their first draw
             for name, module in modules.items():

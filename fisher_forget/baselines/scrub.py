@@ -100,7 +100,9 @@ class Scrub(TrainingMethod):
 
         def follow(student: nn.Module, batch: Batch) -> Tensor:
             outputs, kl = compared(student, batch)
-            return self.gamma * training.mean(outputs, batch.targets) + self.alpha * kl
+            return (
+                self.gamma * training.likelihood.mean_loss(outputs, batch.targets) + self.alpha * kl
+            )
 
         def epoch(number: int, rng: np.random.Generator) -> Iterator[Loss]:
             # max steps first, so that the min steps mend what they did to D_r

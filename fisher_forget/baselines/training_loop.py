@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fisher_forget import params as P
-from fisher_forget._util.random_state import preserved_rng
+from fisher_forget._util.random_state import seeded_rng
 from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import ConfigError, NumericalError
@@ -74,8 +74,7 @@ def descend(
     weights = P.trainable(twin)
     optimizer = _optimizer(list(weights.values()), settings, masked=mask is not None)
     rng = np.random.default_rng(seed)
-    with preserved_rng(), torch.enable_grad():
-        torch.manual_seed(seed)
+    with seeded_rng(seed), torch.enable_grad():
         for number in range(settings.epochs):
             for group in optimizer.param_groups:
                 # counted from the start, so that it holds no state

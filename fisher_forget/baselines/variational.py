@@ -122,12 +122,10 @@ class Variational(DirectMethod):
         self, objective: Objective, batch: Batch, logs: Params, generator: torch.Generator
     ) -> Tensor:
         """[L(w + n) + L(w - n)] / 2 - lambda ln|Sigma|, with its graph."""
-        count = objective.likelihood.counts(batch.targets).sum().clamp(min=1)
         above, below = (
-            objective.likelihood.losses(
+            objective.likelihood.mean_loss(
                 objective.outputs(batch, objective.start | noisy), batch.targets
-            ).sum()
-            / count
+            )
             for noisy in _noisy(objective.start, logs, generator)
         )
         # ln|Sigma| counts a filter's log-variance once for each of its weights

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from fisher_forget._util.checks import check_model
+from fisher_forget._util.markdown import markdown_table
 from fisher_forget.curvature import kinds
 from fisher_forget.curvature.cost import CostEstimate
 from fisher_forget.curvature.kinds import Kind
@@ -58,12 +59,13 @@ def support_table() -> str:
     below."""
     cells = support()
     reasons = list(dict.fromkeys(reason for reason in cells.values() if reason))
-    lines = ["| kind | " + " | ".join(STRUCTURES) + " |", "|---" * (len(STRUCTURES) + 1) + "|"]
+    rows = []
     for kind in dict.fromkeys(kind for kind, _ in cells):
         row = [cells[kind, structure] for structure in STRUCTURES]
         marks = ["yes" if cell is None else f"no ({reasons.index(cell) + 1})" for cell in row]
-        lines.append(f"| {kind} | " + " | ".join(marks) + " |")
-    return "\n".join([*lines, "", *(f"{i}. {reason}" for i, reason in enumerate(reasons, 1))])
+        rows.append([kind, *marks])
+    table = markdown_table(["kind", *STRUCTURES], rows)
+    return "\n".join([table, "", *(f"{i}. {reason}" for i, reason in enumerate(reasons, 1))])
 
 
 @overload

@@ -76,10 +76,12 @@ class Curvature(ABC):
     Attributes:
         info: What it was estimated from; `None` for an operator that was put together by hand.
         stored_as: Name of the class in files; empty where it cannot be stored.
+        whole: Whether it holds all of B, so that a Newton step inverts it itself; others precondition.
     """
 
     info: Info | None = field(default=None, kw_only=True)
     stored_as: ClassVar[str] = ""
+    whole: ClassVar[bool] = False
 
     @property
     @abstractmethod

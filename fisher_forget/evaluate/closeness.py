@@ -207,18 +207,19 @@ def bars(
             "at least 2, whose mutual KL is the floor",
             "Retrain more seeds.",
         )
-    found = {}
+    standard = {}
     for part, y in targets.items():
         members = [r[part] for r in retrained]
+        # of each member to all others, in both directions: KL is not symmetric
         floors = [
             float(np.mean([mean_kl(likelihood, a, b, y) for b in members if b is not a]))
             for a in members
         ]
         scores = [_score(likelihood, m, y) for m in members]
-        found[part] = Bar(
+        standard[part] = Bar(
             *(float(f) for x in (floors, scores) for f in (np.mean(x), np.std(x, ddof=1)))
         )
-    return found
+    return standard
 
 
 def closeness(

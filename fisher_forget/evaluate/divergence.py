@@ -166,6 +166,7 @@ def per_sample(fn: Divergence, p: Tensor, q: Tensor) -> Tensor:
 
 def _jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
     logp, logq = p.log_softmax(-1), q.log_softmax(-1)
+    # log m = log((p + q) / 2) without leaving the logarithm, so that no probability underflows
     middle = torch.logaddexp(logp, logq) - math.log(2)
     nats = (logp.exp() * (logp - middle) + logq.exp() * (logq - middle)).sum(-1) / 2
     return (nats / math.log(2)).clamp_(0.0, 1.0)

@@ -232,7 +232,7 @@ def _subjects(
     """Models as the metrics see them, each beside its own original where there are as many."""
     alike = len(originals) == len(models)
     sources = originals if alike else [originals[0]] * len(models)
-    return [Subject(*each) for each in zip(outputs, models, sources, strict=True)]
+    return [Subject(*parts) for parts in zip(outputs, models, sources, strict=True)]
 
 
 def _table(
@@ -286,11 +286,11 @@ def _check(
 ) -> None:
     for part, members in retrained.items():
         expected = tuple(members.shape[1:])
-        for found in outputs:
-            if tuple(found[part].shape) != expected or len(found[part]) != len(targets[part]):
+        for of_model in outputs:
+            shape = tuple(of_model[part].shape)
+            if shape != expected or shape[0] != len(targets[part]):
                 raise DataError(
-                    f"outputs of shape {tuple(found[part].shape)} on {part!r}, and {expected} of "
-                    "the retrained models",
+                    f"outputs of shape {shape} on {part!r}, {expected} of the retrained models",
                     "the same samples and labels",
                     "Keep every class in the retrained models, and predict on the same data.",
                 )

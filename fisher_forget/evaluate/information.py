@@ -86,11 +86,11 @@ class NoiseLaw:
         Raises:
             ModelError: If names or shapes do not match.
         """
-        found = dict(mean.named_parameters()) if isinstance(mean, nn.Module) else mean
+        given = dict(mean.named_parameters()) if isinstance(mean, nn.Module) else mean
         odd = [
             name
             for name, p in self.mean.items()
-            if name not in found or found[name].shape != p.shape
+            if name not in given or given[name].shape != p.shape
         ]
         if odd:
             raise ModelError(
@@ -98,7 +98,7 @@ class NoiseLaw:
                 "parameters of the same names and shapes",
                 "Compare models of the same architecture.",
             )
-        moved = {name: found[name].detach().to(p, copy=True) for name, p in self.mean.items()}
+        moved = {name: given[name].detach().to(p, copy=True) for name, p in self.mean.items()}
         return replace(self, mean=moved, scale=self.scale if scale is None else scale)
 
 
@@ -113,6 +113,8 @@ def gaussian_kl(law: NoiseLaw, reference: NoiseLaw) -> float:
         ConfigError: If the laws do not share curvature and exponent.
     """
     _check_shared(law, reference)
+    # |(B + tau I)^p (h - h')|^2: both laws have the covariance (B + tau I)^-2p up to their scales,
+    # so their log-determinants differ by d ln r alone
     whitened = law.curvature.power(P.add(law.mean, reference.mean, -1.0), law.exponent)
     return P.dot(whitened, whitened) / (2 * reference.scale**2) + P.size(law.mean) * _spread(
         law, reference
@@ -183,7 +185,9 @@ def information_in_outputs(
     for shift, gram in zip(shifts, grams, strict=True):
         independent = torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1))
         quadratic, rank = _mahalanobis(shift, gram if covariance == "full" else independent, tiny)
-        if draws is not None:  # E[G_drawn^-1] = draws / (draws - c - 1) G^-1
+        if draws is not None:
+            # the inverse of a Wishart average is biased:
+            # E[G_drawn^-1] = draws / (draws - c - 1) G^-1
             quadratic = quadratic * (draws - 1 - (rank if covariance == "full" else 1)) / draws
         values.append(quadratic / (2 * reference.scale**2) + rank * _spread(law, reference))
     return torch.cat(values).cpu()
@@ -191,6 +195,7 @@ def information_in_outputs(
 
 def _spread(law: NoiseLaw, reference: NoiseLaw) -> float:
     """(r - 1 - ln r) / 2 of one coordinate, nats."""
+    # with r - 1 and log1p, as r is close to 1 and the difference would cancel
     excess = (law.scale / reference.scale) ** 2 - 1
     return (excess - math.log1p(excess)) / 2
 
@@ -198,10 +203,10 @@ def _spread(law: NoiseLaw, reference: NoiseLaw) -> float:
 def _exact(model: nn.Module, law: NoiseLaw, batch: Batch) -> Tensor:
     """J K J^T of each sample [B, c, c], float64, as M M^T with the rows (B + tau I)^-p J_k of M."""
     leaves = {name: p.detach().clone().requires_grad_() for name, p in law.mean.items()}
-    found = []
-    for one in batch.chunks(1):
+    grams = []
+    for sample in batch.chunks(1):
         with torch.enable_grad():
-            outputs = P.call(model, leaves, one.args, one.kwargs).reshape(-1)
+            outputs = P.call(model, leaves, sample.args, sample.kwargs).reshape(-1)
         rows = []
         for output in outputs:
             grads = torch.autograd.grad(
@@ -214,8 +219,8 @@ def _exact(model: nn.Module, law: NoiseLaw, batch: Batch) -> Tensor:
             row = law.curvature.power(dict(zip(leaves, grads, strict=True)), -law.exponent)
             rows.append(P.flatten(row).double())
         root = torch.stack(rows)
-        found.append(root @ root.T)
-    return torch.stack(found)
+        grams.append(root @ root.T)
+    return torch.stack(grams)
 
 
 def _sampled(
@@ -256,16 +261,18 @@ def _shift(
     if linearised:
         return _pushed(model, law, P.add(law.mean, reference.mean, -1.0), batch)
     with torch.no_grad():
-        one, other = (
+        outputs, others = (
             P.call(model, at, batch.args, batch.kwargs).double()
             for at in (law.mean, reference.mean)
         )
-    return (one - other).reshape(len(batch), -1)
+    return (outputs - others).reshape(len(batch), -1)
 
 
 def _mahalanobis(shift: Tensor, gram: Tensor, tiny: float) -> tuple[Tensor, Tensor]:
     """(df^T G^-1 df [B], rank of G [B]); infinite where df leaves the range of G by more than
     rounding."""
+    # in the eigenbasis of G, whose null space the noise does not reach: a difference there would
+    # tell the laws apart for certain
     values, vectors = torch.linalg.eigh(gram)
     along = (vectors.mT @ shift[..., None]).squeeze(-1)
     seen = values > 10 * shift.shape[1] * tiny * values[:, -1:]

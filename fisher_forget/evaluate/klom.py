@@ -157,6 +157,7 @@ def summarise_klom(values: Tensor) -> KlomSummary:
 def _klom(first: Tensor, second: Tensor, settings: KlomSettings) -> Tensor:
     """KL between the histograms of margins [M, n] and [M', n]: [n]."""
     a, b = (x.T.double().clamp(-settings.clip, settings.clip).contiguous() for x in (first, second))
+    # bins span both ensembles; where all margins are equal any width does
     low = torch.minimum(a.amin(1), b.amin(1))
     high = torch.maximum(a.amax(1), b.amax(1))
     high = torch.where(high > low, high, low + 1)
@@ -164,6 +165,7 @@ def _klom(first: Tensor, second: Tensor, settings: KlomSettings) -> Tensor:
     edges = low[:, None] + ((high - low) / settings.bins)[:, None] * steps
     edges[:, -1] = high  # rounding must not push the largest margin past the last edge
     p, q = _histogram(a, edges, settings.published), _histogram(b, edges, settings.published)
+    # a bin that the second ensemble never reached would make the KL infinite
     q = torch.where(p > 0, q.clamp(min=settings.floor), q)
     if settings.renormalise:
         p, q = (x / x.sum(1, keepdim=True) for x in (p, q))

@@ -119,8 +119,8 @@ def attack_features(logits: Tensor, targets: Tensor) -> dict[str, Array]:
     y = targets.long().expand(logits.shape[:-1]).unsqueeze(-1)
     loss, rest = -log_p.gather(-1, y).squeeze(-1), log_rest.gather(-1, y).squeeze(-1).exp()
     modified = rest * loss - (p * log_rest).scatter(-1, y, 0.0).sum(-1)
-    found = (loss, (-loss).exp(), -(p * log_p).sum(-1), modified)
-    return {name: as_array(value) for name, value in zip(SIGNS, found, strict=True)}
+    features = (loss, (-loss).exp(), -(p * log_p).sum(-1), modified)
+    return {name: as_array(value) for name, value in zip(SIGNS, features, strict=True)}
 
 
 def population_attack(
@@ -202,6 +202,7 @@ def u_lira(
     u, o, x = _margins(unlearned, out, observed)
 
     def log_density(shadow: Array) -> Array:
+        # with few shadow models a sample's own variance is mostly chance
         variance = shadow.var(0, ddof=1)
         variance = np.maximum(variance.mean() if pooled else variance, floor**2)
         return as_array(stats.norm.logpdf(x, shadow.mean(0), np.sqrt(variance)))
@@ -299,6 +300,7 @@ def _fitted(
 
 def _threshold(positive: Array, negative: Array) -> float:
     """The cutoff of largest balanced accuracy; "member" from it on."""
+    # every score is a possible cutoff; balanced accuracy is 1/2 (1 - missed + spared)
     candidates = np.unique(np.concatenate([positive, negative]))
     missed = np.searchsorted(np.sort(positive), candidates) / len(positive)
     spared = np.searchsorted(np.sort(negative), candidates) / len(negative)

@@ -166,24 +166,26 @@ def _features(a: Subject, context: Context) -> dict[str, dict[str, Array]]:
     for part in ("retain", "test", "forget"):
         outputs, targets = a.outputs[part], context.targets[part]
         if part != "forget":
-            few = torch.randperm(len(targets), generator=generator)[:MEMBERSHIP_SAMPLES]
-            outputs, targets = outputs[few], targets[few]
+            sample_idx = torch.randperm(len(targets), generator=generator)[:MEMBERSHIP_SAMPLES]
+            outputs, targets = outputs[sample_idx], targets[sample_idx]
         features[part] = attack_features(outputs, targets)
     return features
 
 
 def _called_members(feature: str) -> Solo:
     def solo(a: Subject, part: str, context: Context) -> float:
-        of = _features(a, context)
-        attack = population_attack(of["retain"], of["test"], of["forget"], feature)
+        features = _features(a, context)
+        attack = population_attack(
+            features["retain"], features["test"], features["forget"], feature
+        )
         return 100 * attack.called_members
 
     return solo
 
 
 def _membership_auc(a: Subject, part: str, context: Context) -> float:
-    of = _features(a, context)
-    return 100 * float(auc(-of["forget"]["loss"], -of["test"]["loss"]))
+    features = _features(a, context)
+    return 100 * float(auc(-features["forget"]["loss"], -features["test"]["loss"]))
 
 
 def _rates(a: Subject, context: Context) -> list[float]:
@@ -198,8 +200,8 @@ def _tug_of_war(a: Subject, b: Subject, part: str, context: Context) -> float:
 
 def _average_gap(a: Subject, b: Subject, part: str, context: Context) -> float:
     attacked = _called_members("confidence")
-    ours, theirs = ([*_rates(x, context), attacked(x, part, context) / 100] for x in (a, b))
-    return average_gap(ours, theirs)
+    unlearned, retrained = ([*_rates(x, context), attacked(x, part, context) / 100] for x in (a, b))
+    return average_gap(unlearned, retrained)
 
 
 def _zrf(a: Subject, part: str, context: Context) -> float:
@@ -214,27 +216,22 @@ def _efficacy(a: Subject, part: str, context: Context) -> float:
 
 def _relearn(a: Subject, part: str, context: Context) -> float:
     assert context.split is not None
-    time = relearn.relearn_time(
-        a.model, context.split, a.original, context.likelihood, max_epochs=RELEARN
-    )
-    return float(time.epochs)
+    models = a.model, context.split, a.original, context.likelihood
+    return float(relearn.relearn_time(*models, max_epochs=RELEARN).epochs)
 
 
 def _relearn_steps(a: Subject, part: str, context: Context) -> float:
     assert context.split is not None
-    steps = relearn.relearn_steps(
-        a.model, context.split, a.original, context.likelihood, max_steps=STEPS
-    )
-    return float(steps.steps)
+    models = a.model, context.split, a.original, context.likelihood
+    return float(relearn.relearn_steps(*models, max_steps=STEPS).steps)
 
 
 def _margins(group: Sequence[Subject], part: str, context: Context) -> Tensor:
     """[M, N], of the same `GROUP_SAMPLES` samples at most."""
-    targets = context.targets[part]
-    few = torch.randperm(len(targets), generator=torch.Generator().manual_seed(context.seed))[
-        :GROUP_SAMPLES
-    ]
-    return klom.margins(torch.stack([a.outputs[part][few] for a in group]), targets[few])
+    targets, generator = context.targets[part], torch.Generator().manual_seed(context.seed)
+    sample_idx = torch.randperm(len(targets), generator=generator)[:GROUP_SAMPLES]
+    outputs = torch.stack([a.outputs[part][sample_idx] for a in group])
+    return klom.margins(outputs, targets[sample_idx])
 
 
 def _klom(number: str) -> Group:

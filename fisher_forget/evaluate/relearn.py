@@ -214,6 +214,7 @@ def _learn(
         while not done(values[-1]) and len(values) <= cap:
             for batch in next(rounds):
                 gradient = objective.gradient([batch], at).mean()
+                # w - lr (gradient + wd w), weight decay as PyTorch's SGD has it
                 at = P.add(P.scale(at, 1 - lr * weight_decay), gradient, -lr)
             values.append(measure(objective, at))
     except NumericalError as error:

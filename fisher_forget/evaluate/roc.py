@@ -19,6 +19,7 @@ def auc(positive: Values, negative: Values) -> Array:
     """
     a, b = _scores(positive, negative)
     p, q = a.shape[-1], b.shape[-1]
+    # Mann-Whitney: the rank sum of the positives counts the pairs in order, ties by halves
     ranks = stats.rankdata(np.concatenate([a, b], -1), axis=-1)
     return as_array((ranks[..., :p].sum(-1) - p * (p + 1) / 2) / (p * q))
 

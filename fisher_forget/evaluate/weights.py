@@ -107,7 +107,7 @@ def efficacy(model: nn.Module, split: Split, likelihood: Likelihood | str = "cat
     fisher = estimate_curvature(
         model, split, likelihood, structure="diagonal", kind="empirical", part="forget"
     )
-    trace = fisher.trace()
+    trace = fisher.trace()  # (1/N_f) sum_n |g_n|^2
     return 1 / trace if trace else math.inf
 
 

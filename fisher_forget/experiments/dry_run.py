@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from fisher_forget._util.threads import torch_threads
 from fisher_forget.baselines import METHODS
 from fisher_forget.curvature.cost import CostEstimate
 from fisher_forget.curvature.estimate import estimate_curvature
@@ -27,7 +27,7 @@ from fisher_forget.data.batches import make_batch
 from fisher_forget.data.split import Indices, resolve_split
 from fisher_forget.evaluate.ensemble import stored_seeds
 from fisher_forget.experiments import forget_sets
-from fisher_forget.experiments import run as recipe
+from fisher_forget.experiments.cases import TrainingTask, case_tasks, subsets_task, untrained
 from fisher_forget.experiments.config import (
     CompareConfig,
     ForgetSet,
@@ -36,7 +36,6 @@ from fisher_forget.experiments.config import (
     to_plain,
 )
 from fisher_forget.experiments.datasets import DataBundle
-from fisher_forget.experiments.run import Task
 from fisher_forget.experiments.training import train
 from fisher_forget.params import call
 
@@ -53,7 +52,7 @@ class Cost:
         training: Bytes that a training holds: weights, gradients, state of the optimizer,
             activations of a batch.
         weights: Bytes of the weights.
-        curvature: What `estimate_curvature` predicts for the first forget set.
+        curvature: Predicted for the first forget set.
     """
 
     epoch: float
@@ -75,7 +74,7 @@ class Need:
     """
 
     title: str
-    task: Task
+    task: TrainingTask
     stored: list[int]
     samples: int
     guessed: bool
@@ -99,31 +98,30 @@ def describe(config: RunConfig, command: str) -> str:
     """
     folder = Path(config.out) / config.name
     data = config.data.load()
-    chosen = {s.name: _choice(s, data) for s in config.forget_sets}
-    model = recipe.untrained(config, data, 0)
-    needs = list(_needs(config, data, chosen, folder))
-    cost = _cost(config, data, model, next(iter(chosen.values())))
+    forget = {s.name: _forget_indices(s, data) for s in config.forget_sets}
+    model = untrained(config, data, 0)
+    needs = list(_needs(config, data, forget, folder))
+    cost = predicted_cost(config, data, model, next(iter(forget.values())))
+    size = sum(p.numel() for p in model.parameters())
+    plain = yaml.safe_dump(to_plain(config), sort_keys=False, default_flow_style=None, width=100)
     lines = [
         f"Dry run of `fisher-forget {command}`: nothing is trained, nothing is written.",
         "",
         *_rows("results", [str(folder)]),
         *_rows("data", [_data(config, data)]),
-        *_rows(
-            "model",
-            [f"{config.model.name}, {sum(p.numel() for p in model.parameters()):,} parameters"],
-        ),
-        *_rows("forget", [_set(s, data, chosen[s.name]) for s in config.forget_sets]),
+        *_rows("model", [f"{config.model.name}, {size:,} parameters"]),
+        *_rows("forget", [_forget_set(s, data, forget[s.name]) for s in config.forget_sets]),
         *_rows("models", [_models(need) for need in needs]),
-        *_rows("time", list(_times(config, command, data, needs, cost))),
+        *_rows("time", list(_times(config, command, needs, cost))),
         *_rows("memory", [_memory(config, data, needs, cost)]),
         "",
         "Configuration, with all defaults:",
-        yaml.safe_dump(to_plain(config), sort_keys=False, default_flow_style=None, width=100),
+        plain,
     ]
     return "\n".join(lines)
 
 
-def _choice(settings: ForgetSet, data: DataBundle) -> Indices:
+def _forget_indices(settings: ForgetSet, data: DataBundle) -> Indices:
     """The forget set; of the memorised kind, which models must tell, as many samples."""
     if settings.kind != "memorised":
         return forget_sets.choose(settings, data, lambda: np.zeros(0))
@@ -131,31 +129,29 @@ def _choice(settings: ForgetSet, data: DataBundle) -> Indices:
 
 
 def _needs(
-    config: RunConfig, data: DataBundle, chosen: dict[str, Indices], folder: Path
+    config: RunConfig, data: DataBundle, forget: dict[str, Indices], folder: Path
 ) -> Iterator[Need]:
     """Every task once: forget sets share their originals."""
     seen = set()
     for settings in config.forget_sets:
         unknown = settings.kind == "memorised"
-        originals, retrained = recipe.case_tasks(
-            config, data, settings, chosen[settings.name], folder
-        )
-        own = "" if originals.data is data else f" with {settings.name}"
-        tasks = [(f"original{own}", originals), (f"without {settings.name}", retrained)]
+        originals, retrained = case_tasks(config, data, settings, forget[settings.name], folder)
+        changed = "" if originals.data is data else f" with {settings.name}"
+        tasks = [(f"original{changed}", originals), (f"without {settings.name}", retrained)]
         if unknown:
-            tasks.insert(1, ("on subsets", recipe.subsets_task(config, data, folder)))
+            tasks.insert(1, ("on subsets", subsets_task(data, folder)))
         for title, task in tasks:
             if task.folder in seen:
                 continue
             seen.add(task.folder)
+            stored: list[int] = []
             guessed = unknown and task is retrained
-            stored = (
-                [] if guessed else stored_seeds(task.folder, task.seeds, task.fingerprint(config))
-            )
+            if not guessed:
+                stored = stored_seeds(task.folder, task.seeds, task.fingerprint(config))
             yield Need(title, task, stored, _samples(task), guessed)
 
 
-def _samples(task: Task) -> int:
+def _samples(task: TrainingTask) -> int:
     """Number of samples that each model is trained on."""
     total = len(task.data.train)
     if task.rows is None:
@@ -163,115 +159,119 @@ def _samples(task: Task) -> int:
     return round(forget_sets.SHARE * total) if isinstance(task.rows, str) else len(task.rows)
 
 
-def _cost(config: RunConfig, data: DataBundle, model: nn.Module, forget: Indices) -> Cost:
+def predicted_cost(config: RunConfig, data: DataBundle, model: nn.Module, forget: Indices) -> Cost:
+    """Time and memory of a training, and of the curvature that `forget` would estimate.
+
+    Args:
+        config: Of the experiment.
+        data: To train on.
+        model: As before training; untouched.
+        forget: Indices of the forget set.
+    """
     size = config.training.batch_size
     rows = np.arange(min(len(data.train), STEPS * size))
-    with _threads(1 if config.jobs > 1 else torch.get_num_threads()):
-        few = replace(config.training, epochs=1)
-        options: dict[str, Any] = {"seed": 0, "likelihood": config.likelihood, "progress": False}
+    few = replace(config.training, epochs=1)
+    options: dict[str, Any] = {"seed": 0, "likelihood": config.likelihood, "progress": False}
+    with torch_threads(1 if config.jobs > 1 else None):
         train(model, data.train, few, indices=rows[:size], **options)  # pays for what is done once
         begun = time.perf_counter()
         train(model, data.train, few, indices=rows, **options)
         epoch = (time.perf_counter() - begun) * len(data.train) / len(rows)
+    weights = sum(x.numel() * x.element_size() for x in model.state_dict().values())
+    kept = activation_bytes(model, data, rows[:size])
+    held = weights * (1 + GRADIENTS[config.training.optimizer]) + kept
+    return Cost(epoch, held, weights, _curvature_cost(config, data, model, forget))
+
+
+def _curvature_cost(
+    config: RunConfig, data: DataBundle, model: nn.Module, forget: Indices
+) -> CostEstimate:
     split = resolve_split(data.train, forget)
-    chosen = config.forget_options(config.seeds[0])
-    part, kind = chosen.curvature_plan(split)
-    curvature = estimate_curvature(
+    options = config.forget_options(config.seeds[0])
+    part, kind = options.curvature_plan(split)
+    return estimate_curvature(
         model.eval(),
         split,
         config.likelihood,
-        structure=chosen.structure,
+        structure=options.structure,
         kind=kind,
-        draws=chosen.draws,
+        draws=options.draws,
         part=part,
-        subset=chosen.subset,
-        seed=chosen.seed,
+        subset=options.subset,
+        seed=options.seed,
         dry_run=True,
     )
-    weights = sum(x.numel() * x.element_size() for x in model.state_dict().values())
-    held = weights * (1 + GRADIENTS[config.training.optimizer]) + _activations(
-        model, data, rows[:size]
-    )
-    return Cost(epoch, held, weights, curvature)
 
 
-def _activations(model: nn.Module, data: DataBundle, rows: Indices) -> int:
+def activation_bytes(model: nn.Module, data: DataBundle, rows: Indices) -> int:
     """Bytes that autograd keeps from the forward pass of a batch."""
     kept: dict[int, int] = {}
 
-    def seen(x: Tensor) -> Tensor:
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+    def record(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()  # views share their memory
         return x
 
     batch = make_batch(data.train[rows][:2]).on(model)
-    with torch.autograd.graph.saved_tensors_hooks(seen, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda x: x):
         outputs = call(model, {}, batch.args, batch.kwargs)
     del outputs
     return sum(kept.values())
 
 
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _times(
-    config: RunConfig, command: str, data: DataBundle, needs: list[Need], cost: Cost
-) -> Iterator[str]:
+def _times(config: RunConfig, command: str, needs: list[Need], cost: Cost) -> Iterator[str]:
     whole = config.training.epochs * cost.epoch
     jobs = f", {config.jobs} at a time" if config.jobs > 1 else ""
     missing = sum(need.missing for need in needs)
     seconds = sum(
-        math.ceil(need.missing / config.jobs) * whole * need.samples / len(data.train)
+        math.ceil(need.missing / config.jobs) * whole * need.samples / len(need.task.data.train)
         for need in needs
     )
-    each = f"{config.training.epochs} epochs of {_seconds(cost.epoch)}"
-    yield f"training: {missing} models of {each}{jobs}: {_seconds(seconds)}"
-    scrubbed = len(config.seeds) * len(config.forget_sets)
+    a_model = f"{config.training.epochs} epochs of {_seconds(cost.epoch)}"
+    yield f"training: {missing} models of {a_model}{jobs}: {_seconds(seconds)}"
+    sets = len(config.forget_sets)
     if isinstance(config, CompareConfig):
         methods = len(config.methods or METHODS)
-        trainings = config.tuning + len(
-            config.seeds
-        )  # what its settings may cost, and one for every original
-        most = _seconds(methods * len(config.forget_sets) * trainings * whole / config.jobs)
-        yield f"methods: {methods} x {len(config.forget_sets)} forget sets, about {most} at most; mostly much less"
+        # what a method's settings may cost, and about one training for every original
+        trainings = config.tuning + len(config.seeds)
+        most = _seconds(methods * sets * trainings * whole / config.jobs)
+        yield (f"methods: {methods} x {sets} forget sets, about {most} at most; mostly much less")
     elif command != "evaluate":
         yield (
-            f"forgetting: {scrubbed} times, each {_seconds(cost.curvature.seconds)} for the curvature, and mostly up "
-            "to twice as long again for the Newton steps and the noise"
+            f"forgetting: {len(config.seeds) * sets} times, each "
+            f"{_seconds(cost.curvature.seconds)} for the curvature, and mostly up to twice as long "
+            "again for the Newton steps and the noise"
         )
     if isinstance(config, SweepConfig) and command == "sweep":
         cells = math.prod(len(values) for values in config.axes.values())
-        yield f"sweep: {cells} cells for each of {len(config.forget_sets)} forget sets"
+        yield f"sweep: {cells} cells for each of {sets} forget sets"
 
 
 def _memory(config: RunConfig, data: DataBundle, needs: list[Need], cost: Cost) -> str:
-    held = sum(
-        x.numel() * x.element_size() for part in (data.train, data.test) for x in part.tensors
-    )
+    tensors = (*data.train.tensors, *data.test.tensors)
+    held = sum(x.numel() * x.element_size() for x in tensors)
     models = sum(len(need.task.seeds) for need in needs) * cost.weights
-    peak = held + models + max(cost.training, cost.curvature.bytes_peak)
-    text = f"{_bytes(peak)}: data {_bytes(held)}, models {_bytes(models)}, curvature {_bytes(cost.curvature.bytes_peak)}"
+    curvature = cost.curvature.bytes_peak
+    peak = held + models + max(cost.training, curvature)
+    text = (
+        f"{_bytes(peak)}: data {_bytes(held)}, models {_bytes(models)}, "
+        f"curvature {_bytes(curvature)}"
+    )
     if config.jobs > 1:
         text += f"; {config.jobs} training processes of {_bytes(held + cost.training)}"
     return text + "; beside Python and its libraries"
 
 
 def _data(config: RunConfig, data: DataBundle) -> str:
-    what = f"{len(data.classes)} classes" if data.classes else "no classes"
-    return f"{config.data.name}, {len(data.train):,} training and {len(data.test):,} test samples, {what}"
+    classes = f"{len(data.classes)} classes" if data.classes else "no classes"
+    samples = f"{len(data.train):,} training and {len(data.test):,} test samples"
+    return f"{config.data.name}, {samples}, {classes}"
 
 
-def _set(settings: ForgetSet, data: DataBundle, chosen: Indices) -> str:
+def _forget_set(settings: ForgetSet, data: DataBundle, forget: Indices) -> str:
     how = ", chosen by models trained on subsets" if settings.kind == "memorised" else ""
-    return (
-        f"{settings.name}: {len(chosen):,} samples, {len(data.train) - len(chosen):,} retained{how}"
-    )
+    retained = len(data.train) - len(forget)
+    return f"{settings.name}: {len(forget):,} samples, {retained:,} retained{how}"
 
 
 def _models(need: Need) -> str:

@@ -1,5 +1,4 @@
-"""Which samples a recipe forgets: a class, some of a class, random, mislabelled or memorised
-ones."""
+"""Which samples a run forgets: a class, some of a class, random, mislabelled or memorised ones."""
 
 from __future__ import annotations
 
@@ -18,10 +17,8 @@ from fisher_forget.evaluate.ensemble import predict
 from fisher_forget.experiments.config import ForgetSet
 from fisher_forget.experiments.datasets import DataBundle
 
-SUBSETS, SHARE = (
-    20,
-    0.7,
-)  # of the models that tell what is memorised: how many, and the share of the data each sees
+# Of the models that tell what is memorised: how many, and the share of the data each sees.
+SUBSETS, SHARE = 20, 0.7
 
 Scores = NDArray[np.float64]
 
@@ -44,9 +41,8 @@ def choose(settings: ForgetSet, data: DataBundle, memorised: Callable[[], Scores
     assert settings.count is not None
     if settings.kind == "memorised":
         return np.sort(np.argsort(-memorised(), kind="stable")[: settings.count])
-    return np.sort(
-        np.random.default_rng(settings.seed).choice(candidates, settings.count, replace=False)
-    )
+    rng = np.random.default_rng(settings.seed)
+    return np.sort(rng.choice(candidates, settings.count, replace=False))
 
 
 def check(settings: ForgetSet, data: DataBundle) -> Indices:
@@ -60,33 +56,27 @@ def check(settings: ForgetSet, data: DataBundle) -> Indices:
     if settings.kind == "indices":
         wanted = np.asarray(settings.indices, dtype=np.int64)
         if not len(wanted) or wanted.min() < 0 or wanted.max() >= len(targets):
-            raise ConfigError(
-                f"{where} with {len(wanted)} indices",
-                f"indices from 0 to {len(targets) - 1}",
-                "Correct.",
-            )
+            got, expected = f"{len(wanted)} indices", f"indices from 0 to {len(targets) - 1}"
+            raise ConfigError(f"{where} with {got}", expected, "Correct them.")
         return np.unique(wanted)
     if settings.kind in ("mislabelled", "memorised") and not data.classes:
-        raise ConfigError(
-            f"{where} of kind {settings.kind!r} for regression", "classes", "Choose another kind."
-        )
+        got = f"{where} of kind {settings.kind!r} for regression"
+        raise ConfigError(got, "classes", "Choose another kind.")
     candidates = np.arange(len(targets))
     if settings.kind in ("class", "samples"):
         candidates = np.flatnonzero(targets.reshape(len(targets), -1)[:, 0] == settings.label)
         if settings.label is None or not len(candidates):
-            raise ConfigError(
-                f"{where} with label {settings.label}",
-                f"one of {sorted(set(targets.ravel().tolist()))[:20]}",
-                "Set label.",
-            )
+            labels = sorted(set(targets.ravel().tolist()))[:20]
+            got = f"{where} with label {settings.label}"
+            raise ConfigError(got, f"one of {labels}", "Set label.")
     if settings.kind == "class":
         return candidates
     if settings.count is None or not 0 < settings.count < len(candidates):
-        raise ConfigError(
+        got, expected = (
             f"{where} with count {settings.count}",
             f"1 to {len(candidates) - 1} samples",
-            "Set count.",
         )
+        raise ConfigError(got, expected, "Set count.")
     return candidates
 
 
@@ -141,7 +131,6 @@ def memorisation(models: Sequence[nn.Module], seeds: Sequence[int], data: DataBu
         right[row] = outputs.double().softmax(-1).gather(1, targets[:, None])[:, 0].numpy()
         inside[row, subset(len(targets), seed)] = True
     seen, unseen = inside.sum(0), (~inside).sum(0)
-    scores = (right * inside).sum(0) / np.maximum(seen, 1) - (right * ~inside).sum(0) / np.maximum(
-        unseen, 1
-    )
-    return np.where((seen > 0) & (unseen > 0), scores, 0.0)
+    with_sample = (right * inside).sum(0) / np.maximum(seen, 1)
+    without = (right * ~inside).sum(0) / np.maximum(unseen, 1)
+    return np.where((seen > 0) & (unseen > 0), with_sample - without, 0.0)

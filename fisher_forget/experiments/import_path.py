@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import random
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-import numpy as np
-import torch
-
-from fisher_forget._util.random_state import preserved_rng
+from fisher_forget._util.random_state import seeded_rng
 from fisher_forget.errors import ConfigError, FisherForgetError
 
 DEBUG = "add --debug to see where"
@@ -41,7 +37,7 @@ def find(path: str, role: str) -> Any:
     module, _, name = path.partition(":")
     expected = f"{role} as package.module:function"
     try:
-        found: Any = import_module(module)
+        target: Any = import_module(module)
     except Exception as error:  # whatever its code raises
         if (
             isinstance(error, ModuleNotFoundError)
@@ -53,16 +49,16 @@ def find(path: str, role: str) -> Any:
         got = f"{type(error).__name__} while importing {module!r} for {path!r}: {error}"
         raise ConfigError(got, "a module that can be imported", f"Correct it; {DEBUG}.") from error
     for part in name.split("."):
-        if not hasattr(found, part):
-            near = difflib.get_close_matches(part, dir(found), n=1)
+        if not hasattr(target, part):
+            near = difflib.get_close_matches(part, dir(target), n=1)
             fix = f"Did you mean {near[0]!r}?" if near else "Correct the name after the colon."
             raise ConfigError(f"{path!r}, but no {part!r} in it", expected, fix)
-        found = getattr(found, part)
-    if not callable(found):
+        target = getattr(target, part)
+    if not callable(target):
         raise ConfigError(
-            f"{path!r}, which is a {type(found).__name__}", expected, "Name a function or a class."
+            f"{path!r}, which is a {type(target).__name__}", expected, "Name a function or a class."
         )
-    return found
+    return target
 
 
 def make(path: str, role: str, options: Mapping[str, Any], *, seed: int) -> Any:
@@ -87,10 +83,7 @@ def make(path: str, role: str, options: Mapping[str, Any], *, seed: int) -> Any:
     function = find(path, role)
     _check_options(path, role, function, options)
     try:
-        with preserved_rng():
-            random.seed(seed)
-            np.random.seed(seed)  # noqa: NPY002 - the user's function may draw from the global state
-            torch.manual_seed(seed)
+        with seeded_rng(seed):
             return function(**options)
     except FisherForgetError:
         raise

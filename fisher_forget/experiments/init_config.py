@@ -16,7 +16,7 @@ TEMPLATES = {
 }
 
 
-def write_starter(path: Path, template: str = "classifier") -> Path:
+def write_template(path: Path, template: str = "classifier") -> Path:
     """Write a configuration that runs once the functions that it names are there.
 
     Args:
@@ -32,11 +32,9 @@ def write_starter(path: Path, template: str = "classifier") -> Path:
         with path.open("x", encoding="utf-8") as file:
             file.write(text.substitute(path=path))
     except FileExistsError as error:
-        raise StorageError(
-            f"{path}, which is there", "a new file", "Name another, or remove it first."
-        ) from error
+        got, fix = f"{path}, which is there", "Name another, or remove it first."
+        raise StorageError(got, "a new file", fix) from error
     except OSError as error:
-        raise StorageError(
-            f"{path}: {error}", "a file that can be written", "Name another place."
-        ) from error
+        got = f"{path}: {error}"
+        raise StorageError(got, "a file that can be written", "Name another place.") from error
     return path

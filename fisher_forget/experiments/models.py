@@ -1,5 +1,4 @@
-"""The recipes' models, small enough to retrain many times, by name; and models of the user's
-own."""
+"""Models by name, small enough to retrain many times; and models of the user's own."""
 
 from __future__ import annotations
 
@@ -9,9 +8,9 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, nn
 
+from fisher_forget._util.random_state import seeded_rng
 from fisher_forget.errors import ConfigError
 from fisher_forget.experiments import import_path
 
@@ -44,26 +43,19 @@ def build_model(
     if import_path.is_own(name):
         made = import_path.make(name, "the model", options, seed=seed)
         if not isinstance(made, nn.Module):
-            raise ConfigError(
-                f"{type(made).__name__} from {name}", "a torch.nn.Module", "Return the model."
-            )
+            got = f"{type(made).__name__} from {name}"
+            raise ConfigError(got, "a torch.nn.Module", "Return the model.")
         return made
     if name not in MODELS:
         near = difflib.get_close_matches(name, MODELS, cutoff=0.4)
         fix = f"Did you mean {' or '.join(map(repr, near))}?" if near else "Correct the name."
-        raise ConfigError(
-            f"the model {name!r}", f"one of {sorted(MODELS)}, or package.module:function", fix
-        )
+        expected = f"one of {sorted(MODELS)}, or package.module:function"
+        raise ConfigError(f"the model {name!r}", expected, fix)
     known = list(inspect.signature(MODELS[name]).parameters)[2:]
     if unknown := sorted(set(options) - set(known)):
-        raise ConfigError(
-            f"the options {unknown} for the model {name!r}",
-            f"options among {known}",
-            "Remove them.",
-        )
-    with torch.random.fork_rng(devices=[]):
-        # not torch.manual_seed, which would also seed the accelerators
-        torch.default_generator.manual_seed(seed)
+        got = f"the options {unknown} for the model {name!r}"
+        raise ConfigError(got, f"options among {known}", "Remove them.")
+    with seeded_rng(seed):
         return MODELS[name](tuple(input_shape), outputs, **options)
 
 
@@ -111,17 +103,10 @@ def all_cnn(
     """
     channels, *_ = _image(input_shape, least=2)
     narrow, wide = _scaled(96, width), _scaled(192, width)
-    plan = [
-        (narrow, 3, 1),
-        (narrow, 3, 1),
-        (narrow, 3, 2),
-        (wide, 3, 1),
-        (wide, 3, 1),
-        (wide, 3, 2),
-        (wide, 3, 1),
-    ]
+    # table 1: two stages that each end with a stride of 2 in place of pooling, then 3 x 3 and 1 x 1
+    stages = [(size, 3, stride) for size in (narrow, wide) for stride in (1, 1, 2)]
     layers: list[nn.Module] = []
-    for after, kernel, stride in [*plan, (wide, 1, 1)]:
+    for after, kernel, stride in [*stages, (wide, 3, 1), (wide, 1, 1)]:
         layers += _conv(channels, after, kernel, stride, batch_norm=batch_norm)
         channels = after
     model = nn.Sequential(

@@ -1,11 +1,10 @@
-"""The small trainer that recipes and retrained baselines share: one seed in, one model out."""
+"""The small trainer of originals and retrained models: one seed in, one model out."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +17,7 @@ from torch.utils.data import TensorDataset
 from tqdm.auto import tqdm
 
 from fisher_forget import likelihood as likelihoods
+from fisher_forget._util.random_state import seeded_rng
 from fisher_forget.data.batches import Batch, make_batch
 from fisher_forget.data.samples import KeywordDataset
 from fisher_forget.errors import ConfigError, DataError, NumericalError
@@ -122,29 +122,15 @@ def train(
         ConfigError: If augmentation is asked for inputs that are not images [N, C, H, W].
     """
     kind = likelihoods.resolve_likelihood(likelihood)
-    if len(data.tensors) < 2:
-        raise DataError(
-            f"a data set of {len(data.tensors)} tensors", "inputs and targets", "Add the targets."
-        )
-    chosen = _rows(indices, len(data))
-    for name in ("augment", "channels_last"):
-        if getattr(settings, name) and (
-            isinstance(data, KeywordDataset) or data.tensors[0].dim() != 4
-        ):
-            shape = tuple(data.tensors[0].shape)
-            raise ConfigError(
-                f"{name}=True for inputs {shape}", "images [N, C, H, W]", f"Unset {name}."
-            )
+    rows = _rows(indices, len(data))
+    _check_inputs(data, settings)
     twin = copy.deepcopy(model).train()
     if settings.channels_last:
         twin = _laid_out(twin, torch.channels_last)
     weights = list(trainable(twin).values())
     device, dtype = weights[0].device, weights[0].dtype
-    optimizer = _optimizer(weights, settings)
-    generator = torch.Generator().manual_seed(seed)
-    # Equal batches rather than a small last one: BatchNorm cannot train on a single sample.
-    per_epoch = -(-len(chosen) // settings.batch_size)
-    total = settings.epochs * per_epoch
+    optimizer, schedule = _optimizer(weights, settings), SCHEDULES[settings.schedule]
+    total = settings.epochs * _steps(len(rows), settings)
     bar = tqdm(
         total=total,
         desc=description,
@@ -153,22 +139,15 @@ def train(
         leave=False,
         dynamic_ncols=True,
     )
-    with _seeded(seed, device), bar:
-        for step in range(total):
-            if step % per_epoch == 0:
-                order = chosen[torch.randperm(len(chosen), generator=generator)].tensor_split(
-                    per_epoch
-                )
-            rows = order[step % per_epoch]
-            inputs, targets = data[rows][:2]
-            if settings.augment:
-                inputs = augmented(inputs, generator)
-            if settings.channels_last:
-                inputs = inputs.contiguous(memory_format=torch.channels_last)
-            batch = make_batch((inputs, targets)).to(device, dtype)
+    with seeded_rng(seed), bar:  # dropout draws from the global generators
+        for step, batch in enumerate(_batches(data, rows, settings, seed)):
+            batch = batch.to(device, dtype)
             for group in optimizer.param_groups:
-                group["lr"] = settings.lr * SCHEDULES[settings.schedule](step / total)
-            loss = _mean_loss(twin, kind, batch, check=step == 0)
+                group["lr"] = settings.lr * schedule(step / total)
+            outputs = call(twin, {}, batch.args, batch.kwargs)
+            if step == 0:
+                kind.check(outputs, batch.targets)
+            loss = kind.mean_loss(outputs, batch.targets)
             if not math.isfinite(value := loss.item()):
                 raise _diverged(f"the loss {value} at step {step + 1} of {total}")
             optimizer.zero_grad(set_to_none=True)
@@ -180,6 +159,39 @@ def train(
         raise _diverged("NaN or infinite weights after training")
     twin.zero_grad(set_to_none=True)
     return (_laid_out(twin, torch.contiguous_format) if settings.channels_last else twin).eval()
+
+
+def _check_inputs(data: TensorDataset, settings: TrainSettings) -> None:
+    if len(data.tensors) < 2:
+        got = f"a data set of {len(data.tensors)} tensors"
+        raise DataError(got, "inputs and targets", "Add the targets.")
+    images = not isinstance(data, KeywordDataset) and data.tensors[0].dim() == 4
+    for name in ("augment", "channels_last"):
+        if getattr(settings, name) and not images:
+            got = f"{name}=True for inputs {tuple(data.tensors[0].shape)}"
+            raise ConfigError(got, "images [N, C, H, W]", f"Unset {name}.")
+
+
+def _steps(samples: int, settings: TrainSettings) -> int:
+    """Steps of an epoch."""
+    return -(-samples // settings.batch_size)
+
+
+def _batches(
+    data: TensorDataset, rows: Tensor, settings: TrainSettings, seed: int
+) -> Iterator[Batch]:
+    """The batches of all epochs, in an order and with an augmentation that the seed decides."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(settings.epochs):
+        order = rows[torch.randperm(len(rows), generator=generator)]
+        # equal batches rather than a small last one: BatchNorm cannot train on a single sample
+        for members in order.tensor_split(_steps(len(rows), settings)):
+            inputs, targets = data[members][:2]
+            if settings.augment:
+                inputs = augmented(inputs, generator)
+            if settings.channels_last:
+                inputs = inputs.contiguous(memory_format=torch.channels_last)
+            yield make_batch((inputs, targets))
 
 
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -210,17 +222,9 @@ def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _laid_out(model: nn.Module, layout: torch.memory_format) -> nn.Module:
-    moved: nn.Module = model.to(memory_format=layout)  # type: ignore[call-overload]  # torch's overloads lack it
+    # torch's overloads lack it
+    moved: nn.Module = model.to(memory_format=layout)  # type: ignore[call-overload]
     return moved
-
-
-def _mean_loss(
-    model: nn.Module, kind: likelihoods.Likelihood, batch: Batch, *, check: bool
-) -> Tensor:
-    outputs = call(model, {}, batch.args, batch.kwargs)
-    if check:
-        kind.check(outputs, batch.targets)
-    return kind.losses(outputs, batch.targets).sum() / kind.counts(batch.targets).sum().clamp(min=1)
 
 
 def _optimizer(weights: list[Tensor], settings: TrainSettings) -> torch.optim.Optimizer:
@@ -231,29 +235,12 @@ def _optimizer(weights: list[Tensor], settings: TrainSettings) -> torch.optim.Op
     )
 
 
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Dropout draws from the global generators: seed those of the CPU and of `device`, and put them
-    back at the end."""
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        torch.default_generator.manual_seed(seed)
-        for used in cuda:
-            torch.cuda.default_generators[used.index].manual_seed(seed)
-        yield
-
-
 def _rows(indices: Sequence[int] | NDArray[np.int64] | Tensor | None, total: int) -> Tensor:
-    if indices is None:
-        rows = np.arange(total)
-    else:
-        rows = (
-            indices.detach().cpu().numpy() if isinstance(indices, Tensor) else np.asarray(indices)
-        )
-    expected, fix = (
-        f"integers from 0 to {total - 1}",
-        "Pass the indices of the samples to train on.",
-    )
+    if isinstance(indices, Tensor):
+        indices = indices.detach().cpu().numpy()
+    rows = np.arange(total) if indices is None else np.asarray(indices)
+    expected = f"integers from 0 to {total - 1}"
+    fix = "Pass the indices of the samples to train on."
     if not rows.size:
         raise DataError("no samples to train on", expected, fix)
     if rows.ndim != 1 or rows.dtype.kind not in "iu":

@@ -94,6 +94,7 @@ class Judge:
             DataError: If the validation data have no sample of a kind that is needed.
         """
         targets, labels = data.train.tensors[-1], validation.tensors[-1]
+        # a validation sample is like what is forgotten, or like what is retained, by its class
         gone = torch.zeros(len(targets), dtype=torch.bool)
         gone[torch.from_numpy(forget)] = True
         kept, like = torch.isin(labels, targets[~gone]), torch.isin(labels, targets[gone])
@@ -112,10 +113,12 @@ class Judge:
 
     def __call__(self, model: nn.Module) -> Judgement:
         """Judge a scrubbed model."""
+        # a gain of accuracy makes up for no memory
         damage = 100 * max(0.0, self.accuracy - _accuracy(model, self.kept))
         if self.whole:
             return Judgement(damage, 100 * _accuracy(model, self.unseen))
         losses = [_losses(model, part) for part in (self.forget, self.unseen)]
+        # 0.5 where losses of forgotten and unseen samples are alike; above and below tell as much
         auc = roc_auc_score(np.repeat([1, 0], [len(x) for x in losses]), np.concatenate(losses))
         return Judgement(damage, 100 * abs(2 * float(auc) - 1))
 
@@ -137,9 +140,8 @@ def settings(
 
 
 def _none(what: str) -> DataError:
-    return DataError(
-        f"no validation sample like {what}", "at least one", "Raise `validation`, or the test data."
-    )
+    fix = "Raise `validation`, or the test data."
+    return DataError(f"no validation sample like {what}", "at least one", fix)
 
 
 def _predicted(model: nn.Module, data: TensorDataset) -> tuple[Tensor, Tensor]:
@@ -154,4 +156,5 @@ def _accuracy(model: nn.Module, data: TensorDataset) -> float:
 def _losses(model: nn.Module, data: TensorDataset) -> Any:
     outputs, targets = _predicted(model, data)
     losses = torch.nn.functional.cross_entropy(outputs.double(), targets, reduction="none")
+    # a ruined model's losses are ranked, too
     return losses.nan_to_num(nan=math.inf, posinf=1e300).clamp(max=1e300).numpy()

@@ -46,10 +46,10 @@ class Bernoulli(Likelihood):
         check_finite(outputs)
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        each = F.binary_cross_entropy_with_logits(
+        per_label = F.binary_cross_entropy_with_logits(
             outputs, targets.to(outputs.dtype), reduction="none"
         )
-        return each.reshape(len(outputs), -1).sum(1)
+        return per_label.reshape(len(outputs), -1).sum(1)
 
     def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return outputs.sigmoid() - targets.to(outputs.dtype)
@@ -82,10 +82,10 @@ class Bernoulli(Likelihood):
 
     def kl(self, p: Tensor, q: Tensor, targets: Tensor | None = None) -> Tensor:
         p, q = p.double(), q.double()
-        each = p.sigmoid() * (F.logsigmoid(p) - F.logsigmoid(q)) + (-p).sigmoid() * (
+        per_label = p.sigmoid() * (F.logsigmoid(p) - F.logsigmoid(q)) + (-p).sigmoid() * (
             F.logsigmoid(-p) - F.logsigmoid(-q)
         )
-        return each.reshape(len(p), -1).sum(1).clamp_(min=0.0)
+        return per_label.reshape(len(p), -1).sum(1).clamp_(min=0.0)
 
     def output_curvature(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
         p = outputs.sigmoid()

@@ -118,12 +118,12 @@ class Categorical(Likelihood):
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         flat = outputs.reshape(-1, outputs.shape[-1])
         if targets.is_floating_point():
-            each = F.cross_entropy(flat, targets.reshape(flat.shape), reduction="none")
+            per_position = F.cross_entropy(flat, targets.reshape(flat.shape), reduction="none")
         else:
-            each = F.cross_entropy(
+            per_position = F.cross_entropy(
                 flat, targets.reshape(-1), reduction="none", ignore_index=self.ignore_index
             )
-        return each.reshape(len(outputs), -1).sum(1)
+        return per_position.reshape(len(outputs), -1).sum(1)
 
     def _one_hot(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if targets.is_floating_point():
@@ -151,6 +151,7 @@ class Categorical(Likelihood):
         With tails r_k = sum_{j >= k} p_j: s_k = sqrt(p_k r_{k+1} / r_k) (e_k - sum_{j > k} (p_j /
         r_{k+1}) e_j).
         """
+        # in logarithms: tails of confident predictions underflow
         logp = outputs.log_softmax(-1)
         tail = logp.flip(-1).logcumsumexp(-1).flip(-1)
         column = torch.zeros_like(outputs)
@@ -189,6 +190,8 @@ class Categorical(Likelihood):
         self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None
     ) -> Tensor:
         p = outputs.softmax(-1)
+        # inverse of the cumulative distribution; rounding may leave its end below 1, so the last
+        # class takes what is beyond
         u = uniform(outputs, draws, generator, outputs.shape[:-1])
         y = (p.double().cumsum(-1) < u.unsqueeze(-1)).sum(-1).clamp_(max=outputs.shape[-1] - 1)
         score = p - F.one_hot(y, outputs.shape[-1]).to(outputs.dtype)
@@ -196,15 +199,15 @@ class Categorical(Likelihood):
 
     def kl(self, p: Tensor, q: Tensor, targets: Tensor | None = None) -> Tensor:
         logp, logq = p.double().log_softmax(-1), q.double().log_softmax(-1)
-        each = (logp.exp() * (logp - logq)).sum(-1, keepdim=True)
-        mask = self.mask(each, targets)
-        each = masked(each, mask).reshape(len(p), -1).sum(1)
+        per_position = (logp.exp() * (logp - logq)).sum(-1, keepdim=True)
+        mask = self.mask(per_position, targets)
+        per_position = masked(per_position, mask).reshape(len(p), -1).sum(1)
         count = (
             self.counts(targets).double()
             if targets is not None
-            else each.new_tensor(p[0, ..., 0].numel())
+            else per_position.new_tensor(p[0, ..., 0].numel())
         )
-        return (each / count.clamp(min=1)).clamp_(min=0.0)
+        return (per_position / count.clamp(min=1)).clamp_(min=0.0)
 
     def output_curvature(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
         p = outputs.softmax(-1)

@@ -83,6 +83,7 @@ class Gaussian(Likelihood):
         self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None
     ) -> Tensor:
         u = uniform(outputs, draws, generator, outputs.shape)
+        # quantiles of the normal distribution; the clamp keeps them finite
         z: Tensor = torch.special.ndtri(u.clamp(1e-12, 1 - 1e-12))
         return -z.to(outputs.dtype) / (self.sigma * math.sqrt(draws))
 

@@ -325,8 +325,13 @@ def _console_case(case: Case) -> str:
         f"{case['forgotten']:,} samples forgotten, {case['retained']:,} retained; "
         f"{seeds} seed{'s' * (seeds > 1)} against {members} retrained models."
     )
-    said = [title, *(f"  {line}" for line in (sentence(case), cost(case), timing(case)) if line)]
-    lines = [line for text in said for line in textwrap.wrap(text, WIDTH, subsequent_indent="  ")]
+    sentences = [
+        title,
+        *(f"  {line}" for line in (sentence(case), cost(case), timing(case)) if line),
+    ]
+    lines = [
+        line for text in sentences for line in textwrap.wrap(text, WIDTH, subsequent_indent="  ")
+    ]
     return "\n".join(lines + [f"  {line}" for line in _console_table(case, WIDTH - 2)])
 
 

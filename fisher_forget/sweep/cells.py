@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,19 +17,11 @@ from fisher_forget.errors import ConfigError
 from fisher_forget.unlearn.options import ForgetOptions
 
 OURS = FisherForget.name
-CURVATURE = (
-    "structure",
-    "kind",
-    "draws",
-    "max_samples",
-    "solver",
-    "subset",
-)  # what a curvature estimate depends on
-DRAW = ("noise", "exponent", "seed")  # what needs neither another estimate nor another Newton step
-_SHARED = ("likelihood", "unpack", "device", "progress")  # by all cells, or by none
-DEFAULTS: dict[str, Any] = {
-    field.name: field.default for field in fields(ForgetOptions) if field.name not in _SHARED
-}
+SHARED = "likelihood"  # by all cells: the reference's
+DRAW = ("noise", "exponent", "seed")  # need neither another curvature nor another Newton step
+# Need another Newton step, and no other curvature. Of every further option it is assumed that the
+# curvature depends on it.
+NEWTON = ("weight_decay", "steps", "damping", "drift", "budget")
 
 
 @dataclass(frozen=True)
@@ -48,11 +40,12 @@ class Cell:
     @property
     def key(self) -> str:
         """The cell as text; the same for the same cell."""
-        return f"{self.method}({', '.join(f'{name}={self.options[name]!r}' for name in sorted(self.options))})"
+        options = ", ".join(f"{name}={self.options[name]!r}" for name in sorted(self.options))
+        return f"{self.method}({options})"
 
-    def part(self, names: Iterable[str]) -> str:
-        """Some options as text: cells that agree share what depends on these alone."""
-        return repr([self.options[name] for name in names])
+    def without(self, names: Collection[str]) -> str:
+        """The other options as text: cells that agree in it share what depends on these alone."""
+        return repr([(name, self.options[name]) for name in self.options if name not in names])
 
     @property
     def level(self) -> float:
@@ -61,7 +54,11 @@ class Cell:
         return float(noise) if isinstance(noise, (int, float)) else -1.0
 
 
-def expand(grid: Mapping[str, Iterable[Any]], fixed: Mapping[str, Any]) -> tuple[Cell, ...]:
+def expand(
+    grid: Mapping[str, Iterable[Any]],
+    options: ForgetOptions | None = None,
+    fixed: Mapping[str, Any] | None = None,
+) -> tuple[Cell, ...]:
     """All cells of a grid, each once. An axis crosses the methods that have an option of that name.
 
     Where noise is an axis, the Newton step without noise is a cell, too, and a single one: it has
@@ -69,6 +66,7 @@ def expand(grid: Mapping[str, Iterable[Any]], fixed: Mapping[str, Any]) -> tuple
 
     Args:
         grid: Option -> values; "method" -> names.
+        options: Of `forget`, in every cell of it.
         fixed: Option -> value, for every cell that has it.
 
     Raises:
@@ -76,35 +74,40 @@ def expand(grid: Mapping[str, Iterable[Any]], fixed: Mapping[str, Any]) -> tuple
             range.
     """
     axes = {name: _values(name, values) for name, values in grid.items()}
-    methods = axes.pop("method", [OURS])
+    methods, fixed = axes.pop("method", [OURS]), fixed or {}
     if unknown := [name for name in methods if name not in METHODS]:
-        raise ConfigError(
-            f"the methods {unknown}", f"some of {list(METHODS)}", "Correct the names."
-        )
-    known = {name: _options(name) for name in METHODS}
+        got, expected = f"the methods {unknown}", f"some of {list(METHODS)}"
+        raise ConfigError(got, expected, "Correct the names.")
+    known = {name: _option_names(name) for name in METHODS}
     _check_names(axes, [known[name] for name in methods])
-    _check_names(
-        fixed, known.values()
-    )  # of methods that are not in the grid, too: options may be shared by grids
-    found: dict[str, Cell] = {}
+    # those of methods that are not in the grid, too: grids may share them
+    _check_names(fixed, known.values())
+    cells: dict[str, Cell] = {}
     for method in methods:
-        own = {name: values for name, values in axes.items() if name in known[method]}
-        base: dict[str, Any] = {"seed": 0} | {
-            name: value for name, value in fixed.items() if name in known[method]
-        }
+        crossed = {name: values for name, values in axes.items() if name in known[method]}
+        base = {name: value for name, value in fixed.items() if name in known[method]}
         if method == OURS:
-            base = DEFAULTS | base
-            own |= {"noise": [0.0, *(v for v in own["noise"] if v)]} if "noise" in own else {}
-        first = own.get("seed", [base["seed"]])[0]
-        for values in itertools.product(*own.values()):
-            options = base | dict(zip(own, values, strict=True))
-            if method == OURS:
-                options["noise"] = 0.0 if options["noise"] is None else options["noise"]
-                options["seed"] = first if options["noise"] == 0 else options["seed"]
-                ForgetOptions(**options)  # refuses what is out of range
-            cell = Cell(method, options)
-            found[cell.key] = cell
-    return tuple(found.values())
+            base = vars((options or ForgetOptions()).changed(base))
+            base = {name: base[name] for name in known[method]}
+            if "noise" in crossed:
+                crossed["noise"] = [0.0, *filter(None, crossed["noise"])]
+        base = {"seed": 0} | base
+        first_seed = crossed.get("seed", [base["seed"]])[0]
+        for values in itertools.product(*crossed.values()):
+            cell = _cell(method, base | dict(zip(crossed, values, strict=True)), first_seed)
+            cells[cell.key] = cell
+    return tuple(cells.values())
+
+
+def _cell(method: str, options: dict[str, Any], first_seed: int) -> Cell:
+    """A cell whose options are allowed; without noise there is nothing to draw, so that all seeds
+    are the first one."""
+    if method == OURS:
+        ForgetOptions(**options)  # refuses what is out of range
+        options["noise"] = options["noise"] or 0.0
+        if not options["noise"]:
+            options["seed"] = first_seed
+    return Cell(method, options)
 
 
 def grouped(cells: Iterable[Cell], by: Callable[[Cell], Any]) -> list[list[Cell]]:
@@ -116,27 +119,22 @@ def grouped(cells: Iterable[Cell], by: Callable[[Cell], Any]) -> list[list[Cell]
 
 
 def _values(name: str, values: Iterable[Any]) -> Sequence[Any]:
-    if isinstance(values, str) or not isinstance(values, Iterable) or not (found := list(values)):
-        raise ConfigError(
-            f"the axis {name}={values!r}", "one value at least, in a list", f"Pass {name!r}: [...]."
-        )
-    return [value.item() if isinstance(value, np.generic) else value for value in found]
+    listed = list(values) if isinstance(values, Iterable) and not isinstance(values, str) else []
+    if not listed:
+        got = f"the axis {name}={values!r}"
+        raise ConfigError(got, "one value at least, in a list", f"Pass {name!r}: [...].")
+    return [value.item() if isinstance(value, np.generic) else value for value in listed]
 
 
-def _options(method: str) -> set[str]:
-    if method == OURS:
-        return set(DEFAULTS)
-    return {*settings_of(METHODS[method])} - {*_SHARED}
+def _option_names(method: str) -> list[str]:
+    return [name for name in settings_of(METHODS[method]) if name != SHARED]
 
 
 def _check_names(names: Iterable[str], known: Collection[Collection[str]]) -> None:
+    options = sorted({option for method in known for option in method})
     for name in names:
-        if not any(name in options for options in known):
-            every = sorted({option for options in known for option in options})
-            near = difflib.get_close_matches(name, every, n=1, cutoff=0.5)
-            fix = (
-                f"Did you mean {near[0]!r}?"
-                if near
-                else "Leave it out, or add the method that has it."
-            )
-            raise ConfigError(f"the option {name!r}", f"one of {every}", fix)
+        if name not in options:
+            near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+            fix = "Leave it out, or add the method that has it."
+            fix = f"Did you mean {near[0]!r}?" if near else fix
+            raise ConfigError(f"the option {name!r}", f"one of {options}", fix)

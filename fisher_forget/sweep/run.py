@@ -7,27 +7,27 @@ import math
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import joblib
 import pandas as pd
-import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from fisher_forget._util import files
 from fisher_forget._util.random_state import preserved_rng
+from fisher_forget._util.threads import torch_threads
 from fisher_forget.baselines import METHODS, Unlearner
 from fisher_forget.baselines.protocol import settings_of
 from fisher_forget.data.batches import Unpack
 from fisher_forget.data.split import Indices, Split, resolve_split
 from fisher_forget.errors import ConfigError, FisherForgetWarning, StorageError
 from fisher_forget.evaluate.closeness import Reference
-from fisher_forget.sweep.cells import CURVATURE, DRAW, OURS, Cell, expand, grouped
-from fisher_forget.sweep.judge import Judge
+from fisher_forget.sweep.cells import DRAW, NEWTON, OURS, SHARED, Cell, expand, grouped
+from fisher_forget.sweep.scorer import Scorer
 from fisher_forget.sweep.table import RUINED, SKIPPED, SweepTable, read
 from fisher_forget.unlearn.forget import scrub
 from fisher_forget.unlearn.noise import noise_step
@@ -37,7 +37,34 @@ from fisher_forget.unlearn.result import ForgetResult
 
 RUIN = 1.0  # nats of retained loss: a label's typical probability has fallen to a third
 Row = dict[str, Any]
-Found = tuple[str, Row]  # a cell's key and row
+KeyedRow = tuple[str, Row]  # a cell's key and row
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """How a sweep is carried out.
+
+    Attributes:
+        ruin: Where every draw of a noise scale raises the retained loss by more than this above the
+            original's, in nats, larger scales of that group are not run and marked as skipped.
+            `None` runs them all.
+        file: Parquet file that the table is written to after every cell (with `jobs` > 1, after
+            every curvature estimate's cells); started again, the sweep goes on from there. A file
+            of another model, data set or reference is written anew, with a warning.
+        jobs: Worker processes, each with one torch thread; cells that share a curvature estimate
+            stay together.
+        progress: Show a bar with the time left.
+    """
+
+    ruin: float | None = RUIN
+    file: str | Path | None = None
+    jobs: int = 1
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.jobs < 1:
+            fix = "Pass the number of worker processes."
+            raise ConfigError(f"jobs={self.jobs}", "at least 1", fix)
 
 
 def sweep(
@@ -45,14 +72,11 @@ def sweep(
     data: DataLoader[Any] | Dataset[Any],
     forget_idx: Sequence[int] | Indices | Tensor | range,
     grid: Mapping[str, Iterable[Any]],
+    options: ForgetOptions | None = None,
     *,
     reference: Reference,
-    ruin: float | None = RUIN,
-    file: str | Path | None = None,
-    jobs: int = 1,
     unpack: Unpack | None = None,
-    progress: bool = True,
-    **options: Any,
+    **fixed: Any,
 ) -> SweepTable:
     """Score what every combination of the grid's values makes of a model.
 
@@ -68,20 +92,13 @@ def sweep(
         forget_idx: Distinct indices into it.
         grid: Option -> values. Where "noise" is in it, the Newton step without noise is scored,
             too.
+        options: Of `forget`, in every cell of it; the likelihood is the reference's. Its seed is
+            that of the curvature estimate and the Newton step.
         reference: Retrained models to compare with, on the parts "forget", "retain" and "test" at
-            least. Its likelihood is that of the sweep.
-        ruin: Where every draw of a noise scale raises the retained loss by more than this above the
-            original's, in nats, larger scales of that group are not run and marked as skipped.
-            `None` runs them all.
-        file: Parquet file that the table is written to after every cell (with `jobs` > 1, after
-            every curvature estimate's cells); started again, the sweep goes on from there. A file
-            of another model, data set or reference is written anew, with a warning.
-        jobs: Worker processes, each with one torch thread; cells that share a curvature estimate
-            stay together.
+            least.
         unpack: As for `forget`.
-        progress: Show a bar with the time left.
-        **options: Of `forget` and the other methods, for every cell that has them:
-            `weight_decay=5e-4`. `seed` is that of the curvature estimate and the Newton step.
+        **fixed: Options of `forget` and of other methods by name, for every cell that has them:
+            `weight_decay=5e-4`; and `ruin`, `file`, `jobs`, `progress` of `SweepSettings`.
 
     Raises:
         ConfigError: An unknown option or method, a value out of range, or a part missing from the
@@ -94,46 +111,55 @@ def sweep(
         >>> x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
         >>> data = torch.utils.data.TensorDataset(x, (x[:, 0] > 0).long())
         >>> original, *retrained = (torch.nn.Linear(3, 2).eval() for _ in range(3))
-        >>> reference = Reference(original, retrained, {"forget": data, "retain": data, "test": data})
+        >>> parts = {"forget": data, "retain": data, "test": data}
+        >>> reference = Reference(original, retrained, parts)
         >>> grid = {"noise": [0.01, 0.1], "structure": ["diagonal", "ekfac"], "seed": range(3)}
-        >>> table = sweep(original, data, [0, 5], grid, reference=reference, drift=True, progress=False)
+        >>> options = {"reference": reference, "drift": True, "progress": False}
+        >>> table = sweep(original, data, [0, 5], grid, **options)
         >>> len(table.to_pandas())  # (1 without noise + 2 scales x 3 draws) x 2 structures
         14
     """
-    if jobs < 1:
-        raise ConfigError(f"jobs={jobs}", "at least 1", "Pass the number of worker processes.")
-    cells = expand(grid, options)
-    judge = Judge.of(reference, ruin)
+    names = {field.name for field in fields(SweepSettings)} & fixed.keys()
+    settings = SweepSettings(**{name: fixed.pop(name) for name in names})
+    options = options or ForgetOptions()
+    cells = expand(grid, options, fixed)
+    scorer = Scorer.of(reference, settings.ruin)
     split = resolve_split(data, forget_idx, unpack=unpack)
-    work = _Work(model, data, split, judge, options.get("seed", 0))
+    seed = fixed.get("seed", options.seed)
+    work = _Work(model, data, split, scorer, seed)
     for cell in cells:
         if cell.method != OURS:
             work.method(cell)  # refuses what is out of range before any work
     axes = tuple(dict.fromkeys(["method", *(name for name in grid if name != "seed")]))
-    shared = files.fingerprint(
-        model, split.fingerprint(), reference.targets, reference.retrained, work.seed, ruin
+    # what a stored row depends on beside its cell: a changed grid keeps the rows that it shares
+    mark = files.fingerprint(
+        model, split.fingerprint(), reference.targets, reference.retrained, seed, settings.ruin
     )
-    rows = {} if file is None else _stored(Path(file), shared)
+    file = None if settings.file is None else Path(settings.file)
+    rows = {} if file is None else _stored(file, mark)
 
     def table() -> SweepTable:
         named = [_axes(cell, axes) | rows[cell.key] for cell in cells if cell.key in rows]
-        return SweepTable(_frame(named, (*axes, "seed")), axes, judge.marks, judge.score, ruin)
+        frame = _frame(named, (*axes, "seed"))
+        return SweepTable(frame, axes, scorer.marks, scorer.score, settings.ruin)
 
-    groups = grouped(cells, lambda cell: cell.part(CURVATURE) if cell.method == OURS else cell.key)
+    groups = grouped(cells, _curvature)
     todo = [group for group in groups if any(cell.key not in rows for cell in group)]
-    bar = tqdm(
-        total=sum(map(len, todo)), desc="sweep", unit="cell", disable=not progress, leave=False
-    )
-    with bar:
-        for found in _found(work, todo, rows, jobs):
-            for key, row in found:
+    total, hidden = sum(map(len, todo)), not settings.progress
+    with tqdm(total=total, desc="sweep", unit="cell", disable=hidden, leave=False) as bar:
+        for scored in _scored(work, todo, rows, settings.jobs):
+            for key, row in scored:
                 rows[key] = row
                 bar.update()
             if file is not None:
-                table().save(
-                    file, fingerprint=shared, keys=[cell.key for cell in cells if cell.key in rows]
-                )
+                keys = [cell.key for cell in cells if cell.key in rows]
+                table().save(file, fingerprint=mark, keys=keys)
     return table()
+
+
+def _curvature(cell: Cell) -> str:
+    """What the curvature of a cell depends on; other methods share nothing."""
+    return cell.without((*NEWTON, *DRAW)) if cell.method == OURS else cell.key
 
 
 @dataclass(frozen=True)
@@ -144,42 +170,33 @@ class _Work:
         model: The original.
         data: As given.
         split: Who is retained and forgotten.
-        judge: Scores models.
+        scorer: Scores models.
         seed: Of curvature and Newton step.
     """
 
     model: nn.Module
     data: DataLoader[Any] | Dataset[Any]
     split: Split
-    judge: Judge
+    scorer: Scorer
     seed: int
 
     def method(self, cell: Cell) -> Unlearner:
         """Another method with the cell's options, and the likelihood of all."""
         method = METHODS[cell.method]
-        shared = {"likelihood": self.judge.reference.likelihood}
-        known = settings_of(method)
-        return method(
-            **{name: value for name, value in shared.items() if name in known}, **cell.options
-        )
+        shared = {SHARED: self.scorer.reference.likelihood} if SHARED in settings_of(method) else {}
+        return method(**shared, **cell.options)
 
     def options(self, cell: Cell) -> ForgetOptions:
         """Options of `forget` for the curvature and Newton step of a cell: without its draw."""
-        step = {name: value for name, value in cell.options.items() if name not in DRAW}
-        return ForgetOptions(
-            likelihood=self.judge.reference.likelihood, noise=None, seed=self.seed, **step
-        )
+        likelihood = self.scorer.reference.likelihood
+        draw = {"noise": None, "seed": self.seed}
+        return ForgetOptions(**{**cell.options, **draw, SHARED: likelihood})
 
     def problem(self, cell: Cell) -> Problem:
         """Curvature and gradient of a cell."""
+        split, options = self.split, self.options(cell)
         with preserved_rng():
-            return Problem.of(
-                self.model,
-                self.data,
-                self.split.forget,
-                self.options(cell),
-                unpack=self.split.unpack,
-            )
+            return Problem.of(self.model, self.data, split.forget, options, unpack=split.unpack)
 
     def newton(self, cell: Cell, problem: Problem) -> ForgetResult:
         """Newton step of a cell."""
@@ -192,62 +209,56 @@ class _Work:
         noise, exponent, seed = (cell.options[name] for name in DRAW)
         clock = time.perf_counter()
         scale = noise
-        if cell.level < 0:  # the scale is searched for
-            scale = noise_step(
-                problem, result.newton, noise=noise, exponent=exponent, seed=seed
-            ).scale
+        if cell.level < 0:  # a target or "auto": the scale is searched for
+            newton = result.newton
+            scale = noise_step(problem, newton, noise=noise, exponent=exponent, seed=seed).scale
         model = result.with_noise(scale, seed=seed, exponent=exponent)
         seconds = sum(result.seconds[name] for name in ("curvature", "gradient", "newton"))
         row = {"scale": float(scale), "seconds": seconds + time.perf_counter() - clock}
-        row["information"] = unit / scale**2 if scale else math.inf
-        return row | self.judge.row(self.judge.reference.outputs(model))
+        row["information"] = unit / scale**2 if scale else math.inf  # the bound falls as 1 / s^2
+        return row | self.scores(model)
+
+    def scores(self, model: nn.Module) -> Row:
+        """Status and scores of a model."""
+        return self.scorer.row(self.scorer.reference.outputs(model))
 
 
-def _found(
+def _scored(
     work: _Work, groups: list[list[Cell]], rows: Mapping[str, Row], jobs: int
-) -> Iterator[Iterable[Found]]:
-    """Rows as they are found: one by one in this process, group by group from workers."""
+) -> Iterator[Iterable[KeyedRow]]:
+    """Rows as they come: one by one in this process, group by group from workers."""
     if jobs == 1 or len(groups) < 2:
         for group in groups:
-            yield from ([found] for found in _rows(work, group, rows))
+            yield from ([keyed] for keyed in _rows(work, group, rows))
         return
     known = [{cell.key: rows[cell.key] for cell in group if cell.key in rows} for group in groups]
     workers = joblib.Parallel(n_jobs=min(jobs, len(groups)), return_as="generator_unordered")
-    yield from workers(
-        joblib.delayed(_all_rows)(work, *each) for each in zip(groups, known, strict=True)
-    )
+    tasks = zip(groups, known, strict=True)
+    yield from workers(joblib.delayed(_all_rows)(work, *task) for task in tasks)
 
 
-def _all_rows(work: _Work, group: list[Cell], known: Mapping[str, Row]) -> list[Found]:
+def _all_rows(work: _Work, group: list[Cell], known: Mapping[str, Row]) -> list[KeyedRow]:
     """The rows of a group, in a worker."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with torch_threads(1):
         return list(_rows(work, group, known))
-    finally:
-        torch.set_num_threads(before)  # workers are reused, perhaps by someone else
 
 
-def _rows(work: _Work, group: list[Cell], known: Mapping[str, Row]) -> Iterator[Found]:
+def _rows(work: _Work, group: list[Cell], known: Mapping[str, Row]) -> Iterator[KeyedRow]:
     """The rows of a group: one cell of another method, or all cells that share a curvature
     estimate."""
     if group[0].method != OURS:
         done = work.method(group[0]).unlearn(work.model, work.split)
-        scored = work.judge.row(work.judge.reference.outputs(done.model))
-        yield (
-            group[0].key,
-            {"scale": math.nan, "seconds": done.seconds, "information": math.nan} | scored,
-        )
+        unscaled = {"scale": math.nan, "seconds": done.seconds, "information": math.nan}
+        yield group[0].key, unscaled | work.scores(done.model)
         return
     problem: Problem | None = None
-    newton = [name for name in group[0].options if name not in DRAW]
-    for step in grouped(group, lambda cell: cell.part(newton)):
+    for step in grouped(group, lambda cell: cell.without(DRAW)):
         result = None
         for ladder in grouped(step, lambda cell: cell.options["exponent"]):
             unit, ruined = math.nan, False
-            for draws in grouped(
-                sorted(ladder, key=lambda cell: cell.level), lambda cell: cell.part(["noise"])
-            ):
+            # from little noise to much, so that what is hopeless is known before it is run
+            ladder = sorted(ladder, key=lambda cell: cell.level)
+            for draws in grouped(ladder, lambda cell: repr(cell.options["noise"])):
                 rows = []
                 for cell in draws:
                     row = known.get(cell.key)
@@ -261,9 +272,8 @@ def _rows(work: _Work, group: list[Cell], known: Mapping[str, Row]) -> Iterator[
                         row = work.draw(problem, result, cell, unit)
                     rows.append(row)
                     yield cell.key, row
-                ruined = ruined or (
-                    draws[0].level > 0 and all(row["status"] == RUINED for row in rows)
-                )
+                all_ruined = all(row["status"] == RUINED for row in rows)
+                ruined = ruined or (draws[0].level > 0 and all_ruined)
 
 
 def _axes(cell: Cell, axes: Iterable[str]) -> Row:
@@ -287,23 +297,19 @@ def _word(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _stored(path: Path, shared: str) -> dict[str, Row]:
+def _stored(path: Path, mark: str) -> dict[str, Row]:
     """Rows of an earlier sweep of the same model, data and reference; skipped ones are decided
     again."""
     if not path.exists():
         return {}
     try:
         table, notes = read(path)
-        if notes["fingerprint"] != shared:
-            raise StorageError(
-                "a sweep of another model, data set or reference",
-                "one of these",
-                "Name another file.",
-            )
+        if notes["fingerprint"] != mark:
+            got = "a sweep of another model, data set or reference"
+            raise StorageError(got, "one of these", "Name another file.")
     except (StorageError, KeyError) as error:
-        warnings.warn(
-            f"{path} cannot be used and is written anew: {error}", FisherForgetWarning, stacklevel=3
-        )
+        message = f"{path} cannot be used and is written anew: {error}"
+        warnings.warn(message, FisherForgetWarning, stacklevel=3)
         return {}
     measured = table.frame.drop(columns=list({*table.axes, "seed"}))
     rows = zip(notes["keys"], measured.to_dict("records"), strict=True)

@@ -171,10 +171,12 @@ class SweepTable:
     def _headline(self) -> str:
         original, retrained = self.marks["original"], self.marks["retrained"]
         score = f"score_{self.kept}"
+        before, target = (self.score.format(mark[score]) for mark in (original, retrained))
         lines = [
-            f"Sweep of {len(self.frame)} cells. KL on the forgotten data: original {original['kl_forget']:.3g} nats, "
-            f"floor {retrained['kl_forget']:.3g}. {self.score.name.capitalize()} on {self.kept.replace('_', ' ')}: "
-            f"original {self.score.format(original[score])}, retrained {self.score.format(retrained[score])}."
+            f"Sweep of {len(self.frame)} cells. KL on the forgotten data: original "
+            f"{original['kl_forget']:.3g} nats, floor {retrained['kl_forget']:.3g}. "
+            f"{self.score.name.capitalize()} on {self.kept.replace('_', ' ')}: original {before}, "
+            f"retrained {target}."
         ]
         counts = self.frame["status"].value_counts()
         if ruined := int(counts.get(RUINED, 0)):

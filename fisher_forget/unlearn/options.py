@@ -11,8 +11,8 @@ from typing import Any, Literal, Self, TypedDict, cast
 import numpy as np
 
 from fisher_forget._util.checks import is_number, is_whole
-from fisher_forget.curvature.estimate import Structure
 from fisher_forget.curvature.kinds import Kind
+from fisher_forget.curvature.structures import STRUCTURES, Structure
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import ConfigError
 from fisher_forget.likelihood import Likelihood, resolve_likelihood
@@ -136,7 +136,10 @@ class ForgetOptions:
     @property
     def inverts(self) -> bool:
         """Whether the curvature is inverted itself, and no preconditioner."""
-        return self.solver == "direct" or (self.solver == "auto" and self.structure == "dense")
+        spec = STRUCTURES.get(self.structure) if isinstance(self.structure, str) else None
+        if self.solver != "auto" or spec is None:
+            return self.solver == "direct"
+        return any(operator.whole for operator in spec.operators)
 
     def curvature_plan(self, split: Split) -> tuple[Indices, Kind]:
         """The retained samples that the curvature is estimated on, and the kind of it.

@@ -138,10 +138,11 @@ class Prepared:
             return self.curvature
         assert self.curvature.info is not None
         kind, objective = cast(Kind, self.curvature.info.kind), self.objective
-        if not STRUCTURES[self.options.structure].additive:
+        spec = STRUCTURES.get(self.options.structure)
+        if spec is None or not spec.additive:
             left = np.setdiff1d(self.sampled, gone)
             return curvature_of(objective, split, self.options, left, kind)
-        basis = self.curvature if self.options.structure == "ekfac" else None
+        basis = self.curvature if spec.takes_basis else None
         part = curvature_of(objective, split, self.options, gone, kind, basis=basis)
         return without(self.curvature, part)
 

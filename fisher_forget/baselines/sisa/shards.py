@@ -3,20 +3,18 @@ and whenever it is done."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import joblib
 import numpy as np
-import torch
 from torch import nn
 from torch.utils.data import Dataset
 
 from fisher_forget._util import files
-from fisher_forget._util.random_state import preserved_rng
+from fisher_forget._util.random_state import seeded_rng
+from fisher_forget._util.threads import torch_threads
 from fisher_forget.baselines.retrain import Init, Train
 from fisher_forget.baselines.sisa.partition import Shard
 from fisher_forget.baselines.sisa.store import Store
@@ -35,7 +33,7 @@ def slice_seed(seed: int, shard: int, done: int) -> int:
 
 def initial_model(build: Init, seed: int, shard: int) -> nn.Module:
     """A shard's model before training, in eval mode."""
-    with _seeded(slice_seed(seed, shard, 0)):
+    with seeded_rng(slice_seed(seed, shard, 0)):
         return build().eval()
 
 
@@ -103,7 +101,8 @@ class ShardTrainer:
             if len(seen):
                 seed = slice_seed(self.seed, task.shard, done)
                 begun = files.fill_model(template, model.state_dict())
-                with _seeded(seed), _one_thread():
+                # one thread: sums in the same order in every process
+                with seeded_rng(seed), torch_threads(1):
                     trained = self.train(begun, self.dataset, seen, seed)
                 # into a fresh copy, as if it had been read from a checkpoint: mode and hooks do
                 # not carry over
@@ -112,24 +111,3 @@ class ShardTrainer:
             if done in task.kept:
                 store.save(task.shard, done, model, task.keys[done])
         return calls, points
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Global generators at a seed, for functions of the user that draw from them; put back at the
-    end."""
-    with preserved_rng():
-        torch.manual_seed(seed)
-        np.random.seed(seed)  # noqa: NPY002 - the user's function may draw from it
-        random.seed(seed)
-        yield
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums in the same order in every process
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

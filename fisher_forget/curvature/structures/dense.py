@@ -44,6 +44,7 @@ class Dense(Spectral):
     basis: Tensor
     like: Params
     stored_as: ClassVar[str] = "dense"
+    whole: ClassVar[bool] = True
 
     def rotate(self, v: Mapping[str, Tensor]) -> Params:
         return {KEY: self.basis.T @ flatten({name: v[name] for name in self.like})}

@@ -18,7 +18,7 @@ from fisher_forget._util.markdown import markdown_table
 from fisher_forget.evaluate.evaluation import CONTROL, MARKS, MEANING, Evaluation
 from fisher_forget.evaluate.intervals import t_interval
 from fisher_forget.likelihood.base import SHARE_LOSS
-from fisher_forget.report.pages.evaluation import judged, within
+from fisher_forget.report.pages.evaluation import defined, within
 from fisher_forget.report.pages.html import Figure, render_template, write_html
 from fisher_forget.report.pages.svg import inline
 from fisher_forget.report.plots import plot_cost, plot_methods, save_figure
@@ -55,12 +55,12 @@ def rows(table: Evaluation, seconds: Mapping[str, Sequence[float]], retraining: 
     """
     parts = {s.part for s in table.scores}
     kept = next(part for part in KEPT if part in parts)
-    found = [
+    unranked = [
         _row(table, name, kept, seconds, retraining)
         for name in dict.fromkeys(s.method for s in table.scores)
     ]
     ranked = sorted(
-        found,
+        unranked,
         key=lambda r: (
             r["method"] in REFERENCES,
             not r["accurate"],
@@ -101,7 +101,7 @@ def _row(
     retraining: float,
 ) -> Row:
     kl, score = table.get("kl", "forget", name), table.get("score", kept, name)
-    defined = judged(table, name)
+    scores = defined(table, name)
     spent = seconds.get(name, ())
     return {
         "method": name,
@@ -120,8 +120,8 @@ def _row(
         ),
         "cost": float(np.mean(spent)) / retraining if spent else (1.0 if name == CONTROL else 0.0),
         "mark": MARKS[kl.label],
-        "inside": sum(within(s) for s in defined),
-        "scored": len(defined),
+        "inside": sum(within(s) for s in scores),
+        "scored": len(scores),
     }
 
 
@@ -130,11 +130,11 @@ def _usual(std: float, models: int) -> float:
     return float(student.ppf(0.975, models - 1)) * std * math.sqrt(1 + 1 / models)
 
 
-def _tied(table: Evaluation, one: str, other: str) -> bool:
+def _tied(table: Evaluation, method: str, other: str) -> bool:
     """Whether the mean difference of KL over the originals, each paired with itself, may be zero at
     95 %."""
-    first, second = (np.array(table.get("kl", "forget", name).values) for name in (one, other))
-    if one == other:
+    first, second = (np.array(table.get("kl", "forget", name).values) for name in (method, other))
+    if method == other:
         return True
     if len(first) != len(second) or len(first) < 2 or not np.isfinite([first, second]).all():
         return False
@@ -142,14 +142,14 @@ def _tied(table: Evaluation, one: str, other: str) -> bool:
     return bool(interval.low <= 0 <= interval.high)
 
 
-def _better(one: Row, other: Row) -> bool:
-    as_good = one["kl"] <= other["kl"] and one["accuracy"] >= other["accuracy"]
-    return bool(as_good and (one["kl"] < other["kl"] or one["accuracy"] > other["accuracy"]))
+def _better(row: Row, other: Row) -> bool:
+    as_good = row["kl"] <= other["kl"] and row["accuracy"] >= other["accuracy"]
+    return bool(as_good and (row["kl"] < other["kl"] or row["accuracy"] > other["accuracy"]))
 
 
-def answer(found: Sequence[Row]) -> str:
+def answer(table_rows: Sequence[Row]) -> str:
     """Who is first, who is tied with it, and where fisher-forget stands."""
-    rivals = [r for r in found if r["method"] not in REFERENCES]
+    rivals = [r for r in table_rows if r["method"] not in REFERENCES]
     if not rivals or not rivals[0]["accurate"]:
         return "No method keeps the accuracy of retrained models."
     first, ties = rivals[0], [r["method"] for r in rivals[1:] if r["tied"]]
@@ -171,10 +171,10 @@ def _nats(row: Row) -> str:
     )
 
 
-def frame(found: Sequence[Row]) -> pd.DataFrame:
+def frame(table_rows: Sequence[Row]) -> pd.DataFrame:
     """The rows as people read them."""
     shown = []
-    for row in found:
+    for row in table_rows:
         half = (row["kl_high"] - row["kl_low"]) / 2
         shown.append(
             {
@@ -191,13 +191,13 @@ def frame(found: Sequence[Row]) -> pd.DataFrame:
     return pd.DataFrame(shown)
 
 
-def to_markdown(found: Sequence[Row]) -> str:
+def to_markdown(table_rows: Sequence[Row]) -> str:
     """The table of one forget set for a Markdown file."""
-    first, shown = found[0], frame(found)
+    first, shown = table_rows[0], frame(table_rows)
     return (
         f"{markdown_table(shown, shown.itertuples(index=False))}\n\n"
-        f"{answer(found)} Retrained models: {first['floor']:.3g} nats, {first['target']:.1f} %. "
-        f"{LEGEND}"
+        f"{answer(table_rows)} "
+        f"Retrained models: {first['floor']:.3g} nats, {first['target']:.1f} %. {LEGEND}"
     )
 
 
@@ -213,17 +213,19 @@ def overview(cases: Mapping[str, Sequence[Row]], refused: Iterable[str] = ()) ->
         cases: Forget set -> its `rows`.
         refused: Methods that have no result on some of them.
     """
-    names = dict.fromkeys([*(row["method"] for found in cases.values() for row in found), *refused])
+    names = dict.fromkeys(
+        [*(row["method"] for table_rows in cases.values() for row in table_rows), *refused]
+    )
     shown = []
     for name in names:
         places, cells, costs = [], {}, []
-        for case, found in cases.items():
-            place = next((i for i, row in enumerate(found) if row["method"] == name), None)
+        for case, table_rows in cases.items():
+            place = next((i for i, row in enumerate(table_rows) if row["method"] == name), None)
             places.append(len(names) if place is None else place)
             if place is None:
                 cells[case] = "–"
                 continue
-            row = found[place]
+            row = table_rows[place]
             mark = " *" if row["tied"] else "" if row["accurate"] or name in REFERENCES else " †"
             cells[case] = f"{row['kl']:.2g}{mark} ({row['accuracy']:.1f} %)"
             costs.append(row["cost"])
@@ -237,8 +239,8 @@ def overview(cases: Mapping[str, Sequence[Row]], refused: Iterable[str] = ()) ->
         )
     table = [row for *_, row in sorted(shown, key=lambda entry: entry[:2])]
     targets = {
-        case: f"{found[0]['floor']:.2g} ({found[0]['target']:.1f} %)"
-        for case, found in cases.items()
+        case: f"{table_rows[0]['floor']:.2g} ({table_rows[0]['target']:.1f} %)"
+        for case, table_rows in cases.items()
     }
     return pd.DataFrame(
         [*table, {"method": "retrained, among themselves"} | targets | {"retrainings": ""}]
@@ -272,7 +274,7 @@ LEGEND = (
 )
 
 
-def plotted(found: Sequence[Row]) -> pd.DataFrame:
+def plotted(table_rows: Sequence[Row]) -> pd.DataFrame:
     """The rows as `plot_methods` and `plot_cost` take them; "retrained" is the target itself.
 
     Models that lost more than `RUINED` points of accuracy are left out, so that the others can be
@@ -280,12 +282,12 @@ def plotted(found: Sequence[Row]) -> pd.DataFrame:
     """
     kept = [
         row
-        for row in found
+        for row in table_rows
         if row["accuracy"] >= row["target"] - RUINED or row["method"] == "original"
     ]
     rows = [row for row in kept if row["method"] not in (CONTROL, "retrain")]
     table = pd.DataFrame(rows).assign(ours=[row["method"] == OURS for row in rows])
-    first = found[0]
+    first = table_rows[0]
     target = {"method": "retrained", "kl": first["floor"], "accuracy": first["target"], "cost": 1.0}
     names = ["kl", "accuracy"]
     target |= {f"{name}_{end}": target[name] for name in names for end in ("low", "high")}
@@ -319,7 +321,7 @@ def write_page(report: Mapping[str, Any], folder: Path) -> Path:
     return write_html(folder / "comparison.html", page)
 
 
-def _figures(found: Sequence[Row], index: int, folder: Path) -> list[Figure]:
+def _figures(table_rows: Sequence[Row], index: int, folder: Path) -> list[Figure]:
     """KL against accuracy, and against time, of one forget set."""
     figures = []
     for kind, plot, what in (
@@ -327,7 +329,7 @@ def _figures(found: Sequence[Row], index: int, folder: Path) -> list[Figure]:
         ("cost", plot_cost, "wall time, as a share of one retraining"),
     ):
         caption = f"KL on the forgotten samples against {what}. {LEFT_OUT}"
-        _, svg = save_figure(plot(plotted(found)).figure, folder / f"{kind}-{index}")
+        _, svg = save_figure(plot(plotted(table_rows)).figure, folder / f"{kind}-{index}")
         plt.close("all")
         figures.append(Figure(caption, inline(svg, f"{kind[0]}{index}-", caption)))
     return figures
@@ -355,16 +357,16 @@ def _settings(outcomes: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     shown = []
     for outcome in outcomes:
         for trial in sorted(outcome["trials"], key=lambda t: t["settings"] != outcome["settings"]):
-            chosen = trial["settings"] == outcome["settings"] and not outcome["refused"]
-            judged = [trial[key] for key in ("damage", "memory")]
+            best = trial["settings"] == outcome["settings"] and not outcome["refused"]
+            points = [trial[key] for key in ("damage", "memory")]
             shown.append(
                 {
                     "method": outcome["method"],
                     "setting": ", ".join(f"{k} {v:g}" for k, v in trial["settings"].items())
                     or "defaults",
-                    "damage (points)": "" if judged[0] is None else f"{judged[0]:.1f}",
-                    "memory (points)": "" if judged[1] is None else f"{judged[1]:.1f}",
-                    "chosen": "chosen" if chosen else "",
+                    "damage (points)": "" if points[0] is None else f"{points[0]:.1f}",
+                    "memory (points)": "" if points[1] is None else f"{points[1]:.1f}",
+                    "chosen": "chosen" if best else "",
                     "error": trial["error"],
                 }
             )

@@ -106,7 +106,7 @@ def _case(name: str, table: Evaluation, figure: Figure) -> dict[str, Any]:
     }
 
 
-def judged(table: Evaluation, method: str) -> list[EvaluationRow]:
+def defined(table: Evaluation, method: str) -> list[EvaluationRow]:
     """The rows of a method that have a value."""
     return [s for s in table.scores if s.method == method and s.label != UNDEFINED]
 
@@ -118,12 +118,12 @@ def main_method(table: Evaluation) -> str:
 
 def outside(table: Evaluation) -> list[EvaluationRow]:
     """The rows of the main method outside the range expected of a retrained model."""
-    return [s for s in judged(table, main_method(table)) if not within(s)]
+    return [s for s in defined(table, main_method(table)) if not within(s)]
 
 
 def conclusion(table: Evaluation) -> tuple[str, str]:
     """The answer in a few words, and its tone."""
-    rows, wrong = len(judged(table, main_method(table))), len(outside(table))
+    rows, wrong = len(defined(table, main_method(table))), len(outside(table))
     if not wrong:
         return "not told apart from retrained", "good"
     return f"{wrong} of {rows} scores differ", "fair" if wrong <= FEW * rows else "poor"
@@ -132,10 +132,10 @@ def conclusion(table: Evaluation) -> tuple[str, str]:
 def numbers(table: Evaluation) -> list[Number]:
     """How many scores pass, the KL on the forgotten data, and the score on test data that should be
     kept."""
-    method, found = main_method(table), []
-    rows = judged(table, method)
+    method, shown = main_method(table), []
+    rows = defined(table, method)
     passed = f"{len(rows) - len(outside(table))} of {len(rows)}"
-    found.append(
+    shown.append(
         Number("Scores that a retrained model could have", passed, "", counts(table, but=method))
     )
     tests = [s.part for s in table.scores if s.part.startswith("test")]
@@ -148,21 +148,23 @@ def numbers(table: Evaluation) -> list[Number]:
         if method in by_method:
             row, before = by_method[method], by_method["original"]
             beside = f"was {before.value:.3g}; retrained {row.target:.3g}"
-            found.append(Number(label, f"{row.value:.3g}", row.unit, beside))
-    return found
+            shown.append(Number(label, f"{row.value:.3g}", row.unit, beside))
+    return shown
 
 
 def counts(table: Evaluation, but: str = "") -> str:
     """How many scores of each method a retrained model could have."""
-    rows = {method: judged(table, method) for method in methods(table) if method != but}
-    return ", ".join(f"{m} {sum(map(within, of))} of {len(of)}" for m, of in rows.items())
+    rows = {method: defined(table, method) for method in methods(table) if method != but}
+    return ", ".join(
+        f"{m} {sum(map(within, scores))} of {len(scores)}" for m, scores in rows.items()
+    )
 
 
 def sentence(table: Evaluation) -> str:
     """Which scores give the main method away."""
     wrong, method = outside(table), main_method(table)
     if not wrong:
-        count = len(judged(table, method))
+        count = len(defined(table, method))
         return f"All {count} scores are in the range expected of a retrained model."
     places: dict[str, list[str]] = {}
     for score in wrong:
@@ -186,8 +188,8 @@ def wide(table: Evaluation) -> pd.DataFrame:
     """One row a metric and part, one column a method."""
     rows: list[dict[str, Any]] = []
     for metric, part in dict.fromkeys((s.metric, s.part) for s in table.scores):
-        found = {s.method: s for s in table.scores if (s.metric, s.part) == (metric, part)}
-        first = next(iter(found.values()))
+        by_method = {s.method: s for s in table.scores if (s.metric, s.part) == (metric, part)}
+        first = next(iter(by_method.values()))
         row: dict[str, Any] = {
             "metric": metric + (f" ({first.unit})" if first.unit else ""),
             "part": part,
@@ -195,7 +197,7 @@ def wide(table: Evaluation) -> pd.DataFrame:
             EXPECTED: f"{_short(first.target_low)} … {_short(first.target_high)}",
         }
         row |= {
-            m: f"{_short(found[m].value)} {MARKS[found[m].label]}" if m in found else ""
+            m: f"{_short(by_method[m].value)} {MARKS[by_method[m].label]}" if m in by_method else ""
             for m in methods(table)
         }
         rows.append(row)

@@ -75,7 +75,7 @@ def plot_path(result: ForgetResult, ax: Axes | None = None) -> Axes:
     ax.axhline(newton.budget, color=GREY, linestyle=":", linewidth=1.4, label="budget of the rise")
     log_limits(ax, "x", x.tolist())
     log_limits(ax, "y", [*np.abs(moved), *rise, newton.budget])
-    ax.set_xlabel("time of the flow, sum of share / damping (squared weight / nats)")
+    ax.set_xlabel("time of the flow, 1 / damping (squared weight / nats)")
     ax.set_ylabel("nats")
     finish(ax, legend_columns=1)
     return ax

@@ -68,7 +68,7 @@ def plot_classes(
     means = {name: per_class(values, targets) for name, values in kl.items()}
     names = list(means["floor"])
     ax, rows = axes_or_new(ax), np.arange(len(names))
-    before, after, floors = (np.maximum(list(of.values()), TINY) for of in means.values())
+    before, after, floors = (np.maximum(list(m.values()), TINY) for m in means.values())
     target: dict[str, Any] = {"colors": GREEN, "linewidth": 2.4, "zorder": 3}
     ax.vlines(floors, rows - 0.32, rows + 0.32, label="floor: target", **target)
     ends = np.minimum(before, after), np.maximum(before, after)
@@ -151,8 +151,8 @@ def plot_margins(
         "original": margins(reference.original[part], targets),
         "scrubbed": margins(reference.outputs(model)[part], targets),
     }
-    every = torch.cat(list(shown.values()))
-    edges = np.linspace(float(every.min()), float(every.max()), BINS + 1)
+    values = torch.cat(list(shown.values()))
+    edges = np.linspace(float(values.min()), float(values.max()), BINS + 1)
     ax = axes_or_new(ax)
     lines = {"original": "--", "scrubbed": "-"}
     for name, values in shown.items():

@@ -27,7 +27,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fisher_forget import params as P
-from fisher_forget.curvature.structures.dense import Dense
 from fisher_forget.data.split import Indices, some
 from fisher_forget.errors import ConfigError, CurvatureError, NumericalError
 from fisher_forget.params import Params
@@ -151,8 +150,8 @@ def newton_step(
     begun = time.perf_counter()
     options = options or ForgetOptions()
     literal = options.steps != "auto" and options.damping != "auto"
-    direct = options.solver == "direct"
-    direct = direct or (options.solver == "auto" and isinstance(problem.curvature, Dense))
+    whole = options.solver == "auto" and problem.curvature.whole
+    direct = whole or options.solver == "direct"
     solver = LinearSolver(direct, literal, working_set)
     rng = np.random.default_rng(options.seed)
     split, start = problem.split, problem.objective.start

@@ -1,9 +1,9 @@
-"""Scores of one model of a sweep; what does not change from cell to cell is computed once."""
+"""Scores of the models of a sweep; what does not change from cell to cell is computed once."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from operator import truediv
 from typing import Any
 
@@ -29,7 +29,7 @@ def column(part: str) -> str:
 
 
 @dataclass(frozen=True)
-class Judge:
+class Scorer:
     """Holds models against a reference.
 
     Attributes:
@@ -45,27 +45,26 @@ class Judge:
     ruin: float | None
 
     @classmethod
-    def of(cls, reference: Reference, ruin: float | None) -> Judge:
+    def of(cls, reference: Reference, ruin: float | None) -> Scorer:
         """Score the original and the retrained models.
 
         Raises:
             ConfigError: If a part is missing.
         """
         if missing := [part for part in PARTS if part not in reference.targets]:
-            raise ConfigError(
-                f"a reference without {missing}",
-                f"the parts {PARTS}",
-                "Give them to Reference(parts=...).",
-            )
-        own = reference.original
-        original = reference.score(own)
+            fix = "Give them to Reference(parts=...)."
+            raise ConfigError(f"a reference without {missing}", f"the parts {PARTS}", fix)
+        original = reference.score(reference.original)
+        losses = _losses(reference, reference.original)
         members = pd.DataFrame([_losses(reference, outputs) for outputs in reference.retrained])
+        mean, std = (
+            {str(name): float(value) for name, value in values.items()}
+            for values in (members.mean(), members.std())
+        )
         marks = {
-            "original": _columns(original, "kl_original", "score_original")
-            | _losses(reference, own),
-            "retrained": _columns(original, "floor", "score_retrained") | _plain(members.mean()),
-            "retrained_std": _columns(original, "floor_std", "score_retrained_std")
-            | _plain(members.std()),
+            "original": _columns(original, "kl_original", "score_original") | losses,
+            "retrained": _columns(original, "floor", "score_retrained") | mean,
+            "retrained_std": _columns(original, "floor_std", "score_retrained_std") | std,
         }
         return cls(reference, original, marks, ruin)
 
@@ -79,24 +78,20 @@ class Judge:
         outputs overflow."""
         if not all(bool(torch.isfinite(values).all()) for values in outputs.values()):
             return {"status": RUINED}
-        likelihood, found = self.reference.likelihood, {}
+        likelihood, row = self.reference.likelihood, {}
         for part, y in self.reference.targets.items():
             kl = [
                 mean_kl(likelihood, member[part], outputs[part], y)
                 for member in self.reference.retrained
             ]
-            found[f"kl_{column(part)}"] = math.fsum(kl) / len(kl)
-            found[f"score_{column(part)}"] = float(likelihood.scores(outputs[part], y).mean())
-        found |= _losses(self.reference, outputs)
+            row[f"kl_{column(part)}"] = math.fsum(kl) / len(kl)
+            row[f"score_{column(part)}"] = float(likelihood.scores(outputs[part], y).mean())
+        row |= _losses(self.reference, outputs)
         scores = self.original.parts["forget"]
-        gap = gap_closed(scores.kl_original, found["kl_forget"], scores.floor, scores.floor_std)
-        found["gap_closed"] = math.nan if gap is None else gap
+        gap = gap_closed(scores.kl_original, row["kl_forget"], scores.floor, scores.floor_std)
+        row["gap_closed"] = math.nan if gap is None else gap
         most = math.inf if self.ruin is None else self.marks["original"]["loss_retain"] + self.ruin
-        return {"status": DONE if found["loss_retain"] <= most else RUINED} | found
-
-
-def _plain(values: pd.Series[float]) -> dict[str, float]:
-    return {str(name): float(value) for name, value in values.items()}
+        return {"status": DONE if row["loss_retain"] <= most else RUINED} | row
 
 
 def _losses(reference: Reference, outputs: Outputs) -> dict[str, float]:
@@ -109,7 +104,7 @@ def _losses(reference: Reference, outputs: Outputs) -> dict[str, float]:
 
 
 def _columns(scores: Closeness, kl: str, score: str) -> dict[str, float]:
-    parts = {column(part): asdict(values) for part, values in scores.parts.items()}
-    return {f"kl_{name}": values[kl] for name, values in parts.items()} | {
-        f"score_{name}": values[score] for name, values in parts.items()
-    }
+    """kl_<part> and score_<part> from the attributes of `PartScores` of these names."""
+    parts = {column(part): values for part, values in scores.parts.items()}
+    kls = {f"kl_{name}": float(getattr(values, kl)) for name, values in parts.items()}
+    return kls | {f"score_{name}": float(getattr(v, score)) for name, v in parts.items()}
