@@ -38,11 +38,12 @@ ROWS = (
 )
 HEADER = ("estimator", "ratio", "goal", "no eigh", "seconds", "samples", "memory", "error", "note")
 LEGEND = """\
-ratio    time over that of plain forward and backward passes on the same batches (medians of alternating rounds)
+ratio    time over that of plain forward and backward passes on the same batches (medians of
+         alternating rounds)
 goal     what is aimed at: for EKFAC in the column "no eigh", else in the column "ratio"
 no eigh  the ratio without the eigendecompositions
 samples  that the row, and the plain passes beside it, were timed on; seconds are for these
-memory   peak resident set (VmHWM; CUDA: peak allocation) above the peak of the plain passes before it, MiB
+memory   peak resident set (VmHWM; CUDA: peak allocation) above that of the plain passes, MiB
 error    |d - d*| / |d*| of the diagonal, untrained weights, d* exact in float64 on {error_on}"""
 
 
@@ -111,9 +112,8 @@ def main() -> None:
     print(", ".join(f"{name} {version}" for name, version in about["versions"].items()))
     if args.scaling:
         found = result["scaling"] = ask(args.timeout, task="scaling", **common)
-        print(
-            f"\nfisher_forget diagonal, sketch, 1 draw, on the MLP 784-1024-1024-10, {found['data']}"
-        )
+        network = "the MLP 784-1024-1024-10"
+        print(f"\nfisher_forget diagonal, sketch, 1 draw, on {network}, {found['data']}")
         for count, seconds in zip(found["samples"], found["seconds"], strict=True):
             print(
                 f"{count:7,d} samples  {seconds:8.2f} s  {1e6 * seconds / count:8.1f} us a sample"

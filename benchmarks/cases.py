@@ -184,7 +184,8 @@ CASES: dict[str, Case] = {
         error_samples=8,
     ),
     "gpt2": Case(
-        f"GPT-2, 4 layers, d 256, 4 heads, vocabulary {VOCABULARY:,}, tied embedding, {TOKENS} tokens",
+        f"GPT-2, 4 layers, d 256, 4 heads, vocabulary {VOCABULARY:,}, tied embedding, "
+        f"{TOKENS} tokens",
         _gpt2,
         _tokens,
         samples=32,

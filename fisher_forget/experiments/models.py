@@ -37,6 +37,7 @@ def build_model(
             own fails.
 
     Example:
+        >>> import torch
         >>> build_model("cnn", (1, 8, 8), 10, seed=0, width=8)(torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 10])
     """
