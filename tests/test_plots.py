@@ -342,6 +342,12 @@ def test_intervals_of_methods():
         assert any(np.allclose(s, lying) for s in segments)
 
 
+@pytest.mark.parametrize("draw", [plots.plot_cost, plots.plot_methods])
+def test_a_comparison_without_an_accurate_method_shows_its_marks(draw):
+    ax = draw(make_methods(8).iloc[8:])
+    assert "retrained: target" in ax.get_legend_handles_labels()[1]
+
+
 def test_a_comparison_that_lacks_something_is_refused():
     with pytest.raises(DataError, match="cost"):
         plots.plot_cost(make_methods(8).drop(columns="cost"))

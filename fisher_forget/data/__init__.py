@@ -1,2 +1,1 @@
-"""Data: who is retained and forgotten (`split`), what a batch is (`batches`), the recipes' data
-(`datasets`)."""
+"""Data: who is retained and forgotten (`split`), what a batch is (`batches`), samples in memory."""

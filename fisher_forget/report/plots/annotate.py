@@ -190,7 +190,7 @@ def ends_first(count: int) -> list[int]:
         >>> ends_first(5)
         [0, 4, 2, 1, 3]
     """
-    order = [0, count - 1] if count > 1 else [0]
+    order = [0, count - 1] if count > 1 else [0][:count]
     parts = 2
     while len(order) < count:
         order += [
