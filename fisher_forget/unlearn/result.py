@@ -141,8 +141,8 @@ class ForgetResult:
                 f"  newton     {len(taken)} sub-step{'s' * (len(taken) > 1)}{rejected}{shortened}, "
                 f"|step| {n.norm:.3g}; {self.seconds['newton']:.1f} s"
             )
-            dampings = [s.damping for s in taken]
-            yield f"  damping    tau {max(dampings):.1e} to {min(dampings):.1e}"
+            dampings = dict.fromkeys(f"{step.damping:.1e}" for step in (taken[0], taken[-1]))
+            yield f"  damping    tau {' to '.join(dampings)} nats per squared weight"
         elif n.path or not n.absent:
             unchanged = "" if n.absent else ": the weights are unchanged"
             yield f"  newton     no step stayed within the budget{unchanged}"
