@@ -412,3 +412,14 @@ class TestResolve:
     def test_unknown(self, what):
         with pytest.raises(ConfigError, match="gaussian"):
             resolve_likelihood(what)
+
+
+def test_a_likelihood_of_ones_own_needs_a_score():
+    class Mine(Gaussian):
+        pass
+
+    assert isinstance(resolve_likelihood(Mine()), Mine)
+    methods = {name: getattr(Gaussian, name) for name in Likelihood.__abstractmethods__}
+    bare = type("Bare", (Likelihood,), methods | {"name": "bare", "score_name": "squared error"})
+    with pytest.raises(ConfigError, match=r"Bare without `score`.*score = Score\("):
+        resolve_likelihood(bare())

@@ -38,8 +38,18 @@ LIKELIHOODS: dict[str, type[Likelihood]] = {
 
 
 def resolve_likelihood(likelihood: Likelihood | str) -> Likelihood:
-    """A likelihood from its name, or itself."""
+    """A likelihood from its name, or itself.
+
+    Raises:
+        ConfigError: An unknown name, or a class of one's own that lacks a `Score`.
+    """
     if isinstance(likelihood, Likelihood):
+        if not hasattr(likelihood, "score"):
+            raise ConfigError(
+                f"the likelihood {type(likelihood).__name__} without `score`",
+                "a class variable score = Score(name, unit, higher_is_better)",
+                "Add it; it takes the place of score_name.",
+            )
         return likelihood
     if not isinstance(likelihood, str) or likelihood not in LIKELIHOODS:
         raise ConfigError(
