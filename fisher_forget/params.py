@@ -39,16 +39,11 @@ def trainable(model: nn.Module, subset: str | tuple[str, ...] | None = None) -> 
     }
     if not wanted:
         if candidates:
-            raise ModelError(
-                f"no parameter that matches {patterns!r}",
-                f"a pattern for some of {list(candidates)}",
-                "Correct `subset`.",
-            )
-        raise ModelError(
-            "a model without trainable parameters",
-            "at least one parameter with requires_grad=True",
-            "Unfreeze the parameters that were trained.",
-        )
+            got = f"no parameter that matches {patterns!r}"
+            raise ModelError(got, f"a pattern for some of {list(candidates)}", "Correct `subset`.")
+        got = "a model without trainable parameters"
+        fix = "Unfreeze the parameters that were trained."
+        raise ModelError(got, "at least one parameter with requires_grad=True", fix)
     return wanted
 
 
@@ -171,9 +166,7 @@ def logits(out: Any) -> Tensor:
     """The logits in what a forward returned."""
     out = getattr(out, "logits", out)
     if not isinstance(out, Tensor):
-        raise ModelError(
-            f"a forward that returned {type(out).__name__}",
-            "a tensor of logits, or an object with .logits",
-            "Wrap the model so that forward returns its logits.",
-        )
+        got = f"a forward that returned {type(out).__name__}"
+        fix = "Wrap the model so that forward returns its logits."
+        raise ModelError(got, "a tensor of logits, or an object with .logits", fix)
     return out

@@ -84,11 +84,8 @@ def save_model(path: str | Path, model: nn.Module, metadata: Mapping[str, str]) 
     state = model.state_dict()
     odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if odd:
-        raise StorageError(
-            f"state that is not a tensor: {odd}",
-            "tensors only",
-            "Drop get_extra_state from the model.",
-        )
+        got = f"state that is not a tensor: {odd}"
+        raise StorageError(got, "tensors only", "Drop get_extra_state from the model.")
     save_tensors(path, state, metadata)
 
 
@@ -109,11 +106,8 @@ def load_model(
     tensors, metadata = load_tensors(path)
     for name, value in (expect or {}).items():
         if metadata.get(name) != value:
-            raise StorageError(
-                f"{path} with {name}={metadata.get(name)!r}",
-                f"{name}={value!r}",
-                "It belongs to another run.",
-            )
+            got = f"{path} with {name}={metadata.get(name)!r}"
+            raise StorageError(got, f"{name}={value!r}", "It belongs to another run.")
     return fill_model(model, tensors)
 
 
@@ -133,11 +127,8 @@ def fill_model(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     if wrong:
         got = ", ".join(wrong[:5]) + (", ..." if len(wrong) > 5 else "")
         fix = "Build the model with the options that the stored one was built with."
-        raise StorageError(
-            f"weights that differ from the model's in {got}",
-            f"those of {type(model).__name__}",
-            fix,
-        )
+        got = f"weights that differ from the model's in {got}"
+        raise StorageError(got, f"those of {type(model).__name__}", fix)
     twin.load_state_dict(dict(state))
     twin.zero_grad(set_to_none=True)
     return twin.eval()
@@ -213,11 +204,9 @@ class RequestLog:
             return []
         content = read_json(path)
         if content.get("format") != REQUESTS_FORMAT or content.get("mark") != self.mark:
-            raise StorageError(
-                f"{self.folder}, made for another model, other data or other options",
-                "the folder of this one, or an empty one",
-                "Name another folder, or delete this one if its requests are no longer needed.",
-            )
+            got = f"{self.folder}, made for another model, other data or other options"
+            fix = "Name another folder, or delete this one if its requests are no longer needed."
+            raise StorageError(got, "the folder of this one, or an empty one", fix)
         requests: list[list[int]] = content["requests"]
         return requests
 
@@ -320,11 +309,8 @@ def _plain(obj: object) -> Any:
         return [_plain(item) for item in obj]
     if isinstance(obj, os.PathLike):
         return str(os.fspath(obj))
-    raise StorageError(
-        f"an object of type {type(obj).__name__}",
-        "what JSON can hold",
-        "Convert it before writing it.",
-    )
+    got = f"an object of type {type(obj).__name__}"
+    raise StorageError(got, "what JSON can hold", "Convert it before writing it.")
 
 
 @contextmanager

@@ -93,11 +93,8 @@ class DirectMethod(Method):
         check_model(model)
         weights, gradients = self.weights(model, split, resolve_likelihood(self.likelihood))
         if not P.finite(weights):
-            raise NumericalError(
-                "weights that are not finite",
-                "finite weights",
-                "Raise the method's damping or weight_decay, or lower the length of its step.",
-            )
+            fix = "Raise the method's damping or weight_decay, or lower the length of its step."
+            raise NumericalError("weights that are not finite", "finite weights", fix)
         return P.load(model, weights), gradients
 
 

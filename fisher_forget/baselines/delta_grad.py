@@ -191,11 +191,9 @@ class DeltaGrad(Method):
         if self.trajectory is not None:
             return self, model
         if self.initial is None or self.training is None:
-            raise ConfigError(
-                "no trajectory",
-                "the recorded training of the model that is to forget",
-                "Train with delta_grad.record(), and pass DeltaGrad(trajectory=...).",
-            )
+            got = "no trajectory"
+            fix = "Train with delta_grad.record(), and pass DeltaGrad(trajectory=...)."
+            raise ConfigError(got, "the recorded training of the model that is to forget", fix)
         plan = Plan(
             epochs=self.training.epochs,
             lr=self.training.lr,
@@ -262,28 +260,20 @@ def _check_fit(trajectory: Trajectory, model: nn.Module, split: Split) -> None:
     """Refuse another model or other samples than those of the trajectory."""
     given, end = P.trainable(model), P.trainable(trajectory.model)
     if given.keys() != end.keys() or not all(torch.equal(p, end[n]) for n, p in given.items()):
-        raise ModelError(
-            "a model whose weights are not those that the trajectory ends with",
-            "trajectory.model",
-            "Pass that model, or record its training.",
-        )
+        got = "a model whose weights are not those that the trajectory ends with"
+        raise ModelError(got, "trajectory.model", "Pass that model, or record its training.")
     if not np.array_equal(trajectory.samples, split.indices("all")):
-        raise SplitError(
-            f"{split} for a trajectory of {len(trajectory.samples):,} samples",
-            "the samples that were trained on",
-            "Pass a split of the same data.",
-        )
+        got = f"{split} for a trajectory of {len(trajectory.samples):,} samples"
+        raise SplitError(got, "the samples that were trained on", "Pass a split of the same data.")
 
 
 def _check_memory(plan: Plan, steps: int, weights: Params) -> None:
     """Refuse a training whose steps' weights and gradients do not fit."""
     needed = 2 * steps * sum(x.numel() * x.element_size() for x in weights.values())
     if needed > plan.memory:
-        raise ConfigError(
-            f"{steps:,} steps whose weights and gradients need {needed / 2**30:,.1f} GiB",
-            f"at most memory={plan.memory} bytes",
-            "Raise `memory` or `batch_size`, or lower `epochs`.",
-        )
+        got = f"{steps:,} steps whose weights and gradients need {needed / 2**30:,.1f} GiB"
+        fix = "Raise `memory` or `batch_size`, or lower `epochs`."
+        raise ConfigError(got, f"at most memory={plan.memory} bytes", fix)
 
 
 def lbfgs_product(pairs: Sequence[tuple[Tensor, Tensor]], v: Tensor) -> Tensor:

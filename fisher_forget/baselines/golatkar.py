@@ -234,21 +234,16 @@ class GolatkarCode(Golatkar):
 
     def resolved(self, model: nn.Module, split: Split, likelihood: Likelihood) -> tuple[Self, int]:
         if not isinstance(likelihood, Categorical):
-            raise ConfigError(
-                f"the likelihood {likelihood.name!r}",
-                "'categorical': the public code sums over the classes of a softmax",
-                "Use 'golatkar-paper' or forget() for other likelihoods.",
-            )
+            expected = "'categorical': the public code sums over the classes of a softmax"
+            fix = "Use 'golatkar-paper' or forget() for other likelihoods."
+            raise ConfigError(f"the likelihood {likelihood.name!r}", expected, fix)
         classes = _classes(model, split, likelihood)
         row = self.forgotten_class
         if row == "auto":
             row = _whole_class(split, classes)
         if row is not None and not 0 <= row < classes:
-            raise ConfigError(
-                f"forgotten_class={row}",
-                f"a class from 0 to {classes - 1}",
-                "Name a class of the model's outputs.",
-            )
+            fix = "Name a class of the model's outputs."
+            raise ConfigError(f"forgotten_class={row}", f"a class from 0 to {classes - 1}", fix)
         return replace(self, forgotten_class=None if row is None else int(row)), classes
 
     def moments(self, weights: Params, fisher: Curvature, classes: int) -> tuple[Params, Params]:

@@ -159,11 +159,9 @@ class Lissa(DirectMethod):
             curved = P.add(self._product(objective, batch, h), h, ridge)
             h = P.add(P.add(v, h), curved, -1 / self.scale)
             if not P.finite(h):
-                raise NumericalError(
-                    f"a series that diverges at scale={self.scale:g}",
-                    "a scale above half the largest eigenvalue of every batch's curvature",
-                    "Raise `scale`, or pass curvature='ggn'.",
-                )
+                got = f"a series that diverges at scale={self.scale:g}"
+                expected = "a scale above half the largest eigenvalue of every batch's curvature"
+                raise NumericalError(got, expected, "Raise `scale`, or pass curvature='ggn'.")
         return P.scale(h, 1 / self.scale)  # the fixed point is s (H + gamma I)^-1 v
 
     def _product(self, objective: Objective, batch: Batch, h: Params) -> Params:

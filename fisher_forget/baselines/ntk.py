@@ -259,11 +259,8 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     """
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if int(failed):
-        raise NumericalError(
-            "a ridge below the rounding errors of J J^T",
-            "J J^T + rho I that is positive definite",
-            "Raise weight_decay.",
-        )
+        got = "a ridge below the rounding errors of J J^T"
+        raise NumericalError(got, "J J^T + rho I that is positive definite", "Raise weight_decay.")
     return torch.cholesky_solve(right, factor)
 
 
@@ -271,9 +268,6 @@ def _same_shapes(initial: nn.Module, like: Params) -> Params:
     """The initial weights, where they are those of the same network."""
     weights = P.detached(P.trainable(initial))
     if {n: p.shape for n, p in weights.items()} != {n: p.shape for n, p in like.items()}:
-        raise ModelError(
-            "an initial model with other parameters than the trained one",
-            "the same names and shapes",
-            "Pass its start.",
-        )
+        got = "an initial model with other parameters than the trained one"
+        raise ModelError(got, "the same names and shapes", "Pass its start.")
     return P.map_params(lambda p, x: x.to(p), like, weights)

@@ -91,11 +91,9 @@ def labelled(likelihood: Likelihood, method: str) -> Categorical:
         ConfigError: If they are not.
     """
     if not isinstance(likelihood, Categorical):
-        raise ConfigError(
-            f"{method} with the {likelihood.name} likelihood",
-            "a categorical one: a wrong label is drawn from classes",
-            "Choose a method that needs no labels to draw, such as bad-teacher or neggrad+.",
-        )
+        got = f"{method} with the {likelihood.name} likelihood"
+        fix = "Choose a method that needs no labels to draw, such as bad-teacher or neggrad+."
+        raise ConfigError(got, "a categorical one: a wrong label is drawn from classes", fix)
     return likelihood
 
 

@@ -64,11 +64,8 @@ class Retrain(FineTune):
             return super().scrub(model, split)
         retrained = self.train(self.start(model), split.base, split.retain.copy(), self.seed)
         if not isinstance(retrained, nn.Module):
-            raise ConfigError(
-                f"train to return {type(retrained).__name__}",
-                "the trained model",
-                "Return the model at the end of train.",
-            )
+            got = f"train to return {type(retrained).__name__}"
+            raise ConfigError(got, "the trained model", "Return the model at the end of train.")
         return retrained, math.nan
 
 

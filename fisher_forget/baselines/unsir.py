@@ -118,11 +118,9 @@ class Unsir(Method):
         batch = next(replace(training.split, batch_size=len(rows)).batches(rows)).on(twin)
         batch, leaves = _drawn(batch, torch.Generator().manual_seed(self.seed))
         if not leaves:
-            raise ConfigError(
-                f"{self.name} for inputs without a floating-point tensor",
-                "inputs that can be optimised by their gradient",
-                "Choose another method: token ids cannot be moved a little.",
-            )
+            got = f"{self.name} for inputs without a floating-point tensor"
+            fix = "Choose another method: token ids cannot be moved a little."
+            raise ConfigError(got, "inputs that can be optimised by their gradient", fix)
         optimizer = torch.optim.Adam(leaves, lr=self.noise_lr)
         with torch.enable_grad():
             for _ in range(self.steps):
@@ -182,9 +180,8 @@ def _joined(first: Batch, second: Batch) -> Batch:
     try:
         joined = [join(x, y) for x, y in zip(a, b, strict=True)]
     except (RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"unsir for batches whose samples differ in shape ({error})",
-            "samples of one shape, so that noise and retained ones fit in a batch",
-            "Pad all samples to one length, or choose another method.",
-        ) from error
+        got = f"unsir for batches whose samples differ in shape ({error})"
+        expected = "samples of one shape, so that noise and retained ones fit in a batch"
+        fix = "Pad all samples to one length, or choose another method."
+        raise ConfigError(got, expected, fix) from error
     return Batch(*pytree.tree_unflatten(joined, structure))

@@ -93,11 +93,8 @@ class Variational(DirectMethod):
             name: _start(w).requires_grad_() for name, w in objective.start.items() if w.dim() > 1
         }
         if not logs:
-            raise ModelError(
-                "a model without a weight of two dimensions or more",
-                "filters that noise can be added to",
-                "Use forget().",
-            )
+            got = "a model without a weight of two dimensions or more"
+            raise ModelError(got, "filters that noise can be added to", "Use forget().")
         optimizer, rng = torch.optim.Adam(logs.values(), self.lr), np.random.default_rng(self.seed)
         for _ in range(self.epochs):
             for batch in shuffled(split, split.retain, self.batch_size, rng):
@@ -105,11 +102,8 @@ class Variational(DirectMethod):
                     value = self._value(objective, batch.on(objective.model), logs, generator)
                     grads = torch.autograd.grad(value, list(logs.values()))
                 if not math.isfinite(float(value.detach())):
-                    raise NumericalError(
-                        f"the objective {float(value.detach())}",
-                        "finite losses under noise",
-                        "Lower trade_off or lr.",
-                    )
+                    got = f"the objective {float(value.detach())}"
+                    raise NumericalError(got, "finite losses under noise", "Lower trade_off or lr.")
                 for x, g in zip(logs.values(), grads, strict=True):
                     x.grad = g
                 optimizer.step()

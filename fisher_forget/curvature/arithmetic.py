@@ -49,18 +49,12 @@ def _weighted(a: Curvature, b: Curvature, sign: float) -> Curvature:
     one, other = a.info, b.info
     same = one and other and (one.kind, one.structure) == (other.kind, other.structure)
     if one is None or other is None or not same:
-        raise CurvatureError(
-            f"curvatures from {one} and {other}",
-            "the same kind and structure",
-            "Estimate both in the same way.",
-        )
+        got = f"curvatures from {one} and {other}"
+        raise CurvatureError(got, "the same kind and structure", "Estimate both in the same way.")
     total = one.count + sign * other.count
     if total <= 0:
-        raise CurvatureError(
-            f"{other.count:g} scored positions to take from {one.count:g}",
-            "fewer than there are",
-            "Take away a proper part of the samples.",
-        )
+        got = f"{other.count:g} scored positions to take from {one.count:g}"
+        raise CurvatureError(got, "fewer than there are", "Take away a proper part of the samples.")
     # both are means over their own samples: weights turn them back into sums over the new number
     result = a.combined(b, one.count / total, sign * other.count / total)
     return replace(result, info=Info(total, one.kind, one.structure))
@@ -85,9 +79,7 @@ def with_prior(curvature: Curvature, precision: Mapping[str, Tensor | float]) ->
     names = list(curvature.zeros())
     unknown = [name for name in precision if name not in names]
     if unknown or any(float(torch.as_tensor(value).min()) < 0 for value in precision.values()):
-        raise CurvatureError(
-            f"a prior on {unknown}" if unknown else "a negative precision",
-            f"non-negative precisions for some of {names[:6]}",
-            "Correct the prior.",
-        )
+        got = f"a prior on {unknown}" if unknown else "a negative precision"
+        fix = "Correct the prior."
+        raise CurvatureError(got, f"non-negative precisions for some of {names[:6]}", fix)
     return curvature.with_prior(precision)

@@ -238,10 +238,7 @@ def _samples(split: Split, options: CurvatureOptions) -> Indices:
     part = options.part
     samples = split.indices(part) if isinstance(part, str) else part
     if not len(samples):
-        raise SplitError(
-            f"part={part!r} of {split}, without samples",
-            "at least one sample",
-            "Choose another part.",
-        )
+        got = f"part={part!r} of {split}, without samples"
+        raise SplitError(got, "at least one sample", "Choose another part.")
     most = options.max_samples
     return samples if most is None else some(samples, most, options.seed)

@@ -194,11 +194,9 @@ class Curvature(ABC):
         Raises:
             CurvatureError: If it has no tensors of its own (matrix-free).
         """
-        raise CurvatureError(
-            f"a {type(self).__name__}",
-            "a diagonal, EKFAC, dense, low-rank or mixed curvature",
-            "A matrix-free curvature is its model and data: store these.",
-        )
+        got = f"a {type(self).__name__}"
+        fix = "A matrix-free curvature is its model and data: store these."
+        raise CurvatureError(got, "a diagonal, EKFAC, dense, low-rank or mixed curvature", fix)
 
     @classmethod
     def unpack(cls, stored: Stored, parts: Sequence[Curvature], model: nn.Module) -> Curvature:
@@ -368,11 +366,9 @@ def precision_vector(precision: Mapping[str, Tensor | float], like: Params) -> T
 
 def not_sums(a: Curvature, b: Curvature) -> CurvatureError:
     """The error for two curvatures that do not add up."""
-    return CurvatureError(
-        f"{type(a).__name__} and {type(b).__name__}",
-        "two diagonal, EKFAC or dense curvatures of the same parameters",
-        "The other structures are no sums over samples: estimate them anew.",
-    )
+    expected = "two diagonal, EKFAC or dense curvatures of the same parameters"
+    fix = "The other structures are no sums over samples: estimate them anew."
+    return CurvatureError(f"{type(a).__name__} and {type(b).__name__}", expected, fix)
 
 
 def _smallest(spectrum: Params) -> float:

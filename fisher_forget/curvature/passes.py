@@ -220,12 +220,7 @@ class _NormSum(Reader):
 
 
 def squared_gradient_norms(
-    tape: Tape,
-    split: Split,
-    indices: Indices,
-    likelihood: Likelihood,
-    *,
-    memory: int | None = None,
+    tape: Tape, split: Split, indices: Indices, likelihood: Likelihood, *, memory: int | None = None
 ) -> Tensor:
     """|d l_n / dw|^2 of every sample [len(indices)], float64 on the CPU.
 

@@ -86,11 +86,8 @@ class Lanczos:
         self.residual = float(w.double().norm())
         self._scale = max(self._scale, abs(self._alpha[-1]), self.residual)
         if not self._scale < float("inf"):
-            raise NumericalError(
-                "a curvature product that is not finite",
-                "finite weights and data",
-                "Check for NaN.",
-            )
+            got = "a curvature product that is not finite"
+            raise NumericalError(got, "finite weights and data", "Check for NaN.")
         # what rounding alone leaves of a w in the span of Q
         if self.residual > len(q) ** 0.5 * 8 * torch.finfo(q.dtype).eps * self._scale:
             self._next = w / self.residual
@@ -203,11 +200,8 @@ def conjugate_gradient(
         ap = product(p)
         curvature = P.dot(p, ap)
         if not curvature > 0:
-            raise NumericalError(
-                f"curvature {curvature:g} along a search direction",
-                "a positive definite operator",
-                "Use more damping.",
-            )
+            got = f"curvature {curvature:g} along a search direction"
+            raise NumericalError(got, "a positive definite operator", "Use more damping.")
         alpha = rz / curvature  # the minimum of 1/2 x^T A x - b^T x along p
         x, r = P.add(x, p, alpha), P.add(r, ap, -alpha)
         z = precondition(r)

@@ -55,11 +55,8 @@ def load_curvature(path: str | Path, model: nn.Module, data: Split) -> Curvature
     }
     for key, expected in wanted.items():
         if metadata.get(key) != expected:
-            raise StorageError(
-                f"{path} made for {key} {metadata.get(key)}",
-                f"{key} {expected}",
-                "Estimate the curvature again.",
-            )
+            got = f"{path} made for {key} {metadata.get(key)}"
+            raise StorageError(got, f"{key} {expected}", "Estimate the curvature again.")
     info = json.loads(metadata["info"])
     curvature = _read(json.loads(metadata["tree"]), "", tensors, model)
     return replace(curvature, info=None if info is None else Info(**info))

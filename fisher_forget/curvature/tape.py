@@ -188,11 +188,10 @@ class Tape:
         outputs = record.outputs
         if outputs.dim() == 0 or len(outputs) != len(probe) or not outputs.requires_grad:
             shape = f"outputs of shape {tuple(outputs.shape)} for {len(probe)} samples"
-            raise ModelError(
-                shape if outputs.requires_grad else f"{shape}, cut off from the parameters",
-                "one output a sample, differentiable with respect to the parameters",
-                "Return the logits themselves, one row a sample, without detach() or no_grad().",
-            )
+            got = shape if outputs.requires_grad else f"{shape}, cut off from the parameters"
+            expected = "one output a sample, differentiable with respect to the parameters"
+            fix = "Return the logits themselves, one row a sample, without detach() or no_grad()."
+            raise ModelError(got, expected, fix)
         self._check_independence(probe, outputs.detach())
         self._drop(set(self.stray) | self._disagreeing(record))
         return record.without_graph()

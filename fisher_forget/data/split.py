@@ -99,11 +99,8 @@ class Split:
         wanted = np.union1d(_validated(forget_idx, len(self.base), False), self.forget)  # type: ignore[arg-type]
         retain = np.setdiff1d(self.retain, wanted)
         if not len(retain):
-            raise SplitError(
-                "requests that leave no retained sample",
-                "at least one",
-                "Train a new model instead.",
-            )
+            got = "requests that leave no retained sample"
+            raise SplitError(got, "at least one", "Train a new model instead.")
         return replace(self, retain=retain, forget=wanted)
 
     def __repr__(self) -> str:
@@ -159,11 +156,9 @@ def resolve_split(
     forget = _validated(forget_idx, len(base), allow_empty)
     retain = np.setdiff1d(members, forget)
     if not len(retain):
-        raise SplitError(
-            "a forget_idx that leaves no retained sample in the loader",
-            "at least one retained sample",
-            "To forget everything, train a new model.",
-        )
+        got = "a forget_idx that leaves no retained sample in the loader"
+        fix = "To forget everything, train a new model."
+        raise SplitError(got, "at least one retained sample", fix)
     _warn_if_random(base, retain)
     if loader is None:
         return Split(base, retain, forget, unpack=unpack)
@@ -198,11 +193,9 @@ def _sampled(loader: DataLoader[Any], members: Indices) -> Indices:
     """The members that the loader yields: a sampler counts positions in the loader's own data
     set."""
     if loader.batch_sampler is None:
-        raise SplitError(
-            "a loader with batch_size=None, whose data set yields whole batches",
-            "a loader whose data set yields single samples",
-            "Give the loader a data set of single samples and a batch_size.",
-        )
+        got = "a loader with batch_size=None, whose data set yields whole batches"
+        fix = "Give the loader a data set of single samples and a batch_size."
+        raise SplitError(got, "a loader whose data set yields single samples", fix)
     sampler = getattr(loader.batch_sampler, "sampler", loader.batch_sampler)
     if isinstance(sampler, IndexSampler):
         return members[np.asarray(list(sampler.indices), dtype=np.int64)]

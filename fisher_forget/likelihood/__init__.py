@@ -52,9 +52,6 @@ def resolve_likelihood(likelihood: Likelihood | str) -> Likelihood:
             )
         return likelihood
     if not isinstance(likelihood, str) or likelihood not in LIKELIHOODS:
-        raise ConfigError(
-            f"likelihood={likelihood!r}",
-            f"one of {sorted(LIKELIHOODS)}",
-            "Pass a name or an instance.",
-        )
+        got = f"likelihood={likelihood!r}"
+        raise ConfigError(got, f"one of {sorted(LIKELIHOODS)}", "Pass a name or an instance.")
     return LIKELIHOODS[likelihood]()

@@ -198,11 +198,9 @@ def check_finite(outputs: Tensor) -> None:
         return
     if not bool(torch.isfinite(outputs).all()):
         bad = int((~torch.isfinite(outputs.detach()).flatten(1).all(1)).sum())
-        raise NumericalError(
-            f"NaN or infinite logits for {bad} of {len(outputs)} samples of a batch",
-            "finite logits",
-            "Check the weights and the inputs: a diverged training run cannot be scrubbed.",
-        )
+        got = f"NaN or infinite logits for {bad} of {len(outputs)} samples of a batch"
+        fix = "Check the weights and the inputs: a diverged training run cannot be scrubbed."
+        raise NumericalError(got, "finite logits", fix)
 
 
 def signed(magnitude: Tensor, draws: int, generator: torch.Generator) -> Tensor:

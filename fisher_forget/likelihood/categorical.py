@@ -42,11 +42,8 @@ class Categorical(Likelihood):
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         if outputs.dim() < 2:
-            raise DataError(
-                f"logits of shape {tuple(outputs.shape)}",
-                "[batch, ..., classes]",
-                "Return one row a sample.",
-            )
+            got = f"logits of shape {tuple(outputs.shape)}"
+            raise DataError(got, "[batch, ..., classes]", "Return one row a sample.")
         if targets.is_floating_point():
             self._check_probabilities(outputs, targets)
         else:
@@ -58,27 +55,20 @@ class Categorical(Likelihood):
             "For regression pass likelihood='gaussian', for several labels a sample 'bernoulli'."
         )
         if targets.shape != outputs.shape:
-            raise DataError(
-                f"floating-point targets {tuple(targets.shape)} for logits {tuple(outputs.shape)}",
-                "class indices, or probabilities of the shape of the logits",
-                other,
-            )
+            got = f"floating-point targets {tuple(targets.shape)} for logits {tuple(outputs.shape)}"
+            fix = other
+            raise DataError(got, "class indices, or probabilities of the shape of the logits", fix)
         total = targets.sum(-1)
         one = torch.allclose(total, torch.ones_like(total), atol=1e-4)
         if not one or bool((targets < 0).any()):
-            raise DataError(
-                "probability targets that are negative or do not sum to 1",
-                "a distribution over the classes for each sample",
-                other,
-            )
+            got = "probability targets that are negative or do not sum to 1"
+            raise DataError(got, "a distribution over the classes for each sample", other)
 
     def _check_classes(self, outputs: Tensor, targets: Tensor) -> None:
         if targets.shape != outputs.shape[:-1]:
-            raise DataError(
-                f"targets of shape {tuple(targets.shape)} for logits {tuple(outputs.shape)}",
-                f"class indices of shape {tuple(outputs.shape[:-1])}",
-                "Classes are the last dimension of the logits; unpack= can reshape the targets.",
-            )
+            got = f"targets of shape {tuple(targets.shape)} for logits {tuple(outputs.shape)}"
+            fix = "Classes are the last dimension of the logits; unpack= can reshape the targets."
+            raise DataError(got, f"class indices of shape {tuple(outputs.shape[:-1])}", fix)
         classes, scored = outputs.shape[-1], targets[targets != self.ignore_index]
         if len(scored) and (int(scored.min()) < 0 or int(scored.max()) >= classes):
             raise DataError(

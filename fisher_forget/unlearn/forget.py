@@ -109,11 +109,7 @@ def scrub(
     drawn = None
     if options.noise is not None:
         drawn = noise_step(
-            problem,
-            newton,
-            noise=options.noise,
-            exponent=options.exponent,
-            seed=options.seed,
+            problem, newton, noise=options.noise, exponent=options.exponent, seed=options.seed
         )
     noised = time.perf_counter()
 

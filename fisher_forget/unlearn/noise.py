@@ -151,11 +151,9 @@ def calibrate_noise(
     target.check(objective.likelihood)
     error = error if target.error is None else target.error
     if target.kind in ("information", "trade_off") and not 0 < error < math.inf:
-        raise ConfigError(
-            f"the noise target {target.kind} without a Newton step, whose error it needs",
-            "sigma_h, the root-mean-square error of the step per weight",
-            "Pass NoiseTarget(..., error=...).",
-        )
+        got = f"the noise target {target.kind} without a Newton step, whose error it needs"
+        fix = "Pass NoiseTarget(..., error=...)."
+        raise ConfigError(got, "sigma_h, the root-mean-square error of the step per weight", fix)
     generator = torch.Generator().manual_seed(seed)
     directions = [draw_noise(curvature, at, 1.0, generator, exponent) for _ in range(DRAWS)]
     harm = _Harm(objective, list(split.batches(some(split.retain, SAMPLES, seed))), at, directions)
@@ -259,11 +257,9 @@ def largest_scale(
         if high < start - DECADES:
             return 0.0
         if low > start + DECADES:
-            raise ConfigError(
-                f"the noise target {target}, within which even noise of scale {10**low:.1g} stays",
-                "one that noise can reach",
-                "Lower the target, or pass noise a scale.",
-            )
+            got = f"the noise target {target}, within which even noise of scale {10**low:.1g} stays"
+            fix = "Lower the target, or pass noise a scale."
+            raise ConfigError(got, "one that noise can reach", fix)
         # the next look lies inside the bracket, or at most a step outside of what is known
         least = low + near if low > -math.inf else high - STEP
         most = high - near if high < math.inf else low + STEP

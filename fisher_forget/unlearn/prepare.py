@@ -32,12 +32,7 @@ from fisher_forget.data import batches
 from fisher_forget.data.split import Indices, Split, resolve_split
 from fisher_forget.errors import ConfigError
 from fisher_forget.likelihood import resolve_likelihood
-from fisher_forget.unlearn.data_sums import (
-    DataSums,
-    load_data_sums,
-    save_data_sums,
-    take_data_sums,
-)
+from fisher_forget.unlearn.data_sums import DataSums, load_data_sums, save_data_sums, take_data_sums
 from fisher_forget.unlearn.forget import scrub
 from fisher_forget.unlearn.objective import Objective
 from fisher_forget.unlearn.options import ForgetKeywords, ForgetOptions, merged
@@ -111,11 +106,9 @@ class Prepared:
             StorageError: If the request cannot be recorded.
         """
         if fixed := [name for name in changes if name in FIXED]:
-            raise ConfigError(
-                f"the options {fixed} of a request",
-                "those of prepare(), which the stored sums were made with",
-                "Leave them out, or prepare the model anew.",
-            )
+            got = f"the options {fixed} of a request"
+            fix = "Leave them out, or prepare the model anew."
+            raise ConfigError(got, "those of prepare(), which the stored sums were made with", fix)
         with preserved_rng():
             options = merged(self.options, changes)
             split = self.split.forgetting(forget_idx)

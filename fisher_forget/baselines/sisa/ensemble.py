@@ -134,11 +134,8 @@ class SISA:
         partition.check_at_least(1, shards=self.shards, slices=self.slices, jobs=self.jobs)
         partition.check_at_least(0, seed=self.seed)
         if self.labels is not None and self.probabilities is not None:
-            raise ConfigError(
-                "both labels and probabilities",
-                "one of them, or neither",
-                "Choose what to shard by.",
-            )
+            got = "both labels and probabilities"
+            raise ConfigError(got, "one of them, or neither", "Choose what to shard by.")
         self.shards, self.slices = int(self.shards), int(self.slices)
         self.jobs, self.seed = int(self.jobs), int(self.seed)
 
@@ -179,17 +176,12 @@ class SISA:
                 another architecture.
         """
         if self._state is not None and self._state.split.base is not dataset:
-            raise SplitError(
-                "another data set than before",
-                "the one that was given first",
-                "Make another SISA for it.",
-            )
+            got = "another data set than before"
+            raise SplitError(got, "the one that was given first", "Make another SISA for it.")
         if not hasattr(dataset, "__len__"):
-            raise SplitError(
-                f"a data set of type {type(dataset).__name__} without length",
-                "a map-style data set, whose samples have an index",
-                "Read the samples into a list or a TensorDataset first.",
-            )
+            got = f"a data set of type {type(dataset).__name__} without length"
+            fix = "Read the samples into a list or a TensorDataset first."
+            raise SplitError(got, "a map-style data set, whose samples have an index", fix)
         total = len(dataset)
         cut = self._cut(total)
         initial = initial_model(self.build, self.seed, 0)
@@ -245,11 +237,8 @@ class SISA:
             if samples:
                 key = state.store.keys(shard, parts)[-1]
                 if not state.store.holds(shard, self.slices, key):
-                    raise ModelError(
-                        f"shard {shard} without its model",
-                        "a fit or forget that came to its end",
-                        "Call fit again.",
-                    )
+                    got = f"shard {shard} without its model"
+                    raise ModelError(got, "a fit or forget that came to its end", "Call fit again.")
                 template = initial_model(self.build, self.seed, shard)
                 members.append(state.store.load(shard, self.slices, template, key))
                 counts.append(samples if weighted else 1)
@@ -301,11 +290,8 @@ class SISA:
     def _cut(self, total: int) -> Cut:
         for name, values in (("labels", self.labels), ("probabilities", self.probabilities)):
             if values is not None and np.shape(values)[:1] != (total,):
-                raise ConfigError(
-                    f"{name} of shape {np.shape(values)} for {total} samples",
-                    "one a sample",
-                    f"Correct `{name}`.",
-                )
+                got = f"{name} of shape {np.shape(values)} for {total} samples"
+                raise ConfigError(got, "one a sample", f"Correct `{name}`.")
         if self.labels is not None:
             return partition.balanced(self.labels, self.shards, self.slices, self.seed)
         if self.probabilities is not None:

@@ -56,11 +56,9 @@ def balanced(labels: ArrayLike, shards: int, slices: int, seed: int) -> Cut:
     """
     classes = np.asarray(labels)
     if classes.ndim != 1 or classes.dtype.kind not in "iubUS":
-        raise ConfigError(
-            f"labels of shape {classes.shape} and dtype {classes.dtype}",
-            "one class a sample, integer or string",
-            "Pass the class of every sample in a flat array.",
-        )
+        got = f"labels of shape {classes.shape} and dtype {classes.dtype}"
+        fix = "Pass the class of every sample in a flat array."
+        raise ConfigError(got, "one class a sample, integer or string", fix)
     _check(len(classes), shards, slices)
     order = _ascending(classes, seed)
     # dealing in turn from classes in order: no shard gets two more of a class than another
@@ -245,18 +243,13 @@ def _sliced(part: Indices, slices: int) -> Shard:
 def _check(samples: int, shards: int, slices: int) -> None:
     check_at_least(1, samples=samples, shards=shards, slices=slices)
     if shards * slices > samples:
-        raise ConfigError(
-            f"{shards} shards of {slices} slices for {samples} samples",
-            "at least one sample in every slice",
-            "Ask for fewer shards or slices.",
-        )
+        got = f"{shards} shards of {slices} slices for {samples} samples"
+        fix = "Ask for fewer shards or slices."
+        raise ConfigError(got, "at least one sample in every slice", fix)
 
 
 def _requests(samples: int, shards: int, requests: int) -> None:
     check_at_least(1, samples=samples, shards=shards, requests=requests)
     if requests > samples:
-        raise ConfigError(
-            f"{requests} requests for {samples} samples",
-            "at most one a sample",
-            "Lower `requests`.",
-        )
+        got = f"{requests} requests for {samples} samples"
+        raise ConfigError(got, "at most one a sample", "Lower `requests`.")

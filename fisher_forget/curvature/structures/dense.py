@@ -104,11 +104,9 @@ def from_matrix(b: Tensor, like: Params, *, signed: bool = False) -> Dense:
     # root
     rounding = (len(b) * eps if signed else eps**0.5) * largest
     if not signed and smallest < -rounding:
-        raise CurvatureError(
-            f"a matrix with the eigenvalue {smallest:.3g} beside {largest:.3g}",
-            "a positive semi-definite one",
-            "Pass signed=True if it may be indefinite.",
-        )
+        got = f"a matrix with the eigenvalue {smallest:.3g} beside {largest:.3g}"
+        fix = "Pass signed=True if it may be indefinite."
+        raise CurvatureError(got, "a positive semi-definite one", fix)
     return Dense(
         eigenvalues={KEY: eigenvalues.where((eigenvalues >= 0) | (eigenvalues < -rounding), 0.0)},
         basis=basis,

@@ -11,13 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fisher_forget.curvature.checks import check_undamped
-from fisher_forget.curvature.operator import (
-    Curvature,
-    Spectral,
-    Stored,
-    not_sums,
-    spectral_fields,
-)
+from fisher_forget.curvature.operator import Curvature, Spectral, Stored, not_sums, spectral_fields
 from fisher_forget.curvature.rules import rule_for
 from fisher_forget.curvature.rules.base import MatrixRule
 from fisher_forget.errors import CurvatureError, StorageError
@@ -85,11 +79,9 @@ class Kronecker(Spectral):
         if not isinstance(other, Kronecker):
             raise not_sums(self, other)
         if not (_equal(self.row, other.row) and _equal(self.col, other.col)):
-            raise CurvatureError(
-                f"EKFAC blocks of {self.layout.names} in different bases",
-                "one basis for both",
-                "Estimate the second with estimate_curvature(..., basis=first).",
-            )
+            got = f"EKFAC blocks of {self.layout.names} in different bases"
+            fix = "Estimate the second with estimate_curvature(..., basis=first)."
+            raise CurvatureError(got, "one basis for both", fix)
         return self.mixed_eigenvalues(other, x, y)
 
     def pack(self) -> Stored:
@@ -123,11 +115,8 @@ def _rule_of(weight: str, model: nn.Module) -> MatrixRule:
         rule = rule_for(module) if owns else None
         if isinstance(rule, MatrixRule):
             return rule
-    raise StorageError(
-        f"a block of {weight}",
-        "a layer with a matrix of that name",
-        "Estimate the curvature again.",
-    )
+    got = f"a block of {weight}"
+    raise StorageError(got, "a layer with a matrix of that name", "Estimate the curvature again.")
 
 
 def turn(matrix: Tensor, row: Tensor | None, col: Tensor) -> Tensor:

@@ -35,12 +35,7 @@ from fisher_forget.unlearn.newton.drift import AHEAD, drift_of, drift_prevails
 from fisher_forget.unlearn.newton.flow import Flow, LinearSolver
 from fisher_forget.unlearn.newton.guard import Guard, HeldOut
 from fisher_forget.unlearn.newton.path import Path, SubStep
-from fisher_forget.unlearn.newton.policy import (
-    STATIONARY,
-    Signs,
-    decide,
-    stationarity,
-)
+from fisher_forget.unlearn.newton.policy import STATIONARY, Signs, decide, stationarity
 from fisher_forget.unlearn.options import ForgetOptions
 from fisher_forget.unlearn.problem import Problem
 
@@ -142,11 +137,9 @@ def newton_step(
         NumericalError: If a given damping leads to values that are not finite.
     """
     if not isinstance(problem, Problem):
-        raise ConfigError(
-            f"newton_step of {type(problem).__name__}",
-            "a Problem: objective, split, curvature, data sums and weight decay",
-            "Pass Problem.of(model, loader, forget_idx, options).",
-        )
+        got = f"newton_step of {type(problem).__name__}"
+        expected = "a Problem: objective, split, curvature, data sums and weight decay"
+        raise ConfigError(got, expected, "Pass Problem.of(model, loader, forget_idx, options).")
     begun = time.perf_counter()
     options = options or ForgetOptions()
     solver = _linear_solver(problem, options, working_set)
