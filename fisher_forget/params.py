@@ -64,8 +64,7 @@ def load(model: nn.Module, params: Mapping[str, Tensor]) -> nn.Module:
 
 
 def channels_last(model: nn.Module) -> nn.Module:
-    """The same model with its image convolutions laid out channels last, where their kernels are
-    faster."""
+    """The same model, its image convolutions laid out channels last, where kernels are faster."""
     for module in model.modules():
         for p in module.parameters() if isinstance(module, nn.Conv2d) else ():
             if p.dim() == 4:
@@ -116,8 +115,7 @@ def finite(a: Mapping[str, Tensor]) -> bool:
 
 
 def randn_like(a: Mapping[str, Tensor], generator: torch.Generator) -> Params:
-    """Standard normal of the same shapes; the draw depends on the generator alone, not on the
-    device."""
+    """Standard normal of the same shapes, by the generator alone: no draw depends on the device."""
     return {
         name: torch.randn(x.shape, generator=generator, dtype=x.dtype, device=generator.device).to(
             x.device
@@ -140,8 +138,7 @@ def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> Params:
 def call(
     model: nn.Module, params: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor:
-    """The model's logits at the given parameter values: a tensor, or the `.logits` of what forward
-    returns.
+    """The model's logits at given parameters: a tensor, or the `.logits` of what forward returns.
 
     Raises:
         ModelError: If forward fails or returns neither.

@@ -1,5 +1,4 @@
-"""Files that survive a kill: written beside their place and moved into it, read without running
-anything in them."""
+"""Files that survive a kill: written beside their place and moved into it; reading runs no code."""
 
 from __future__ import annotations
 
@@ -135,8 +134,7 @@ def fill_model(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
 
 
 def write_json(path: str | Path, obj: object) -> None:
-    """Write dataclasses, mappings, sequences, arrays, tensors and scalars as JSON; NaN and infinity
-    become null.
+    """Write dataclasses, mappings, sequences, arrays and scalars as JSON; not finite becomes null.
 
     Raises:
         StorageError: If something else is in it, or the file cannot be written.
@@ -181,8 +179,7 @@ def ensure_folder(path: str | Path) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class RequestLog:
-    """The deletion requests made so far, in a folder that belongs to one model, its data and its
-    options.
+    """The deletion requests so far, in a folder that belongs to one model, its data and options.
 
     Attributes:
         folder: Exists and is writable.

@@ -1,5 +1,4 @@
-"""Bases of the methods: `TrainingMethod` for those that train, `DirectMethod` for those that
-compute the new weights."""
+"""Bases of the methods: `TrainingMethod` for those that train, `DirectMethod` for the others."""
 
 from __future__ import annotations
 

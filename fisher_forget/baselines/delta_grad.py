@@ -1,5 +1,4 @@
-r"""DeltaGrad: replay the training without the forgotten samples, with gradients corrected from
-those of the first run.
+r"""DeltaGrad: replay the training without D_f, with gradients corrected from the first run's.
 
 Training by gradient descent is recorded: weights w_t and gradients grad L_t of every batch t. The
 replay knows the gradients of the forgotten samples exactly and guesses those of the others from the
@@ -62,8 +61,7 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """Plain gradient descent, the training that DeltaGrad can replay. BatchNorm and Dropout stay in
-    eval mode.
+    """Plain gradient descent, which DeltaGrad can replay. BatchNorm and Dropout stay in eval mode.
 
     Attributes:
         epochs: Passes over the data.
@@ -119,8 +117,7 @@ class Trajectory:
 
 
 def record(model: nn.Module, split: Split, plan: Plan) -> Trajectory:
-    """Train a copy of the model on all samples of the split, retained and forgotten, and keep the
-    way.
+    """Train a copy of the model on all samples, retained and forgotten, and keep the way.
 
     Args:
         model: At its initial weights, in eval mode; untouched.

@@ -1,5 +1,4 @@
-r"""The two published forms of Fisher forgetting, to compare `forget` with (Golatkar et al. 2020,
-arXiv:1911.04933).
+r"""The two published forms of Fisher forgetting (Golatkar et al. 2020, arXiv:1911.04933).
 
 Neither has a Newton term: noise alone, shaped by the diagonal Fisher information F of the retained
 data, hides what the forgotten samples left in the weights. The paper and its public code
@@ -133,8 +132,7 @@ class Draws:
         return P.map_params(lambda m, d, x: m + d * x, mean, deviation, xi)
 
     def model(self, scale: float | None = None, seed: int | None = None) -> nn.Module:
-        """One draw: a scrubbed copy of the given model, in eval mode; parameters without
-        requires_grad stay.
+        """A scrubbed copy of the given model, in eval mode; parameters without requires_grad stay.
 
         Args:
             scale: s of the paper's form, alpha of the public code's.

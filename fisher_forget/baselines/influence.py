@@ -182,8 +182,7 @@ class Lissa(DirectMethod):
 
 
 def forgotten_pull(objective: Objective, split: Split) -> Params:
-    """v = grad L_D - grad L_r = (m/n) (g_f - g_r) at the weights of the objective; zero without a
-    forget set."""
+    """v = grad L_D - grad L_r = (m/n) (g_f - g_r) at the start; zero without a forget set."""
     retained = objective.gradient(split.batches("retain"), objective.start)
     forgotten = objective.gradient(split.batches("forget"), objective.start)
     # grad L_D is the mean over n of which m are forgotten: (m/n) g_f + (1 - m/n) g_r
@@ -208,8 +207,7 @@ def solved(rows: Rows, v: Params, damping: float, count: float) -> Params:
 
 
 def single_vector(rows: Iterable[Tensor], v: Params, damping: float, count: float) -> Params:
-    """What the public code computes in place of F^-1 v: every F_k^-1 g is taken to lie along one
-    vector o.
+    """The public code's stand-in for F^-1 v: every F_k^-1 g is taken to lie along one vector o.
 
     Args:
         rows: G, one gradient a sample, in the order of the recursion.

@@ -139,8 +139,7 @@ class RowBlock:
 
 
 class Rows:
-    """The rows s_nk^T J_n of G [R, d], sample after sample; blocks that do not fit the memory are
-    made again.
+    """The rows s_nk^T J_n of G [R, d] by sample; blocks that do not fit the memory are made again.
 
     Args:
         model: Copied; never touched.

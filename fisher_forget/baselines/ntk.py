@@ -1,5 +1,4 @@
-r"""NTK scrubbing: the change of weights that leaving D_f out would have made, were the network
-linear in its weights.
+r"""NTK scrubbing: the change of weights that leaving D_f out makes in the linearised network.
 
 With outputs f(w') = f(w) + J (w' - w), J [R, d] where R = samples x outputs, residuals r = f(w) - Y
 (softmax - onehot for classes) and the ridge rho = n wd of the objective's sum over n samples, the
@@ -100,8 +99,7 @@ class Ntk(DirectMethod):
         return P.add(start, step), rows.gradients
 
     def _rows(self, model: nn.Module, split: Split, likelihood: Likelihood) -> tuple[Rows, float]:
-        """Rows of J of D_r, or a draw of it, and of D_f; and how many retained samples a drawn one
-        stands for."""
+        """Rows of J of D_r, or a draw of it, and D_f; the samples that a drawn one stands for."""
         network = P.load(model, {}).eval()
         batch = next(split.batches(split.retain[:1])).on(network)
         outputs = P.call(network, {}, batch.args, batch.kwargs)[0].numel()
@@ -136,8 +134,7 @@ class Ntk(DirectMethod):
 
 @dataclass(frozen=True)
 class NtkFisher(Ntk):
-    """NTK scrubbing and then noise N(0, alpha (F + tau I)^-1), F the diagonal Fisher of D_r at the
-    scrubbed weights.
+    """NTK scrubbing, then noise N(0, alpha (F + tau I)^-1), F the diagonal Fisher of D_r there.
 
     Attributes:
         alpha: Scale of the variance.
@@ -174,8 +171,7 @@ class NtkFisher(Ntk):
 def by_blocks(
     gram: Tensor, kept: Tensor, gone: Tensor, n_kept: float, n_gone: float, weight_decay: float
 ) -> tuple[Tensor, Tensor]:
-    r"""Coefficients c of Delta(D_r) - Delta(D) = J^T c, and of Delta(D_r), with the common ridge n
-    wd.
+    r"""Coefficients c of Delta(D_r) - Delta(D) = J^T c, and of Delta(D_r), with the ridge n wd.
 
     Args:
         gram: J J^T [R, R], rows of D_r first.
@@ -198,8 +194,7 @@ def by_blocks(
 def by_difference(
     gram: Tensor, kept: Tensor, gone: Tensor, n_kept: float, n_gone: float, weight_decay: float
 ) -> tuple[Tensor, Tensor]:
-    r"""The same as two separate fits with the ridges n_r wd and n wd; arguments as in
-    `by_blocks`."""
+    r"""The same by two separate fits with the ridges n_r wd and n wd; arguments of `by_blocks`."""
     cut = len(kept)
     # Delta(D_r) = -J_r^T (J_r J_r^T + n_r wd I)^-1 r_r: zero coefficients on D_f
     retained = -_solve(_ridged(gram[:cut, :cut], n_kept * weight_decay), kept[:, None])[:, 0]
@@ -209,8 +204,7 @@ def by_difference(
 
 
 def stretch(step: Params, missing: Params) -> float:
-    r"""By how much the public code lengthens the step: (|delta| + 2 |cos(delta, e)| |e|) / |delta|;
-    1 for no step.
+    r"""The public code's lengthening: (|delta| + 2 |cos(delta, e)| |e|) / |delta|; 1 for no step.
 
     A linearised step is too short where the network is not linear. e = w - w_0 - Delta(D_r) is the
     part of the training path that linearisation does not explain; step and path are taken for the

@@ -99,8 +99,7 @@ def labelled(likelihood: Likelihood, method: str) -> Categorical:
 
 @dataclass(frozen=True)
 class Relabelling:
-    """Label (y + k) mod C at every scored position of the forgotten samples, k uniform on least ...
-    C - 1.
+    """Label (y + k) mod C at scored positions of forgotten samples, k uniform on least ... C - 1.
 
     Attributes:
         forget: Indices of the forgotten samples.

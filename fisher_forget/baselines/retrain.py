@@ -1,5 +1,4 @@
-r"""Retraining without the forgotten samples: what every other method is to come close to, and the
-cost it is to save.
+r"""Retraining without the forgotten samples: the goal of every other method, and the cost to save.
 
     w = train(fresh weights, D_r)
 
@@ -72,8 +71,7 @@ class Retrain(FineTune):
 def fresh(
     model: nn.Module, seed: int, init: Init | None = None, only: Collection[str] | None = None
 ) -> nn.Module:
-    """A copy of the model whose trainable parameters, and statistics, are those of an untrained
-    model.
+    """A copy of the model with the trainable parameters, and statistics, of an untrained one.
 
     Parameters without `requires_grad` (a frozen backbone) keep their values.
 

@@ -1,5 +1,4 @@
-r"""SCRUB: a student leaves its teacher, the given model, on the forgotten samples and follows it on
-the retained ones.
+r"""SCRUB: a student leaves its teacher, the given model, on D_f and follows it on D_r.
 
     max step, batch of D_f:   w <- w + lr grad KL_T(w0 || w)
     min step, batch of D_r:   w <- w - lr grad [gamma L_r(w) + alpha KL_T(w0 || w)]

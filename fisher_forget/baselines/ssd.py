@@ -1,5 +1,4 @@
-r"""Selective Synaptic Dampening: shrink the weights that the forgotten samples need far more than
-all samples do.
+r"""Selective Synaptic Dampening: shrink the weights that D_f needs far more than all samples do.
 
     w_i <- w_i min(lambda I_D,i / I_f,i, 1)    where I_f,i > alpha I_D,i
 
@@ -92,8 +91,7 @@ class Ssd(DirectMethod):
 def sample_importance(
     model: nn.Module, split: Split, likelihood: Likelihood, samples: Indices
 ) -> Params:
-    """Diagonal of the empirical Fisher: squared gradients of the samples, summed, per scored
-    position."""
+    """Diagonal of the empirical Fisher: squared sample gradients, summed, per scored position."""
     fisher = estimate_curvature(
         model, split, likelihood, structure="diagonal", kind="empirical", part=samples
     )

@@ -1,5 +1,4 @@
-"""The training loop that the methods share: gradient descent on any loss of any batches, on a copy
-of the model."""
+"""The training loop of the methods: gradient descent on any loss of any batches, on a copy."""
 
 from __future__ import annotations
 

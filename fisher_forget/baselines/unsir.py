@@ -1,5 +1,4 @@
-r"""UNSIR: impair with noise that the model gets most wrong for what is forgotten, then repair on
-retained samples.
+r"""UNSIR: impair with noise that the model gets most wrong for D_f, then repair on D_r.
 
     noise:   x <- Adam step down  -loss(f_w(x), y) + penalty |x|^2,   x from N(0, I)
     impair:  w <- Adam step down  the mean loss of (x, y), `copies` times each, and of part of D_r
@@ -133,8 +132,7 @@ class Unsir(Method):
 
 
 def _drawn(batch: Batch, generator: torch.Generator) -> tuple[Batch, list[Tensor]]:
-    """The batch with N(0, I) in place of its floating-point inputs, and these, which need
-    gradients."""
+    """The batch with N(0, I) for its floating-point inputs, and these, which need gradients."""
     inputs, structure = pytree.tree_flatten((batch.args, batch.kwargs))
     leaves = []
     for i, x in enumerate(inputs):

@@ -1,5 +1,4 @@
-r"""Variational forgetting: noise as wide in every filter as the retained loss allows, learned by
-gradient descent.
+r"""Variational forgetting: learned noise, as wide in every filter as the retained loss allows.
 
     Sigma* = argmin E_{n ~ N(0, Sigma)} L_r(w + n) - lambda ln|Sigma|,    w <- w + n
 

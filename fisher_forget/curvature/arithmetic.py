@@ -1,5 +1,4 @@
-"""Curvatures add up: of two data sets together, of one without a part of it (downdate), and of a
-prior."""
+"""Curvatures add up: of two data sets, of one without a part of it (downdate), and of a prior."""
 
 from __future__ import annotations
 
@@ -61,8 +60,7 @@ def _weighted(a: Curvature, b: Curvature, sign: float) -> Curvature:
 
 
 def with_prior(curvature: Curvature, precision: Mapping[str, Tensor | float]) -> Curvature:
-    """Add the curvature of a Gaussian prior on the weights, B + diag(precision), as what it is: not
-    per sample.
+    """B + diag(precision): add the curvature of a Gaussian prior on the weights, not per sample.
 
     Weight decay of strength wd on all parameters is `curvature.damped(wd)`; this is for decay on
     some of them, or for precisions of their own.

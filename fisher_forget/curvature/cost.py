@@ -124,8 +124,7 @@ def kept_bytes(walk: Walk) -> int:
 
 
 def eigh_seconds(walk: Walk, side: int) -> float:
-    """Time of the eigendecomposition of a symmetric matrix, on the model's device and in its
-    type."""
+    """Time of an eigendecomposition of a symmetric matrix, on the model's device, in its type."""
     k = min(side, EIGH)
     first = next(iter(walk.tape.params.values()))
     a = torch.randn(k, k, dtype=first.dtype, generator=torch.Generator().manual_seed(0))
@@ -141,8 +140,7 @@ def itemsize(walk: Walk) -> int:
 
 
 def _extrapolate(run: Callable[[int], float], walk: Walk) -> float:
-    """Fixed and marginal time from two runs that differ by a batch, or by few samples where a batch
-    takes long."""
+    """Fixed and marginal time from two runs: a batch apart, or less where a batch takes long."""
     total = len(walk.samples)
     few = min(FEW, total)
     run(few)  # the first one pays for caches and allocations

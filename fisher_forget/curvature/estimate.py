@@ -55,8 +55,7 @@ def support() -> dict[tuple[str, str], str | None]:
 
 
 def support_table() -> str:
-    """`support` as a Markdown table, kinds down and structures across, with the reasons as notes
-    below."""
+    """`support` as a Markdown table, kinds down, structures across, reasons as notes below."""
     cells = support()
     reasons = list(dict.fromkeys(reason for reason in cells.values() if reason))
     rows = []
@@ -98,8 +97,7 @@ def estimate_curvature(
     dry_run: bool = False,
     **options: Unpack[CurvatureKeywords],
 ) -> Curvature | CostEstimate:
-    r"""Per-sample curvature of the mean loss, B = (1/N) sum_n J_n^T H_n J_n, without weight decay
-    or damping.
+    r"""Curvature of the mean loss, B = (1/N) sum_n J_n^T H_n J_n, without weight decay or damping.
 
     J_n is the Jacobian of sample n's outputs with respect to the parameters and H_n the output
     Hessian of its loss; N counts samples, or scored positions where a sample has several. For the

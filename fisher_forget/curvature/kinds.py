@@ -72,8 +72,7 @@ def weight(
     draws: int,
     generator: torch.Generator,
 ) -> Callable[[Tensor], Tensor]:
-    """u_n -> H_n u_n on tensors of the outputs' shape, sum_k S_nk <S_nk, u_n> where the kind has
-    columns of its own.
+    """u_n -> H_n u_n on tensors like the outputs; sum_k S_nk <S_nk, u_n> for kinds with columns.
 
     Args:
         kind: Any but "hessian", which does not pass through the outputs alone.

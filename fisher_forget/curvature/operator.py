@@ -159,8 +159,7 @@ class Curvature(ABC):
         return math.fsum(values) / probes
 
     def known_eigenvalues(self) -> Sequence[tuple[Tensor, int]] | None:
-        """Eigenvalues of B, and how often each of them occurs; `None` where only products are
-        known."""
+        """Eigenvalues of B, and how often each occurs; `None` where only products are known."""
         return None
 
     def combined(self, other: Curvature, x: float, y: float) -> Curvature:

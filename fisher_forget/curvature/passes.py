@@ -1,5 +1,4 @@
-"""Walks over the data: columns into an accumulator, pass by pass, or exact products batch by
-batch."""
+"""Walks over the data: columns into an accumulator, pass by pass, or exact products by batch."""
 
 from __future__ import annotations
 
@@ -114,8 +113,7 @@ class Walk:
         return (batch.on(self.tape.model) for batch in self.split.batches(self.samples))
 
     def accumulate(self, total: Reader) -> float:
-        """Feed all columns of all samples to a reader, once per pass; returns the scored
-        positions."""
+        """Feed every column of every sample to a reader, pass by pass; returns scored positions."""
         count, pass_index, options = 0.0, 0, self.options
         steps: dict[tuple[torch.Size, ...], int] = {}
         while pass_index < total.passes:  # a structure may find that it needs fewer
@@ -145,8 +143,7 @@ class Walk:
         return total.result(count), count
 
     def product(self, keep: bool | None = None) -> DataProduct:
-        """v -> B v, exact (for a random kind, exact for its columns); see `DataProduct` about
-        `keep`."""
+        """v -> B v, exact (for a random kind, for its columns); see `DataProduct` about `keep`."""
         live = self.tape.params
 
         def build(batch: Batch, generator: torch.Generator) -> Chunk:
@@ -199,8 +196,7 @@ class Walk:
         return max(recorded + stray * 8, 1)
 
     def _records(self, batch: Batch, steps: dict[tuple[torch.Size, ...], int]) -> Iterator[Record]:
-        """Forward passes over chunks whose recorded tensors fit the memory; `steps` remembers sizes
-        by sample shape."""
+        """Forward passes over chunks that fit the memory; `steps` has sizes by sample shape."""
         shape = batch.sample_shapes()
         if shape not in steps:
             steps[shape] = max(1, self.chunk_bytes // self.recorded_bytes(batch))

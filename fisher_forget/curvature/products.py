@@ -97,8 +97,7 @@ def summed(chunks: Iterable[Chunk], v: Mapping[str, Tensor], count: float) -> Pa
 
 
 class DataProduct:
-    """v -> B v over a data set: the graphs are kept where all of them fit the memory, else rebuilt
-    chunk by chunk.
+    """v -> B v over a data set: graphs are kept where all fit the memory, else rebuilt by chunk.
 
     Args:
         batches: The same samples at every call, on the model's device.

@@ -80,8 +80,7 @@ class Record:
         return Record(self.params, self.batch, self.outputs.detach(), uses, self.functional)
 
     def groups(self) -> list[Group]:
-        """Layer calls that share parameters, together: the per-sample gradients of a tensor add
-        over its uses."""
+        """Layer calls by shared parameters: per-sample gradients of a tensor add over its uses."""
         if self._groups is None:
             # union-find by name: two calls with one parameter in common are one group
             by_name: dict[str, Group] = {}
@@ -121,8 +120,7 @@ class Record:
 
 @dataclass(eq=False)
 class Group:
-    """Calls (indices into `record.uses`) that share parameters, and the canonical names of those
-    parameters."""
+    """Calls (indices into `record.uses`) that share parameters, and these parameters' names."""
 
     record: Record
     calls: list[int]

@@ -1,5 +1,4 @@
-"""What products v -> A v alone tell about a symmetric A: Krylov spaces, solutions of A x = b, the
-diagonal, the matrix itself."""
+"""What products v -> A v tell about a symmetric A: Krylov spaces, solutions, diagonal, matrix."""
 
 from __future__ import annotations
 
@@ -19,8 +18,7 @@ FlatProduct = Callable[[Tensor], Tensor]
 
 
 class Lanczos:
-    """Orthonormal rows Q [m, d] of a Krylov space of a symmetric A, and T = Q A Q^T, tridiagonal
-    [m, m].
+    """Orthonormal rows Q [m, d] of a Krylov space of a symmetric A; T = Q A Q^T is tridiagonal.
 
     Full reorthogonalisation, two Gram-Schmidt passes a step: without it rounding brings back copies
     of eigenvalues that were found already (Golub & Van Loan, Matrix Computations, section 10.3).
@@ -122,8 +120,7 @@ def flat(product: Product, like: Params) -> FlatProduct:
 
 
 def rademacher(size: int, like: Tensor, generator: torch.Generator) -> Tensor:
-    """Random signs [size] on the device and of the type of `like`; the draw does not depend on the
-    device."""
+    """Random signs [size], device and type of `like`; the draw does not depend on the device."""
     return (torch.randint(0, 2, (size,), generator=generator) * 2 - 1).to(like)
 
 
@@ -139,8 +136,7 @@ def matrix(product: FlatProduct, like: Tensor) -> Tensor:
 
 
 def hutchinson(product: FlatProduct, like: Tensor, probes: int, seed: int) -> Tensor:
-    """Unbiased estimate [d] of A's diagonal: the mean of z * (A z) over random signs z (Bekas et
-    al. 2007).
+    """Unbiased estimate [d] of A's diagonal: mean of z * (A z), random signs z (Bekas et al. 2007).
 
     Entry i has the variance sum_{j != i} A_ij^2 / probes, their sum 2 sum_{i != j} A_ij^2 / probes.
     """

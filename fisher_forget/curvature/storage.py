@@ -1,5 +1,4 @@
-"""Curvature on disk: safetensors with metadata that says which model, which data and what kind it
-belongs to."""
+"""Curvature on disk: safetensors, with metadata of the model, the data and the kind."""
 
 from __future__ import annotations
 

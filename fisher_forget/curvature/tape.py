@@ -44,8 +44,7 @@ class _Recorder:
         module.register_forward_hook(lambda _, args, output: self._note(module, args, output))
 
     def _widened(self, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """A layer fed once for the whole batch (position ids [1, T]) is fed once a sample:
-        gradients stay apart."""
+        """Feed inputs for the whole batch (position ids [1, T]) to the layer once a sample."""
         if self.calls is not None and args and isinstance(args[0], Tensor) and self.samples > 1:
             x = args[0]
             if x.dim() > 1 and len(x) == 1:
@@ -98,8 +97,7 @@ class Tape:
         return twin
 
     def _cover(self, wanted: set[str]) -> None:
-        """Find the layers whose rules serve the wanted parameters; the other parameters are
-        stray."""
+        """Find the layers whose rules serve the wanted parameters; the others are stray."""
         self.params: Params = {n: p for n, p in self.model.named_parameters() if n in wanted}
         canonical = {id(p): name for name, p in self.params.items()}
         self._layers: dict[nn.Module, LayerParams] = {}
@@ -141,8 +139,7 @@ class Tape:
         return Record(self.params, batch, outputs, uses, functional)
 
     def functional(self, batch: Batch, column: Tensor) -> Params:
-        """Per-sample gradients of the stray parameters by torch.func; sample by sample where vmap
-        can't trace."""
+        """Gradients of the stray parameters by torch.func, by sample where vmap can't trace."""
         stray = {name: self.params[name].detach() for name in self.stray}
 
         def single(args: tuple[Any, ...], kwargs: dict[str, Any], v: Tensor) -> Params:

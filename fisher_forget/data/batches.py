@@ -1,5 +1,4 @@
-"""Batches: how inputs and targets are taken out of what a loader yields, moved, cut into chunks and
-walked through."""
+"""Batches: how inputs and targets are taken out of what a loader yields, moved and cut."""
 
 from __future__ import annotations
 
@@ -37,8 +36,7 @@ class Batch:
         return Batch(args, kwargs, targets)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
-        """Move to a device; floating inputs to `dtype`, so that a float64 model takes float32
-        data."""
+        """Move to a device; floating inputs to `dtype`: a float64 model takes float32 data."""
 
         def move(x: Tensor) -> Tensor:
             return (

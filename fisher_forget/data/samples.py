@@ -1,5 +1,4 @@
-"""Samples in memory, with one input tensor or several by name: what training, forgetting and
-evaluation index."""
+"""Samples in memory, with one input tensor or several by name, to be indexed."""
 
 from __future__ import annotations
 

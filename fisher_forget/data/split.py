@@ -90,8 +90,7 @@ class Split:
         return replace(self, retain=retain)
 
     def forgetting(self, forget_idx: Sequence[int] | Indices | Tensor | range) -> Split:
-        """The same data with these samples forgotten, too; naming one twice over several requests
-        is no error.
+        """The same data with these samples forgotten, too; naming one again is no error.
 
         Raises:
             SplitError: As for `resolve_split`.
@@ -190,8 +189,7 @@ def _unnest(data: Any) -> tuple[Any, Indices]:
 
 
 def _sampled(loader: DataLoader[Any], members: Indices) -> Indices:
-    """The members that the loader yields: a sampler counts positions in the loader's own data
-    set."""
+    """The members that the loader yields: a sampler counts positions in the loader's data set."""
     if loader.batch_sampler is None:
         got = "a loader with batch_size=None, whose data set yields whole batches"
         fix = "Give the loader a data set of single samples and a batch_size."
@@ -275,8 +273,7 @@ def _warn_if_random(base: Any, retain: Indices) -> None:
 
 
 def _differ(first: Any, second: Any) -> bool:
-    """Whether two reads of an array differ; NaN equals NaN, or broken data would pass for
-    augmented."""
+    """Whether two reads of an array differ; NaN equals NaN: broken data are not augmented data."""
     if not isinstance(first, (Tensor, np.ndarray)):
         return False
     same = (

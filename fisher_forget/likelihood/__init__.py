@@ -1,5 +1,4 @@
-r"""Categorical, Bernoulli and Gaussian likelihoods: everything the package needs to know about a
-model's outputs.
+r"""Categorical, Bernoulli and Gaussian likelihoods: all that is known about a model's outputs.
 
 Notation: a sample n has outputs f_n (logits or means; all positions of a sequence together), loss
 l_n = -log p(y_n | f_n) in nats, output gradient r_n = dl_n/df_n and output Hessian H_n = d^2

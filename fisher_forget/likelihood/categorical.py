@@ -26,8 +26,7 @@ from fisher_forget.likelihood.base import (
 
 @dataclass(frozen=True)
 class Categorical(Likelihood):
-    """Softmax classification. Outputs are logits [B, ..., C]; targets classes [B, ...] or
-    probabilities [B, ..., C].
+    """Softmax of logits [B, ..., C]; targets are classes [B, ...] or probabilities [B, ..., C].
 
     With p = softmax(f): l = -sum_c y_c log p_c, r = p - y, H = diag(p) - p p^T.
 
@@ -135,8 +134,7 @@ class Categorical(Likelihood):
         )
 
     def _factor(self, outputs: Tensor, k: int) -> Tensor:
-        """Column k of the closed-form Cholesky factor of diag(p) - p p^T, so C - 1 columns are
-        exact, not C.
+        """Column k of the closed-form Cholesky factor of diag(p) - p p^T: C - 1 columns, not C.
 
         With tails r_k = sum_{j >= k} p_j: s_k = sqrt(p_k r_{k+1} / r_k) (e_k - sum_{j > k} (p_j /
         r_{k+1}) e_j).

@@ -240,8 +240,7 @@ def _scale_of_information(bound: float, error: float, precision: float) -> float
 def largest_scale(
     harm: Callable[[float], float], allowed: float, guess: float, target: NoiseTarget
 ) -> float:
-    """The largest scale whose harm is allowed, to `RESOLUTION` in log10, searched around a guess; 0
-    if none is.
+    """The largest scale whose harm is allowed, to `RESOLUTION` in log10, near a guess; or 0.
 
     Harm that grows with s^2 says where to look next; every fourth look halves the bracket, whatever
     it says.
@@ -316,8 +315,7 @@ def noise_step(
 def noise_curvature(
     curvature: Curvature, newton: NewtonStep, weight_decay: float
 ) -> tuple[Curvature, float]:
-    """(B + (wd + tau) I, tau), tau as `NewtonStep.noise_damping`; a share of the mean eigenvalue
-    where both are 0."""
+    """(B + (wd + tau) I, tau of the Newton step); a share of the mean eigenvalue if both are 0."""
     tau = newton.noise_damping
     if tau + weight_decay <= 0:
         tau = CURVATURE_SHARE * curvature.trace() / P.size(newton.params) or CURVATURE_SHARE

@@ -1,5 +1,4 @@
-"""The training objective at any parameter values: mean loss + (weight decay / 2) |w|^2, its
-gradient, its GGN.
+"""The training objective at any weights, mean loss + (wd / 2) |w|^2, its gradient and GGN.
 
 Sums are kept apart from counts, so that parts of the data add up: L = sum of losses / scored
 positions.
@@ -102,8 +101,7 @@ class Objective:
         at: Mapping[str, Tensor],
         output_curvature: list[Tensor] | None = None,
     ) -> Gradient:
-        """Gradient sums of the loss, without weight decay; tr H_n of every sample is appended to
-        the list, if given."""
+        """Gradient sums of the loss, without weight decay; tr H_n of every sample to the list."""
         total, loss, count = P.zeros_like(at), 0.0, 0.0
         classes = torch.zeros((), dtype=torch.float64)
         leaves = {name: p.detach().requires_grad_() for name, p in at.items()}

@@ -124,8 +124,7 @@ class Prepared:
         return result
 
     def _without(self, split: Split) -> Curvature:
-        """The curvature of the samples that are left: by subtraction where it is a sum, else
-        estimated again."""
+        """The curvature of who is left: by subtraction where it is a sum, else estimated again."""
         gone = np.intersect1d(self.sampled, split.forget)
         if not len(gone):
             return self.curvature

@@ -1,5 +1,4 @@
-"""SISA: exact unlearning by training so that little has to be trained again (sharded, isolated,
-sliced, aggregated).
+"""SISA: exact unlearning that trains little again (sharded, isolated, sliced, aggregated).
 
 S models never see each other's shard. Each is trained slice by slice: w_d = train(w_{d-1}, slices 1
 ... d), with a checkpoint after every slice. To forget, the shards hit go back to the checkpoint
@@ -141,8 +140,7 @@ class SISA:
 
     @property
     def cut(self) -> Cut:
-        """Indices shard by shard and slice by slice, as they were cut: forgotten samples are still
-        named."""
+        """Indices by shard and slice, as they were cut: forgotten samples are still named."""
         return self._fitted().cut
 
     @property
@@ -161,8 +159,7 @@ class SISA:
         return self._fitted().store.folder
 
     def fit(self, dataset: Dataset[Any]) -> Work:
-        """Train what is missing: everything at first, the rest after a kill, nothing the second
-        time.
+        """Train what is missing: everything at first, the rest after a kill, later nothing.
 
         Args:
             dataset: Map-style; indices in requests count its samples. The training function alone
@@ -218,8 +215,7 @@ class SISA:
         return self._update()
 
     def module(self, *, aggregation: Aggregation = "mean", weighted: bool = False) -> Aggregate:
-        """The ensemble as one module, in eval mode, of the models as they are now; later requests
-        do not reach it.
+        """The ensemble as it is now, as one module in eval mode; later requests do not reach it.
 
         Shards that have no sample left take no part.
 
@@ -253,8 +249,7 @@ class SISA:
         weighted: bool = False,
         batch_size: int = 1024,
     ) -> Tensor:
-        """Most likely class of every input: [N, ...] for inputs [N, ...]. It reads all models at
-        every call.
+        """Most likely class of every input: [N, ...]. It reads all models at every call.
 
         Raises:
             ModelError: As for `module`.
@@ -266,8 +261,7 @@ class SISA:
         )
 
     def copy(self, folder: str | Path | None = None) -> SISA:
-        """The same ensemble with its checkpoints in another folder: requests to one do not reach
-        the other.
+        """The same ensemble with its checkpoints in another folder, and requests of its own.
 
         Args:
             folder: As for `SISA`.

@@ -125,8 +125,7 @@ def by_deletion_probability(
 
 
 def epochs_per_slice(epochs: float, slices: int) -> float:
-    """2 e / (R + 1): epochs of each of R slices that read as many samples in all as e epochs
-    without slices.
+    """2 e / (R + 1): epochs of each of R slices that read as many samples as e epochs without.
 
     Slice r trains on r/R of the shard, and the sum of r/R over r is (R + 1) / 2. Round it as the
     training needs.
@@ -141,8 +140,7 @@ def epochs_per_slice(epochs: float, slices: int) -> float:
 
 
 def expected_points_sequential(samples: int, shards: int, requests: int) -> float:
-    """(N/S + 1/(2S) - 1) K - K^2 / (2S): points that K requests retrain, served one after the
-    other, with R = 1.
+    """(N/S + 1/(2S) - 1) K - K^2 / (2S): points retrained by K requests, one by one, R = 1.
 
     Request i meets a shard of (N - i + 1) / S points on average and retrains all but one: every
     request is taken to hit a shard at random.
@@ -160,8 +158,7 @@ def expected_points_sequential(samples: int, shards: int, requests: int) -> floa
 
 
 def expected_points_batch(samples: int, shards: int, requests: int) -> float:
-    """N (1 - (1 - 1/S)^K) - K: points that K requests retrain when they are served together, with R
-    = 1.
+    """N (1 - (1 - 1/S)^K) - K: points retrained by K requests that are served together, R = 1.
 
     A shard is retrained if at least one request hits it.
 
@@ -178,8 +175,7 @@ def expected_points_batch(samples: int, shards: int, requests: int) -> float:
 
 
 def slicing_fraction(slices: int) -> float:
-    """2/3 + 1/(3R): expected cost of a deletion from a shard of R slices over that of retraining
-    the shard.
+    """2/3 + 1/(3R): expected cost of a deletion from R slices over that of retraining the shard.
 
     The slice hit is uniform, and training goes on from the checkpoint before it with
     `epochs_per_slice`: the mean of sum_{j >= r} j/R * 2/(R + 1) over r = 1 ... R. It saves a third
@@ -193,8 +189,7 @@ def slicing_fraction(slices: int) -> float:
 
 
 def kept_checkpoints(slices: int, room: int) -> frozenset[int]:
-    """After how many slices a checkpoint is kept where there is room for `room`: spread evenly, the
-    last always.
+    """After which slices the `room` checkpoints are kept: spread evenly, the last always.
 
     Raises:
         ConfigError: If a number is below 1.

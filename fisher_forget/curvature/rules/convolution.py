@@ -50,8 +50,7 @@ class ConvRule(MatrixRule):
         return F.pad(a, [p for size in reversed(padding) for p in (size, size)])
 
     def patches(self, a: Tensor, spatial: torch.Size) -> Tensor:
-        """What each output position sees, kernel offset by kernel offset: [N, R, K C], groups side
-        by side in C.
+        """What each output position sees, by kernel offset: [N, R, K C], groups side by side in C.
 
         One copy of a strided view of the channels-last input, whose innermost runs are whole
         pixels.

@@ -39,8 +39,7 @@ Step = tuple[Record, Tensor, Sequence[Tensor | None], bool]
 
 
 def symmetric_basis(covariance: Tensor) -> Tensor:
-    """Orthonormal eigenvectors [k, k] of a matrix given by its upper triangle, in float64 where
-    that is cheap."""
+    """Orthonormal eigenvectors [k, k] from an upper triangle, in float64 where that is cheap."""
     exact = covariance.double() if len(covariance) <= 512 else covariance
     try:
         basis: Tensor = torch.linalg.eigh(exact, UPLO="U")[1]
@@ -111,8 +110,7 @@ class EkfacSum(Accumulator):
             self._add_lambdas(record, column, grads, last)
 
     def end_pass(self) -> None:
-        """After the first pass: eigendecompose the sides, make room for Lambda, and replay what was
-        remembered."""
+        """After the first pass: eigendecompose the sides, and replay what was remembered."""
         self._pass += 1
         if self._pass > 1:
             return
@@ -178,8 +176,7 @@ class EkfacSum(Accumulator):
         return self.moments[layout.weight]
 
     def _layout(self, group: Group) -> Matrix | None:
-        """Weight and bias share a matrix where every call of the group uses both; else the weight
-        stands alone."""
+        """Weight and bias share a matrix where every call uses both; else the weight is alone."""
         matrices = [
             u.layer
             for u in group.uses
@@ -225,8 +222,7 @@ class EkfacSum(Accumulator):
                 settling.end_chunk()
 
     def _add_shared(self, layout: Matrix, group: Group, grads: Sequence[Tensor | None]) -> None:
-        """Lambda of a layer at several positions: rotate these, or the per-sample matrices where
-        that costs less."""
+        """Lambda of a layer at several positions: rotate these or, if it costs less, matrices."""
         row, col = self.bases[layout.weight]
         use, g = group.uses[0], grads[group.calls[0]]
         rule = use.layer.rule

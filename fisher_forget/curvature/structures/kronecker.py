@@ -1,5 +1,4 @@
-"""One layer's Kronecker-factored operator: a basis for the rows of its matrix, one for the
-columns."""
+"""One layer's Kronecker-factored operator: a basis for its matrix's rows, one for its columns."""
 
 from __future__ import annotations
 
@@ -46,8 +45,7 @@ class Matrix:
 
 @dataclass(frozen=True, kw_only=True)
 class Kronecker(Spectral):
-    """One layer: B = (Q_row (x) Q_col) diag(Lambda) (Q_row (x) Q_col)^T; `None` stands for the
-    standard basis.
+    """B = (Q_row (x) Q_col) diag(Lambda) (Q_row (x) Q_col)^T of one layer.
 
     Attributes:
         layout: The layer's matrix.

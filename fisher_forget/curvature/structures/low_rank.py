@@ -121,8 +121,7 @@ def top_eigenpairs(
     seed: int = 0,
     trace_estimated: bool = False,
 ) -> LowRank:
-    """The `rank` largest eigenpairs by Lanczos with full reorthogonalisation; no d x d matrix is
-    formed.
+    """The `rank` largest eigenpairs by Lanczos, fully reorthogonalised; no d x d matrix is formed.
 
     It stops when every |B u_i - s_i u_i| is below sqrt(eps) s_1, which makes the eigenvalues
     accurate to about eps, or after `most_products` steps. Where eigenvalues lie close together the
@@ -173,8 +172,7 @@ def top_eigenpairs(
 
 
 def _for_trace(walk: Walk) -> Walk:
-    """The trace of many exact columns costs as many backward passes; one random column a sample is
-    unbiased."""
+    """Where exact columns are many, one random column a sample gives an unbiased trace."""
     if walk.kind != "exact" or walk.exact_columns <= EXACT_UP_TO:
         return walk
     return replace(walk, options=replace(walk.options, kind="sketch"))

@@ -1,5 +1,4 @@
-r"""The Newton correction: weights move to where training on the retained data alone would have put
-them.
+r"""The Newton correction: weights move to where training on retained data alone would put them.
 
 Retraining without D_f is gradient flow on the retained objective L_r(w) + (wd/2)|w|^2. The damped
 Newton step (B + tau I)^-1 grad L_r *is* one backward-Euler step of that flow over the time 1/tau;
@@ -94,8 +93,7 @@ class NewtonStep:
 
     @property
     def noise_damping(self) -> float:
-        """tau of the noise: that of the last sub-step (1 without), so that the noise is as wide
-        where the step was blind."""
+        """tau of the noise: the last sub-step's (1 without); wide where the step was blind."""
         return self.damping if self.accepted else 1.0
 
     @property
