@@ -32,6 +32,8 @@ from fisher_forget.errors import NumericalError
 from fisher_forget.likelihood import Likelihood, resolve_likelihood
 from fisher_forget.params import Params
 
+PricedWeights = tuple[Params, float]  # the new weights, and the sample gradients that they cost
+
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
@@ -83,9 +85,7 @@ class DirectMethod(Method):
     likelihood: Likelihood | str = "categorical"
 
     @abstractmethod
-    def weights(
-        self, model: nn.Module, split: Split, likelihood: Likelihood
-    ) -> tuple[Params, float]:
+    def weights(self, model: nn.Module, split: Split, likelihood: Likelihood) -> PricedWeights:
         """The trainable parameters' new values, and the sample gradients that they cost."""
 
     def scrub(self, model: nn.Module, split: Split) -> tuple[nn.Module, float]:

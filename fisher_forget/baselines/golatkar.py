@@ -32,7 +32,7 @@ from torch import nn
 from fisher_forget import params as P
 from fisher_forget._util.checks import check_model, is_whole
 from fisher_forget._util.random_state import preserved_rng
-from fisher_forget.baselines.base import DirectMethod
+from fisher_forget.baselines.base import DirectMethod, PricedWeights
 from fisher_forget.baselines.meter import metered
 from fisher_forget.baselines.protocol import Grid
 from fisher_forget.baselines.training_loop import require
@@ -98,9 +98,7 @@ class Golatkar(DirectMethod):
             )
         return Draws(method, fisher, P.load(model, {}), classes)
 
-    def weights(
-        self, model: nn.Module, split: Split, likelihood: Likelihood
-    ) -> tuple[Params, float]:
+    def weights(self, model: nn.Module, split: Split, likelihood: Likelihood) -> PricedWeights:
         twin, work = metered(model)
         return self.draws(twin, split).weights(), work[0]
 

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from fisher_forget import params as P
-from fisher_forget.baselines.base import DirectMethod
+from fisher_forget.baselines.base import DirectMethod, PricedWeights
 from fisher_forget.baselines.jacobian_rows import MEMORY, Rows
 from fisher_forget.baselines.protocol import Grid
 from fisher_forget.baselines.training_loop import require
@@ -76,9 +76,7 @@ class WoodFisher(DirectMethod):
             recursion=(self.recursion in ("exact", "published"), "'exact' or 'published'"),
         )
 
-    def weights(
-        self, model: nn.Module, split: Split, likelihood: Likelihood
-    ) -> tuple[Params, float]:
+    def weights(self, model: nn.Module, split: Split, likelihood: Likelihood) -> PricedWeights:
         objective = Objective(model, likelihood)
         v = forgotten_pull(objective, split)
         rows = Rows(
@@ -136,9 +134,7 @@ class Lissa(DirectMethod):
             curvature=(self.curvature in ("hessian", "ggn"), "'hessian' or 'ggn'"),
         )
 
-    def weights(
-        self, model: nn.Module, split: Split, likelihood: Likelihood
-    ) -> tuple[Params, float]:
+    def weights(self, model: nn.Module, split: Split, likelihood: Likelihood) -> PricedWeights:
         objective = Objective(model, likelihood)
         v = forgotten_pull(objective, split)
         series = [self._series(objective, split, v, repeat) for repeat in range(self.repeats)]

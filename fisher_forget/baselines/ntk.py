@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from fisher_forget import params as P
-from fisher_forget.baselines.base import DirectMethod
+from fisher_forget.baselines.base import DirectMethod, PricedWeights
 from fisher_forget.baselines.jacobian_rows import MEMORY, Rows, most_rows
 from fisher_forget.baselines.protocol import Grid
 from fisher_forget.baselines.training_loop import require
@@ -85,9 +85,7 @@ class Ntk(DirectMethod):
             samples=(few, "a number of at least 1, or None"),
         )
 
-    def weights(
-        self, model: nn.Module, split: Split, likelihood: Likelihood
-    ) -> tuple[Params, float]:
+    def weights(self, model: nn.Module, split: Split, likelihood: Likelihood) -> PricedWeights:
         start = P.detached(P.trainable(model))
         before = None if self.initial is None else _same_shapes(self.initial, start)
         place = model if self.linearise == "trained" or self.initial is None else self.initial
@@ -151,9 +149,7 @@ class NtkFisher(Ntk):
         super().__post_init__()
         require(self, at_least={"alpha": 0}, above={"tau": 0})
 
-    def weights(
-        self, model: nn.Module, split: Split, likelihood: Likelihood
-    ) -> tuple[Params, float]:
+    def weights(self, model: nn.Module, split: Split, likelihood: Likelihood) -> PricedWeights:
         weights, gradients = super().weights(model, split, likelihood)
         moved = P.load(model, weights).eval()
         fisher = estimate_curvature(moved, split, likelihood, structure="diagonal", kind="exact")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fisher_forget import params as P
-from fisher_forget.baselines.base import DirectMethod
+from fisher_forget.baselines.base import DirectMethod, PricedWeights
 from fisher_forget.baselines.protocol import Grid
 from fisher_forget.baselines.training_loop import require, shuffled
 from fisher_forget.curvature.estimate import estimate_curvature
@@ -58,9 +58,7 @@ class Ssd(DirectMethod):
         least = {"alpha": 0, "lam": 0, "batch_size": 1}
         require(self, at_least=least, importance=importance)
 
-    def weights(
-        self, model: nn.Module, split: Split, likelihood: Likelihood
-    ) -> tuple[Params, float]:
+    def weights(self, model: nn.Module, split: Split, likelihood: Likelihood) -> PricedWeights:
         measure = sample_importance if self.importance == "sample" else self._batch_importance
         start = P.detached(P.trainable(model))
         everyone = measure(model, split, likelihood, split.indices("all"))

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from fisher_forget import params as P
-from fisher_forget.baselines.base import DirectMethod
+from fisher_forget.baselines.base import DirectMethod, PricedWeights
 from fisher_forget.baselines.protocol import Grid
 from fisher_forget.baselines.training_loop import require, shuffled
 from fisher_forget.data.batches import Batch
@@ -64,9 +64,7 @@ class Variational(DirectMethod):
     def __post_init__(self) -> None:
         require(self, at_least={"epochs": 0, "batch_size": 1}, above={"trade_off": 0, "lr": 0})
 
-    def weights(
-        self, model: nn.Module, split: Split, likelihood: Likelihood
-    ) -> tuple[Params, float]:
+    def weights(self, model: nn.Module, split: Split, likelihood: Likelihood) -> PricedWeights:
         objective = Objective(model, likelihood)
         generator = torch.Generator().manual_seed(self.seed)
         logs = self.log_variances(objective, split, generator)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -17,7 +17,7 @@ from fisher_forget.curvature.kinds import Kind
 from fisher_forget.curvature.operator import Curvature
 from fisher_forget.curvature.options import CurvatureOptions
 from fisher_forget.curvature.products import Chunk, DataProduct, GgnChunk, HessianChunk
-from fisher_forget.curvature.record import Record
+from fisher_forget.curvature.record import Grads, Record
 from fisher_forget.curvature.tape import Tape
 from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Indices, Split
@@ -39,9 +39,7 @@ class Reader(ABC):
     passes: int = 1
 
     @abstractmethod
-    def add(
-        self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool
-    ) -> None:
+    def add(self, record: Record, column: Tensor, grads: Grads, last: bool) -> None:
         """Read one column of a chunk.
 
         Args:
@@ -209,9 +207,7 @@ class _NormSum(Reader):
     def __init__(self) -> None:
         self.norms: list[Tensor] = []
 
-    def add(
-        self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool
-    ) -> None:
+    def add(self, record: Record, column: Tensor, grads: Grads, last: bool) -> None:
         self.norms.append(record.squared_norms(column, grads).cpu())
 
 

@@ -21,7 +21,7 @@ from fisher_forget.curvature.operator import (
     spectral_fields,
 )
 from fisher_forget.curvature.passes import Accumulator, Walk
-from fisher_forget.curvature.record import Record
+from fisher_forget.curvature.record import Grads, Record
 from fisher_forget.curvature.solvers import flat, matrix
 from fisher_forget.curvature.structures.spec import StructureSpec
 from fisher_forget.curvature.tape import Tape
@@ -145,9 +145,7 @@ class DenseSum(Accumulator):
         first = next(iter(self.like.values()))
         self.sums = torch.zeros(d, d, dtype=first.dtype, device=first.device)
 
-    def add(
-        self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool
-    ) -> None:
+    def add(self, record: Record, column: Tensor, grads: Grads, last: bool) -> None:
         gradients = record.per_sample(column, grads)
         rows = torch.cat([value.flatten(1) for value in gradients.values()], 1)
         # the rows are J_n^T s_n, one a sample: their outer products add up in one matrix product

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from fisher_forget.curvature.checks import check_undamped
 from fisher_forget.curvature.cost import CostEstimate
 from fisher_forget.curvature.operator import Curvature, Spectral, not_sums
 from fisher_forget.curvature.passes import Accumulator, Walk
-from fisher_forget.curvature.record import Record
+from fisher_forget.curvature.record import Grads, Record
 from fisher_forget.curvature.solvers import flat, hutchinson
 from fisher_forget.curvature.structures.spec import StructureSpec
 from fisher_forget.curvature.tape import Tape
@@ -118,9 +118,7 @@ class DiagonalSum(Accumulator):
         self._settling = Settling(self.sums)
         self._thin = ThinSquares()
 
-    def add(
-        self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool
-    ) -> None:
+    def add(self, record: Record, column: Tensor, grads: Grads, last: bool) -> None:
         for group in record.groups():
             thin = group.rank_one(grads)
             if thin is None:

@@ -49,7 +49,7 @@ class Kronecker(Spectral):
 
     Attributes:
         layout: The layer's matrix.
-        row: Q_row [O, O] or `None`.
+        row: Q_row [O, O]; `None` stands for the standard basis.
         col: Q_col [I, I].
     """
 
