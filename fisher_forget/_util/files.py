@@ -240,11 +240,9 @@ def _hash(part: object) -> str:
 def _pieces(part: object) -> Iterator[bytes | memoryview]:
     """The bytes that stand for a part, type by type."""
     if isinstance(part, Tensor):
-        flat = (
-            part.detach().cpu().contiguous().reshape(-1)
-        )  # viewed as bytes because NumPy knows no bfloat16
+        flat = part.detach().cpu().contiguous().reshape(-1)
         yield f"tensor {part.dtype} {tuple(part.shape)}".encode()
-        yield flat.view(torch.uint8).numpy().data
+        yield flat.view(torch.uint8).numpy().data  # as bytes: NumPy knows no bfloat16
     elif isinstance(part, np.ndarray) and part.dtype != object:
         yield f"array {part.dtype.str} {part.shape}".encode()
         yield part.tobytes()
@@ -253,9 +251,8 @@ def _pieces(part: object) -> Iterator[bytes | memoryview]:
         yield from _pieces(part.state_dict())
     elif dataclasses.is_dataclass(part) and not isinstance(part, type):
         yield f"dataclass {type(part).__qualname__}".encode()
-        yield from _pieces(
-            {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
-        )
+        names = [field.name for field in dataclasses.fields(part)]
+        yield from _pieces({name: getattr(part, name) for name in names})
     elif isinstance(part, Mapping):
         yield f"mapping {len(part)}".encode()
         for key in sorted(part, key=repr):

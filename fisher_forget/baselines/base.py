@@ -166,6 +166,15 @@ class SgdMethod(TrainingMethod):
         return Descent(self.epochs, self.lr, self.momentum, self.weight_decay)
 
 
+def first_outputs(model: nn.Module, split: Split, likelihood: Likelihood) -> Tensor:
+    """Outputs [1, ...] of the first retained sample, whose target is checked, without a graph."""
+    batch = next(split.batches(split.retain[:1])).on(model)
+    with torch.no_grad():
+        outputs = P.call(model, {}, batch.args, batch.kwargs)
+    likelihood.check(outputs, batch.targets)
+    return outputs
+
+
 class Training:
     """What the losses of a training are made of; it counts the work.
 

@@ -32,7 +32,7 @@ from torch import nn
 from fisher_forget import params as P
 from fisher_forget._util.checks import check_model, is_whole
 from fisher_forget._util.random_state import preserved_rng
-from fisher_forget.baselines.base import DirectMethod, PricedWeights
+from fisher_forget.baselines.base import DirectMethod, PricedWeights, first_outputs
 from fisher_forget.baselines.meter import metered
 from fisher_forget.baselines.protocol import Grid
 from fisher_forget.baselines.training_loop import require
@@ -233,7 +233,7 @@ class GolatkarCode(Golatkar):
             expected = "'categorical': the public code sums over the classes of a softmax"
             fix = "Use 'golatkar-paper' or forget() for other likelihoods."
             raise ConfigError(f"the likelihood {likelihood.name!r}", expected, fix)
-        classes = _classes(model, split, likelihood)
+        classes = first_outputs(model, split, likelihood).shape[-1]
         row = self.forgotten_class
         if row == "auto":
             row = _whole_class(split, classes)
@@ -258,15 +258,6 @@ class GolatkarCode(Golatkar):
                 variance *= WIDENING
             deviation[name] = variance.sqrt()
         return mean, deviation
-
-
-def _classes(model: nn.Module, split: Split, likelihood: Likelihood) -> int:
-    """The number of the model's outputs."""
-    batch = next(split.batches(split.retain[:1])).on(model)
-    with torch.no_grad():
-        outputs = P.call(model, {}, batch.args, batch.kwargs)
-    likelihood.check(outputs, batch.targets)
-    return outputs.shape[-1]
 
 
 def _whole_class(split: Split, classes: int) -> int | None:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from fisher_forget import params as P
-from fisher_forget.baselines.base import DirectMethod, PricedWeights
+from fisher_forget.baselines.base import DirectMethod, PricedWeights, first_outputs
 from fisher_forget.baselines.jacobian_rows import MEMORY, Rows, most_rows
 from fisher_forget.baselines.protocol import Grid
 from fisher_forget.baselines.training_loop import require
@@ -99,8 +99,7 @@ class Ntk(DirectMethod):
     def _rows(self, model: nn.Module, split: Split, likelihood: Likelihood) -> tuple[Rows, float]:
         """Rows of J of D_r, or a draw of it, and D_f; the samples that a drawn one stands for."""
         network = P.load(model, {}).eval()
-        batch = next(split.batches(split.retain[:1])).on(network)
-        outputs = P.call(network, {}, batch.args, batch.kwargs)[0].numel()
+        outputs = first_outputs(network, split, likelihood).numel()
         # rows of D_f all count; what is left of the memory goes to D_r
         fitting = max(1, most_rows(self.memory) // outputs - len(split.forget))
         retained = some(split.retain, self.samples or fitting, self.seed)
@@ -157,8 +156,7 @@ class NtkFisher(Ntk):
         # covariance alpha (F + tau I)^-1: its root is the exponent 1/2
         scale = math.sqrt(self.alpha)
         noise = draw_noise(fisher.damped(self.tau), weights, scale, generator, exponent=0.5)
-        batch = next(split.batches(split.retain[:1])).on(moved)
-        columns = likelihood.column_count(P.call(moved, {}, batch.args, batch.kwargs))
+        columns = likelihood.column_count(first_outputs(moved, split, likelihood))
         # the exact diagonal: one forward pass, and a backward pass for every column
         gradients += len(split.retain) * (1 + 2 * columns) / 3
         return P.add(weights, noise), gradients

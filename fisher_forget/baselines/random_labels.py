@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from fisher_forget import params as P
-from fisher_forget.baselines.base import SgdMethod, Training, TrainingMethod
+from fisher_forget.baselines.base import SgdMethod, Training, TrainingMethod, first_outputs
 from fisher_forget.baselines.protocol import Grid
 from fisher_forget.baselines.training_loop import Epoch, Loss, each, numbered
 from fisher_forget.data.batches import Batch
@@ -121,10 +121,7 @@ class Relabelling:
             ConfigError: If the likelihood is not categorical.
         """
         likelihood, network = labelled(training.likelihood, method), P.load(training.model, {})
-        batch = next(training.split.batches(training.split.retain[:1])).on(network)
-        with torch.no_grad():
-            outputs = P.call(network.eval(), {}, batch.args, batch.kwargs)
-        likelihood.check(outputs, batch.targets)
+        outputs = first_outputs(network.eval(), training.split, likelihood)
         return cls(training.split.forget, outputs.shape[-1], likelihood)
 
     def __call__(self, batch: Batch, rows: Indices, key: tuple[int, ...]) -> Batch:

@@ -99,9 +99,8 @@ class Scrub(TrainingMethod):
 
         def follow(student: nn.Module, batch: Batch) -> Tensor:
             outputs, kl = compared(student, batch)
-            return (
-                self.gamma * training.likelihood.mean_loss(outputs, batch.targets) + self.alpha * kl
-            )
+            loss = training.likelihood.mean_loss(outputs, batch.targets)
+            return self.gamma * loss + self.alpha * kl
 
         def epoch(number: int, rng: np.random.Generator) -> Iterator[Loss]:
             # max steps first, so that the min steps mend what they did to D_r

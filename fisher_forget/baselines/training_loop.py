@@ -132,13 +132,7 @@ def numbered(
 def each(batches: Iterable[Batch], loss: Callable[[nn.Module, Batch], Tensor]) -> Iterator[Loss]:
     """One step a batch: the loss of the model on it, where the model is."""
     for batch in batches:
-        yield partial(_on_device, loss, batch)
-
-
-def _on_device(
-    loss: Callable[[nn.Module, Batch], Tensor], batch: Batch, model: nn.Module
-) -> Tensor:
-    return loss(model, batch.on(model))
+        yield partial(lambda batch, model: loss(model, batch.on(model)), batch)
 
 
 def distillation(

@@ -91,9 +91,8 @@ class Unsir(Method):
         training = Training(model, split, resolve_likelihood(self.likelihood), self.batch_size)
         kept = some(split.retain, max(1, round(self.share * len(split.retain))), self.seed)
         noise = self.noise(training) if len(split.forget) else None
-        shown = (
-            np.repeat(-1 - np.arange(self.noises), self.copies) if noise is not None else kept[:0]
-        )
+        noises = 0 if noise is None else self.noises
+        shown = np.repeat(-1 - np.arange(noises), self.copies)
 
         def impair(_: int, rng: np.random.Generator) -> Iterator[Loss]:
             order = rng.permutation(np.concatenate([shown, kept]))

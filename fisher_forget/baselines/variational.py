@@ -113,12 +113,9 @@ class Variational(DirectMethod):
         self, objective: Objective, batch: Batch, logs: Params, generator: torch.Generator
     ) -> Tensor:
         """[L(w + n) + L(w - n)] / 2 - lambda ln|Sigma|, with its graph."""
-        above, below = (
-            objective.likelihood.mean_loss(
-                objective.outputs(batch, objective.start | noisy), batch.targets
-            )
-            for noisy in _noisy(objective.start, logs, generator)
-        )
+        pair = _noisy(objective.start, logs, generator)
+        outputs = (objective.outputs(batch, objective.start | noisy) for noisy in pair)
+        above, below = (objective.likelihood.mean_loss(f, batch.targets) for f in outputs)
         # ln|Sigma| counts a filter's log-variance once for each of its weights
         spread = [x.sum() * (objective.start[name].numel() / x.numel()) for name, x in logs.items()]
         return (above + below) / 2 - self.trade_off * torch.stack(spread).sum()

@@ -163,7 +163,10 @@ def estimate_curvature(
     split = data if isinstance(data, Split) else resolve_split(data, [], allow_empty=True)
     settings = replace(settings, part=_samples(split, settings))
     likelihood = resolve_likelihood(likelihood)
-    tape = _tape(model, settings.subset)
+    if not isinstance(model, Tape):
+        tape = Tape(model, settings.subset)
+    else:
+        tape = model if settings.subset is None else model.restricted(settings.subset)
     if isinstance(settings.structure, Mapping):
         return _mixed(tape, split, likelihood, settings, dry_run)
     spec, walk = STRUCTURES[settings.structure], _walk(tape, split, likelihood, settings)
@@ -171,12 +174,6 @@ def estimate_curvature(
         return spec.cost(walk)
     curvature, count = spec.estimate(walk)
     return replace(curvature, info=Info(count, walk.kind, spec.name))
-
-
-def _tape(model: nn.Module | Tape, subset: str | tuple[str, ...] | None) -> Tape:
-    if isinstance(model, Tape):
-        return model if subset is None else model.restricted(subset)
-    return Tape(model, subset)
 
 
 def _walk(tape: Tape, split: Split, likelihood: Likelihood, options: CurvatureOptions) -> Walk:
@@ -207,7 +204,8 @@ def _mixed(
     estimates = [spec.estimate(walk) for spec, walk in parts]
     count, kind = estimates[0][1], parts[0][1].kind
     joined = mixed.join(groups, [curvature for curvature, _ in estimates], list(tape.params))
-    return replace(joined, info=Info(count, kind, mixed.label(options.structure)))
+    label = ", ".join(f"{pattern}: {name}" for pattern, name in options.structure.items())
+    return replace(joined, info=Info(count, kind, label))
 
 
 def _check_structure(options: CurvatureOptions) -> None:
@@ -233,8 +231,7 @@ def _check_structure(options: CurvatureOptions) -> None:
 
 def _samples(split: Split, options: CurvatureOptions) -> Indices:
     """Indices of the samples to walk through."""
-    part = options.part
-    samples = split.indices(part) if isinstance(part, str) else part
+    part, samples = options.part, split.indices(options.part)
     if not len(samples):
         got = f"part={part!r} of {split}, without samples"
         raise SplitError(got, "at least one sample", "Choose another part.")

@@ -198,11 +198,8 @@ class Group:
             factor = _row_squares(a) * ("weight" in names) + ("bias" in names)
             return _row_squares(g) * factor
         # runs of samples, in order: what several uses of a parameter add is summed, then squared
-        pieces = [
-            torch.stack([_row_squares(value) for value in piece.values()]).sum(0)
-            for piece in self.pieces(grads)
-            if piece
-        ]
+        runs = [[_row_squares(value) for value in run.values()] for run in self.pieces(grads)]
+        pieces = [torch.stack(squares).sum(0) for squares in runs if squares]
         size = len(self.record.batch)
         return torch.cat(pieces) if pieces else self.record.outputs.new_zeros(size).double()
 

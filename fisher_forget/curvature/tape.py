@@ -102,11 +102,8 @@ class Tape:
         canonical = {id(p): name for name, p in self.params.items()}
         self._layers: dict[nn.Module, LayerParams] = {}
         for module in self.model.modules():
-            names = {
-                local: canonical[id(p)]
-                for local, p in module.named_parameters(recurse=False)
-                if id(p) in canonical
-            }
+            own = module.named_parameters(recurse=False)
+            names = {local: canonical[id(p)] for local, p in own if id(p) in canonical}
             rule = rule_for(module) if names else None
             if rule is not None:
                 self._layers[module] = LayerParams(rule, names)
@@ -246,15 +243,11 @@ class Tape:
     def _drop(self, stray: set[str]) -> None:
         """Take parameters away from their rules."""
         self.stray = tuple(name for name in self.params if name in stray)
-        kept = {
-            module: {local: name for local, name in layer.names.items() if name not in stray}
-            for module, layer in self._layers.items()
-        }
-        self._layers = {
-            module: LayerParams(self._layers[module].rule, names)
-            for module, names in kept.items()
-            if names
-        }
+        layers, self._layers = self._layers, {}
+        for module, layer in layers.items():
+            names = {local: name for local, name in layer.names.items() if name not in stray}
+            if names:
+                self._layers[module] = LayerParams(layer.rule, names)
 
 
 def _batched(tree: Any) -> Any:

@@ -38,12 +38,7 @@ class Batch:
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
         """Move to a device; floating inputs to `dtype`: a float64 model takes float32 data."""
 
-        def move(x: Tensor) -> Tensor:
-            return (
-                x.to(device, dtype) if dtype is not None and x.is_floating_point() else x.to(device)
-            )
-
-        return self.map(move)
+        return self.map(lambda x: x.to(device, dtype if x.is_floating_point() else None))
 
     def on(self, model: nn.Module) -> Batch:
         """The batch on the model's device and in its floating-point type."""

@@ -54,15 +54,17 @@ class Split:
     workers: int = 0
     unpack: Unpack | None = field(default=None, repr=False)
 
-    def indices(self, part: Part) -> Indices:
-        """Sorted indices of a part."""
+    def indices(self, part: Part | Indices) -> Indices:
+        """Sorted indices of a part; indices as they are."""
+        if not isinstance(part, str):
+            return part
         if part == "all":
             return np.sort(np.concatenate([self.retain, self.forget]))
         return self.retain if part == "retain" else self.forget
 
     def batches(self, part: Part | Indices) -> Iterator[Batch]:
         """Batches of a part (or of given indices) in index order, the same at every pass."""
-        indices = self.indices(part) if isinstance(part, str) else part
+        indices = self.indices(part)
         if type(self.base) in (TensorDataset, KeywordDataset) and self.collate is default_collate:
             # Indexing tensors directly is two orders of magnitude faster than collating single
             # samples.
@@ -82,8 +84,7 @@ class Split:
 
     def steps(self, part: Part | Indices) -> int:
         """Number of batches of a part."""
-        indices = self.indices(part) if isinstance(part, str) else part
-        return -(-len(indices) // self.batch_size)
+        return -(-len(self.indices(part)) // self.batch_size)
 
     def subset(self, retain: Indices) -> Split:
         """The same split with fewer retained samples."""

@@ -50,18 +50,15 @@ class Categorical(Likelihood):
         check_finite(outputs)
 
     def _check_probabilities(self, outputs: Tensor, targets: Tensor) -> None:
-        other = (
-            "For regression pass likelihood='gaussian', for several labels a sample 'bernoulli'."
-        )
+        fix = "For regression pass likelihood='gaussian', for several labels a sample 'bernoulli'."
         if targets.shape != outputs.shape:
             got = f"floating-point targets {tuple(targets.shape)} for logits {tuple(outputs.shape)}"
-            fix = other
             raise DataError(got, "class indices, or probabilities of the shape of the logits", fix)
         total = targets.sum(-1)
         one = torch.allclose(total, torch.ones_like(total), atol=1e-4)
         if not one or bool((targets < 0).any()):
             got = "probability targets that are negative or do not sum to 1"
-            raise DataError(got, "a distribution over the classes for each sample", other)
+            raise DataError(got, "a distribution over the classes for each sample", fix)
 
     def _check_classes(self, outputs: Tensor, targets: Tensor) -> None:
         if targets.shape != outputs.shape[:-1]:
@@ -87,22 +84,14 @@ class Categorical(Likelihood):
             return torch.full(
                 (len(targets),), float(targets[0, ..., 0].numel()), device=targets.device
             )
-        return (
-            (targets != self.ignore_index)
-            .reshape(len(targets), -1)
-            .sum(1)
-            .to(torch.get_default_dtype())
-        )
+        scored = (targets != self.ignore_index).reshape(len(targets), -1)
+        return scored.sum(1).to(torch.get_default_dtype())
 
     def class_mass(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if targets.is_floating_point():
             return targets.flatten(0, -2).sum(0, dtype=torch.float64).cpu()
-        return (
-            targets[targets != self.ignore_index]
-            .bincount(minlength=outputs.shape[-1])
-            .double()
-            .cpu()
-        )
+        scored = targets[targets != self.ignore_index]
+        return scored.bincount(minlength=outputs.shape[-1]).double().cpu()
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         flat = outputs.reshape(-1, outputs.shape[-1])
@@ -145,9 +134,8 @@ class Categorical(Likelihood):
         column = torch.zeros_like(outputs)
         weight = ((logp[..., k] + tail[..., k + 1] - tail[..., k]) / 2).exp()
         column[..., k] = weight
-        column[..., k + 1 :] = (
-            -(logp[..., k + 1 :] - tail[..., k + 1, None]).exp() * weight[..., None]
-        )
+        below = (logp[..., k + 1 :] - tail[..., k + 1, None]).exp()
+        column[..., k + 1 :] = -below * weight[..., None]
         return column
 
     def columns(self, outputs: Tensor, targets: Tensor | None = None) -> Iterator[Tensor]:
@@ -190,11 +178,9 @@ class Categorical(Likelihood):
         per_position = (logp.exp() * (logp - logq)).sum(-1, keepdim=True)
         mask = self.mask(per_position, targets)
         per_position = masked(per_position, mask).reshape(len(p), -1).sum(1)
-        count = (
-            self.counts(targets).double()
-            if targets is not None
-            else per_position.new_tensor(p[0, ..., 0].numel())
-        )
+        count = per_position.new_tensor(p[0, ..., 0].numel())
+        if targets is not None:
+            count = self.counts(targets).double()
         return (per_position / count.clamp(min=1)).clamp_(min=0.0)
 
     def output_curvature(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:

@@ -64,29 +64,21 @@ class Calibration:
     target: NoiseTarget | None
 
 
-@dataclass(frozen=True)
-class NoiseDraw:
-    """The noise that was added.
+@dataclass(frozen=True, kw_only=True)
+class NoiseDraw(Calibration):
+    """The noise that was added, and the calibration of its scale.
 
     Attributes:
         params: The noise itself.
-        scale: s.
         exponent: p.
         damping: tau, nats per squared unit of weight; (B + (wd + tau) I) shapes the noise.
         norm: |noise|.
-        rise, drop, information, error, target: As in `Calibration`.
     """
 
     params: Params
-    scale: float
     exponent: float
     damping: float
     norm: float
-    rise: float = math.nan
-    drop: float = math.nan
-    information: float = math.nan
-    error: float = math.nan
-    target: NoiseTarget | None = None
 
 
 def draw_noise(
@@ -308,8 +300,9 @@ def noise_step(
         calibration = Calibration(float(noise), math.nan, math.nan, bound, newton.error, None)
     generator = torch.Generator().manual_seed(seed)
     params = draw_noise(damped, newton.params, calibration.scale, generator, exponent)
-    norm = P.norm(params)
-    return NoiseDraw(params, exponent=exponent, damping=tau, norm=norm, **vars(calibration))
+    return NoiseDraw(
+        **vars(calibration), params=params, exponent=exponent, damping=tau, norm=P.norm(params)
+    )
 
 
 def noise_curvature(

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fisher_forget._util.checks import is_whole
 from fisher_forget.data.split import Indices
 from fisher_forget.errors import ConfigError
 
@@ -219,7 +220,7 @@ def check_at_least(least: int, **numbers: int) -> None:
         ConfigError: With the name of the first that is not.
     """
     for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        if not is_whole(value, least):
             raise ConfigError(
                 f"{name}={value!r}", f"an integer of at least {least}", f"Correct `{name}`."
             )

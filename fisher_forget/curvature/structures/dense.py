@@ -155,20 +155,14 @@ class DenseSum(Accumulator):
         return from_matrix(self.sums / count, self.like)
 
 
-def hessian_matrix(walk: Walk) -> tuple[Dense, float]:
-    """The Hessian by d products; its negative eigenvalues are kept.
-
-    Raises:
-        CurvatureError: If the model is too large for a d x d matrix.
-    """
+def _estimate(walk: Walk) -> tuple[Curvature, float]:
+    if walk.kind != "hessian":
+        return walk.estimate(DenseSum(walk.tape))
     like = walk.like()
     check_size(like)
     product = walk.product()
+    # the Hessian by d products; its negative eigenvalues are kept
     return from_matrix(matrix(flat(product, like), flatten(like)), like, signed=True), product.count
-
-
-def _estimate(walk: Walk) -> tuple[Curvature, float]:
-    return hessian_matrix(walk) if walk.kind == "hessian" else walk.estimate(DenseSum(walk.tape))
 
 
 def _cost(walk: Walk) -> CostEstimate:

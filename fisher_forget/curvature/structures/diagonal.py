@@ -140,18 +140,14 @@ class DiagonalSum(Accumulator):
         return Diagonal(self._settling.mean(count))
 
 
-def hessian_diagonal(walk: Walk) -> tuple[Diagonal, float]:
-    """An unbiased *estimate* of the Hessian's diagonal by `hutchinson`; entries may be negative."""
+def _estimate(walk: Walk) -> tuple[Curvature, float]:
+    if walk.kind != "hessian":
+        return walk.estimate(DiagonalSum(walk.tape))
+    # an unbiased *estimate* of the Hessian's diagonal, whose entries may be negative
     product, like = walk.product(), walk.like()
     probes, seed = walk.options.draws, walk.options.seed
     entries = unflatten(hutchinson(flat(product, like), flatten(like), probes, seed), like)
     return Diagonal(entries, signed=True), product.count
-
-
-def _estimate(walk: Walk) -> tuple[Curvature, float]:
-    if walk.kind == "hessian":
-        return hessian_diagonal(walk)
-    return walk.estimate(DiagonalSum(walk.tape))
 
 
 def _cost(walk: Walk) -> CostEstimate:

@@ -173,11 +173,8 @@ class EkfacSum(Accumulator):
 
     def _layout(self, group: Group) -> Matrix | None:
         """Weight and bias share a matrix where every call uses both; else the weight is alone."""
-        matrices = [
-            u.layer
-            for u in group.uses
-            if isinstance(u.layer.rule, MatrixRule) and "weight" in u.layer.names
-        ]
+        layers = [use.layer for use in group.uses if isinstance(use.layer.rule, MatrixRule)]
+        matrices = [layer for layer in layers if "weight" in layer.names]
         if not matrices:
             return None
         weight = matrices[0].names["weight"]

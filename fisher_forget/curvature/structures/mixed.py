@@ -55,8 +55,3 @@ def join(
         else:
             parts.append((members, curvature))
     return BlockDiagonal(tuple(parts), tuple(names))
-
-
-def label(structures: Mapping[str, str]) -> str:
-    """The patterns as one line."""
-    return ", ".join(f"{pattern}: {structure}" for pattern, structure in structures.items())
