@@ -99,8 +99,7 @@ class Lissa(DirectMethod):
 
     Attributes:
         alpha: Length of the step.
-        scale: s, above half the largest eigenvalue of any batch's H + gamma I, or the series
-            diverges.
+        scale: s, above half the largest eigenvalue of every batch's H + gamma I, or it diverges.
         damping: gamma, nats per squared weight.
         weight_decay: wd of the objective, added to gamma.
         steps: Terms of a series; eigenvalues far below s / steps are not inverted.

@@ -144,8 +144,7 @@ class Rows:
         memory: Bytes that rows may take at a time, and that a solve with the Gram matrix may take.
 
     Attributes:
-        gradients: Sample gradients computed so far; a forward pass is a third, a backward pass two
-            thirds.
+        gradients: Sample gradients so far; a forward pass is a third, a backward pass two.
 
     Raises:
         ConfigError: If the Gram matrix does not fit the memory.

@@ -62,8 +62,7 @@ class EUk(CFk):
     """Training of the last k layers from scratch.
 
     Attributes:
-        init: Makes an untrained model of the same kind; by default the modules' own
-            `reset_parameters`.
+        init: Makes an untrained model of the same kind; by default modules reset themselves.
 
     Raises:
         ModelError: In `unlearn`, if one of the layers cannot be reset.

@@ -53,8 +53,7 @@ class Ntk(DirectMethod):
         linearise: "trained" takes J and r at the given weights, "initial" at those of `initial`,
             without lengthening.
         form: "block", or "difference" for the public code's two fits with a ridge each.
-        samples: Retained samples that the kernel is of; `None` takes as many as fit the memory, all
-            if they do.
+        samples: Retained samples of the kernel; `None` takes as many as fit the memory.
         memory: Bytes for rows of J at a time, and for a solve with J J^T; a solve needs 24 (n C)^2.
         likelihood: Name or instance. The Gaussian's residuals and rows are in units of its sigma.
 

@@ -129,8 +129,7 @@ class Relabelling:
 
         Args:
             batch: Targets are classes [B, ...] or probabilities [B, ..., C], which become one-hot.
-            rows: Index of every sample [B]: with the key, it fixes the sample's draw, whichever
-                batch it is in.
+            rows: Index of every sample [B]: with the key, it fixes the sample's draw in any batch.
             key: Non-negative seeds.
         """
         targets = batch.targets

@@ -37,8 +37,7 @@ class Retrain(FineTune):
         train: How the model was trained: (fresh model, training data set, indices of D_r, seed) ->
             trained model. By default SGD at a constant rate, as the other fields say; with it, the
             `passes` of the result are NaN, since they are not known.
-        init: Makes an untrained model of the same kind; by default the modules' own
-            `reset_parameters`.
+        init: Makes an untrained model of the same kind; by default modules reset themselves.
 
     Raises:
         ModelError: In `unlearn`, if the model has layers that cannot be reset.
@@ -79,8 +78,7 @@ def fresh(
         model: Untouched.
         seed: Of the draw.
         init: Makes an untrained model; `None` calls the modules' own `reset_parameters`.
-        only: Names of the modules whose own parameters and buffers are drawn anew; `None` means all
-            of them.
+        only: Names of the modules whose own parameters and buffers are drawn anew; `None`: all.
 
     Raises:
         ModelError: If a module with trainable parameters of its own has no `reset_parameters`.

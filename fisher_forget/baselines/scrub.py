@@ -52,8 +52,7 @@ class Scrub(TrainingMethod):
         forget_batch_size: Samples per max step.
         weight_decay: L2 coefficient.
         optimizer: "adam" or "sgd", whose momentum is 0.9.
-        milestones: Epochs, counted from 0, from which on the learning rate is a tenth of what it
-            was.
+        milestones: Epochs, counted from 0, from which on the learning rate is divided by ten.
     """
 
     name = "scrub"

@@ -36,8 +36,7 @@ class Descent:
         momentum: Of SGD.
         weight_decay: L2 coefficient in the gradient, for Adam too.
         optimizer: "sgd" or "adam".
-        milestones: Epochs, counted from 0, from which on the learning rate is a tenth of what it
-            was.
+        milestones: Epochs, counted from 0, from which on the learning rate is divided by ten.
     """
 
     epochs: int

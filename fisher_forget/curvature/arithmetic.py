@@ -38,8 +38,7 @@ def without(a: Curvature, b: Curvature) -> Curvature:
             that come out negative count as 0.
 
     Raises:
-        CurvatureError: If the two don't go together, b has as many samples as a, or the structure
-            is not a sum.
+        CurvatureError: If the two don't go together, b has all of a's samples, or B is no sum.
     """
     return _weighted(a, b, -1.0)
 
@@ -68,8 +67,7 @@ def with_prior(curvature: Curvature, precision: Mapping[str, Tensor | float]) ->
     Args:
         curvature: Diagonal, dense, or blocks; an EKFAC block only where the precision is one number
             for its weight and bias, since other precisions have no closed form in its basis.
-        precision: By parameter name, a number or a tensor of the parameter's shape, >= 0; missing
-            names get 0.
+        precision: By parameter name, a number or a tensor of its shape, >= 0; 0 if missing.
 
     Raises:
         CurvatureError: If a name is unknown, a precision negative, or the structure can't hold it.

@@ -22,8 +22,7 @@ class CostEstimate:
     """The predicted cost of `estimate_curvature`.
 
     Attributes:
-        seconds: Wall time on this machine; an upper bound for low_rank, which stops when it has
-            converged.
+        seconds: Wall time on this machine; of low_rank an upper bound, as it may converge early.
         bytes_result: Bytes of the result's tensors, exact where no graph is kept.
         bytes_peak: Bytes held at the worst moment: result, sums, recorded tensors and graphs, copy
             of the model. What single operations need while they run (unfolded convolutions,
@@ -89,8 +88,7 @@ def of_products(walk: Walk, products: int, bytes_result: int, vectors: int = 0) 
         walk: The data.
         products: How many.
         bytes_result: Of the result's tensors, kept graphs excluded.
-        vectors: Vectors of the parameters' size that are orthogonalised against each other on the
-            way.
+        vectors: Vectors of the parameters' size that are orthogonalised against each other.
     """
     samples = len(walk.samples)
     each = walk.first(1).product(keep=False).sample_bytes

@@ -129,20 +129,17 @@ def estimate_curvature(
         subset: Shell patterns of parameter names; `None` takes every parameter with requires_grad.
         seed: Of everything random. The result does not depend on the batch size.
         rank: Eigenpairs of low_rank.
-        preconditioner: For inverses of matrix_free: any curvature of the same parameters, without
-            damping.
+        preconditioner: For inverses of matrix_free: a curvature of these parameters, undamped.
         basis: For ekfac: take the eigenbases of this EKFAC of the same model instead of estimating
             new ones. One pass is then enough, and the two add up (`merged`, `without`).
-        max_samples: Walk through so many samples only, a uniform draw without replacement; the mean
-            is over these.
+        max_samples: Walk through so many samples only, drawn uniformly without replacement.
         memory: Bytes that recorded tensors may take at a time. Default: a quarter of the available
             memory, at most 256 MiB. matrix_free and low_rank keep their graphs where all of them
             fit, which makes products faster.
         progress: Show a progress bar.
 
     Raises:
-        ModelError, DataError, NumericalError: If model or data cannot be used; the message says
-            what to do.
+        ModelError, DataError, NumericalError: If model or data cannot be used; says what to do.
         SplitError: If the part has no samples.
         CurvatureError: If an option is out of range, kind and structure do not go together, a
             pattern matches nothing or a parameter no pattern, or the structure does not fit the

@@ -49,8 +49,7 @@ def columns(
     Args:
         kind: Resolved by `choose`.
         outputs: Detached outputs [N, ...].
-        targets: Targets [N, ...]; only the empirical kind reads labels, the others only what is
-            ignored.
+        targets: Targets [N, ...]; labels for the empirical kind, for all others what is ignored.
         draws: Columns of the random kinds.
         generator: Stream of the random kinds, consumed sample after sample.
     """
@@ -80,8 +79,7 @@ def weight(
         outputs: Detached outputs [N, ...].
         targets: Targets [N, ...].
         draws: Columns of the random kinds.
-        generator: Stream of the random kinds, consumed sample after sample: the same columns as
-            those of `columns`.
+        generator: Stream of the random kinds, sample after sample: gives the columns of `columns`.
     """
     if kind == "exact":
         return lambda u: likelihood.hessian_product(outputs, u, targets)

@@ -220,8 +220,7 @@ class Spectral(Curvature):
     Attributes:
         eigenvalues: One tensor per coordinate block, without damping.
         tau: Damping.
-        signed: Whether negative eigenvalues are real. If not, B is semi-definite and they are
-            rounding errors: 0.
+        signed: Whether negative eigenvalues are real, or rounding errors of a semi-definite B: 0.
     """
 
     eigenvalues: Params

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -175,8 +176,7 @@ class GgnProduct:
         live: Its parameters, the leaves of the graph.
         likelihood: Gives H_n.
         batches: The samples.
-        count: Divisor: the scored positions of *all* retained data, also where only some samples
-            are given.
+        count: Divisor: the scored positions of *all* retained data, even for some samples.
     """
 
     def __init__(
@@ -192,15 +192,9 @@ class GgnProduct:
         for batch in batches:
             with twice_differentiable():
                 out = outputs(batch)
-                weight = _exact_weight(likelihood, out.detach(), batch.targets)
+                weight = partial(likelihood.hessian_product, out.detach(), targets=batch.targets)
                 self._chunks.append(GgnChunk(out, live, weight))
 
     def __call__(self, v: Mapping[str, Tensor]) -> Params:
         """B v."""
         return summed(self._chunks, v, self.count)
-
-
-def _exact_weight(
-    likelihood: Likelihood, outputs: Tensor, targets: Tensor
-) -> Callable[[Tensor], Tensor]:
-    return lambda u: likelihood.hessian_product(outputs, u, targets)

@@ -27,8 +27,7 @@ class Lanczos:
         product: v [d] -> A v [d].
         start: First direction [d], of any length.
         steps: Most rows.
-        generator: Where the space is exhausted, go on in a random direction from here. Without one,
-            stop there.
+        generator: Gives another direction where the space is exhausted. Without one, stop there.
 
     Attributes:
         length: |start|.

@@ -174,8 +174,7 @@ class Tape:
             What the two samples' forward pass recorded.
 
         Raises:
-            ModelError: If outputs are not one differentiable row a sample, or depend on the others
-                in the batch.
+            ModelError: If outputs are not one differentiable row a sample, or depend on others.
         """
         probe = next(batch.chunks(len(WEIGHTS)))
         record = self.run(probe)

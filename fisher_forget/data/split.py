@@ -130,8 +130,7 @@ def resolve_split(
     """The `Split` that a loader and a list of indices describe.
 
     Args:
-        retain_loader: A loader over the training data set, or over a `Subset` of it. A bare data
-            set works too.
+        retain_loader: A loader over the training data set or a `Subset` of it, or a bare data set.
         forget_idx: Distinct indices into the training data set.
         unpack: Takes (inputs, targets) out of a batch; see `default_unpack`.
         allow_empty: Accept an empty `forget_idx`, for control runs.

@@ -30,9 +30,7 @@ __all__ = [
 ]
 
 LIKELIHOODS: dict[str, type[Likelihood]] = {
-    "categorical": Categorical,
-    "bernoulli": Bernoulli,
-    "gaussian": Gaussian,
+    likelihood.name: likelihood for likelihood in (Categorical, Bernoulli, Gaussian)
 }
 
 

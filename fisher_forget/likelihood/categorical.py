@@ -31,8 +31,7 @@ class Categorical(Likelihood):
     With p = softmax(f): l = -sum_c y_c log p_c, r = p - y, H = diag(p) - p p^T.
 
     Args:
-        ignore_index: Target value of positions that are not scored (padding), as in
-            `F.cross_entropy`.
+        ignore_index: Target of positions that are not scored (padding), as in `F.cross_entropy`.
     """
 
     ignore_index: int = -100

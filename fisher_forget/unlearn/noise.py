@@ -47,8 +47,7 @@ class Calibration:
 
     Attributes:
         scale: s; 0 if even the smallest noise tried misses the target.
-        rise: Mean rise of the retained loss over the calibration draws, nats; NaN where the scale
-            was given.
+        rise: Mean rise of the retained loss over calibration draws, nats; NaN for a given scale.
         drop: By how much the retained score gets worse on them: accuracy as a share, squared error
             in its own unit; NaN where the scale was given.
         information: Local forgetting bound, nats; NaN where the error is not known.

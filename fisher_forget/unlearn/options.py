@@ -41,8 +41,7 @@ class ForgetOptions:
         max_samples: Retained samples that the curvature is estimated on; `None` for all. "auto" is
             2,000 where it only preconditions and shapes the noise, and all where it is inverted
             itself (solver="direct").
-        subset: Shell patterns of the parameters that may move ("head.*"); `None` for all that
-            require gradients.
+        subset: Shell patterns of the parameters that may move ("head.*"); `None` for all trainable.
         seed: Of every random choice.
         steps: Newton sub-steps: "auto" follows the flow, see `newton_step`; 1 is the textbook step.
         damping: tau of each step, nats per squared unit of weight; "auto" takes the times of the

@@ -169,8 +169,7 @@ def prepare(
 
     Raises:
         ModelError, DataError, CurvatureError, ConfigError: As for `forget`.
-        StorageError: If the folder belongs to another model, other data or other options, or is
-            damaged.
+        StorageError: If the folder is damaged, or of another model, other data or other options.
 
     Example:
         >>> import torch

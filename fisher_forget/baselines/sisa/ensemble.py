@@ -46,8 +46,7 @@ class Work:
         shards: Numbers of the shards that were trained, ascending.
         first_slices: The slice, counted from 0, at which the training of each began.
         calls: Calls of the training function.
-        points: Samples handed to it, summed over calls; with one slice the paper's count of
-            retrained points.
+        points: Samples handed to it, over all calls; with one slice the paper's retrained points.
         seconds: Wall time.
     """
 
@@ -75,12 +74,10 @@ class SISA:
             kept. The global generators are seeded for it.
         shards: S; more of them forget faster and predict worse.
         slices: R, of every shard; `partition.epochs_per_slice` says how long to train on each.
-        labels: Class of every sample, for shards and slices that are balanced by class; see
-            `partition.balanced`.
+        labels: Class of every sample, to balance shards and slices; see `partition.balanced`.
         probabilities: Deletion probability of every sample: those likely to go are put together;
             see `partition.by_deletion_probability`. Without either, the cut is uniform.
-        folder: Where checkpoints are kept; `None` for a temporary one that vanishes with this
-            object.
+        folder: Where checkpoints are kept; `None` for a temporary one of this object's life.
         budget: Most bytes that checkpoints may take. Those of the last slice are needed; as many of
             the others as fit are kept, spread evenly over slices, and training starts again from
             the last one kept. `None` keeps all.
@@ -93,8 +90,7 @@ class SISA:
         requests: Those so far, each the samples that it named first.
 
     Raises:
-        ConfigError: If a number is below 1 (seed: below 0), or labels and probabilities are both
-            given.
+        ConfigError: If a number is below 1 (seed: 0), or labels and probabilities are both given.
 
     Example:
         >>> from fisher_forget.experiments.training import TrainSettings, train
@@ -162,8 +158,7 @@ class SISA:
         """Train what is missing: everything at first, the rest after a kill, later nothing.
 
         Args:
-            dataset: Map-style; indices in requests count its samples. The training function alone
-                reads them.
+            dataset: Map-style; requests index its samples, which the training function alone reads.
 
         Raises:
             SplitError: If the data set has no length, or another one was given before.

@@ -29,8 +29,7 @@ class Sharded(Method):
     counted. `passes` is NaN: the epochs of `train` are not known.
 
     Attributes:
-        train: How a model is trained: (fresh model, training data set, indices, seed) -> trained
-            model.
+        train: Trains a model: (fresh model, data set, indices, seed) -> trained model.
         init: Makes an untrained model; by default the modules' own `reset_parameters`.
         shards: S.
         slices: R.

@@ -90,8 +90,7 @@ def from_matrix(b: Tensor, like: Params, *, signed: bool = False) -> Dense:
     Args:
         b: B.
         like: Parameters that give names, order and shapes.
-        signed: Whether it may be indefinite. If not, negative eigenvalues are rounding errors and
-            become 0.
+        signed: Whether it may be indefinite. If not, negative rounding errors become 0.
 
     Raises:
         CurvatureError: If a matrix that is not `signed` has a negative eigenvalue beyond rounding.

@@ -30,13 +30,11 @@ class LowRank(Curvature):
     Attributes:
         basis: U [d, r], orthonormal columns.
         eigenvalues: s [r], descending, without damping.
-        delta: Mean of the other d - r eigenvalues, max(0, (tr B - sum s) / (d - r)): it keeps the
-            trace.
+        delta: Mean of the other d - r eigenvalues, max(0, (tr B - sum s) / (d - r)): keeps tr B.
         like: Parameters that give names, order and shapes.
         tau: Damping.
         residual: max_i |B u_i - s_i u_i| / s_1, how well the eigenpairs have converged.
-        trace_estimated: Whether tr B came from random output signs, unbiased, and not from all
-            exact columns.
+        trace_estimated: Whether tr B came from random output signs, not from all exact columns.
         products: Products with B that the eigenpairs took.
     """
 

@@ -58,8 +58,7 @@ class NewtonStep:
             gradient, and (if steps="auto") a step of the flow over all samples that does not lower
             the retained loss beyond the budget.
         drift_removed: Whether the force that is not owed to the forget set was subtracted.
-        absent: Classes that no retained sample is labelled with, whose output rows were set to
-            zero.
+        absent: Classes that no retained sample is labelled with, whose output rows start at 0.
         path: Every sub-step tried, in order.
         held_out: Number of retained samples that guard the steps.
         loss_before: Mean loss on them before, nats.
