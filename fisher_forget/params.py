@@ -144,11 +144,10 @@ def call(
         ModelError: If forward fails or returns neither.
     """
     try:
-        out = (
-            torch.func.functional_call(model, dict(params), args, kwargs)
-            if params
-            else model(*args, **kwargs)
-        )
+        if params:
+            out = torch.func.functional_call(model, dict(params), args, kwargs)
+        else:
+            out = model(*args, **kwargs)
     except Exception as error:
         shapes = [tuple(a.shape) for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         raise ModelError(

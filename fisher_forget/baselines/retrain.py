@@ -111,12 +111,10 @@ def _reset(name: str, module: nn.Module) -> None:
     if callable(reset):
         reset()
     elif parameters:
-        raise ModelError(
-            f"the module {name or 'at the top'} of type {type(module).__name__} with parameters of "
-            "its own and no reset_parameters",
-            "modules that can draw their parameters anew",
-            "Pass init=, a function without arguments that returns an untrained model.",
-        )
+        what = f"the module {name or 'at the top'} of type {type(module).__name__}"
+        got = f"{what} with parameters of its own and no reset_parameters"
+        fix = "Pass init=, a function without arguments that returns an untrained model."
+        raise ModelError(got, "modules that can draw their parameters anew", fix)
 
 
 def _frozen(module: nn.Module) -> bool:
@@ -135,11 +133,8 @@ def _copy_from(untrained: nn.Module, modules: dict[str, nn.Module]) -> None:
                     continue
                 new = getattr(sources.get(name), kind, {}).get(key)
                 if new is None or new.shape != value.shape:
-                    path = ".".join(filter(None, (name, key)))
-                    raise ConfigError(
-                        f"init to return {type(untrained).__name__} without {path} of shape "
-                        f"{tuple(value.shape)}",
-                        "a model with the same modules as the given one",
-                        "Build the model in init as it was built before training.",
-                    )
+                    missing = f"{'.'.join(filter(None, (name, key)))} of shape {tuple(value.shape)}"
+                    got = f"init to return {type(untrained).__name__} without {missing}"
+                    fix = "Build the model in init as it was built before training."
+                    raise ConfigError(got, "a model with the same modules as the given one", fix)
                 value.copy_(new)

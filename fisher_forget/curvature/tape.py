@@ -125,12 +125,10 @@ class Tape:
             if layer is None:  # another tape's of the same model, or moved to the fallback
                 continue
             if a._version != version:
-                raise ModelError(
-                    f"a {type(module).__name__} whose input is overwritten in place after its "
-                    "forward",
-                    "inputs that stay as they were until backward",
-                    "Replace the in-place operation on that tensor.",
-                )
+                name = type(module).__name__
+                got = f"a {name} whose input is overwritten in place after its forward"
+                fix = "Replace the in-place operation on that tensor."
+                raise ModelError(got, "inputs that stay as they were until backward", fix)
             uses.append(Use(layer, by_sample(a, len(batch)), edge))
         functional = self.functional if self.stray else None
         return Record(self.params, batch, outputs, uses, functional)
@@ -217,13 +215,11 @@ class Tape:
         with torch.no_grad():
             alone = P.call(self.model, {}, single.args, single.kwargs)[0]
             if float((alone - outputs[-1]).abs().max()) > tolerance:
-                raise ModelError(
-                    "a model whose output for a sample depends on the other samples of its batch, "
-                    "or on chance",
-                    "one output a sample, the same at every call",
-                    "Call model.eval(), and remove what mixes samples (batch statistics) or draws "
-                    "random numbers.",
-                )
+                got = "a model whose output for a sample depends on the other samples of its batch"
+                mixing = "mixes samples (batch statistics) or draws random numbers"
+                fix = f"Call model.eval(), and remove what {mixing}."
+                expected = "one output a sample, the same at every call"
+                raise ModelError(f"{got}, or on chance", expected, fix)
 
     def _by_rules(self, record: Record, column: Tensor, weights: Tensor) -> Params:
         """sum_n c_n M_n; a rule that fails outright contributes a shape that matches nothing."""

@@ -96,16 +96,11 @@ def read_samples(source: Any) -> TensorDataset:
         expected = "a map-style data set with at least one sample, or a tuple (inputs, targets)"
         raise DataError(got, expected, "Return such from the function.")
     try:
-        pieces = [
-            _unpacked(raw)
-            for raw in DataLoader(source, batch_size=BATCH, generator=torch.Generator())
-        ]
-        inputs, targets = zip(*pieces, strict=True)
+        loader = DataLoader(source, batch_size=BATCH, generator=torch.Generator())
+        inputs, targets = zip(*map(_unpacked, loader), strict=True)
         if hasattr(inputs[0], "items"):
-            return samples(
-                {name: torch.cat([x[name] for x in inputs]) for name in inputs[0]},
-                torch.cat(targets),
-            )
+            named = {name: torch.cat([x[name] for x in inputs]) for name in inputs[0]}
+            return samples(named, torch.cat(targets))
         return samples(torch.cat(inputs), torch.cat(targets))
     except DataError:
         raise

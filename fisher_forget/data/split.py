@@ -276,8 +276,7 @@ def _differ(first: Any, second: Any) -> bool:
     """Whether two reads of an array differ; NaN equals NaN: broken data are not augmented data."""
     if not isinstance(first, (Tensor, np.ndarray)):
         return False
-    same = (
-        first.shape == second.shape
-        and ((first == second) | ((first != first) & (second != second))).all()
-    )
-    return not bool(same)
+    if first.shape != second.shape:
+        return True
+    both_nan = (first != first) & (second != second)
+    return not bool(((first == second) | both_nan).all())

@@ -281,13 +281,12 @@ class SISA:
             if values is not None and np.shape(values)[:1] != (total,):
                 got = f"{name} of shape {np.shape(values)} for {total} samples"
                 raise ConfigError(got, "one a sample", f"Correct `{name}`.")
+        pieces = self.shards, self.slices, self.seed
         if self.labels is not None:
-            return partition.balanced(self.labels, self.shards, self.slices, self.seed)
+            return partition.balanced(self.labels, *pieces)
         if self.probabilities is not None:
-            return partition.by_deletion_probability(
-                self.probabilities, self.shards, self.slices, self.seed
-            )
-        return partition.uniform(total, self.shards, self.slices, self.seed)
+            return partition.by_deletion_probability(self.probabilities, *pieces)
+        return partition.uniform(total, *pieces)
 
     def _place(self) -> Path:
         if self.folder is not None:
@@ -303,12 +302,9 @@ class SISA:
         size = store.size(initial)
         room = self.budget // size
         if room < self.shards:
-            raise ConfigError(
-                f"budget={self.budget} bytes",
-                f"at least {self.shards * size}: one checkpoint of {size} bytes for each of "
-                f"{self.shards} shards",
-                "Raise the budget, or use fewer shards.",
-            )
+            least = f"one checkpoint of {size} bytes for each of {self.shards} shards"
+            got, expected = f"budget={self.budget} bytes", f"at least {self.shards * size}: {least}"
+            raise ConfigError(got, expected, "Raise the budget, or use fewer shards.")
         share, more = divmod(room, self.shards)  # the first `more` shards keep one more
         return tuple(
             partition.kept_checkpoints(self.slices, share + (shard < more))

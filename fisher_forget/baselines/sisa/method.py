@@ -1,4 +1,4 @@
-"""SISA as a method to compare: its own ensemble, trained once, forgets exactly."""
+"""SISA as a method: its own ensemble, trained once, forgets exactly (arXiv:1912.03817)."""
 
 from __future__ import annotations
 
