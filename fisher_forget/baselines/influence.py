@@ -99,7 +99,7 @@ class Lissa(DirectMethod):
 
     Attributes:
         alpha: Length of the step.
-        scale: s, above half the largest eigenvalue of every batch's H + gamma I, or it diverges.
+        scale: s, above half the largest eigenvalue of H + gamma I of every batch: else it diverges.
         damping: gamma, nats per squared weight.
         weight_decay: wd of the objective, added to gamma.
         steps: Terms of a series; eigenvalues far below s / steps are not inverted.

@@ -144,7 +144,7 @@ class Rows:
         memory: Bytes that rows may take at a time, and that a solve with the Gram matrix may take.
 
     Attributes:
-        gradients: Sample gradients so far; a forward pass is a third, a backward pass two.
+        gradients: Sample gradients so far; a forward pass is 1/3, a backward pass 2/3.
 
     Raises:
         ConfigError: If the Gram matrix does not fit the memory.

@@ -62,7 +62,7 @@ class EUk(CFk):
     """Training of the last k layers from scratch.
 
     Attributes:
-        init: Makes an untrained model of the same kind; by default modules reset themselves.
+        init: Makes an untrained model of the same kind; by default `reset_parameters` does.
 
     Raises:
         ModelError: In `unlearn`, if one of the layers cannot be reset.

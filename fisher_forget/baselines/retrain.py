@@ -37,7 +37,7 @@ class Retrain(FineTune):
         train: How the model was trained: (fresh model, training data set, indices of D_r, seed) ->
             trained model. By default SGD at a constant rate, as the other fields say; with it, the
             `passes` of the result are NaN, since they are not known.
-        init: Makes an untrained model of the same kind; by default modules reset themselves.
+        init: Makes an untrained model of the same kind; by default `reset_parameters` does.
 
     Raises:
         ModelError: In `unlearn`, if the model has layers that cannot be reset.

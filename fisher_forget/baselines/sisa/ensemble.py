@@ -77,7 +77,7 @@ class SISA:
         labels: Class of every sample, to balance shards and slices; see `partition.balanced`.
         probabilities: Deletion probability of every sample: those likely to go are put together;
             see `partition.by_deletion_probability`. Without either, the cut is uniform.
-        folder: Where checkpoints are kept; `None` for a temporary one of this object's life.
+        folder: Where checkpoints are kept; `None` for a temporary one, gone with this object.
         budget: Most bytes that checkpoints may take. Those of the last slice are needed; as many of
             the others as fit are kept, spread evenly over slices, and training starts again from
             the last one kept. `None` keeps all.

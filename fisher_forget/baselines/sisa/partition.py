@@ -190,7 +190,7 @@ def slicing_fraction(slices: int) -> float:
 
 
 def kept_checkpoints(slices: int, room: int) -> frozenset[int]:
-    """After which slices the `room` checkpoints are kept: spread evenly, the last always.
+    """After how many slices the `room` checkpoints are kept: spread evenly, the last always.
 
     Raises:
         ConfigError: If a number is below 1.
