@@ -134,7 +134,8 @@ def fill_model(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
 
 
 def write_json(path: str | Path, obj: object) -> None:
-    """Write dataclasses, mappings, sequences, arrays and scalars as JSON; not finite becomes null.
+    """Write dataclasses, mappings, sequences, arrays, tensors and scalars as JSON; NaN and infinity
+    become null.
 
     Raises:
         StorageError: If something else is in it, or the file cannot be written.

@@ -177,7 +177,7 @@ class Lissa(DirectMethod):
 
 
 def forgotten_pull(objective: Objective, split: Split) -> Params:
-    """v = grad L_D - grad L_r = (m/n) (g_f - g_r) at the start; zero without a forget set."""
+    """v = grad L_D - grad L_r = (m/n) (g_f - g_r) at `objective.start`; zero for no D_f."""
     retained = objective.gradient(split.batches("retain"), objective.start)
     forgotten = objective.gradient(split.batches("forget"), objective.start)
     # grad L_D is the mean over n of which m are forgotten: (m/n) g_f + (1 - m/n) g_r

@@ -96,7 +96,7 @@ class Ntk(DirectMethod):
         return P.add(start, step), rows.gradients
 
     def _rows(self, model: nn.Module, split: Split, likelihood: Likelihood) -> tuple[Rows, float]:
-        """Rows of J of D_r, or a draw of it, and D_f; the samples that a drawn one stands for."""
+        """Rows of J of D_r, or a draw, and of D_f; how many samples a drawn one stands for."""
         network = P.load(model, {}).eval()
         outputs = first_outputs(network, split, likelihood).numel()
         # rows of D_f all count; what is left of the memory goes to D_r
@@ -197,7 +197,7 @@ def by_difference(
 
 
 def stretch(step: Params, missing: Params) -> float:
-    r"""The public code's lengthening: (|delta| + 2 |cos(delta, e)| |e|) / |delta|; 1 for no step.
+    r"""The public code's factor on the step: (|delta| + 2 |cos(delta, e)| |e|) / |delta|; 1 for no step.
 
     A linearised step is too short where the network is not linear. e = w - w_0 - Delta(D_r) is the
     part of the training path that linearisation does not explain; step and path are taken for the

@@ -141,7 +141,7 @@ class Likelihood(ABC):
     def sampled(
         self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None
     ) -> Tensor:
-        """Score at labels drawn from the model [draws, *outputs] / sqrt(draws): sampled Fisher."""
+        """Score at sampled labels [draws, *outputs] / sqrt(draws): the Monte-Carlo Fisher."""
 
     @abstractmethod
     def kl(self, p: Tensor, q: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -177,7 +177,7 @@ class Likelihood(ABC):
         return total, positions
 
     def class_mass(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Targets of each class, summed over positions: [C], float64; scalar 0 without classes."""
+        """Targets of each class, over all positions: [C], float64; scalar 0 without classes."""
         return torch.zeros((), dtype=torch.float64)
 
     def mask(self, outputs: Tensor, targets: Tensor | None) -> Tensor | None:

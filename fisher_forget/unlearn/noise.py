@@ -231,7 +231,8 @@ def _scale_of_information(bound: float, error: float, precision: float) -> float
 def largest_scale(
     harm: Callable[[float], float], allowed: float, guess: float, target: NoiseTarget
 ) -> float:
-    """The largest scale whose harm is allowed, to `RESOLUTION` in log10, near a guess; or 0.
+    """The largest scale whose harm is allowed, to `RESOLUTION` in log10, searched around a guess; 0
+    if none is.
 
     Harm that grows with s^2 says where to look next; every fourth look halves the bracket, whatever
     it says.

@@ -97,7 +97,8 @@ class Objective:
         at: Mapping[str, Tensor],
         output_curvature: list[Tensor] | None = None,
     ) -> Gradient:
-        """Gradient sums of the loss, without weight decay; tr H_n of every sample to the list."""
+        """Gradient sums of the loss, without weight decay; tr H_n of every sample is appended to
+        the list, if given."""
         total, loss, count = P.zeros_like(at), 0.0, 0.0
         classes = torch.zeros((), dtype=torch.float64)
         leaves = {name: p.detach().requires_grad_() for name, p in at.items()}

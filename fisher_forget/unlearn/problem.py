@@ -67,7 +67,8 @@ class Problem:
         progress: bool = False,
         **changes: Any,
     ) -> Problem:
-        """Curvature and gradient sums of a model: the first two stages of `forget`."""
+        """Curvature and gradient sums of a model: the first two stages of `forget`, whose arguments
+        these are."""
         options = merged(options, changes)  # type: ignore[arg-type]
         check_model(model)
         split = resolve_split(retain_loader, forget_idx, unpack=unpack)

@@ -1,4 +1,4 @@
-"""SISA: exact unlearning that trains little again (sharded, isolated, sliced, aggregated).
+"""SISA: exact unlearning that retrains little (sharded, isolated, sliced, aggregated).
 
 S models never see each other's shard. Each is trained slice by slice: w_d = train(w_{d-1}, slices 1
 ... d), with a checkpoint after every slice. To forget, the shards hit go back to the checkpoint
@@ -155,7 +155,7 @@ class SISA:
         return self._fitted().store.folder
 
     def fit(self, dataset: Dataset[Any]) -> Work:
-        """Train what is missing: everything at first, the rest after a kill, later nothing.
+        """Train what is missing: everything at first, the rest after a kill, then nothing.
 
         Args:
             dataset: Map-style; requests index its samples, which the training function alone reads.

@@ -213,7 +213,7 @@ class EkfacSum(Accumulator):
                 settling.end_chunk()
 
     def _add_shared(self, layout: Matrix, group: Group, grads: Grads) -> None:
-        """Lambda of a layer at several positions: rotate these or, if it costs less, matrices."""
+        """Lambda of a layer at several positions: rotates these or, where cheaper, M_n."""
         row, col = self.bases[layout.weight]
         use, g = group.uses[0], grads[group.calls[0]]
         rule = use.layer.rule

@@ -12,7 +12,8 @@ Group = tuple[str, tuple[str, ...]]  # structure, names
 
 
 def assign(structures: Mapping[str, str], names: Sequence[str]) -> list[Group]:
-    """Give each parameter the structure of the first shell pattern that matches; a group a pattern.
+    """Give each parameter the structure of the first shell pattern that matches its name; one group
+    per pattern.
 
     Args:
         structures: Structures by pattern, in order: {"conv*": "diagonal", "*": "ekfac"}.
