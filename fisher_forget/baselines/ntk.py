@@ -197,7 +197,7 @@ def by_difference(
 
 
 def stretch(step: Params, missing: Params) -> float:
-    r"""The public code's factor on the step: (|delta| + 2 |cos(delta, e)| |e|) / |delta|; 1 for no step.
+    r"""The public code's stretch: (|delta| + 2 |cos(delta, e)| |e|) / |delta|; 1 for no step.
 
     A linearised step is too short where the network is not linear. e = w - w_0 - Delta(D_r) is the
     part of the training path that linearisation does not explain; step and path are taken for the
