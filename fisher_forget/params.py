@@ -39,16 +39,11 @@ def trainable(model: nn.Module, subset: str | tuple[str, ...] | None = None) -> 
     }
     if not wanted:
         if candidates:
-            raise ModelError(
-                f"no parameter that matches {patterns!r}",
-                f"a pattern for some of {list(candidates)}",
-                "Correct `subset`.",
-            )
-        raise ModelError(
-            "a model without trainable parameters",
-            "at least one parameter with requires_grad=True",
-            "Unfreeze the parameters that were trained.",
-        )
+            got = f"no parameter that matches {patterns!r}"
+            raise ModelError(got, f"a pattern for some of {list(candidates)}", "Correct `subset`.")
+        got = "a model without trainable parameters"
+        fix = "Unfreeze the parameters that were trained."
+        raise ModelError(got, "at least one parameter with requires_grad=True", fix)
     return wanted
 
 
@@ -69,8 +64,7 @@ def load(model: nn.Module, params: Mapping[str, Tensor]) -> nn.Module:
 
 
 def channels_last(model: nn.Module) -> nn.Module:
-    """The same model with its image convolutions laid out channels last, where their kernels are
-    faster."""
+    """The same model, its image convolutions laid out channels last, where kernels are faster."""
     for module in model.modules():
         for p in module.parameters() if isinstance(module, nn.Conv2d) else ():
             if p.dim() == 4:
@@ -121,8 +115,7 @@ def finite(a: Mapping[str, Tensor]) -> bool:
 
 
 def randn_like(a: Mapping[str, Tensor], generator: torch.Generator) -> Params:
-    """Standard normal of the same shapes; the draw depends on the generator alone, not on the
-    device."""
+    """Standard normal of the same shapes, by the generator alone: no draw depends on the device."""
     return {
         name: torch.randn(x.shape, generator=generator, dtype=x.dtype, device=generator.device).to(
             x.device
@@ -145,18 +138,16 @@ def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> Params:
 def call(
     model: nn.Module, params: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor:
-    """The model's logits at the given parameter values: a tensor, or the `.logits` of what forward
-    returns.
+    """The model's logits at given parameters: a tensor, or the `.logits` of what forward returns.
 
     Raises:
         ModelError: If forward fails or returns neither.
     """
     try:
-        out = (
-            torch.func.functional_call(model, dict(params), args, kwargs)
-            if params
-            else model(*args, **kwargs)
-        )
+        if params:
+            out = torch.func.functional_call(model, dict(params), args, kwargs)
+        else:
+            out = model(*args, **kwargs)
     except Exception as error:
         shapes = [tuple(a.shape) for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         raise ModelError(
@@ -171,9 +162,7 @@ def logits(out: Any) -> Tensor:
     """The logits in what a forward returned."""
     out = getattr(out, "logits", out)
     if not isinstance(out, Tensor):
-        raise ModelError(
-            f"a forward that returned {type(out).__name__}",
-            "a tensor of logits, or an object with .logits",
-            "Wrap the model so that forward returns its logits.",
-        )
+        got = f"a forward that returned {type(out).__name__}"
+        fix = "Wrap the model so that forward returns its logits."
+        raise ModelError(got, "a tensor of logits, or an object with .logits", fix)
     return out

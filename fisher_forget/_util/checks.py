@@ -31,33 +31,24 @@ def check_model(model: nn.Module) -> None:
         if m.training and isinstance(m, STOCHASTIC)
     ]
     if moody:
-        raise ModelError(
-            f"a model in training mode with Dropout or BatchNorm ({', '.join(moody[:4])})",
-            "a model in eval mode, whose output for a sample is always the same",
-            "Call model.eval() first.",
-        )
+        got = f"a model in training mode with Dropout or BatchNorm ({', '.join(moody[:4])})"
+        expected = "a model in eval mode, whose output for a sample is always the same"
+        raise ModelError(got, expected, "Call model.eval() first.")
     half = {
         str(p.dtype) for p in model.parameters() if p.dtype not in (torch.float32, torch.float64)
     }
     if half:
-        raise ModelError(
-            f"weights of type {', '.join(sorted(half))}",
-            "float32 or float64: half precision does not hold the range of a curvature",
-            "Call model.float() first, and model.half() on the result.",
-        )
+        got = f"weights of type {', '.join(sorted(half))}"
+        expected = "float32 or float64: half precision does not hold the range of a curvature"
+        raise ModelError(got, expected, "Call model.float() first, and model.half() on the result.")
     broken = _not_finite(model)
     if broken:
-        raise ModelError(
-            f"NaN or infinite weights in {', '.join(broken[:4])}",
-            "finite weights",
-            "Load a checkpoint from before training diverged.",
-        )
+        got = f"NaN or infinite weights in {', '.join(broken[:4])}"
+        raise ModelError(got, "finite weights", "Load a checkpoint from before training diverged.")
     if not any(p.requires_grad for p in model.parameters()):
-        raise ModelError(
-            "a model without trainable parameters",
-            "at least one parameter with requires_grad=True",
-            "Unfreeze the parameters that were trained.",
-        )
+        got = "a model without trainable parameters"
+        fix = "Unfreeze the parameters that were trained."
+        raise ModelError(got, "at least one parameter with requires_grad=True", fix)
 
 
 def _not_finite(model: nn.Module) -> list[str]:

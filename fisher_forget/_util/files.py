@@ -1,5 +1,4 @@
-"""Files that survive a kill: written beside their place and moved into it, read without running
-anything in them."""
+"""Files that survive a kill: written beside their place and moved into it; reading runs no code."""
 
 from __future__ import annotations
 
@@ -84,11 +83,8 @@ def save_model(path: str | Path, model: nn.Module, metadata: Mapping[str, str]) 
     state = model.state_dict()
     odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if odd:
-        raise StorageError(
-            f"state that is not a tensor: {odd}",
-            "tensors only",
-            "Drop get_extra_state from the model.",
-        )
+        got = f"state that is not a tensor: {odd}"
+        raise StorageError(got, "tensors only", "Drop get_extra_state from the model.")
     save_tensors(path, state, metadata)
 
 
@@ -109,11 +105,8 @@ def load_model(
     tensors, metadata = load_tensors(path)
     for name, value in (expect or {}).items():
         if metadata.get(name) != value:
-            raise StorageError(
-                f"{path} with {name}={metadata.get(name)!r}",
-                f"{name}={value!r}",
-                "It belongs to another run.",
-            )
+            got = f"{path} with {name}={metadata.get(name)!r}"
+            raise StorageError(got, f"{name}={value!r}", "It belongs to another run.")
     return fill_model(model, tensors)
 
 
@@ -133,11 +126,8 @@ def fill_model(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     if wrong:
         got = ", ".join(wrong[:5]) + (", ..." if len(wrong) > 5 else "")
         fix = "Build the model with the options that the stored one was built with."
-        raise StorageError(
-            f"weights that differ from the model's in {got}",
-            f"those of {type(model).__name__}",
-            fix,
-        )
+        got = f"weights that differ from the model's in {got}"
+        raise StorageError(got, f"those of {type(model).__name__}", fix)
     twin.load_state_dict(dict(state))
     twin.zero_grad(set_to_none=True)
     return twin.eval()
@@ -190,8 +180,7 @@ def ensure_folder(path: str | Path) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class RequestLog:
-    """The deletion requests made so far, in a folder that belongs to one model, its data and its
-    options.
+    """The deletion requests so far, in a folder that belongs to one model, its data and options.
 
     Attributes:
         folder: Exists and is writable.
@@ -213,11 +202,9 @@ class RequestLog:
             return []
         content = read_json(path)
         if content.get("format") != REQUESTS_FORMAT or content.get("mark") != self.mark:
-            raise StorageError(
-                f"{self.folder}, made for another model, other data or other options",
-                "the folder of this one, or an empty one",
-                "Name another folder, or delete this one if its requests are no longer needed.",
-            )
+            got = f"{self.folder}, made for another model, other data or other options"
+            fix = "Name another folder, or delete this one if its requests are no longer needed."
+            raise StorageError(got, "the folder of this one, or an empty one", fix)
         requests: list[list[int]] = content["requests"]
         return requests
 
@@ -254,11 +241,9 @@ def _hash(part: object) -> str:
 def _pieces(part: object) -> Iterator[bytes | memoryview]:
     """The bytes that stand for a part, type by type."""
     if isinstance(part, Tensor):
-        flat = (
-            part.detach().cpu().contiguous().reshape(-1)
-        )  # viewed as bytes because NumPy knows no bfloat16
+        flat = part.detach().cpu().contiguous().reshape(-1)
         yield f"tensor {part.dtype} {tuple(part.shape)}".encode()
-        yield flat.view(torch.uint8).numpy().data
+        yield flat.view(torch.uint8).numpy().data  # as bytes: NumPy knows no bfloat16
     elif isinstance(part, np.ndarray) and part.dtype != object:
         yield f"array {part.dtype.str} {part.shape}".encode()
         yield part.tobytes()
@@ -267,9 +252,8 @@ def _pieces(part: object) -> Iterator[bytes | memoryview]:
         yield from _pieces(part.state_dict())
     elif dataclasses.is_dataclass(part) and not isinstance(part, type):
         yield f"dataclass {type(part).__qualname__}".encode()
-        yield from _pieces(
-            {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
-        )
+        names = [field.name for field in dataclasses.fields(part)]
+        yield from _pieces({name: getattr(part, name) for name in names})
     elif isinstance(part, Mapping):
         yield f"mapping {len(part)}".encode()
         for key in sorted(part, key=repr):
@@ -320,11 +304,8 @@ def _plain(obj: object) -> Any:
         return [_plain(item) for item in obj]
     if isinstance(obj, os.PathLike):
         return str(os.fspath(obj))
-    raise StorageError(
-        f"an object of type {type(obj).__name__}",
-        "what JSON can hold",
-        "Convert it before writing it.",
-    )
+    got = f"an object of type {type(obj).__name__}"
+    raise StorageError(got, "what JSON can hold", "Convert it before writing it.")
 
 
 @contextmanager

@@ -12,8 +12,7 @@ import torch
 
 @contextmanager
 def preserved_rng() -> Iterator[None]:
-    """Restore the global states of Python, NumPy and torch, whatever a user's data set or model
-    draws."""
+    """Restore the global states of Python, NumPy and torch, whatever user code draws within."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global state is what we protect
     devices = list(range(torch.cuda.device_count()))
     try:

@@ -1,5 +1,4 @@
-r"""Bad teaching: learn from the given model on retained samples, and from an untrained one on
-forgotten ones.
+r"""Bad teaching: learn from the given model on D_r, and from an untrained one on D_f.
 
     w <- w - lr grad mean over a batch of D_f and part of D_r of KL_T(teacher || student)
 

@@ -1,5 +1,4 @@
-"""Bases of the methods: `TrainingMethod` for those that train, `DirectMethod` for those that
-compute the new weights."""
+"""Bases of the methods: `TrainingMethod` for those that train, `DirectMethod` for the others."""
 
 from __future__ import annotations
 
@@ -32,6 +31,8 @@ from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import NumericalError
 from fisher_forget.likelihood import Likelihood, resolve_likelihood
 from fisher_forget.params import Params
+
+PricedWeights = tuple[Params, float]  # the new weights, and the sample gradients that they cost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,20 +85,15 @@ class DirectMethod(Method):
     likelihood: Likelihood | str = "categorical"
 
     @abstractmethod
-    def weights(
-        self, model: nn.Module, split: Split, likelihood: Likelihood
-    ) -> tuple[Params, float]:
+    def weights(self, model: nn.Module, split: Split, likelihood: Likelihood) -> PricedWeights:
         """The trainable parameters' new values, and the sample gradients that they cost."""
 
     def scrub(self, model: nn.Module, split: Split) -> tuple[nn.Module, float]:
         check_model(model)
         weights, gradients = self.weights(model, split, resolve_likelihood(self.likelihood))
         if not P.finite(weights):
-            raise NumericalError(
-                "weights that are not finite",
-                "finite weights",
-                "Raise the method's damping or weight_decay, or lower the length of its step.",
-            )
+            fix = "Raise the method's damping or weight_decay, or lower the length of its step."
+            raise NumericalError("weights that are not finite", "finite weights", fix)
         return P.load(model, weights), gradients
 
 
@@ -168,6 +164,15 @@ class SgdMethod(TrainingMethod):
 
     def descent(self) -> Descent:
         return Descent(self.epochs, self.lr, self.momentum, self.weight_decay)
+
+
+def first_outputs(model: nn.Module, split: Split, likelihood: Likelihood) -> Tensor:
+    """Outputs [1, ...] of the first retained sample, whose target is checked, without a graph."""
+    batch = next(split.batches(split.retain[:1])).on(model)
+    with torch.no_grad():
+        outputs = P.call(model, {}, batch.args, batch.kwargs)
+    likelihood.check(outputs, batch.targets)
+    return outputs
 
 
 class Training:

@@ -1,5 +1,4 @@
-r"""DeltaGrad: replay the training without the forgotten samples, with gradients corrected from
-those of the first run.
+r"""DeltaGrad: replay the training without D_f, with gradients corrected from the first run's.
 
 Training by gradient descent is recorded: weights w_t and gradients grad L_t of every batch t. The
 replay knows the gradients of the forgotten samples exactly and guesses those of the others from the
@@ -62,8 +61,7 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """Plain gradient descent, the training that DeltaGrad can replay. BatchNorm and Dropout stay in
-    eval mode.
+    """Plain gradient descent, which DeltaGrad can replay. BatchNorm and Dropout stay in eval mode.
 
     Attributes:
         epochs: Passes over the data.
@@ -119,8 +117,7 @@ class Trajectory:
 
 
 def record(model: nn.Module, split: Split, plan: Plan) -> Trajectory:
-    """Train a copy of the model on all samples of the split, retained and forgotten, and keep the
-    way.
+    """Train a copy of the model on all samples, retained and forgotten, and keep the way.
 
     Args:
         model: At its initial weights, in eval mode; untouched.
@@ -191,11 +188,9 @@ class DeltaGrad(Method):
         if self.trajectory is not None:
             return self, model
         if self.initial is None or self.training is None:
-            raise ConfigError(
-                "no trajectory",
-                "the recorded training of the model that is to forget",
-                "Train with delta_grad.record(), and pass DeltaGrad(trajectory=...).",
-            )
+            got = "no trajectory"
+            fix = "Train with delta_grad.record(), and pass DeltaGrad(trajectory=...)."
+            raise ConfigError(got, "the recorded training of the model that is to forget", fix)
         plan = Plan(
             epochs=self.training.epochs,
             lr=self.training.lr,
@@ -262,28 +257,20 @@ def _check_fit(trajectory: Trajectory, model: nn.Module, split: Split) -> None:
     """Refuse another model or other samples than those of the trajectory."""
     given, end = P.trainable(model), P.trainable(trajectory.model)
     if given.keys() != end.keys() or not all(torch.equal(p, end[n]) for n, p in given.items()):
-        raise ModelError(
-            "a model whose weights are not those that the trajectory ends with",
-            "trajectory.model",
-            "Pass that model, or record its training.",
-        )
+        got = "a model whose weights are not those that the trajectory ends with"
+        raise ModelError(got, "trajectory.model", "Pass that model, or record its training.")
     if not np.array_equal(trajectory.samples, split.indices("all")):
-        raise SplitError(
-            f"{split} for a trajectory of {len(trajectory.samples):,} samples",
-            "the samples that were trained on",
-            "Pass a split of the same data.",
-        )
+        got = f"{split} for a trajectory of {len(trajectory.samples):,} samples"
+        raise SplitError(got, "the samples that were trained on", "Pass a split of the same data.")
 
 
 def _check_memory(plan: Plan, steps: int, weights: Params) -> None:
     """Refuse a training whose steps' weights and gradients do not fit."""
     needed = 2 * steps * sum(x.numel() * x.element_size() for x in weights.values())
     if needed > plan.memory:
-        raise ConfigError(
-            f"{steps:,} steps whose weights and gradients need {needed / 2**30:,.1f} GiB",
-            f"at most memory={plan.memory} bytes",
-            "Raise `memory` or `batch_size`, or lower `epochs`.",
-        )
+        got = f"{steps:,} steps whose weights and gradients need {needed / 2**30:,.1f} GiB"
+        fix = "Raise `memory` or `batch_size`, or lower `epochs`."
+        raise ConfigError(got, f"at most memory={plan.memory} bytes", fix)
 
 
 def lbfgs_product(pairs: Sequence[tuple[Tensor, Tensor]], v: Tensor) -> Tensor:

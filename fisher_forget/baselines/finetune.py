@@ -1,5 +1,4 @@
-r"""Fine-tuning: go on training on the retained samples alone, and hope that the others are
-forgotten on the way.
+r"""Fine-tuning: go on training on the retained samples alone, and hope to forget the others.
 
     w <- w - lr (grad of the mean loss of a batch of D_r + wd w)
 

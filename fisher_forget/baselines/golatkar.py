@@ -1,5 +1,4 @@
-r"""The two published forms of Fisher forgetting, to compare `forget` with (Golatkar et al. 2020,
-arXiv:1911.04933).
+r"""The two published forms of Fisher forgetting (Golatkar et al. 2020, arXiv:1911.04933).
 
 Neither has a Newton term: noise alone, shaped by the diagonal Fisher information F of the retained
 data, hides what the forgotten samples left in the weights. The paper and its public code
@@ -33,7 +32,7 @@ from torch import nn
 from fisher_forget import params as P
 from fisher_forget._util.checks import check_model, is_whole
 from fisher_forget._util.random_state import preserved_rng
-from fisher_forget.baselines.base import DirectMethod
+from fisher_forget.baselines.base import DirectMethod, PricedWeights, first_outputs
 from fisher_forget.baselines.meter import metered
 from fisher_forget.baselines.protocol import Grid
 from fisher_forget.baselines.training_loop import require
@@ -99,9 +98,7 @@ class Golatkar(DirectMethod):
             )
         return Draws(method, fisher, P.load(model, {}), classes)
 
-    def weights(
-        self, model: nn.Module, split: Split, likelihood: Likelihood
-    ) -> tuple[Params, float]:
+    def weights(self, model: nn.Module, split: Split, likelihood: Likelihood) -> PricedWeights:
         twin, work = metered(model)
         return self.draws(twin, split).weights(), work[0]
 
@@ -133,8 +130,7 @@ class Draws:
         return P.map_params(lambda m, d, x: m + d * x, mean, deviation, xi)
 
     def model(self, scale: float | None = None, seed: int | None = None) -> nn.Module:
-        """One draw: a scrubbed copy of the given model, in eval mode; parameters without
-        requires_grad stay.
+        """A scrubbed copy of the given model, in eval mode; parameters without requires_grad stay.
 
         Args:
             scale: s of the paper's form, alpha of the public code's.
@@ -234,21 +230,16 @@ class GolatkarCode(Golatkar):
 
     def resolved(self, model: nn.Module, split: Split, likelihood: Likelihood) -> tuple[Self, int]:
         if not isinstance(likelihood, Categorical):
-            raise ConfigError(
-                f"the likelihood {likelihood.name!r}",
-                "'categorical': the public code sums over the classes of a softmax",
-                "Use 'golatkar-paper' or forget() for other likelihoods.",
-            )
-        classes = _classes(model, split, likelihood)
+            expected = "'categorical': the public code sums over the classes of a softmax"
+            fix = "Use 'golatkar-paper' or forget() for other likelihoods."
+            raise ConfigError(f"the likelihood {likelihood.name!r}", expected, fix)
+        classes = first_outputs(model, split, likelihood).shape[-1]
         row = self.forgotten_class
         if row == "auto":
             row = _whole_class(split, classes)
         if row is not None and not 0 <= row < classes:
-            raise ConfigError(
-                f"forgotten_class={row}",
-                f"a class from 0 to {classes - 1}",
-                "Name a class of the model's outputs.",
-            )
+            fix = "Name a class of the model's outputs."
+            raise ConfigError(f"forgotten_class={row}", f"a class from 0 to {classes - 1}", fix)
         return replace(self, forgotten_class=None if row is None else int(row)), classes
 
     def moments(self, weights: Params, fisher: Curvature, classes: int) -> tuple[Params, Params]:
@@ -267,15 +258,6 @@ class GolatkarCode(Golatkar):
                 variance *= WIDENING
             deviation[name] = variance.sqrt()
         return mean, deviation
-
-
-def _classes(model: nn.Module, split: Split, likelihood: Likelihood) -> int:
-    """The number of the model's outputs."""
-    batch = next(split.batches(split.retain[:1])).on(model)
-    with torch.no_grad():
-        outputs = P.call(model, {}, batch.args, batch.kwargs)
-    likelihood.check(outputs, batch.targets)
-    return outputs.shape[-1]
 
 
 def _whole_class(split: Split, classes: int) -> int | None:

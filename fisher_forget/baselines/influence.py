@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from fisher_forget import params as P
-from fisher_forget.baselines.base import DirectMethod
+from fisher_forget.baselines.base import DirectMethod, PricedWeights
 from fisher_forget.baselines.jacobian_rows import MEMORY, Rows
 from fisher_forget.baselines.protocol import Grid
 from fisher_forget.baselines.training_loop import require
@@ -76,9 +76,7 @@ class WoodFisher(DirectMethod):
             recursion=(self.recursion in ("exact", "published"), "'exact' or 'published'"),
         )
 
-    def weights(
-        self, model: nn.Module, split: Split, likelihood: Likelihood
-    ) -> tuple[Params, float]:
+    def weights(self, model: nn.Module, split: Split, likelihood: Likelihood) -> PricedWeights:
         objective = Objective(model, likelihood)
         v = forgotten_pull(objective, split)
         rows = Rows(
@@ -101,8 +99,7 @@ class Lissa(DirectMethod):
 
     Attributes:
         alpha: Length of the step.
-        scale: s, above half the largest eigenvalue of any batch's H + gamma I, or the series
-            diverges.
+        scale: s, above half the largest eigenvalue of H + gamma I of every batch: else it diverges.
         damping: gamma, nats per squared weight.
         weight_decay: wd of the objective, added to gamma.
         steps: Terms of a series; eigenvalues far below s / steps are not inverted.
@@ -136,9 +133,7 @@ class Lissa(DirectMethod):
             curvature=(self.curvature in ("hessian", "ggn"), "'hessian' or 'ggn'"),
         )
 
-    def weights(
-        self, model: nn.Module, split: Split, likelihood: Likelihood
-    ) -> tuple[Params, float]:
+    def weights(self, model: nn.Module, split: Split, likelihood: Likelihood) -> PricedWeights:
         objective = Objective(model, likelihood)
         v = forgotten_pull(objective, split)
         series = [self._series(objective, split, v, repeat) for repeat in range(self.repeats)]
@@ -159,11 +154,9 @@ class Lissa(DirectMethod):
             curved = P.add(self._product(objective, batch, h), h, ridge)
             h = P.add(P.add(v, h), curved, -1 / self.scale)
             if not P.finite(h):
-                raise NumericalError(
-                    f"a series that diverges at scale={self.scale:g}",
-                    "a scale above half the largest eigenvalue of every batch's curvature",
-                    "Raise `scale`, or pass curvature='ggn'.",
-                )
+                got = f"a series that diverges at scale={self.scale:g}"
+                expected = "a scale above half the largest eigenvalue of every batch's curvature"
+                raise NumericalError(got, expected, "Raise `scale`, or pass curvature='ggn'.")
         return P.scale(h, 1 / self.scale)  # the fixed point is s (H + gamma I)^-1 v
 
     def _product(self, objective: Objective, batch: Batch, h: Params) -> Params:
@@ -184,8 +177,7 @@ class Lissa(DirectMethod):
 
 
 def forgotten_pull(objective: Objective, split: Split) -> Params:
-    """v = grad L_D - grad L_r = (m/n) (g_f - g_r) at the weights of the objective; zero without a
-    forget set."""
+    """v = grad L_D - grad L_r = (m/n) (g_f - g_r) at `objective.start`; zero for no D_f."""
     retained = objective.gradient(split.batches("retain"), objective.start)
     forgotten = objective.gradient(split.batches("forget"), objective.start)
     # grad L_D is the mean over n of which m are forgotten: (m/n) g_f + (1 - m/n) g_r
@@ -210,8 +202,7 @@ def solved(rows: Rows, v: Params, damping: float, count: float) -> Params:
 
 
 def single_vector(rows: Iterable[Tensor], v: Params, damping: float, count: float) -> Params:
-    """What the public code computes in place of F^-1 v: every F_k^-1 g is taken to lie along one
-    vector o.
+    """The public code's stand-in for F^-1 v: every F_k^-1 g is taken to lie along one vector o.
 
     Args:
         rows: G, one gradient a sample, in the order of the recursion.

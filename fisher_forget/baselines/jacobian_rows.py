@@ -25,9 +25,8 @@ from fisher_forget.errors import ConfigError
 from fisher_forget.likelihood import Likelihood
 from fisher_forget.params import Params
 
-Columns = Callable[
-    [Tensor, Tensor], Sequence[Tensor]
-]  # (outputs, targets) -> vectors of the outputs' shape
+# (outputs, targets) -> vectors of the outputs' shape
+Columns = Callable[[Tensor, Tensor], Sequence[Tensor]]
 MEMORY = 1 << 29
 ALIVE = 4  # blocks of rows that may exist at one moment, copies included
 SQUARES = 3  # matrices of the Gram matrix's size that a solve needs
@@ -61,11 +60,8 @@ class Factors:
 
     def join(self, v: Params) -> Tensor:
         """Inverse of `part`."""
-        return (
-            v[self.weight]
-            if self.bias is None
-            else torch.cat([v[self.weight], v[self.bias][:, None]], 1)
-        )
+        weight = v[self.weight]
+        return weight if self.bias is None else torch.cat([weight, v[self.bias][:, None]], 1)
 
 
 @dataclass(frozen=True)
@@ -86,10 +82,8 @@ class RowBlock:
         for left, right in zip(self.thin, other.thin, strict=True):
             (n, columns, _), m = left.g.shape, len(right.g)
             # (g a^T, h b^T) = (g, h) (a, b), where all columns of a sample share its a
-            products = left.g.flatten(0, 1) @ right.g.flatten(0, 1).T
-            products = (
-                products.view(n, columns, m, columns) * (left.a @ right.a.T)[:, None, :, None]
-            )
+            products = (left.g.flatten(0, 1) @ right.g.flatten(0, 1).T).view(n, columns, m, columns)
+            products = products * (left.a @ right.a.T)[:, None, :, None]
             total += products.view(n * columns, m * columns)
         return total
 
@@ -139,8 +133,7 @@ class RowBlock:
 
 
 class Rows:
-    """The rows s_nk^T J_n of G [R, d], sample after sample; blocks that do not fit the memory are
-    made again.
+    """The rows s_nk^T J_n of G [R, d] by sample; blocks that do not fit the memory are made again.
 
     Args:
         model: Copied; never touched.
@@ -151,8 +144,7 @@ class Rows:
         memory: Bytes that rows may take at a time, and that a solve with the Gram matrix may take.
 
     Attributes:
-        gradients: Sample gradients computed so far; a forward pass is a third, a backward pass two
-            thirds.
+        gradients: Sample gradients so far; a forward pass is 1/3, a backward pass 2/3.
 
     Raises:
         ConfigError: If the Gram matrix does not fit the memory.
@@ -269,11 +261,9 @@ class Rows:
             before = [block.gram(self._block(j)).double().cpu() for j in range(i)]
             lines.append([*before, block.gram(block).double().cpu()])
         # the upper triangle is the lower one, mirrored
-        whole = [
-            torch.cat([*line, *(lines[k][i].T for k in range(i + 1, len(lines)))], 1)
-            for i, line in enumerate(lines)
-        ]
-        return torch.cat(whole)
+        mirrored = ([below[i].T for below in lines[i + 1 :]] for i in range(len(lines)))
+        pairs = zip(lines, mirrored, strict=True)
+        return torch.cat([torch.cat([*left, *right], 1) for left, right in pairs])
 
     def times(self, v: Params) -> Tensor:
         """G v [R], float64, on the CPU."""

@@ -1,5 +1,4 @@
-r"""Work on the last k layers alone: fine-tune them (CF-k), or train them from scratch (EU-k), on
-the retained samples.
+r"""Fine-tune the last k layers alone (CF-k), or train them from scratch (EU-k), on D_r.
 
     w_j <- w_j - lr grad_j L_r(w)    for j > L - k; the first L - k layers are fixed
 
@@ -63,8 +62,7 @@ class EUk(CFk):
     """Training of the last k layers from scratch.
 
     Attributes:
-        init: Makes an untrained model of the same kind; by default the modules' own
-            `reset_parameters`.
+        init: Makes an untrained model of the same kind; by default `reset_parameters` does.
 
     Raises:
         ModelError: In `unlearn`, if one of the layers cannot be reset.
@@ -79,8 +77,7 @@ class EUk(CFk):
 
 
 def last_layers(model: nn.Module, k: int) -> tuple[str, ...]:
-    """Names of the modules of the last k layers, in order; see the head of this file for what a
-    layer is.
+    """Names of the modules of the last k layers, in order; the head of this file defines a layer.
 
     Raises:
         ConfigError: If there are fewer layers with trainable parameters.

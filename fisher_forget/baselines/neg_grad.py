@@ -1,5 +1,4 @@
-r"""Ascent on the forgotten samples: alone (NegGrad), or against descent on the retained ones
-(NegGrad+).
+r"""Ascent on the forgotten samples: alone (NegGrad), or against descent on the retained (NegGrad+).
 
     NegGrad:   w <- w + lr grad L_f(w)
     NegGrad+:  w <- w - lr grad [alpha L_r(w) - (1 - alpha) L_f(w)]

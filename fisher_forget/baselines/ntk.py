@@ -1,5 +1,4 @@
-r"""NTK scrubbing: the change of weights that leaving D_f out would have made, were the network
-linear in its weights.
+r"""NTK scrubbing: the change of weights that leaving D_f out makes in the linearised network.
 
 With outputs f(w') = f(w) + J (w' - w), J [R, d] where R = samples x outputs, residuals r = f(w) - Y
 (softmax - onehot for classes) and the ridge rho = n wd of the objective's sum over n samples, the
@@ -31,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from fisher_forget import params as P
-from fisher_forget.baselines.base import DirectMethod
+from fisher_forget.baselines.base import DirectMethod, PricedWeights, first_outputs
 from fisher_forget.baselines.jacobian_rows import MEMORY, Rows, most_rows
 from fisher_forget.baselines.protocol import Grid
 from fisher_forget.baselines.training_loop import require
@@ -54,8 +53,7 @@ class Ntk(DirectMethod):
         linearise: "trained" takes J and r at the given weights, "initial" at those of `initial`,
             without lengthening.
         form: "block", or "difference" for the public code's two fits with a ridge each.
-        samples: Retained samples that the kernel is of; `None` takes as many as fit the memory, all
-            if they do.
+        samples: Retained samples of the kernel; `None` takes as many as fit the memory.
         memory: Bytes for rows of J at a time, and for a solve with J J^T; a solve needs 24 (n C)^2.
         likelihood: Name or instance. The Gaussian's residuals and rows are in units of its sigma.
 
@@ -86,9 +84,7 @@ class Ntk(DirectMethod):
             samples=(few, "a number of at least 1, or None"),
         )
 
-    def weights(
-        self, model: nn.Module, split: Split, likelihood: Likelihood
-    ) -> tuple[Params, float]:
+    def weights(self, model: nn.Module, split: Split, likelihood: Likelihood) -> PricedWeights:
         start = P.detached(P.trainable(model))
         before = None if self.initial is None else _same_shapes(self.initial, start)
         place = model if self.linearise == "trained" or self.initial is None else self.initial
@@ -100,11 +96,9 @@ class Ntk(DirectMethod):
         return P.add(start, step), rows.gradients
 
     def _rows(self, model: nn.Module, split: Split, likelihood: Likelihood) -> tuple[Rows, float]:
-        """Rows of J of D_r, or a draw of it, and of D_f; and how many retained samples a drawn one
-        stands for."""
+        """Rows of J of D_r, or a draw, and of D_f; how many samples a drawn one stands for."""
         network = P.load(model, {}).eval()
-        batch = next(split.batches(split.retain[:1])).on(network)
-        outputs = P.call(network, {}, batch.args, batch.kwargs)[0].numel()
+        outputs = first_outputs(network, split, likelihood).numel()
         # rows of D_f all count; what is left of the memory goes to D_r
         fitting = max(1, most_rows(self.memory) // outputs - len(split.forget))
         retained = some(split.retain, self.samples or fitting, self.seed)
@@ -136,8 +130,7 @@ class Ntk(DirectMethod):
 
 @dataclass(frozen=True)
 class NtkFisher(Ntk):
-    """NTK scrubbing and then noise N(0, alpha (F + tau I)^-1), F the diagonal Fisher of D_r at the
-    scrubbed weights.
+    """NTK scrubbing, then noise N(0, alpha (F + tau I)^-1), F the diagonal Fisher of D_r there.
 
     Attributes:
         alpha: Scale of the variance.
@@ -154,9 +147,7 @@ class NtkFisher(Ntk):
         super().__post_init__()
         require(self, at_least={"alpha": 0}, above={"tau": 0})
 
-    def weights(
-        self, model: nn.Module, split: Split, likelihood: Likelihood
-    ) -> tuple[Params, float]:
+    def weights(self, model: nn.Module, split: Split, likelihood: Likelihood) -> PricedWeights:
         weights, gradients = super().weights(model, split, likelihood)
         moved = P.load(model, weights).eval()
         fisher = estimate_curvature(moved, split, likelihood, structure="diagonal", kind="exact")
@@ -164,8 +155,7 @@ class NtkFisher(Ntk):
         # covariance alpha (F + tau I)^-1: its root is the exponent 1/2
         scale = math.sqrt(self.alpha)
         noise = draw_noise(fisher.damped(self.tau), weights, scale, generator, exponent=0.5)
-        batch = next(split.batches(split.retain[:1])).on(moved)
-        columns = likelihood.column_count(P.call(moved, {}, batch.args, batch.kwargs))
+        columns = likelihood.column_count(first_outputs(moved, split, likelihood))
         # the exact diagonal: one forward pass, and a backward pass for every column
         gradients += len(split.retain) * (1 + 2 * columns) / 3
         return P.add(weights, noise), gradients
@@ -174,8 +164,7 @@ class NtkFisher(Ntk):
 def by_blocks(
     gram: Tensor, kept: Tensor, gone: Tensor, n_kept: float, n_gone: float, weight_decay: float
 ) -> tuple[Tensor, Tensor]:
-    r"""Coefficients c of Delta(D_r) - Delta(D) = J^T c, and of Delta(D_r), with the common ridge n
-    wd.
+    r"""Coefficients c of Delta(D_r) - Delta(D) = J^T c, and of Delta(D_r), with the ridge n wd.
 
     Args:
         gram: J J^T [R, R], rows of D_r first.
@@ -198,8 +187,7 @@ def by_blocks(
 def by_difference(
     gram: Tensor, kept: Tensor, gone: Tensor, n_kept: float, n_gone: float, weight_decay: float
 ) -> tuple[Tensor, Tensor]:
-    r"""The same as two separate fits with the ridges n_r wd and n wd; arguments as in
-    `by_blocks`."""
+    r"""The same by two separate fits with the ridges n_r wd and n wd; arguments of `by_blocks`."""
     cut = len(kept)
     # Delta(D_r) = -J_r^T (J_r J_r^T + n_r wd I)^-1 r_r: zero coefficients on D_f
     retained = -_solve(_ridged(gram[:cut, :cut], n_kept * weight_decay), kept[:, None])[:, 0]
@@ -209,8 +197,7 @@ def by_difference(
 
 
 def stretch(step: Params, missing: Params) -> float:
-    r"""By how much the public code lengthens the step: (|delta| + 2 |cos(delta, e)| |e|) / |delta|;
-    1 for no step.
+    r"""The public code's stretch: (|delta| + 2 |cos(delta, e)| |e|) / |delta|; 1 for no step.
 
     A linearised step is too short where the network is not linear. e = w - w_0 - Delta(D_r) is the
     part of the training path that linearisation does not explain; step and path are taken for the
@@ -259,11 +246,8 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     """
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if int(failed):
-        raise NumericalError(
-            "a ridge below the rounding errors of J J^T",
-            "J J^T + rho I that is positive definite",
-            "Raise weight_decay.",
-        )
+        got = "a ridge below the rounding errors of J J^T"
+        raise NumericalError(got, "J J^T + rho I that is positive definite", "Raise weight_decay.")
     return torch.cholesky_solve(right, factor)
 
 
@@ -271,9 +255,6 @@ def _same_shapes(initial: nn.Module, like: Params) -> Params:
     """The initial weights, where they are those of the same network."""
     weights = P.detached(P.trainable(initial))
     if {n: p.shape for n, p in weights.items()} != {n: p.shape for n, p in like.items()}:
-        raise ModelError(
-            "an initial model with other parameters than the trained one",
-            "the same names and shapes",
-            "Pass its start.",
-        )
+        got = "an initial model with other parameters than the trained one"
+        raise ModelError(got, "the same names and shapes", "Pass its start.")
     return P.map_params(lambda p, x: x.to(p), like, weights)

@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from fisher_forget import params as P
-from fisher_forget.baselines.base import SgdMethod, Training, TrainingMethod
+from fisher_forget.baselines.base import SgdMethod, Training, TrainingMethod, first_outputs
 from fisher_forget.baselines.protocol import Grid
 from fisher_forget.baselines.training_loop import Epoch, Loss, each, numbered
 from fisher_forget.data.batches import Batch
@@ -91,18 +91,15 @@ def labelled(likelihood: Likelihood, method: str) -> Categorical:
         ConfigError: If they are not.
     """
     if not isinstance(likelihood, Categorical):
-        raise ConfigError(
-            f"{method} with the {likelihood.name} likelihood",
-            "a categorical one: a wrong label is drawn from classes",
-            "Choose a method that needs no labels to draw, such as bad-teacher or neggrad+.",
-        )
+        got = f"{method} with the {likelihood.name} likelihood"
+        fix = "Choose a method that needs no labels to draw, such as bad-teacher or neggrad+."
+        raise ConfigError(got, "a categorical one: a wrong label is drawn from classes", fix)
     return likelihood
 
 
 @dataclass(frozen=True)
 class Relabelling:
-    """Label (y + k) mod C at every scored position of the forgotten samples, k uniform on least ...
-    C - 1.
+    """Label (y + k) mod C at scored positions of forgotten samples, k uniform on least ... C - 1.
 
     Attributes:
         forget: Indices of the forgotten samples.
@@ -124,10 +121,7 @@ class Relabelling:
             ConfigError: If the likelihood is not categorical.
         """
         likelihood, network = labelled(training.likelihood, method), P.load(training.model, {})
-        batch = next(training.split.batches(training.split.retain[:1])).on(network)
-        with torch.no_grad():
-            outputs = P.call(network.eval(), {}, batch.args, batch.kwargs)
-        likelihood.check(outputs, batch.targets)
+        outputs = first_outputs(network.eval(), training.split, likelihood)
         return cls(training.split.forget, outputs.shape[-1], likelihood)
 
     def __call__(self, batch: Batch, rows: Indices, key: tuple[int, ...]) -> Batch:
@@ -135,8 +129,7 @@ class Relabelling:
 
         Args:
             batch: Targets are classes [B, ...] or probabilities [B, ..., C], which become one-hot.
-            rows: Index of every sample [B]: with the key, it fixes the sample's draw, whichever
-                batch it is in.
+            rows: Index of every sample [B]: with the key, it fixes the sample's draw in any batch.
             key: Non-negative seeds.
         """
         targets = batch.targets

@@ -1,5 +1,4 @@
-r"""Retraining without the forgotten samples: what every other method is to come close to, and the
-cost it is to save.
+r"""Retraining without the forgotten samples: the goal of every other method, and the cost to save.
 
     w = train(fresh weights, D_r)
 
@@ -38,8 +37,7 @@ class Retrain(FineTune):
         train: How the model was trained: (fresh model, training data set, indices of D_r, seed) ->
             trained model. By default SGD at a constant rate, as the other fields say; with it, the
             `passes` of the result are NaN, since they are not known.
-        init: Makes an untrained model of the same kind; by default the modules' own
-            `reset_parameters`.
+        init: Makes an untrained model of the same kind; by default `reset_parameters` does.
 
     Raises:
         ModelError: In `unlearn`, if the model has layers that cannot be reset.
@@ -64,19 +62,15 @@ class Retrain(FineTune):
             return super().scrub(model, split)
         retrained = self.train(self.start(model), split.base, split.retain.copy(), self.seed)
         if not isinstance(retrained, nn.Module):
-            raise ConfigError(
-                f"train to return {type(retrained).__name__}",
-                "the trained model",
-                "Return the model at the end of train.",
-            )
+            got = f"train to return {type(retrained).__name__}"
+            raise ConfigError(got, "the trained model", "Return the model at the end of train.")
         return retrained, math.nan
 
 
 def fresh(
     model: nn.Module, seed: int, init: Init | None = None, only: Collection[str] | None = None
 ) -> nn.Module:
-    """A copy of the model whose trainable parameters, and statistics, are those of an untrained
-    model.
+    """A copy of the model with the trainable parameters, and statistics, of an untrained one.
 
     Parameters without `requires_grad` (a frozen backbone) keep their values.
 
@@ -84,8 +78,7 @@ def fresh(
         model: Untouched.
         seed: Of the draw.
         init: Makes an untrained model; `None` calls the modules' own `reset_parameters`.
-        only: Names of the modules whose own parameters and buffers are drawn anew; `None` means all
-            of them.
+        only: Names of the modules whose own parameters and buffers are drawn anew; `None`: all.
 
     Raises:
         ModelError: If a module with trainable parameters of its own has no `reset_parameters`.
@@ -118,12 +111,10 @@ def _reset(name: str, module: nn.Module) -> None:
     if callable(reset):
         reset()
     elif parameters:
-        raise ModelError(
-            f"the module {name or 'at the top'} of type {type(module).__name__} with parameters of "
-            "its own and no reset_parameters",
-            "modules that can draw their parameters anew",
-            "Pass init=, a function without arguments that returns an untrained model.",
-        )
+        what = f"the module {name or 'at the top'} of type {type(module).__name__}"
+        got = f"{what} with parameters of its own and no reset_parameters"
+        fix = "Pass init=, a function without arguments that returns an untrained model."
+        raise ModelError(got, "modules that can draw their parameters anew", fix)
 
 
 def _frozen(module: nn.Module) -> bool:
@@ -142,11 +133,8 @@ def _copy_from(untrained: nn.Module, modules: dict[str, nn.Module]) -> None:
                     continue
                 new = getattr(sources.get(name), kind, {}).get(key)
                 if new is None or new.shape != value.shape:
-                    path = ".".join(filter(None, (name, key)))
-                    raise ConfigError(
-                        f"init to return {type(untrained).__name__} without {path} of shape "
-                        f"{tuple(value.shape)}",
-                        "a model with the same modules as the given one",
-                        "Build the model in init as it was built before training.",
-                    )
+                    missing = f"{'.'.join(filter(None, (name, key)))} of shape {tuple(value.shape)}"
+                    got = f"init to return {type(untrained).__name__} without {missing}"
+                    fix = "Build the model in init as it was built before training."
+                    raise ConfigError(got, "a model with the same modules as the given one", fix)
                 value.copy_(new)

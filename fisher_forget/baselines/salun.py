@@ -1,5 +1,4 @@
-r"""Saliency unlearning: random labels, but only for the weights that the forgotten samples pull at
-most.
+r"""Saliency unlearning: random labels, but only for the weights that D_f pulls at most.
 
     m = 1 for the share k of weights with the largest |grad of L_f(w)|, 0 for the others
     w <- w - lr m (grad of the loss with random labels on D_f, own labels on D_r, + wd w)
@@ -52,8 +51,7 @@ class SalUn(RandomLabels):
 
 
 def saliency(model: nn.Module, split: Split, likelihood: Likelihood, share: float) -> Params:
-    """1 for the weights with the largest gradient of the loss on D_f, 0 for the others, over all
-    layers together.
+    """1 for the weights with the largest gradient of the loss on D_f over all layers, 0 for others.
 
     Args:
         model: Its trainable parameters are looked at.

@@ -1,5 +1,4 @@
-r"""SCRUB: a student leaves its teacher, the given model, on the forgotten samples and follows it on
-the retained ones.
+r"""SCRUB: a student leaves its teacher, the given model, on D_f and follows it on D_r.
 
     max step, batch of D_f:   w <- w + lr grad KL_T(w0 || w)
     min step, batch of D_r:   w <- w - lr grad [gamma L_r(w) + alpha KL_T(w0 || w)]
@@ -53,8 +52,7 @@ class Scrub(TrainingMethod):
         forget_batch_size: Samples per max step.
         weight_decay: L2 coefficient.
         optimizer: "adam" or "sgd", whose momentum is 0.9.
-        milestones: Epochs, counted from 0, from which on the learning rate is a tenth of what it
-            was.
+        milestones: Epochs, counted from 0, from which on the learning rate is divided by ten.
     """
 
     name = "scrub"
@@ -100,9 +98,8 @@ class Scrub(TrainingMethod):
 
         def follow(student: nn.Module, batch: Batch) -> Tensor:
             outputs, kl = compared(student, batch)
-            return (
-                self.gamma * training.likelihood.mean_loss(outputs, batch.targets) + self.alpha * kl
-            )
+            loss = training.likelihood.mean_loss(outputs, batch.targets)
+            return self.gamma * loss + self.alpha * kl
 
         def epoch(number: int, rng: np.random.Generator) -> Iterator[Loss]:
             # max steps first, so that the min steps mend what they did to D_r

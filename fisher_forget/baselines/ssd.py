@@ -1,5 +1,4 @@
-r"""Selective Synaptic Dampening: shrink the weights that the forgotten samples need far more than
-all samples do.
+r"""Selective Synaptic Dampening: shrink the weights that D_f needs far more than all samples do.
 
     w_i <- w_i min(lambda I_D,i / I_f,i, 1)    where I_f,i > alpha I_D,i
 
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fisher_forget import params as P
-from fisher_forget.baselines.base import DirectMethod
+from fisher_forget.baselines.base import DirectMethod, PricedWeights
 from fisher_forget.baselines.protocol import Grid
 from fisher_forget.baselines.training_loop import require, shuffled
 from fisher_forget.curvature.estimate import estimate_curvature
@@ -59,9 +58,7 @@ class Ssd(DirectMethod):
         least = {"alpha": 0, "lam": 0, "batch_size": 1}
         require(self, at_least=least, importance=importance)
 
-    def weights(
-        self, model: nn.Module, split: Split, likelihood: Likelihood
-    ) -> tuple[Params, float]:
+    def weights(self, model: nn.Module, split: Split, likelihood: Likelihood) -> PricedWeights:
         measure = sample_importance if self.importance == "sample" else self._batch_importance
         start = P.detached(P.trainable(model))
         everyone = measure(model, split, likelihood, split.indices("all"))
@@ -92,8 +89,7 @@ class Ssd(DirectMethod):
 def sample_importance(
     model: nn.Module, split: Split, likelihood: Likelihood, samples: Indices
 ) -> Params:
-    """Diagonal of the empirical Fisher: squared gradients of the samples, summed, per scored
-    position."""
+    """Diagonal of the empirical Fisher: squared sample gradients, summed, per scored position."""
     fisher = estimate_curvature(
         model, split, likelihood, structure="diagonal", kind="empirical", part=samples
     )

@@ -1,5 +1,4 @@
-"""The training loop that the methods share: gradient descent on any loss of any batches, on a copy
-of the model."""
+"""The training loop of the methods: gradient descent on any loss of any batches, on a copy."""
 
 from __future__ import annotations
 
@@ -37,8 +36,7 @@ class Descent:
         momentum: Of SGD.
         weight_decay: L2 coefficient in the gradient, for Adam too.
         optimizer: "sgd" or "adam".
-        milestones: Epochs, counted from 0, from which on the learning rate is a tenth of what it
-            was.
+        milestones: Epochs, counted from 0, from which on the learning rate is divided by ten.
     """
 
     epochs: int
@@ -133,13 +131,7 @@ def numbered(
 def each(batches: Iterable[Batch], loss: Callable[[nn.Module, Batch], Tensor]) -> Iterator[Loss]:
     """One step a batch: the loss of the model on it, where the model is."""
     for batch in batches:
-        yield partial(_on_device, loss, batch)
-
-
-def _on_device(
-    loss: Callable[[nn.Module, Batch], Tensor], batch: Batch, model: nn.Module
-) -> Tensor:
-    return loss(model, batch.on(model))
+        yield partial(lambda batch, model: loss(model, batch.on(model)), batch)
 
 
 def distillation(

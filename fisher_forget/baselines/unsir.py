@@ -1,5 +1,4 @@
-r"""UNSIR: impair with noise that the model gets most wrong for what is forgotten, then repair on
-retained samples.
+r"""UNSIR: impair with noise that the model gets most wrong for D_f, then repair on D_r.
 
     noise:   x <- Adam step down  -loss(f_w(x), y) + penalty |x|^2,   x from N(0, I)
     impair:  w <- Adam step down  the mean loss of (x, y), `copies` times each, and of part of D_r
@@ -92,9 +91,8 @@ class Unsir(Method):
         training = Training(model, split, resolve_likelihood(self.likelihood), self.batch_size)
         kept = some(split.retain, max(1, round(self.share * len(split.retain))), self.seed)
         noise = self.noise(training) if len(split.forget) else None
-        shown = (
-            np.repeat(-1 - np.arange(self.noises), self.copies) if noise is not None else kept[:0]
-        )
+        noises = 0 if noise is None else self.noises
+        shown = np.repeat(-1 - np.arange(noises), self.copies)
 
         def impair(_: int, rng: np.random.Generator) -> Iterator[Loss]:
             order = rng.permutation(np.concatenate([shown, kept]))
@@ -118,11 +116,9 @@ class Unsir(Method):
         batch = next(replace(training.split, batch_size=len(rows)).batches(rows)).on(twin)
         batch, leaves = _drawn(batch, torch.Generator().manual_seed(self.seed))
         if not leaves:
-            raise ConfigError(
-                f"{self.name} for inputs without a floating-point tensor",
-                "inputs that can be optimised by their gradient",
-                "Choose another method: token ids cannot be moved a little.",
-            )
+            got = f"{self.name} for inputs without a floating-point tensor"
+            fix = "Choose another method: token ids cannot be moved a little."
+            raise ConfigError(got, "inputs that can be optimised by their gradient", fix)
         optimizer = torch.optim.Adam(leaves, lr=self.noise_lr)
         with torch.enable_grad():
             for _ in range(self.steps):
@@ -135,8 +131,7 @@ class Unsir(Method):
 
 
 def _drawn(batch: Batch, generator: torch.Generator) -> tuple[Batch, list[Tensor]]:
-    """The batch with N(0, I) in place of its floating-point inputs, and these, which need
-    gradients."""
+    """The batch with N(0, I) for its floating-point inputs, and these, which need gradients."""
     inputs, structure = pytree.tree_flatten((batch.args, batch.kwargs))
     leaves = []
     for i, x in enumerate(inputs):
@@ -182,9 +177,8 @@ def _joined(first: Batch, second: Batch) -> Batch:
     try:
         joined = [join(x, y) for x, y in zip(a, b, strict=True)]
     except (RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"unsir for batches whose samples differ in shape ({error})",
-            "samples of one shape, so that noise and retained ones fit in a batch",
-            "Pad all samples to one length, or choose another method.",
-        ) from error
+        got = f"unsir for batches whose samples differ in shape ({error})"
+        expected = "samples of one shape, so that noise and retained ones fit in a batch"
+        fix = "Pad all samples to one length, or choose another method."
+        raise ConfigError(got, expected, fix) from error
     return Batch(*pytree.tree_unflatten(joined, structure))

@@ -1,5 +1,4 @@
-r"""Variational forgetting: noise as wide in every filter as the retained loss allows, learned by
-gradient descent.
+r"""Variational forgetting: learned noise, as wide in every filter as the retained loss allows.
 
     Sigma* = argmin E_{n ~ N(0, Sigma)} L_r(w + n) - lambda ln|Sigma|,    w <- w + n
 
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from fisher_forget import params as P
-from fisher_forget.baselines.base import DirectMethod
+from fisher_forget.baselines.base import DirectMethod, PricedWeights
 from fisher_forget.baselines.protocol import Grid
 from fisher_forget.baselines.training_loop import require, shuffled
 from fisher_forget.data.batches import Batch
@@ -65,9 +64,7 @@ class Variational(DirectMethod):
     def __post_init__(self) -> None:
         require(self, at_least={"epochs": 0, "batch_size": 1}, above={"trade_off": 0, "lr": 0})
 
-    def weights(
-        self, model: nn.Module, split: Split, likelihood: Likelihood
-    ) -> tuple[Params, float]:
+    def weights(self, model: nn.Module, split: Split, likelihood: Likelihood) -> PricedWeights:
         objective = Objective(model, likelihood)
         generator = torch.Generator().manual_seed(self.seed)
         logs = self.log_variances(objective, split, generator)
@@ -93,11 +90,8 @@ class Variational(DirectMethod):
             name: _start(w).requires_grad_() for name, w in objective.start.items() if w.dim() > 1
         }
         if not logs:
-            raise ModelError(
-                "a model without a weight of two dimensions or more",
-                "filters that noise can be added to",
-                "Use forget().",
-            )
+            got = "a model without a weight of two dimensions or more"
+            raise ModelError(got, "filters that noise can be added to", "Use forget().")
         optimizer, rng = torch.optim.Adam(logs.values(), self.lr), np.random.default_rng(self.seed)
         for _ in range(self.epochs):
             for batch in shuffled(split, split.retain, self.batch_size, rng):
@@ -105,11 +99,8 @@ class Variational(DirectMethod):
                     value = self._value(objective, batch.on(objective.model), logs, generator)
                     grads = torch.autograd.grad(value, list(logs.values()))
                 if not math.isfinite(float(value.detach())):
-                    raise NumericalError(
-                        f"the objective {float(value.detach())}",
-                        "finite losses under noise",
-                        "Lower trade_off or lr.",
-                    )
+                    got = f"the objective {float(value.detach())}"
+                    raise NumericalError(got, "finite losses under noise", "Lower trade_off or lr.")
                 for x, g in zip(logs.values(), grads, strict=True):
                     x.grad = g
                 optimizer.step()
@@ -122,12 +113,9 @@ class Variational(DirectMethod):
         self, objective: Objective, batch: Batch, logs: Params, generator: torch.Generator
     ) -> Tensor:
         """[L(w + n) + L(w - n)] / 2 - lambda ln|Sigma|, with its graph."""
-        above, below = (
-            objective.likelihood.mean_loss(
-                objective.outputs(batch, objective.start | noisy), batch.targets
-            )
-            for noisy in _noisy(objective.start, logs, generator)
-        )
+        pair = _noisy(objective.start, logs, generator)
+        outputs = (objective.outputs(batch, objective.start | noisy) for noisy in pair)
+        above, below = (objective.likelihood.mean_loss(f, batch.targets) for f in outputs)
         # ln|Sigma| counts a filter's log-variance once for each of its weights
         spread = [x.sum() * (objective.start[name].numel() / x.numel()) for name, x in logs.items()]
         return (above + below) / 2 - self.trade_off * torch.stack(spread).sum()

@@ -1,5 +1,4 @@
-"""Curvature of the retained loss: kinds (what is back-propagated) x structures (what is
-accumulated)."""
+"""Curvature of the retained loss: kinds (what is propagated) x structures (what is accumulated)."""
 
 from fisher_forget.curvature.arithmetic import merged, with_prior, without
 from fisher_forget.curvature.estimate import estimate_curvature, support_table

@@ -1,5 +1,4 @@
-"""Curvatures add up: of two data sets together, of one without a part of it (downdate), and of a
-prior."""
+"""Curvatures add up: of two data sets, of one without a part of it (downdate), and of a prior."""
 
 from __future__ import annotations
 
@@ -39,8 +38,7 @@ def without(a: Curvature, b: Curvature) -> Curvature:
             that come out negative count as 0.
 
     Raises:
-        CurvatureError: If the two don't go together, b has as many samples as a, or the structure
-            is not a sum.
+        CurvatureError: If the two don't go together, b has all of a's samples, or B is no sum.
     """
     return _weighted(a, b, -1.0)
 
@@ -49,26 +47,19 @@ def _weighted(a: Curvature, b: Curvature, sign: float) -> Curvature:
     one, other = a.info, b.info
     same = one and other and (one.kind, one.structure) == (other.kind, other.structure)
     if one is None or other is None or not same:
-        raise CurvatureError(
-            f"curvatures from {one} and {other}",
-            "the same kind and structure",
-            "Estimate both in the same way.",
-        )
+        got = f"curvatures from {one} and {other}"
+        raise CurvatureError(got, "the same kind and structure", "Estimate both in the same way.")
     total = one.count + sign * other.count
     if total <= 0:
-        raise CurvatureError(
-            f"{other.count:g} scored positions to take from {one.count:g}",
-            "fewer than there are",
-            "Take away a proper part of the samples.",
-        )
+        got = f"{other.count:g} scored positions to take from {one.count:g}"
+        raise CurvatureError(got, "fewer than there are", "Take away a proper part of the samples.")
     # both are means over their own samples: weights turn them back into sums over the new number
     result = a.combined(b, one.count / total, sign * other.count / total)
     return replace(result, info=Info(total, one.kind, one.structure))
 
 
 def with_prior(curvature: Curvature, precision: Mapping[str, Tensor | float]) -> Curvature:
-    """Add the curvature of a Gaussian prior on the weights, B + diag(precision), as what it is: not
-    per sample.
+    """B + diag(precision): add the curvature of a Gaussian prior on the weights, not per sample.
 
     Weight decay of strength wd on all parameters is `curvature.damped(wd)`; this is for decay on
     some of them, or for precisions of their own.
@@ -76,8 +67,7 @@ def with_prior(curvature: Curvature, precision: Mapping[str, Tensor | float]) ->
     Args:
         curvature: Diagonal, dense, or blocks; an EKFAC block only where the precision is one number
             for its weight and bias, since other precisions have no closed form in its basis.
-        precision: By parameter name, a number or a tensor of the parameter's shape, >= 0; missing
-            names get 0.
+        precision: By parameter name, a number or a tensor of its shape, >= 0; 0 if missing.
 
     Raises:
         CurvatureError: If a name is unknown, a precision negative, or the structure can't hold it.
@@ -85,9 +75,7 @@ def with_prior(curvature: Curvature, precision: Mapping[str, Tensor | float]) ->
     names = list(curvature.zeros())
     unknown = [name for name in precision if name not in names]
     if unknown or any(float(torch.as_tensor(value).min()) < 0 for value in precision.values()):
-        raise CurvatureError(
-            f"a prior on {unknown}" if unknown else "a negative precision",
-            f"non-negative precisions for some of {names[:6]}",
-            "Correct the prior.",
-        )
+        got = f"a prior on {unknown}" if unknown else "a negative precision"
+        fix = "Correct the prior."
+        raise CurvatureError(got, f"non-negative precisions for some of {names[:6]}", fix)
     return curvature.with_prior(precision)

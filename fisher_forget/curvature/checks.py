@@ -52,8 +52,6 @@ def check_definite(smallest: float, what: str, *, singular: bool = False) -> Non
             "or use kind='exact'.",
         )
     if singular and smallest == 0:
-        raise CurvatureError(
-            f"{what} of a singular curvature",
-            "strictly positive eigenvalues",
-            "Damp it first: curvature.damped(tau) with tau > 0.",
-        )
+        got = f"{what} of a singular curvature"
+        fix = "Damp it first: curvature.damped(tau) with tau > 0."
+        raise CurvatureError(got, "strictly positive eigenvalues", fix)

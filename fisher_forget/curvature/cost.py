@@ -22,8 +22,7 @@ class CostEstimate:
     """The predicted cost of `estimate_curvature`.
 
     Attributes:
-        seconds: Wall time on this machine; an upper bound for low_rank, which stops when it has
-            converged.
+        seconds: Wall time on this machine; of low_rank an upper bound, as it may converge early.
         bytes_result: Bytes of the result's tensors, exact where no graph is kept.
         bytes_peak: Bytes held at the worst moment: result, sums, recorded tensors and graphs, copy
             of the model. What single operations need while they run (unfolded convolutions,
@@ -89,8 +88,7 @@ def of_products(walk: Walk, products: int, bytes_result: int, vectors: int = 0) 
         walk: The data.
         products: How many.
         bytes_result: Of the result's tensors, kept graphs excluded.
-        vectors: Vectors of the parameters' size that are orthogonalised against each other on the
-            way.
+        vectors: Vectors of the parameters' size that are orthogonalised against each other.
     """
     samples = len(walk.samples)
     each = walk.first(1).product(keep=False).sample_bytes
@@ -124,8 +122,7 @@ def kept_bytes(walk: Walk) -> int:
 
 
 def eigh_seconds(walk: Walk, side: int) -> float:
-    """Time of the eigendecomposition of a symmetric matrix, on the model's device and in its
-    type."""
+    """Time of an eigendecomposition of a symmetric matrix, on the model's device, in its type."""
     k = min(side, EIGH)
     first = next(iter(walk.tape.params.values()))
     a = torch.randn(k, k, dtype=first.dtype, generator=torch.Generator().manual_seed(0))
@@ -141,8 +138,7 @@ def itemsize(walk: Walk) -> int:
 
 
 def _extrapolate(run: Callable[[int], float], walk: Walk) -> float:
-    """Fixed and marginal time from two runs that differ by a batch, or by few samples where a batch
-    takes long."""
+    """Fixed and marginal time from two runs: a batch apart, or less where a batch takes long."""
     total = len(walk.samples)
     few = min(FEW, total)
     run(few)  # the first one pays for caches and allocations

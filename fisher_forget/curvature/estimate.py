@@ -55,8 +55,7 @@ def support() -> dict[tuple[str, str], str | None]:
 
 
 def support_table() -> str:
-    """`support` as a Markdown table, kinds down and structures across, with the reasons as notes
-    below."""
+    """`support` as a Markdown table, kinds down, structures across, reasons as notes below."""
     cells = support()
     reasons = list(dict.fromkeys(reason for reason in cells.values() if reason))
     rows = []
@@ -98,8 +97,7 @@ def estimate_curvature(
     dry_run: bool = False,
     **options: Unpack[CurvatureKeywords],
 ) -> Curvature | CostEstimate:
-    r"""Per-sample curvature of the mean loss, B = (1/N) sum_n J_n^T H_n J_n, without weight decay
-    or damping.
+    r"""Curvature of the mean loss, B = (1/N) sum_n J_n^T H_n J_n, without weight decay or damping.
 
     J_n is the Jacobian of sample n's outputs with respect to the parameters and H_n the output
     Hessian of its loss; N counts samples, or scored positions where a sample has several. For the
@@ -131,20 +129,17 @@ def estimate_curvature(
         subset: Shell patterns of parameter names; `None` takes every parameter with requires_grad.
         seed: Of everything random. The result does not depend on the batch size.
         rank: Eigenpairs of low_rank.
-        preconditioner: For inverses of matrix_free: any curvature of the same parameters, without
-            damping.
+        preconditioner: For inverses of matrix_free: a curvature of these parameters, undamped.
         basis: For ekfac: take the eigenbases of this EKFAC of the same model instead of estimating
             new ones. One pass is then enough, and the two add up (`merged`, `without`).
-        max_samples: Walk through so many samples only, a uniform draw without replacement; the mean
-            is over these.
+        max_samples: Walk through so many samples only, drawn uniformly without replacement.
         memory: Bytes that recorded tensors may take at a time. Default: a quarter of the available
             memory, at most 256 MiB. matrix_free and low_rank keep their graphs where all of them
             fit, which makes products faster.
         progress: Show a progress bar.
 
     Raises:
-        ModelError, DataError, NumericalError: If model or data cannot be used; the message says
-            what to do.
+        ModelError, DataError, NumericalError: If model or data cannot be used; says what to do.
         SplitError: If the part has no samples.
         CurvatureError: If an option is out of range, kind and structure do not go together, a
             pattern matches nothing or a parameter no pattern, or the structure does not fit the
@@ -165,7 +160,10 @@ def estimate_curvature(
     split = data if isinstance(data, Split) else resolve_split(data, [], allow_empty=True)
     settings = replace(settings, part=_samples(split, settings))
     likelihood = resolve_likelihood(likelihood)
-    tape = _tape(model, settings.subset)
+    if not isinstance(model, Tape):
+        tape = Tape(model, settings.subset)
+    else:
+        tape = model if settings.subset is None else model.restricted(settings.subset)
     if isinstance(settings.structure, Mapping):
         return _mixed(tape, split, likelihood, settings, dry_run)
     spec, walk = STRUCTURES[settings.structure], _walk(tape, split, likelihood, settings)
@@ -173,12 +171,6 @@ def estimate_curvature(
         return spec.cost(walk)
     curvature, count = spec.estimate(walk)
     return replace(curvature, info=Info(count, walk.kind, spec.name))
-
-
-def _tape(model: nn.Module | Tape, subset: str | tuple[str, ...] | None) -> Tape:
-    if isinstance(model, Tape):
-        return model if subset is None else model.restricted(subset)
-    return Tape(model, subset)
 
 
 def _walk(tape: Tape, split: Split, likelihood: Likelihood, options: CurvatureOptions) -> Walk:
@@ -209,7 +201,8 @@ def _mixed(
     estimates = [spec.estimate(walk) for spec, walk in parts]
     count, kind = estimates[0][1], parts[0][1].kind
     joined = mixed.join(groups, [curvature for curvature, _ in estimates], list(tape.params))
-    return replace(joined, info=Info(count, kind, mixed.label(options.structure)))
+    label = ", ".join(f"{pattern}: {name}" for pattern, name in options.structure.items())
+    return replace(joined, info=Info(count, kind, label))
 
 
 def _check_structure(options: CurvatureOptions) -> None:
@@ -235,13 +228,9 @@ def _check_structure(options: CurvatureOptions) -> None:
 
 def _samples(split: Split, options: CurvatureOptions) -> Indices:
     """Indices of the samples to walk through."""
-    part = options.part
-    samples = split.indices(part) if isinstance(part, str) else part
+    part, samples = options.part, split.indices(options.part)
     if not len(samples):
-        raise SplitError(
-            f"part={part!r} of {split}, without samples",
-            "at least one sample",
-            "Choose another part.",
-        )
+        got = f"part={part!r} of {split}, without samples"
+        raise SplitError(got, "at least one sample", "Choose another part.")
     most = options.max_samples
     return samples if most is None else some(samples, most, options.seed)

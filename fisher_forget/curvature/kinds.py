@@ -49,8 +49,7 @@ def columns(
     Args:
         kind: Resolved by `choose`.
         outputs: Detached outputs [N, ...].
-        targets: Targets [N, ...]; only the empirical kind reads labels, the others only what is
-            ignored.
+        targets: Targets [N, ...]; labels for the empirical kind, for all others what is ignored.
         draws: Columns of the random kinds.
         generator: Stream of the random kinds, consumed sample after sample.
     """
@@ -72,8 +71,7 @@ def weight(
     draws: int,
     generator: torch.Generator,
 ) -> Callable[[Tensor], Tensor]:
-    """u_n -> H_n u_n on tensors of the outputs' shape, sum_k S_nk <S_nk, u_n> where the kind has
-    columns of its own.
+    """u_n -> H_n u_n on tensors like the outputs; sum_k S_nk <S_nk, u_n> for kinds with columns.
 
     Args:
         kind: Any but "hessian", which does not pass through the outputs alone.
@@ -81,8 +79,7 @@ def weight(
         outputs: Detached outputs [N, ...].
         targets: Targets [N, ...].
         draws: Columns of the random kinds.
-        generator: Stream of the random kinds, consumed sample after sample: the same columns as
-            those of `columns`.
+        generator: Stream of the random kinds, sample after sample: gives the columns of `columns`.
     """
     if kind == "exact":
         return lambda u: likelihood.hessian_product(outputs, u, targets)

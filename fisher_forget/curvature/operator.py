@@ -159,8 +159,7 @@ class Curvature(ABC):
         return math.fsum(values) / probes
 
     def known_eigenvalues(self) -> Sequence[tuple[Tensor, int]] | None:
-        """Eigenvalues of B, and how often each of them occurs; `None` where only products are
-        known."""
+        """Eigenvalues of B, and how often each occurs; `None` where only products are known."""
         return None
 
     def combined(self, other: Curvature, x: float, y: float) -> Curvature:
@@ -194,11 +193,9 @@ class Curvature(ABC):
         Raises:
             CurvatureError: If it has no tensors of its own (matrix-free).
         """
-        raise CurvatureError(
-            f"a {type(self).__name__}",
-            "a diagonal, EKFAC, dense, low-rank or mixed curvature",
-            "A matrix-free curvature is its model and data: store these.",
-        )
+        got = f"a {type(self).__name__}"
+        fix = "A matrix-free curvature is its model and data: store these."
+        raise CurvatureError(got, "a diagonal, EKFAC, dense, low-rank or mixed curvature", fix)
 
     @classmethod
     def unpack(cls, stored: Stored, parts: Sequence[Curvature], model: nn.Module) -> Curvature:
@@ -223,8 +220,7 @@ class Spectral(Curvature):
     Attributes:
         eigenvalues: One tensor per coordinate block, without damping.
         tau: Damping.
-        signed: Whether negative eigenvalues are real. If not, B is semi-definite and they are
-            rounding errors: 0.
+        signed: Whether negative eigenvalues are real, or rounding errors of a semi-definite B: 0.
     """
 
     eigenvalues: Params
@@ -368,11 +364,9 @@ def precision_vector(precision: Mapping[str, Tensor | float], like: Params) -> T
 
 def not_sums(a: Curvature, b: Curvature) -> CurvatureError:
     """The error for two curvatures that do not add up."""
-    return CurvatureError(
-        f"{type(a).__name__} and {type(b).__name__}",
-        "two diagonal, EKFAC or dense curvatures of the same parameters",
-        "The other structures are no sums over samples: estimate them anew.",
-    )
+    expected = "two diagonal, EKFAC or dense curvatures of the same parameters"
+    fix = "The other structures are no sums over samples: estimate them anew."
+    return CurvatureError(f"{type(a).__name__} and {type(b).__name__}", expected, fix)
 
 
 def _smallest(spectrum: Params) -> float:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Integral
 
+from fisher_forget._util.checks import is_whole
 from fisher_forget.curvature.kinds import Kind
 from fisher_forget.curvature.operator import Curvature
 from fisher_forget.data.split import Indices, Part
@@ -37,8 +37,7 @@ class CurvatureOptions:
         optional = ("max_samples", "memory")
         for name in ("draws", "rank", *optional):
             value = getattr(self, name)
-            whole = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
-            if not whole and not (value is None and name in optional):
+            if not is_whole(value, 1) and not (value is None and name in optional):
                 raise CurvatureError(
                     f"{name}={value!r}", "a whole number of at least 1", f"Pass {name}=1 or more."
                 )

@@ -1,11 +1,10 @@
-"""Walks over the data: columns into an accumulator, pass by pass, or exact products batch by
-batch."""
+"""Walks over the data: columns into an accumulator, pass by pass, or exact products by batch."""
 
 from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -18,7 +17,7 @@ from fisher_forget.curvature.kinds import Kind
 from fisher_forget.curvature.operator import Curvature
 from fisher_forget.curvature.options import CurvatureOptions
 from fisher_forget.curvature.products import Chunk, DataProduct, GgnChunk, HessianChunk
-from fisher_forget.curvature.record import Record
+from fisher_forget.curvature.record import Grads, Record
 from fisher_forget.curvature.tape import Tape
 from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Indices, Split
@@ -40,9 +39,7 @@ class Reader(ABC):
     passes: int = 1
 
     @abstractmethod
-    def add(
-        self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool
-    ) -> None:
+    def add(self, record: Record, column: Tensor, grads: Grads, last: bool) -> None:
         """Read one column of a chunk.
 
         Args:
@@ -114,8 +111,7 @@ class Walk:
         return (batch.on(self.tape.model) for batch in self.split.batches(self.samples))
 
     def accumulate(self, total: Reader) -> float:
-        """Feed all columns of all samples to a reader, once per pass; returns the scored
-        positions."""
+        """Feed every column of every sample to a reader, pass by pass; returns scored positions."""
         count, pass_index, options = 0.0, 0, self.options
         steps: dict[tuple[torch.Size, ...], int] = {}
         while pass_index < total.passes:  # a structure may find that it needs fewer
@@ -145,8 +141,7 @@ class Walk:
         return total.result(count), count
 
     def product(self, keep: bool | None = None) -> DataProduct:
-        """v -> B v, exact (for a random kind, exact for its columns); see `DataProduct` about
-        `keep`."""
+        """v -> B v, exact (for a random kind, for its columns); see `DataProduct` about `keep`."""
         live = self.tape.params
 
         def build(batch: Batch, generator: torch.Generator) -> Chunk:
@@ -199,8 +194,7 @@ class Walk:
         return max(recorded + stray * 8, 1)
 
     def _records(self, batch: Batch, steps: dict[tuple[torch.Size, ...], int]) -> Iterator[Record]:
-        """Forward passes over chunks whose recorded tensors fit the memory; `steps` remembers sizes
-        by sample shape."""
+        """Forward passes over chunks that fit the memory; `steps` has sizes by sample shape."""
         shape = batch.sample_shapes()
         if shape not in steps:
             steps[shape] = max(1, self.chunk_bytes // self.recorded_bytes(batch))
@@ -213,19 +207,12 @@ class _NormSum(Reader):
     def __init__(self) -> None:
         self.norms: list[Tensor] = []
 
-    def add(
-        self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool
-    ) -> None:
+    def add(self, record: Record, column: Tensor, grads: Grads, last: bool) -> None:
         self.norms.append(record.squared_norms(column, grads).cpu())
 
 
 def squared_gradient_norms(
-    tape: Tape,
-    split: Split,
-    indices: Indices,
-    likelihood: Likelihood,
-    *,
-    memory: int | None = None,
+    tape: Tape, split: Split, indices: Indices, likelihood: Likelihood, *, memory: int | None = None
 ) -> Tensor:
     """|d l_n / dw|^2 of every sample [len(indices)], float64 on the CPU.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -97,8 +98,7 @@ def summed(chunks: Iterable[Chunk], v: Mapping[str, Tensor], count: float) -> Pa
 
 
 class DataProduct:
-    """v -> B v over a data set: the graphs are kept where all of them fit the memory, else rebuilt
-    chunk by chunk.
+    """v -> B v over a data set: graphs are kept where all fit the memory, else rebuilt by chunk.
 
     Args:
         batches: The same samples at every call, on the model's device.
@@ -176,8 +176,7 @@ class GgnProduct:
         live: Its parameters, the leaves of the graph.
         likelihood: Gives H_n.
         batches: The samples.
-        count: Divisor: the scored positions of *all* retained data, also where only some samples
-            are given.
+        count: Divisor: the scored positions of *all* retained data, even for some samples.
     """
 
     def __init__(
@@ -193,15 +192,9 @@ class GgnProduct:
         for batch in batches:
             with twice_differentiable():
                 out = outputs(batch)
-                weight = _exact_weight(likelihood, out.detach(), batch.targets)
+                weight = partial(likelihood.hessian_product, out.detach(), targets=batch.targets)
                 self._chunks.append(GgnChunk(out, live, weight))
 
     def __call__(self, v: Mapping[str, Tensor]) -> Params:
         """B v."""
         return summed(self._chunks, v, self.count)
-
-
-def _exact_weight(
-    likelihood: Likelihood, outputs: Tensor, targets: Tensor
-) -> Callable[[Tensor], Tensor]:
-    return lambda u: likelihood.hessian_product(outputs, u, targets)

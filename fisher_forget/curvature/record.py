@@ -18,6 +18,7 @@ from fisher_forget.curvature.rules.base import PIECE_BYTES, Rule
 from fisher_forget.data.batches import Batch
 from fisher_forget.params import Params
 
+Grads = Sequence[Tensor | None]  # at the output of every recorded layer call
 Functional = Callable[[Batch, Tensor], Params]  # per-sample gradients of <column, outputs>
 
 
@@ -80,8 +81,7 @@ class Record:
         return Record(self.params, self.batch, self.outputs.detach(), uses, self.functional)
 
     def groups(self) -> list[Group]:
-        """Layer calls that share parameters, together: the per-sample gradients of a tensor add
-        over its uses."""
+        """Layer calls by shared parameters: per-sample gradients of a tensor add over its uses."""
         if self._groups is None:
             # union-find by name: two calls with one parameter in common are one group
             by_name: dict[str, Group] = {}
@@ -98,7 +98,7 @@ class Record:
         """Per-sample gradients [N, *shape] of the parameters that no rule covers."""
         return {} if self.functional is None else self.functional(self.batch, column)
 
-    def per_sample(self, column: Tensor, grads: Sequence[Tensor | None]) -> Params:
+    def per_sample(self, column: Tensor, grads: Grads) -> Params:
         """Every parameter's per-sample gradient of <column, outputs>: [N, *shape]."""
         total: Params = {}
         for group in self.groups():
@@ -109,7 +109,7 @@ class Record:
                 total[name] = p.new_zeros(len(self.batch), *p.shape)
         return {name: total[name] for name in self.params}
 
-    def squared_norms(self, column: Tensor, grads: Sequence[Tensor | None]) -> Tensor:
+    def squared_norms(self, column: Tensor, grads: Grads) -> Tensor:
         """|d <column_n, outputs_n> / dw|^2 over all parameters [N], in float64."""
         total = column.new_zeros(len(self.batch), dtype=torch.float64)
         for group in self.groups():
@@ -121,8 +121,7 @@ class Record:
 
 @dataclass(eq=False)
 class Group:
-    """Calls (indices into `record.uses`) that share parameters, and the canonical names of those
-    parameters."""
+    """Calls (indices into `record.uses`) that share parameters, and these parameters' names."""
 
     record: Record
     calls: list[int]
@@ -145,7 +144,7 @@ class Group:
         """The layer of the first call."""
         return self.record.uses[self.calls[0]].layer
 
-    def rank_one(self, grads: Sequence[Tensor | None]) -> tuple[Tensor, Tensor] | None:
+    def rank_one(self, grads: Grads) -> tuple[Tensor, Tensor] | None:
         """a [N, I] and g [N, O] where each sample's gradient is g a^T: a Linear layer called once,
         at one position."""
         use, g = self.record.uses[self.calls[0]], grads[self.calls[0]]
@@ -153,7 +152,7 @@ class Group:
             return None
         return use.a, g
 
-    def per_sample(self, grads: Sequence[Tensor | None], rows: slice) -> Params:
+    def per_sample(self, grads: Grads, rows: slice) -> Params:
         """Per-sample gradients [rows, *shape] of this group's parameters."""
         total: Params = {}
         # embeddings last: they add a few rows to the matrix that a tied layer has formed
@@ -167,9 +166,7 @@ class Group:
             total |= {names[local]: value for local, value in added.items() if local in names}
         return total
 
-    def add_squares(
-        self, totals: Params, grads: Sequence[Tensor | None], more: bool = False
-    ) -> None:
+    def add_squares(self, totals: Params, grads: Grads, more: bool = False) -> None:
         """Add sum_n of squared per-sample gradients to the totals of this group's parameters.
 
         Args:
@@ -191,7 +188,7 @@ class Group:
                 else:
                     totals[name] += value.square().sum(0)
 
-    def squared_norms(self, grads: Sequence[Tensor | None]) -> Tensor:
+    def squared_norms(self, grads: Grads) -> Tensor:
         """Squared length of each sample's gradient of this group's parameters [N], in float64."""
         thin = self.rank_one(grads)
         if thin is not None:
@@ -201,15 +198,12 @@ class Group:
             factor = _row_squares(a) * ("weight" in names) + ("bias" in names)
             return _row_squares(g) * factor
         # runs of samples, in order: what several uses of a parameter add is summed, then squared
-        pieces = [
-            torch.stack([_row_squares(value) for value in piece.values()]).sum(0)
-            for piece in self.pieces(grads)
-            if piece
-        ]
+        runs = [[_row_squares(value) for value in run.values()] for run in self.pieces(grads)]
+        pieces = [torch.stack(squares).sum(0) for squares in runs if squares]
         size = len(self.record.batch)
         return torch.cat(pieces) if pieces else self.record.outputs.new_zeros(size).double()
 
-    def pieces(self, grads: Sequence[Tensor | None]) -> Iterator[Params]:
+    def pieces(self, grads: Grads) -> Iterator[Params]:
         """`per_sample` over runs of samples short enough that the gradients stay in cache."""
         row_bytes = 4 * sum(self.record.params[name].numel() for name in self.names)
         step, total = max(1, PIECE_BYTES // row_bytes), len(self.record.batch)

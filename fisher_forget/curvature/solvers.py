@@ -1,5 +1,4 @@
-"""What products v -> A v alone tell about a symmetric A: Krylov spaces, solutions of A x = b, the
-diagonal, the matrix itself."""
+"""What products v -> A v tell about a symmetric A: Krylov spaces, solutions, diagonal, matrix."""
 
 from __future__ import annotations
 
@@ -19,8 +18,7 @@ FlatProduct = Callable[[Tensor], Tensor]
 
 
 class Lanczos:
-    """Orthonormal rows Q [m, d] of a Krylov space of a symmetric A, and T = Q A Q^T, tridiagonal
-    [m, m].
+    """Orthonormal rows Q [m, d] of a Krylov space of a symmetric A; T = Q A Q^T is tridiagonal.
 
     Full reorthogonalisation, two Gram-Schmidt passes a step: without it rounding brings back copies
     of eigenvalues that were found already (Golub & Van Loan, Matrix Computations, section 10.3).
@@ -29,8 +27,7 @@ class Lanczos:
         product: v [d] -> A v [d].
         start: First direction [d], of any length.
         steps: Most rows.
-        generator: Where the space is exhausted, go on in a random direction from here. Without one,
-            stop there.
+        generator: Gives another direction where the space is exhausted. Without one, stop there.
 
     Attributes:
         length: |start|.
@@ -86,11 +83,8 @@ class Lanczos:
         self.residual = float(w.double().norm())
         self._scale = max(self._scale, abs(self._alpha[-1]), self.residual)
         if not self._scale < float("inf"):
-            raise NumericalError(
-                "a curvature product that is not finite",
-                "finite weights and data",
-                "Check for NaN.",
-            )
+            got = "a curvature product that is not finite"
+            raise NumericalError(got, "finite weights and data", "Check for NaN.")
         # what rounding alone leaves of a w in the span of Q
         if self.residual > len(q) ** 0.5 * 8 * torch.finfo(q.dtype).eps * self._scale:
             self._next = w / self.residual
@@ -125,8 +119,7 @@ def flat(product: Product, like: Params) -> FlatProduct:
 
 
 def rademacher(size: int, like: Tensor, generator: torch.Generator) -> Tensor:
-    """Random signs [size] on the device and of the type of `like`; the draw does not depend on the
-    device."""
+    """Random signs [size], device and type of `like`; the draw does not depend on the device."""
     return (torch.randint(0, 2, (size,), generator=generator) * 2 - 1).to(like)
 
 
@@ -142,8 +135,7 @@ def matrix(product: FlatProduct, like: Tensor) -> Tensor:
 
 
 def hutchinson(product: FlatProduct, like: Tensor, probes: int, seed: int) -> Tensor:
-    """Unbiased estimate [d] of A's diagonal: the mean of z * (A z) over random signs z (Bekas et
-    al. 2007).
+    """Unbiased estimate [d] of A's diagonal: mean of z * (A z), random signs z (Bekas et al. 2007).
 
     Entry i has the variance sum_{j != i} A_ij^2 / probes, their sum 2 sum_{i != j} A_ij^2 / probes.
     """
@@ -203,11 +195,8 @@ def conjugate_gradient(
         ap = product(p)
         curvature = P.dot(p, ap)
         if not curvature > 0:
-            raise NumericalError(
-                f"curvature {curvature:g} along a search direction",
-                "a positive definite operator",
-                "Use more damping.",
-            )
+            got = f"curvature {curvature:g} along a search direction"
+            raise NumericalError(got, "a positive definite operator", "Use more damping.")
         alpha = rz / curvature  # the minimum of 1/2 x^T A x - b^T x along p
         x, r = P.add(x, p, alpha), P.add(r, ap, -alpha)
         z = precondition(r)

@@ -1,5 +1,4 @@
-"""Curvature on disk: safetensors with metadata that says which model, which data and what kind it
-belongs to."""
+"""Curvature on disk: safetensors, with metadata of the model, the data and the kind."""
 
 from __future__ import annotations
 
@@ -29,11 +28,8 @@ def save_curvature(path: str | Path, curvature: Curvature, model: nn.Module, dat
     """
     tensors: dict[str, Tensor] = {}
     tree = _write(curvature.pack(), "", tensors)
-    metadata = {
-        "format": FORMAT,
+    metadata = _marks(model, data) | {
         "fisher_forget": version("fisher-forget"),
-        "model": files.fingerprint(dict(model.state_dict())),
-        "data": data.fingerprint(),
         "info": json.dumps(None if curvature.info is None else asdict(curvature.info)),
         "tree": json.dumps(tree),
     }
@@ -44,25 +40,22 @@ def load_curvature(path: str | Path, model: nn.Module, data: Split) -> Curvature
     """Read a curvature back.
 
     Raises:
-        StorageError: If the file is damaged, of another format, or was made for another model or
-            other data.
+        StorageError: If the file is damaged, of another format, or of another model or data.
     """
     tensors, metadata = files.load_tensors(path)
-    wanted = {
-        "format": FORMAT,
-        "model": files.fingerprint(dict(model.state_dict())),
-        "data": data.fingerprint(),
-    }
-    for key, expected in wanted.items():
+    for key, expected in _marks(model, data).items():
         if metadata.get(key) != expected:
-            raise StorageError(
-                f"{path} made for {key} {metadata.get(key)}",
-                f"{key} {expected}",
-                "Estimate the curvature again.",
-            )
+            got = f"{path} made for {key} {metadata.get(key)}"
+            raise StorageError(got, f"{key} {expected}", "Estimate the curvature again.")
     info = json.loads(metadata["info"])
     curvature = _read(json.loads(metadata["tree"]), "", tensors, model)
     return replace(curvature, info=None if info is None else Info(**info))
+
+
+def _marks(model: nn.Module, data: Split) -> dict[str, str]:
+    """What a file must agree on with who reads it."""
+    weights = files.fingerprint(dict(model.state_dict()))
+    return {"format": FORMAT, "model": weights, "data": data.fingerprint()}
 
 
 def _write(stored: Stored, at: str, tensors: dict[str, Tensor]) -> dict[str, Any]:

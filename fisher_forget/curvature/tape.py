@@ -44,8 +44,7 @@ class _Recorder:
         module.register_forward_hook(lambda _, args, output: self._note(module, args, output))
 
     def _widened(self, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """A layer fed once for the whole batch (position ids [1, T]) is fed once a sample:
-        gradients stay apart."""
+        """Feed inputs for the whole batch (position ids [1, T]) to the layer once a sample."""
         if self.calls is not None and args and isinstance(args[0], Tensor) and self.samples > 1:
             x = args[0]
             if x.dim() > 1 and len(x) == 1:
@@ -98,17 +97,13 @@ class Tape:
         return twin
 
     def _cover(self, wanted: set[str]) -> None:
-        """Find the layers whose rules serve the wanted parameters; the other parameters are
-        stray."""
+        """Find the layers whose rules serve the wanted parameters; the others are stray."""
         self.params: Params = {n: p for n, p in self.model.named_parameters() if n in wanted}
         canonical = {id(p): name for name, p in self.params.items()}
         self._layers: dict[nn.Module, LayerParams] = {}
         for module in self.model.modules():
-            names = {
-                local: canonical[id(p)]
-                for local, p in module.named_parameters(recurse=False)
-                if id(p) in canonical
-            }
+            own = module.named_parameters(recurse=False)
+            names = {local: canonical[id(p)] for local, p in own if id(p) in canonical}
             rule = rule_for(module) if names else None
             if rule is not None:
                 self._layers[module] = LayerParams(rule, names)
@@ -130,19 +125,16 @@ class Tape:
             if layer is None:  # another tape's of the same model, or moved to the fallback
                 continue
             if a._version != version:
-                raise ModelError(
-                    f"a {type(module).__name__} whose input is overwritten in place after its "
-                    "forward",
-                    "inputs that stay as they were until backward",
-                    "Replace the in-place operation on that tensor.",
-                )
+                name = type(module).__name__
+                got = f"a {name} whose input is overwritten in place after its forward"
+                fix = "Replace the in-place operation on that tensor."
+                raise ModelError(got, "inputs that stay as they were until backward", fix)
             uses.append(Use(layer, by_sample(a, len(batch)), edge))
         functional = self.functional if self.stray else None
         return Record(self.params, batch, outputs, uses, functional)
 
     def functional(self, batch: Batch, column: Tensor) -> Params:
-        """Per-sample gradients of the stray parameters by torch.func; sample by sample where vmap
-        can't trace."""
+        """Gradients of the stray parameters by torch.func, by sample where vmap can't trace."""
         stray = {name: self.params[name].detach() for name in self.stray}
 
         def single(args: tuple[Any, ...], kwargs: dict[str, Any], v: Tensor) -> Params:
@@ -180,19 +172,17 @@ class Tape:
             What the two samples' forward pass recorded.
 
         Raises:
-            ModelError: If outputs are not one differentiable row a sample, or depend on the others
-                in the batch.
+            ModelError: If outputs are not one differentiable row a sample, or depend on others.
         """
         probe = next(batch.chunks(len(WEIGHTS)))
         record = self.run(probe)
         outputs = record.outputs
         if outputs.dim() == 0 or len(outputs) != len(probe) or not outputs.requires_grad:
             shape = f"outputs of shape {tuple(outputs.shape)} for {len(probe)} samples"
-            raise ModelError(
-                shape if outputs.requires_grad else f"{shape}, cut off from the parameters",
-                "one output a sample, differentiable with respect to the parameters",
-                "Return the logits themselves, one row a sample, without detach() or no_grad().",
-            )
+            got = shape if outputs.requires_grad else f"{shape}, cut off from the parameters"
+            expected = "one output a sample, differentiable with respect to the parameters"
+            fix = "Return the logits themselves, one row a sample, without detach() or no_grad()."
+            raise ModelError(got, expected, fix)
         self._check_independence(probe, outputs.detach())
         self._drop(set(self.stray) | self._disagreeing(record))
         return record.without_graph()
@@ -225,13 +215,11 @@ class Tape:
         with torch.no_grad():
             alone = P.call(self.model, {}, single.args, single.kwargs)[0]
             if float((alone - outputs[-1]).abs().max()) > tolerance:
-                raise ModelError(
-                    "a model whose output for a sample depends on the other samples of its batch, "
-                    "or on chance",
-                    "one output a sample, the same at every call",
-                    "Call model.eval(), and remove what mixes samples (batch statistics) or draws "
-                    "random numbers.",
-                )
+                got = "a model whose output for a sample depends on the other samples of its batch"
+                mixing = "mixes samples (batch statistics) or draws random numbers"
+                fix = f"Call model.eval(), and remove what {mixing}."
+                expected = "one output a sample, the same at every call"
+                raise ModelError(f"{got}, or on chance", expected, fix)
 
     def _by_rules(self, record: Record, column: Tensor, weights: Tensor) -> Params:
         """sum_n c_n M_n; a rule that fails outright contributes a shape that matches nothing."""
@@ -250,15 +238,11 @@ class Tape:
     def _drop(self, stray: set[str]) -> None:
         """Take parameters away from their rules."""
         self.stray = tuple(name for name in self.params if name in stray)
-        kept = {
-            module: {local: name for local, name in layer.names.items() if name not in stray}
-            for module, layer in self._layers.items()
-        }
-        self._layers = {
-            module: LayerParams(self._layers[module].rule, names)
-            for module, names in kept.items()
-            if names
-        }
+        layers, self._layers = self._layers, {}
+        for module, layer in layers.items():
+            names = {local: name for local, name in layer.names.items() if name not in stray}
+            if names:
+                self._layers[module] = LayerParams(layer.rule, names)
 
 
 def _batched(tree: Any) -> Any:

@@ -1,5 +1,4 @@
-"""Batches: how inputs and targets are taken out of what a loader yields, moved, cut into chunks and
-walked through."""
+"""Batches: how inputs and targets are taken out of what a loader yields, moved and cut."""
 
 from __future__ import annotations
 
@@ -37,15 +36,9 @@ class Batch:
         return Batch(args, kwargs, targets)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
-        """Move to a device; floating inputs to `dtype`, so that a float64 model takes float32
-        data."""
+        """Move to a device; floating inputs to `dtype`: a float64 model takes float32 data."""
 
-        def move(x: Tensor) -> Tensor:
-            return (
-                x.to(device, dtype) if dtype is not None and x.is_floating_point() else x.to(device)
-            )
-
-        return self.map(move)
+        return self.map(lambda x: x.to(device, dtype if x.is_floating_point() else None))
 
     def on(self, model: nn.Module) -> Batch:
         """The batch on the model's device and in its floating-point type."""
@@ -86,16 +79,12 @@ def default_unpack(batch: Any) -> tuple[Any, Any]:
         if keys:
             targets = rest.pop(keys[0])
             return (next(iter(rest.values())) if len(rest) == 1 else rest), targets
-        raise DataError(
-            f"a dict batch with the keys {sorted(map(str, rest))}",
-            f"targets under one of {TARGET_KEYS}",
-            "Pass unpack=lambda batch: (inputs, targets).",
-        )
-    raise DataError(
-        f"a batch of type {type(batch).__name__}",
-        "a tuple or list (inputs, targets, ...) or a dict with a target key",
-        "Pass unpack=lambda batch: (inputs, targets).",
-    )
+        got = f"a dict batch with the keys {sorted(map(str, rest))}"
+        fix = "Pass unpack=lambda batch: (inputs, targets)."
+        raise DataError(got, f"targets under one of {TARGET_KEYS}", fix)
+    got = f"a batch of type {type(batch).__name__}"
+    fix = "Pass unpack=lambda batch: (inputs, targets)."
+    raise DataError(got, "a tuple or list (inputs, targets, ...) or a dict with a target key", fix)
 
 
 def make_batch(raw: Any, unpack: Unpack | None = None) -> Batch:
@@ -109,11 +98,9 @@ def make_batch(raw: Any, unpack: Unpack | None = None) -> Batch:
     except DataError:
         raise
     except Exception as error:
-        raise DataError(
-            f"{type(error).__name__} from unpack: {error}",
-            "unpack(batch) to return (inputs, targets)",
-            "Correct the function given as unpack=.",
-        ) from error
+        got = f"{type(error).__name__} from unpack: {error}"
+        fix = "Correct the function given as unpack=."
+        raise DataError(got, "unpack(batch) to return (inputs, targets)", fix) from error
     try:
         targets = torch.as_tensor(targets)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -137,9 +124,7 @@ def make_batch(raw: Any, unpack: Unpack | None = None) -> Batch:
         len(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()
     }
     if len(targets) not in lengths:
-        raise DataError(
-            f"{len(targets)} targets for inputs of length {sorted(lengths)}",
-            "as many targets as inputs in every batch",
-            "Pass unpack=lambda batch: (inputs, targets).",
-        )
+        got = f"{len(targets)} targets for inputs of length {sorted(lengths)}"
+        fix = "Pass unpack=lambda batch: (inputs, targets)."
+        raise DataError(got, "as many targets as inputs in every batch", fix)
     return Batch(args, kwargs, targets)

@@ -1,5 +1,4 @@
-"""Samples in memory, with one input tensor or several by name: what training, forgetting and
-evaluation index."""
+"""Samples in memory, with one input tensor or several by name, to be indexed."""
 
 from __future__ import annotations
 
@@ -53,18 +52,13 @@ def samples(inputs: Any, targets: Any) -> TensorDataset:
         tensors = {name: torch.as_tensor(value) for name, value in named.items()}
         goal = torch.as_tensor(targets)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise DataError(
-            f"inputs or targets that make no tensor ({error})",
-            "numbers in equal rows",
-            "Turn words into token ids, and pad them to one length.",
-        ) from error
+        got = f"inputs or targets that make no tensor ({error})"
+        fix = "Turn words into token ids, and pad them to one length."
+        raise DataError(got, "numbers in equal rows", fix) from error
     lengths = {name: len(x) if x.dim() else 0 for name, x in (tensors | {"targets": goal}).items()}
     if len(set(lengths.values())) > 1 or not len(goal):
-        raise DataError(
-            f"samples in the numbers {lengths}",
-            "the same number of each, at least one",
-            "Correct them.",
-        )
+        got = f"samples in the numbers {lengths}"
+        raise DataError(got, "the same number of each, at least one", "Correct them.")
     goal = goal if goal.is_floating_point() else goal.long()
     if hasattr(inputs, "items"):
         return KeywordDataset(tensors, goal)
@@ -98,31 +92,23 @@ def read_samples(source: Any) -> TensorDataset:
     if isinstance(source, (tuple, Mapping)):
         return samples(*_unpacked(source))
     if not hasattr(source, "__getitem__") or not hasattr(source, "__len__") or not len(source):
-        raise DataError(
-            f"samples of type {type(source).__name__}",
-            "a map-style data set with at least one sample, or a tuple (inputs, targets)",
-            "Return such from the function.",
-        )
+        got = f"samples of type {type(source).__name__}"
+        expected = "a map-style data set with at least one sample, or a tuple (inputs, targets)"
+        raise DataError(got, expected, "Return such from the function.")
     try:
-        pieces = [
-            _unpacked(raw)
-            for raw in DataLoader(source, batch_size=BATCH, generator=torch.Generator())
-        ]
-        inputs, targets = zip(*pieces, strict=True)
+        loader = DataLoader(source, batch_size=BATCH, generator=torch.Generator())
+        inputs, targets = zip(*map(_unpacked, loader), strict=True)
         if hasattr(inputs[0], "items"):
-            return samples(
-                {name: torch.cat([x[name] for x in inputs]) for name in inputs[0]},
-                torch.cat(targets),
-            )
+            named = {name: torch.cat([x[name] for x in inputs]) for name in inputs[0]}
+            return samples(named, torch.cat(targets))
         return samples(torch.cat(inputs), torch.cat(targets))
     except DataError:
         raise
     except Exception as error:  # of the user's data set, or of putting samples into one tensor
-        raise DataError(
-            f"{type(error).__name__} while reading {type(source).__name__}: {error}",
-            "samples (inputs, target) of one shape, inputs a tensor or tensors by name",
-            "Pad them to one length; give several inputs as a dict.",
-        ) from error
+        got = f"{type(error).__name__} while reading {type(source).__name__}: {error}"
+        expected = "samples (inputs, target) of one shape, inputs a tensor or tensors by name"
+        fix = "Pad them to one length; give several inputs as a dict."
+        raise DataError(got, expected, fix) from error
 
 
 def _unpacked(raw: Any) -> tuple[Any, Any]:

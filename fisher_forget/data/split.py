@@ -54,15 +54,17 @@ class Split:
     workers: int = 0
     unpack: Unpack | None = field(default=None, repr=False)
 
-    def indices(self, part: Part) -> Indices:
-        """Sorted indices of a part."""
+    def indices(self, part: Part | Indices) -> Indices:
+        """Sorted indices of a part; indices as they are."""
+        if not isinstance(part, str):
+            return part
         if part == "all":
             return np.sort(np.concatenate([self.retain, self.forget]))
         return self.retain if part == "retain" else self.forget
 
     def batches(self, part: Part | Indices) -> Iterator[Batch]:
         """Batches of a part (or of given indices) in index order, the same at every pass."""
-        indices = self.indices(part) if isinstance(part, str) else part
+        indices = self.indices(part)
         if type(self.base) in (TensorDataset, KeywordDataset) and self.collate is default_collate:
             # Indexing tensors directly is two orders of magnitude faster than collating single
             # samples.
@@ -82,16 +84,14 @@ class Split:
 
     def steps(self, part: Part | Indices) -> int:
         """Number of batches of a part."""
-        indices = self.indices(part) if isinstance(part, str) else part
-        return -(-len(indices) // self.batch_size)
+        return -(-len(self.indices(part)) // self.batch_size)
 
     def subset(self, retain: Indices) -> Split:
         """The same split with fewer retained samples."""
         return replace(self, retain=retain)
 
     def forgetting(self, forget_idx: Sequence[int] | Indices | Tensor | range) -> Split:
-        """The same data with these samples forgotten, too; naming one twice over several requests
-        is no error.
+        """The same data with these samples forgotten, too; naming one again is no error.
 
         Raises:
             SplitError: As for `resolve_split`.
@@ -99,11 +99,8 @@ class Split:
         wanted = np.union1d(_validated(forget_idx, len(self.base), False), self.forget)  # type: ignore[arg-type]
         retain = np.setdiff1d(self.retain, wanted)
         if not len(retain):
-            raise SplitError(
-                "requests that leave no retained sample",
-                "at least one",
-                "Train a new model instead.",
-            )
+            got = "requests that leave no retained sample"
+            raise SplitError(got, "at least one", "Train a new model instead.")
         return replace(self, retain=retain, forget=wanted)
 
     def __repr__(self) -> str:
@@ -133,8 +130,7 @@ def resolve_split(
     """The `Split` that a loader and a list of indices describe.
 
     Args:
-        retain_loader: A loader over the training data set, or over a `Subset` of it. A bare data
-            set works too.
+        retain_loader: A loader over the training data set or a `Subset` of it, or a bare data set.
         forget_idx: Distinct indices into the training data set.
         unpack: Takes (inputs, targets) out of a batch; see `default_unpack`.
         allow_empty: Accept an empty `forget_idx`, for control runs.
@@ -159,11 +155,9 @@ def resolve_split(
     forget = _validated(forget_idx, len(base), allow_empty)
     retain = np.setdiff1d(members, forget)
     if not len(retain):
-        raise SplitError(
-            "a forget_idx that leaves no retained sample in the loader",
-            "at least one retained sample",
-            "To forget everything, train a new model.",
-        )
+        got = "a forget_idx that leaves no retained sample in the loader"
+        fix = "To forget everything, train a new model."
+        raise SplitError(got, "at least one retained sample", fix)
     _warn_if_random(base, retain)
     if loader is None:
         return Split(base, retain, forget, unpack=unpack)
@@ -195,14 +189,11 @@ def _unnest(data: Any) -> tuple[Any, Indices]:
 
 
 def _sampled(loader: DataLoader[Any], members: Indices) -> Indices:
-    """The members that the loader yields: a sampler counts positions in the loader's own data
-    set."""
+    """The members that the loader yields: a sampler counts positions in the loader's data set."""
     if loader.batch_sampler is None:
-        raise SplitError(
-            "a loader with batch_size=None, whose data set yields whole batches",
-            "a loader whose data set yields single samples",
-            "Give the loader a data set of single samples and a batch_size.",
-        )
+        got = "a loader with batch_size=None, whose data set yields whole batches"
+        fix = "Give the loader a data set of single samples and a batch_size."
+        raise SplitError(got, "a loader whose data set yields single samples", fix)
     sampler = getattr(loader.batch_sampler, "sampler", loader.batch_sampler)
     if isinstance(sampler, IndexSampler):
         return members[np.asarray(list(sampler.indices), dtype=np.int64)]
@@ -282,12 +273,10 @@ def _warn_if_random(base: Any, retain: Indices) -> None:
 
 
 def _differ(first: Any, second: Any) -> bool:
-    """Whether two reads of an array differ; NaN equals NaN, or broken data would pass for
-    augmented."""
+    """Whether two reads of an array differ; NaN equals NaN: broken data are not augmented data."""
     if not isinstance(first, (Tensor, np.ndarray)):
         return False
-    same = (
-        first.shape == second.shape
-        and ((first == second) | ((first != first) & (second != second))).all()
-    )
-    return not bool(same)
+    if first.shape != second.shape:
+        return True
+    both_nan = (first != first) & (second != second)
+    return not bool(((first == second) | both_nan).all())

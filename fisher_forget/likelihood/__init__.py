@@ -1,5 +1,4 @@
-r"""Categorical, Bernoulli and Gaussian likelihoods: everything the package needs to know about a
-model's outputs.
+r"""Categorical, Bernoulli and Gaussian likelihoods: all that is known about a model's outputs.
 
 Notation: a sample n has outputs f_n (logits or means; all positions of a sequence together), loss
 l_n = -log p(y_n | f_n) in nats, output gradient r_n = dl_n/df_n and output Hessian H_n = d^2
@@ -31,9 +30,7 @@ __all__ = [
 ]
 
 LIKELIHOODS: dict[str, type[Likelihood]] = {
-    "categorical": Categorical,
-    "bernoulli": Bernoulli,
-    "gaussian": Gaussian,
+    likelihood.name: likelihood for likelihood in (Categorical, Bernoulli, Gaussian)
 }
 
 
@@ -52,9 +49,6 @@ def resolve_likelihood(likelihood: Likelihood | str) -> Likelihood:
             )
         return likelihood
     if not isinstance(likelihood, str) or likelihood not in LIKELIHOODS:
-        raise ConfigError(
-            f"likelihood={likelihood!r}",
-            f"one of {sorted(LIKELIHOODS)}",
-            "Pass a name or an instance.",
-        )
+        got = f"likelihood={likelihood!r}"
+        raise ConfigError(got, f"one of {sorted(LIKELIHOODS)}", "Pass a name or an instance.")
     return LIKELIHOODS[likelihood]()

@@ -71,8 +71,7 @@ class Score:
         return reference - value if self.higher_is_better else value - reference
 
     def allowed_loss(self, reference: float) -> float:
-        """The loss against a reference that still counts as nothing lost: one point of a share, 5 %
-        of an error."""
+        """The loss that still counts as nothing lost: one point of a share, 5 % of an error."""
         return SHARE_LOSS if self.unit == "%" else ERROR_LOSS * abs(reference)
 
     def stored(self) -> dict[str, Any]:
@@ -142,13 +141,11 @@ class Likelihood(ABC):
     def sampled(
         self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None
     ) -> Tensor:
-        """Score at labels sampled from the model [draws, *outputs], over sqrt(draws): the
-        Monte-Carlo Fisher."""
+        """Score at sampled labels [draws, *outputs] / sqrt(draws): the Monte-Carlo Fisher."""
 
     @abstractmethod
     def kl(self, p: Tensor, q: Tensor, targets: Tensor | None = None) -> Tensor:
-        """KL(p || q) between predictive distributions with these outputs, nats per scored position:
-        [B], float64."""
+        """KL(p || q) of the predictive distributions, nats per scored position: [B], float64."""
 
     @abstractmethod
     def output_curvature(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -159,8 +156,7 @@ class Likelihood(ABC):
         """Quality per sample (`score` says which): [B], float64."""
 
     def counts(self, targets: Tensor) -> Tensor:
-        """Scored positions per sample [B], the denominator of the mean loss; 1 where a sample has
-        one target."""
+        """Scored positions per sample [B], the denominator of the mean loss; 1 with one target."""
         return torch.ones(len(targets), device=targets.device)
 
     def mean_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -181,13 +177,11 @@ class Likelihood(ABC):
         return total, positions
 
     def class_mass(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Sum of the targets of each class, over samples and positions: [C], float64; a scalar 0
-        without classes."""
+        """Targets of each class, over all positions: [C], float64; scalar 0 without classes."""
         return torch.zeros((), dtype=torch.float64)
 
     def mask(self, outputs: Tensor, targets: Tensor | None) -> Tensor | None:
-        """1 where an output is scored, 0 where it is ignored; broadcasts to outputs; `None` if all
-        are scored."""
+        """1 where an output is scored, else 0; broadcasts to outputs; `None` if all are scored."""
         return None
 
 
@@ -198,11 +192,9 @@ def check_finite(outputs: Tensor) -> None:
         return
     if not bool(torch.isfinite(outputs).all()):
         bad = int((~torch.isfinite(outputs.detach()).flatten(1).all(1)).sum())
-        raise NumericalError(
-            f"NaN or infinite logits for {bad} of {len(outputs)} samples of a batch",
-            "finite logits",
-            "Check the weights and the inputs: a diverged training run cannot be scrubbed.",
-        )
+        got = f"NaN or infinite logits for {bad} of {len(outputs)} samples of a batch"
+        fix = "Check the weights and the inputs: a diverged training run cannot be scrubbed."
+        raise NumericalError(got, "finite logits", fix)
 
 
 def signed(magnitude: Tensor, draws: int, generator: torch.Generator) -> Tensor:
@@ -222,8 +214,7 @@ def signed(magnitude: Tensor, draws: int, generator: torch.Generator) -> Tensor:
 
 
 def uniform(outputs: Tensor, draws: int, generator: torch.Generator, shape: torch.Size) -> Tensor:
-    """Numbers in [0, 1) [draws, *shape]; a sample's come one after the other, so batches may be
-    split."""
+    """Numbers in [0, 1) [draws, *shape]; a sample's come in a row, so batches may be split."""
     u = torch.rand(
         len(outputs),
         draws,
@@ -241,7 +232,6 @@ def masked(value: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def positions(outputs: Tensor, last: int) -> Iterator[tuple[Any, Tensor]]:
-    """Every index into the dims 1 ... last - 1, for all samples, with a zero tensor like the
-    outputs to fill."""
+    """Every index into the dims 1 ... last - 1, for all samples, and zeros like the outputs."""
     for index in itertools.product(*(range(size) for size in outputs.shape[1:last])):
         yield (slice(None), *index), torch.zeros_like(outputs)

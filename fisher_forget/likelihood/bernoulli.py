@@ -28,11 +28,9 @@ class Bernoulli(IndependentOutputs):
 
     def check_targets(self, targets: Tensor) -> None:
         if not bool(((targets >= 0) & (targets <= 1)).all()):  # NaN fails, too
-            raise DataError(
-                f"targets from {float(targets.min()):g} to {float(targets.max()):g}",
-                "labels in [0, 1]",
-                "Encode each label as 0 or 1; for regression pass likelihood='gaussian'.",
-            )
+            got = f"targets from {float(targets.min()):g} to {float(targets.max()):g}"
+            fix = "Encode each label as 0 or 1; for regression pass likelihood='gaussian'."
+            raise DataError(got, "labels in [0, 1]", fix)
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         per_label = F.binary_cross_entropy_with_logits(

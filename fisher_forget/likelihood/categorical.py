@@ -26,14 +26,12 @@ from fisher_forget.likelihood.base import (
 
 @dataclass(frozen=True)
 class Categorical(Likelihood):
-    """Softmax classification. Outputs are logits [B, ..., C]; targets classes [B, ...] or
-    probabilities [B, ..., C].
+    """Softmax of logits [B, ..., C]; targets are classes [B, ...] or probabilities [B, ..., C].
 
     With p = softmax(f): l = -sum_c y_c log p_c, r = p - y, H = diag(p) - p p^T.
 
     Args:
-        ignore_index: Target value of positions that are not scored (padding), as in
-            `F.cross_entropy`.
+        ignore_index: Target of positions that are not scored (padding), as in `F.cross_entropy`.
     """
 
     ignore_index: int = -100
@@ -42,11 +40,8 @@ class Categorical(Likelihood):
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         if outputs.dim() < 2:
-            raise DataError(
-                f"logits of shape {tuple(outputs.shape)}",
-                "[batch, ..., classes]",
-                "Return one row a sample.",
-            )
+            got = f"logits of shape {tuple(outputs.shape)}"
+            raise DataError(got, "[batch, ..., classes]", "Return one row a sample.")
         if targets.is_floating_point():
             self._check_probabilities(outputs, targets)
         else:
@@ -54,31 +49,21 @@ class Categorical(Likelihood):
         check_finite(outputs)
 
     def _check_probabilities(self, outputs: Tensor, targets: Tensor) -> None:
-        other = (
-            "For regression pass likelihood='gaussian', for several labels a sample 'bernoulli'."
-        )
+        fix = "For regression pass likelihood='gaussian', for several labels a sample 'bernoulli'."
         if targets.shape != outputs.shape:
-            raise DataError(
-                f"floating-point targets {tuple(targets.shape)} for logits {tuple(outputs.shape)}",
-                "class indices, or probabilities of the shape of the logits",
-                other,
-            )
+            got = f"floating-point targets {tuple(targets.shape)} for logits {tuple(outputs.shape)}"
+            raise DataError(got, "class indices, or probabilities of the shape of the logits", fix)
         total = targets.sum(-1)
         one = torch.allclose(total, torch.ones_like(total), atol=1e-4)
         if not one or bool((targets < 0).any()):
-            raise DataError(
-                "probability targets that are negative or do not sum to 1",
-                "a distribution over the classes for each sample",
-                other,
-            )
+            got = "probability targets that are negative or do not sum to 1"
+            raise DataError(got, "a distribution over the classes for each sample", fix)
 
     def _check_classes(self, outputs: Tensor, targets: Tensor) -> None:
         if targets.shape != outputs.shape[:-1]:
-            raise DataError(
-                f"targets of shape {tuple(targets.shape)} for logits {tuple(outputs.shape)}",
-                f"class indices of shape {tuple(outputs.shape[:-1])}",
-                "Classes are the last dimension of the logits; unpack= can reshape the targets.",
-            )
+            got = f"targets of shape {tuple(targets.shape)} for logits {tuple(outputs.shape)}"
+            fix = "Classes are the last dimension of the logits; unpack= can reshape the targets."
+            raise DataError(got, f"class indices of shape {tuple(outputs.shape[:-1])}", fix)
         classes, scored = outputs.shape[-1], targets[targets != self.ignore_index]
         if len(scored) and (int(scored.min()) < 0 or int(scored.max()) >= classes):
             raise DataError(
@@ -98,22 +83,14 @@ class Categorical(Likelihood):
             return torch.full(
                 (len(targets),), float(targets[0, ..., 0].numel()), device=targets.device
             )
-        return (
-            (targets != self.ignore_index)
-            .reshape(len(targets), -1)
-            .sum(1)
-            .to(torch.get_default_dtype())
-        )
+        scored = (targets != self.ignore_index).reshape(len(targets), -1)
+        return scored.sum(1).to(torch.get_default_dtype())
 
     def class_mass(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if targets.is_floating_point():
             return targets.flatten(0, -2).sum(0, dtype=torch.float64).cpu()
-        return (
-            targets[targets != self.ignore_index]
-            .bincount(minlength=outputs.shape[-1])
-            .double()
-            .cpu()
-        )
+        scored = targets[targets != self.ignore_index]
+        return scored.bincount(minlength=outputs.shape[-1]).double().cpu()
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         flat = outputs.reshape(-1, outputs.shape[-1])
@@ -145,8 +122,7 @@ class Categorical(Likelihood):
         )
 
     def _factor(self, outputs: Tensor, k: int) -> Tensor:
-        """Column k of the closed-form Cholesky factor of diag(p) - p p^T, so C - 1 columns are
-        exact, not C.
+        """Column k of the closed-form Cholesky factor of diag(p) - p p^T: C - 1 columns, not C.
 
         With tails r_k = sum_{j >= k} p_j: s_k = sqrt(p_k r_{k+1} / r_k) (e_k - sum_{j > k} (p_j /
         r_{k+1}) e_j).
@@ -157,9 +133,8 @@ class Categorical(Likelihood):
         column = torch.zeros_like(outputs)
         weight = ((logp[..., k] + tail[..., k + 1] - tail[..., k]) / 2).exp()
         column[..., k] = weight
-        column[..., k + 1 :] = (
-            -(logp[..., k + 1 :] - tail[..., k + 1, None]).exp() * weight[..., None]
-        )
+        below = (logp[..., k + 1 :] - tail[..., k + 1, None]).exp()
+        column[..., k + 1 :] = -below * weight[..., None]
         return column
 
     def columns(self, outputs: Tensor, targets: Tensor | None = None) -> Iterator[Tensor]:
@@ -202,11 +177,9 @@ class Categorical(Likelihood):
         per_position = (logp.exp() * (logp - logq)).sum(-1, keepdim=True)
         mask = self.mask(per_position, targets)
         per_position = masked(per_position, mask).reshape(len(p), -1).sum(1)
-        count = (
-            self.counts(targets).double()
-            if targets is not None
-            else per_position.new_tensor(p[0, ..., 0].numel())
-        )
+        count = per_position.new_tensor(p[0, ..., 0].numel())
+        if targets is not None:
+            count = self.counts(targets).double()
         return (per_position / count.clamp(min=1)).clamp_(min=0.0)
 
     def output_curvature(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:

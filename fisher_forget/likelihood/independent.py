@@ -21,11 +21,9 @@ class IndependentOutputs(Likelihood):
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         if targets.shape != outputs.shape:
-            raise DataError(
-                f"targets of shape {tuple(targets.shape)} for outputs {tuple(outputs.shape)}",
-                f"the same shape for both with likelihood={self.name!r}",
-                "Reshape the targets (a single output usually needs [batch, 1]), or pass unpack=.",
-            )
+            got = f"targets of shape {tuple(targets.shape)} for outputs {tuple(outputs.shape)}"
+            fix = "Reshape the targets (a single output usually needs [batch, 1]), or pass unpack=."
+            raise DataError(got, f"the same shape for both with likelihood={self.name!r}", fix)
         self.check_targets(targets)
         check_finite(outputs)
 

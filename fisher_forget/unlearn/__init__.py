@@ -1,2 +1,1 @@
-"""Forget samples: Newton correction, noise and BatchNorm statistics, in one call or request by
-request."""
+"""Forget samples: Newton correction, noise, BatchNorm statistics; in one call or by requests."""

@@ -17,8 +17,7 @@ SAMPLES = 20_000  # retained samples, at most
 
 
 def refresh_statistics(model: nn.Module, split: Split) -> bool:
-    """Recompute BatchNorm's running statistics on the retained data, in place: they hold the
-    forgotten data, too.
+    """Recompute BatchNorm's running statistics on the retained data, in place.
 
     As in training, a layer normalises by the statistics of its batch; here batches are drawn at
     random from all retained samples (20,000 at most), since in a data set sorted by class

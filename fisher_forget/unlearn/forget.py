@@ -45,15 +45,13 @@ def forget(
     state.
 
     Args:
-        model: Trained, in eval mode, float32 or float64; forward returns logits or an object with
-            `.logits`.
+        model: Trained, in eval mode, float32 or float64; forward gives logits or `.logits`.
         retain_loader: Loader over the training data set or a `Subset` of it; only its data set,
             collate function, batch size and workers are used. Samples to be forgotten are left out.
             Without random augmentation.
         forget_idx: Distinct indices into the training data set (the base of a `Subset`).
         options: Everything else that decides the result, by default `ForgetOptions()`.
-        unpack: Function from a batch to (inputs, targets); by default tuples and dicts are
-            understood.
+        unpack: Function from a batch to (inputs, targets); by default for tuples and dicts.
         device: Where to compute; by default where the model is.
         progress: Show progress bars.
         **changes: Fields of `ForgetOptions` by name, over those of `options`: `weight_decay=5e-4`.
@@ -109,11 +107,7 @@ def scrub(
     drawn = None
     if options.noise is not None:
         drawn = noise_step(
-            problem,
-            newton,
-            noise=options.noise,
-            exponent=options.exponent,
-            seed=options.seed,
+            problem, newton, noise=options.noise, exponent=options.exponent, seed=options.seed
         )
     noised = time.perf_counter()
 

@@ -47,8 +47,7 @@ class Calibration:
 
     Attributes:
         scale: s; 0 if even the smallest noise tried misses the target.
-        rise: Mean rise of the retained loss over the calibration draws, nats; NaN where the scale
-            was given.
+        rise: Mean rise of the retained loss over calibration draws, nats; NaN for a given scale.
         drop: By how much the retained score gets worse on them: accuracy as a share, squared error
             in its own unit; NaN where the scale was given.
         information: Local forgetting bound, nats; NaN where the error is not known.
@@ -64,29 +63,21 @@ class Calibration:
     target: NoiseTarget | None
 
 
-@dataclass(frozen=True)
-class NoiseDraw:
-    """The noise that was added.
+@dataclass(frozen=True, kw_only=True)
+class NoiseDraw(Calibration):
+    """The noise that was added, and the calibration of its scale.
 
     Attributes:
         params: The noise itself.
-        scale: s.
         exponent: p.
         damping: tau, nats per squared unit of weight; (B + (wd + tau) I) shapes the noise.
         norm: |noise|.
-        rise, drop, information, error, target: As in `Calibration`.
     """
 
     params: Params
-    scale: float
     exponent: float
     damping: float
     norm: float
-    rise: float = math.nan
-    drop: float = math.nan
-    information: float = math.nan
-    error: float = math.nan
-    target: NoiseTarget | None = None
 
 
 def draw_noise(
@@ -151,11 +142,9 @@ def calibrate_noise(
     target.check(objective.likelihood)
     error = error if target.error is None else target.error
     if target.kind in ("information", "trade_off") and not 0 < error < math.inf:
-        raise ConfigError(
-            f"the noise target {target.kind} without a Newton step, whose error it needs",
-            "sigma_h, the root-mean-square error of the step per weight",
-            "Pass NoiseTarget(..., error=...).",
-        )
+        got = f"the noise target {target.kind} without a Newton step, whose error it needs"
+        fix = "Pass NoiseTarget(..., error=...)."
+        raise ConfigError(got, "sigma_h, the root-mean-square error of the step per weight", fix)
     generator = torch.Generator().manual_seed(seed)
     directions = [draw_noise(curvature, at, 1.0, generator, exponent) for _ in range(DRAWS)]
     harm = _Harm(objective, list(split.batches(some(split.retain, SAMPLES, seed))), at, directions)
@@ -259,11 +248,9 @@ def largest_scale(
         if high < start - DECADES:
             return 0.0
         if low > start + DECADES:
-            raise ConfigError(
-                f"the noise target {target}, within which even noise of scale {10**low:.1g} stays",
-                "one that noise can reach",
-                "Lower the target, or pass noise a scale.",
-            )
+            got = f"the noise target {target}, within which even noise of scale {10**low:.1g} stays"
+            fix = "Lower the target, or pass noise a scale."
+            raise ConfigError(got, "one that noise can reach", fix)
         # the next look lies inside the bracket, or at most a step outside of what is known
         least = low + near if low > -math.inf else high - STEP
         most = high - near if high < math.inf else low + STEP
@@ -313,15 +300,15 @@ def noise_step(
         calibration = Calibration(float(noise), math.nan, math.nan, bound, newton.error, None)
     generator = torch.Generator().manual_seed(seed)
     params = draw_noise(damped, newton.params, calibration.scale, generator, exponent)
-    norm = P.norm(params)
-    return NoiseDraw(params, exponent=exponent, damping=tau, norm=norm, **vars(calibration))
+    return NoiseDraw(
+        **vars(calibration), params=params, exponent=exponent, damping=tau, norm=P.norm(params)
+    )
 
 
 def noise_curvature(
     curvature: Curvature, newton: NewtonStep, weight_decay: float
 ) -> tuple[Curvature, float]:
-    """(B + (wd + tau) I, tau), tau as `NewtonStep.noise_damping`; a share of the mean eigenvalue
-    where both are 0."""
+    """(B + (wd + tau) I, tau of the Newton step); a share of the mean eigenvalue if both are 0."""
     tau = newton.noise_damping
     if tau + weight_decay <= 0:
         tau = CURVATURE_SHARE * curvature.trace() / P.size(newton.params) or CURVATURE_SHARE

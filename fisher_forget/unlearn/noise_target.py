@@ -42,11 +42,9 @@ class NoiseTarget:
     def __post_init__(self) -> None:
         given = {name: value for name in KINDS if (value := getattr(self, name)) is not None}
         if len(given) > 1:
-            raise ConfigError(
-                f"the noise targets {given}",
-                f"at most one of {', '.join(KINDS)}",
-                "Keep one: each fixes the scale.",
-            )
+            got = f"the noise targets {given}"
+            fix = "Keep one: each fixes the scale."
+            raise ConfigError(got, f"at most one of {', '.join(KINDS)}", fix)
         for name, value in (given | {"error": 1.0 if self.error is None else self.error}).items():
             most = 1.0 if name == "accuracy" else math.inf
             real = isinstance(value, Real) and not isinstance(value, bool)
@@ -74,8 +72,6 @@ class NoiseTarget:
         """
         if self.accuracy is not None and likelihood.score.unit != "%":
             got = f"the noise target accuracy={self.accuracy}"
-            raise ConfigError(
-                f"{got} of models scored by {likelihood.score.name}",
-                "a likelihood whose score is an accuracy",
-                "Pass NoiseTarget(loss=...), in nats: of a Gaussian squared error / 2 sigma^2.",
-            )
+            got = f"{got} of models scored by {likelihood.score.name}"
+            fix = "Pass NoiseTarget(loss=...), in nats: of a Gaussian squared error / 2 sigma^2."
+            raise ConfigError(got, "a likelihood whose score is an accuracy", fix)

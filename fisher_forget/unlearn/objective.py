@@ -1,5 +1,4 @@
-"""The training objective at any parameter values: mean loss + (weight decay / 2) |w|^2, its
-gradient, its GGN.
+"""The training objective at any weights, mean loss + (wd / 2) |w|^2, its gradient and GGN.
 
 Sums are kept apart from counts, so that parts of the data add up: L = sum of losses / scored
 positions.
@@ -36,19 +35,15 @@ class Gradient:
     classes: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
 
     def __add__(self, other: Gradient) -> Gradient:
-        classes = self.classes + other.classes
-        return Gradient(
-            P.add(self.sums, other.sums), self.loss + other.loss, self.count + other.count, classes
-        )
+        return self._plus(other, 1)
 
     def __sub__(self, other: Gradient) -> Gradient:
-        classes = self.classes - other.classes
-        return Gradient(
-            P.add(self.sums, other.sums, -1),
-            self.loss - other.loss,
-            self.count - other.count,
-            classes,
-        )
+        return self._plus(other, -1)
+
+    def _plus(self, other: Gradient, sign: int) -> Gradient:
+        sums, classes = P.add(self.sums, other.sums, sign), self.classes + sign * other.classes
+        loss, count = self.loss + sign * other.loss, self.count + sign * other.count
+        return Gradient(sums, loss, count, classes)
 
     def mean(self) -> Params:
         """Gradient of the mean loss."""

@@ -41,8 +41,7 @@ class ForgetOptions:
         max_samples: Retained samples that the curvature is estimated on; `None` for all. "auto" is
             2,000 where it only preconditions and shapes the noise, and all where it is inverted
             itself (solver="direct").
-        subset: Shell patterns of the parameters that may move ("head.*"); `None` for all that
-            require gradients.
+        subset: Shell patterns of the parameters that may move ("head.*"); `None` for all trainable.
         seed: Of every random choice.
         steps: Newton sub-steps: "auto" follows the flow, see `newton_step`; 1 is the textbook step.
         damping: tau of each step, nats per squared unit of weight; "auto" takes the times of the
@@ -89,6 +88,7 @@ class ForgetOptions:
         # the flow goes on for the time 1 / tau
         in_time = steps != "auto" or damping == "auto" or not is_number(damping) or damping > 0
         good_noise = noise in (None, "auto") or isinstance(noise, NoiseTarget) or is_number(noise)
+        good_drift = self.drift == "auto" or isinstance(self.drift, bool)
         good_budget = self.budget is None or self.budget == math.inf or is_number(self.budget)
         for name, good, expected in (
             ("weight_decay", self.weight_decay is None or is_number(self.weight_decay), NUMBER),
@@ -98,11 +98,7 @@ class ForgetOptions:
             ("damping", damping == "auto" or is_number(damping), f"{NUMBER}, or 'auto'"),
             ("damping", in_time, "a finite number above 0 with steps='auto'"),
             ("solver", self.solver in ("auto", "cg", "direct"), "'auto', 'cg' or 'direct'"),
-            (
-                "drift",
-                self.drift == "auto" or isinstance(self.drift, bool),
-                "True, False or 'auto'",
-            ),
+            ("drift", good_drift, "True, False or 'auto'"),
             ("budget", good_budget, "nats of at least 0, or None"),
             ("noise", good_noise, f"{NUMBER}, 'auto', a NoiseTarget or None"),
             ("exponent", is_number(self.exponent), NUMBER),

@@ -32,12 +32,7 @@ from fisher_forget.data import batches
 from fisher_forget.data.split import Indices, Split, resolve_split
 from fisher_forget.errors import ConfigError
 from fisher_forget.likelihood import resolve_likelihood
-from fisher_forget.unlearn.data_sums import (
-    DataSums,
-    load_data_sums,
-    save_data_sums,
-    take_data_sums,
-)
+from fisher_forget.unlearn.data_sums import DataSums, load_data_sums, save_data_sums, take_data_sums
 from fisher_forget.unlearn.forget import scrub
 from fisher_forget.unlearn.objective import Objective
 from fisher_forget.unlearn.options import ForgetKeywords, ForgetOptions, merged
@@ -111,11 +106,9 @@ class Prepared:
             StorageError: If the request cannot be recorded.
         """
         if fixed := [name for name in changes if name in FIXED]:
-            raise ConfigError(
-                f"the options {fixed} of a request",
-                "those of prepare(), which the stored sums were made with",
-                "Leave them out, or prepare the model anew.",
-            )
+            got = f"the options {fixed} of a request"
+            fix = "Leave them out, or prepare the model anew."
+            raise ConfigError(got, "those of prepare(), which the stored sums were made with", fix)
         with preserved_rng():
             options = merged(self.options, changes)
             split = self.split.forgetting(forget_idx)
@@ -131,8 +124,7 @@ class Prepared:
         return result
 
     def _without(self, split: Split) -> Curvature:
-        """The curvature of the samples that are left: by subtraction where it is a sum, else
-        estimated again."""
+        """The curvature of who is left: by subtraction where it is a sum, else estimated again."""
         gone = np.intersect1d(self.sampled, split.forget)
         if not len(gone):
             return self.curvature
@@ -177,8 +169,7 @@ def prepare(
 
     Raises:
         ModelError, DataError, CurvatureError, ConfigError: As for `forget`.
-        StorageError: If the folder belongs to another model, other data or other options, or is
-            damaged.
+        StorageError: If the folder is damaged, or of another model, other data or other options.
 
     Example:
         >>> import torch

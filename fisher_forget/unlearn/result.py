@@ -211,16 +211,7 @@ NEWTON_NUMBERS = (
     "held_out",
     "budget",
 )
-NOISE_NUMBERS = (
-    "scale",
-    "exponent",
-    "damping",
-    "norm",
-    "rise",
-    "drop",
-    "information",
-    "error",
-)
+NOISE_NUMBERS = ("scale", "exponent", "damping", "norm", "rise", "drop", "information", "error")
 
 
 def versions() -> dict[str, str]:

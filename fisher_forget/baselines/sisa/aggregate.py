@@ -54,11 +54,9 @@ class Aggregate(nn.Module):
             or len(members) != len(counts)
             or any(k < 1 or k != int(k) for k in counts)
         ):
-            raise ConfigError(
-                f"{len(members)} members with the counts {list(counts)}",
-                "at least one member, and a whole number of at least 1 for each",
-                "Leave out members that count nothing.",
-            )
+            got = f"{len(members)} members with the counts {list(counts)}"
+            expected = "at least one member, and a whole number of at least 1 for each"
+            raise ConfigError(got, expected, "Leave out members that count nothing.")
         self.members = nn.ModuleList(members)
         self.aggregation = aggregation
         device = next((p.device for p in members[0].parameters()), None)

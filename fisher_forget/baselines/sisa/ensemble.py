@@ -1,5 +1,4 @@
-"""SISA: exact unlearning by training so that little has to be trained again (sharded, isolated,
-sliced, aggregated).
+"""SISA: exact unlearning that retrains little (sharded, isolated, sliced, aggregated).
 
 S models never see each other's shard. Each is trained slice by slice: w_d = train(w_{d-1}, slices 1
 ... d), with a checkpoint after every slice. To forget, the shards hit go back to the checkpoint
@@ -47,8 +46,7 @@ class Work:
         shards: Numbers of the shards that were trained, ascending.
         first_slices: The slice, counted from 0, at which the training of each began.
         calls: Calls of the training function.
-        points: Samples handed to it, summed over calls; with one slice the paper's count of
-            retrained points.
+        points: Samples handed to it, over all calls; with one slice the paper's retrained points.
         seconds: Wall time.
     """
 
@@ -76,12 +74,10 @@ class SISA:
             kept. The global generators are seeded for it.
         shards: S; more of them forget faster and predict worse.
         slices: R, of every shard; `partition.epochs_per_slice` says how long to train on each.
-        labels: Class of every sample, for shards and slices that are balanced by class; see
-            `partition.balanced`.
+        labels: Class of every sample, to balance shards and slices; see `partition.balanced`.
         probabilities: Deletion probability of every sample: those likely to go are put together;
             see `partition.by_deletion_probability`. Without either, the cut is uniform.
-        folder: Where checkpoints are kept; `None` for a temporary one that vanishes with this
-            object.
+        folder: Where checkpoints are kept; `None` for a temporary one, gone with this object.
         budget: Most bytes that checkpoints may take. Those of the last slice are needed; as many of
             the others as fit are kept, spread evenly over slices, and training starts again from
             the last one kept. `None` keeps all.
@@ -94,8 +90,7 @@ class SISA:
         requests: Those so far, each the samples that it named first.
 
     Raises:
-        ConfigError: If a number is below 1 (seed: below 0), or labels and probabilities are both
-            given.
+        ConfigError: If a number is below 1 (seed: 0), or labels and probabilities are both given.
 
     Example:
         >>> from fisher_forget.experiments.training import TrainSettings, train
@@ -134,18 +129,14 @@ class SISA:
         partition.check_at_least(1, shards=self.shards, slices=self.slices, jobs=self.jobs)
         partition.check_at_least(0, seed=self.seed)
         if self.labels is not None and self.probabilities is not None:
-            raise ConfigError(
-                "both labels and probabilities",
-                "one of them, or neither",
-                "Choose what to shard by.",
-            )
+            got = "both labels and probabilities"
+            raise ConfigError(got, "one of them, or neither", "Choose what to shard by.")
         self.shards, self.slices = int(self.shards), int(self.slices)
         self.jobs, self.seed = int(self.jobs), int(self.seed)
 
     @property
     def cut(self) -> Cut:
-        """Indices shard by shard and slice by slice, as they were cut: forgotten samples are still
-        named."""
+        """Indices by shard and slice, as they were cut: forgotten samples are still named."""
         return self._fitted().cut
 
     @property
@@ -164,12 +155,10 @@ class SISA:
         return self._fitted().store.folder
 
     def fit(self, dataset: Dataset[Any]) -> Work:
-        """Train what is missing: everything at first, the rest after a kill, nothing the second
-        time.
+        """Train what is missing: everything at first, the rest after a kill, then nothing.
 
         Args:
-            dataset: Map-style; indices in requests count its samples. The training function alone
-                reads them.
+            dataset: Map-style; requests index its samples, which the training function alone reads.
 
         Raises:
             SplitError: If the data set has no length, or another one was given before.
@@ -179,17 +168,12 @@ class SISA:
                 another architecture.
         """
         if self._state is not None and self._state.split.base is not dataset:
-            raise SplitError(
-                "another data set than before",
-                "the one that was given first",
-                "Make another SISA for it.",
-            )
+            got = "another data set than before"
+            raise SplitError(got, "the one that was given first", "Make another SISA for it.")
         if not hasattr(dataset, "__len__"):
-            raise SplitError(
-                f"a data set of type {type(dataset).__name__} without length",
-                "a map-style data set, whose samples have an index",
-                "Read the samples into a list or a TensorDataset first.",
-            )
+            got = f"a data set of type {type(dataset).__name__} without length"
+            fix = "Read the samples into a list or a TensorDataset first."
+            raise SplitError(got, "a map-style data set, whose samples have an index", fix)
         total = len(dataset)
         cut = self._cut(total)
         initial = initial_model(self.build, self.seed, 0)
@@ -226,8 +210,7 @@ class SISA:
         return self._update()
 
     def module(self, *, aggregation: Aggregation = "mean", weighted: bool = False) -> Aggregate:
-        """The ensemble as one module, in eval mode, of the models as they are now; later requests
-        do not reach it.
+        """The ensemble as it is now, as one module in eval mode; later requests do not reach it.
 
         Shards that have no sample left take no part.
 
@@ -245,11 +228,8 @@ class SISA:
             if samples:
                 key = state.store.keys(shard, parts)[-1]
                 if not state.store.holds(shard, self.slices, key):
-                    raise ModelError(
-                        f"shard {shard} without its model",
-                        "a fit or forget that came to its end",
-                        "Call fit again.",
-                    )
+                    got = f"shard {shard} without its model"
+                    raise ModelError(got, "a fit or forget that came to its end", "Call fit again.")
                 template = initial_model(self.build, self.seed, shard)
                 members.append(state.store.load(shard, self.slices, template, key))
                 counts.append(samples if weighted else 1)
@@ -264,8 +244,7 @@ class SISA:
         weighted: bool = False,
         batch_size: int = 1024,
     ) -> Tensor:
-        """Most likely class of every input: [N, ...] for inputs [N, ...]. It reads all models at
-        every call.
+        """Most likely class of every input: [N, ...]. It reads all models at every call.
 
         Raises:
             ModelError: As for `module`.
@@ -277,8 +256,7 @@ class SISA:
         )
 
     def copy(self, folder: str | Path | None = None) -> SISA:
-        """The same ensemble with its checkpoints in another folder: requests to one do not reach
-        the other.
+        """The same ensemble with its checkpoints in another folder, and requests of its own.
 
         Args:
             folder: As for `SISA`.
@@ -301,18 +279,14 @@ class SISA:
     def _cut(self, total: int) -> Cut:
         for name, values in (("labels", self.labels), ("probabilities", self.probabilities)):
             if values is not None and np.shape(values)[:1] != (total,):
-                raise ConfigError(
-                    f"{name} of shape {np.shape(values)} for {total} samples",
-                    "one a sample",
-                    f"Correct `{name}`.",
-                )
+                got = f"{name} of shape {np.shape(values)} for {total} samples"
+                raise ConfigError(got, "one a sample", f"Correct `{name}`.")
+        pieces = self.shards, self.slices, self.seed
         if self.labels is not None:
-            return partition.balanced(self.labels, self.shards, self.slices, self.seed)
+            return partition.balanced(self.labels, *pieces)
         if self.probabilities is not None:
-            return partition.by_deletion_probability(
-                self.probabilities, self.shards, self.slices, self.seed
-            )
-        return partition.uniform(total, self.shards, self.slices, self.seed)
+            return partition.by_deletion_probability(self.probabilities, *pieces)
+        return partition.uniform(total, *pieces)
 
     def _place(self) -> Path:
         if self.folder is not None:
@@ -328,12 +302,9 @@ class SISA:
         size = store.size(initial)
         room = self.budget // size
         if room < self.shards:
-            raise ConfigError(
-                f"budget={self.budget} bytes",
-                f"at least {self.shards * size}: one checkpoint of {size} bytes for each of "
-                f"{self.shards} shards",
-                "Raise the budget, or use fewer shards.",
-            )
+            least = f"one checkpoint of {size} bytes for each of {self.shards} shards"
+            got, expected = f"budget={self.budget} bytes", f"at least {self.shards * size}: {least}"
+            raise ConfigError(got, expected, "Raise the budget, or use fewer shards.")
         share, more = divmod(room, self.shards)  # the first `more` shards keep one more
         return tuple(
             partition.kept_checkpoints(self.slices, share + (shard < more))

@@ -1,5 +1,4 @@
-"""SISA as a method to compare: an ensemble of its own, trained once, that forgets exactly
-(arXiv:1912.03817)."""
+"""SISA as a method: its own ensemble, trained once, forgets exactly (arXiv:1912.03817)."""
 
 from __future__ import annotations
 
@@ -23,16 +22,14 @@ from fisher_forget.errors import ConfigError
 
 @dataclass(frozen=True)
 class Sharded(Method):
-    """Shards are trained on all samples, and then those that are hit by the forget set are trained
-    again.
+    """Shards are trained on all samples, then those that the forget set hits are trained again.
 
     What comes out is SISA's own ensemble, not the given model, which gives its architecture alone.
     The time is that of forgetting; training the shards, which comes before any request, is not
     counted. `passes` is NaN: the epochs of `train` are not known.
 
     Attributes:
-        train: How a model is trained: (fresh model, training data set, indices, seed) -> trained
-            model.
+        train: Trains a model: (fresh model, data set, indices, seed) -> trained model.
         init: Makes an untrained model; by default the modules' own `reset_parameters`.
         shards: S.
         slices: R.
@@ -94,6 +91,5 @@ def _train(
     rows: Indices,
     seed: int,
 ) -> nn.Module:
-    """Rows of the samples of a split, as rows of the data set below them, which the user's function
-    knows."""
+    """Rows of the samples of a split as rows of its data set, which the user's function knows."""
     return train(model, base, members[rows], seed)

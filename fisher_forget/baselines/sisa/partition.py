@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fisher_forget._util.checks import is_whole
 from fisher_forget.data.split import Indices
 from fisher_forget.errors import ConfigError
 
@@ -56,11 +57,9 @@ def balanced(labels: ArrayLike, shards: int, slices: int, seed: int) -> Cut:
     """
     classes = np.asarray(labels)
     if classes.ndim != 1 or classes.dtype.kind not in "iubUS":
-        raise ConfigError(
-            f"labels of shape {classes.shape} and dtype {classes.dtype}",
-            "one class a sample, integer or string",
-            "Pass the class of every sample in a flat array.",
-        )
+        got = f"labels of shape {classes.shape} and dtype {classes.dtype}"
+        fix = "Pass the class of every sample in a flat array."
+        raise ConfigError(got, "one class a sample, integer or string", fix)
     _check(len(classes), shards, slices)
     order = _ascending(classes, seed)
     # dealing in turn from classes in order: no shard gets two more of a class than another
@@ -127,8 +126,7 @@ def by_deletion_probability(
 
 
 def epochs_per_slice(epochs: float, slices: int) -> float:
-    """2 e / (R + 1): epochs of each of R slices that read as many samples in all as e epochs
-    without slices.
+    """2 e / (R + 1): epochs of each of R slices that read as many samples as e epochs without.
 
     Slice r trains on r/R of the shard, and the sum of r/R over r is (R + 1) / 2. Round it as the
     training needs.
@@ -143,8 +141,7 @@ def epochs_per_slice(epochs: float, slices: int) -> float:
 
 
 def expected_points_sequential(samples: int, shards: int, requests: int) -> float:
-    """(N/S + 1/(2S) - 1) K - K^2 / (2S): points that K requests retrain, served one after the
-    other, with R = 1.
+    """(N/S + 1/(2S) - 1) K - K^2 / (2S): points retrained by K requests, one by one, R = 1.
 
     Request i meets a shard of (N - i + 1) / S points on average and retrains all but one: every
     request is taken to hit a shard at random.
@@ -162,8 +159,7 @@ def expected_points_sequential(samples: int, shards: int, requests: int) -> floa
 
 
 def expected_points_batch(samples: int, shards: int, requests: int) -> float:
-    """N (1 - (1 - 1/S)^K) - K: points that K requests retrain when they are served together, with R
-    = 1.
+    """N (1 - (1 - 1/S)^K) - K: points retrained by K requests that are served together, R = 1.
 
     A shard is retrained if at least one request hits it.
 
@@ -180,8 +176,7 @@ def expected_points_batch(samples: int, shards: int, requests: int) -> float:
 
 
 def slicing_fraction(slices: int) -> float:
-    """2/3 + 1/(3R): expected cost of a deletion from a shard of R slices over that of retraining
-    the shard.
+    """2/3 + 1/(3R): expected cost of a deletion from R slices over that of retraining the shard.
 
     The slice hit is uniform, and training goes on from the checkpoint before it with
     `epochs_per_slice`: the mean of sum_{j >= r} j/R * 2/(R + 1) over r = 1 ... R. It saves a third
@@ -195,8 +190,7 @@ def slicing_fraction(slices: int) -> float:
 
 
 def kept_checkpoints(slices: int, room: int) -> frozenset[int]:
-    """After how many slices a checkpoint is kept where there is room for `room`: spread evenly, the
-    last always.
+    """After how many slices the `room` checkpoints are kept: spread evenly, the last always.
 
     Raises:
         ConfigError: If a number is below 1.
@@ -226,7 +220,7 @@ def check_at_least(least: int, **numbers: int) -> None:
         ConfigError: With the name of the first that is not.
     """
     for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        if not is_whole(value, least):
             raise ConfigError(
                 f"{name}={value!r}", f"an integer of at least {least}", f"Correct `{name}`."
             )
@@ -245,18 +239,13 @@ def _sliced(part: Indices, slices: int) -> Shard:
 def _check(samples: int, shards: int, slices: int) -> None:
     check_at_least(1, samples=samples, shards=shards, slices=slices)
     if shards * slices > samples:
-        raise ConfigError(
-            f"{shards} shards of {slices} slices for {samples} samples",
-            "at least one sample in every slice",
-            "Ask for fewer shards or slices.",
-        )
+        got = f"{shards} shards of {slices} slices for {samples} samples"
+        fix = "Ask for fewer shards or slices."
+        raise ConfigError(got, "at least one sample in every slice", fix)
 
 
 def _requests(samples: int, shards: int, requests: int) -> None:
     check_at_least(1, samples=samples, shards=shards, requests=requests)
     if requests > samples:
-        raise ConfigError(
-            f"{requests} requests for {samples} samples",
-            "at most one a sample",
-            "Lower `requests`.",
-        )
+        got = f"{requests} requests for {samples} samples"
+        raise ConfigError(got, "at most one a sample", "Lower `requests`.")

@@ -1,5 +1,4 @@
-"""Training of SISA's shards: what is left to train, and the seeds that make it the same wherever
-and whenever it is done."""
+"""Training of SISA's shards: what is left to train, and seeds that repeat it anywhere, any time."""
 
 from __future__ import annotations
 
@@ -21,8 +20,7 @@ from fisher_forget.baselines.sisa.store import Store
 
 
 def slice_seed(seed: int, shard: int, done: int) -> int:
-    """Seed of the training that follows `done - 1` slices of a shard (`done=0`: of its initial
-    weights).
+    """Seed of the training after `done - 1` slices of a shard (`done=0`: of its initial weights).
 
     It depends on nothing else, so that a request does not change the randomness of what it does not
     hit.
@@ -80,8 +78,7 @@ class ShardTrainer:
     store: Store
 
     def run(self, tasks: list[tuple[ShardTask, int]], jobs: int) -> Iterator[tuple[int, int]]:
-        """(calls, points) of each (shard, slices done before), in the order in which they are
-        finished."""
+        """(calls, points) of each (shard, slices done before), in the order of their finish."""
         if jobs == 1 or len(tasks) < 2:
             yield from (self.train_shard(task, start) for task, start in tasks)
             return

@@ -1,5 +1,4 @@
-"""The folder of a SISA run: which requests were made, and one file a checkpoint that says what it
-was trained on.
+"""The folder of a SISA run: its requests, and a file a checkpoint that says what it has seen.
 
 A checkpoint's key is a hash chain over the slices that it has seen, with the samples that are
 retained in them:
@@ -60,8 +59,7 @@ class Store(files.RequestLog):
         return _key(self.path(shard, done)) == key
 
     def keep_only(self, wanted: Mapping[Path, str]) -> None:
-        """Remove every checkpoint that is not wanted or has another key, and what a killed write
-        left behind."""
+        """Remove checkpoints not wanted or of another key, and what killed writes left behind."""
         for path in self.folder.glob(PATTERN):
             # what cannot be read has no key, and goes as well
             if path not in wanted or _key(path) != wanted[path]:

@@ -1,5 +1,4 @@
-"""What a layer rule is: per-sample parameter gradients from a layer's input and the gradient at its
-output, without autograd.
+"""What a layer rule is: per-sample gradients from a layer's input and output gradient alone.
 
 A layer with weight matrix W [O, I] that sees inputs a_nr and output gradients g_nr at the R
 positions of sample n has the per-sample gradient M_n = sum_r g_nr a_nr^T. Where R = 1 it has rank
@@ -22,8 +21,7 @@ LARGEST_SIDE = 8192  # a longer side keeps the standard basis: eigenvectors cost
 
 
 class Rule:
-    """One kind of layer. Tensors `a` (layer input) and `g` (gradient at its output) lead with the
-    samples.
+    """One kind of layer. `a` (layer input) and `g` (gradient at its output) lead with the samples.
 
     Attributes:
         module: The layer.
@@ -54,8 +52,7 @@ class Rule:
     def add_squares(
         self, totals: dict[str, Tensor], a: Tensor, g: Tensor, shared: Tensor | None = None
     ) -> None:
-        """Add sum_n of the squared per-sample gradients, run by run of samples, to the totals asked
-        for."""
+        """Add sum_n of the squared per-sample gradients, by runs of samples, to the totals."""
         step = max(1, PIECE_BYTES // (4 * sum(total.numel() for total in totals.values())))
         for start in range(0, len(g), step):
             rows = slice(start, start + step)
@@ -65,8 +62,7 @@ class Rule:
 
 
 class MatrixRule(Rule):
-    """A layer whose weight is a matrix [O, I]: it has a basis for its rows and one for its
-    columns."""
+    """A layer whose weight is a matrix [O, I]: it has a basis for rows and one for columns."""
 
     def to_matrix(self, weight: Tensor) -> Tensor:
         """[..., *weight.shape] as [..., O, I]."""
@@ -77,8 +73,7 @@ class MatrixRule(Rule):
         return matrix.reshape(*matrix.shape[:-2], *self.module.weight.shape)
 
     def positions(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Inputs [N, R, I] and output gradients [N, R, O], where M_n = sum_r g_nr a_nr^T; `None` if
-        there are none."""
+        """Inputs [N, R, I], output gradients [N, R, O]: M_n = sum_r g_nr a_nr^T; `None` without."""
         return None
 
     def position_count(self, g: Tensor) -> int:
@@ -100,8 +95,7 @@ class MatrixRule(Rule):
 
 
 def add_squared_products(total: Tensor, y: Tensor, x: Tensor) -> None:
-    """Add sum_n (y_n x_n)^2 to `total` [O, I], for y [N, O, R] and x [N, R, I], in pieces that stay
-    in the cache."""
+    """Add sum_n (y_n x_n)^2 to `total` [O, I], for y [N, O, R], x [N, R, I], piece by piece."""
     # a block of output rows at a time, so that what is squared has not left the cache
     rows = max(1, min(len(total), PIECE_BYTES // (4 * total.shape[1])))
     step = max(1, PIECE_BYTES // (4 * rows * total.shape[1]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,23 @@ def positions_last(g: Tensor) -> Tensor:
     return g.movedim(1, -1).flatten(1, -2).transpose(1, 2)
 
 
+def weight_gradient(
+    g: Tensor,
+    a: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """d <g, conv(a, weight)> / d weight by the library's own kernel; `weight` gives the shape."""
+    straight, no_padding, weight_only = False, [0] * len(stride), [False, True, False]
+    gradient: Tensor = torch.ops.aten.convolution_backward(
+        g, a, weight, None, stride, padding, dilation, straight, no_padding, groups, weight_only
+    )[1]
+    return gradient
+
+
 class ConvRule(MatrixRule):
     """nn.Conv1d/2d/3d with stride, dilation, groups and padding modes.
 
@@ -50,8 +67,7 @@ class ConvRule(MatrixRule):
         return F.pad(a, [p for size in reversed(padding) for p in (size, size)])
 
     def patches(self, a: Tensor, spatial: torch.Size) -> Tensor:
-        """What each output position sees, kernel offset by kernel offset: [N, R, K C], groups side
-        by side in C.
+        """What each output position sees, by kernel offset: [N, R, K C], groups side by side in C.
 
         One copy of a strided view of the channels-last input, whose innermost runs are whole
         pixels.
@@ -140,21 +156,9 @@ class ConvRule(MatrixRule):
 
     def _weight_gradient(self, a: Tensor, g: Tensor) -> Tensor:
         """The library's own kernel on one sample: best where one sample's image is large."""
-        m, d = self.module, self._spatial()
-        gradient: Tensor = torch.ops.aten.convolution_backward(
-            g,
-            a,
-            m.weight.detach(),
-            None,
-            m.stride,
-            m.padding,
-            m.dilation,
-            False,
-            [0] * d,
-            m.groups,
-            [False, True, False],
-        )[1]
-        return gradient
+        m = self.module
+        weight = m.weight.detach()
+        return weight_gradient(g, a, weight, m.stride, m.padding, m.dilation, m.groups)
 
     def positions(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.module.groups > 1:
@@ -166,13 +170,8 @@ class ConvRule(MatrixRule):
 
     def add_column_moment(self, total: Tensor, a: Tensor, g: Tensor) -> None:
         m = self.module
-        plain = (
-            isinstance(m, nn.Conv2d)
-            and m.groups == 1
-            and m.stride == (1, 1)
-            and m.kernel_size != (1, 1)
-        )
-        if plain and g[0, 0].numel() >= SHIFTS_FROM:
+        plain = isinstance(m, nn.Conv2d) and m.groups == 1 and m.stride == (1, 1)
+        if plain and m.kernel_size != (1, 1) and g[0, 0].numel() >= SHIFTS_FROM:
             self._add_shifts(total, a, g.shape[2:])
             return
         for x, _ in self._chunks(a, g):
@@ -238,19 +237,9 @@ class Autocorrelation:
             channels, (kh, kw), (below, aside) = self.x.shape[1], self.kernel, self.reach
             pixels = self.x[:, :, slice(*rows), slice(*columns)]
             seen = self.wide[:, :, rows[0] : rows[1] + below, columns[0] : columns[1] + 2 * aside]
-            self._known[key] = torch.ops.aten.convolution_backward(
-                pixels.contiguous(),
-                seen.contiguous(),
-                self.x.new_empty(channels, channels, kh, 2 * kw - 1),
-                None,
-                [1, 1],
-                [0, 0],
-                list(self.dilation),
-                False,
-                [0, 0],
-                1,
-                [False, True, False],
-            )[1]
+            shape = self.x.new_empty(channels, channels, kh, 2 * kw - 1)
+            pair = pixels.contiguous(), seen.contiguous()
+            self._known[key] = weight_gradient(*pair, shape, (1, 1), (0, 0), self.dilation, 1)
         return self._known[key]
 
     def within(self, rows: Range, columns: Range) -> Tensor:

@@ -9,8 +9,7 @@ from fisher_forget.curvature.rules.base import MatrixRule, add_gram
 
 
 class EmbeddingRule(MatrixRule):
-    """nn.Embedding: the weight as [V, D]; its rows' side is one-hot, so it keeps the standard
-    basis."""
+    """nn.Embedding: weight [V, D]; its rows' side is one-hot and keeps the standard basis."""
 
     sparse = True
 

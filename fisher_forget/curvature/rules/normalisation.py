@@ -11,8 +11,7 @@ from fisher_forget.curvature.rules.base import Rule
 
 
 class ElementwiseRule(Rule):
-    """Scale and shift of a normalised input: the gradient is a sum over positions of g * a_hat and
-    of g."""
+    """Scale and shift of a normalised input: the gradients sum g * a_hat and g over positions."""
 
     channel_last: ClassVar[bool] = True
 

@@ -21,7 +21,7 @@ from fisher_forget.curvature.operator import (
     spectral_fields,
 )
 from fisher_forget.curvature.passes import Accumulator, Walk
-from fisher_forget.curvature.record import Record
+from fisher_forget.curvature.record import Grads, Record
 from fisher_forget.curvature.solvers import flat, matrix
 from fisher_forget.curvature.structures.spec import StructureSpec
 from fisher_forget.curvature.tape import Tape
@@ -90,8 +90,7 @@ def from_matrix(b: Tensor, like: Params, *, signed: bool = False) -> Dense:
     Args:
         b: B.
         like: Parameters that give names, order and shapes.
-        signed: Whether it may be indefinite. If not, negative eigenvalues are rounding errors and
-            become 0.
+        signed: Whether it may be indefinite. If not, negative rounding errors become 0.
 
     Raises:
         CurvatureError: If a matrix that is not `signed` has a negative eigenvalue beyond rounding.
@@ -104,11 +103,9 @@ def from_matrix(b: Tensor, like: Params, *, signed: bool = False) -> Dense:
     # root
     rounding = (len(b) * eps if signed else eps**0.5) * largest
     if not signed and smallest < -rounding:
-        raise CurvatureError(
-            f"a matrix with the eigenvalue {smallest:.3g} beside {largest:.3g}",
-            "a positive semi-definite one",
-            "Pass signed=True if it may be indefinite.",
-        )
+        got = f"a matrix with the eigenvalue {smallest:.3g} beside {largest:.3g}"
+        fix = "Pass signed=True if it may be indefinite."
+        raise CurvatureError(got, "a positive semi-definite one", fix)
     return Dense(
         eigenvalues={KEY: eigenvalues.where((eigenvalues >= 0) | (eigenvalues < -rounding), 0.0)},
         basis=basis,
@@ -147,9 +144,7 @@ class DenseSum(Accumulator):
         first = next(iter(self.like.values()))
         self.sums = torch.zeros(d, d, dtype=first.dtype, device=first.device)
 
-    def add(
-        self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool
-    ) -> None:
+    def add(self, record: Record, column: Tensor, grads: Grads, last: bool) -> None:
         gradients = record.per_sample(column, grads)
         rows = torch.cat([value.flatten(1) for value in gradients.values()], 1)
         # the rows are J_n^T s_n, one a sample: their outer products add up in one matrix product
@@ -159,20 +154,14 @@ class DenseSum(Accumulator):
         return from_matrix(self.sums / count, self.like)
 
 
-def hessian_matrix(walk: Walk) -> tuple[Dense, float]:
-    """The Hessian by d products; its negative eigenvalues are kept.
-
-    Raises:
-        CurvatureError: If the model is too large for a d x d matrix.
-    """
+def _estimate(walk: Walk) -> tuple[Curvature, float]:
+    if walk.kind != "hessian":
+        return walk.estimate(DenseSum(walk.tape))
     like = walk.like()
     check_size(like)
     product = walk.product()
+    # the Hessian by d products; its negative eigenvalues are kept
     return from_matrix(matrix(flat(product, like), flatten(like)), like, signed=True), product.count
-
-
-def _estimate(walk: Walk) -> tuple[Curvature, float]:
-    return hessian_matrix(walk) if walk.kind == "hessian" else walk.estimate(DenseSum(walk.tape))
 
 
 def _cost(walk: Walk) -> CostEstimate:

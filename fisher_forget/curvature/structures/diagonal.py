@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from fisher_forget.curvature.checks import check_undamped
 from fisher_forget.curvature.cost import CostEstimate
 from fisher_forget.curvature.operator import Curvature, Spectral, not_sums
 from fisher_forget.curvature.passes import Accumulator, Walk
-from fisher_forget.curvature.record import Record
+from fisher_forget.curvature.record import Grads, Record
 from fisher_forget.curvature.solvers import flat, hutchinson
 from fisher_forget.curvature.structures.spec import StructureSpec
 from fisher_forget.curvature.tape import Tape
@@ -51,8 +51,7 @@ SETTLE_EVERY = 64  # chunks
 
 
 class Settling:
-    """Sums of very many chunks in single precision: recent chunks are summed apart and added to the
-    total now and then.
+    """Sums of very many chunks in single precision: recent chunks apart, settled now and then.
 
     Plain sums of 20,000 chunks were measured to be off by 3e-4; two levels keep the error below
     1e-5.
@@ -119,9 +118,7 @@ class DiagonalSum(Accumulator):
         self._settling = Settling(self.sums)
         self._thin = ThinSquares()
 
-    def add(
-        self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool
-    ) -> None:
+    def add(self, record: Record, column: Tensor, grads: Grads, last: bool) -> None:
         for group in record.groups():
             thin = group.rank_one(grads)
             if thin is None:
@@ -143,18 +140,14 @@ class DiagonalSum(Accumulator):
         return Diagonal(self._settling.mean(count))
 
 
-def hessian_diagonal(walk: Walk) -> tuple[Diagonal, float]:
-    """An unbiased *estimate* of the Hessian's diagonal by `hutchinson`; entries may be negative."""
+def _estimate(walk: Walk) -> tuple[Curvature, float]:
+    if walk.kind != "hessian":
+        return walk.estimate(DiagonalSum(walk.tape))
+    # an unbiased *estimate* of the Hessian's diagonal, whose entries may be negative
     product, like = walk.product(), walk.like()
     probes, seed = walk.options.draws, walk.options.seed
     entries = unflatten(hutchinson(flat(product, like), flatten(like), probes, seed), like)
     return Diagonal(entries, signed=True), product.count
-
-
-def _estimate(walk: Walk) -> tuple[Curvature, float]:
-    if walk.kind == "hessian":
-        return hessian_diagonal(walk)
-    return walk.estimate(DiagonalSum(walk.tape))
 
 
 def _cost(walk: Walk) -> CostEstimate:

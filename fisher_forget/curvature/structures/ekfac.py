@@ -14,7 +14,7 @@ diagonal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -24,7 +24,7 @@ from fisher_forget.curvature import cost
 from fisher_forget.curvature.cost import CostEstimate
 from fisher_forget.curvature.operator import BlockDiagonal, Curvature, Spectral
 from fisher_forget.curvature.passes import Accumulator, Walk
-from fisher_forget.curvature.record import Group, Record
+from fisher_forget.curvature.record import Grads, Group, Record
 from fisher_forget.curvature.rules.base import PATCH_BYTES, MatrixRule, add_squared_products
 from fisher_forget.curvature.structures.diagonal import Diagonal, Settling, ThinSquares
 from fisher_forget.curvature.structures.kronecker import KEY, Kronecker, Matrix, turn
@@ -35,12 +35,11 @@ from fisher_forget.params import Params
 
 REPLAY_BYTES = 256 << 20  # layer inputs and output gradients kept from the first pass
 
-Step = tuple[Record, Tensor, Sequence[Tensor | None], bool]
+Step = tuple[Record, Tensor, Grads, bool]
 
 
 def symmetric_basis(covariance: Tensor) -> Tensor:
-    """Orthonormal eigenvectors [k, k] of a matrix given by its upper triangle, in float64 where
-    that is cheap."""
+    """Orthonormal eigenvectors [k, k] from an upper triangle, in float64 where that is cheap."""
     exact = covariance.double() if len(covariance) <= 512 else covariance
     try:
         basis: Tensor = torch.linalg.eigh(exact, UPLO="U")[1]
@@ -101,9 +100,7 @@ class EkfacSum(Accumulator):
         self._pass, self.passes = 1, 1
         self._make_room()
 
-    def add(
-        self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool
-    ) -> None:
+    def add(self, record: Record, column: Tensor, grads: Grads, last: bool) -> None:
         if self._pass == 0:
             self._add_moments(record, grads, last)
             self._remember(record, column, grads, last)
@@ -111,8 +108,7 @@ class EkfacSum(Accumulator):
             self._add_lambdas(record, column, grads, last)
 
     def end_pass(self) -> None:
-        """After the first pass: eigendecompose the sides, make room for Lambda, and replay what was
-        remembered."""
+        """After the first pass: eigendecompose the sides, and replay what was remembered."""
         self._pass += 1
         if self._pass > 1:
             return
@@ -135,9 +131,7 @@ class EkfacSum(Accumulator):
                 self.rest.pop(name, None)
         self._settling = Settling(self.lambdas), Settling(self.rest)
 
-    def _remember(
-        self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool
-    ) -> None:
+    def _remember(self, record: Record, column: Tensor, grads: Grads, last: bool) -> None:
         if self._replay is None:
             return
         # the columns of a chunk share its inputs: these take memory once
@@ -150,7 +144,7 @@ class EkfacSum(Accumulator):
             return
         self._replay.append((record.without_graph(), column, grads, last))
 
-    def _add_moments(self, record: Record, grads: Sequence[Tensor | None], last: bool) -> None:
+    def _add_moments(self, record: Record, grads: Grads, last: bool) -> None:
         for group in record.groups():
             layout = self._layout(group)
             if layout is None:
@@ -178,13 +172,9 @@ class EkfacSum(Accumulator):
         return self.moments[layout.weight]
 
     def _layout(self, group: Group) -> Matrix | None:
-        """Weight and bias share a matrix where every call of the group uses both; else the weight
-        stands alone."""
-        matrices = [
-            u.layer
-            for u in group.uses
-            if isinstance(u.layer.rule, MatrixRule) and "weight" in u.layer.names
-        ]
+        """Weight and bias share a matrix where every call uses both; else the weight is alone."""
+        layers = [use.layer for use in group.uses if isinstance(use.layer.rule, MatrixRule)]
+        matrices = [layer for layer in layers if "weight" in layer.names]
         if not matrices:
             return None
         weight = matrices[0].names["weight"]
@@ -196,9 +186,7 @@ class EkfacSum(Accumulator):
             self.layouts[weight] = Matrix(rule, weight, bias)
         return self.layouts[weight]
 
-    def _add_lambdas(
-        self, record: Record, column: Tensor, grads: Sequence[Tensor | None], last: bool
-    ) -> None:
+    def _add_lambdas(self, record: Record, column: Tensor, grads: Grads, last: bool) -> None:
         for group in record.groups():
             layout = self._layout(group)
             if layout is None or layout.weight not in self.bases:
@@ -224,9 +212,8 @@ class EkfacSum(Accumulator):
             for settling in self._settling:
                 settling.end_chunk()
 
-    def _add_shared(self, layout: Matrix, group: Group, grads: Sequence[Tensor | None]) -> None:
-        """Lambda of a layer at several positions: rotate these, or the per-sample matrices where
-        that costs less."""
+    def _add_shared(self, layout: Matrix, group: Group, grads: Grads) -> None:
+        """Lambda of a layer at several positions: rotates these or, where cheaper, M_n."""
         row, col = self.bases[layout.weight]
         use, g = group.uses[0], grads[group.calls[0]]
         rule = use.layer.rule
@@ -273,7 +260,7 @@ class EkfacSum(Accumulator):
                 turned.addcmul_(b.unsqueeze(-1), col[-1])
             self.lambdas[layout.weight] += turned.square_().sum(0)
 
-    def _square(self, group: Group, grads: Sequence[Tensor | None], done: tuple[str, ...]) -> None:
+    def _square(self, group: Group, grads: Grads, done: tuple[str, ...]) -> None:
         """The exact diagonal of the group's other parameters."""
         if set(group.names) <= set(done):
             return

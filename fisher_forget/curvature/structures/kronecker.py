@@ -1,5 +1,4 @@
-"""One layer's Kronecker-factored operator: a basis for the rows of its matrix, one for the
-columns."""
+"""One layer's Kronecker-factored operator: a basis for its matrix's rows, one for its columns."""
 
 from __future__ import annotations
 
@@ -11,13 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fisher_forget.curvature.checks import check_undamped
-from fisher_forget.curvature.operator import (
-    Curvature,
-    Spectral,
-    Stored,
-    not_sums,
-    spectral_fields,
-)
+from fisher_forget.curvature.operator import Curvature, Spectral, Stored, not_sums, spectral_fields
 from fisher_forget.curvature.rules import rule_for
 from fisher_forget.curvature.rules.base import MatrixRule
 from fisher_forget.errors import CurvatureError, StorageError
@@ -52,12 +45,11 @@ class Matrix:
 
 @dataclass(frozen=True, kw_only=True)
 class Kronecker(Spectral):
-    """One layer: B = (Q_row (x) Q_col) diag(Lambda) (Q_row (x) Q_col)^T; `None` stands for the
-    standard basis.
+    """B = (Q_row (x) Q_col) diag(Lambda) (Q_row (x) Q_col)^T of one layer.
 
     Attributes:
         layout: The layer's matrix.
-        row: Q_row [O, O] or `None`.
+        row: Q_row [O, O]; `None` stands for the standard basis.
         col: Q_col [I, I].
     """
 
@@ -85,11 +77,9 @@ class Kronecker(Spectral):
         if not isinstance(other, Kronecker):
             raise not_sums(self, other)
         if not (_equal(self.row, other.row) and _equal(self.col, other.col)):
-            raise CurvatureError(
-                f"EKFAC blocks of {self.layout.names} in different bases",
-                "one basis for both",
-                "Estimate the second with estimate_curvature(..., basis=first).",
-            )
+            got = f"EKFAC blocks of {self.layout.names} in different bases"
+            fix = "Estimate the second with estimate_curvature(..., basis=first)."
+            raise CurvatureError(got, "one basis for both", fix)
         return self.mixed_eigenvalues(other, x, y)
 
     def pack(self) -> Stored:
@@ -123,11 +113,8 @@ def _rule_of(weight: str, model: nn.Module) -> MatrixRule:
         rule = rule_for(module) if owns else None
         if isinstance(rule, MatrixRule):
             return rule
-    raise StorageError(
-        f"a block of {weight}",
-        "a layer with a matrix of that name",
-        "Estimate the curvature again.",
-    )
+    got = f"a block of {weight}"
+    raise StorageError(got, "a layer with a matrix of that name", "Estimate the curvature again.")
 
 
 def turn(matrix: Tensor, row: Tensor | None, col: Tensor) -> Tensor:

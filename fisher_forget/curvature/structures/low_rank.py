@@ -30,13 +30,11 @@ class LowRank(Curvature):
     Attributes:
         basis: U [d, r], orthonormal columns.
         eigenvalues: s [r], descending, without damping.
-        delta: Mean of the other d - r eigenvalues, max(0, (tr B - sum s) / (d - r)): it keeps the
-            trace.
+        delta: Mean of the other d - r eigenvalues, max(0, (tr B - sum s) / (d - r)): keeps tr B.
         like: Parameters that give names, order and shapes.
         tau: Damping.
         residual: max_i |B u_i - s_i u_i| / s_1, how well the eigenpairs have converged.
-        trace_estimated: Whether tr B came from random output signs, unbiased, and not from all
-            exact columns.
+        trace_estimated: Whether tr B came from random output signs, not from all exact columns.
         products: Products with B that the eigenpairs took.
     """
 
@@ -121,8 +119,7 @@ def top_eigenpairs(
     seed: int = 0,
     trace_estimated: bool = False,
 ) -> LowRank:
-    """The `rank` largest eigenpairs by Lanczos with full reorthogonalisation; no d x d matrix is
-    formed.
+    """The `rank` largest eigenpairs by Lanczos, fully reorthogonalised; no d x d matrix is formed.
 
     It stops when every |B u_i - s_i u_i| is below sqrt(eps) s_1, which makes the eigenvalues
     accurate to about eps, or after `most_products` steps. Where eigenvalues lie close together the
@@ -173,8 +170,7 @@ def top_eigenpairs(
 
 
 def _for_trace(walk: Walk) -> Walk:
-    """The trace of many exact columns costs as many backward passes; one random column a sample is
-    unbiased."""
+    """Where exact columns are many, one random column a sample gives an unbiased trace."""
     if walk.kind != "exact" or walk.exact_columns <= EXACT_UP_TO:
         return walk
     return replace(walk, options=replace(walk.options, kind="sketch"))

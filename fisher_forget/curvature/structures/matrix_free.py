@@ -37,8 +37,7 @@ CHECK_EVERY = 5  # Lanczos steps between two looks at the convergence of f(A) v
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixFree(Curvature):
-    """B + tau I as nothing but its products: exact wherever products are, slow where an inverse is
-    needed.
+    """B + tau I by its products: exact wherever products are, slow where an inverse is needed.
 
     `power` needs one product for p = 1, conjugate gradients for p = -1 and Lanczos, f(A) v = |v| Q
     f(T) e_1, for other exponents. `diagonal` and `trace` are exact up to `SMALL` parameters and
@@ -106,8 +105,7 @@ class MatrixFree(Curvature):
         return float((weights * self._damped_values(nodes).log()).sum())
 
     def _damped_values(self, values: Tensor) -> Tensor:
-        """Eigenvalues of B + tau I from those of B, where negatives at rounding level are 0 (all,
-        if not `signed`)."""
+        """Eigenvalues of B + tau I; negative rounding errors of B (all, if not `signed`) are 0."""
         eps = torch.finfo(next(iter(self.like.values())).dtype).eps
         rounding = 10 * len(values) * eps * float(values.abs().max())
         kept = values > rounding
@@ -124,8 +122,7 @@ class MatrixFree(Curvature):
         return b
 
     def _quadrature(self) -> tuple[Tensor, Tensor]:
-        """Nodes and weights with tr f(B) = sum w f(node): eigenvalues, or those of Krylov spaces of
-        random signs."""
+        """Nodes and weights, tr f(B) = sum w f(node): of B itself, or of random Krylov spaces."""
         if "quadrature" not in self.known:
             if P.size(self.like) <= SMALL:
                 symmetric = (self._matrix() + self._matrix().T).double() / 2
@@ -152,8 +149,7 @@ class MatrixFree(Curvature):
         return torch.cat(nodes), torch.cat(weights)
 
     def _check(self, what: str, *, singular: bool = False) -> None:
-        """Refuse an indefinite operator; beyond `SMALL` parameters by the lowest Ritz value, which
-        is never too low."""
+        """Refuse an indefinite operator; beyond `SMALL` by the lowest Ritz value, never too low."""
         if "lowest" not in self.known:
             if P.size(self.like) <= SMALL:
                 self.known["lowest"] = self._quadrature()[0], 0.0

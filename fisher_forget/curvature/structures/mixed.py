@@ -39,11 +39,9 @@ def assign(structures: Mapping[str, str], names: Sequence[str]) -> list[Group]:
         groups.append((structure, members))
         left = [name for name in left if name not in members]
     if left:
-        raise CurvatureError(
-            f"no pattern in structure= for {left[:5]}" + (" and others" if len(left) > 5 else ""),
-            "a structure for every parameter",
-            "Add a last pattern '*', or leave parameters out with subset=.",
-        )
+        got = f"no pattern in structure= for {left[:5]}" + (" and others" if len(left) > 5 else "")
+        fix = "Add a last pattern '*', or leave parameters out with subset=."
+        raise CurvatureError(got, "a structure for every parameter", fix)
     return groups
 
 
@@ -58,8 +56,3 @@ def join(
         else:
             parts.append((members, curvature))
     return BlockDiagonal(tuple(parts), tuple(names))
-
-
-def label(structures: Mapping[str, str]) -> str:
-    """The patterns as one line."""
-    return ", ".join(f"{pattern}: {structure}" for pattern, structure in structures.items())

@@ -1,2 +1,1 @@
-"""The Newton correction: when to follow the flow of the retained objective, how far, and within
-which bounds."""
+"""The Newton correction: when to follow the flow of the retained objective, and how far."""

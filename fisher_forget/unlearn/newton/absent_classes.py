@@ -26,8 +26,7 @@ ALIKE = 1e-5  # relative difference of outputs that are the same
 
 
 def absent_classes(total: Gradient, retained: Gradient) -> tuple[int, ...]:
-    """Classes that some sample is labelled with, but no retained one; none for likelihoods without
-    classes."""
+    """Classes that some sample is labelled with, but no retained one; none without classes."""
     gone = (total.classes > 0) & (retained.classes <= TRACE * total.classes)
     return tuple(gone.flatten().nonzero().flatten().tolist()) if gone.dim() else ()
 

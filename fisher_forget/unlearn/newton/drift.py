@@ -15,8 +15,7 @@ AHEAD = 125.0  # time of the step over all samples that leads to where the drift
 
 
 def drift_prevails(problem: Problem) -> bool:
-    """Whether |grad L_D + wd w| > |grad L_r - grad L_D|: most of the force on the weights is not
-    owed to the forget set."""
+    """Whether |grad L_D + wd w| > |grad L_r - grad L_D|: most of the force is not owed to D_f."""
     full = problem.sums.total.mean()
     drift = P.norm(P.add(full, problem.objective.start, problem.weight_decay))
     return drift > P.norm(P.add(problem.retained.mean(), full, -1))

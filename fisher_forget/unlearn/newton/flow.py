@@ -106,11 +106,7 @@ class Flow:
 
         iterations, tolerance = EXACT if self.solver.literal else QUICK
         return conjugate_gradient(
-            product,
-            b,
-            lambda r: damped.power(r, -1),
-            iterations=iterations,
-            tolerance=tolerance,
+            product, b, lambda r: damped.power(r, -1), iterations=iterations, tolerance=tolerance
         )
 
     def linearise(self) -> tuple[Params, GgnProduct | None, float]:

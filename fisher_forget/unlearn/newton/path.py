@@ -94,11 +94,9 @@ class Path:
         tau = self.smallest_damping(progress) if damping == "auto" else float(damping)
         for _ in range(0 if tau is None else steps):
             if not self.advance(tau or 0.0) and damping != "auto":
-                raise NumericalError(
-                    f"a Newton step at damping {tau:g} that left the finite numbers",
-                    "finite weights and losses",
-                    "Use a larger damping, or damping='auto'.",
-                )
+                got = f"a Newton step at damping {tau:g} that left the finite numbers"
+                fix = "Use a larger damping, or damping='auto'."
+                raise NumericalError(got, "finite weights and losses", fix)
 
     def advance(self, tau: float, halvings: int = 0, *, trial: bool = False) -> bool:
         """One sub-step from the current weights; they move only if it fits, and is no trial.

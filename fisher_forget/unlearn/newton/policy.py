@@ -72,8 +72,7 @@ def decide(signs: Signs, options: ForgetOptions) -> Policy:
 
 
 def stationarity(problem: Problem) -> float:
-    """|grad L_D + wd w|^2 over the sampling variance of the mean gradient; below 0.5 at a
-    minimum."""
+    """|grad L_D + wd w|^2 over the sampling variance of the mean gradient; < 0.5 at a minimum."""
     force = P.add(problem.sums.total.mean(), problem.objective.start, problem.weight_decay)
     variance = problem.sums.variance_of_mean(problem.split.retain)
     return P.dot(force, force) / variance if variance > 0 else 0.0

@@ -1,5 +1,4 @@
-r"""The Newton correction: weights move to where training on the retained data alone would have put
-them.
+r"""The Newton correction: weights move to where training on retained data alone would put them.
 
 Retraining without D_f is gradient flow on the retained objective L_r(w) + (wd/2)|w|^2. The damped
 Newton step (B + tau I)^-1 grad L_r *is* one backward-Euler step of that flow over the time 1/tau;
@@ -35,12 +34,7 @@ from fisher_forget.unlearn.newton.drift import AHEAD, drift_of, drift_prevails
 from fisher_forget.unlearn.newton.flow import Flow, LinearSolver
 from fisher_forget.unlearn.newton.guard import Guard, HeldOut
 from fisher_forget.unlearn.newton.path import Path, SubStep
-from fisher_forget.unlearn.newton.policy import (
-    STATIONARY,
-    Signs,
-    decide,
-    stationarity,
-)
+from fisher_forget.unlearn.newton.policy import STATIONARY, Signs, decide, stationarity
 from fisher_forget.unlearn.options import ForgetOptions
 from fisher_forget.unlearn.problem import Problem
 
@@ -64,8 +58,7 @@ class NewtonStep:
             gradient, and (if steps="auto") a step of the flow over all samples that does not lower
             the retained loss beyond the budget.
         drift_removed: Whether the force that is not owed to the forget set was subtracted.
-        absent: Classes that no retained sample is labelled with, whose output rows were set to
-            zero.
+        absent: Classes that no retained sample is labelled with, whose output rows start at 0.
         path: Every sub-step tried, in order.
         held_out: Number of retained samples that guard the steps.
         loss_before: Mean loss on them before, nats.
@@ -99,8 +92,7 @@ class NewtonStep:
 
     @property
     def noise_damping(self) -> float:
-        """tau of the noise: that of the last sub-step (1 without), so that the noise is as wide
-        where the step was blind."""
+        """tau of the noise: the last sub-step's (1 without); wide where the step was blind."""
         return self.damping if self.accepted else 1.0
 
     @property
@@ -142,11 +134,9 @@ def newton_step(
         NumericalError: If a given damping leads to values that are not finite.
     """
     if not isinstance(problem, Problem):
-        raise ConfigError(
-            f"newton_step of {type(problem).__name__}",
-            "a Problem: objective, split, curvature, data sums and weight decay",
-            "Pass Problem.of(model, loader, forget_idx, options).",
-        )
+        got = f"newton_step of {type(problem).__name__}"
+        expected = "a Problem: objective, split, curvature, data sums and weight decay"
+        raise ConfigError(got, expected, "Pass Problem.of(model, loader, forget_idx, options).")
     begun = time.perf_counter()
     options = options or ForgetOptions()
     solver = _linear_solver(problem, options, working_set)
