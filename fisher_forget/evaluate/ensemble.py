@@ -32,12 +32,7 @@ from fisher_forget.errors import ConfigError, DataError, FisherForgetWarning, St
 
 TrainFn = Callable[[int], nn.Module]
 # joblib's backends, and the modules that those of other packages live in
-BACKENDS = {
-    "loky": None,
-    "threading": None,
-    "dask": "dask.distributed",
-    "ray": "ray.util.joblib",
-}
+BACKENDS = {"loky": None, "threading": None, "dask": "dask.distributed", "ray": "ray.util.joblib"}
 
 
 class TrainOptions(TypedDict, total=False):

@@ -14,21 +14,10 @@ from matplotlib.axes import Axes
 
 from fisher_forget._util.files import ensure_folder
 from fisher_forget._util.numbers import MISSING
-from fisher_forget.evaluate.evaluation import (
-    CONTROL,
-    MARKS,
-    MEANING,
-    Evaluation,
-)
+from fisher_forget.evaluate.evaluation import CONTROL, MARKS, MEANING, Evaluation
 from fisher_forget.evaluate.metrics import METRICS
 from fisher_forget.evaluate.scoring import UNDEFINED, EvaluationRow
-from fisher_forget.report.pages.html import (
-    Figure,
-    Number,
-    flat,
-    render_template,
-    write_html,
-)
+from fisher_forget.report.pages.html import Figure, Number, flat, render_template, write_html
 from fisher_forget.report.pages.svg import inline
 from fisher_forget.report.plots import BLUE, GREEN, GREY, ORANGE, VERMILLION, save_figure
 from fisher_forget.report.plots.hover import explain
