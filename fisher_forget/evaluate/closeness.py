@@ -155,15 +155,12 @@ def mean_kl(likelihood: Likelihood, p: Tensor, q: Tensor, targets: Tensor) -> fl
         NumericalError: If outputs are not finite.
     """
     if p.shape != q.shape or len(p) != len(targets):
-        raise DataError(
-            f"outputs of shapes {tuple(p.shape)} and {tuple(q.shape)} for {len(targets)} targets",
-            "outputs of the same samples over the same labels",
-            "Predict both on the same data set, and keep every class in the retrained models.",
-        )
+        got = f"outputs of shapes {tuple(p.shape)} and {tuple(q.shape)} for {len(targets)} targets"
+        fix = "Predict both on the same data set, and keep every class in the retrained models."
+        raise DataError(got, "outputs of the same samples over the same labels", fix)
     if not bool(torch.isfinite(p).all() and torch.isfinite(q).all()):
-        raise NumericalError(
-            "outputs that are NaN or infinite", "finite outputs", "Check the model that made them."
-        )
+        got = "outputs that are NaN or infinite"
+        raise NumericalError(got, "finite outputs", "Check the model that made them.")
     return float(likelihood.kl(p, q, targets).mean())
 
 
@@ -202,11 +199,8 @@ def bars(
         NumericalError: If outputs are not finite.
     """
     if len(retrained) < 2:
-        raise DataError(
-            f"{len(retrained)} retrained model(s)",
-            "at least 2, whose mutual KL is the floor",
-            "Retrain more seeds.",
-        )
+        got = f"{len(retrained)} retrained model(s)"
+        raise DataError(got, "at least 2, whose mutual KL is the floor", "Retrain more seeds.")
     standard = {}
     for part, y in targets.items():
         members = [r[part] for r in retrained]

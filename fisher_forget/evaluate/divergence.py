@@ -104,11 +104,9 @@ def check_targets(targets: Tensor, samples: int, classes: int | None = None) -> 
             "Pass the targets of the samples that the outputs were computed on, in the same order.",
         )
     if int(targets.min()) < 0 or (classes is not None and int(targets.max()) >= classes):
-        raise DataError(
-            f"targets from {int(targets.min())} to {int(targets.max())}",
-            "class indices from 0" + ("" if classes is None else f" to {classes - 1}"),
-            "Map the labels to 0..C-1, as in training.",
-        )
+        got = f"targets from {int(targets.min())} to {int(targets.max())}"
+        expected = "class indices from 0" + ("" if classes is None else f" to {classes - 1}")
+        raise DataError(got, expected, "Map the labels to 0..C-1, as in training.")
 
 
 def check_ensembles(*margins: Tensor) -> None:
@@ -122,11 +120,9 @@ def check_ensembles(*margins: Tensor) -> None:
     if any(
         m.dim() != 2 or len(m) < 2 or not m.numel() or not m.is_floating_point() for m in margins
     ) or (len({shape[1] for shape in shapes}) > 1):
-        raise DataError(
-            f"margins of shapes {shapes}",
-            "floating-point margins [M, N] of the same samples, at least 2 models each",
-            "Compute `margins` of stacked outputs [M, N, C] of all models on one data set.",
-        )
+        expected = "floating-point margins [M, N] of the same samples, at least 2 models each"
+        fix = "Compute `margins` of stacked outputs [M, N, C] of all models on one data set."
+        raise DataError(f"margins of shapes {shapes}", expected, fix)
     for m in margins:
         _check_finite(m)
 
@@ -174,6 +170,5 @@ def _jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
 
 def _check_finite(values: Tensor) -> None:
     if not bool(torch.isfinite(values).all()):
-        raise NumericalError(
-            "outputs that are NaN or infinite", "finite outputs", "Check the model that made them."
-        )
+        got = "outputs that are NaN or infinite"
+        raise NumericalError(got, "finite outputs", "Check the model that made them.")

@@ -261,9 +261,8 @@ def train_members(
     if jobs < 1:
         raise ConfigError(f"jobs={jobs}", "at least 1", "Pass the number of worker processes.")
     if backend not in BACKENDS:
-        raise ConfigError(
-            f"backend={backend!r}", f"one of {sorted(BACKENDS)}", "Pass one of these names."
-        )
+        got = f"backend={backend!r}"
+        raise ConfigError(got, f"one of {sorted(BACKENDS)}", "Pass one of these names.")
     folder, fingerprint = options.get("folder"), options.get("fingerprint", "")
     cache = None if folder is None else _Cache(files.ensure_folder(Path(folder)), fingerprint)
     members = _stored(cache, seeds, template)
@@ -349,11 +348,8 @@ def _register(backend: str) -> None:
     try:
         module = import_module(home)
     except ImportError as error:
-        raise ConfigError(
-            f"backend={backend!r} without {home.split('.')[0]}",
-            "the package to be installed",
-            "Install it, or use 'loky'.",
-        ) from error
+        got, fix = f"backend={backend!r} without {home.split('.')[0]}", "Install it, or use 'loky'."
+        raise ConfigError(got, "the package to be installed", fix) from error
     if backend == "ray":
         module.register_ray()
 

@@ -73,11 +73,8 @@ class Evaluation:
         for score in self.scores:
             if (score.metric, score.part) == (metric, part) and method in (None, score.method):
                 return score
-        raise ConfigError(
-            f"no score {metric!r} on {part!r} of {method!r}",
-            "a row of the table",
-            "See to_pandas().",
-        )
+        got = f"no score {metric!r} on {part!r} of {method!r}"
+        raise ConfigError(got, "a row of the table", "See to_pandas().")
 
     def to_pandas(self) -> pd.DataFrame:
         """One row a score, with the columns of `EvaluationRow`."""
@@ -203,20 +200,17 @@ def _names(metrics: Iterable[str] | None) -> list[str]:
         return [name for name, metric in METRICS.items() if not metric.by_name]
     names = list(metrics)
     if unknown := [name for name in names if name not in METRICS]:
-        raise ConfigError(
-            f"the metrics {unknown}", f"some of {list(METRICS)}", "Correct the names."
-        )
+        got = f"the metrics {unknown}"
+        raise ConfigError(got, f"some of {list(METRICS)}", "Correct the names.")
     return names
 
 
 def _reference_size(ensemble: RetrainedEnsemble, held_out: int) -> int:
     count = len(ensemble.retrained.models) - held_out
     if count < 3 or held_out < 0:
-        raise DataError(
-            f"{len(ensemble.retrained.models)} retrained models, {held_out} of them held out",
-            "at least 3 in the reference: a spread needs them",
-            "Retrain more seeds.",
-        )
+        got = f"{len(ensemble.retrained.models)} retrained models, {held_out} of them held out"
+        expected = "at least 3 in the reference: a spread needs them"
+        raise DataError(got, expected, "Retrain more seeds.")
     return count
 
 
@@ -267,11 +261,9 @@ def _models(given: Scrubbed | Sequence[Scrubbed], ensemble: RetrainedEnsemble) -
         if isinstance(result, ForgetResult) and not np.array_equal(
             result.split.forget, ensemble.forget
         ):
-            raise DataError(
-                f"a result that forgot {len(result.split.forget)} samples",
-                "the forget set of the ensemble",
-                "Retrain the ensemble without these samples.",
-            )
+            got = f"a result that forgot {len(result.split.forget)} samples"
+            expected = "the forget set of the ensemble"
+            raise DataError(got, expected, "Retrain the ensemble without these samples.")
     return [r.model if isinstance(r, ForgetResult) else r for r in results]
 
 
@@ -289,16 +281,13 @@ def _check(
         for of_model in outputs:
             shape = tuple(of_model[part].shape)
             if shape != expected or shape[0] != len(targets[part]):
-                raise DataError(
-                    f"outputs of shape {shape} on {part!r}, {expected} of the retrained models",
-                    "the same samples and labels",
-                    "Keep every class in the retrained models, and predict on the same data.",
-                )
+                got = f"outputs of shape {shape} on {part!r}, {expected} of the retrained models"
+                fix = "Keep every class in the retrained models, and predict on the same data."
+                raise DataError(got, "the same samples and labels", fix)
         for what, tensor in (
             ("scrubbed", torch.stack([o[part] for o in outputs])),
             ("retrained", members),
         ):
             if not bool(torch.isfinite(tensor).all()):
-                raise NumericalError(
-                    f"NaN or infinite outputs of a {what} model on {part!r}", "finite", "Check it."
-                )
+                got = f"NaN or infinite outputs of a {what} model on {part!r}"
+                raise NumericalError(got, "finite", "Check it.")

@@ -56,11 +56,8 @@ class NoiseLaw:
 
     def __post_init__(self) -> None:
         if not 0 < self.scale < math.inf:
-            raise ConfigError(
-                f"a noise scale of {self.scale}",
-                "a finite number above 0",
-                "Without noise the weights say everything: compare the models themselves.",
-            )
+            fix = "Without noise the weights say everything: compare the models themselves."
+            raise ConfigError(f"a noise scale of {self.scale}", "a finite number above 0", fix)
 
     @classmethod
     def of(cls, result: ForgetResult) -> NoiseLaw:
@@ -71,9 +68,8 @@ class NoiseLaw:
         """
         z = result.noise
         if z is None:
-            raise ConfigError(
-                "a result without noise", "noise that was drawn", "Call forget with noise='auto'."
-            )
+            got = "a result without noise"
+            raise ConfigError(got, "noise that was drawn", "Call forget with noise='auto'.")
         return cls(result.newton.params, result.noise_curvature(), z.scale, z.exponent)
 
     def at(self, mean: nn.Module | Mapping[str, Tensor], scale: float | None = None) -> Self:
@@ -93,11 +89,9 @@ class NoiseLaw:
             if name not in given or given[name].shape != p.shape
         ]
         if odd:
-            raise ModelError(
-                f"weights that differ in {', '.join(odd[:4])}",
-                "parameters of the same names and shapes",
-                "Compare models of the same architecture.",
-            )
+            got = f"weights that differ in {', '.join(odd[:4])}"
+            expected = "parameters of the same names and shapes"
+            raise ModelError(got, expected, "Compare models of the same architecture.")
         moved = {name: given[name].detach().to(p, copy=True) for name, p in self.mean.items()}
         return replace(self, mean=moved, scale=self.scale if scale is None else scale)
 
@@ -165,9 +159,8 @@ def information_in_outputs(
     """
     _check_shared(law, reference)
     if covariance not in ("full", "diagonal"):
-        raise ConfigError(
-            f"covariance={covariance!r}", "'full' or 'diagonal'", "Pass one of these."
-        )
+        got = f"covariance={covariance!r}"
+        raise ConfigError(got, "'full' or 'diagonal'", "Pass one of these.")
     first = next(iter(law.mean.values()))
     # outputs have a graph, whatever the laws name
     twin = copy.deepcopy(model).to(first.device).eval().requires_grad_()
@@ -283,17 +276,12 @@ def _mahalanobis(shift: Tensor, gram: Tensor, tiny: float) -> tuple[Tensor, Tens
 
 def _check_draws(draws: int, outputs: int) -> None:
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < outputs + 2:
-        raise ConfigError(
-            f"draws={draws!r} for a covariance of {outputs} outputs",
-            f"a whole number of at least {outputs + 2}",
-            "Take more draws, covariance='diagonal', or draws=None.",
-        )
+        got = f"draws={draws!r} for a covariance of {outputs} outputs"
+        expected = f"a whole number of at least {outputs + 2}"
+        raise ConfigError(got, expected, "Take more draws, covariance='diagonal', or draws=None.")
 
 
 def _check_shared(law: NoiseLaw, reference: NoiseLaw) -> None:
     if law.curvature is not reference.curvature or law.exponent != reference.exponent:
-        raise ConfigError(
-            "laws of different curvature or exponent",
-            "two laws of one shape",
-            "Make the second from the first: law.at(retrained).",
-        )
+        fix = "Make the second from the first: law.at(retrained)."
+        raise ConfigError("laws of different curvature or exponent", "two laws of one shape", fix)

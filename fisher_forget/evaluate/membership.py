@@ -196,9 +196,8 @@ def u_lira(
     arXiv:2112.03570.
     """
     if not floor > 0:
-        raise ConfigError(
-            f"floor={floor}", "a positive standard deviation", "Pass a small one, such as 1e-3."
-        )
+        got = f"floor={floor}"
+        raise ConfigError(got, "a positive standard deviation", "Pass a small one, such as 1e-3.")
     u, o, x = _margins(unlearned, out, observed)
 
     def log_density(shadow: Array) -> Array:
@@ -231,9 +230,8 @@ def ruli(unlearned: Values, out: Values, observed: Values, *, bandwidth: float =
     Source: Naderloui et al. 2025, arXiv:2506.13009.
     """
     if not bandwidth > 0:
-        raise ConfigError(
-            f"bandwidth={bandwidth}", "a positive width", "The published value is 1.0."
-        )
+        got = f"bandwidth={bandwidth}"
+        raise ConfigError(got, "a positive width", "The published value is 1.0.")
     u, o, x = _margins(unlearned, out, observed)
 
     def log_density(shadow: Array) -> Array:  # up to the kernel's constant, which cancels
@@ -316,21 +314,16 @@ def _halves(rows: Array, rng: np.random.Generator) -> tuple[Array, Array]:
 def _table(features: Features, least: int) -> Array:
     """Features as columns [n, 4]."""
     if missing := [name for name in SIGNS if name not in features]:
-        raise DataError(
-            f"features without {missing}", f"{list(SIGNS)}", "Pass what `attack_features` returns."
-        )
+        got = f"features without {missing}"
+        raise DataError(got, f"{list(SIGNS)}", "Pass what `attack_features` returns.")
     columns = [as_array(features[name]) for name in SIGNS]
     if columns[0].ndim != 1 or len(columns[0]) < least or len({c.shape for c in columns}) > 1:
         got = f"features of shapes {[c.shape for c in columns]}"
-        raise DataError(
-            got,
-            f"[n] of one model with n of at least {least}",
-            "Attack one model, with more samples.",
-        )
+        expected = f"[n] of one model with n of at least {least}"
+        raise DataError(got, expected, "Attack one model, with more samples.")
     if not np.isfinite(table := np.stack(columns, 1)).all():
-        raise NumericalError(
-            "features that are NaN or infinite", "finite features", "Check the model's outputs."
-        )
+        got = "features that are NaN or infinite"
+        raise NumericalError(got, "finite features", "Check the model's outputs.")
     return table
 
 
@@ -345,41 +338,29 @@ def _margins(
         or len({a.shape[-1] for a in (u, o, x)}) > 1
     ):
         got = f"margins of shapes {u.shape}, {o.shape} and {x.shape}"
-        raise DataError(
-            got, "[M, N], [M', N] and [N] or [K, N], of the same samples", "Stack one row a model."
-        )
+        expected = "[M, N], [M', N] and [N] or [K, N], of the same samples"
+        raise DataError(got, expected, "Stack one row a model.")
     if min(len(u), len(o)) < least:
         got = f"{len(u)} unlearned and {len(o)} other shadow models"
-        raise DataError(
-            got,
-            f"at least {least} a side, for a spread without the model scored",
-            "Train more of them.",
-        )
+        expected = f"at least {least} a side, for a spread without the model scored"
+        raise DataError(got, expected, "Train more of them.")
     if not all(np.isfinite(a).all() for a in (u, o, x)):
-        raise NumericalError(
-            "margins that are NaN or infinite", "finite margins", "Check the models' outputs."
-        )
+        got = "margins that are NaN or infinite"
+        raise NumericalError(got, "finite margins", "Check the models' outputs.")
     return u, o, x
 
 
 def _check_logits(logits: Tensor, targets: Tensor) -> None:
     if logits.dim() not in (2, 3) or logits.shape[-1] < 2 or targets.shape != logits.shape[-2:-1]:
         got = f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)}"
-        raise DataError(
-            got,
-            "[N, C] or [M, N, C] with C of at least 2, and [N]",
-            "Stack models in the first dimension.",
-        )
+        expected = "[N, C] or [M, N, C] with C of at least 2, and [N]"
+        raise DataError(got, expected, "Stack models in the first dimension.")
     classes = logits.shape[-1]
     if targets.is_floating_point() or (
         len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < classes
     ):
-        raise DataError(
-            "targets that are no classes",
-            f"integers from 0 to {classes - 1}",
-            "Pass class indices.",
-        )
+        got = "targets that are no classes"
+        raise DataError(got, f"integers from 0 to {classes - 1}", "Pass class indices.")
     if not bool(torch.isfinite(logits).all()):
-        raise NumericalError(
-            "logits that are NaN or infinite", "finite logits", "Check the model that made them."
-        )
+        got = "logits that are NaN or infinite"
+        raise NumericalError(got, "finite logits", "Check the model that made them.")

@@ -110,11 +110,9 @@ class Design:
     def __post_init__(self) -> None:
         check_level(self.level)
         if self.models < 2 or not self.margin > 0:
-            raise ConfigError(
-                f"models={self.models}, margin={self.margin}",
-                "at least two models and a positive margin",
-                "Give the margin in standard deviations of the retrained models.",
-            )
+            got = f"models={self.models}, margin={self.margin}"
+            fix = "Give the margin in standard deviations of the retrained models."
+            raise ConfigError(got, "at least two models and a positive margin", fix)
 
     @property
     def error(self) -> float:
@@ -316,16 +314,10 @@ def _without_spread(value: float, target: float, original: float, margin: float 
 def _check(retrained: Array, margin: float | None, level: float) -> None:
     check_level(level)
     if len(retrained) < 2:
-        raise DataError(
-            "one retrained model",
-            "at least 2, whose spread is the yardstick",
-            "Retrain more seeds.",
-        )
+        got = "one retrained model"
+        raise DataError(got, "at least 2, whose spread is the yardstick", "Retrain more seeds.")
     if margin is not None and not margin > 0:
-        raise ConfigError(
-            f"margin={margin}",
-            "a positive number in the unit of the score",
-            "Leave it out for 2 std.",
-        )
+        expected = "a positive number in the unit of the score"
+        raise ConfigError(f"margin={margin}", expected, "Leave it out for 2 std.")
     if margin is not None and not math.isfinite(margin):
         raise NumericalError("an infinite margin", "a finite one", "Leave it out for 2 std.")

@@ -89,9 +89,8 @@ def make(path: str, role: str, options: Mapping[str, Any], *, seed: int) -> Any:
         raise
     except Exception as error:
         got = f"{type(error).__name__} from {path}: {error}"
-        raise ConfigError(
-            got, f"{role} from it", f"Correct the function or its options; {DEBUG}."
-        ) from error
+        fix = f"Correct the function or its options; {DEBUG}."
+        raise ConfigError(got, f"{role} from it", fix) from error
 
 
 def _check_options(path: str, role: str, function: Any, options: Mapping[str, Any]) -> None:
@@ -103,6 +102,5 @@ def _check_options(path: str, role: str, function: Any, options: Mapping[str, An
         signature.bind(**options)
     except TypeError as error:
         got = f"the options {sorted(options)} for {path}{signature}: {error}"
-        raise ConfigError(
-            got, f"options that {role} takes", "Correct `options` in the configuration."
-        ) from error
+        expected = f"options that {role} takes"
+        raise ConfigError(got, expected, "Correct `options` in the configuration.") from error

@@ -180,11 +180,9 @@ def _scaled(channels: int, width: float) -> int:
 
 def _image(input_shape: tuple[int, ...], *, least: int) -> tuple[int, int, int]:
     if len(input_shape) != 3 or min(input_shape[1:]) < least:
-        raise ConfigError(
-            f"the input shape {input_shape} for a convolutional model",
-            f"(channels, height, width) with sides of at least {least}",
-            "Use the model 'mlp' or 'linear' for inputs that are not images.",
-        )
+        got = f"the input shape {input_shape} for a convolutional model"
+        fix = "Use the model 'mlp' or 'linear' for inputs that are not images."
+        raise ConfigError(got, f"(channels, height, width) with sides of at least {least}", fix)
     return input_shape[0], input_shape[1], input_shape[2]
 
 

@@ -82,9 +82,8 @@ class TrainSettings:
             ("schedule", self.schedule in SCHEDULES, f"one of {sorted(SCHEDULES)}"),
         ):
             if not good:
-                raise ConfigError(
-                    f"{name}={getattr(self, name)!r}", expected, "Correct the training settings."
-                )
+                got = f"{name}={getattr(self, name)!r}"
+                raise ConfigError(got, expected, "Correct the training settings.")
 
 
 def train(

@@ -86,11 +86,9 @@ def _entry(case: Case, part: str, key: str) -> Mapping[str, Any]:
     try:
         entry: Mapping[str, Any] = case["summary"][part][key]
     except KeyError as error:
-        raise DataError(
-            f"a case without summary / {part} / {key}",
-            "one that metrics.schema.json accepts",
-            "Write metrics.json with the version that reads it.",
-        ) from error
+        got = f"a case without summary / {part} / {key}"
+        fix = "Write metrics.json with the version that reads it."
+        raise DataError(got, "one that metrics.schema.json accepts", fix) from error
     return entry
 
 

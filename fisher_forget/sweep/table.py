@@ -239,9 +239,8 @@ def read(path: str | Path) -> tuple[SweepTable, dict[str, Any]]:
             attributes.pop(key, None)
         axes, marks, ruin = (attributes.pop(key) for key in ("axes", "marks", "ruin"))
     except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are ValueErrors
-        raise StorageError(
-            f"{path}: {error}", "the Parquet file of a sweep", files.AGAIN
-        ) from error
+        got = f"{path}: {error}"
+        raise StorageError(got, "the Parquet file of a sweep", files.AGAIN) from error
     frame.attrs = {}
     return SweepTable(frame, tuple(axes), marks, score, ruin), attributes
 

@@ -44,11 +44,8 @@ def plot_path(result: ForgetResult, ax: Axes | None = None) -> Axes:
     """
     newton = result.newton
     if not newton.path:
-        raise DataError(
-            "a result without sub-steps",
-            "at least one",
-            "Look at result.newton: nothing was tried.",
-        )
+        got = "a result without sub-steps"
+        raise DataError(got, "at least one", "Look at result.newton: nothing was tried.")
     ax, x = axes_or_new(ax), _times(result)
     moved = np.array([s.moved for s in newton.path])
     rise = np.array([s.loss - newton.loss_before for s in newton.path])
@@ -147,9 +144,8 @@ def plot_steps(result: ForgetResult, original: nn.Module, ax: Axes | None = None
     """
     before = trainable(original)
     if missing := [name for name in result.newton.params if name not in before]:
-        raise DataError(
-            f"an original without {missing[:3]}", "the model given to `forget`", "Pass that one."
-        )
+        got = f"an original without {missing[:3]}"
+        raise DataError(got, "the model given to `forget`", "Pass that one.")
     names = list(result.newton.params)
     size = [max(_rms(before[name]), TINY) for name in names]
     steps = {name: result.newton.params[name] - before[name] for name in names}

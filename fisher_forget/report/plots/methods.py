@@ -178,11 +178,8 @@ def _rows(frame: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, dict[str, float]
         m for m in MARKS if m not in set(frame["method"])
     ]
     if missing:
-        raise DataError(
-            f"a comparison without {missing}",
-            f"the columns {COLUMNS}, and rows {MARKS}",
-            "Add them.",
-        )
+        got = f"a comparison without {missing}"
+        raise DataError(got, f"the columns {COLUMNS}, and rows {MARKS}", "Add them.")
     known = frame["method"].isin(MARKS)
     rows = frame[~known & np.isfinite(frame["kl"]) & np.isfinite(frame["accuracy"])]
     values = frame[known].set_index("method")

@@ -231,18 +231,15 @@ def plot_resistant(
 def _check_images(images: Tensor, samples: int) -> None:
     fits = images.dim() == 3 or (images.dim() == 4 and images.shape[1] in (1, 3))
     if len(images) != samples or not fits:
-        raise DataError(
-            f"images of shape {tuple(images.shape)} for {samples} samples",
-            "[N, C, H, W] with one or three channels, or [N, H, W]",
-            "Pass the images of that part of the reference, in its order.",
-        )
+        got = f"images of shape {tuple(images.shape)} for {samples} samples"
+        fix = "Pass the images of that part of the reference, in its order."
+        raise DataError(got, "[N, C, H, W] with one or three channels, or [N, H, W]", fix)
 
 
 def _targets(reference: Reference, part: str) -> Tensor:
     if part not in reference.targets:
-        raise DataError(
-            f"the part {part!r}", f"one of {list(reference.targets)}", "Pass one of these."
-        )
+        got = f"the part {part!r}"
+        raise DataError(got, f"one of {list(reference.targets)}", "Pass one of these.")
     return reference.targets[part]
 
 

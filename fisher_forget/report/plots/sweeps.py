@@ -206,9 +206,8 @@ def plot_noise(
     frontier = _frontier(table)
     frontier = frontier[frontier["scale"] > 0]  # which a logarithmic axis cannot show
     if frontier.empty:
-        raise DataError(
-            "noise scales that are all zero", "scales above zero", "Sweep over positive scales."
-        )
+        got = "noise scales that are all zero"
+        raise DataError(got, "scales above zero", "Sweep over positive scales.")
     ax = _along_axis(axes_or_new(ax), table, frontier, "scale", "noise", quantity)
     ax.set_xlabel("noise scale s, in w + s · (B + τI)⁻ᵖ ξ (no unit)")
     finish(ax, legend_columns=2)
@@ -231,11 +230,8 @@ def plot_damping(
     else:
         frontier = frontier.iloc[:0]
     if frontier.empty:
-        raise DataError(
-            "a sweep without dampings",
-            "dampings above zero",
-            "Sweep over {'damping': [1e-3, ...], 'steps': [1]}.",
-        )
+        fix = "Sweep over {'damping': [1e-3, ...], 'steps': [1]}."
+        raise DataError("a sweep without dampings", "dampings above zero", fix)
     ax = _along_axis(axes_or_new(ax), table, frontier, "damping", "damping", quantity)
     ax.set_xlabel("damping τ of the Newton step (nats per squared weight)")
     finish(ax, legend_columns=2)
@@ -280,9 +276,8 @@ def _along_axis(
 
 def _frontier(table: SweepTable) -> pd.DataFrame:
     if table.frame.empty:
-        raise DataError(
-            "a sweep without cells", "at least one", "Sweep over at least one scale and one seed."
-        )
+        got = "a sweep without cells"
+        raise DataError(got, "at least one", "Sweep over at least one scale and one seed.")
     return table.frontier()
 
 
