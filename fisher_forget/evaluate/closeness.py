@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fisher_forget.data.batches import Unpack
-from fisher_forget.data.split import resolve_split
 from fisher_forget.errors import DataError, NumericalError
-from fisher_forget.evaluate.ensemble import predict
+from fisher_forget.evaluate.ensemble import predict, whole_splits
 from fisher_forget.likelihood import Likelihood, Score, resolve_likelihood
 
 Outputs = Mapping[str, Tensor]  # part -> outputs [N, ...]
@@ -78,18 +77,12 @@ class Closeness:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers for a JSON file."""
-        return {
-            "members": self.members,
-            **self.score.stored(),
-            "parts": {name: asdict(part) for name, part in self.parts.items()},
-        }
+        parts = {name: asdict(part) for name, part in self.parts.items()}
+        return {"members": self.members, **self.score.stored(), "parts": parts}
 
     def to_pandas(self) -> pd.DataFrame:
         """One row a part."""
-        rows = pd.DataFrame.from_dict(
-            {name: asdict(part) for name, part in self.parts.items()}, orient="index"
-        )
-        return rows.rename_axis("part").reset_index()
+        return pd.DataFrame([{"part": name} | asdict(part) for name, part in self.parts.items()])
 
 
 class Reference:
@@ -117,10 +110,7 @@ class Reference:
         unpack: Unpack | None = None,
     ) -> None:
         self.likelihood = resolve_likelihood(likelihood)
-        self._splits = {
-            name: resolve_split(part, [], unpack=unpack, allow_empty=True)
-            for name, part in parts.items()
-        }
+        self._splits = whole_splits(parts, unpack)
         self.targets = {name: predict(original, split)[1] for name, split in self._splits.items()}
         self.original = self.outputs(original)
         self.retrained = tuple(self.outputs(model) for model in retrained)
@@ -245,16 +235,15 @@ def closeness(
         members, bar = [r[part] for r in retrained], standard[part]
         to_original = float(np.mean([mean_kl(likelihood, m, original[part], y) for m in members]))
         to_scrubbed = [mean_kl(likelihood, m, scrubbed[part], y) for m in members]
+        kl = float(np.mean(to_scrubbed))
         parts[part] = PartScores(
             samples=len(y),
             kl_original=to_original,
-            kl_scrubbed=float(np.mean(to_scrubbed)),
+            kl_scrubbed=kl,
             kl_scrubbed_std=float(np.std(to_scrubbed, ddof=1)),
             floor=bar.floor,
             floor_std=bar.floor_std,
-            gap_closed=gap_closed(
-                to_original, float(np.mean(to_scrubbed)), bar.floor, bar.floor_std
-            ),
+            gap_closed=gap_closed(to_original, kl, bar.floor, bar.floor_std),
             score_original=_score(likelihood, original[part], y),
             score_scrubbed=_score(likelihood, scrubbed[part], y),
             score_retrained=bar.score,
@@ -274,18 +263,13 @@ def summarise(
     left out of n."""
     summary: dict[str, dict[str, dict[str, float | int | None]]] = {}
     for part in evaluations[0].parts:
-        columns: dict[str, list[float]] = {}
-        for evaluation in evaluations:
-            for key, value in asdict(evaluation.parts[part]).items():
-                columns.setdefault(key, [])
-                if value is not None:
-                    columns[key].append(float(value))
-        summary[part] = {
-            key: {
+        rows = [asdict(evaluation.parts[part]) for evaluation in evaluations]
+        summary[part] = {}
+        for key in rows[0]:
+            values = [float(row[key]) for row in rows if row[key] is not None]
+            summary[part][key] = {
                 "mean": float(np.mean(values)) if values else None,
                 "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
                 "n": len(values),
             }
-            for key, values in columns.items()
-        }
     return summary

@@ -153,10 +153,7 @@ class RetrainedEnsemble:
         Raises:
             DataError, StorageError: If a data set cannot be read, or the folder not be written.
         """
-        splits = {
-            name: resolve_split(part, [], unpack=unpack, allow_empty=True)
-            for name, part in parts.items()
-        }
+        splits = whole_splits(parts, unpack)
         prints = [splits[name].fingerprint() for name in splits]
         seeds = self.originals.seeds, self.retrained.seeds
         key = files.fingerprint(self.fingerprint, list(splits), prints, *seeds)
@@ -182,6 +179,14 @@ class RetrainedEnsemble:
                 stored[f"{kind}/{name}"] = torch.stack([outputs for outputs, _ in predictions])
                 stored[f"targets/{name}"] = predictions[0][1]
         return stored
+
+
+def whole_splits(
+    parts: Mapping[str, Dataset[Any]], unpack: batches.Unpack | None = None
+) -> dict[str, Split]:
+    """Data sets as splits that forget nothing, whose samples `predict` goes through."""
+    options: dict[str, Any] = {"unpack": unpack, "allow_empty": True}
+    return {name: resolve_split(part, [], **options) for name, part in parts.items()}
 
 
 def predict(model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
@@ -213,18 +218,12 @@ class _Cache:
         return self.folder / f"seed-{seed}.safetensors"
 
     def save(self, seed: int, model: nn.Module, seconds: float) -> None:
-        notes = {
-            "fingerprint": self.fingerprint,
-            "seed": str(seed),
-            "seconds": repr(seconds),
-            "version": _version(),
-        }
-        files.save_model(self.path(seed), model, notes)
+        notes = {"seed": str(seed), "seconds": repr(seconds), "version": _version()}
+        files.save_model(self.path(seed), model, notes | {"fingerprint": self.fingerprint})
 
     def load(self, seed: int, template: nn.Module) -> tuple[nn.Module, float]:
-        model = files.load_model(
-            self.path(seed), template, {"fingerprint": self.fingerprint, "seed": str(seed)}
-        )
+        expected = {"fingerprint": self.fingerprint, "seed": str(seed)}
+        model = files.load_model(self.path(seed), template, expected)
         return model, float(files.read_metadata(self.path(seed)).get("seconds", "nan"))
 
 
@@ -267,15 +266,9 @@ def train_members(
     cache = None if folder is None else _Cache(files.ensure_folder(Path(folder)), fingerprint)
     members = _stored(cache, seeds, template)
     todo = [seed for seed in seeds if seed not in members]
-    bar = tqdm(
-        total=len(seeds),
-        initial=len(members),
-        desc=description,
-        unit="model",
-        disable=not options.get("progress", True),
-        leave=False,
-    )
-    with bar:
+    hidden = not options.get("progress", True)
+    counts: dict[str, Any] = {"total": len(seeds), "initial": len(members), "unit": "model"}
+    with tqdm(desc=description, disable=hidden, leave=False, **counts) as bar:
         for seed, state, seconds in _trained(train_fn, todo, cache, jobs, backend):
             members[seed] = files.fill_model(template, state), seconds
             bar.update()

@@ -17,9 +17,9 @@ from torch.utils.data import Dataset
 
 from fisher_forget._util.markdown import markdown_table
 from fisher_forget.data import batches
-from fisher_forget.data.split import Split, resolve_split
+from fisher_forget.data.split import Split
 from fisher_forget.errors import ConfigError, DataError, NumericalError
-from fisher_forget.evaluate.ensemble import RetrainedEnsemble, predict
+from fisher_forget.evaluate.ensemble import RetrainedEnsemble, predict, whole_splits
 from fisher_forget.evaluate.metrics import LEAST, METRICS, Context, Metric, Subject
 from fisher_forget.evaluate.scoring import TOO_FEW, UNDEFINED, EvaluationRow, score_metric
 from fisher_forget.evaluate.verdict import (
@@ -35,19 +35,13 @@ Scrubbed = ForgetResult | nn.Module
 Outputs = list[dict[str, Tensor]]  # of each model: part -> outputs [N, ...]
 CONTROL = "control (retrained)"  # retrained models that take no part in the targets
 FALSE_ALARM = 0.05  # that a retrained model fails any of the rows
-MARKS = {
-    NOT_FORGOTTEN: "−",
-    INDISTINGUISHABLE: "=",
-    OVER_FORGOTTEN: "+",
-    UNDECIDED: "≈",
-    UNDEFINED: "",
-}
-MEANING = {
-    INDISTINGUISHABLE: "shown to be as retrained",
-    UNDECIDED: "not told apart from retrained, more models would tell",
-    NOT_FORGOTTEN: "not forgotten",
-    OVER_FORGOTTEN: "over-forgotten",
-}
+MARKS = {NOT_FORGOTTEN: "−", INDISTINGUISHABLE: "=", OVER_FORGOTTEN: "+", UNDECIDED: "≈"}
+MARKS[UNDEFINED] = ""
+MARKS_LEGEND = (
+    f"{MARKS[INDISTINGUISHABLE]} shown to be as retrained; "
+    f"{MARKS[UNDECIDED]} not told apart from retrained, more models would tell; "
+    f"{MARKS[NOT_FORGOTTEN]} not forgotten; {MARKS[OVER_FORGOTTEN]} over-forgotten"
+)
 
 
 @dataclass(frozen=True)
@@ -104,11 +98,7 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a JSON file, see `report/evaluation.schema.json`; NaN is null."""
-        rows = [
-            {name: _null(value) for name, value in asdict(s).items()}
-            | {"values": [_null(x) for x in s.values]}
-            for s in self.scores
-        ]
+        rows = [{name: _null(value) for name, value in asdict(s).items()} for s in self.scores]
         return {"schema": 1, "retrained": self.retrained, "left_out": self.left_out, "scores": rows}
 
 
@@ -170,10 +160,7 @@ def evaluate(
     methods = {name: _models(results, ensemble) for name, results in given.items()}
     count = _reference_size(ensemble, options.get("held_out", 1))
     unpack = options.get("unpack")
-    splits = {
-        name: resolve_split(part, [], unpack=unpack, allow_empty=True)
-        for name, part in data.items()
-    }
+    splits = whole_splits(data, unpack)
     originals, retrained, targets = ensemble.outputs(data, unpack=unpack)
     outputs = {
         method: [{part: predict(model, splits[part])[0] for part in splits} for model in models]
@@ -206,12 +193,12 @@ def _names(metrics: Iterable[str] | None) -> list[str]:
 
 
 def _reference_size(ensemble: RetrainedEnsemble, held_out: int) -> int:
-    count = len(ensemble.retrained.models) - held_out
-    if count < 3 or held_out < 0:
-        got = f"{len(ensemble.retrained.models)} retrained models, {held_out} of them held out"
+    models = len(ensemble.retrained.models)
+    if models - held_out < 3 or held_out < 0:
+        got = f"{models} retrained models, {held_out} of them held out"
         expected = "at least 3 in the reference: a spread needs them"
         raise DataError(got, expected, "Retrain more seeds.")
-    return count
+    return models - held_out
 
 
 def _unstacked(outputs: Mapping[str, Tensor]) -> Outputs:
@@ -268,6 +255,8 @@ def _models(given: Scrubbed | Sequence[Scrubbed], ensemble: RetrainedEnsemble) -
 
 
 def _null(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_null(number) for number in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -277,17 +266,13 @@ def _check(
     targets: Mapping[str, Tensor],
 ) -> None:
     for part, members in retrained.items():
-        expected = tuple(members.shape[1:])
-        for of_model in outputs:
-            shape = tuple(of_model[part].shape)
+        expected, scrubbed = tuple(members.shape[1:]), [of_model[part] for of_model in outputs]
+        for shape in (tuple(x.shape) for x in scrubbed):
             if shape != expected or shape[0] != len(targets[part]):
                 got = f"outputs of shape {shape} on {part!r}, {expected} of the retrained models"
                 fix = "Keep every class in the retrained models, and predict on the same data."
                 raise DataError(got, "the same samples and labels", fix)
-        for what, tensor in (
-            ("scrubbed", torch.stack([o[part] for o in outputs])),
-            ("retrained", members),
-        ):
+        for what, tensor in (("scrubbed", torch.stack(scrubbed)), ("retrained", members)):
             if not bool(torch.isfinite(tensor).all()):
                 got = f"NaN or infinite outputs of a {what} model on {part!r}"
                 raise NumericalError(got, "finite", "Check it.")
