@@ -83,12 +83,8 @@ class NoiseLaw:
             ModelError: If names or shapes do not match.
         """
         given = dict(mean.named_parameters()) if isinstance(mean, nn.Module) else mean
-        odd = [
-            name
-            for name, p in self.mean.items()
-            if name not in given or given[name].shape != p.shape
-        ]
-        if odd:
+        shapes = {name: p.shape for name, p in given.items()}
+        if odd := [name for name, p in self.mean.items() if shapes.get(name) != p.shape]:
             got = f"weights that differ in {', '.join(odd[:4])}"
             expected = "parameters of the same names and shapes"
             raise ModelError(got, expected, "Compare models of the same architecture.")
@@ -110,9 +106,8 @@ def gaussian_kl(law: NoiseLaw, reference: NoiseLaw) -> float:
     # |(B + tau I)^p (h - h')|^2: both laws have the covariance (B + tau I)^-2p up to their scales,
     # so their log-determinants differ by d ln r alone
     whitened = law.curvature.power(P.add(law.mean, reference.mean, -1.0), law.exponent)
-    return P.dot(whitened, whitened) / (2 * reference.scale**2) + P.size(law.mean) * _spread(
-        law, reference
-    )
+    distance = P.dot(whitened, whitened) / (2 * reference.scale**2)
+    return distance + P.size(law.mean) * _spread(law, reference)
 
 
 def information_in_outputs(
@@ -202,13 +197,8 @@ def _exact(model: nn.Module, law: NoiseLaw, batch: Batch) -> Tensor:
             outputs = P.call(model, leaves, sample.args, sample.kwargs).reshape(-1)
         rows = []
         for output in outputs:
-            grads = torch.autograd.grad(
-                output,
-                list(leaves.values()),
-                retain_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
+            weights = list(leaves.values())
+            grads = torch.autograd.grad(output, weights, retain_graph=True, materialize_grads=True)
             row = law.curvature.power(dict(zip(leaves, grads, strict=True)), -law.exponent)
             rows.append(P.flatten(row).double())
         root = torch.stack(rows)
@@ -254,11 +244,9 @@ def _shift(
     if linearised:
         return _pushed(model, law, P.add(law.mean, reference.mean, -1.0), batch)
     with torch.no_grad():
-        outputs, others = (
-            P.call(model, at, batch.args, batch.kwargs).double()
-            for at in (law.mean, reference.mean)
-        )
-    return (outputs - others).reshape(len(batch), -1)
+        means = (law.mean, reference.mean)
+        ours, others = (P.call(model, at, batch.args, batch.kwargs).double() for at in means)
+    return (ours - others).reshape(len(batch), -1)
 
 
 def _mahalanobis(shift: Tensor, gram: Tensor, tiny: float) -> tuple[Tensor, Tensor]:

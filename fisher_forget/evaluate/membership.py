@@ -162,9 +162,8 @@ def population_attack(
     halves = [(rows, rows) if published else _halves(rows, rng) for rows in (inside, outside)]
     (inside_fit, inside_scored), (outside_fit, outside_scored) = halves
     score, cutoff = _fitted(attack, inside_fit, outside_fit, None if published else "balanced")
-    return PopulationAttack(
-        attack, cutoff, score(inside_scored), score(outside_scored), score(asked)
-    )
+    scores = score(inside_scored), score(outside_scored), score(asked)
+    return PopulationAttack(attack, cutoff, *scores)
 
 
 def u_lira(
@@ -263,9 +262,9 @@ def shadow_attack(
         DataError: If a side has fewer than three models, or samples differ.
     """
     u, o, _ = _margins(unlearned, out, out, least=3)
-    pairs = min(len(u), len(o))
     scores = [
-        attack(np.delete(u, k, 0), np.delete(o, k, 0), np.stack([u[k], o[k]])) for k in range(pairs)
+        attack(np.delete(u, k, 0), np.delete(o, k, 0), np.stack([u[k], o[k]]))
+        for k in range(min(len(u), len(o)))
     ]
     return ShadowAttack(*np.stack(scores, 1))
 
@@ -277,9 +276,8 @@ def _fitted(
     column = ATTACKS.index("entropy" if attack == "svc" else attack)
     if attack in SIGNS:
         sign = SIGNS[attack]
-        return lambda x: as_array(sign * x[:, column]), _threshold(
-            sign * inside[:, column], sign * outside[:, column]
-        )
+        cutoff = _threshold(sign * inside[:, column], sign * outside[:, column])
+        return lambda x: as_array(sign * x[:, column]), cutoff
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -288,9 +286,8 @@ def _fitted(
     columns = slice(column, column + 1) if attack == "svc" else slice(None)
     model: Any = SVC(C=3, kernel="rbf", gamma="auto", class_weight=weight)
     if attack == "all":
-        model = make_pipeline(
-            StandardScaler(), LogisticRegression(class_weight=weight, max_iter=1000)
-        )
+        regression = LogisticRegression(class_weight=weight, max_iter=1000)
+        model = make_pipeline(StandardScaler(), regression)
     labels = np.repeat([1, 0], [len(inside), len(outside)])
     model.fit(np.concatenate([inside, outside])[:, columns], labels)
     return lambda x: as_array(model.decision_function(x[:, columns])), 0.0
@@ -331,12 +328,8 @@ def _margins(
     unlearned: Values, out: Values, observed: Values, least: int = 2
 ) -> tuple[Array, Array, Array]:
     u, o, x = as_array(unlearned), as_array(out), as_array(observed)
-    if (
-        u.ndim != 2
-        or o.ndim != 2
-        or x.ndim not in (1, 2)
-        or len({a.shape[-1] for a in (u, o, x)}) > 1
-    ):
+    stacked = u.ndim == o.ndim == 2 and x.ndim in (1, 2)
+    if not stacked or len({a.shape[-1] for a in (u, o, x)}) > 1:
         got = f"margins of shapes {u.shape}, {o.shape} and {x.shape}"
         expected = "[M, N], [M', N] and [N] or [K, N], of the same samples"
         raise DataError(got, expected, "Stack one row a model.")
@@ -356,9 +349,8 @@ def _check_logits(logits: Tensor, targets: Tensor) -> None:
         expected = "[N, C] or [M, N, C] with C of at least 2, and [N]"
         raise DataError(got, expected, "Stack models in the first dimension.")
     classes = logits.shape[-1]
-    if targets.is_floating_point() or (
-        len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < classes
-    ):
+    inside = not len(targets) or 0 <= int(targets.min()) <= int(targets.max()) < classes
+    if targets.is_floating_point() or not inside:
         got = "targets that are no classes"
         raise DataError(got, f"integers from 0 to {classes - 1}", "Pass class indices.")
     if not bool(torch.isfinite(logits).all()):

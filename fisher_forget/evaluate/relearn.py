@@ -254,14 +254,11 @@ def _check_forget(split: Split) -> None:
 
 def _check(**options: Any) -> None:
     for name, value in options.items():
-        real, zero = (
-            name in ("lr", "weight_decay"),
-            name in ("weight_decay", "max_epochs", "max_steps", "seed"),
-        )
+        real = name in ("lr", "weight_decay")
+        zero = name in ("weight_decay", "max_epochs", "max_steps", "seed")
         typed = isinstance(value, Real if real else Integral) and not isinstance(value, bool)
         if not typed or not 0 <= float(value) < math.inf or (value == 0 and not zero):
-            expected = (
-                f"a {'finite' if real else 'whole'} number {'of at least' if zero else 'above'} 0"
-            )
+            least = "of at least" if zero else "above"
+            expected = f"a {'finite' if real else 'whole'} number {least} 0"
             got = f"{name}={value!r}"
             raise ConfigError(got, expected, f"Correct {name}, or leave it at its default.")

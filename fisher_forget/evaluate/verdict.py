@@ -275,20 +275,12 @@ def _noncentral(probability: float, df: int, shift: float) -> float:
 def _different(gap: float, before: float) -> tuple[str, str]:
     """Label and reason of a score off the retrained ones; `before` is the original's, 0 where it is
     not off."""
+    reason = "No retrained model scores like this,"
     if gap * before > 0:
-        return (
-            NOT_FORGOTTEN,
-            "No retrained model scores like this, and the original lies on the same side.",
-        )
+        return NOT_FORGOTTEN, f"{reason} and the original lies on the same side."
     if before:
-        return (
-            OVER_FORGOTTEN,
-            "No retrained model scores like this, and the original lies on the other side.",
-        )
-    return (
-        OVER_FORGOTTEN,
-        "No retrained model scores like this, but the original does: scrubbing led away.",
-    )
+        return OVER_FORGOTTEN, f"{reason} and the original lies on the other side."
+    return OVER_FORGOTTEN, f"{reason} but the original does: scrubbing led away."
 
 
 def _without_spread(value: float, target: float, original: float, margin: float | None) -> Verdict:
@@ -306,9 +298,8 @@ def _without_spread(value: float, target: float, original: float, margin: float 
         reason = f"{side} {reason}"
     if abs(before) <= tolerance:
         reason += " Nothing to forget is visible in this score."
-    return Verdict(
-        label, value, target, target, target, math.nan, margin or 0.0, math.nan, None, reason
-    )
+    nan = math.nan
+    return Verdict(label, value, target, target, target, nan, margin or 0.0, nan, None, reason)
 
 
 def _check(retrained: Array, margin: float | None, level: float) -> None:

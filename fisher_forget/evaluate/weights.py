@@ -76,9 +76,8 @@ def step_cosine(
         raise ConfigError("no retrained model", "at least one", fix)
     start = _parameters(original)
     step = _difference(_parameters(scrubbed), start)
-    return float(
-        np.mean([_cosine(step, _difference(_parameters(member), start)) for member in members])
-    )
+    steps = (_difference(_parameters(member), start) for member in members)
+    return float(np.mean([_cosine(step, other) for other in steps]))
 
 
 def efficacy(model: nn.Module, split: Split, likelihood: Likelihood | str = "categorical") -> float:

@@ -55,7 +55,7 @@ def inline(path: Path, prefix: str, title: str) -> Markup:
 
 def _read(path: Path) -> ElementTree.Element:
     try:
-        root = ElementTree.fromstring(Path(path).read_bytes())
+        root = ElementTree.fromstring(path.read_bytes())
     except (OSError, ElementTree.ParseError) as error:
         got = f"{path}: {error}"
         raise StorageError(got, "an SVG file", "Save it with save_figure.") from error

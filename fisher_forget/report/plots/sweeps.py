@@ -336,13 +336,5 @@ def _stair(ax: Axes, rows: pd.DataFrame, kept: str, factor: float) -> None:
     rows = rows.sort_values("kl_forget")
     if len(rows) > 1:
         x, y = rows[kept] * factor, rows["kl_forget"]
-        ax.step(
-            x,
-            y,
-            where="post",
-            color="black",
-            linestyle=":",
-            linewidth=1.2,
-            label="Pareto front",
-            zorder=2.5,
-        )
+        look: dict[str, Any] = {"color": "black", "linestyle": ":", "linewidth": 1.2}
+        ax.step(x, y, where="post", label="Pareto front", zorder=2.5, **look)
