@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from fisher_forget._util import files
 from fisher_forget.data.samples import take
 from fisher_forget.data.split import Indices, Split, resolve_split
 from fisher_forget.evaluate.closeness import Reference
-from fisher_forget.evaluate.ensemble import Members, RetrainedEnsemble, train_members
+from fisher_forget.evaluate.ensemble import Members, RetrainedEnsemble, TrainOptions, train_members
 from fisher_forget.evaluate.evaluation import Evaluation, evaluate
 from fisher_forget.experiments import forget_sets
 from fisher_forget.experiments.config import ForgetSet, RunConfig
@@ -96,26 +96,21 @@ def prepare_case(config: RunConfig, clean: DataBundle, settings: ForgetSet, fold
     """
     template = untrained(config, clean, 0)
 
-    def trained(task: TrainingTask) -> Members:
-        return train_members(
-            partial(train_one, config, task.data, task.rows),
-            task.seeds,
-            template=template,
-            folder=task.folder,
-            fingerprint=task.fingerprint(config),
-            jobs=config.jobs,
-            progress=config.progress,
-            description=task.title,
-        )
+    def members_of(task: TrainingTask) -> Members:
+        train_fn = partial(train_one, config, task.data, task.rows)
+        options: TrainOptions = {"jobs": config.jobs, "progress": config.progress}
+        options |= {"folder": task.folder, "fingerprint": task.fingerprint(config)}
+        about: dict[str, Any] = {"template": template, "description": task.title}
+        return train_members(train_fn, task.seeds, **about, **options)
 
     def memorised() -> forget_sets.Scores:
-        members = trained(subsets_task(clean, folder))
+        members = members_of(subsets_task(clean, folder))
         return forget_sets.memorisation(members.models, members.seeds, clean)
 
     forget = forget_sets.choose(settings, clean, memorised)
     place = files.ensure_folder(folder / settings.slug)
     tasks = case_tasks(config, clean, settings, forget, folder)
-    originals, retrained = (trained(task) for task in tasks)
+    originals, retrained = (members_of(task) for task in tasks)
     data = tasks[0].data
     named = parts(data, forget)
     first = Reference(originals.models[0], retrained.models, named, config.likelihood)
@@ -149,15 +144,15 @@ def subsets_task(clean: DataBundle, folder: Path) -> TrainingTask:
 def train_one(config: RunConfig, data: DataBundle, rows: Rows, seed: int) -> nn.Module:
     """The model of one seed, trained on all or some of the data."""
     indices = forget_sets.subset(len(data.train), seed) if isinstance(rows, str) else rows
-    return train(
-        untrained(config, data, seed),
-        data.train,
-        config.training,
-        seed=seed,
-        indices=indices,
-        likelihood=config.likelihood,
-        progress=False,
-    )
+    return trained(config, data, untrained(config, data, seed), indices, seed)
+
+
+def trained(
+    config: RunConfig, data: DataBundle, model: nn.Module, rows: Indices | None, seed: int
+) -> nn.Module:
+    """A copy of the model, trained as the experiment trains; `None` stands for all samples."""
+    options: dict[str, Any] = {"likelihood": config.likelihood, "progress": False}
+    return train(model, data.train, config.training, seed=seed, indices=rows, **options)
 
 
 def untrained(config: RunConfig, data: DataBundle, seed: int) -> nn.Module:
@@ -188,11 +183,8 @@ def parts(data: DataBundle, forget: Indices) -> dict[str, TensorDataset]:
     """Forget, retain and test data; test data of the classes that are left, where a whole class is
     forgotten."""
     retain = retained(data, forget)
-    named = {
-        "forget": take(data.train, forget),
-        "retain": take(data.train, retain),
-        "test": data.test,
-    }
+    named = {"forget": take(data.train, forget), "retain": take(data.train, retain)}
+    named["test"] = data.test
     if data.classes:
         left = torch.isin(data.test.tensors[-1], data.train.tensors[-1][retain])
         if not bool(left.all()):
@@ -205,11 +197,7 @@ def evaluate_case(
 ) -> Evaluation:
     """Every metric of what methods made of the originals of a case, beside its retrained models."""
     mark = files.fingerprint(*basis(config, case.data), case.forget)
-    return evaluate(
-        methods,
-        RetrainedEnsemble(case.originals, case.retrained, case.forget, case.folder, mark),
-        parts(case.data, case.forget),
-        likelihood=config.likelihood,
-        split=case.split,
-        teacher=untrained(config, case.data, seed=case.retrained.seeds[-1] + 1),
-    )
+    ensemble = RetrainedEnsemble(case.originals, case.retrained, case.forget, case.folder, mark)
+    teacher = untrained(config, case.data, seed=case.retrained.seeds[-1] + 1)
+    data, kind = parts(case.data, case.forget), config.likelihood
+    return evaluate(methods, ensemble, data, likelihood=kind, split=case.split, teacher=teacher)

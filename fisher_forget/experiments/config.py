@@ -40,13 +40,8 @@ class DataSettings:
         Raises:
             ConfigError, DataError: As `load_dataset`.
         """
-        return load_dataset(
-            self.name,
-            self.root,
-            max_train=self.max_train,
-            max_test=self.max_test,
-            options=self.options,
-        )
+        train, test, options = self.max_train, self.max_test, self.options
+        return load_dataset(self.name, self.root, max_train=train, max_test=test, options=options)
 
 
 @dataclass(frozen=True)

@@ -39,13 +39,10 @@ def find(path: str, role: str) -> Any:
     try:
         target: Any = import_module(module)
     except Exception as error:  # whatever its code raises
-        if (
-            isinstance(error, ModuleNotFoundError)
-            and error.name is not None
-            and f"{module}.".startswith(f"{error.name}.")
-        ):
+        absent = error.name if isinstance(error, ModuleNotFoundError) else None
+        if absent is not None and f"{module}.".startswith(f"{absent}."):
             fix = f"Start in the folder that holds {module.partition('.')[0]!r}, or install it."
-            raise ConfigError(f"{path!r}, but no module {error.name!r}", expected, fix) from error
+            raise ConfigError(f"{path!r}, but no module {absent!r}", expected, fix) from error
         got = f"{type(error).__name__} while importing {module!r} for {path!r}: {error}"
         raise ConfigError(got, "a module that can be imported", f"Correct it; {DEBUG}.") from error
     for part in name.split("."):

@@ -100,22 +100,12 @@ def _scrub(config: RunConfig, case: Case, index: int) -> tuple[ForgetResult, Clo
 def _sweep(config: SweepConfig, case: Case) -> SweepTable:
     """A sweep from the first original model; its table is written as sweep.parquet and, to be read,
     as sweep.csv."""
-    options = config.forget_options(config.seeds[0])
-    table = sweep(
-        case.originals.models[0],
-        case.data.train,
-        case.forget,
-        config.axes,
-        options,
-        reference=case.references[0],
-        # of all methods
-        weight_decay=options.weight_decay,
-        seed=options.seed,
-        ruin=config.ruin,
-        file=case.folder / SWEEP,
-        jobs=config.jobs,
-        progress=config.progress,
-    )
+    options, original = config.forget_options(config.seeds[0]), case.originals.models[0]
+    of_all_methods = {"weight_decay": options.weight_decay, "seed": options.seed}
+    settings = {"ruin": config.ruin, "jobs": config.jobs, "progress": config.progress}
+    given: dict[str, Any] = {"reference": case.references[0], "file": case.folder / SWEEP}
+    given |= of_all_methods | settings
+    table = sweep(original, case.data.train, case.forget, config.axes, options, **given)
     table.to_pandas().to_csv((case.folder / SWEEP).with_suffix(".csv"), index=False)
     return table
 
@@ -125,26 +115,23 @@ def _entry(
 ) -> dict[str, Any]:
     """The numbers of a forget set, as metrics.json has them."""
     results, closenesses = zip(*scrubbed, strict=True)
+    runs = []
+    for seed, result, closeness in zip(config.seeds, results, closenesses, strict=True):
+        numbers = {"forget": result.summary(), "evaluation": closeness.to_dict()}
+        runs.append({"seed": seed, "folder": f"{case.folder.name}/seed-{seed}"} | numbers)
+    seconds = {
+        "train_original": case.originals.seconds,
+        "retrain_one": case.retrained.seconds,
+        "forget": [sum(result.seconds.values()) for result in results],
+    }
     return {
         "name": case.settings.name,
         "forgotten": len(case.forget),
         "retained": len(results[0].split.retain),
         "members": len(case.retrained.models),
         **closenesses[0].score.stored(),
-        "seconds": {
-            "train_original": float(np.mean(case.originals.seconds)),
-            "retrain_one": float(np.mean(case.retrained.seconds)),
-            "forget": float(np.mean([sum(result.seconds.values()) for result in results])),
-        },
-        "runs": [
-            {
-                "seed": seed,
-                "folder": f"{case.folder.name}/seed-{seed}",
-                "forget": result.summary(),
-                "evaluation": closeness.to_dict(),
-            }
-            for seed, (result, closeness) in zip(config.seeds, scrubbed, strict=True)
-        ],
+        "seconds": {name: float(np.mean(times)) for name, times in seconds.items()},
+        "runs": runs,
         "summary": summarise(closenesses),
     }
 
