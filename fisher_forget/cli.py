@@ -207,8 +207,9 @@ def _parser(*, keys: bool = False) -> argparse.ArgumentParser:
         description=_overview(),
         epilog=_epilog(),
     )
-    shape = {"dest": "command", "metavar": "COMMAND", "prog": parser.prog}
-    commands = parser.add_subparsers(required=True, **shape)
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", prog=parser.prog
+    )
     for name, about in COMMANDS.items():
         texts = [f"example:\n  {about.example}", EXIT_CODES]
         command = commands.add_parser(

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from fisher_forget._util import files
 from fisher_forget.data.samples import take
 from fisher_forget.data.split import Indices, Split, resolve_split
 from fisher_forget.evaluate.closeness import Reference
-from fisher_forget.evaluate.ensemble import Members, RetrainedEnsemble, TrainOptions, train_members
+from fisher_forget.evaluate.ensemble import Members, RetrainedEnsemble, train_members
 from fisher_forget.evaluate.evaluation import Evaluation, evaluate
 from fisher_forget.experiments import forget_sets
 from fisher_forget.experiments.config import ForgetSet, RunConfig
@@ -97,11 +97,16 @@ def prepare_case(config: RunConfig, clean: DataBundle, settings: ForgetSet, fold
     template = untrained(config, clean, 0)
 
     def members_of(task: TrainingTask) -> Members:
-        train_fn = partial(train_one, config, task.data, task.rows)
-        options: TrainOptions = {"jobs": config.jobs, "progress": config.progress}
-        options |= {"folder": task.folder, "fingerprint": task.fingerprint(config)}
-        about: dict[str, Any] = {"template": template, "description": task.title}
-        return train_members(train_fn, task.seeds, **about, **options)
+        return train_members(
+            partial(train_one, config, task.data, task.rows),
+            task.seeds,
+            template=template,
+            folder=task.folder,
+            fingerprint=task.fingerprint(config),
+            jobs=config.jobs,
+            progress=config.progress,
+            description=task.title,
+        )
 
     def memorised() -> forget_sets.Scores:
         members = members_of(subsets_task(clean, folder))
@@ -151,8 +156,10 @@ def trained(
     config: RunConfig, data: DataBundle, model: nn.Module, rows: Indices | None, seed: int
 ) -> nn.Module:
     """A copy of the model, trained as the experiment trains; `None` stands for all samples."""
-    options: dict[str, Any] = {"likelihood": config.likelihood, "progress": False}
-    return train(model, data.train, config.training, seed=seed, indices=rows, **options)
+    kind, settings = config.likelihood, config.training
+    return train(
+        model, data.train, settings, seed=seed, indices=rows, likelihood=kind, progress=False
+    )
 
 
 def untrained(config: RunConfig, data: DataBundle, seed: int) -> nn.Module:

@@ -40,8 +40,13 @@ class DataSettings:
         Raises:
             ConfigError, DataError: As `load_dataset`.
         """
-        train, test, options = self.max_train, self.max_test, self.options
-        return load_dataset(self.name, self.root, max_train=train, max_test=test, options=options)
+        return load_dataset(
+            self.name,
+            self.root,
+            max_train=self.max_train,
+            max_test=self.max_test,
+            options=self.options,
+        )
 
 
 @dataclass(frozen=True)

@@ -187,9 +187,18 @@ def _curvature_cost(
     split = resolve_split(data.train, forget)
     options = config.forget_options(config.seeds[0])
     part, kind = options.curvature_plan(split)
-    given = {name: getattr(options, name) for name in ("structure", "draws", "subset", "seed")}
-    given |= {"kind": kind, "part": part}
-    return estimate_curvature(model.eval(), split, config.likelihood, dry_run=True, **given)
+    return estimate_curvature(
+        model.eval(),
+        split,
+        config.likelihood,
+        structure=options.structure,
+        kind=kind,
+        draws=options.draws,
+        part=part,
+        subset=options.subset,
+        seed=options.seed,
+        dry_run=True,
+    )
 
 
 def activation_bytes(model: nn.Module, data: DataBundle, rows: Indices) -> int:

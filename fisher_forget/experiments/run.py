@@ -100,12 +100,22 @@ def _scrub(config: RunConfig, case: Case, index: int) -> tuple[ForgetResult, Clo
 def _sweep(config: SweepConfig, case: Case) -> SweepTable:
     """A sweep from the first original model; its table is written as sweep.parquet and, to be read,
     as sweep.csv."""
-    options, original = config.forget_options(config.seeds[0]), case.originals.models[0]
-    of_all_methods = {"weight_decay": options.weight_decay, "seed": options.seed}
-    settings = {"ruin": config.ruin, "jobs": config.jobs, "progress": config.progress}
-    given: dict[str, Any] = {"reference": case.references[0], "file": case.folder / SWEEP}
-    given |= of_all_methods | settings
-    table = sweep(original, case.data.train, case.forget, config.axes, options, **given)
+    options = config.forget_options(config.seeds[0])
+    table = sweep(
+        case.originals.models[0],
+        case.data.train,
+        case.forget,
+        config.axes,
+        options,
+        reference=case.references[0],
+        # of all methods
+        weight_decay=options.weight_decay,
+        seed=options.seed,
+        ruin=config.ruin,
+        file=case.folder / SWEEP,
+        jobs=config.jobs,
+        progress=config.progress,
+    )
     table.to_pandas().to_csv((case.folder / SWEEP).with_suffix(".csv"), index=False)
     return table
 

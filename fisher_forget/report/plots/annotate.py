@@ -145,13 +145,19 @@ class _Page:
 def _text(ax: Axes, point: Point, text: str, distance: float, angle: float) -> Annotation:
     """A text so many points away from its point; far away with a line."""
     dx, dy = distance * math.cos(math.radians(angle)), distance * math.sin(math.radians(angle))
-    side: dict[str, Any] = {
-        "ha": "center" if abs(dx) < 1 else "left" if dx > 0 else "right",
-        "va": "center" if abs(dy) < 1 else "bottom" if dy > 0 else "top",
-    }
     line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6} if distance > NEAR else None
-    place: dict[str, Any] = {"xytext": (dx, dy), "textcoords": "offset points", "zorder": 6}
-    return ax.annotate(text, point, fontsize=8, color="#222222", arrowprops=line, **place, **side)
+    return ax.annotate(
+        text,
+        point,
+        xytext=(dx, dy),
+        textcoords="offset points",
+        ha="center" if abs(dx) < 1 else "left" if dx > 0 else "right",
+        va="center" if abs(dy) < 1 else "bottom" if dy > 0 else "top",
+        fontsize=8,
+        color="#222222",
+        zorder=6,
+        arrowprops=line,
+    )
 
 
 # (distance in points, direction in degrees)
