@@ -4,6 +4,7 @@ examples."""
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import textwrap
@@ -244,12 +245,8 @@ def _add_init(command: argparse.ArgumentParser) -> None:
     where = "default %(default)s"
     _file(command.add_argument("path", nargs="?", default="config.yaml", help=where))
     templates = "; ".join(f"{key}: {what}" for key, what in TEMPLATES.items())
-    command.add_argument(
-        "--template",
-        choices=TEMPLATES,
-        default="classifier",
-        help=f"{templates}; default %(default)s",
-    )
+    help_text = f"{templates}; default %(default)s"
+    command.add_argument("--template", choices=TEMPLATES, default="classifier", help=help_text)
 
 
 def _add_data(command: argparse.ArgumentParser) -> None:
@@ -277,11 +274,8 @@ def _file(action: argparse.Action) -> None:
 def _usage(name: str, about: Command) -> str | None:
     """Written by hand where the keys of the configuration are flags, too."""
     dry = " [--dry-run]" if about.plans else ""
-    return (
-        f"fisher-forget {name} CONFIG{dry} [--debug] [--KEY VALUE ...]"
-        if about.configured
-        else None
-    )
+    usage = f"fisher-forget {name} CONFIG{dry} [--debug] [--KEY VALUE ...]"
+    return usage if about.configured else None
 
 
 def _sentence(text: str) -> str:
@@ -293,13 +287,9 @@ def _overview() -> str:
     lines = [
         "A trained model forgets training samples; the result is compared with retrained models."
     ]
-    for group in dict.fromkeys(about.group for about in COMMANDS.values()):
+    for group, commands in itertools.groupby(COMMANDS.items(), key=lambda item: item[1].group):
         lines += ["", f"{group}:"]
-        lines += [
-            f"  {name:{width}}{about.summary}"
-            for name, about in COMMANDS.items()
-            if about.group == group
-        ]
+        lines += [f"  {name:{width}}{about.summary}" for name, about in commands]
     return "\n".join(lines)
 
 

@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fisher_forget.data.batches import Unpack
-from fisher_forget.data.split import resolve_split
 from fisher_forget.errors import DataError, NumericalError
-from fisher_forget.evaluate.ensemble import predict
+from fisher_forget.evaluate.ensemble import predict, whole_splits
 from fisher_forget.likelihood import Likelihood, Score, resolve_likelihood
 
 Outputs = Mapping[str, Tensor]  # part -> outputs [N, ...]
@@ -78,18 +77,12 @@ class Closeness:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers for a JSON file."""
-        return {
-            "members": self.members,
-            **self.score.stored(),
-            "parts": {name: asdict(part) for name, part in self.parts.items()},
-        }
+        parts = {name: asdict(part) for name, part in self.parts.items()}
+        return {"members": self.members, **self.score.stored(), "parts": parts}
 
     def to_pandas(self) -> pd.DataFrame:
         """One row a part."""
-        rows = pd.DataFrame.from_dict(
-            {name: asdict(part) for name, part in self.parts.items()}, orient="index"
-        )
-        return rows.rename_axis("part").reset_index()
+        return pd.DataFrame([{"part": name} | asdict(part) for name, part in self.parts.items()])
 
 
 class Reference:
@@ -117,10 +110,7 @@ class Reference:
         unpack: Unpack | None = None,
     ) -> None:
         self.likelihood = resolve_likelihood(likelihood)
-        self._splits = {
-            name: resolve_split(part, [], unpack=unpack, allow_empty=True)
-            for name, part in parts.items()
-        }
+        self._splits = whole_splits(parts, unpack)
         self.targets = {name: predict(original, split)[1] for name, split in self._splits.items()}
         self.original = self.outputs(original)
         self.retrained = tuple(self.outputs(model) for model in retrained)
@@ -155,15 +145,12 @@ def mean_kl(likelihood: Likelihood, p: Tensor, q: Tensor, targets: Tensor) -> fl
         NumericalError: If outputs are not finite.
     """
     if p.shape != q.shape or len(p) != len(targets):
-        raise DataError(
-            f"outputs of shapes {tuple(p.shape)} and {tuple(q.shape)} for {len(targets)} targets",
-            "outputs of the same samples over the same labels",
-            "Predict both on the same data set, and keep every class in the retrained models.",
-        )
+        got = f"outputs of shapes {tuple(p.shape)} and {tuple(q.shape)} for {len(targets)} targets"
+        fix = "Predict both on the same data set, and keep every class in the retrained models."
+        raise DataError(got, "outputs of the same samples over the same labels", fix)
     if not bool(torch.isfinite(p).all() and torch.isfinite(q).all()):
-        raise NumericalError(
-            "outputs that are NaN or infinite", "finite outputs", "Check the model that made them."
-        )
+        got = "outputs that are NaN or infinite"
+        raise NumericalError(got, "finite outputs", "Check the model that made them.")
     return float(likelihood.kl(p, q, targets).mean())
 
 
@@ -202,11 +189,8 @@ def bars(
         NumericalError: If outputs are not finite.
     """
     if len(retrained) < 2:
-        raise DataError(
-            f"{len(retrained)} retrained model(s)",
-            "at least 2, whose mutual KL is the floor",
-            "Retrain more seeds.",
-        )
+        got = f"{len(retrained)} retrained model(s)"
+        raise DataError(got, "at least 2, whose mutual KL is the floor", "Retrain more seeds.")
     standard = {}
     for part, y in targets.items():
         members = [r[part] for r in retrained]
@@ -251,16 +235,15 @@ def closeness(
         members, bar = [r[part] for r in retrained], standard[part]
         to_original = float(np.mean([mean_kl(likelihood, m, original[part], y) for m in members]))
         to_scrubbed = [mean_kl(likelihood, m, scrubbed[part], y) for m in members]
+        kl = float(np.mean(to_scrubbed))
         parts[part] = PartScores(
             samples=len(y),
             kl_original=to_original,
-            kl_scrubbed=float(np.mean(to_scrubbed)),
+            kl_scrubbed=kl,
             kl_scrubbed_std=float(np.std(to_scrubbed, ddof=1)),
             floor=bar.floor,
             floor_std=bar.floor_std,
-            gap_closed=gap_closed(
-                to_original, float(np.mean(to_scrubbed)), bar.floor, bar.floor_std
-            ),
+            gap_closed=gap_closed(to_original, kl, bar.floor, bar.floor_std),
             score_original=_score(likelihood, original[part], y),
             score_scrubbed=_score(likelihood, scrubbed[part], y),
             score_retrained=bar.score,
@@ -280,18 +263,13 @@ def summarise(
     left out of n."""
     summary: dict[str, dict[str, dict[str, float | int | None]]] = {}
     for part in evaluations[0].parts:
-        columns: dict[str, list[float]] = {}
-        for evaluation in evaluations:
-            for key, value in asdict(evaluation.parts[part]).items():
-                columns.setdefault(key, [])
-                if value is not None:
-                    columns[key].append(float(value))
-        summary[part] = {
-            key: {
+        rows = [asdict(evaluation.parts[part]) for evaluation in evaluations]
+        summary[part] = {}
+        for key in rows[0]:
+            values = [float(row[key]) for row in rows if row[key] is not None]
+            summary[part][key] = {
                 "mean": float(np.mean(values)) if values else None,
                 "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
                 "n": len(values),
             }
-            for key, values in columns.items()
-        }
     return summary

@@ -67,9 +67,6 @@ def average_gap(unlearned: Sequence[float], retrained: Sequence[float]) -> float
 
 def _gaps(unlearned: Sequence[float], retrained: Sequence[float]) -> list[float]:
     if len(unlearned) != len(retrained) or not all(0 <= x <= 1 for x in (*unlearned, *retrained)):
-        raise DataError(
-            f"the rates {list(unlearned)} and {list(retrained)}",
-            "as many of both models, each a share in [0, 1]",
-            "Divide per cent by 100.",
-        )
+        got, fix = f"the rates {list(unlearned)} and {list(retrained)}", "Divide per cent by 100."
+        raise DataError(got, "as many of both models, each a share in [0, 1]", fix)
     return [abs(a - b) for a, b in zip(unlearned, retrained, strict=True)]

@@ -72,17 +72,14 @@ def check_logits(logits: Tensor) -> None:
         DataError: If the shape or type is another.
         NumericalError: If a logit is NaN or infinite.
     """
-    if (
-        logits.dim() not in (2, 3)
-        or not logits.numel()
-        or logits.shape[-1] < 2
-        or not logits.is_floating_point()
-    ):
-        raise DataError(
-            f"{logits.dtype} outputs of shape {tuple(logits.shape)}",
-            "floating-point logits [N, C] or [M, N, C] of at least one sample and two classes",
-            "Stack the models' outputs; a single logit z becomes the two logits (0, z).",
+    shaped = logits.dim() in (2, 3) and logits.numel() and logits.shape[-1] >= 2
+    if not shaped or not logits.is_floating_point():
+        got = f"{logits.dtype} outputs of shape {tuple(logits.shape)}"
+        expected = (
+            "floating-point logits [N, C] or [M, N, C] of at least one sample and two classes"
         )
+        fix = "Stack the models' outputs; a single logit z becomes the two logits (0, z)."
+        raise DataError(got, expected, fix)
     _check_finite(logits)
 
 
@@ -92,23 +89,18 @@ def check_targets(targets: Tensor, samples: int, classes: int | None = None) -> 
     Raises:
         DataError: If so.
     """
-    if (
-        targets.shape != (samples,)
-        or not samples
-        or targets.is_floating_point()
-        or targets.dtype == torch.bool
-    ):
-        raise DataError(
-            f"{targets.dtype} targets of shape {tuple(targets.shape)} for {samples} samples",
-            "one class index a sample, for at least one sample",
-            "Pass the targets of the samples that the outputs were computed on, in the same order.",
+    whole = not targets.is_floating_point() and targets.dtype != torch.bool
+    if targets.shape != (samples,) or not samples or not whole:
+        got = f"{targets.dtype} targets of shape {tuple(targets.shape)} for {samples} samples"
+        expected = "one class index a sample, for at least one sample"
+        fix = (
+            "Pass the targets of the samples that the outputs were computed on, in the same order."
         )
+        raise DataError(got, expected, fix)
     if int(targets.min()) < 0 or (classes is not None and int(targets.max()) >= classes):
-        raise DataError(
-            f"targets from {int(targets.min())} to {int(targets.max())}",
-            "class indices from 0" + ("" if classes is None else f" to {classes - 1}"),
-            "Map the labels to 0..C-1, as in training.",
-        )
+        got = f"targets from {int(targets.min())} to {int(targets.max())}"
+        expected = "class indices from 0" + ("" if classes is None else f" to {classes - 1}")
+        raise DataError(got, expected, "Map the labels to 0..C-1, as in training.")
 
 
 def check_ensembles(*margins: Tensor) -> None:
@@ -119,14 +111,12 @@ def check_ensembles(*margins: Tensor) -> None:
         NumericalError: If a margin is NaN or infinite.
     """
     shapes = [tuple(m.shape) for m in margins]
-    if any(
-        m.dim() != 2 or len(m) < 2 or not m.numel() or not m.is_floating_point() for m in margins
-    ) or (len({shape[1] for shape in shapes}) > 1):
-        raise DataError(
-            f"margins of shapes {shapes}",
-            "floating-point margins [M, N] of the same samples, at least 2 models each",
-            "Compute `margins` of stacked outputs [M, N, C] of all models on one data set.",
-        )
+    stacked = all(m.dim() == 2 and len(m) >= 2 and m.numel() for m in margins)
+    floating = all(m.is_floating_point() for m in margins)
+    if not (stacked and floating) or len({shape[1] for shape in shapes}) > 1:
+        expected = "floating-point margins [M, N] of the same samples, at least 2 models each"
+        fix = "Compute `margins` of stacked outputs [M, N, C] of all models on one data set."
+        raise DataError(f"margins of shapes {shapes}", expected, fix)
     for m in margins:
         _check_finite(m)
 
@@ -153,15 +143,13 @@ def per_sample(fn: Divergence, p: Tensor, q: Tensor) -> Tensor:
     check_logits(q)
     same = p.shape[-2:] == q.shape[-2:] and (p.dim() != q.dim() or p.shape == q.shape)
     if not same:
-        raise DataError(
-            f"outputs of shapes {tuple(p.shape)} and {tuple(q.shape)}",
-            "the same samples over the same classes, and as many models where both are ensembles",
-            "Predict both on one data set and keep every class; for all pairs of models, loop.",
-        )
+        got = f"outputs of shapes {tuple(p.shape)} and {tuple(q.shape)}"
+        expected = "the same samples over the same classes, as many models where both are ensembles"
+        fix = "Predict both on one data set and keep every class; for all pairs of models, loop."
+        raise DataError(got, expected, fix)
     slices = sample_slices(p.shape[-2], max(p.numel(), q.numel()) // p.shape[-2])
-    return torch.cat(
-        [fn(p[..., rows, :].double(), q[..., rows, :].double()) for rows in slices], -1
-    )
+    pieces = [fn(p[..., rows, :].double(), q[..., rows, :].double()) for rows in slices]
+    return torch.cat(pieces, -1)
 
 
 def _jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
@@ -174,6 +162,5 @@ def _jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
 
 def _check_finite(values: Tensor) -> None:
     if not bool(torch.isfinite(values).all()):
-        raise NumericalError(
-            "outputs that are NaN or infinite", "finite outputs", "Check the model that made them."
-        )
+        got = "outputs that are NaN or infinite"
+        raise NumericalError(got, "finite outputs", "Check the model that made them.")

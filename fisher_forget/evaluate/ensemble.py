@@ -32,12 +32,7 @@ from fisher_forget.errors import ConfigError, DataError, FisherForgetWarning, St
 
 TrainFn = Callable[[int], nn.Module]
 # joblib's backends, and the modules that those of other packages live in
-BACKENDS = {
-    "loky": None,
-    "threading": None,
-    "dask": "dask.distributed",
-    "ray": "ray.util.joblib",
-}
+BACKENDS = {"loky": None, "threading": None, "dask": "dask.distributed", "ray": "ray.util.joblib"}
 
 
 class TrainOptions(TypedDict, total=False):
@@ -158,10 +153,7 @@ class RetrainedEnsemble:
         Raises:
             DataError, StorageError: If a data set cannot be read, or the folder not be written.
         """
-        splits = {
-            name: resolve_split(part, [], unpack=unpack, allow_empty=True)
-            for name, part in parts.items()
-        }
+        splits = whole_splits(parts, unpack)
         prints = [splits[name].fingerprint() for name in splits]
         seeds = self.originals.seeds, self.retrained.seeds
         key = files.fingerprint(self.fingerprint, list(splits), prints, *seeds)
@@ -187,6 +179,14 @@ class RetrainedEnsemble:
                 stored[f"{kind}/{name}"] = torch.stack([outputs for outputs, _ in predictions])
                 stored[f"targets/{name}"] = predictions[0][1]
         return stored
+
+
+def whole_splits(
+    parts: Mapping[str, Dataset[Any]], unpack: batches.Unpack | None = None
+) -> dict[str, Split]:
+    """Data sets as splits that forget nothing, whose samples `predict` goes through."""
+    options: dict[str, Any] = {"unpack": unpack, "allow_empty": True}
+    return {name: resolve_split(part, [], **options) for name, part in parts.items()}
 
 
 def predict(model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
@@ -218,18 +218,12 @@ class _Cache:
         return self.folder / f"seed-{seed}.safetensors"
 
     def save(self, seed: int, model: nn.Module, seconds: float) -> None:
-        notes = {
-            "fingerprint": self.fingerprint,
-            "seed": str(seed),
-            "seconds": repr(seconds),
-            "version": _version(),
-        }
-        files.save_model(self.path(seed), model, notes)
+        notes = {"seed": str(seed), "seconds": repr(seconds), "version": _version()}
+        files.save_model(self.path(seed), model, notes | {"fingerprint": self.fingerprint})
 
     def load(self, seed: int, template: nn.Module) -> tuple[nn.Module, float]:
-        model = files.load_model(
-            self.path(seed), template, {"fingerprint": self.fingerprint, "seed": str(seed)}
-        )
+        expected = {"fingerprint": self.fingerprint, "seed": str(seed)}
+        model = files.load_model(self.path(seed), template, expected)
         return model, float(files.read_metadata(self.path(seed)).get("seconds", "nan"))
 
 
@@ -266,22 +260,15 @@ def train_members(
     if jobs < 1:
         raise ConfigError(f"jobs={jobs}", "at least 1", "Pass the number of worker processes.")
     if backend not in BACKENDS:
-        raise ConfigError(
-            f"backend={backend!r}", f"one of {sorted(BACKENDS)}", "Pass one of these names."
-        )
+        got = f"backend={backend!r}"
+        raise ConfigError(got, f"one of {sorted(BACKENDS)}", "Pass one of these names.")
     folder, fingerprint = options.get("folder"), options.get("fingerprint", "")
     cache = None if folder is None else _Cache(files.ensure_folder(Path(folder)), fingerprint)
     members = _stored(cache, seeds, template)
     todo = [seed for seed in seeds if seed not in members]
-    bar = tqdm(
-        total=len(seeds),
-        initial=len(members),
-        desc=description,
-        unit="model",
-        disable=not options.get("progress", True),
-        leave=False,
-    )
-    with bar:
+    hidden = not options.get("progress", True)
+    counts: dict[str, Any] = {"total": len(seeds), "initial": len(members), "unit": "model"}
+    with tqdm(desc=description, disable=hidden, leave=False, **counts) as bar:
         for seed, state, seconds in _trained(train_fn, todo, cache, jobs, backend):
             members[seed] = files.fill_model(template, state), seconds
             bar.update()
@@ -354,11 +341,8 @@ def _register(backend: str) -> None:
     try:
         module = import_module(home)
     except ImportError as error:
-        raise ConfigError(
-            f"backend={backend!r} without {home.split('.')[0]}",
-            "the package to be installed",
-            "Install it, or use 'loky'.",
-        ) from error
+        got, fix = f"backend={backend!r} without {home.split('.')[0]}", "Install it, or use 'loky'."
+        raise ConfigError(got, "the package to be installed", fix) from error
     if backend == "ray":
         module.register_ray()
 

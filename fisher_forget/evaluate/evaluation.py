@@ -17,9 +17,9 @@ from torch.utils.data import Dataset
 
 from fisher_forget._util.markdown import markdown_table
 from fisher_forget.data import batches
-from fisher_forget.data.split import Split, resolve_split
+from fisher_forget.data.split import Split
 from fisher_forget.errors import ConfigError, DataError, NumericalError
-from fisher_forget.evaluate.ensemble import RetrainedEnsemble, predict
+from fisher_forget.evaluate.ensemble import RetrainedEnsemble, predict, whole_splits
 from fisher_forget.evaluate.metrics import LEAST, METRICS, Context, Metric, Subject
 from fisher_forget.evaluate.scoring import TOO_FEW, UNDEFINED, EvaluationRow, score_metric
 from fisher_forget.evaluate.verdict import (
@@ -35,19 +35,13 @@ Scrubbed = ForgetResult | nn.Module
 Outputs = list[dict[str, Tensor]]  # of each model: part -> outputs [N, ...]
 CONTROL = "control (retrained)"  # retrained models that take no part in the targets
 FALSE_ALARM = 0.05  # that a retrained model fails any of the rows
-MARKS = {
-    NOT_FORGOTTEN: "−",
-    INDISTINGUISHABLE: "=",
-    OVER_FORGOTTEN: "+",
-    UNDECIDED: "≈",
-    UNDEFINED: "",
-}
-MEANING = {
-    INDISTINGUISHABLE: "shown to be as retrained",
-    UNDECIDED: "not told apart from retrained, more models would tell",
-    NOT_FORGOTTEN: "not forgotten",
-    OVER_FORGOTTEN: "over-forgotten",
-}
+MARKS = {NOT_FORGOTTEN: "−", INDISTINGUISHABLE: "=", OVER_FORGOTTEN: "+", UNDECIDED: "≈"}
+MARKS[UNDEFINED] = ""
+MARKS_LEGEND = (
+    f"{MARKS[INDISTINGUISHABLE]} shown to be as retrained; "
+    f"{MARKS[UNDECIDED]} not told apart from retrained, more models would tell; "
+    f"{MARKS[NOT_FORGOTTEN]} not forgotten; {MARKS[OVER_FORGOTTEN]} over-forgotten"
+)
 
 
 @dataclass(frozen=True)
@@ -73,11 +67,8 @@ class Evaluation:
         for score in self.scores:
             if (score.metric, score.part) == (metric, part) and method in (None, score.method):
                 return score
-        raise ConfigError(
-            f"no score {metric!r} on {part!r} of {method!r}",
-            "a row of the table",
-            "See to_pandas().",
-        )
+        got = f"no score {metric!r} on {part!r} of {method!r}"
+        raise ConfigError(got, "a row of the table", "See to_pandas().")
 
     def to_pandas(self) -> pd.DataFrame:
         """One row a score, with the columns of `EvaluationRow`."""
@@ -107,11 +98,7 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a JSON file, see `report/evaluation.schema.json`; NaN is null."""
-        rows = [
-            {name: _null(value) for name, value in asdict(s).items()}
-            | {"values": [_null(x) for x in s.values]}
-            for s in self.scores
-        ]
+        rows = [{name: _null(value) for name, value in asdict(s).items()} for s in self.scores]
         return {"schema": 1, "retrained": self.retrained, "left_out": self.left_out, "scores": rows}
 
 
@@ -173,10 +160,7 @@ def evaluate(
     methods = {name: _models(results, ensemble) for name, results in given.items()}
     count = _reference_size(ensemble, options.get("held_out", 1))
     unpack = options.get("unpack")
-    splits = {
-        name: resolve_split(part, [], unpack=unpack, allow_empty=True)
-        for name, part in data.items()
-    }
+    splits = whole_splits(data, unpack)
     originals, retrained, targets = ensemble.outputs(data, unpack=unpack)
     outputs = {
         method: [{part: predict(model, splits[part])[0] for part in splits} for model in models]
@@ -203,21 +187,18 @@ def _names(metrics: Iterable[str] | None) -> list[str]:
         return [name for name, metric in METRICS.items() if not metric.by_name]
     names = list(metrics)
     if unknown := [name for name in names if name not in METRICS]:
-        raise ConfigError(
-            f"the metrics {unknown}", f"some of {list(METRICS)}", "Correct the names."
-        )
+        got = f"the metrics {unknown}"
+        raise ConfigError(got, f"some of {list(METRICS)}", "Correct the names.")
     return names
 
 
 def _reference_size(ensemble: RetrainedEnsemble, held_out: int) -> int:
-    count = len(ensemble.retrained.models) - held_out
-    if count < 3 or held_out < 0:
-        raise DataError(
-            f"{len(ensemble.retrained.models)} retrained models, {held_out} of them held out",
-            "at least 3 in the reference: a spread needs them",
-            "Retrain more seeds.",
-        )
-    return count
+    models = len(ensemble.retrained.models)
+    if models - held_out < 3 or held_out < 0:
+        got = f"{models} retrained models, {held_out} of them held out"
+        expected = "at least 3 in the reference: a spread needs them"
+        raise DataError(got, expected, "Retrain more seeds.")
+    return models - held_out
 
 
 def _unstacked(outputs: Mapping[str, Tensor]) -> Outputs:
@@ -267,15 +248,15 @@ def _models(given: Scrubbed | Sequence[Scrubbed], ensemble: RetrainedEnsemble) -
         if isinstance(result, ForgetResult) and not np.array_equal(
             result.split.forget, ensemble.forget
         ):
-            raise DataError(
-                f"a result that forgot {len(result.split.forget)} samples",
-                "the forget set of the ensemble",
-                "Retrain the ensemble without these samples.",
-            )
+            got = f"a result that forgot {len(result.split.forget)} samples"
+            expected = "the forget set of the ensemble"
+            raise DataError(got, expected, "Retrain the ensemble without these samples.")
     return [r.model if isinstance(r, ForgetResult) else r for r in results]
 
 
 def _null(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_null(number) for number in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -285,20 +266,13 @@ def _check(
     targets: Mapping[str, Tensor],
 ) -> None:
     for part, members in retrained.items():
-        expected = tuple(members.shape[1:])
-        for of_model in outputs:
-            shape = tuple(of_model[part].shape)
+        expected, scrubbed = tuple(members.shape[1:]), [of_model[part] for of_model in outputs]
+        for shape in (tuple(x.shape) for x in scrubbed):
             if shape != expected or shape[0] != len(targets[part]):
-                raise DataError(
-                    f"outputs of shape {shape} on {part!r}, {expected} of the retrained models",
-                    "the same samples and labels",
-                    "Keep every class in the retrained models, and predict on the same data.",
-                )
-        for what, tensor in (
-            ("scrubbed", torch.stack([o[part] for o in outputs])),
-            ("retrained", members),
-        ):
+                got = f"outputs of shape {shape} on {part!r}, {expected} of the retrained models"
+                fix = "Keep every class in the retrained models, and predict on the same data."
+                raise DataError(got, "the same samples and labels", fix)
+        for what, tensor in (("scrubbed", torch.stack(scrubbed)), ("retrained", members)):
             if not bool(torch.isfinite(tensor).all()):
-                raise NumericalError(
-                    f"NaN or infinite outputs of a {what} model on {part!r}", "finite", "Check it."
-                )
+                got = f"NaN or infinite outputs of a {what} model on {part!r}"
+                raise NumericalError(got, "finite", "Check it.")

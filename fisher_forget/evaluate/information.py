@@ -56,11 +56,8 @@ class NoiseLaw:
 
     def __post_init__(self) -> None:
         if not 0 < self.scale < math.inf:
-            raise ConfigError(
-                f"a noise scale of {self.scale}",
-                "a finite number above 0",
-                "Without noise the weights say everything: compare the models themselves.",
-            )
+            fix = "Without noise the weights say everything: compare the models themselves."
+            raise ConfigError(f"a noise scale of {self.scale}", "a finite number above 0", fix)
 
     @classmethod
     def of(cls, result: ForgetResult) -> NoiseLaw:
@@ -71,9 +68,8 @@ class NoiseLaw:
         """
         z = result.noise
         if z is None:
-            raise ConfigError(
-                "a result without noise", "noise that was drawn", "Call forget with noise='auto'."
-            )
+            got = "a result without noise"
+            raise ConfigError(got, "noise that was drawn", "Call forget with noise='auto'.")
         return cls(result.newton.params, result.noise_curvature(), z.scale, z.exponent)
 
     def at(self, mean: nn.Module | Mapping[str, Tensor], scale: float | None = None) -> Self:
@@ -87,17 +83,11 @@ class NoiseLaw:
             ModelError: If names or shapes do not match.
         """
         given = dict(mean.named_parameters()) if isinstance(mean, nn.Module) else mean
-        odd = [
-            name
-            for name, p in self.mean.items()
-            if name not in given or given[name].shape != p.shape
-        ]
-        if odd:
-            raise ModelError(
-                f"weights that differ in {', '.join(odd[:4])}",
-                "parameters of the same names and shapes",
-                "Compare models of the same architecture.",
-            )
+        shapes = {name: p.shape for name, p in given.items()}
+        if odd := [name for name, p in self.mean.items() if shapes.get(name) != p.shape]:
+            got = f"weights that differ in {', '.join(odd[:4])}"
+            expected = "parameters of the same names and shapes"
+            raise ModelError(got, expected, "Compare models of the same architecture.")
         moved = {name: given[name].detach().to(p, copy=True) for name, p in self.mean.items()}
         return replace(self, mean=moved, scale=self.scale if scale is None else scale)
 
@@ -116,9 +106,8 @@ def gaussian_kl(law: NoiseLaw, reference: NoiseLaw) -> float:
     # |(B + tau I)^p (h - h')|^2: both laws have the covariance (B + tau I)^-2p up to their scales,
     # so their log-determinants differ by d ln r alone
     whitened = law.curvature.power(P.add(law.mean, reference.mean, -1.0), law.exponent)
-    return P.dot(whitened, whitened) / (2 * reference.scale**2) + P.size(law.mean) * _spread(
-        law, reference
-    )
+    distance = P.dot(whitened, whitened) / (2 * reference.scale**2)
+    return distance + P.size(law.mean) * _spread(law, reference)
 
 
 def information_in_outputs(
@@ -165,9 +154,8 @@ def information_in_outputs(
     """
     _check_shared(law, reference)
     if covariance not in ("full", "diagonal"):
-        raise ConfigError(
-            f"covariance={covariance!r}", "'full' or 'diagonal'", "Pass one of these."
-        )
+        got = f"covariance={covariance!r}"
+        raise ConfigError(got, "'full' or 'diagonal'", "Pass one of these.")
     first = next(iter(law.mean.values()))
     # outputs have a graph, whatever the laws name
     twin = copy.deepcopy(model).to(first.device).eval().requires_grad_()
@@ -209,13 +197,8 @@ def _exact(model: nn.Module, law: NoiseLaw, batch: Batch) -> Tensor:
             outputs = P.call(model, leaves, sample.args, sample.kwargs).reshape(-1)
         rows = []
         for output in outputs:
-            grads = torch.autograd.grad(
-                output,
-                list(leaves.values()),
-                retain_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
+            weights = list(leaves.values())
+            grads = torch.autograd.grad(output, weights, retain_graph=True, materialize_grads=True)
             row = law.curvature.power(dict(zip(leaves, grads, strict=True)), -law.exponent)
             rows.append(P.flatten(row).double())
         root = torch.stack(rows)
@@ -261,11 +244,9 @@ def _shift(
     if linearised:
         return _pushed(model, law, P.add(law.mean, reference.mean, -1.0), batch)
     with torch.no_grad():
-        outputs, others = (
-            P.call(model, at, batch.args, batch.kwargs).double()
-            for at in (law.mean, reference.mean)
-        )
-    return (outputs - others).reshape(len(batch), -1)
+        means = (law.mean, reference.mean)
+        ours, others = (P.call(model, at, batch.args, batch.kwargs).double() for at in means)
+    return (ours - others).reshape(len(batch), -1)
 
 
 def _mahalanobis(shift: Tensor, gram: Tensor, tiny: float) -> tuple[Tensor, Tensor]:
@@ -283,17 +264,12 @@ def _mahalanobis(shift: Tensor, gram: Tensor, tiny: float) -> tuple[Tensor, Tens
 
 def _check_draws(draws: int, outputs: int) -> None:
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < outputs + 2:
-        raise ConfigError(
-            f"draws={draws!r} for a covariance of {outputs} outputs",
-            f"a whole number of at least {outputs + 2}",
-            "Take more draws, covariance='diagonal', or draws=None.",
-        )
+        got = f"draws={draws!r} for a covariance of {outputs} outputs"
+        expected = f"a whole number of at least {outputs + 2}"
+        raise ConfigError(got, expected, "Take more draws, covariance='diagonal', or draws=None.")
 
 
 def _check_shared(law: NoiseLaw, reference: NoiseLaw) -> None:
     if law.curvature is not reference.curvature or law.exponent != reference.exponent:
-        raise ConfigError(
-            "laws of different curvature or exponent",
-            "two laws of one shape",
-            "Make the second from the first: law.at(retrained).",
-        )
+        fix = "Make the second from the first: law.at(retrained)."
+        raise ConfigError("laws of different curvature or exponent", "two laws of one shape", fix)

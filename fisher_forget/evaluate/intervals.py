@@ -76,21 +76,16 @@ def finite_vector(values: Values, name: str) -> Array:
     """
     x = np.atleast_1d(as_array(values))
     if x.ndim > 1 or not len(x):
-        raise DataError(
-            f"{name} of shape {x.shape}",
-            "one number for each model",
-            "Pass a flat, non-empty list.",
-        )
+        got = f"{name} of shape {x.shape}"
+        raise DataError(got, "one number for each model", "Pass a flat, non-empty list.")
     if not np.isfinite(x).all():
-        raise NumericalError(
-            f"{name} with NaN or infinite entries", "finite numbers", "Leave failed runs out."
-        )
+        got = f"{name} with NaN or infinite entries"
+        raise NumericalError(got, "finite numbers", "Leave failed runs out.")
     return x
 
 
 def check_level(level: float) -> None:
     """Refuse a confidence level outside (0, 1)."""
     if not 0 < level < 1:
-        raise ConfigError(
-            f"level={level}", "a probability between 0 and 1", "For 95 % pass level=0.95."
-        )
+        got = f"level={level}"
+        raise ConfigError(got, "a probability between 0 and 1", "For 95 % pass level=0.95.")

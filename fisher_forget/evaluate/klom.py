@@ -69,9 +69,8 @@ class KlomSettings:
             ),
         ):
             if not good:
-                raise ConfigError(
-                    f"{name}={getattr(self, name)!r}", expected, "Correct the settings of KLoM."
-                )
+                got = f"{name}={getattr(self, name)!r}"
+                raise ConfigError(got, expected, "Correct the settings of KLoM.")
 
 
 DEFAULT = KlomSettings()
@@ -145,11 +144,8 @@ def summarise_klom(values: Tensor) -> KlomSummary:
         DataError: If values are not [N] of at least one sample.
     """
     if values.dim() != 1 or not len(values):
-        raise DataError(
-            f"values of shape {tuple(values.shape)}",
-            "one value a sample",
-            "Pass what `klom` returned.",
-        )
+        got = f"values of shape {tuple(values.shape)}"
+        raise DataError(got, "one value a sample", "Pass what `klom` returned.")
     array = values.double().cpu().numpy()
     return KlomSummary(float(array.mean()), float(np.percentile(array, 95)), len(array))
 

@@ -162,9 +162,8 @@ def population_attack(
     halves = [(rows, rows) if published else _halves(rows, rng) for rows in (inside, outside)]
     (inside_fit, inside_scored), (outside_fit, outside_scored) = halves
     score, cutoff = _fitted(attack, inside_fit, outside_fit, None if published else "balanced")
-    return PopulationAttack(
-        attack, cutoff, score(inside_scored), score(outside_scored), score(asked)
-    )
+    scores = score(inside_scored), score(outside_scored), score(asked)
+    return PopulationAttack(attack, cutoff, *scores)
 
 
 def u_lira(
@@ -196,9 +195,8 @@ def u_lira(
     arXiv:2112.03570.
     """
     if not floor > 0:
-        raise ConfigError(
-            f"floor={floor}", "a positive standard deviation", "Pass a small one, such as 1e-3."
-        )
+        got = f"floor={floor}"
+        raise ConfigError(got, "a positive standard deviation", "Pass a small one, such as 1e-3.")
     u, o, x = _margins(unlearned, out, observed)
 
     def log_density(shadow: Array) -> Array:
@@ -231,9 +229,8 @@ def ruli(unlearned: Values, out: Values, observed: Values, *, bandwidth: float =
     Source: Naderloui et al. 2025, arXiv:2506.13009.
     """
     if not bandwidth > 0:
-        raise ConfigError(
-            f"bandwidth={bandwidth}", "a positive width", "The published value is 1.0."
-        )
+        got = f"bandwidth={bandwidth}"
+        raise ConfigError(got, "a positive width", "The published value is 1.0.")
     u, o, x = _margins(unlearned, out, observed)
 
     def log_density(shadow: Array) -> Array:  # up to the kernel's constant, which cancels
@@ -265,9 +262,9 @@ def shadow_attack(
         DataError: If a side has fewer than three models, or samples differ.
     """
     u, o, _ = _margins(unlearned, out, out, least=3)
-    pairs = min(len(u), len(o))
     scores = [
-        attack(np.delete(u, k, 0), np.delete(o, k, 0), np.stack([u[k], o[k]])) for k in range(pairs)
+        attack(np.delete(u, k, 0), np.delete(o, k, 0), np.stack([u[k], o[k]]))
+        for k in range(min(len(u), len(o)))
     ]
     return ShadowAttack(*np.stack(scores, 1))
 
@@ -279,9 +276,8 @@ def _fitted(
     column = ATTACKS.index("entropy" if attack == "svc" else attack)
     if attack in SIGNS:
         sign = SIGNS[attack]
-        return lambda x: as_array(sign * x[:, column]), _threshold(
-            sign * inside[:, column], sign * outside[:, column]
-        )
+        cutoff = _threshold(sign * inside[:, column], sign * outside[:, column])
+        return lambda x: as_array(sign * x[:, column]), cutoff
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -290,9 +286,8 @@ def _fitted(
     columns = slice(column, column + 1) if attack == "svc" else slice(None)
     model: Any = SVC(C=3, kernel="rbf", gamma="auto", class_weight=weight)
     if attack == "all":
-        model = make_pipeline(
-            StandardScaler(), LogisticRegression(class_weight=weight, max_iter=1000)
-        )
+        regression = LogisticRegression(class_weight=weight, max_iter=1000)
+        model = make_pipeline(StandardScaler(), regression)
     labels = np.repeat([1, 0], [len(inside), len(outside)])
     model.fit(np.concatenate([inside, outside])[:, columns], labels)
     return lambda x: as_array(model.decision_function(x[:, columns])), 0.0
@@ -316,21 +311,16 @@ def _halves(rows: Array, rng: np.random.Generator) -> tuple[Array, Array]:
 def _table(features: Features, least: int) -> Array:
     """Features as columns [n, 4]."""
     if missing := [name for name in SIGNS if name not in features]:
-        raise DataError(
-            f"features without {missing}", f"{list(SIGNS)}", "Pass what `attack_features` returns."
-        )
+        got = f"features without {missing}"
+        raise DataError(got, f"{list(SIGNS)}", "Pass what `attack_features` returns.")
     columns = [as_array(features[name]) for name in SIGNS]
     if columns[0].ndim != 1 or len(columns[0]) < least or len({c.shape for c in columns}) > 1:
         got = f"features of shapes {[c.shape for c in columns]}"
-        raise DataError(
-            got,
-            f"[n] of one model with n of at least {least}",
-            "Attack one model, with more samples.",
-        )
+        expected = f"[n] of one model with n of at least {least}"
+        raise DataError(got, expected, "Attack one model, with more samples.")
     if not np.isfinite(table := np.stack(columns, 1)).all():
-        raise NumericalError(
-            "features that are NaN or infinite", "finite features", "Check the model's outputs."
-        )
+        got = "features that are NaN or infinite"
+        raise NumericalError(got, "finite features", "Check the model's outputs.")
     return table
 
 
@@ -338,48 +328,31 @@ def _margins(
     unlearned: Values, out: Values, observed: Values, least: int = 2
 ) -> tuple[Array, Array, Array]:
     u, o, x = as_array(unlearned), as_array(out), as_array(observed)
-    if (
-        u.ndim != 2
-        or o.ndim != 2
-        or x.ndim not in (1, 2)
-        or len({a.shape[-1] for a in (u, o, x)}) > 1
-    ):
+    stacked = u.ndim == o.ndim == 2 and x.ndim in (1, 2)
+    if not stacked or len({a.shape[-1] for a in (u, o, x)}) > 1:
         got = f"margins of shapes {u.shape}, {o.shape} and {x.shape}"
-        raise DataError(
-            got, "[M, N], [M', N] and [N] or [K, N], of the same samples", "Stack one row a model."
-        )
+        expected = "[M, N], [M', N] and [N] or [K, N], of the same samples"
+        raise DataError(got, expected, "Stack one row a model.")
     if min(len(u), len(o)) < least:
         got = f"{len(u)} unlearned and {len(o)} other shadow models"
-        raise DataError(
-            got,
-            f"at least {least} a side, for a spread without the model scored",
-            "Train more of them.",
-        )
+        expected = f"at least {least} a side, for a spread without the model scored"
+        raise DataError(got, expected, "Train more of them.")
     if not all(np.isfinite(a).all() for a in (u, o, x)):
-        raise NumericalError(
-            "margins that are NaN or infinite", "finite margins", "Check the models' outputs."
-        )
+        got = "margins that are NaN or infinite"
+        raise NumericalError(got, "finite margins", "Check the models' outputs.")
     return u, o, x
 
 
 def _check_logits(logits: Tensor, targets: Tensor) -> None:
     if logits.dim() not in (2, 3) or logits.shape[-1] < 2 or targets.shape != logits.shape[-2:-1]:
         got = f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)}"
-        raise DataError(
-            got,
-            "[N, C] or [M, N, C] with C of at least 2, and [N]",
-            "Stack models in the first dimension.",
-        )
+        expected = "[N, C] or [M, N, C] with C of at least 2, and [N]"
+        raise DataError(got, expected, "Stack models in the first dimension.")
     classes = logits.shape[-1]
-    if targets.is_floating_point() or (
-        len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < classes
-    ):
-        raise DataError(
-            "targets that are no classes",
-            f"integers from 0 to {classes - 1}",
-            "Pass class indices.",
-        )
+    inside = not len(targets) or 0 <= int(targets.min()) <= int(targets.max()) < classes
+    if targets.is_floating_point() or not inside:
+        got = "targets that are no classes"
+        raise DataError(got, f"integers from 0 to {classes - 1}", "Pass class indices.")
     if not bool(torch.isfinite(logits).all()):
-        raise NumericalError(
-            "logits that are NaN or infinite", "finite logits", "Check the model that made them."
-        )
+        got = "logits that are NaN or infinite"
+        raise NumericalError(got, "finite logits", "Check the model that made them.")

@@ -175,15 +175,11 @@ def relearn_steps(
     _check(max_steps=max_steps, seed=seed, **sgd)
     likelihood = resolve_likelihood(likelihood)
     if not likelihood.score.higher_is_better:
-        raise ConfigError(
-            f"a likelihood scored by {likelihood.score.name}",
-            "one that scores by an accuracy",
-            "Use relearn_time, which compares losses.",
-        )
+        expected, fix = "one that scores by an accuracy", "Use relearn_time, which compares losses."
+        raise ConfigError(f"a likelihood scored by {likelihood.score.name}", expected, fix)
     if not 0 <= margin < 1:
-        raise ConfigError(
-            f"margin={margin!r}", "a share in [0, 1)", "Pass margin=0.05, as the authors do."
-        )
+        got = f"margin={margin!r}"
+        raise ConfigError(got, "a share in [0, 1)", "Pass margin=0.05, as the authors do.")
     _check_forget(split)
 
     def score_of(objective: Objective, at: Params) -> float:
@@ -218,11 +214,8 @@ def _learn(
                 at = P.add(P.scale(at, 1 - lr * weight_decay), gradient, -lr)
             values.append(measure(objective, at))
     except NumericalError as error:
-        raise NumericalError(
-            f"{error.got}, in round {len(values)} of learning again at lr={lr:g}",
-            "finite numbers",
-            "Lower lr.",
-        ) from error
+        got = f"{error.got}, in round {len(values)} of learning again at lr={lr:g}"
+        raise NumericalError(got, "finite numbers", "Lower lr.") from error
     return tuple(values)
 
 
@@ -248,32 +241,24 @@ def _measured(original: nn.Module | float, likelihood: Likelihood, measure: Meas
         objective = Objective(copy.deepcopy(original).requires_grad_(), likelihood)
         return measure(objective, objective.start)
     if isinstance(original, bool) or not isinstance(original, Real) or not math.isfinite(original):
-        raise ConfigError(
-            f"original={original!r}",
-            "the original model, or its value as a finite number",
-            "Pass the model.",
-        )
+        expected = "the original model, or its value as a finite number"
+        raise ConfigError(f"original={original!r}", expected, "Pass the model.")
     return float(original)
 
 
 def _check_forget(split: Split) -> None:
     if not len(split.forget):
-        raise SplitError(
-            f"{split}", "forgotten samples to learn again", "Name at least one sample to forget."
-        )
+        expected = "forgotten samples to learn again"
+        raise SplitError(f"{split}", expected, "Name at least one sample to forget.")
 
 
 def _check(**options: Any) -> None:
     for name, value in options.items():
-        real, zero = (
-            name in ("lr", "weight_decay"),
-            name in ("weight_decay", "max_epochs", "max_steps", "seed"),
-        )
+        real = name in ("lr", "weight_decay")
+        zero = name in ("weight_decay", "max_epochs", "max_steps", "seed")
         typed = isinstance(value, Real if real else Integral) and not isinstance(value, bool)
         if not typed or not 0 <= float(value) < math.inf or (value == 0 and not zero):
-            expected = (
-                f"a {'finite' if real else 'whole'} number {'of at least' if zero else 'above'} 0"
-            )
-            raise ConfigError(
-                f"{name}={value!r}", expected, f"Correct {name}, or leave it at its default."
-            )
+            least = "of at least" if zero else "above"
+            expected = f"a {'finite' if real else 'whole'} number {least} 0"
+            got = f"{name}={value!r}"
+            raise ConfigError(got, expected, f"Correct {name}, or leave it at its default.")

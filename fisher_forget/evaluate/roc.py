@@ -48,13 +48,9 @@ def tpr_at_fpr(positive: Values, negative: Values, fpr: float) -> Array:
 def _scores(positive: Values, negative: Values) -> tuple[Array, Array]:
     a, b = as_array(positive), as_array(negative)
     if not a.ndim or not b.ndim or not a.shape[-1] or not b.shape[-1]:
-        raise DataError(
-            f"scores of shapes {a.shape} and {b.shape}",
-            "some on either side",
-            "Pass both sides' scores.",
-        )
+        got = f"scores of shapes {a.shape} and {b.shape}"
+        raise DataError(got, "some on either side", "Pass both sides' scores.")
     if np.isnan(a).any() or np.isnan(b).any():
-        raise NumericalError(
-            "scores that are NaN", "numbers, infinite ones included", "Check the model's outputs."
-        )
+        got = "scores that are NaN"
+        raise NumericalError(got, "numbers, infinite ones included", "Check the model's outputs.")
     return a, b

@@ -11,7 +11,7 @@ from torch import nn
 
 from fisher_forget.evaluate.intervals import t_interval
 from fisher_forget.evaluate.metrics import LEAST, Context, Metric, Subject
-from fisher_forget.evaluate.verdict import verdict
+from fisher_forget.evaluate.verdict import Verdict, verdict
 
 OTHERS = 10  # retrained models that a retrained model is compared with at most, for a pair metric
 UNDEFINED = "undefined"
@@ -96,47 +96,40 @@ def score_metric(
         # where the metric is not defined for the original itself, such as the direction of no
         # step, any side is off
         original = original or [v for v in values if math.isfinite(v)]
-        judged = _Numbers(values, targets, original or values)
-        rows.append(judged.row((method, metric.name, part, metric.unit_in(context)), metric, level))
+        key = method, metric.name, part, metric.unit_in(context)
+        if not values or not np.isfinite([*values, *targets]).all():
+            why = "A value is not finite." if values else TOO_FEW
+            nan, count, each = math.nan, len(values), tuple(values)
+            row = EvaluationRow(*key, nan, count, nan, nan, nan, nan, nan, UNDEFINED, why, each)
+            rows.append(row)
+            continue
+        # without a spread only a margin can judge
+        margin = ENOUGH.get(key[-1]) if np.ptp(targets) == 0 else None
+        before = original or values
+        judged = verdict(values, targets, original=before, margin=margin, level=level)
+        rows.append(_row(key, metric, values, targets, judged))
     return rows
 
 
-@dataclass(frozen=True)
-class _Numbers:
-    """What one method's, the retrained and the original models score."""
-
-    values: Sequence[float]
-    targets: Sequence[float]
-    original: Sequence[float]
-
-    def row(self, key: tuple[str, str, str, str], metric: Metric, level: float) -> EvaluationRow:
-        """The row of (method, metric, part, unit)."""
-        values, targets, unit = tuple(self.values), self.targets, key[-1]
-        if not values or not np.isfinite([*values, *targets]).all():
-            why = "A value is not finite." if values else TOO_FEW
-            nan = math.nan
-            return EvaluationRow(
-                *key, nan, len(values), nan, nan, nan, nan, nan, UNDEFINED, why, values
-            )
-        # without a spread only a margin can judge
-        margin = ENOUGH.get(unit) if np.ptp(targets) == 0 else None
-        judged = verdict(values, targets, original=self.original, margin=margin, level=level)
-        interval = t_interval(values)
-        capped = max([*values, *targets]) >= metric.cap
-        return EvaluationRow(
-            *key,
-            interval.value,
-            len(values),
-            interval.low,
-            interval.high,
-            float(np.mean(targets)),
-            judged.low,
-            judged.high,
-            judged.label,
-            judged.reason + f" Counting ended at {metric.cap:g}." * capped,
-            values,
-            float(np.std(targets, ddof=1)),
-        )
+def _row(
+    key: tuple[str, str, str, str],
+    metric: Metric,
+    values: Sequence[float],
+    targets: Sequence[float],
+    judged: Verdict,
+) -> EvaluationRow:
+    """The row of (method, metric, part, unit)."""
+    interval = t_interval(values)
+    capped = max([*values, *targets]) >= metric.cap
+    return EvaluationRow(
+        *key,
+        *(interval.value, len(values), interval.low, interval.high),
+        *(float(np.mean(targets)), judged.low, judged.high),
+        judged.label,
+        judged.reason + f" Counting ended at {metric.cap:g}." * capped,
+        tuple(values),
+        float(np.std(targets, ddof=1)),
+    )
 
 
 def _targets(
@@ -146,9 +139,8 @@ def _targets(
     models, by turns."""
     count = len(retrained)
     if metric.group is None:
-        return [
-            _value(metric, a, _others(retrained, i), part, context) for i, a in enumerate(retrained)
-        ]
+        beside = ((a, _others(retrained, i)) for i, a in enumerate(retrained))
+        return [_value(metric, a, others, part, context) for a, others in beside]
     if size < LEAST or count - size < LEAST:
         return []
     rings = [[retrained[(i + k) % count] for k in range(count)] for i in range(min(OTHERS, count))]

@@ -110,11 +110,9 @@ class Design:
     def __post_init__(self) -> None:
         check_level(self.level)
         if self.models < 2 or not self.margin > 0:
-            raise ConfigError(
-                f"models={self.models}, margin={self.margin}",
-                "at least two models and a positive margin",
-                "Give the margin in standard deviations of the retrained models.",
-            )
+            got = f"models={self.models}, margin={self.margin}"
+            fix = "Give the margin in standard deviations of the retrained models."
+            raise ConfigError(got, "at least two models and a positive margin", fix)
 
     @property
     def error(self) -> float:
@@ -277,20 +275,12 @@ def _noncentral(probability: float, df: int, shift: float) -> float:
 def _different(gap: float, before: float) -> tuple[str, str]:
     """Label and reason of a score off the retrained ones; `before` is the original's, 0 where it is
     not off."""
+    reason = "No retrained model scores like this,"
     if gap * before > 0:
-        return (
-            NOT_FORGOTTEN,
-            "No retrained model scores like this, and the original lies on the same side.",
-        )
+        return NOT_FORGOTTEN, f"{reason} and the original lies on the same side."
     if before:
-        return (
-            OVER_FORGOTTEN,
-            "No retrained model scores like this, and the original lies on the other side.",
-        )
-    return (
-        OVER_FORGOTTEN,
-        "No retrained model scores like this, but the original does: scrubbing led away.",
-    )
+        return OVER_FORGOTTEN, f"{reason} and the original lies on the other side."
+    return OVER_FORGOTTEN, f"{reason} but the original does: scrubbing led away."
 
 
 def _without_spread(value: float, target: float, original: float, margin: float | None) -> Verdict:
@@ -308,24 +298,17 @@ def _without_spread(value: float, target: float, original: float, margin: float 
         reason = f"{side} {reason}"
     if abs(before) <= tolerance:
         reason += " Nothing to forget is visible in this score."
-    return Verdict(
-        label, value, target, target, target, math.nan, margin or 0.0, math.nan, None, reason
-    )
+    nan = math.nan
+    return Verdict(label, value, target, target, target, nan, margin or 0.0, nan, None, reason)
 
 
 def _check(retrained: Array, margin: float | None, level: float) -> None:
     check_level(level)
     if len(retrained) < 2:
-        raise DataError(
-            "one retrained model",
-            "at least 2, whose spread is the yardstick",
-            "Retrain more seeds.",
-        )
+        got = "one retrained model"
+        raise DataError(got, "at least 2, whose spread is the yardstick", "Retrain more seeds.")
     if margin is not None and not margin > 0:
-        raise ConfigError(
-            f"margin={margin}",
-            "a positive number in the unit of the score",
-            "Leave it out for 2 std.",
-        )
+        expected = "a positive number in the unit of the score"
+        raise ConfigError(f"margin={margin}", expected, "Leave it out for 2 std.")
     if margin is not None and not math.isfinite(margin):
         raise NumericalError("an infinite margin", "a finite one", "Leave it out for 2 std.")

@@ -72,16 +72,12 @@ def step_cosine(
     """
     members = [retrained] if isinstance(retrained, nn.Module) else list(retrained)
     if not members:
-        raise ConfigError(
-            "no retrained model",
-            "at least one",
-            "Pass a model that was trained without the forget set.",
-        )
+        fix = "Pass a model that was trained without the forget set."
+        raise ConfigError("no retrained model", "at least one", fix)
     start = _parameters(original)
     step = _difference(_parameters(scrubbed), start)
-    return float(
-        np.mean([_cosine(step, _difference(_parameters(member), start)) for member in members])
-    )
+    steps = (_difference(_parameters(member), start) for member in members)
+    return float(np.mean([_cosine(step, other) for other in steps]))
 
 
 def efficacy(model: nn.Module, split: Split, likelihood: Likelihood | str = "categorical") -> float:
@@ -119,11 +115,9 @@ def _difference(a: Params, b: Params) -> Params:
     shapes, others = ({name: tuple(p.shape) for name, p in x.items()} for x in (a, b))
     if shapes != others:
         odd = sorted(name for name in shapes | others if shapes.get(name) != others.get(name))
-        raise ModelError(
-            f"models that differ in {', '.join(odd[:4])}",
-            "parameters of the same names and shapes",
-            "Compare models of the same architecture.",
-        )
+        got = f"models that differ in {', '.join(odd[:4])}"
+        expected = "parameters of the same names and shapes"
+        raise ModelError(got, expected, "Compare models of the same architecture.")
     return P.add(a, b, -1.0)
 
 

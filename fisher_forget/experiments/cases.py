@@ -96,7 +96,7 @@ def prepare_case(config: RunConfig, clean: DataBundle, settings: ForgetSet, fold
     """
     template = untrained(config, clean, 0)
 
-    def trained(task: TrainingTask) -> Members:
+    def members_of(task: TrainingTask) -> Members:
         return train_members(
             partial(train_one, config, task.data, task.rows),
             task.seeds,
@@ -109,13 +109,13 @@ def prepare_case(config: RunConfig, clean: DataBundle, settings: ForgetSet, fold
         )
 
     def memorised() -> forget_sets.Scores:
-        members = trained(subsets_task(clean, folder))
+        members = members_of(subsets_task(clean, folder))
         return forget_sets.memorisation(members.models, members.seeds, clean)
 
     forget = forget_sets.choose(settings, clean, memorised)
     place = files.ensure_folder(folder / settings.slug)
     tasks = case_tasks(config, clean, settings, forget, folder)
-    originals, retrained = (trained(task) for task in tasks)
+    originals, retrained = (members_of(task) for task in tasks)
     data = tasks[0].data
     named = parts(data, forget)
     first = Reference(originals.models[0], retrained.models, named, config.likelihood)
@@ -149,14 +149,16 @@ def subsets_task(clean: DataBundle, folder: Path) -> TrainingTask:
 def train_one(config: RunConfig, data: DataBundle, rows: Rows, seed: int) -> nn.Module:
     """The model of one seed, trained on all or some of the data."""
     indices = forget_sets.subset(len(data.train), seed) if isinstance(rows, str) else rows
+    return trained(config, data, untrained(config, data, seed), indices, seed)
+
+
+def trained(
+    config: RunConfig, data: DataBundle, model: nn.Module, rows: Indices | None, seed: int
+) -> nn.Module:
+    """A copy of the model, trained as the experiment trains; `None` stands for all samples."""
+    kind, settings = config.likelihood, config.training
     return train(
-        untrained(config, data, seed),
-        data.train,
-        config.training,
-        seed=seed,
-        indices=indices,
-        likelihood=config.likelihood,
-        progress=False,
+        model, data.train, settings, seed=seed, indices=rows, likelihood=kind, progress=False
     )
 
 
@@ -188,11 +190,8 @@ def parts(data: DataBundle, forget: Indices) -> dict[str, TensorDataset]:
     """Forget, retain and test data; test data of the classes that are left, where a whole class is
     forgotten."""
     retain = retained(data, forget)
-    named = {
-        "forget": take(data.train, forget),
-        "retain": take(data.train, retain),
-        "test": data.test,
-    }
+    named = {"forget": take(data.train, forget), "retain": take(data.train, retain)}
+    named["test"] = data.test
     if data.classes:
         left = torch.isin(data.test.tensors[-1], data.train.tensors[-1][retain])
         if not bool(left.all()):
@@ -205,11 +204,7 @@ def evaluate_case(
 ) -> Evaluation:
     """Every metric of what methods made of the originals of a case, beside its retrained models."""
     mark = files.fingerprint(*basis(config, case.data), case.forget)
-    return evaluate(
-        methods,
-        RetrainedEnsemble(case.originals, case.retrained, case.forget, case.folder, mark),
-        parts(case.data, case.forget),
-        likelihood=config.likelihood,
-        split=case.split,
-        teacher=untrained(config, case.data, seed=case.retrained.seeds[-1] + 1),
-    )
+    ensemble = RetrainedEnsemble(case.originals, case.retrained, case.forget, case.folder, mark)
+    teacher = untrained(config, case.data, seed=case.retrained.seeds[-1] + 1)
+    data, kind = parts(case.data, case.forget), config.likelihood
+    return evaluate(methods, ensemble, data, likelihood=kind, split=case.split, teacher=teacher)

@@ -63,9 +63,8 @@ def compare(config: CompareConfig) -> Path:
     done = dict(bar(_all(work, units, config.jobs), len(work), "compare", config.progress))
     made = [[done[index, name] for name in methods] for index in range(len(cases))]
     scored = (partial(_summary, config, case, methods, made[i]) for i, case in enumerate(cases))
-    summaries = dict(
-        bar(_all(range(len(cases)), scored, config.jobs), len(cases), "evaluate", config.progress)
-    )
+    evaluated = _all(range(len(cases)), scored, config.jobs)
+    summaries = dict(bar(evaluated, len(cases), "evaluate", config.progress))
     report = {
         "schema": 1,
         "name": config.name,
@@ -113,22 +112,20 @@ def _outcome(
     mark = _fingerprint(config, case, method, validation)
     if (finished := outcomes.stored(place, mark, config.seeds)) is not None:
         return finished
-    scrub = Scrubber(config, case, method)
+    scrub, store = Scrubber(config, case, method), partial(outcomes.store, place, mark)
     trials, best = _tuned(scrub, validation)
     if best is None:
-        refused = Outcome(method.name, {}, trials, refused=trials[0].error)
-        return outcomes.store(place, mark, refused)
+        return store(Outcome(method.name, {}, trials, refused=trials[0].error))
     settings, first = best
     try:
         scrubbed = [first, *(scrub(settings, index) for index in range(1, len(config.seeds)))]
     except FisherForgetError as error:
-        refused = Outcome(method.name, settings, trials, refused=str(error))
-        return outcomes.store(place, mark, refused)
+        return store(Outcome(method.name, settings, trials, refused=str(error)))
     for seed, unlearned in zip(config.seeds, scrubbed, strict=True):
         files.save_model(model_path(place, seed), unlearned.model, {"fingerprint": mark})
     seconds = tuple(unlearned.seconds for unlearned in scrubbed)
     passes = tuple(unlearned.passes for unlearned in scrubbed)
-    return outcomes.store(place, mark, Outcome(method.name, settings, trials, seconds, passes))
+    return store(Outcome(method.name, settings, trials, seconds, passes))
 
 
 def _tuned(
@@ -202,16 +199,8 @@ def _fingerprint(
     config: CompareConfig, case: Case, method: MethodClass, validation: TensorDataset
 ) -> str:
     """Of everything that an outcome depends on."""
-    return files.fingerprint(
-        versions(),
-        *basis(config, case.data),
-        case.forget,
-        f"{method.__module__}.{method.__qualname__}",
-        {name: repr(default) for name, default in settings_of(method).items()},
-        repr(method.grid),
-        config.options.get(method.name, {}),
-        config.trials,
-        config.tuning,
-        config.seeds,
-        validation.tensors,
-    )
+    experiment = (versions(), *basis(config, case.data), case.forget)
+    defaults = {name: repr(default) for name, default in settings_of(method).items()}
+    code = (f"{method.__module__}.{method.__qualname__}", defaults, repr(method.grid))
+    options = (config.options.get(method.name, {}), config.trials, config.tuning, config.seeds)
+    return files.fingerprint(*experiment, *code, *options, validation.tensors)

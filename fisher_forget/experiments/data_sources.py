@@ -209,11 +209,9 @@ def read_pickled_arrays(path: Path) -> Any:
         # latin1 reads what Python 2 wrote, as the original CIFAR-10 was
         return _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="latin1").load()
     except Exception as error:  # a damaged pickle may raise anything
-        raise DataError(
-            f"the pickle {path}, which cannot be read: {error}",
-            "a pickle of NumPy arrays, lists and strings",
-            "Fetch the file again, from a source you trust.",
-        ) from error
+        got = f"the pickle {path}, which cannot be read: {error}"
+        expected = "a pickle of NumPy arrays, lists and strings"
+        raise DataError(got, expected, "Fetch the file again, from a source you trust.") from error
 
 
 def _missing_cifar10(root: Path) -> DataError | None:

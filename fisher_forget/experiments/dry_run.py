@@ -104,21 +104,19 @@ def describe(config: RunConfig, command: str) -> str:
     cost = predicted_cost(config, data, model, next(iter(forget.values())))
     size = sum(p.numel() for p in model.parameters())
     plain = yaml.safe_dump(to_plain(config), sort_keys=False, default_flow_style=None, width=100)
-    lines = [
-        f"Dry run of `fisher-forget {command}`: nothing is trained, nothing is written.",
-        "",
-        *_rows("results", [str(folder)]),
-        *_rows("data", [_data(config, data)]),
-        *_rows("model", [f"{config.model.name}, {size:,} parameters"]),
-        *_rows("forget", [_forget_set(s, data, forget[s.name]) for s in config.forget_sets]),
-        *_rows("models", [_models(need) for need in needs]),
-        *_rows("time", list(_times(config, command, needs, cost))),
-        *_rows("memory", [_memory(config, data, needs, cost)]),
-        "",
-        "Configuration, with all defaults:",
-        plain,
-    ]
-    return "\n".join(lines)
+    table = {
+        "results": [str(folder)],
+        "data": [_data(config, data)],
+        "model": [f"{config.model.name}, {size:,} parameters"],
+        "forget": [_forget_set(s, data, forget[s.name]) for s in config.forget_sets],
+        "models": [_models(need) for need in needs],
+        "time": _times(config, command, needs, cost),
+        "memory": [_memory(config, data, needs, cost)],
+    }
+    lines = [f"Dry run of `fisher-forget {command}`: nothing is trained, nothing is written.", ""]
+    for title, texts in table.items():
+        lines += [f"  {'' if i else title:9}{text}" for i, text in enumerate(texts)]
+    return "\n".join([*lines, "", "Configuration, with all defaults:", plain])
 
 
 def _forget_indices(settings: ForgetSet, data: DataBundle) -> Indices:
@@ -223,10 +221,10 @@ def _times(config: RunConfig, command: str, needs: list[Need], cost: Cost) -> It
     whole = config.training.epochs * cost.epoch
     jobs = f", {config.jobs} at a time" if config.jobs > 1 else ""
     missing = sum(need.missing for need in needs)
-    seconds = sum(
-        math.ceil(need.missing / config.jobs) * whole * need.samples / len(need.task.data.train)
-        for need in needs
-    )
+    seconds = 0.0
+    for need in needs:
+        share = need.samples / len(need.task.data.train)
+        seconds += math.ceil(need.missing / config.jobs) * whole * share
     a_model = f"{config.training.epochs} epochs of {_seconds(cost.epoch)}"
     yield f"training: {missing} models of {a_model}{jobs}: {_seconds(seconds)}"
     sets = len(config.forget_sets)
@@ -235,7 +233,7 @@ def _times(config: RunConfig, command: str, needs: list[Need], cost: Cost) -> It
         # what a method's settings may cost, and about one training for every original
         trainings = config.tuning + len(config.seeds)
         most = _seconds(methods * sets * trainings * whole / config.jobs)
-        yield (f"methods: {methods} x {sets} forget sets, about {most} at most; mostly much less")
+        yield f"methods: {methods} x {sets} forget sets, about {most} at most; mostly much less"
     elif command != "evaluate":
         yield (
             f"forgetting: {len(config.seeds) * sets} times, each "
@@ -253,10 +251,8 @@ def _memory(config: RunConfig, data: DataBundle, needs: list[Need], cost: Cost) 
     models = sum(len(need.task.seeds) for need in needs) * cost.weights
     curvature = cost.curvature.bytes_peak
     peak = held + models + max(cost.training, curvature)
-    text = (
-        f"{_bytes(peak)}: data {_bytes(held)}, models {_bytes(models)}, "
-        f"curvature {_bytes(curvature)}"
-    )
+    text = f"{_bytes(peak)}: data {_bytes(held)}, models {_bytes(models)}, "
+    text += f"curvature {_bytes(curvature)}"
     if config.jobs > 1:
         text += f"; {config.jobs} training processes of {_bytes(held + cost.training)}"
     return text + "; beside Python and its libraries"
@@ -277,10 +273,6 @@ def _forget_set(settings: ForgetSet, data: DataBundle, forget: Indices) -> str:
 def _models(need: Need) -> str:
     at_most = "at most " if need.guessed else ""
     return f"{need.title}: {at_most}{need.missing} to train, {len(need.stored)} stored"
-
-
-def _rows(title: str, texts: list[str]) -> list[str]:
-    return [f"  {title if i == 0 else '':9}{text}" for i, text in enumerate(texts)]
 
 
 def _seconds(value: float) -> str:

@@ -72,11 +72,8 @@ def check(settings: ForgetSet, data: DataBundle) -> Indices:
     if settings.kind == "class":
         return candidates
     if settings.count is None or not 0 < settings.count < len(candidates):
-        got, expected = (
-            f"{where} with count {settings.count}",
-            f"1 to {len(candidates) - 1} samples",
-        )
-        raise ConfigError(got, expected, "Set count.")
+        expected = f"1 to {len(candidates) - 1} samples"
+        raise ConfigError(f"{where} with count {settings.count}", expected, "Set count.")
     return candidates
 
 

@@ -39,13 +39,10 @@ def find(path: str, role: str) -> Any:
     try:
         target: Any = import_module(module)
     except Exception as error:  # whatever its code raises
-        if (
-            isinstance(error, ModuleNotFoundError)
-            and error.name is not None
-            and f"{module}.".startswith(f"{error.name}.")
-        ):
+        absent = error.name if isinstance(error, ModuleNotFoundError) else None
+        if absent is not None and f"{module}.".startswith(f"{absent}."):
             fix = f"Start in the folder that holds {module.partition('.')[0]!r}, or install it."
-            raise ConfigError(f"{path!r}, but no module {error.name!r}", expected, fix) from error
+            raise ConfigError(f"{path!r}, but no module {absent!r}", expected, fix) from error
         got = f"{type(error).__name__} while importing {module!r} for {path!r}: {error}"
         raise ConfigError(got, "a module that can be imported", f"Correct it; {DEBUG}.") from error
     for part in name.split("."):
@@ -89,9 +86,8 @@ def make(path: str, role: str, options: Mapping[str, Any], *, seed: int) -> Any:
         raise
     except Exception as error:
         got = f"{type(error).__name__} from {path}: {error}"
-        raise ConfigError(
-            got, f"{role} from it", f"Correct the function or its options; {DEBUG}."
-        ) from error
+        fix = f"Correct the function or its options; {DEBUG}."
+        raise ConfigError(got, f"{role} from it", fix) from error
 
 
 def _check_options(path: str, role: str, function: Any, options: Mapping[str, Any]) -> None:
@@ -103,6 +99,5 @@ def _check_options(path: str, role: str, function: Any, options: Mapping[str, An
         signature.bind(**options)
     except TypeError as error:
         got = f"the options {sorted(options)} for {path}{signature}: {error}"
-        raise ConfigError(
-            got, f"options that {role} takes", "Correct `options` in the configuration."
-        ) from error
+        expected = f"options that {role} takes"
+        raise ConfigError(got, expected, "Correct `options` in the configuration.") from error

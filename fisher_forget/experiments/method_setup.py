@@ -17,10 +17,9 @@ from fisher_forget.baselines.base import Method
 from fisher_forget.baselines.protocol import Unlearned, Unlearner, settings_of
 from fisher_forget.data.split import Indices
 from fisher_forget.errors import ConfigError
-from fisher_forget.experiments.cases import Case, untrained
+from fisher_forget.experiments.cases import Case, trained, untrained
 from fisher_forget.experiments.config import CompareConfig
 from fisher_forget.experiments.import_path import find, is_own
-from fisher_forget.experiments.training import train
 
 FRESH = 50_000  # added to seeds of fresh weights: none is an original's or a retrained model's
 
@@ -82,15 +81,7 @@ def configured(
         return untrained(config, case.data, FRESH + torch.initial_seed() % FRESH)
 
     def fitted(model: nn.Module, _data: Dataset[Any], rows: Indices, seed: int) -> nn.Module:
-        return train(
-            model,
-            case.data.train,
-            config.training,
-            seed=seed,
-            indices=rows,
-            likelihood=config.likelihood,
-            progress=False,
-        )
+        return trained(config, case.data, model, rows, seed)
 
     known: dict[str, Callable[[], Any]] = {
         "likelihood": lambda: config.likelihood,
@@ -101,11 +92,8 @@ def configured(
         "initial": lambda: untrained(config, case.data, seed),
         "training": lambda: config.training,
     }
-    given = {
-        name: known[name]()
-        for name in settings_of(method)
-        if name in known and name not in method.grid
-    }
+    names = [name for name in settings_of(method) if name in known and name not in method.grid]
+    given = {name: known[name]() for name in names}
     return method(**given | config.options.get(method.name, {}) | dict(settings))
 
 

@@ -85,13 +85,8 @@ def cnn(input_shape: tuple[int, ...], outputs: int, *, width: int = 16) -> nn.Mo
     if min(input_shape[1:]) >= 16:
         layers += [*_conv(2 * width, 2 * width), nn.MaxPool2d(2)]
         height, side = height // 2, side // 2
-    head = [
-        nn.Flatten(),
-        nn.Linear(2 * width * height * side, 64),
-        nn.ReLU(),
-        nn.Linear(64, outputs),
-    ]
-    return nn.Sequential(*layers, *head)
+    head = [nn.Linear(2 * width * height * side, 64), nn.ReLU(), nn.Linear(64, outputs)]
+    return nn.Sequential(*layers, nn.Flatten(), *head)
 
 
 def all_cnn(
@@ -110,10 +105,8 @@ def all_cnn(
     for after, kernel, stride in [*stages, (wide, 3, 1), (wide, 1, 1)]:
         layers += _conv(channels, after, kernel, stride, batch_norm=batch_norm)
         channels = after
-    model = nn.Sequential(
-        *layers, nn.Conv2d(wide, outputs, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    )
-    return _he(model)
+    head = [nn.Conv2d(wide, outputs, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return _he(nn.Sequential(*layers, *head))
 
 
 def resnet18(input_shape: tuple[int, ...], outputs: int, *, width: float = 0.5) -> nn.Module:
@@ -124,14 +117,11 @@ def resnet18(input_shape: tuple[int, ...], outputs: int, *, width: float = 0.5) 
     layers: list[nn.Module] = _conv(channels, sizes[0], batch_norm=True)
     before = sizes[0]
     for stage, after in enumerate(sizes):
-        layers += [
-            ResidualBlock(before, after, stride=1 if stage == 0 else 2),
-            ResidualBlock(after, after),
-        ]
+        stride = 1 if stage == 0 else 2
+        layers += [ResidualBlock(before, after, stride), ResidualBlock(after, after)]
         before = after
-    return _he(
-        nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, outputs))
-    )
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, outputs)]
+    return _he(nn.Sequential(*layers, *head))
 
 
 class ResidualBlock(nn.Module):
@@ -180,18 +170,11 @@ def _scaled(channels: int, width: float) -> int:
 
 def _image(input_shape: tuple[int, ...], *, least: int) -> tuple[int, int, int]:
     if len(input_shape) != 3 or min(input_shape[1:]) < least:
-        raise ConfigError(
-            f"the input shape {input_shape} for a convolutional model",
-            f"(channels, height, width) with sides of at least {least}",
-            "Use the model 'mlp' or 'linear' for inputs that are not images.",
-        )
+        got = f"the input shape {input_shape} for a convolutional model"
+        fix = "Use the model 'mlp' or 'linear' for inputs that are not images."
+        raise ConfigError(got, f"(channels, height, width) with sides of at least {least}", fix)
     return input_shape[0], input_shape[1], input_shape[2]
 
 
-MODELS: dict[str, Callable[..., nn.Module]] = {
-    "linear": linear,
-    "mlp": mlp,
-    "cnn": cnn,
-    "all_cnn": all_cnn,
-    "resnet18": resnet18,
-}
+BUILDERS: tuple[Callable[..., nn.Module], ...] = (linear, mlp, cnn, all_cnn, resnet18)
+MODELS = {builder.__name__: builder for builder in BUILDERS}

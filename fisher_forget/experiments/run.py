@@ -125,26 +125,23 @@ def _entry(
 ) -> dict[str, Any]:
     """The numbers of a forget set, as metrics.json has them."""
     results, closenesses = zip(*scrubbed, strict=True)
+    runs = []
+    for seed, result, closeness in zip(config.seeds, results, closenesses, strict=True):
+        numbers = {"forget": result.summary(), "evaluation": closeness.to_dict()}
+        runs.append({"seed": seed, "folder": f"{case.folder.name}/seed-{seed}"} | numbers)
+    seconds = {
+        "train_original": case.originals.seconds,
+        "retrain_one": case.retrained.seconds,
+        "forget": [sum(result.seconds.values()) for result in results],
+    }
     return {
         "name": case.settings.name,
         "forgotten": len(case.forget),
         "retained": len(results[0].split.retain),
         "members": len(case.retrained.models),
         **closenesses[0].score.stored(),
-        "seconds": {
-            "train_original": float(np.mean(case.originals.seconds)),
-            "retrain_one": float(np.mean(case.retrained.seconds)),
-            "forget": float(np.mean([sum(result.seconds.values()) for result in results])),
-        },
-        "runs": [
-            {
-                "seed": seed,
-                "folder": f"{case.folder.name}/seed-{seed}",
-                "forget": result.summary(),
-                "evaluation": closeness.to_dict(),
-            }
-            for seed, (result, closeness) in zip(config.seeds, scrubbed, strict=True)
-        ],
+        "seconds": {name: float(np.mean(times)) for name, times in seconds.items()},
+        "runs": runs,
         "summary": summarise(closenesses),
     }
 

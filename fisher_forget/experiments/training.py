@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -82,9 +82,8 @@ class TrainSettings:
             ("schedule", self.schedule in SCHEDULES, f"one of {sorted(SCHEDULES)}"),
         ):
             if not good:
-                raise ConfigError(
-                    f"{name}={getattr(self, name)!r}", expected, "Correct the training settings."
-                )
+                got = f"{name}={getattr(self, name)!r}"
+                raise ConfigError(got, expected, "Correct the training settings.")
 
 
 def train(
@@ -131,14 +130,8 @@ def train(
     device, dtype = weights[0].device, weights[0].dtype
     optimizer, schedule = _optimizer(weights, settings), SCHEDULES[settings.schedule]
     total = settings.epochs * _steps(len(rows), settings)
-    bar = tqdm(
-        total=total,
-        desc=description,
-        unit="step",
-        disable=not progress,
-        leave=False,
-        dynamic_ncols=True,
-    )
+    look: dict[str, Any] = {"unit": "step", "leave": False, "dynamic_ncols": True}
+    bar = tqdm(total=total, desc=description, disable=not progress, **look)
     with seeded_rng(seed), bar:  # dropout draws from the global generators
         for step, batch in enumerate(_batches(data, rows, settings, seed)):
             batch = batch.to(device, dtype)

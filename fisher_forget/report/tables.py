@@ -86,11 +86,9 @@ def _entry(case: Case, part: str, key: str) -> Mapping[str, Any]:
     try:
         entry: Mapping[str, Any] = case["summary"][part][key]
     except KeyError as error:
-        raise DataError(
-            f"a case without summary / {part} / {key}",
-            "one that metrics.schema.json accepts",
-            "Write metrics.json with the version that reads it.",
-        ) from error
+        got = f"a case without summary / {part} / {key}"
+        fix = "Write metrics.json with the version that reads it."
+        raise DataError(got, "one that metrics.schema.json accepts", fix) from error
     return entry
 
 
@@ -111,22 +109,16 @@ def part_label(part: str) -> str:
 def kept_part(case: Case) -> str:
     """The data that no forgetting should have made worse and no training has seen: where a method's
     cost shows."""
-    return next(
-        (p for p in ("test, retained classes", "test", "retain") if p in case["summary"]),
-        parts_of(case)[-1],
-    )
+    parts = parts_of(case)
+    best = (part for part in ("test, retained classes", "test", "retain") if part in parts)
+    return next(best, parts[-1])
 
 
 def spread_note(case: Case) -> str:
     """What "±" stands for in this case."""
-    seeds, members = len(case["runs"]), case["members"]
-    models = f"the {members} retrained models"
-    if seeds == 1:
-        return f"± is the standard deviation over {models}."
-    return (
-        f"± is the standard deviation over {seeds} seeds; "
-        f"for the floor and the retrained column, over {models}."
-    )
+    seeds, models = len(case["runs"]), f"the {case['members']} retrained models"
+    over = f"{seeds} seeds; for the floor and the retrained column, over " if seeds > 1 else ""
+    return f"± is the standard deviation over {over}{models}."
 
 
 def gap(case: Case, part: str) -> str:
@@ -184,15 +176,11 @@ def cost(case: Case) -> str | None:
     score = Score.read(case)
     losses = []
     for part in dict.fromkeys(p for p in ("retain", kept_part(case)) if p in case["summary"]):
-        scrubbed, target = (
-            estimate(case, part, "score_scrubbed"),
-            estimate(case, part, "score_retrained"),
-        )
-        loss = score.loss(scrubbed.mean, target.mean)
+        target = estimate(case, part, "score_retrained")
+        loss = score.loss(estimate(case, part, "score_scrubbed").mean, target.mean)
         spread = target.std if math.isfinite(target.std) else 0.0
         if loss > max(score.allowed_loss(target.mean), 2 * spread):
-            share = score.unit == "%"
-            size = f"{score.factor * loss:.1f} points" if share else number(loss)
+            size = f"{score.factor * loss:.1f} points" if score.unit == "%" else number(loss)
             side = "below" if score.higher_is_better else "above"
             losses.append(f"{size} {side} the retrained models on the {part_label(part)}")
     return f"The cost: {score.name} is {' and '.join(losses)}." if losses else None
@@ -211,28 +199,17 @@ def conclusion(case: Case) -> Conclusion:
     if lost is not None:
         return Conclusion("costly", "poor", lost)
     if closed.n == 0:
-        return Conclusion(
-            "no gap", "none", "The original was already as close as two retrained models are."
-        )
+        why = "The original was already as close as two retrained models are."
+        return Conclusion("no gap", "none", why)
     if within:
-        return Conclusion(
-            "matches retraining",
-            "good",
-            "As close to the retrained models as they are to each other.",
-        )
+        why = "As close to the retrained models as they are to each other."
+        return Conclusion("matches retraining", "good", why)
+    close, partly = f"{100 * CLOSE:.0f} %", f"{100 * PARTLY:.0f}"
     if closed.mean >= CLOSE:
-        return Conclusion(
-            "close", "good", f"At least {CLOSE:.0%} of the gap is closed.".replace("%", " %")
-        )
+        return Conclusion("close", "good", f"At least {close} of the gap is closed.")
     if closed.mean >= PARTLY:
-        return Conclusion(
-            "partly closed",
-            "fair",
-            f"Between {100 * PARTLY:.0f} and {100 * CLOSE:.0f} % is closed.",
-        )
-    return Conclusion(
-        "hardly closed", "poor", f"Less than {100 * PARTLY:.0f} % of the gap is closed."
-    )
+        return Conclusion("partly closed", "fair", f"Between {partly} and {close} is closed.")
+    return Conclusion("hardly closed", "poor", f"Less than {partly} % of the gap is closed.")
 
 
 def timing(case: Case) -> str | None:
@@ -254,30 +231,19 @@ def case_table(case: Case) -> pd.DataFrame:
     score = Score.read(case)
     rows = []
     for part in parts_of(case):
-        values = {key: estimate(case, part, key) for key in ("kl_original", "kl_scrubbed", "floor")}
-        scores = {
-            key: estimate(case, part, f"score_{key}")
-            for key in ("original", "scrubbed", "retrained")
-        }
         samples = _number(_entry(case, part, "samples")["mean"])
-        rows.append(
-            {
-                "part": part_label(part),
-                "samples": f"{samples:,.0f}" if math.isfinite(samples) else MISSING,
-                "KL original (nats)": plus_minus(
-                    values["kl_original"].mean, values["kl_original"].std
-                ),
-                "KL scrubbed (nats)": plus_minus(
-                    values["kl_scrubbed"].mean, values["kl_scrubbed"].std
-                ),
-                "floor (nats)": plus_minus(values["floor"].mean, values["floor"].std),
-                "gap closed": gap(case, part),
-                **{
-                    score.title(key): score.format(value.mean, value.std, unit=False)
-                    for key, value in scores.items()
-                },
-            }
-        )
+        row = {
+            "part": part_label(part),
+            "samples": f"{samples:,.0f}" if math.isfinite(samples) else MISSING,
+        }
+        for title in ("KL original", "KL scrubbed", "floor"):
+            kl = estimate(case, part, title.lower().replace(" ", "_"))
+            row[f"{title} (nats)"] = plus_minus(kl.mean, kl.std)
+        row["gap closed"] = gap(case, part)
+        for key in ("original", "scrubbed", "retrained"):
+            value = estimate(case, part, f"score_{key}")
+            row[score.title(key)] = score.format(value.mean, value.std, unit=False)
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -287,24 +253,20 @@ def runs_table(case: Case) -> pd.DataFrame:
     for run in case["runs"]:
         done = run["forget"]
         newton, noise, losses = done["newton"], done["noise"], done["losses"]
-        rows.append(
-            {
-                "seed": str(run["seed"]),
-                "curvature": f"{done['curvature']['structure']}, {done['curvature']['kind']}",
-                "sub-steps": str(newton["substeps"])
-                + (f" (+{newton['rejected']} rejected)" * (newton["rejected"] > 0)),
-                "last damping (nats per squared weight)": number(newton["damping"]),
-                "step norm": number(newton["norm"]),
-                "noise scale": "none" if noise is None else number(noise["scale"]),
-                "noise norm": "none" if noise is None else number(noise["norm"]),
-                **{
-                    f"{part} loss (nats)": f"{number(losses[f'{part}_before'])} → "
-                    f"{number(losses[f'{part}_after'])}"
-                    for part in ("retain", "forget")
-                },
-                "folder": run["folder"],
-            }
-        )
+        rejected = f" (+{newton['rejected']} rejected)" if newton["rejected"] else ""
+        row = {
+            "seed": str(run["seed"]),
+            "curvature": f"{done['curvature']['structure']}, {done['curvature']['kind']}",
+            "sub-steps": f"{newton['substeps']}{rejected}",
+            "last damping (nats per squared weight)": number(newton["damping"]),
+            "step norm": number(newton["norm"]),
+            "noise scale": "none" if noise is None else number(noise["scale"]),
+            "noise norm": "none" if noise is None else number(noise["norm"]),
+        }
+        for part in ("retain", "forget"):
+            before, after = (number(losses[f"{part}_{when}"]) for when in ("before", "after"))
+            row[f"{part} loss (nats)"] = f"{before} → {after}"
+        rows.append(row | {"folder": run["folder"]})
     return pd.DataFrame(rows)
 
 
@@ -325,19 +287,15 @@ def _console_case(case: Case) -> str:
         f"{case['forgotten']:,} samples forgotten, {case['retained']:,} retained; "
         f"{seeds} seed{'s' * (seeds > 1)} against {members} retrained models."
     )
-    sentences = [
-        title,
-        *(f"  {line}" for line in (sentence(case), cost(case), timing(case)) if line),
-    ]
-    lines = [
-        line for text in sentences for line in textwrap.wrap(text, WIDTH, subsequent_indent="  ")
-    ]
+    lines = textwrap.wrap(title, WIDTH, subsequent_indent="  ")
+    for text in filter(None, (sentence(case), cost(case), timing(case))):
+        lines += textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="  ")
     return "\n".join(lines + [f"  {line}" for line in _console_table(case, WIDTH - 2)])
 
 
 def _console_table(case: Case, width: int) -> list[str]:
     heads = ["", "original", "scrubbed", "floor", "closed", "original", "scrubbed", "retrained"]
-    rows = [_console_row(case, part, part) for part in parts_of(case)]
+    rows = [_console_row(case, part) for part in parts_of(case)]
     widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
     widths[0] = min(widths[0], max(8, width - sum(widths[1:]) - 2 * (len(widths) - 1)))
     for row in rows:
@@ -352,10 +310,10 @@ def _console_table(case: Case, width: int) -> list[str]:
     return [top, *(_console_line(row, widths) for row in [heads, *rows]), *note]
 
 
-def _console_row(case: Case, part: str, label: str) -> list[str]:
+def _console_row(case: Case, part: str) -> list[str]:
     after, closed = estimate(case, part, "kl_scrubbed"), estimate(case, part, "gap_closed")
     return [
-        label,
+        part,
         number(estimate(case, part, "kl_original").mean),
         plus_minus(after.mean, after.std),
         number(estimate(case, part, "floor").mean),

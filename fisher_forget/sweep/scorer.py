@@ -80,10 +80,8 @@ class Scorer:
             return {"status": RUINED}
         likelihood, row = self.reference.likelihood, {}
         for part, y in self.reference.targets.items():
-            kl = [
-                mean_kl(likelihood, member[part], outputs[part], y)
-                for member in self.reference.retrained
-            ]
+            members = (member[part] for member in self.reference.retrained)
+            kl = [mean_kl(likelihood, member, outputs[part], y) for member in members]
             row[f"kl_{column(part)}"] = math.fsum(kl) / len(kl)
             row[f"score_{column(part)}"] = float(likelihood.scores(outputs[part], y).mean())
         row |= _losses(self.reference, outputs)

@@ -80,22 +80,16 @@ class SweepTable:
         groups = frame.groupby(list(self.axes), dropna=False, sort=False)
         mean, draws = groups[columns].mean(), groups.size()
         half = groups[columns].sem().mul(student.ppf((1 + CONFIDENCE) / 2, draws - 1), axis=0)
-        settled = [
-            name
-            for name in ("scale", "information", "gap_closed", "seconds")
-            if name not in self.axes
-        ]
+        others = ("scale", "information", "gap_closed", "seconds")
+        settled = [name for name in others if name not in self.axes]
         table = pd.DataFrame({"draws": draws}).join(groups[settled].mean())
         table["ruined"] = groups["status"].agg(lambda status: (status == RUINED).mean())
         for name in columns:
             table[name] = mean[name]
-            table[f"{name}_low"], table[f"{name}_high"] = (
-                mean[name] - half[name],
-                mean[name] + half[name],
-            )
-        table["pareto"] = pareto(
-            table["kl_forget"].to_numpy(), self._sign * table[f"score_{self.kept}"].to_numpy()
-        )
+            table[f"{name}_low"] = mean[name] - half[name]
+            table[f"{name}_high"] = mean[name] + half[name]
+        score = self._sign * table[f"score_{self.kept}"].to_numpy()
+        table["pareto"] = pareto(table["kl_forget"].to_numpy(), score)
         return table.reset_index()
 
     def best(self, cost: float = SHARE_LOSS) -> pd.Series[Any]:
@@ -110,23 +104,15 @@ class SweepTable:
             cost: How far the score on `kept` may stay behind the retrained models': a share, 0.01
                 is one point of accuracy; of errors, a share of the retrained models' error.
         """
-        table = self.frontier()
-        target, floor = (
-            self.marks["retrained"][f"score_{self.kept}"],
-            self.marks["retrained"]["kl_forget"],
-        )
-        behind = (
-            self._sign
-            * (target - table[f"score_{self.kept}"])
-            / (1.0 if self._sign > 0 else abs(target))
-        )
+        table, score = self.frontier(), f"score_{self.kept}"
+        target, floor = (self.marks["retrained"][name] for name in (score, "kl_forget"))
+        unit = 1.0 if self._sign > 0 else abs(target)
+        behind = self._sign * (target - table[score]) / unit
         kept = table[behind <= cost + 1e-9]  # 1 - 0.99 rounds up
         if kept.empty:
             return table.iloc[int(behind.fillna(math.inf).argmin())]
-        order = pd.DataFrame(
-            {"kl": kept["kl_forget"].clip(lower=floor), "behind": behind[kept.index]}
-        )
-        return kept.iloc[int(np.lexsort((order["behind"], order["kl"]))[0])]
+        kl = kept["kl_forget"].clip(lower=floor)
+        return kept.iloc[int(np.lexsort((behind[kept.index], kl))[0])]
 
     def save(self, path: str | Path, **notes: Any) -> None:
         """Write a Parquet file, whole or not at all, which pandas reads; units, marks and notes are
@@ -136,13 +122,8 @@ class SweepTable:
             StorageError: If it cannot be written.
         """
         frame = self.to_pandas()
-        frame.attrs[ATTRIBUTES] = {
-            "axes": list(self.axes),
-            "marks": self.marks,
-            **self.score.stored(),
-            "ruin": self.ruin,
-            **notes,
-        }
+        about = {"axes": list(self.axes), "marks": self.marks, "ruin": self.ruin}
+        frame.attrs[ATTRIBUTES] = about | self.score.stored() | notes
         files.write_file(Path(path), frame.to_parquet)
 
     @classmethod
@@ -203,9 +184,8 @@ class SweepTable:
         ):
             half = table[f"{column}_high"] - table[column]  # NaN for a single draw
             shown[title] = [form(m, h) for m, h in zip(table[column], half, strict=True)]
-        shown["gap closed"] = [
-            MISSING if math.isnan(v) else f"{100 * v:.0f} %" for v in table["gap_closed"]
-        ]
+        closed = table["gap_closed"]
+        shown["gap closed"] = [MISSING if math.isnan(v) else f"{100 * v:.0f} %" for v in closed]
         shown["s"] = table["seconds"].map("{:.2g}".format)
         shown["Pareto"] = np.where(table["pareto"], "●", "")
         return shown
@@ -213,16 +193,12 @@ class SweepTable:
     def _unit(self, name: str) -> str:
         if name in self.axes and self.frame[name].dtype.kind not in "if":
             return ""
-        for prefix, unit in (("kl_", "nats"), ("loss_", "nats"), ("score_", self._score_unit)):
+        score = "1" if self.score.unit == "%" else "squared unit of the targets"
+        for prefix, unit in (("kl_", "nats"), ("loss_", "nats"), ("score_", score)):
             if name.startswith(prefix):
                 return unit
-        return {"information": "nats", "seconds": "s", "status": "", "damping": "nats"}.get(
-            name, "1"
-        )
-
-    @property
-    def _score_unit(self) -> str:
-        return "1" if self.score.unit == "%" else "squared unit of the targets"
+        units = {"information": "nats", "seconds": "s", "status": "", "damping": "nats"}
+        return units.get(name, "1")
 
 
 def read(path: str | Path) -> tuple[SweepTable, dict[str, Any]]:
@@ -239,9 +215,8 @@ def read(path: str | Path) -> tuple[SweepTable, dict[str, Any]]:
             attributes.pop(key, None)
         axes, marks, ruin = (attributes.pop(key) for key in ("axes", "marks", "ruin"))
     except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are ValueErrors
-        raise StorageError(
-            f"{path}: {error}", "the Parquet file of a sweep", files.AGAIN
-        ) from error
+        got = f"{path}: {error}"
+        raise StorageError(got, "the Parquet file of a sweep", files.AGAIN) from error
     frame.attrs = {}
     return SweepTable(frame, tuple(axes), marks, score, ruin), attributes
 
@@ -254,10 +229,7 @@ def pareto(kl: np.ndarray[Any, Any], score: np.ndarray[Any, Any]) -> np.ndarray[
         >>> pareto(np.array([1.0, 2.0, 2.0]), np.array([0.5, 0.9, 0.4])).tolist()
         [True, True, False]
     """
-    better = (
-        (kl[:, None] <= kl)
-        & (score[:, None] >= score)
-        & ((kl[:, None] < kl) | (score[:, None] > score))
-    )
+    as_good = (kl[:, None] <= kl) & (score[:, None] >= score)
+    better = as_good & ((kl[:, None] < kl) | (score[:, None] > score))
     best: np.ndarray[Any, Any] = ~better.any(0) & np.isfinite(kl) & np.isfinite(score)
     return best

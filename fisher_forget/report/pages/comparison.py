@@ -15,7 +15,7 @@ from scipy.stats import t as student
 
 from fisher_forget._util.files import ensure_folder, read_json
 from fisher_forget._util.markdown import markdown_table
-from fisher_forget.evaluate.evaluation import CONTROL, MARKS, MEANING, Evaluation
+from fisher_forget.evaluate.evaluation import CONTROL, MARKS, MARKS_LEGEND, Evaluation
 from fisher_forget.evaluate.intervals import t_interval
 from fisher_forget.likelihood.base import SHARE_LOSS
 from fisher_forget.report.pages.evaluation import defined, within
@@ -59,24 +59,17 @@ def rows(table: Evaluation, seconds: Mapping[str, Sequence[float]], retraining: 
         _row(table, name, kept, seconds, retraining)
         for name in dict.fromkeys(s.method for s in table.scores)
     ]
-    ranked = sorted(
-        unranked,
-        key=lambda r: (
-            r["method"] in REFERENCES,
-            not r["accurate"],
-            r["kl"] if math.isfinite(r["kl"]) else math.inf,
-        ),
-    )
+
+    def place(row: Row) -> tuple[bool, bool, float]:
+        kl = row["kl"] if math.isfinite(row["kl"]) else math.inf
+        return row["method"] in REFERENCES, not row["accurate"], kl
+
+    ranked = sorted(unranked, key=place)
     rivals = [r for r in ranked if r["method"] not in REFERENCES]
-    best = rivals[0]["method"] if rivals else None
     for row in ranked:
-        row["tied"] = (
-            row in rivals
-            and row["accurate"]
-            and best is not None
-            and _tied(table, row["method"], best)
-        )
-        row["pareto"] = row in rivals and not any(_better(other, row) for other in rivals)
+        ranks = row["method"] not in REFERENCES
+        row["tied"] = ranks and row["accurate"] and _tied(table, row["method"], rivals[0]["method"])
+        row["pareto"] = ranks and not any(_better(other, row) for other in rivals)
     return ranked
 
 
@@ -84,13 +77,11 @@ def read_rows(path: Path) -> dict[str, list[Row]]:
     """Forget set -> its `rows`, of the comparison.json in a finished comparison's folder, or of the
     file itself."""
     report = read_json(path / "comparison.json" if path.is_dir() else path)
-    return {
-        name: [
-            {key: math.nan if value is None else value for key, value in row.items()}
-            for row in case["rows"]
-        ]
-        for name, case in report["cases"].items()
-    }
+
+    def row(entry: Row) -> Row:
+        return {key: math.nan if value is None else value for key, value in entry.items()}
+
+    return {name: [row(entry) for entry in case["rows"]] for name, case in report["cases"].items()}
 
 
 def _row(
@@ -230,21 +221,13 @@ def overview(cases: Mapping[str, Sequence[Row]], refused: Iterable[str] = ()) ->
             cells[case] = f"{row['kl']:.2g}{mark} ({row['accuracy']:.1f} %)"
             costs.append(row["cost"])
         cost = f"{np.median(costs):.2g}" if costs and name != "original" else ""
-        shown.append(
-            (
-                name in REFERENCES,
-                float(np.mean(places)),
-                {"method": name} | cells | {"retrainings": cost},
-            )
-        )
+        row = {"method": name} | cells | {"retrainings": cost}
+        shown.append((name in REFERENCES, float(np.mean(places)), row))
     table = [row for *_, row in sorted(shown, key=lambda entry: entry[:2])]
-    targets = {
-        case: f"{table_rows[0]['floor']:.2g} ({table_rows[0]['target']:.1f} %)"
-        for case, table_rows in cases.items()
-    }
-    return pd.DataFrame(
-        [*table, {"method": "retrained, among themselves"} | targets | {"retrainings": ""}]
-    )
+    firsts = {case: table_rows[0] for case, table_rows in cases.items()}
+    targets = {case: f"{r['floor']:.2g} ({r['target']:.1f} %)" for case, r in firsts.items()}
+    themselves = {"method": "retrained, among themselves"} | targets | {"retrainings": ""}
+    return pd.DataFrame([*table, themselves])
 
 
 def overview_markdown(report: Mapping[str, Any]) -> str:
@@ -267,9 +250,8 @@ OVERVIEW = (
     "– no result; retrainings: median wall time over that of one retraining. Sorted by mean place."
 )
 LEGEND = (
-    "* not told apart from the first (paired over the originals, 95 %); "
-    + "; ".join(f"{MARKS[label]} {meaning}" for label, meaning in MEANING.items())
-    + ". Equally accurate: not below what 97.5 % of retrained models reach, or at most "
+    f"* not told apart from the first (paired over the originals, 95 %); {MARKS_LEGEND}. "
+    "Equally accurate: not below what 97.5 % of retrained models reach, or at most "
     f"{MAY_LOSE:g} point below their mean."
 )
 
@@ -280,20 +262,19 @@ def plotted(table_rows: Sequence[Row]) -> pd.DataFrame:
     Models that lost more than `RUINED` points of accuracy are left out, so that the others can be
     told apart.
     """
-    kept = [
+    rows = [
         row
         for row in table_rows
-        if row["accuracy"] >= row["target"] - RUINED or row["method"] == "original"
+        if row["method"] == "original"
+        or (row["method"] not in REFERENCES and row["accuracy"] >= row["target"] - RUINED)
     ]
-    rows = [row for row in kept if row["method"] not in (CONTROL, "retrain")]
     table = pd.DataFrame(rows).assign(ours=[row["method"] == OURS for row in rows])
     first = table_rows[0]
     target = {"method": "retrained", "kl": first["floor"], "accuracy": first["target"], "cost": 1.0}
     names = ["kl", "accuracy"]
     target |= {f"{name}_{end}": target[name] for name in names for end in ("low", "high")}
-    return pd.concat(
-        [table, pd.DataFrame([target | {"pareto": False, "ours": False}])], ignore_index=True
-    )
+    retrained = pd.DataFrame([target | {"pareto": False, "ours": False}])
+    return pd.concat([table, retrained], ignore_index=True)
 
 
 def write_page(report: Mapping[str, Any], folder: Path) -> Path:
@@ -377,15 +358,10 @@ def _scores(evaluation: Mapping[str, Any]) -> pd.DataFrame:
     """Every metric and part, one column a method."""
     shown: dict[tuple[str, str], Row] = {}
     for score in evaluation["scores"]:
+        metric, part = score["metric"], score["part"]
         unit = f" ({score['unit']})" if score["unit"] else ""
-        row = shown.setdefault(
-            (score["metric"], score["part"]),
-            {
-                "metric": score["metric"] + unit,
-                "part": score["part"],
-                "retrained": _short(score["target"]),
-            },
-        )
+        first = {"metric": metric + unit, "part": part, "retrained": _short(score["target"])}
+        row = shown.setdefault((metric, part), first)
         row[score["method"]] = f"{_short(score['value'])} {MARKS[score['label']]}".strip()
     return pd.DataFrame(list(shown.values())).fillna("")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,34 +15,16 @@ from matplotlib.axes import Axes
 
 from fisher_forget._util.files import ensure_folder
 from fisher_forget._util.numbers import MISSING
-from fisher_forget.evaluate.evaluation import (
-    CONTROL,
-    MARKS,
-    MEANING,
-    Evaluation,
-)
+from fisher_forget.evaluate.evaluation import CONTROL, MARKS, MARKS_LEGEND, Evaluation
 from fisher_forget.evaluate.metrics import METRICS
 from fisher_forget.evaluate.scoring import UNDEFINED, EvaluationRow
-from fisher_forget.report.pages.html import (
-    Figure,
-    Number,
-    flat,
-    render_template,
-    write_html,
-)
+from fisher_forget.report.pages.html import Figure, Number, flat, render_template, write_html
 from fisher_forget.report.pages.svg import inline
 from fisher_forget.report.plots import BLUE, GREEN, GREY, ORANGE, VERMILLION, save_figure
 from fisher_forget.report.plots.hover import explain
 
-STYLES = (
-    ("s", VERMILLION),
-    ("o", BLUE),
-    ("D", GREEN),
-    ("^", ORANGE),
-    ("v", "#CC79A7"),
-    ("P", GREY),
-    ("X", "#56B4E9"),
-)
+COLOURS = (VERMILLION, BLUE, GREEN, ORANGE, "#CC79A7", GREY, "#56B4E9")
+STYLES = tuple(zip("soD^vPX", COLOURS, strict=True))
 CAPTION = (
     "Distance of every score from the mean of the retrained models, in half-widths of the band: "
     "the range expected of a retrained model, for all scores together (95 %). "
@@ -74,12 +57,11 @@ def write_page(
         [(m.name, m.unit, m.definition, m.formula, m.source) for m in METRICS.values()],
         columns=["metric", "unit", "what it tells", "formula", "source"],
     )
-    legend = "; ".join(f"{MARKS[label]} {meaning}" for label, meaning in MEANING.items())
     page = render_template(
         "evaluation.html.j2",
         run=name,
         cases=cases,
-        legend=legend,
+        legend=MARKS_LEGEND,
         definitions=definitions,
         settings=list(flat(run["config"])) if run else [],
         environment=list(run["environment"].items()) if run else [],
@@ -132,12 +114,10 @@ def conclusion(table: Evaluation) -> tuple[str, str]:
 def numbers(table: Evaluation) -> list[Number]:
     """How many scores pass, the KL on the forgotten data, and the score on test data that should be
     kept."""
-    method, shown = main_method(table), []
+    method = main_method(table)
     rows = defined(table, method)
-    passed = f"{len(rows) - len(outside(table))} of {len(rows)}"
-    shown.append(
-        Number("Scores that a retrained model could have", passed, "", counts(table, but=method))
-    )
+    passed, beside = f"{sum(map(within, rows))} of {len(rows)}", counts(table, but=method)
+    shown = [Number("Scores that a retrained model could have", passed, "", beside)]
     tests = [s.part for s in table.scores if s.part.startswith("test")]
     kept = tests[-1] if tests else "retain"
     for metric, part, label in (
@@ -156,7 +136,7 @@ def counts(table: Evaluation, but: str = "") -> str:
     """How many scores of each method a retrained model could have."""
     rows = {method: defined(table, method) for method in methods(table) if method != but}
     return ", ".join(
-        f"{m} {sum(map(within, scores))} of {len(scores)}" for m, scores in rows.items()
+        f"{m} {sum(map(within, scored))} of {len(scored)}" for m, scored in rows.items()
     )
 
 
@@ -186,22 +166,18 @@ def methods(table: Evaluation) -> list[str]:
 
 def wide(table: Evaluation) -> pd.DataFrame:
     """One row a metric and part, one column a method."""
-    rows: list[dict[str, Any]] = []
-    for metric, part in dict.fromkeys((s.metric, s.part) for s in table.scores):
-        by_method = {s.method: s for s in table.scores if (s.metric, s.part) == (metric, part)}
-        first = next(iter(by_method.values()))
-        row: dict[str, Any] = {
-            "metric": metric + (f" ({first.unit})" if first.unit else ""),
-            "part": part,
-            "retrained": _short(first.target),
-            EXPECTED: f"{_short(first.target_low)} … {_short(first.target_high)}",
-        }
-        row |= {
-            m: f"{_short(by_method[m].value)} {MARKS[by_method[m].label]}" if m in by_method else ""
-            for m in methods(table)
-        }
-        rows.append(row)
-    return pd.DataFrame(rows)
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    cells = dict.fromkeys(methods(table), "")
+    for score in table.scores:
+        blank = {
+            "metric": score.metric + (f" ({score.unit})" if score.unit else ""),
+            "part": score.part,
+            "retrained": _short(score.target),
+            EXPECTED: f"{_short(score.target_low)} … {_short(score.target_high)}",
+        } | cells
+        row = rows.setdefault((score.metric, score.part), blank)
+        row[score.method] = f"{_short(score.value)} {MARKS[score.label]}"
+    return pd.DataFrame(list(rows.values()))
 
 
 def _short(value: float) -> str:
@@ -215,27 +191,22 @@ def plot_scores(table: Evaluation, ax: Axes | None = None) -> Axes:
         _, ax = plt.subplots(figsize=(7.2, 0.8 + 0.24 * len(keys)), layout="constrained")
     place = {key: len(keys) - 1 - i for i, key in enumerate(keys)}
     names = methods(table)
-    for (marker, colour), method in zip(
-        STYLES * (1 + len(names) // len(STYLES)), names, strict=False
-    ):
-        rows = [s for s in table.scores if s.method == method and s.label != UNDEFINED]
+    for (marker, colour), method in zip(itertools.cycle(STYLES), names, strict=False):
+        rows = defined(table, method)
         x = np.array([distance(s) for s in rows])
         shift = 0.24 * (names.index(method) / max(len(names) - 1, 1) - 0.5)
         y = np.array([place[s.metric, s.part] for s in rows]) - shift
         fill = "none" if method == CONTROL else colour
         style: dict[str, Any] = {"facecolors": fill, "edgecolors": colour, "linewidths": 1}
-        explain(
-            ax.scatter(x, y, marker=marker, s=26, label=method, zorder=3, **style),
-            [_told(s) for s in rows],
-        )
+        dots = ax.scatter(x, y, marker=marker, s=26, label=method, zorder=3, **style)
+        explain(dots, [_told(s) for s in rows])
     ax.axvspan(-1, 1, color=GREEN, alpha=0.15, lw=0, label=EXPECTED)
     ax.axvline(0, color=GREEN, lw=0.8)
     ax.set_xscale("symlog", linthresh=1.0)
     ax.set_xlim(-FAR * 1.15, FAR * 1.15)
     ticks = (-30, -10, -3, -1, 0, 1, 3, 10, 30)
-    ax.set_xticks(
-        ticks, [f"{t}" if abs(t) < FAR else f"≤ {t}" if t < 0 else f"≥ {t}" for t in ticks]
-    )
+    labels = ["≤ -30", *map(str, ticks[1:-1]), "≥ 30"]
+    ax.set_xticks(ticks, labels)
     ax.minorticks_off()
     ax.set_yticks(list(place.values()), [f"{metric}, {part}" for metric, part in place], fontsize=8)
     ax.set_ylim(-0.7, len(keys) - 0.3)
@@ -260,11 +231,7 @@ def _told(score: EvaluationRow) -> str:
 
 def distance(score: EvaluationRow) -> float:
     """(value - target) over the half-width of the expected range, at most `FAR` either way."""
-    half = (score.target_high - score.target_low) / 2
-    if not half > 0:
-        return (
-            0.0
-            if score.value == score.target
-            else float(np.copysign(FAR, score.value - score.target))
-        )
-    return float(np.clip((score.value - score.target) / half, -FAR, FAR))
+    half, off = (score.target_high - score.target_low) / 2, score.value - score.target
+    if half > 0:
+        return float(np.clip(off / half, -FAR, FAR))
+    return FAR * float(np.sign(off))

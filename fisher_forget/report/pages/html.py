@@ -135,10 +135,8 @@ def write_html(path: Path, page: str) -> Path:
 
 def _case(case: Case, figures: list[Figure]) -> dict[str, Any]:
     """What the template needs of a case."""
-    runs = case["runs"]
-    lead = next(
-        (f for f in figures if f.caption == CAPTIONS["trade-off"]), figures[0] if figures else None
-    )
+    runs, first = case["runs"], figures[0] if figures else None
+    lead = next((f for f in figures if f.caption == CAPTIONS["trade-off"]), first)
     return {
         "name": case["name"],
         "forgotten": f"{case['forgotten']:,}",
@@ -165,33 +163,22 @@ def _numbers(case: Case) -> list[Number]:
     before, after, floor = (
         tables.estimate(case, "forget", key) for key in ("kl_original", "kl_scrubbed", "floor")
     )
+    was = f"was {number(before.mean)}; floor {plus_minus(floor.mean, floor.std)}"
+    shown = [Number("KL on forgotten data", number(after.mean), "nats", was)]
     closed = tables.gap(case, "forget")
-    share, _, seeds = closed.partition(" %")
-    kept = tables.kept_part(case)
-    score = Score.read(case)
-    scores = {key: tables.estimate(case, kept, f"score_{key}") for key in ("scrubbed", "retrained")}
-    return [
-        Number(
-            "KL on forgotten data",
-            number(after.mean),
-            "nats",
-            f"was {number(before.mean)}; floor {plus_minus(floor.mean, floor.std)}",
-        ),
-        Number(
-            "Gap closed",
-            share if seeds or closed != tables.UNDEFINED else MISSING,
-            "%" if closed not in (tables.UNDEFINED, MISSING) else "",
-            "the original is within the floor"
-            if closed == tables.UNDEFINED
-            else f"100 % is the floor{seeds}",
-        ),
-        Number(
-            f"{score.name.capitalize()} ({tables.part_label(kept)})",
-            score.format(scores["scrubbed"].mean, unit=False),
-            score.unit,
-            f"retrained {score.format(scores['retrained'].mean, scores['retrained'].std)}",
-        ),
-    ]
+    if closed == tables.UNDEFINED:
+        shown.append(Number("Gap closed", MISSING, "", "the original is within the floor"))
+    else:
+        share, sign, seeds = closed.partition(" %")
+        shown.append(Number("Gap closed", share, sign.strip(), f"100 % is the floor{seeds}"))
+    kept, score = tables.kept_part(case), Score.read(case)
+    scrubbed, target = (
+        tables.estimate(case, kept, key) for key in ("score_scrubbed", "score_retrained")
+    )
+    title = f"{score.name.capitalize()} ({tables.part_label(kept)})"
+    beside = f"retrained {score.format(target.mean, target.std)}"
+    shown.append(Number(title, score.format(scrubbed.mean, unit=False), score.unit, beside))
+    return shown
 
 
 def _when(created: str) -> str:
@@ -209,9 +196,8 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]
         if isinstance(value, Mapping) and value:
             yield from flat(value, f"{prefix}{key}.")
         else:
-            plain = isinstance(value, list) and not any(
-                isinstance(item, (list, Mapping)) for item in value
-            )
+            listed = isinstance(value, list)
+            plain = listed and not any(isinstance(item, (list, Mapping)) for item in value)
             text = ", ".join(map(str, value)) if plain else str(value)
             yield f"{prefix}{key}", MISSING if value is None else text
 

@@ -55,15 +55,13 @@ def inline(path: Path, prefix: str, title: str) -> Markup:
 
 def _read(path: Path) -> ElementTree.Element:
     try:
-        root = ElementTree.fromstring(Path(path).read_bytes())
+        root = ElementTree.fromstring(path.read_bytes())
     except (OSError, ElementTree.ParseError) as error:
-        raise StorageError(
-            f"{path}: {error}", "an SVG file", "Save it with save_figure."
-        ) from error
+        got = f"{path}: {error}"
+        raise StorageError(got, "an SVG file", "Save it with save_figure.") from error
     if root.tag != f"{{{_SVG}}}svg":
-        raise StorageError(
-            f"{path} with the root element {root.tag}", "an SVG file", "Save it with save_figure."
-        )
+        got = f"{path} with the root element {root.tag}"
+        raise StorageError(got, "an SVG file", "Save it with save_figure.")
     return root
 
 

@@ -116,11 +116,8 @@ class _Page:
             text.update_positions(self.renderer)
             # the words alone, without the line to them
             box = Text.get_window_extent(text, self.renderer).padded(self.unit)
-            free = (
-                self._contains(box)
-                and not any(box.overlaps(other) for other in self.boxes)
-                and not _contains(box, covered)
-            )
+            taken = any(box.overlaps(other) for other in self.boxes) or _contains(box, covered)
+            free = self._contains(box) and not taken
             if free and (not strict or self._clear(i, box, distance, angle)):
                 self.boxes.append(box)
                 return True
@@ -140,14 +137,14 @@ class _Page:
             return bool(nearest > _distances(box, self.centres)[i])
         direction = np.array([math.cos(math.radians(angle)), math.sin(math.radians(angle))])
         line = self.centres[i] + np.linspace(0, 1, 12)[:, None] * self.unit * distance * direction
-        return all(
-            _distances(Bbox([at, at]), others).min(initial=np.inf) > 6 * self.unit for at in line
-        )
+        gaps = (_distances(Bbox([at, at]), others).min(initial=np.inf) for at in line)
+        return all(gap > 6 * self.unit for gap in gaps)
 
 
 def _text(ax: Axes, point: Point, text: str, distance: float, angle: float) -> Annotation:
     """A text so many points away from its point; far away with a line."""
     dx, dy = distance * math.cos(math.radians(angle)), distance * math.sin(math.radians(angle))
+    line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6} if distance > NEAR else None
     return ax.annotate(
         text,
         point,
@@ -158,9 +155,7 @@ def _text(ax: Axes, point: Point, text: str, distance: float, angle: float) -> A
         fontsize=8,
         color="#222222",
         zorder=6,
-        arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6}
-        if distance > NEAR
-        else None,
+        arrowprops=line,
     )
 
 

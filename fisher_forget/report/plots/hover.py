@@ -38,12 +38,12 @@ def explain_all(figure: Figure) -> None:
     """Give every point that has no text one of its series and its coordinates, in the words of
     legend and axes."""
     for ax in figure.axes:
-        looks = {
-            _look(handle): str(handle.get_label()) for handle in _markers(ax) if _named(handle)
+        labels = {
+            _look(artist): str(artist.get_label()) for artist in _markers(ax) if _named(artist)
         }
         for artist in _markers(ax):
             if artist.get_gid() is None:
-                series = looks.get(_look(artist), "")
+                series = labels.get(_look(artist), "")
                 explain(artist, [_describe(ax, series, x, y) for x, y in _points(artist)])
 
 
@@ -64,11 +64,8 @@ def titled(svg: bytes) -> bytes:
 
 
 def _markers(ax: Axes) -> list[Line2D | PathCollection]:
-    lines = [
-        line
-        for line in ax.lines
-        if line.get_marker() not in _NO_POINTS and np.size(line.get_xdata()) > 0
-    ]
+    marked = (line for line in ax.lines if line.get_marker() not in _NO_POINTS)
+    lines = [line for line in marked if np.size(line.get_xdata()) > 0]
     return [*lines, *(c for c in ax.collections if isinstance(c, PathCollection))]
 
 

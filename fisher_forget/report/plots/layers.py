@@ -44,32 +44,19 @@ def plot_path(result: ForgetResult, ax: Axes | None = None) -> Axes:
     """
     newton = result.newton
     if not newton.path:
-        raise DataError(
-            "a result without sub-steps",
-            "at least one",
-            "Look at result.newton: nothing was tried.",
-        )
+        got = "a result without sub-steps"
+        raise DataError(got, "at least one", "Look at result.newton: nothing was tried.")
     ax, x = axes_or_new(ax), _times(result)
     moved = np.array([s.moved for s in newton.path])
     rise = np.array([s.loss - newton.loss_before for s in newton.path])
     rise = np.where(rise > 0, rise, math.nan)  # which a logarithmic axis cannot show
     taken = np.array([s.accepted for s in newton.path])
-    series: tuple[tuple[str, Any, dict[str, Any]], ...] = (
-        (
-            "KL moved by a sub-step, forgotten data",
-            moved,
-            {"color": BLUE, "marker": "o", "linestyle": "-"},
-        ),
-        (
-            "rise of the retained loss, where it rose",
-            rise,
-            {"color": VERMILLION, "marker": "s", "linestyle": "--"},
-        ),
-    )
-    for label, y, look in series:
-        ax.plot(x[taken], y[taken], markersize=7, label=label, **look, **EDGE)
-        crosses = look | {"marker": "x", "linestyle": "none"}
-        ax.plot(x[~taken], y[~taken], markersize=7, **crosses)
+    for label, y, color, line in (
+        ("KL moved by a sub-step, forgotten data", moved, BLUE, "o-"),
+        ("rise of the retained loss, where it rose", rise, VERMILLION, "s--"),
+    ):
+        ax.plot(x[taken], y[taken], line, color=color, markersize=7, label=label, **EDGE)
+        ax.plot(x[~taken], y[~taken], "x", color=color, markersize=7)
     if not taken.all():
         ax.plot([], [], color=GREY, marker="x", linestyle="none", label="not taken")
     ax.axhline(newton.budget, color=GREY, linestyle=":", linewidth=1.4, label="budget of the rise")
@@ -116,20 +103,14 @@ def _draw_spectrum(ax: Axes, row: int, values: NDArray[np.float64]) -> tuple[flo
     """One layer's line; returns what the axis must show."""
     eigenvalues = np.maximum(values, TINY * max(values.max(), TINY))
     low, left, middle, right, high = np.quantile(eigenvalues, QUANTILES)
-    for ends, width, order, label in (
-        ((low, high), 1, 2, "5 to 95 %"),
-        ((left, right), 4, 3, "25 to 75 %"),
-    ):
+    lines = ((low, high), 1, 2, "5 to 95 %"), ((left, right), 4, 3, "25 to 75 %")
+    for ends, width, order, label in lines:
         line: dict[str, Any] = {"linewidth": width, "zorder": order, "label": _first(row, label)}
         ax.plot(ends, [row, row], color=BLUE, **line)
     look: dict[str, Any] = {"color": BLUE, "markersize": 7, "linestyle": "none", "zorder": 4}
     ax.plot(middle, row, marker="o", label=_first(row, "median"), **(look | EDGE))
-    largest: dict[str, Any] = {
-        "marker": ">",
-        "markerfacecolor": "white",
-        "label": _first(row, "largest"),
-    }
-    ax.plot(eigenvalues.max(), row, **(look | largest))
+    look |= {"marker": ">", "markerfacecolor": "white"}
+    ax.plot(eigenvalues.max(), row, label=_first(row, "largest"), **look)
     return float(low), float(eigenvalues.max())
 
 
@@ -147,9 +128,8 @@ def plot_steps(result: ForgetResult, original: nn.Module, ax: Axes | None = None
     """
     before = trainable(original)
     if missing := [name for name in result.newton.params if name not in before]:
-        raise DataError(
-            f"an original without {missing[:3]}", "the model given to `forget`", "Pass that one."
-        )
+        got = f"an original without {missing[:3]}"
+        raise DataError(got, "the model given to `forget`", "Pass that one.")
     names = list(result.newton.params)
     size = [max(_rms(before[name]), TINY) for name in names]
     steps = {name: result.newton.params[name] - before[name] for name in names}
@@ -174,20 +154,14 @@ def _spectra(curvature: Curvature) -> dict[str, Tensor]:
     """Layer -> eigenvalues; the diagonal of each parameter, where the structure has no eigenvalues
     of its own there."""
     found: dict[str, Tensor] = {}
-    parts = (
-        curvature.parts
-        if isinstance(curvature, BlockDiagonal)
-        else ((tuple(curvature.diagonal()), curvature),)
-    )
-    for names, part in parts:
+    whole = (tuple(curvature.diagonal()), curvature)
+    for names, part in curvature.parts if isinstance(curvature, BlockDiagonal) else (whole,):
         spectrum = part.spectrum() if isinstance(part, Spectral) else part.diagonal()
-        if set(spectrum) == set(names) or len(names) == 1:
-            found |= {
-                name: spectrum.get(name, torch.cat([v.flatten() for v in spectrum.values()]))
-                for name in names
-            }
+        if set(spectrum) == set(names):
+            found |= {name: spectrum[name] for name in names}
         else:
-            found[_common(names)] = torch.cat([v.flatten() for v in spectrum.values()])
+            name = names[0] if len(names) == 1 else _common(names)
+            found[name] = torch.cat([v.flatten() for v in spectrum.values()])
     return found
 
 

@@ -18,7 +18,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from fisher_forget.errors import DataError
-from fisher_forget.report.plots.annotate import Obstacles, Point, along, annotate, ends_first
+from fisher_forget.report.plots.annotate import Array, Obstacles, Point, along, annotate, ends_first
 from fisher_forget.report.plots.hover import explain
 from fisher_forget.report.plots.style import (
     BLUE,
@@ -63,23 +63,17 @@ def plot_methods(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax = axes_or_new(ax, METHODS_SIZE)
     x, y = (rows[name].to_numpy(dtype=float) for name in ("accuracy", "kl"))
     _floor(ax, marks)
-    ends = {
-        name: rows[name].fillna(rows[name.split("_")[0]]).to_numpy(dtype=float)
-        for name in COLUMNS
-        if "_" in name
-    }
-    xerr = np.abs([x - ends["accuracy_low"], ends["accuracy_high"] - x])
-    yerr = np.abs([y - ends["kl_low"], ends["kl_high"] - y])
+    left, right = _ends(rows, "accuracy")
+    low, high = _ends(rows, "kl")
+    xerr, yerr = np.abs([x - left, right - x]), np.abs([y - low, high - y])
     ax.errorbar(x, y, xerr=xerr, yerr=yerr, fmt="none", ecolor="#9a9a9a", elinewidth=0.8, zorder=2)
-    busy = along(ends["accuracy_low"], y, ends["accuracy_high"], y) + along(
-        x, ends["kl_low"], x, ends["kl_high"]
-    )
+    busy = along(left, y, right, y) + along(x, low, x, high)
     points = {name: (marks["accuracy"][name], marks["kl"][name]) for name in MARKS}
     busy += _stair(ax, rows, "accuracy", -1)
     _symbols(ax, rows, x, y)
     for name, at in points.items():
         _mark(ax, name, at)
-    log_limits(ax, "y", [*y, *ends["kl_low"], *(at[1] for at in points.values())])
+    log_limits(ax, "y", [*y, *low, *(at[1] for at in points.values())])
     score_limits(ax, [*x, *(at[0] for at in points.values())], "%", margin=0.12, stretch=True)
     ax.set_xlabel("accuracy on retained test data (%)")
     _label(ax, rows, list(zip(x, y, strict=True)), list(points.values()), busy)
@@ -103,22 +97,20 @@ def plot_cost(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     rows, marks = _rows(frame)
     ax = axes_or_new(ax, METHODS_SIZE)
     x, y = (rows[name].to_numpy(dtype=float) for name in ("cost", "kl"))
-    ends = {
-        name: rows[name].fillna(rows["kl"]).to_numpy(dtype=float) for name in ("kl_low", "kl_high")
-    }
+    low, high = _ends(rows, "kl")
     _floor(ax, marks)
     ax.axvline(1.0, color=GREEN, linewidth=1, linestyle=":", zorder=1)
     original = marks["kl"]["original"]
     look = {"color": STYLES["original"]["color"], "linewidth": 1.4, "linestyle": "-."}
     ax.axhline(original, label=LABELS["original"], zorder=1, **look)
-    yerr = np.abs([y - ends["kl_low"], ends["kl_high"] - y])
+    yerr = np.abs([y - low, high - y])
     ax.errorbar(x, y, yerr=yerr, fmt="none", ecolor="#9a9a9a", elinewidth=0.8, zorder=2)
     at = (1.0, marks["kl"]["retrained"])
-    busy = along(x, ends["kl_low"], x, ends["kl_high"]) + _stair(ax, rows, "cost", 1)
+    busy = along(x, low, x, high) + _stair(ax, rows, "cost", 1)
     _symbols(ax, rows, x, y)
     _mark(ax, "retrained", at)
     log_limits(ax, "x", [*x, 1.0])
-    log_limits(ax, "y", [*y, *ends["kl_low"], original, at[1]])
+    log_limits(ax, "y", [*y, *low, original, at[1]])
     ax.set_xlabel("wall time, as a share of retraining (no unit)")
     _label(ax, rows, list(zip(x, y, strict=True)), [at], busy)
     return ax
@@ -146,21 +138,11 @@ def plot_shards(frame: pd.DataFrame, single: float, ax: Axes | None = None) -> A
         lines, (BLUE, ORANGE, VERMILLION, GREY) * len(lines), "osv^" * len(lines), strict=False
     ):
         points = rows.groupby("shards")["accuracy"].agg(["mean", "std"])
-        x, y, std = (
-            points.index.to_numpy(dtype=float),
-            points["mean"].to_numpy(),
-            points["std"].to_numpy(),
-        )
+        x, std = points.index.to_numpy(dtype=float), points["std"].to_numpy()
+        yerr = None if np.isnan(std).any() else std
         label = f"{slices} slice{'s' if slices != 1 else ''} a shard"
-        ax.errorbar(
-            x,
-            y,
-            yerr=None if np.isnan(std).any() else std,
-            color=colour,
-            marker=marker,
-            label=label,
-            capsize=3,
-        )
+        look: dict[str, Any] = {"color": colour, "marker": marker, "capsize": 3}
+        ax.errorbar(x, points["mean"].to_numpy(), yerr=yerr, label=label, **look)
     ax.axhline(single, color=GREEN, linestyle="--", linewidth=1.4, label="one model on everything")
     shards = sorted(frame["shards"].unique())
     ax.set_xscale("log")
@@ -178,67 +160,49 @@ def _rows(frame: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, dict[str, float]
         m for m in MARKS if m not in set(frame["method"])
     ]
     if missing:
-        raise DataError(
-            f"a comparison without {missing}",
-            f"the columns {COLUMNS}, and rows {MARKS}",
-            "Add them.",
-        )
+        got = f"a comparison without {missing}"
+        raise DataError(got, f"the columns {COLUMNS}, and rows {MARKS}", "Add them.")
     known = frame["method"].isin(MARKS)
     rows = frame[~known & np.isfinite(frame["kl"]) & np.isfinite(frame["accuracy"])]
     values = frame[known].set_index("method")
-    marks = {
-        column: {name: float(values[column][name]) for name in MARKS}
-        for column in ("kl", "accuracy")
-    }
+    columns = ("kl", "accuracy")
+    marks = {column: {name: float(values[column][name]) for name in MARKS} for column in columns}
     return rows.sort_values("kl", kind="stable").reset_index(drop=True), marks
 
 
+def _ends(rows: pd.DataFrame, column: str) -> tuple[Array, Array]:
+    """The interval's ends; the value itself where there is none."""
+    low, high = (rows[f"{column}_{end}"].fillna(rows[column]) for end in ("low", "high"))
+    return low.to_numpy(dtype=float), high.to_numpy(dtype=float)
+
+
 def _floor(ax: Axes, marks: Mapping[str, Mapping[str, float]]) -> None:
-    ax.axhline(
-        marks["kl"]["retrained"],
-        color=GREEN,
-        linestyle="--",
-        linewidth=1.4,
-        label="floor",
-        zorder=1,
-    )
+    look: dict[str, Any] = {"color": GREEN, "linestyle": "--", "linewidth": 1.4, "zorder": 1}
+    ax.axhline(marks["kl"]["retrained"], label="floor", **look)
 
 
-def _symbols(
-    ax: Axes, rows: pd.DataFrame, x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]
-) -> None:
+def _symbols(ax: Axes, rows: pd.DataFrame, x: Array, y: Array) -> None:
     """Shape and fill say what colour says."""
     ours, front = rows["ours"].to_numpy(dtype=bool), rows["pareto"].to_numpy(dtype=bool)
-    looks: tuple[tuple[str, Any, dict[str, Any]], ...] = (
-        (
-            "other methods",
-            ~ours & ~front,
-            {"marker": "o", "markersize": 6, "color": GREY, "markerfacecolor": "white"},
-        ),
-        (
-            "on the Pareto front",
-            ~ours & front,
-            {"marker": "d", "markersize": 8, "color": "black", **EDGE},
-        ),
-        ("fisher_forget", ours, {"marker": "o", "markersize": 9, "color": BLUE, **EDGE}),
+    hollow = {"markerfacecolor": "white"}
+    look: dict[str, Any]
+    looks: tuple[tuple[str, Any, str, int, str, dict[str, Any]], ...] = (
+        ("other methods", ~ours & ~front, "o", 6, GREY, hollow),
+        ("on the Pareto front", ~ours & front, "d", 8, "black", EDGE),
+        ("fisher_forget", ours, "o", 9, BLUE, EDGE),
     )
-    for label, chosen, look in looks:
+    for label, chosen, marker, size, color, fill in looks:
         if chosen.any():
-            (line,) = ax.plot(x[chosen], y[chosen], linestyle="none", label=label, zorder=4, **look)
+            look = {"markersize": size, "color": color, "label": label, "zorder": 4, **fill}
+            (line,) = ax.plot(x[chosen], y[chosen], marker, **look)
             explain(line, [_describe(row) for _, row in rows[chosen].iterrows()])
 
 
 def _describe(row: pd.Series[Any]) -> str:
-    lines = [
-        f"{row['method']}",
-        f"KL {row['kl']:.3g} nats ({row['kl_low']:.3g} to {row['kl_high']:.3g})",
-    ]
-    return "\n".join(
-        [
-            *lines,
-            f"accuracy {row['accuracy']:.1f} %",
-            f"{row['cost']:.2g} of the time of retraining",
-        ]
+    return (
+        f"{row['method']}\n"
+        f"KL {row['kl']:.3g} nats ({row['kl_low']:.3g} to {row['kl_high']:.3g})\n"
+        f"accuracy {row['accuracy']:.1f} %\n{row['cost']:.2g} of the time of retraining"
     )
 
 
@@ -257,10 +221,8 @@ def _stair(ax: Axes, rows: pd.DataFrame, column: str, sign: int) -> list[Point]:
     ordered = rows.assign(by=sign * rows[column]).sort_values(["by", "kl"])
     front = ordered[ordered["kl"] < ordered["kl"].cummin().shift(fill_value=math.inf)]
     x, y = (front[name].to_numpy(dtype=float) for name in (column, "kl"))
-    corners_x, corners_y = (
-        np.repeat(x, 2)[1:],
-        np.repeat(y, 2)[:-1],
-    )  # from each as far as the next, then down to it
+    # from each as far as the next, then down to it
+    corners_x, corners_y = np.repeat(x, 2)[1:], np.repeat(y, 2)[:-1]
     ax.plot(corners_x, corners_y, color="black", linestyle=":", linewidth=1.2, zorder=1.5)
     return along(corners_x[:-1], corners_y[:-1], corners_x[1:], corners_y[1:])
 

@@ -36,7 +36,7 @@ from fisher_forget.report.tables import part_label
 
 TINY = 1e-6  # nats: what is drawn for less, which float32 logits cannot tell from 0
 BINS = 30
-RANGE = (0.05, 0.95)  # quantiles of the retrained models' band
+BAND = (0.05, 0.5, 0.95)  # quantiles of the retrained models' band
 
 
 def plot_classes(
@@ -60,15 +60,15 @@ def plot_classes(
         DataError: If the reference lacks the part, or its targets are no classes.
     """
     targets = _targets(reference, part)
-    kl = {
-        "original": _kl(reference, reference.original[part], part),
-        "scrubbed": _kl(reference, reference.outputs(model)[part], part),
-        "floor": _floor(reference, part),
-    }
-    means = {name: per_class(values, targets) for name, values in kl.items()}
-    names = list(means["floor"])
+    kls = (
+        _kl(reference, reference.original[part], part),
+        _kl(reference, reference.outputs(model)[part], part),
+        _floor(reference, part),
+    )
+    means = [per_class(values, targets) for values in kls]
+    names = list(means[0])
     ax, rows = axes_or_new(ax), np.arange(len(names))
-    before, after, floors = (np.maximum(list(m.values()), TINY) for m in means.values())
+    before, after, floors = (np.maximum(list(mean.values()), TINY) for mean in means)
     target: dict[str, Any] = {"colors": GREEN, "linewidth": 2.4, "zorder": 3}
     ax.vlines(floors, rows - 0.32, rows + 0.32, label="floor: target", **target)
     ends = np.minimum(before, after), np.maximum(before, after)
@@ -98,34 +98,17 @@ def plot_samples(
     _targets(reference, part)
     before = np.maximum(_kl(reference, reference.original[part], part).numpy(), TINY)
     after = np.maximum(_kl(reference, reference.outputs(model)[part], part).numpy(), TINY)
-    low, middle, high = np.maximum(
-        np.quantile(_floor(reference, part).numpy(), [RANGE[0], 0.5, RANGE[1]]), TINY
-    )
+    low, middle, high = np.maximum(np.quantile(_floor(reference, part).numpy(), BAND), TINY)
     ax = axes_or_new(ax)
     ax.axhspan(low, high, zorder=0.9, **band(GREEN))
-    ax.axhline(
-        middle,
-        color=GREEN,
-        linestyle="--",
-        linewidth=1.4,
-        label="retrained: median, 5 to 95 %",
-        zorder=1,
-    )
+    median: dict[str, Any] = {"color": GREEN, "linestyle": "--", "linewidth": 1.4, "zorder": 1}
+    ax.axhline(middle, label="retrained: median, 5 to 95 %", **median)
     ends = [min(before.min(), after.min()), max(before.max(), after.max())]
     ax.plot(ends, ends, color=GREY, linestyle=":", linewidth=1.2, label="no change", zorder=1)
-    look: dict[str, Any] = {
-        "facecolors": "none",
-        "edgecolors": STYLES["scrubbed"]["color"],
-        "linewidths": 1.0,
-    }
-    dots = ax.scatter(before, after, s=22, marker="o", label="a sample", zorder=3, **look)
-    explain(
-        dots,
-        [
-            f"sample {i}\nKL {a:.3g} -> {b:.3g} nats"
-            for i, (a, b) in enumerate(zip(before, after, strict=True))
-        ],
-    )
+    look: dict[str, Any] = {"facecolors": "none", "edgecolors": STYLES["scrubbed"]["color"]}
+    dots = ax.scatter(before, after, s=22, linewidths=1, label="a sample", zorder=3, **look)
+    pairs = enumerate(zip(before, after, strict=True))
+    explain(dots, [f"sample {i}\nKL {a:.3g} -> {b:.3g} nats" for i, (a, b) in pairs])
     log_limits(ax, "x", before.tolist())
     log_limits(ax, "y", [*after, low, high])
     ax.set_xlabel("KL(retrained ‖ original) (nats)")
@@ -161,15 +144,8 @@ def plot_margins(
         if name == "retrained":
             ax.stairs(shares, edges, fill=True, label=LABELS[name], zorder=1, **band(color))
         else:
-            ax.stairs(
-                shares,
-                edges,
-                color=color,
-                linestyle=lines[name],
-                linewidth=1.8,
-                label=name,
-                zorder=3,
-            )
+            look: dict[str, Any] = {"color": color, "linestyle": lines[name], "linewidth": 1.8}
+            ax.stairs(shares, edges, label=name, zorder=3, **look)
     ax.set_ylim(bottom=0)
     ax.set_xlabel("margin log p / (1 − p) of the label (nats)")
     ax.set_ylabel(f"share of {part_label(part)} (%)")
@@ -231,18 +207,15 @@ def plot_resistant(
 def _check_images(images: Tensor, samples: int) -> None:
     fits = images.dim() == 3 or (images.dim() == 4 and images.shape[1] in (1, 3))
     if len(images) != samples or not fits:
-        raise DataError(
-            f"images of shape {tuple(images.shape)} for {samples} samples",
-            "[N, C, H, W] with one or three channels, or [N, H, W]",
-            "Pass the images of that part of the reference, in its order.",
-        )
+        got = f"images of shape {tuple(images.shape)} for {samples} samples"
+        fix = "Pass the images of that part of the reference, in its order."
+        raise DataError(got, "[N, C, H, W] with one or three channels, or [N, H, W]", fix)
 
 
 def _targets(reference: Reference, part: str) -> Tensor:
     if part not in reference.targets:
-        raise DataError(
-            f"the part {part!r}", f"one of {list(reference.targets)}", "Pass one of these."
-        )
+        got = f"the part {part!r}"
+        raise DataError(got, f"one of {list(reference.targets)}", "Pass one of these.")
     return reference.targets[part]
 
 

@@ -26,12 +26,8 @@ STYLES: dict[str, dict[str, Any]] = {
     "original": {"color": VERMILLION, "marker": "s"},
     "scrubbed": {"color": BLUE, "marker": "o"},
     "retrained": {"color": GREEN, "marker": "D"},
-    "newton": {
-        "color": ORANGE,
-        "marker": "^",
-        "fillstyle": "none",
-        "markeredgewidth": 2.2,
-    },  # hollow, as it lies on others
+    # hollow, as it lies on others
+    "newton": {"color": ORANGE, "marker": "^", "fillstyle": "none", "markeredgewidth": 2.2},
 }
 LABELS = {"original": "original", "newton": "Newton, no noise", "retrained": "retrained: target"}
 SERIES = (BLUE, ORANGE, "#CC79A7", "#56B4E9", "#000000")  # of curves, with their markers and lines
@@ -61,25 +57,19 @@ def save_figure(figure: Figure | SubFigure, stem: Path) -> tuple[Path, Path]:
     explain_all(root)
     stem = Path(stem)
     folder = ensure_folder(stem.parent)
-    paths = (
-        folder / f"{stem.name}.png",
-        folder / f"{stem.name}.svg",
-    )  # with_suffix would cut "a.b" short
+    # with_suffix would cut "a.b" short
+    png, svg = folder / f"{stem.name}.png", folder / f"{stem.name}.svg"
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fisher_forget"}):
-        for path in paths:
-            ending: Literal["png", "svg"] = "png" if path.suffix == ".png" else "svg"
+        for path, about in ((png, None), (svg, {"Date": None})):
             buffer = io.BytesIO()
-            root.savefig(
-                buffer, format=ending, dpi=DPI, metadata={"Date": None} if ending == "svg" else None
-            )
+            root.savefig(buffer, format=path.suffix[1:], dpi=DPI, metadata=about)
+            content = buffer.getvalue()
             try:
-                path.write_bytes(
-                    titled(buffer.getvalue()) if ending == "svg" else buffer.getvalue()
-                )
+                path.write_bytes(titled(content) if path is svg else content)
             except OSError as error:
                 fix = "Check the folder and its space."
                 raise StorageError(f"{path}: {error}", "a file that can be written", fix) from error
-    return paths
+    return png, svg
 
 
 def axes_or_new(ax: Axes | None, size: tuple[float, float] = SIZE) -> Axes:
@@ -110,17 +100,10 @@ def finish(ax: Axes, legend_columns: int) -> None:
     ax.spines[["left", "bottom"]].set_color(GREY)
     ax.tick_params(which="both", labelsize=9, color=GREY)
     ax.tick_params(which="minor", length=2)
-    root = whole_figure(ax.figure)
-    ax.legend(
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.18),
-        ncols=legend_columns,
-        frameon=False,
-        fontsize=9,
-        handlelength=1.6,
-        columnspacing=1.2,
-    )
-    root.draw_without_rendering()
+    place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.18)}
+    spacing: dict[str, Any] = {"frameon": False, "handlelength": 1.6, "columnspacing": 1.2}
+    ax.legend(ncols=legend_columns, fontsize=9, **place, **spacing)
+    whole_figure(ax.figure).draw_without_rendering()
 
 
 def log_limits(
@@ -133,19 +116,15 @@ def log_limits(
     if high - low < 1:  # a full decade, or nothing tells that the axis is logarithmic
         low, high = (low + high - 1) / 2, (low + high + 1) / 2
     pad = margin * (high - low)
-    if axis == "x":
-        ax.set_xscale("log", nonpositive="clip")
-        ax.set_xlim(10 ** (low - pad), 10 ** (high + pad))
-    else:
-        ax.set_yscale("log", nonpositive="clip")
-        ax.set_ylim(10 ** (low - pad), 10 ** (high + pad))
-    which = ax.xaxis if axis == "x" else ax.yaxis
+    which, scale = (ax.xaxis, ax.set_xscale) if axis == "x" else (ax.yaxis, ax.set_yscale)
+    scale("log", nonpositive="clip")
+    limits = ax.set_xlim if axis == "x" else ax.set_ylim
+    limits(10 ** (low - pad), 10 ** (high + pad))
     narrow = high - low < 1.5  # decades, of which some other ticks must then be named, too
     which.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,), numticks=8))
     wide = low < -3.3 or high > 4
-    which.set_major_formatter(
-        FuncFormatter(lambda value, _: power_text(value) if wide else short(value))
-    )
+    text = power_text if wide else short
+    which.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
     which.set_minor_formatter(NullFormatter())
 
 

@@ -90,13 +90,8 @@ def plot_tradeoff(table: SweepTable, ax: Axes | None = None) -> Axes:
     for curve in curves:
         front.curve(curve, shade)
     if (frontier["ruined"] == 1).any():
-        hollow: dict[str, Any] = {
-            "color": GREY,
-            "markerfacecolor": "white",
-            "marker": "o",
-            "markersize": 7,
-        }
-        ax.plot([], [], linestyle="none", label="ruined", **hollow)
+        hollow: dict[str, Any] = {"color": GREY, "markerfacecolor": "white", "markersize": 7}
+        ax.plot([], [], "o", label="ruined", **hollow)
     _stair(ax, frontier[frontier["pareto"]], kept, front.factor)
     marks = [_mark(ax, table, name, kept, front.factor) for name in ("original", "retrained")]
 
@@ -135,13 +130,8 @@ class _Front:
         ax, look, rows = self.ax, curve.look, curve.rows
         x, y = rows[self.kept].to_numpy() * self.factor, rows["kl_forget"].to_numpy()
         left, right, down, up = self._errors(rows, x, y)
-        bars: dict[str, Any] = {
-            "fmt": "none",
-            "ecolor": "#a6a6a6",
-            "elinewidth": 0.9,
-            "zorder": 2.2,
-        }
-        ax.errorbar(x, y, yerr=[down, up], xerr=[left, right], **bars)
+        bars: dict[str, Any] = {"ecolor": "#a6a6a6", "elinewidth": 0.9, "zorder": 2.2}
+        ax.errorbar(x, y, yerr=[down, up], xerr=[left, right], fmt="none", **bars)
         line: dict[str, Any] = {"linestyle": look["linestyle"], "linewidth": 1.2, "zorder": 3}
         ax.plot(x, y, color=look["color"], **line)
         sizes = np.linspace(5, 9, len(x)) if len(x) > 1 else [8.0]
@@ -155,14 +145,11 @@ class _Front:
 
     def _errors(self, rows: pd.DataFrame, x: Array, y: Array) -> list[Array]:
         """Lengths of the bars to the left, right, below and above; 0 for a single draw."""
-        ends = [
-            self.factor * rows[f"{self.kept}_low"].fillna(math.nan),
-            self.factor * rows[f"{self.kept}_high"],
-            rows["kl_forget_low"],
-            rows["kl_forget_high"],
+        return [
+            np.nan_to_num(np.abs(factor * rows[f"{name}_{end}"] - at))
+            for name, factor, at in ((self.kept, self.factor, x), ("kl_forget", 1.0, y))
+            for end in ("low", "high")
         ]
-        pairs = zip(ends, (x, x, y, y), strict=True)
-        return [np.nan_to_num(np.abs(end - at)) for end, at in pairs]
 
     def _symbol(
         self, at: Point, size: float, row: pd.Series[Any], curve: Curve, shade: Shade | None
@@ -206,9 +193,8 @@ def plot_noise(
     frontier = _frontier(table)
     frontier = frontier[frontier["scale"] > 0]  # which a logarithmic axis cannot show
     if frontier.empty:
-        raise DataError(
-            "noise scales that are all zero", "scales above zero", "Sweep over positive scales."
-        )
+        got = "noise scales that are all zero"
+        raise DataError(got, "scales above zero", "Sweep over positive scales.")
     ax = _along_axis(axes_or_new(ax), table, frontier, "scale", "noise", quantity)
     ax.set_xlabel("noise scale s, in w + s · (B + τI)⁻ᵖ ξ (no unit)")
     finish(ax, legend_columns=2)
@@ -231,11 +217,8 @@ def plot_damping(
     else:
         frontier = frontier.iloc[:0]
     if frontier.empty:
-        raise DataError(
-            "a sweep without dampings",
-            "dampings above zero",
-            "Sweep over {'damping': [1e-3, ...], 'steps': [1]}.",
-        )
+        fix = "Sweep over {'damping': [1e-3, ...], 'steps': [1]}."
+        raise DataError("a sweep without dampings", "dampings above zero", fix)
     ax = _along_axis(axes_or_new(ax), table, frontier, "damping", "damping", quantity)
     ax.set_xlabel("damping τ of the Newton step (nats per squared weight)")
     finish(ax, legend_columns=2)
@@ -280,9 +263,8 @@ def _along_axis(
 
 def _frontier(table: SweepTable) -> pd.DataFrame:
     if table.frame.empty:
-        raise DataError(
-            "a sweep without cells", "at least one", "Sweep over at least one scale and one seed."
-        )
+        got = "a sweep without cells"
+        raise DataError(got, "at least one", "Sweep over at least one scale and one seed.")
     return table.frontier()
 
 
@@ -305,13 +287,9 @@ def _word(name: str, value: object) -> str:
     if pd.isna(value):  # type: ignore[call-overload]
         return ""
     text = short(value) if isinstance(value, float) else str(value)
-    return (
-        f"p = {text}"
-        if name == "exponent"
-        else text
-        if name in ("method", "structure")
-        else f"{name} {text}"
-    )
+    if name in ("method", "structure"):
+        return text
+    return f"p = {text}" if name == "exponent" else f"{name} {text}"
 
 
 def _shades(scales: pd.Series[float]) -> Shade:
@@ -333,21 +311,10 @@ def _mark(ax: Axes, table: SweepTable, name: str, kept: str, factor: float) -> P
     """The original's or the retrained models' point, these with their standard deviation."""
     mark, spread = table.marks[name], table.marks["retrained_std"] if name == "retrained" else {}
     x, y = mark[kept] * factor, mark["kl_forget"]
-    bars = (
-        bar_or_none(spread.get(kept, math.nan) * factor),
-        bar_or_none(spread.get("kl_forget", math.nan)),
-    )
-    ax.errorbar(
-        [x],
-        [y],
-        xerr=bars[0],
-        yerr=bars[1],
-        fmt="none",
-        ecolor="black",
-        elinewidth=1,
-        capsize=2,
-        zorder=5,
-    )
+    xerr = bar_or_none(spread.get(kept, math.nan) * factor)
+    yerr = bar_or_none(spread.get("kl_forget", math.nan))
+    bars: dict[str, Any] = {"ecolor": "black", "elinewidth": 1, "capsize": 2, "zorder": 5}
+    ax.errorbar([x], [y], xerr=xerr, yerr=yerr, fmt="none", **bars)
     style = {"markeredgecolor": "black", "markersize": 9, **STYLES[name]}
     ax.plot([x], [y], linestyle="none", label=LABELS[name], zorder=5, **style)
     return x, y
@@ -369,13 +336,5 @@ def _stair(ax: Axes, rows: pd.DataFrame, kept: str, factor: float) -> None:
     rows = rows.sort_values("kl_forget")
     if len(rows) > 1:
         x, y = rows[kept] * factor, rows["kl_forget"]
-        ax.step(
-            x,
-            y,
-            where="post",
-            color="black",
-            linestyle=":",
-            linewidth=1.2,
-            label="Pareto front",
-            zorder=2.5,
-        )
+        look: dict[str, Any] = {"color": "black", "linestyle": ":", "linewidth": 1.2}
+        ax.step(x, y, where="post", label="Pareto front", zorder=2.5, **look)
