@@ -276,3 +276,31 @@ def test_an_option_of_the_sums_is_no_option_of_a_request(
     with pytest.raises(ConfigError, match="weight_decay"):
         prepared.forget([3], weight_decay=0.5)
     assert prepared.forget([3], drift=True).noise is None  # the default that prepare was given
+
+
+@pytest.mark.parametrize(
+    ("made", "reopened"),
+    [
+        ({}, {"solver": "direct"}),
+        ({"solver": "direct"}, {}),
+        ({"structure": "dense", "solver": "cg"}, {"structure": "dense"}),
+    ],
+    ids=str,
+)
+def test_a_folder_is_refused_where_the_solver_asks_for_the_curvature_of_other_samples(
+    many: TensorDataset, tmp_path: Path, made: dict[str, Any], reopened: dict[str, Any]
+) -> None:
+    net = nn.Linear(4, 3).eval()
+    prepare(net, many, folder=tmp_path, progress=False, **made)
+    prepare(net, many, folder=tmp_path, progress=False, **made)
+    with pytest.raises(StorageError, match="other options"):
+        prepare(net, many, folder=tmp_path, progress=False, **reopened)
+
+
+def test_a_solver_that_needs_no_other_samples_keeps_the_folder(
+    many: TensorDataset, tmp_path: Path
+) -> None:
+    net = nn.Linear(4, 3).eval()
+    prepare(net, many, folder=tmp_path, progress=False)
+    again = prepare(net, many, folder=tmp_path, solver="cg", progress=False)
+    assert again.curvature.info.count == len(again.sampled)

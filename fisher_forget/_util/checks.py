@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Iterable
 from numbers import Integral
 from typing import Any
 
 import torch
 from torch import nn
 
-from fisher_forget.errors import ModelError
+from fisher_forget.errors import ConfigError, ModelError
 
 STOCHASTIC = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
 
@@ -60,6 +62,24 @@ def _not_finite(model: nn.Module) -> list[str]:
         # entry looked at
         if not bool(torch.isfinite(p.detach().sum())) and not bool(torch.isfinite(p).all())
     ]
+
+
+def check_names(given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse options that nothing reads.
+
+    Args:
+        given: Their names.
+        known: The names that there are.
+
+    Raises:
+        ConfigError: For the first unknown one, with the nearest right name.
+    """
+    names = list(known)
+    for name in given:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+            fix = f"Did you mean {near[0]!r}?" if near else "Leave it out."
+            raise ConfigError(f"the option {name!r}", f"one of {names}", fix)
 
 
 def is_number(value: Any) -> bool:

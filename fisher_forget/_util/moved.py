@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -59,30 +59,50 @@ MOVED = {
     "baselines.sharding": "baselines.sisa.partition",
     "baselines.sisa_aggregate": "baselines.sisa.aggregate",
     "baselines.sisa_store": "baselines.sisa.store",
+    "sweep.judge": "sweep.scorer",
     "report.html": "report.pages.html",
     "report.evaluation": "report.pages.evaluation",
     "report.comparison": "report.pages.comparison",
     "report.annotate": "report.plots.annotate",
     "report.hover": "report.plots.hover",
 }
+ELSEWHERE = {
+    "config": {"load_config": "experiments.config_file"},
+    "correction": {"SubStep": "unlearn.newton.path", "Correction": "unlearn.newton.path (Path)"},
+    "checks": {"check_options": "unlearn.options (ForgetOptions)"},
+    "curvature.kronecker": {"EkfacSum": "curvature.structures.ekfac"},
+    "curvature.layers": {"LinearRule": "curvature.rules.linear", "Rule": "curvature.rules.base"},
+    "curvature.matrix_free": {
+        "conjugate_gradient": "curvature.solvers",
+        "GgnProduct": "curvature.products",
+    },
+    "data.datasets": {"read_idx": "experiments.data_sources"},
+    "newton": {"newton_step(objective, split, ...)": "newton_step(Problem.of(...), options)"},
+    "noise": {"NoiseTarget": "unlearn.noise_target", "power_trace": "Curvature.power_trace"},
+    "result": {"refresh_buffers": "unlearn.batch_norm"},
+    "snapshot": {"Snapshot": "unlearn.data_sums (DataSums)"},
+    "variants": {"paper_forget": 'METHODS["golatkar-paper"](scale=...).unlearn(model, split)'},
+}
+"""What a module of version 0.1 held that is not in the new one of `MOVED`."""
+
 RENAMED = {
-    "paper_forget": 'METHODS["golatkar-paper"]',
-    "reference_code_forget": 'METHODS["golatkar-code"]',
+    "paper_forget": 'METHODS["golatkar-paper"](scale=...).unlearn(model, split)',
+    "reference_code_forget": 'METHODS["golatkar-code"](alpha=...).unlearn(model, split)',
     "VARIANTS": "METHODS",
     "Variant": "baselines.golatkar.Draws",
 }
 
 
-def renamed(name: str) -> Any:
-    """Stands for names that the package exported in version 0.1.
+def renamed(name: str, module: str = PACKAGE, names: Mapping[str, str] = RENAMED) -> Any:
+    """Stands for names that a module had in version 0.1.
 
     Raises:
         ImportError: If it is one of them, with the new name.
         AttributeError: If it is not.
     """
-    if name in RENAMED:
-        raise ImportError(f"{PACKAGE}.{name} is {PACKAGE}.{RENAMED[name]} since version 0.2.0")
-    raise AttributeError(f"module {PACKAGE!r} has no attribute {name!r}")
+    if name in names:
+        raise ImportError(f"{module}.{name} is {PACKAGE}.{names[name]} since version 0.2.0")
+    raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
 
 class MovedModules(MetaPathFinder):
@@ -98,9 +118,10 @@ class MovedModules(MetaPathFinder):
         """
         package, _, name = fullname.partition(".")
         if package == PACKAGE and name in MOVED:
+            others = "".join(f"; {k} is {v}" for k, v in ELSEWHERE.get(name, {}).items())
             raise ModuleNotFoundError(
-                f"{fullname} is {PACKAGE}.{MOVED[name]} since version 0.2.0; what most scripts "
-                f"need, `from {PACKAGE} import ...` gives"
+                f"{fullname} is {PACKAGE}.{MOVED[name]} since version 0.2.0{others}. Most scripts "
+                f"need no more than `from {PACKAGE} import ...`"
             )  # named it would be hidden by `from fisher_forget import ...`
         return None
 

@@ -174,9 +174,9 @@ class DeltaGrad(Method):
     grid: ClassVar[Grid] = {"period": (2, 5, 10), "burn_in": (10, 20)}
 
     trajectory: Trajectory | None = field(default=None, compare=False)
-    initial: nn.Module | None = field(default=None, repr=False, compare=False)
-    training: Schedule | None = field(default=None, compare=False)
-    likelihood: Likelihood | str = "categorical"
+    initial: nn.Module | None = field(default=None, repr=False, compare=False, kw_only=True)
+    training: Schedule | None = field(default=None, compare=False, kw_only=True)
+    likelihood: Likelihood | str = field(default="categorical", kw_only=True)
     period: int = 5
     burn_in: int = 20
     history: int = 2

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypedDict, Unpack, get_args, overload
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from fisher_forget._util.checks import check_model
+from fisher_forget._util.checks import check_model, check_names
 from fisher_forget._util.markdown import markdown_table
 from fisher_forget.curvature import kinds
 from fisher_forget.curvature.cost import CostEstimate
@@ -154,6 +154,7 @@ def estimate_curvature(
         >>> B.info
         Info(count=3.0, kind='exact', structure='diagonal')
     """
+    check_names(options, CurvatureKeywords.__annotations__)
     settings = CurvatureOptions(**options)
     _check_structure(settings)
     check_model(model.model if isinstance(model, Tape) else model)
@@ -211,7 +212,7 @@ def _check_structure(options: CurvatureOptions) -> None:
     structure = options.structure
     names = structure.values() if isinstance(structure, Mapping) else (structure,)
     for name in names:
-        if name not in STRUCTURES:
+        if not isinstance(name, str) or name not in STRUCTURES:
             known = tuple(STRUCTURES)
             raise CurvatureError(
                 f"structure={name!r}", f"one of {known}", "Pass one of these names."

@@ -28,6 +28,7 @@ from torch.utils.data import (
 )
 from torch.utils.data import SubsetRandomSampler as IndexSampler
 
+from fisher_forget._util.moved import renamed
 from fisher_forget.data.batches import Batch, Unpack, make_batch
 from fisher_forget.data.samples import KeywordDataset
 from fisher_forget.errors import FisherForgetWarning, SplitError
@@ -280,3 +281,7 @@ def _differ(first: Any, second: Any) -> bool:
         return True
     both_nan = (first != first) & (second != second)
     return not bool(((first == second) | both_nan).all())
+
+
+def __getattr__(name: str) -> Any:
+    return renamed(name, __name__, {"resolve": "data.split.resolve_split"})

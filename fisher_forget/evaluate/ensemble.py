@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from fisher_forget import params as P
 from fisher_forget._util import files
+from fisher_forget._util.checks import check_names
 from fisher_forget._util.threads import torch_threads
 from fisher_forget.data import batches
 from fisher_forget.data.split import Indices, Split, resolve_split
@@ -121,6 +122,7 @@ class RetrainedEnsemble:
         Raises:
             ConfigError, SplitError, StorageError: As `train_members` and `forget` do.
         """
+        check_names(options, TrainOptions.__annotations__)
         split = data if isinstance(data, Split) else resolve_split(data, forget_idx)
         fingerprint = files.fingerprint(options.get("fingerprint", ""), split.fingerprint())
         given = options.get("folder")
@@ -253,6 +255,7 @@ def train_members(
         StorageError: If the folder cannot be written, or `train_fn` returns another architecture
             than the template's.
     """
+    check_names(options, TrainOptions.__annotations__)
     seeds, jobs = tuple(int(seed) for seed in seeds), options.get("jobs", 1)
     backend = options.get("backend", "loky")
     if not seeds or len(set(seeds)) < len(seeds):

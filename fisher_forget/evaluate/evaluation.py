@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from fisher_forget._util.checks import check_names
 from fisher_forget._util.markdown import markdown_table
 from fisher_forget.data import batches
 from fisher_forget.data.split import Split
@@ -82,7 +83,8 @@ class Evaluation:
         rows = []
         for metric, part in dict.fromkeys((s.metric, s.part) for s in self.scores):
             row = {s.method: s for s in self.scores if (s.metric, s.part) == (metric, part)}
-            first = next(iter(row.values()))
+            # the original's row may be undefined, and says nothing of the retrained models then
+            first = min(row.values(), key=lambda s: not math.isfinite(s.target_low))
             unit = f", {first.unit}" if first.unit else ""
             target = f"{first.target:.3g} ({first.target_low:.3g} ... {first.target_high:.3g})"
             cells = [shown(row[m]) if m in row else "" for m in methods]
@@ -155,6 +157,7 @@ def evaluate(
             forget set.
         NumericalError: Outputs that are not finite.
     """
+    check_names(options, EvaluateOptions.__annotations__)
     names = _names(metrics)
     given = scrubbed if isinstance(scrubbed, Mapping) else {"scrubbed": scrubbed}
     methods = {name: _models(results, ensemble) for name, results in given.items()}

@@ -20,6 +20,7 @@ import numpy as np
 from torch import nn
 
 from fisher_forget import params as P
+from fisher_forget._util.checks import check_names
 from fisher_forget._util.random_state import preserved_rng
 from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Split
@@ -124,6 +125,7 @@ def relearn_time(
         NumericalError: If learning diverges.
     """
     sgd = SGD | sgd
+    check_names(sgd, SgdOptions.__annotations__)
     _check(samples=samples, max_epochs=max_epochs, seed=seed, **sgd)
     likelihood = resolve_likelihood(likelihood)
     _check_forget(split)
@@ -172,6 +174,7 @@ def relearn_steps(
         NumericalError: If learning diverges.
     """
     sgd = SGD | sgd
+    check_names(sgd, SgdOptions.__annotations__)
     _check(max_steps=max_steps, seed=seed, **sgd)
     likelihood = resolve_likelihood(likelihood)
     if not likelihood.score.higher_is_better:

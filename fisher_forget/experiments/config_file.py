@@ -80,8 +80,9 @@ def _read(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         got = f"{path} holding {type(content).__name__}"
         raise ConfigError(got, "keys and values", "See configs/digits.yaml.")
-    # a run of version 0.1 wrote the key whether or not it was used
-    return {key: value for key, value in content.items() if key not in GONE or value}
+    # a run of version 0.1 wrote the key whether or not it was used, and a finished one is read only
+    finished = Path(path).with_name("metrics.json").exists()
+    return {k: v for k, v in content.items() if k not in GONE or (v and not finished)}
 
 
 def _spelled_out(overrides: Sequence[str]) -> list[str]:

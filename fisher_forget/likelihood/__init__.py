@@ -13,6 +13,9 @@ they do not depend on the batch size.
 
 from __future__ import annotations
 
+from typing import Any
+
+from fisher_forget._util.moved import renamed
 from fisher_forget.errors import ConfigError
 from fisher_forget.likelihood.base import Likelihood, Score
 from fisher_forget.likelihood.bernoulli import Bernoulli
@@ -52,3 +55,7 @@ def resolve_likelihood(likelihood: Likelihood | str) -> Likelihood:
         got = f"likelihood={likelihood!r}"
         raise ConfigError(got, f"one of {sorted(LIKELIHOODS)}", "Pass a name or an instance.")
     return LIKELIHOODS[likelihood]()
+
+
+def __getattr__(name: str) -> Any:
+    return renamed(name, __name__, {"resolve": "likelihood.resolve_likelihood"})

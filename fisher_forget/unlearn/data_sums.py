@@ -50,13 +50,14 @@ class DataSums:
     def variance_of_mean(self, retain: Indices) -> float:
         """Sampling variance of the mean gradient of all samples, as retained ones have it.
 
-        (1/N) mean |grad l_n|^2 over those of `norm_samples` that are retained: the forgotten ones
-        may be outliers, such as wrong labels, whose large gradients would make any model look as if
-        it were at a minimum.
+        The mean gradient is the sum over N samples by P scored positions, so its variance is
+        N mean |grad l_n|^2 / P^2. The mean is over those of `norm_samples` that are retained: the
+        forgotten ones may be outliers, such as wrong labels, whose large gradients would make any
+        model look as if it were at a minimum.
         """
         kept = np.isin(self.norm_samples, retain)
         norms = self.squared_norms[torch.from_numpy(kept if kept.any() else ~kept)]
-        return float(norms.mean()) / max(self.total.count, 1.0)
+        return float(norms.mean()) * len(self.samples) / max(self.total.count, 1.0) ** 2
 
 
 def take_data_sums(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -10,9 +9,10 @@ from typing import Any, Literal, Self, TypedDict, cast
 
 import numpy as np
 
-from fisher_forget._util.checks import is_number, is_whole
+from fisher_forget._util.checks import check_names, is_number, is_whole
 from fisher_forget.curvature.kinds import Kind
 from fisher_forget.curvature.structures import STRUCTURES, Structure
+from fisher_forget.curvature.structures.spec import StructureSpec
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import ConfigError
 from fisher_forget.likelihood import Likelihood, resolve_likelihood
@@ -116,12 +116,7 @@ class ForgetOptions:
         Raises:
             ConfigError: An unknown option, with the nearest right name; a value out of range.
         """
-        names = [field.name for field in fields(self)]
-        for name in changes:
-            if name not in names:
-                near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-                fix = f"Did you mean {near[0]!r}?" if near else "Leave it out."
-                raise ConfigError(f"the option {name!r}", f"one of {names}", fix)
+        check_names(changes, [field.name for field in fields(self)])
         return replace(self, **changes)
 
     @property
@@ -130,12 +125,16 @@ class ForgetOptions:
         return self.weight_decay or 0.0
 
     @property
+    def spec(self) -> StructureSpec | None:
+        """What is known of the structure; `None` of a mixture, or of one that there is not."""
+        return STRUCTURES.get(self.structure) if isinstance(self.structure, str) else None
+
+    @property
     def inverts(self) -> bool:
         """Whether the curvature is inverted itself, and no preconditioner."""
-        spec = STRUCTURES.get(self.structure) if isinstance(self.structure, str) else None
-        if self.solver != "auto" or spec is None:
+        if self.solver != "auto" or self.spec is None:
             return self.solver == "direct"
-        return any(operator.whole for operator in spec.operators)
+        return any(operator.whole for operator in self.spec.operators)
 
     def curvature_plan(self, split: Split) -> tuple[Indices, Kind]:
         """The retained samples that the curvature is estimated on, and the kind of it.
@@ -175,5 +174,15 @@ class ForgetKeywords(TypedDict, total=False):
 
 
 def merged(options: ForgetOptions | None, changes: ForgetKeywords) -> ForgetOptions:
-    """Options, the defaults where there are none, with the keywords of a call over them."""
+    """Options, the defaults where there are none, with the keywords of a call over them.
+
+    Raises:
+        ConfigError: Options of another type, an unknown keyword, or a value out of range.
+    """
+    if options is not None and not isinstance(options, ForgetOptions):
+        raise ConfigError(
+            f"options of type {type(options).__name__}",
+            "a ForgetOptions",
+            "Pass ForgetOptions(...), or single options by name.",
+        )
     return (options or ForgetOptions()).changed(cast("Mapping[str, Any]", changes))

@@ -27,7 +27,6 @@ from fisher_forget.curvature.arithmetic import without
 from fisher_forget.curvature.kinds import Kind
 from fisher_forget.curvature.operator import Curvature
 from fisher_forget.curvature.storage import load_curvature, save_curvature
-from fisher_forget.curvature.structures import STRUCTURES
 from fisher_forget.data import batches
 from fisher_forget.data.split import Indices, Split, resolve_split
 from fisher_forget.errors import ConfigError
@@ -53,7 +52,7 @@ FIXED = (
 )
 
 
-@dataclass
+@dataclass(repr=False)
 class Prepared:
     """A model ready for deletion requests; made by `prepare`.
 
@@ -81,6 +80,9 @@ class Prepared:
     def forgotten(self) -> Indices:
         """Sorted indices of all samples forgotten so far."""
         return self.split.forget
+
+    def __repr__(self) -> str:
+        return f"Prepared({self.split}, {len(self.requests)} requests)"
 
     def forget(
         self,
@@ -130,7 +132,7 @@ class Prepared:
             return self.curvature
         assert self.curvature.info is not None
         kind, objective = cast(Kind, self.curvature.info.kind), self.objective
-        spec = STRUCTURES.get(self.options.structure)
+        spec = self.options.spec
         if spec is None or not spec.additive:
             left = np.setdiff1d(self.sampled, gone)
             return curvature_of(objective, split, self.options, left, kind)
@@ -195,6 +197,8 @@ def prepare(
             if is_dataclass(likelihood):
                 likelihood = asdict(likelihood)  # type: ignore[arg-type]
             fixed |= {"likelihood": likelihood, "weight_decay": options.decay}
+            if options.inverts != options.changed({"solver": "auto"}).inverts:
+                fixed["solver"] = options.solver  # which samples the curvature is of depends on it
             mark = files.fingerprint(fixed, dict(model.state_dict()), split.fingerprint())
             log = files.RequestLog(files.ensure_folder(folder), mark)
         requests = [] if log is None else log.requests()

@@ -22,7 +22,7 @@ from fisher_forget.unlearn.noise_target import EXPONENT
 from fisher_forget.unlearn.options import ForgetOptions
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ForgetResult:
     """A scrubbed model and everything that was done to get it.
 
@@ -126,6 +126,8 @@ class ForgetResult:
                 "it came.",
             ]
         )
+
+    __repr__ = __str__  # its fields hold whole models
 
     def _newton_lines(self) -> Iterator[str]:
         n = self.newton

@@ -46,7 +46,7 @@ class Sharded(Method):
     init: Init | None = None
     shards: int = 5
     slices: int = 1
-    ensemble: SISA | None = field(default=None, repr=False, compare=False)
+    ensemble: SISA | None = field(default=None, repr=False, compare=False, kw_only=True)
 
     def prepare(self, model: nn.Module, split: Split) -> tuple[Self, nn.Module]:
         if self.ensemble is not None:

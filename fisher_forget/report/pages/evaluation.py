@@ -212,7 +212,7 @@ def plot_scores(table: Evaluation, ax: Axes | None = None) -> Axes:
     ax.set_ylim(-0.7, len(keys) - 0.3)
     ax.grid(axis="y", color="#e6e6e6", lw=0.6)
     ax.set_axisbelow(True)
-    ax.set_xlabel("distance from the retrained mean, in half-widths of the expected range")
+    ax.set_xlabel("distance from the retrained mean (half-widths of the range)")
     ax.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3, fontsize=8, frameon=False)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)

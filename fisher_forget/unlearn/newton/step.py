@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, replace
+from typing import Unpack
 
 import numpy as np
 
@@ -35,7 +36,7 @@ from fisher_forget.unlearn.newton.flow import Flow, LinearSolver
 from fisher_forget.unlearn.newton.guard import Guard, HeldOut
 from fisher_forget.unlearn.newton.path import Path, SubStep
 from fisher_forget.unlearn.newton.policy import STATIONARY, Signs, decide, stationarity
-from fisher_forget.unlearn.options import ForgetOptions
+from fisher_forget.unlearn.options import ForgetKeywords, ForgetOptions, merged
 from fisher_forget.unlearn.problem import Problem
 
 HELD_OUT = 1000  # retained samples that guard the steps, at most, and a tenth of all
@@ -110,9 +111,10 @@ class NewtonStep:
 def newton_step(
     problem: Problem,
     options: ForgetOptions | None = None,
-    *,
+    *unexpected: object,
     working_set: int = 600,
     progress: bool = False,
+    **changes: Unpack[ForgetKeywords],
 ) -> NewtonStep:
     r"""Move to where training on the retained data alone would have led.
 
@@ -126,19 +128,21 @@ def newton_step(
     Args:
         problem: Model, data, curvature and gradient; its `weight_decay` is that of the objective.
         options: `steps`, `damping`, `solver`, `drift`, `budget` and `seed` count here.
+        *unexpected: None; a split and a curvature were arguments of version 0.1.
         working_set: Retained samples that enter the products and the gradient's change one by one.
         progress: Show progress bars.
+        **changes: Fields of `ForgetOptions` by name, over those of `options`.
 
     Raises:
         ConfigError: If the first argument is no `Problem`.
         NumericalError: If a given damping leads to values that are not finite.
     """
-    if not isinstance(problem, Problem):
+    if not isinstance(problem, Problem) or unexpected:
         got = f"newton_step of {type(problem).__name__}"
         expected = "a Problem: objective, split, curvature, data sums and weight decay"
         raise ConfigError(got, expected, "Pass Problem.of(model, loader, forget_idx, options).")
     begun = time.perf_counter()
-    options = options or ForgetOptions()
+    options = merged(options, changes)
     solver = _linear_solver(problem, options, working_set)
     held_out, shown = _samples(problem, options, guarded=not solver.literal)
     start = problem.objective.start
