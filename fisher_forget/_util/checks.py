@@ -77,7 +77,7 @@ def check_names(given: Iterable[str], known: Iterable[str]) -> None:
     names = list(known)
     for name in given:
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
             fix = f"Did you mean {near[0]!r}?" if near else "Leave it out."
             raise ConfigError(f"the option {name!r}", f"one of {names}", fix)
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -17,13 +17,13 @@ from fisher_forget._util.checks import check_model
 from fisher_forget.curvature.estimate import estimate_curvature
 from fisher_forget.curvature.kinds import Kind
 from fisher_forget.curvature.operator import Curvature
-from fisher_forget.data.batches import Unpack
+from fisher_forget.data import batches
 from fisher_forget.data.split import Indices, Split, resolve_split
 from fisher_forget.errors import StorageError
 from fisher_forget.likelihood import resolve_likelihood
 from fisher_forget.unlearn.data_sums import DataSums, take_data_sums
 from fisher_forget.unlearn.objective import Gradient, Objective
-from fisher_forget.unlearn.options import ForgetOptions, merged
+from fisher_forget.unlearn.options import ForgetKeywords, ForgetOptions, merged
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,14 @@ class Problem:
         forget_idx: Sequence[int] | Indices | Tensor | range,
         options: ForgetOptions | None = None,
         *,
-        unpack: Unpack | None = None,
+        unpack: batches.Unpack | None = None,
         device: torch.device | str | None = None,
         progress: bool = False,
-        **changes: Any,
+        **changes: Unpack[ForgetKeywords],
     ) -> Problem:
         """Curvature and gradient sums of a model: the first two stages of `forget`, whose arguments
         these are."""
-        options = merged(options, changes)  # type: ignore[arg-type]
+        options = merged(options, changes)
         check_model(model)
         split = resolve_split(retain_loader, forget_idx, unpack=unpack)
         likelihood = resolve_likelihood(options.likelihood)
@@ -85,8 +85,8 @@ class Problem:
     @cached_property
     def retained(self) -> Gradient:
         """Sums over the retained samples: all samples' less the forget set's."""
-        batches = self.split.batches("forget")
-        return self.sums.total - self.objective.gradient(batches, self.objective.start)
+        forgotten = self.objective.gradient(self.split.batches("forget"), self.objective.start)
+        return self.sums.total - forgotten
 
 
 def curvature_of(
