@@ -23,6 +23,7 @@ from fisher_forget._util.threads import torch_threads
 from fisher_forget.baselines import METHODS
 from fisher_forget.curvature.cost import CostEstimate
 from fisher_forget.curvature.estimate import estimate_curvature
+from fisher_forget.curvature.tape import Tape
 from fisher_forget.data.batches import make_batch
 from fisher_forget.data.split import Indices, resolve_split
 from fisher_forget.evaluate.ensemble import stored_seeds
@@ -186,19 +187,9 @@ def _curvature_cost(
 ) -> CostEstimate:
     split = resolve_split(data.train, forget)
     options = config.forget_options(config.seeds[0])
-    part, kind = options.curvature_plan(split)
-    return estimate_curvature(
-        model.eval(),
-        split,
-        config.likelihood,
-        structure=options.structure,
-        kind=kind,
-        draws=options.draws,
-        part=part,
-        subset=options.subset,
-        seed=options.seed,
-        dry_run=True,
-    )
+    keywords = options.curvature_keywords(*options.curvature_plan(split))
+    tape = Tape(model.eval(), options.subset)
+    return estimate_curvature(tape, split, config.likelihood, dry_run=True, **keywords)
 
 
 def activation_bytes(model: nn.Module, data: DataBundle, rows: Indices) -> int:

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self, TypedDict, cast
 import numpy as np
 
 from fisher_forget._util.checks import check_names, is_number, is_whole
+from fisher_forget.curvature.estimate import CurvatureKeywords
 from fisher_forget.curvature.kinds import Kind
 from fisher_forget.curvature.structures import STRUCTURES, Structure
 from fisher_forget.curvature.structures.spec import StructureSpec
@@ -151,6 +152,17 @@ class ForgetOptions:
             kind = "sketch"
         order = np.random.default_rng(self.seed).permutation(split.indices("all"))
         return np.sort(order[np.isin(order, split.retain)][:most]), kind
+
+    def curvature_keywords(self, part: Indices, kind: Kind) -> CurvatureKeywords:
+        """What `estimate_curvature` is told of these options, for the samples and kind of a plan;
+        `subset` is told to the tape."""
+        return {
+            "structure": self.structure,
+            "kind": kind,
+            "draws": self.draws,
+            "part": part,
+            "seed": self.seed,
+        }
 
 
 class ForgetKeywords(TypedDict, total=False):

@@ -101,15 +101,6 @@ def curvature_of(
 ) -> Curvature:
     """The curvature of some samples as the options ask for it; `ForgetOptions.curvature_plan` says
     which samples and kind, `basis` is that of `estimate_curvature`."""
-    return estimate_curvature(
-        objective.tape,
-        split,
-        objective.likelihood,
-        structure=options.structure,
-        kind=kind,
-        draws=options.draws,
-        part=part,
-        seed=options.seed,
-        basis=basis,
-        progress=progress,
-    )
+    keywords = options.curvature_keywords(part, kind)
+    keywords["basis"], keywords["progress"] = basis, progress
+    return estimate_curvature(objective.tape, split, objective.likelihood, **keywords)
