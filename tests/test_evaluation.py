@@ -22,6 +22,7 @@ from fisher_forget.evaluate import klom
 from fisher_forget.evaluate.ensemble import Members, RetrainedEnsemble
 from fisher_forget.evaluate.evaluation import CONTROL, Evaluation, evaluate
 from fisher_forget.evaluate.metrics import METRICS, Context, Subject
+from fisher_forget.evaluate.scoring import EvaluationRow
 from fisher_forget.experiments.training import TrainSettings, train
 from fisher_forget.likelihood import Bernoulli, Categorical, Gaussian
 from fisher_forget.report.pages.evaluation import distance, plot_scores, wide, write_page
@@ -390,3 +391,16 @@ class TestDocs:
             )
             assert metric.definition in row
             assert metric.source in row
+
+
+def test_the_range_in_a_table_is_that_of_a_method_where_the_originals_is_undefined():
+    nan = math.nan
+    row = EvaluationRow(
+        *("original", "step_cosine", "weights", "", nan, 1, nan, nan),
+        *(nan, nan, nan, "undefined", "", (nan,), nan),
+    )
+    known = {"target": 0.5, "target_low": 0.25, "target_high": 0.75}
+    ours = dataclasses.replace(row, method="fisher-forget", value=0.4, label="undecided", **known)
+    text = Evaluation((row, ours), retrained=4, left_out={}).to_markdown()
+    assert "0.5 (0.25 ... 0.75)" in text
+    assert "nan" not in text

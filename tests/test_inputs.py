@@ -292,6 +292,9 @@ class TestResult:
         assert automatic.weight_decay == WEIGHT_DECAY
         assert not automatic.model.training
 
+    def test_its_repr_is_its_text_and_no_tensors(self, automatic):
+        assert repr(automatic) == str(automatic)
+
     def test_losses(self, automatic, trained):
         for part, rows in (("retain", automatic.split.retain), ("forget", automatic.split.forget)):
             for when, model in (("before", trained), ("after", automatic.model)):

@@ -118,11 +118,12 @@ class TestRun:
         assert str(place / "tradeoff.svg") in capsys.readouterr().out
         assert (place / "tradeoff.svg").read_bytes() == before
 
-    def test_folders_of_version_0_1_are_read(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("used", ["false", "true"])
+    def test_folders_of_version_0_1_are_read(self, tmp_path: Path, used: str) -> None:
         """Their configuration names `reference_variant`, which compare does today."""
         assert main(["run", write(tmp_path, seeds=[0])]) == 0
         stored = tmp_path / "small" / "config.yaml"
-        stored.write_text(stored.read_text() + "reference_variant: false\n")
+        stored.write_text(stored.read_text() + f"reference_variant: {used}\n")
         assert main(["plot", str(tmp_path / "small")]) == 0
 
     def test_the_public_code_is_a_matter_of_compare(
