@@ -6,7 +6,6 @@ its first name.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisher_forget._util.copies import copy_model
 from fisher_forget.errors import ModelError
 
 Params = dict[str, Tensor]
@@ -54,7 +54,7 @@ def detached(params: Mapping[str, Tensor]) -> Params:
 
 def load(model: nn.Module, params: Mapping[str, Tensor]) -> nn.Module:
     """A deep copy of `model` whose named parameters hold `params`."""
-    twin = copy.deepcopy(model)
+    twin = copy_model(model)
     weights = dict(twin.named_parameters())
     with torch.no_grad():
         for name, value in params.items():
@@ -133,6 +133,33 @@ def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> Params:
     """Inverse of `flatten`."""
     pieces = vector.split([x.numel() for x in like.values()])
     return {name: piece.view_as(x) for (name, x), piece in zip(like.items(), pieces, strict=True)}
+
+
+def pull(outputs: Tensor, leaves: Mapping[str, Tensor], column: Tensor | None = None) -> Params:
+    """Gradient of <column, outputs> by autograd, dense, for the leaves that the outputs use.
+
+    Args:
+        outputs: With their graph, which is kept.
+        leaves: Leaf tensors by name.
+        column: Of the outputs' shape; left out for a scalar.
+    """
+    wanted = list(leaves.values())
+    try:
+        grads: Any = torch.autograd.grad(
+            outputs, wanted, column, retain_graph=True, allow_unused=True
+        )
+    except RuntimeError as error:
+        if "Checkpointing is not compatible" not in str(error):
+            raise
+        # torch's reentrant checkpoints know nothing but backward()
+        for leaf in wanted:
+            leaf.grad = None
+        torch.autograd.backward(outputs, column, retain_graph=True)
+        grads = [leaf.grad for leaf in wanted]
+        for leaf in wanted:
+            leaf.grad = None
+    pairs = zip(leaves, grads, strict=True)
+    return {name: g.to_dense() if g.is_sparse else g for name, g in pairs if g is not None}
 
 
 def call(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import json
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fisher_forget._util.copies import copy_model
 from fisher_forget.errors import StorageError
 
 REQUESTS, REQUESTS_FORMAT = "requests.json", 1
@@ -116,7 +116,7 @@ def fill_model(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     Raises:
         StorageError: If names, shapes or dtypes differ from the model's.
     """
-    twin = copy.deepcopy(model)
+    twin = copy_model(model)
     own = twin.state_dict()
     wrong = sorted(state.keys() ^ own.keys()) or [
         f"{name} {tuple(t.shape)} {t.dtype} for {tuple(own[name].shape)} {own[name].dtype}"

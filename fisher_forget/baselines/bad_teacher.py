@@ -9,7 +9,6 @@ averages over classes, too, which divides the loss by C; Adam does not feel that
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fisher_forget._util.copies import copy_model
 from fisher_forget.baselines.base import Training, TrainingMethod
 from fisher_forget.baselines.protocol import Grid
 from fisher_forget.baselines.retrain import Init, fresh
@@ -58,7 +58,7 @@ class BadTeacher(TrainingMethod):
 
     def losses(self, training: Training) -> Epoch:
         split = training.split
-        good = copy.deepcopy(training.model).eval()
+        good = copy_model(training.model).eval()
         bad = fresh(training.model, self.seed, self.init).eval()
         retained = some(split.retain, max(1, round(self.share * len(split.retain))), self.seed)
         used = np.union1d(retained, split.forget)  # batches mix both

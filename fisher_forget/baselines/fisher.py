@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from fisher_forget._util.checks import check_model
+from fisher_forget._util.copies import copy_model
 from fisher_forget.baselines.base import Method
 from fisher_forget.baselines.meter import metered
 from fisher_forget.data.split import Split
@@ -33,7 +33,7 @@ class FisherForget(ForgetOptions, Method):
         )
         twin, work = metered(model)
         result = forget(twin, loader, split.forget, self, unpack=split.unpack, progress=False)
-        clean = copy.deepcopy(model)  # without the meter
+        clean = copy_model(model)  # without the meter
         clean.load_state_dict(result.model.state_dict())
         clean.zero_grad(set_to_none=True)
         return clean, work[0]

@@ -14,12 +14,12 @@ names them. BatchNorm statistics are estimated on D_r in all layers, fixed or no
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import nn
 
+from fisher_forget._util.copies import copy_model
 from fisher_forget.baselines.finetune import FineTune
 from fisher_forget.baselines.protocol import Grid
 from fisher_forget.baselines.retrain import Init, fresh
@@ -49,7 +49,7 @@ class CFk(FineTune):
         require(self, at_least={"k": 1})
 
     def start(self, model: nn.Module) -> nn.Module:
-        twin = copy.deepcopy(model)
+        twin = copy_model(model)
         last = [twin.get_submodule(name) for name in last_layers(model, self.k)]
         moving = {id(p) for module in last for p in module.parameters(recurse=False)}
         for p in twin.parameters():

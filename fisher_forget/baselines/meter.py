@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import nn
 
 from fisher_forget import params as P
+from fisher_forget._util.copies import copy_model
 
 
 def metered(model: nn.Module) -> tuple[nn.Module, list[float]]:
@@ -23,7 +23,7 @@ def metered(model: nn.Module) -> tuple[nn.Module, list[float]]:
     Returns:
         The copy, and a list of one number: sample gradients so far.
     """
-    twin, work = copy.deepcopy(model), [0.0]
+    twin, work = copy_model(model), [0.0]
 
     def count(_module: nn.Module, _args: Any, output: Any) -> None:
         outputs = P.logits(output)

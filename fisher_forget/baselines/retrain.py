@@ -7,7 +7,6 @@ r"""Retraining without the forgotten samples: the goal of every other method, an
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from fisher_forget import params as P
+from fisher_forget._util.copies import copy_model
 from fisher_forget._util.random_state import seeded_rng
 from fisher_forget.baselines.finetune import FineTune
 from fisher_forget.baselines.protocol import Grid
@@ -84,7 +84,7 @@ def fresh(
         ModelError: If a module with trainable parameters of its own has no `reset_parameters`.
         ConfigError: If `init` returns something else than such a model.
     """
-    twin = copy.deepcopy(model)
+    twin = copy_model(model)
     frozen = P.detached({name: p for name, p in twin.named_parameters() if not p.requires_grad})
     modules = {name: m for name, m in twin.named_modules() if only is None or name in only}
     with seeded_rng(seed), torch.no_grad():

@@ -17,7 +17,6 @@ error on D_f matches that on held-out samples, is not here: held-out samples are
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fisher_forget._util.copies import copy_model
 from fisher_forget.baselines.base import Training, TrainingMethod
 from fisher_forget.baselines.protocol import Grid
 from fisher_forget.baselines.training_loop import (
@@ -83,7 +83,7 @@ class Scrub(TrainingMethod):
         return replace(settings, weight_decay=self.weight_decay, milestones=self.milestones)
 
     def losses(self, training: Training) -> Epoch:
-        split, teacher = training.split, copy.deepcopy(training.model).eval()
+        split, teacher = training.split, copy_model(training.model).eval()
 
         def compared(student: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
             """Outputs, and KL_T(w0 || w)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fisher_forget import params as P
+from fisher_forget._util.copies import copy_model
 from fisher_forget._util.random_state import seeded_rng
 from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Indices, Split
@@ -68,7 +68,7 @@ def descend(
     Raises:
         NumericalError: If a loss or a weight leaves the finite numbers.
     """
-    twin = copy.deepcopy(model).train()
+    twin = copy_model(model).train()
     weights = P.trainable(twin)
     optimizer = _optimizer(list(weights.values()), settings, masked=mask is not None)
     rng = np.random.default_rng(seed)

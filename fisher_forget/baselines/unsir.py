@@ -14,7 +14,6 @@ optimises it in training mode; here it keeps its target, and the model is in eva
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fisher_forget._util.copies import copy_model
 from fisher_forget.baselines.base import Method, Training
 from fisher_forget.baselines.protocol import Grid
 from fisher_forget.baselines.training_loop import Descent, Loss, descend, require
@@ -112,7 +112,7 @@ class Unsir(Method):
         Floating-point inputs are noise; others (masks, say) are those of the samples of D_f.
         """
         rows = np.random.default_rng(self.seed).choice(training.split.forget, self.noises)
-        twin = copy.deepcopy(training.model).eval().requires_grad_(False)
+        twin = copy_model(training.model).eval().requires_grad_(False)
         batch = next(replace(training.split, batch_size=len(rows)).batches(rows)).on(twin)
         batch, leaves = _drawn(batch, torch.Generator().manual_seed(self.seed))
         if not leaves:

@@ -58,6 +58,16 @@ class Batch:
             if isinstance(x, Tensor)
         )
 
+    def dims(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """(args, kwargs) with 0 in place of every tensor that leads with the samples, else `None`:
+        the `in_dims` of `torch.func.vmap`."""
+        total = len(self)
+        dims: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(
+            lambda x: 0 if isinstance(x, Tensor) and x.dim() and len(x) == total else None,
+            (self.args, self.kwargs),
+        )
+        return dims
+
     def take(self, rows: slice) -> Batch:
         """The samples of a slice; tensors that do not lead with the batch go along whole."""
         total = len(self)

@@ -6,7 +6,6 @@ runs a model again.
 
 from __future__ import annotations
 
-import copy
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from tqdm.auto import tqdm
 from fisher_forget import params as P
 from fisher_forget._util import files
 from fisher_forget._util.checks import check_names
+from fisher_forget._util.copies import copy_model
 from fisher_forget._util.threads import torch_threads
 from fisher_forget.data import batches
 from fisher_forget.data.split import Indices, Split, resolve_split
@@ -198,7 +198,7 @@ def predict(model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
     Raises:
         DataError: If the split is empty.
     """
-    twin = copy.deepcopy(model).eval()
+    twin = copy_model(model).eval()
     outputs, targets = [], []
     with torch.no_grad():
         for batch in split.batches("all"):

@@ -17,7 +17,6 @@ keeps only the diagonal of J K J^T.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from fisher_forget import params as P
+from fisher_forget._util.copies import copy_model
 from fisher_forget.curvature.operator import Curvature
 from fisher_forget.curvature.products import twice_differentiable
 from fisher_forget.data.batches import Batch
@@ -158,7 +158,7 @@ def information_in_outputs(
         raise ConfigError(got, "'full' or 'diagonal'", "Pass one of these.")
     first = next(iter(law.mean.values()))
     # outputs have a graph, whatever the laws name
-    twin = copy.deepcopy(model).to(first.device).eval().requires_grad_()
+    twin = copy_model(model).to(first.device).eval().requires_grad_()
     batches = [batch.on(twin) for batch in queries]
     if not batches:
         raise DataError("queries without samples", "at least one sample", "Choose another part.")

@@ -9,7 +9,6 @@ model was pushed too far.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from torch import nn
 
 from fisher_forget import params as P
 from fisher_forget._util.checks import check_names
+from fisher_forget._util.copies import copy_model
 from fisher_forget._util.random_state import preserved_rng
 from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Split
@@ -241,7 +241,7 @@ def _measured(original: nn.Module | float, likelihood: Likelihood, measure: Meas
     """The measure of the original model, or the number itself."""
     if isinstance(original, nn.Module):
         # a copy that can be differentiated: the original may be frozen
-        objective = Objective(copy.deepcopy(original).requires_grad_(), likelihood)
+        objective = Objective(copy_model(original).requires_grad_(), likelihood)
         return measure(objective, objective.start)
     if isinstance(original, bool) or not isinstance(original, Real) or not math.isfinite(original):
         expected = "the original model, or its value as a finite number"

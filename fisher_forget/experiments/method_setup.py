@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from fisher_forget._util.copies import copy_model
 from fisher_forget.baselines import METHODS
 from fisher_forget.baselines.base import Method
 from fisher_forget.baselines.protocol import Unlearned, Unlearner, settings_of
@@ -114,11 +114,11 @@ class Scrubber:
         """What the method with these settings makes of one original."""
         case, seed = self.case, self.config.seeds[index]
         unlearner = configured(self.config, case, self.method, settings, seed)
-        start = copy.deepcopy(case.originals.models[index])  # a method of the user's may forget to
+        start = copy_model(case.originals.models[index])  # a method of the user's may forget to
         if isinstance(unlearner, Method):
             if index not in self._prepared:
                 self._prepared[index] = unlearner.prepare(start, case.split)
             ready, start = self._prepared[index]
             tried = {name: getattr(unlearner, name) for name in unlearner.grid}
-            unlearner, start = replace(ready, **tried), copy.deepcopy(start)
+            unlearner, start = replace(ready, **tried), copy_model(start)
         return unlearner.unlearn(start, case.split)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch.utils.data import TensorDataset
 from tqdm.auto import tqdm
 
 from fisher_forget import likelihood as likelihoods
+from fisher_forget._util.copies import copy_model
 from fisher_forget._util.random_state import seeded_rng
 from fisher_forget.data.batches import Batch, make_batch
 from fisher_forget.data.samples import KeywordDataset
@@ -123,7 +123,7 @@ def train(
     kind = likelihoods.resolve_likelihood(likelihood)
     rows = _rows(indices, len(data))
     _check_inputs(data, settings)
-    twin = copy.deepcopy(model).train()
+    twin = copy_model(model).train()
     if settings.channels_last:
         twin = _laid_out(twin, torch.channels_last)
     weights = list(trainable(twin).values())
