@@ -373,7 +373,7 @@ def test_the_score_is_in_the_unit_of_its_likelihood(likelihood, unit) -> None:
     outputs = torch.tensor([[2.0, -1.0], [-1.0, 2.0], [2.0, -1.0], [1.0, 2.0]])
     hot = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
     targets = hot.argmax(1) if isinstance(likelihood, Categorical) else hot
-    context = Context(likelihood, {"test": targets})
+    context = Context(likelihood, likelihood, {"test": targets})
     subject = Subject({"test": outputs}, nn.Identity(), nn.Identity())
     metric = METRICS["score"]
     # 3 of 4 classes are right, 7 of 8 labels; the squared errors are 2, 2, 2 and 4

@@ -8,21 +8,28 @@ was picked first.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from fisher_forget.errors import ConfigError
+from fisher_forget.errors import ConfigError, DataError, NumericalError
 from fisher_forget.likelihood import (
     LIKELIHOODS,
     Bernoulli,
     Categorical,
     Gaussian,
     Likelihood,
+    named,
     resolve_likelihood,
 )
 
@@ -89,6 +96,68 @@ CASES: dict[str, tuple[Likelihood, Tensor, Tensor]] = {
     "means": (Gaussian(), randn(4, 3), randn(4, 3, seed=1)),
     "narrow means": (Gaussian(0.2), randn(4, 1), randn(4, 1, seed=1)),
     "sequences of means": (Gaussian(3.0), randn(2, 3, 2), randn(2, 3, 2, seed=1)),
+    "mean of means": (LIKELIHOODS["mse"], randn(4, 3), randn(4, 3, seed=1)),
+    "mean of narrow means": (Gaussian(0.2, "mean"), randn(2, 3, 2), randn(2, 3, 2, seed=1)),
+    "targets without the single output": (Gaussian(), randn(4, 1), randn(4, seed=1)),
+    "mean of labels": (LIKELIHOODS["bce"], randn(4, 3), (fractions(4, 3) < 0.5).double()),
+    "weighted labels": (
+        Bernoulli(pos_weight=(0.5, 3.0, 1.0)),
+        randn(4, 3),
+        (fractions(4, 3) < 0.5).double(),
+    ),
+    "mean of weighted soft labels": (Bernoulli("mean", 4.0), randn(2, 3, 2), fractions(2, 3, 2)),
+    "weighted classes": (
+        Categorical(weight=(0.5, 2, 0, 1.5, 1)),
+        2 * randn(4, 5),
+        classes(4, count=5),
+    ),
+    "smoothed": (Categorical(label_smoothing=0.1), 2 * randn(4, 5), classes(4, count=5)),
+    "weighted, smoothed and padded": (
+        Categorical(weight=(0.2, 1, 3), label_smoothing=0.3),
+        randn(3, 4, 3),
+        classes(3, 4, count=3, ignored=((0, 3), (1, 0), (1, 1), (2, 2))),
+    ),
+    "weighted and smoothed probabilities": (
+        Categorical(weight=(0.2, 1, 3, 2), label_smoothing=0.3),
+        randn(3, 4),
+        randn(3, 4, seed=1).softmax(-1),
+    ),
+    "classes first": (
+        Categorical(class_dim=1),
+        randn(2, 3, 2, 2),
+        classes(2, 2, 2, count=3, ignored=((1, 0, 1),)),
+    ),
+    "classes first, as many as positions": (
+        Categorical(class_dim=1, weight=(1, 2, 3)),
+        randn(2, 3, 3),
+        classes(2, 3, count=3, ignored=((1, 0),)),
+    ),
+    "probabilities of classes first": (
+        Categorical(class_dim=1, label_smoothing=0.2),
+        randn(2, 3, 2),
+        randn(2, 3, 2, seed=1).softmax(1),
+    ),
+    "next token": (LIKELIHOODS["next_token"], randn(3, 4, 3), classes(3, 4, count=3)),
+    "next token, padded": (
+        Categorical(shift=True, weight=(0.2, 1, 3), label_smoothing=0.1),
+        randn(3, 4, 3),
+        classes(3, 4, count=3, ignored=((0, 3), (1, 0), (1, 1), (2, 2))),
+    ),
+    "masked classes": (
+        Categorical(),
+        randn(4, 5).index_fill(1, torch.tensor([1, 4]), -math.inf),
+        torch.tensor([0, 2, 3, 0]),
+    ),
+    "masked classes of a sequence": (
+        Categorical(weight=(1, 0.5, 2), class_dim=-1),
+        randn(2, 3, 3).index_fill(2, torch.tensor([2]), -math.inf),
+        torch.tensor([[0, 1, 1], [1, -100, 0]]),
+    ),
+    "probabilities with masked classes": (
+        Categorical(),
+        randn(2, 3).index_fill(1, torch.tensor([0]), -math.inf),
+        torch.tensor([[0, 0.3, 0.7], [0, 1, 0]]).double(),
+    ),
 }
 
 
@@ -100,18 +169,28 @@ def case(request) -> tuple[Likelihood, Tensor, Tensor]:
 def plain_loss(likelihood: Likelihood, f: Tensor, y: Tensor) -> Tensor:
     """-log p(y | f) of one sample, written from the definition; constants as documented."""
     if isinstance(likelihood, Gaussian):
-        return ((y - f) ** 2).sum() / (2 * likelihood.sigma**2)
+        loss = (y - f.view(y.shape)) ** 2 / (2 * likelihood.sigma**2)
+        return loss.sum() / (y.numel() if likelihood.reduction == "mean" else 1)
     if isinstance(likelihood, Bernoulli):
         y = y.double()
-        return (y * torch.log1p(torch.exp(-f)) + (1 - y) * torch.log1p(torch.exp(f))).sum()
+        a = torch.tensor(likelihood.pos_weight or 1.0, dtype=torch.float64)
+        loss = a * y * torch.log1p(torch.exp(-f)) + (1 - y) * torch.log1p(torch.exp(f))
+        return loss.sum() / (y.numel() if likelihood.reduction == "mean" else 1)
+    if likelihood.class_dim == 1:  # a sample has no batch dimension
+        f, y = f.movedim(0, -1), y.movedim(0, -1) if y.is_floating_point() else y
+    if likelihood.shift:
+        f, y = f[:-1], y[1:]
     f = f.reshape(-1, f.shape[-1])
-    logp = f - torch.logsumexp(f, -1, keepdim=True)
-    if y.is_floating_point():
-        return -(y.reshape(f.shape) * logp).sum()
+    w = torch.tensor(likelihood.weight or (1.0,) * f.shape[-1], dtype=torch.float64)
+    e = likelihood.label_smoothing
     total = f.new_zeros(())
-    for row, label in zip(logp, y.reshape(-1).tolist(), strict=True):
-        if label != likelihood.ignore_index:
-            total = total - row[label]
+    labels = y.reshape(f.shape) if y.is_floating_point() else y.flatten()
+    for row, label in zip(f, labels, strict=True):
+        if label.dim() or label != likelihood.ignore_index:
+            one = label if label.dim() else torch.eye(len(row)).double()[label]
+            t = w * ((1 - e) * one + e / len(row))
+            there = row.isfinite()  # a class that is masked out has no part in the softmax
+            total = total + t.sum() * row[there].logsumexp(0) - (t * row)[there].sum()
     return total
 
 
@@ -205,6 +284,12 @@ RANDOM = (
     "sequences of labels",
     "means",
     "narrow means",
+    "mean of narrow means",
+    "mean of weighted soft labels",
+    "weighted, smoothed and padded",
+    "classes first",
+    "next token, padded",
+    "masked classes",
 )
 
 
@@ -360,8 +445,14 @@ class TestKl:
             assert likelihood.kl(torch.zeros(2, 3), torch.ones(2, 3)).dtype == torch.float64
 
     def test_curvature_is_its_second_order(self, case):
-        """KL(f || f + e v) = e^2/2 v^T H v + O(e^3), times the scored positions."""
+        """KL(f || f + e v) = e^2/2 v^T H v + O(e^3), times the scored positions.
+
+        Without the weights of the loss, which are no part of the predictions.
+        """
         likelihood, outputs, targets = case
+        if not isinstance(likelihood, Gaussian):
+            weight = "weight" if isinstance(likelihood, Categorical) else "pos_weight"
+            likelihood = dataclasses.replace(likelihood, **{weight: None})
         v, e = randn(*outputs.shape, seed=6), 1e-4
         quadratic = (v * likelihood.hessian_product(outputs, v, targets)).flatten(1).sum(1)
         kl = likelihood.kl(outputs, outputs + e * v, targets)
@@ -397,10 +488,237 @@ class TestCountsAndScores:
         likelihood.check(outputs, targets)
 
 
+MASK = classes(4, 6, count=3, ignored=((0, 1), (2, 5), (3, 0)))
+WEIGHT = torch.tensor([0.2, 1.0, 3.0]).double()
+LABELS = (fractions(4, 3) < 0.5).double()
+
+# name: likelihood, torch's own mean loss, outputs, targets
+TORCH = {
+    "classes": (Categorical(), nn.CrossEntropyLoss(), randn(4, 3), classes(4, count=3)),
+    "weight": (
+        Categorical(weight=WEIGHT),
+        nn.CrossEntropyLoss(WEIGHT),
+        randn(4, 3),
+        classes(4, count=3, ignored=((1,),)),
+    ),
+    "small weights": (
+        Categorical(weight=WEIGHT / 100, label_smoothing=0.2),
+        nn.CrossEntropyLoss(WEIGHT / 100, label_smoothing=0.2),
+        randn(4, 3),
+        classes(4, count=3),
+    ),
+    "weight and smoothing": (
+        Categorical(weight=WEIGHT, label_smoothing=0.2, class_dim=1),
+        nn.CrossEntropyLoss(WEIGHT, label_smoothing=0.2),
+        randn(4, 3, 6),
+        MASK,
+    ),
+    "ignored class": (
+        Categorical(ignore_index=2, class_dim=1),
+        nn.CrossEntropyLoss(ignore_index=2),
+        randn(4, 3, 6),
+        classes(4, 6, count=3),
+    ),
+    "probabilities": (
+        Categorical(weight=WEIGHT, label_smoothing=0.2, class_dim=1),
+        nn.CrossEntropyLoss(WEIGHT, label_smoothing=0.2),
+        randn(4, 3, 6),
+        randn(4, 3, 6, seed=1).softmax(1),
+    ),
+    "next token": (
+        LIKELIHOODS["next_token"],
+        lambda f, y: F.cross_entropy(f[:, :-1].flatten(0, 1), y[:, 1:].flatten()),
+        randn(4, 6, 3),
+        MASK,
+    ),
+    "mse": (LIKELIHOODS["mse"], nn.MSELoss(), randn(4, 3), randn(4, 3, seed=1)),
+    "mse of images": (LIKELIHOODS["mse"], nn.MSELoss(), randn(4, 3, 2), randn(4, 3, 2, seed=1)),
+    "bce": (LIKELIHOODS["bce"], nn.BCEWithLogitsLoss(), randn(4, 3), LABELS),
+    "pos_weight": (
+        Bernoulli("mean", WEIGHT),
+        nn.BCEWithLogitsLoss(pos_weight=WEIGHT),
+        randn(4, 3),
+        LABELS,
+    ),
+    "bernoulli": (
+        Bernoulli(),
+        lambda f, y: F.binary_cross_entropy_with_logits(f, y, reduction="none").sum(1).mean(),
+        randn(4, 3),
+        LABELS,
+    ),
+    "gaussian": (
+        Gaussian(2.0),
+        lambda f, y: (f - y).square().sum(1).mean() / 8,
+        randn(4, 3),
+        randn(4, 3, seed=1),
+    ),
+}
+
+
+class TestTorch:
+    @pytest.mark.parametrize("name", TORCH)
+    def test_mean_loss(self, name):
+        likelihood, loss, outputs, targets = TORCH[name]
+        torch.testing.assert_close(
+            likelihood.mean_loss(outputs, targets), loss(outputs, targets), **FLOAT64
+        )
+
+    @given(
+        st.integers(2, 5),
+        st.lists(st.floats(0.1, 10), min_size=5, max_size=5),
+        st.floats(0, 1),
+        st.integers(0, 2**31),
+    )
+    @settings(max_examples=30, deadline=None)
+    def test_any_weights_and_smoothing(self, count, weights, smoothing, seed):
+        outputs, weight = randn(4, count, 2, seed=seed), torch.tensor(weights[:count]).double()
+        targets = torch.randint(0, count, (4, 2), generator=torch.Generator().manual_seed(seed))
+        targets[0, 1] = -100
+        loss = nn.CrossEntropyLoss(weight, label_smoothing=smoothing)
+        found = Categorical(weight=weight, label_smoothing=smoothing, class_dim=1)
+        torch.testing.assert_close(
+            found.mean_loss(outputs, targets), loss(outputs, targets), **FLOAT64
+        )
+
+
+class TestLayout:
+    """Logits with the classes first, or shifted, are those with the classes last, moved."""
+
+    @pytest.mark.parametrize("kind", ["kl", "scores", "counts", "class_mass"])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "classes first",
+            "classes first, as many as positions",
+            "probabilities of classes first",
+            "next token",
+            "next token, padded",
+        ],
+    )
+    def test_same_as_aligned(self, name, kind):
+        likelihood, outputs, targets = CASES[name]
+        rows, labels = likelihood.aligned(outputs, targets)
+        assert labels.shape == (rows.shape if labels.is_floating_point() else rows.shape[:-1])
+        other = randn(*outputs.shape, seed=4)
+
+        def value(of, f, g, y):
+            arguments = {"kl": (f, g, y), "counts": (y,)}.get(kind, (f, y))
+            return getattr(of, kind)(*arguments)
+
+        found = value(likelihood, outputs, other, targets)
+        expected = value(likelihood.of_aligned, rows, likelihood.rows(other), labels)
+        torch.testing.assert_close(found, expected)
+
+    def test_next_token_scores(self):
+        """Predictions of position t are held against the token at t + 1."""
+        tokens = torch.tensor([[0, 1, 2, 0], [2, 2, 1, 1]])
+        outputs = F.one_hot(tokens.roll(-1, 1), 3).double() * 9
+        likelihood = LIKELIHOODS["next_token"]
+        assert likelihood.scores(outputs, tokens).tolist() == [1, 1]
+        assert likelihood.counts(tokens).tolist() == [3, 3]
+        assert Categorical().scores(outputs, tokens).tolist() != [1, 1]
+
+    @pytest.mark.parametrize(
+        ("outputs", "targets", "word"),
+        [
+            (randn(2, 3, 4, 5), classes(2, 4, 5, count=3), r"class_dim=1\)"),
+            (randn(2, 3, 5), classes(2, 5, count=3), r"class_dim=1\)"),
+            (randn(2, 3, 3), classes(2, 3, count=3), "class_dim=-1 or 1"),
+            (randn(2, 5, 5, 5), classes(2, 5, 5, count=3), "class_dim=-1 or 1"),
+            (randn(2, 3, 4), randn(2, 3, 4).softmax(1), r"class_dim=1\)"),
+            (randn(2, 3, 3), torch.full((2, 3, 3), 1 / 3), "class_dim=-1 or 1"),
+        ],
+    )
+    def test_a_layout_is_asked_for(self, outputs, targets, word):
+        with pytest.raises(DataError, match=word):
+            Categorical().check(outputs, targets)
+
+    def test_what_does_not_fit(self):
+        with pytest.raises(DataError, match=r"\(2, 4, 5\)"):
+            Categorical(class_dim=1).check(randn(2, 3, 4, 5), classes(2, 3, 4, count=3))
+        with pytest.raises(DataError, match="positions, classes"):
+            Categorical(shift=True).check(randn(2, 3), classes(2, count=3))
+        with pytest.raises(DataError, match="weight of 2 classes"):
+            Categorical(weight=(1, 2)).check(randn(2, 3), classes(2, count=3))
+        with pytest.raises(DataError, match="pos_weight of 2 labels"):
+            Bernoulli(pos_weight=(1, 2)).check(randn(2, 3), torch.ones(2, 3))
+
+
+class TestMaskedLogits:
+    def test_refused_where_the_loss_would_be_infinite(self):
+        outputs = randn(2, 3).index_fill(1, torch.tensor([1]), -math.inf)
+        with pytest.raises(NumericalError, match="at the true class"):
+            Categorical().check(outputs, torch.tensor([0, 1]))
+        with pytest.raises(NumericalError, match="label_smoothing=0"):
+            Categorical(label_smoothing=0.1).check(outputs, torch.tensor([0, 2]))
+        with pytest.raises(NumericalError, match="at the true class"):
+            Categorical().check(outputs, torch.full((2, 3), 1 / 3))
+
+    @pytest.mark.parametrize("value", [math.inf, math.nan])
+    def test_others_are_refused(self, value):
+        outputs = randn(2, 3)
+        outputs[0, 1] = value
+        with pytest.raises(NumericalError, match="1 of 2 samples"):
+            Categorical().check(outputs, torch.tensor([0, 2]))
+        with pytest.raises(NumericalError, match="1 of 2 samples"):
+            Categorical().check(
+                outputs.index_fill(1, torch.tensor([2]), -math.inf), torch.zeros(2).long()
+            )
+
+    def test_no_class_left(self):
+        outputs = torch.full((2, 3), -math.inf)
+        with pytest.raises(NumericalError, match="2 of 2 samples"):
+            Categorical().check(outputs, torch.tensor([-100, -100]))
+
+    def test_same_as_without_these_classes(self):
+        likelihood, outputs, targets = CASES["masked classes"]
+        there = [0, 2, 3]
+        fewer, moved = outputs[:, there], torch.tensor([0, 1, 2, 0])
+        other = randn(*outputs.shape, seed=3).masked_fill(outputs.isneginf(), -math.inf)
+        for found, expected in (
+            (likelihood.losses(outputs, targets), likelihood.losses(fewer, moved)),
+            (likelihood.kl(outputs, other), likelihood.kl(fewer, other[:, there])),
+            (likelihood.output_curvature(outputs), likelihood.output_curvature(fewer)),
+        ):
+            torch.testing.assert_close(found, expected)
+
+
+class TestOptions:
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda: Categorical(label_smoothing=1.5),
+            lambda: Categorical(class_dim=2),
+            lambda: Categorical(class_dim=1, shift=True),
+            lambda: Categorical(weight=(1, -1)),
+            lambda: Categorical(weight=(0, 0)),
+            lambda: Categorical(weight=[]),
+            lambda: Categorical(weight=((1, 2), (1, 2))),
+            lambda: Bernoulli(pos_weight=(math.nan,)),
+            lambda: Bernoulli("max"),
+            lambda: Gaussian(1.0, "none"),
+        ],
+    )
+    def test_out_of_range(self, make):
+        with pytest.raises(ConfigError):
+            make()
+
+    def test_weights_of_any_kind_are_equal_hashed_and_shown(self):
+        kinds = (1.0, 0.5), [1, 0.5], torch.tensor([1, 0.5]), np.array([1, 0.5])
+        made = [Categorical(weight=kind) for kind in kinds]
+        assert len(set(made)) == 1
+        assert repr(made[2]) == "Categorical(weight=(1.0, 0.5))"
+        assert eval(repr(made[2])) == made[0]
+        assert repr(LIKELIHOODS["bce"]) == "Bernoulli(reduction='mean')"
+        assert json.loads(json.dumps(dataclasses.asdict(made[0])))["weight"] == [1, 0.5]
+
+
 class TestResolve:
     def test_names_and_instances(self):
-        for name, kind in LIKELIHOODS.items():
-            assert type(resolve_likelihood(name)) is kind
+        for name, likelihood in LIKELIHOODS.items():
+            assert resolve_likelihood(name) is likelihood
+            assert named(dataclasses.replace(likelihood)) == name
+        assert named(Gaussian(2.0)) == Gaussian(2.0)
         assert resolve_likelihood(mine := Gaussian(2.0)) is mine
 
     @pytest.mark.parametrize("sigma", [0.0, -1.0, float("nan")])

@@ -233,7 +233,7 @@ class GolatkarCode(Golatkar):
             expected = "'categorical': the public code sums over the classes of a softmax"
             fix = "Use 'golatkar-paper' or forget() for other likelihoods."
             raise ConfigError(f"the likelihood {likelihood.name!r}", expected, fix)
-        classes = first_outputs(model, split, likelihood).shape[-1]
+        classes = likelihood.rows(first_outputs(model, split, likelihood)).shape[-1]
         row = self.forgotten_class
         if row == "auto":
             row = _whole_class(split, classes)

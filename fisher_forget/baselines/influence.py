@@ -163,7 +163,7 @@ class Lissa(DirectMethod):
         """H_batch h."""
         leaves = {name: p.detach().requires_grad_() for name, p in objective.start.items()}
         likelihood, targets = objective.likelihood, batch.targets
-        count = max(float(likelihood.counts(targets).double().sum()), 1.0)
+        count = float(likelihood.counts(targets).double().sum()) or 1.0
         with twice_differentiable():
             outputs = objective.outputs(batch, leaves)
             at = outputs.detach()
@@ -181,7 +181,7 @@ def forgotten_pull(objective: Objective, split: Split) -> Params:
     retained = objective.gradient(split.batches("retain"), objective.start)
     forgotten = objective.gradient(split.batches("forget"), objective.start)
     # grad L_D is the mean over n of which m are forgotten: (m/n) g_f + (1 - m/n) g_r
-    share = forgotten.count / max(forgotten.count + retained.count, 1.0)
+    share = forgotten.count / (forgotten.count + retained.count or 1.0)
     return P.scale(P.add(forgotten.mean(), retained.mean(), -1), share)
 
 

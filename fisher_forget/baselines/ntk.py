@@ -38,6 +38,7 @@ from fisher_forget.curvature.estimate import estimate_curvature
 from fisher_forget.data.split import Split, some
 from fisher_forget.errors import ModelError, NumericalError
 from fisher_forget.likelihood import Gaussian, Likelihood
+from fisher_forget.likelihood.independent import IndependentOutputs
 from fisher_forget.params import Params
 from fisher_forget.unlearn.noise import draw_noise
 
@@ -98,11 +99,11 @@ class Ntk(DirectMethod):
     def _rows(self, model: nn.Module, split: Split, likelihood: Likelihood) -> tuple[Rows, float]:
         """Rows of J of D_r, or a draw, and of D_f; how many samples a drawn one stands for."""
         network = P.load(model, {}).eval()
-        outputs = first_outputs(network, split, likelihood).numel()
+        first = first_outputs(network, split, likelihood)
+        outputs, unit = first.numel(), _unit(likelihood, first)
         # rows of D_f all count; what is left of the memory goes to D_r
         fitting = max(1, most_rows(self.memory) // outputs - len(split.forget))
         retained = some(split.retain, self.samples or fitting, self.seed)
-        unit = _unit(likelihood)
         rows = Rows(
             network,
             split,
@@ -116,7 +117,7 @@ class Ntk(DirectMethod):
     def _fits(self, rows: Rows, stand: float) -> tuple[Params, Params]:
         """Delta(D_r) - Delta(D), and Delta(D_r)."""
         likelihood = rows.likelihood
-        kept, gone = rows.outputs(lambda f, y: likelihood.residual(f, y) / _unit(likelihood))
+        kept, gone = rows.outputs(lambda f, y: likelihood.residual(f, y) / _unit(likelihood, f))
         counts = rows.positions()
         # a drawn sample stands for several: its rows and residuals are times the root of how many
         weights = torch.cat([torch.full_like(kept, math.sqrt(stand)), torch.ones_like(gone)])
@@ -227,9 +228,13 @@ def _coordinates(
     return columns
 
 
-def _unit(likelihood: Likelihood) -> float:
-    """1/sigma of a Gaussian, whose rows and residuals are in units of sigma."""
-    return 1 / likelihood.sigma if isinstance(likelihood, Gaussian) else 1.0
+def _unit(likelihood: Likelihood, outputs: Tensor) -> float:
+    """1/sigma of a Gaussian, whose rows and residuals are in units of sigma; over the root of the
+    number of outputs where their mean is the loss."""
+    unit = 1 / likelihood.sigma if isinstance(likelihood, Gaussian) else 1.0
+    if isinstance(likelihood, IndependentOutputs):
+        unit *= math.sqrt(likelihood.share(outputs))
+    return unit
 
 
 def _ridged(gram: Tensor, ridge: float) -> Tensor:

@@ -122,7 +122,7 @@ class Relabelling:
         """
         likelihood, network = labelled(training.likelihood, method), P.load(training.model, {})
         outputs = first_outputs(network.eval(), training.split, likelihood)
-        return cls(training.split.forget, outputs.shape[-1], likelihood)
+        return cls(training.split.forget, likelihood.rows(outputs).shape[-1], likelihood)
 
     def __call__(self, batch: Batch, rows: Indices, key: tuple[int, ...]) -> Batch:
         """The batch with wrong labels.
@@ -134,7 +134,8 @@ class Relabelling:
         """
         targets = batch.targets
         soft = targets.is_floating_point()
-        labels = targets.argmax(-1) if soft else targets
+        dim = self.likelihood.class_dim or -1
+        labels = targets.argmax(dim) if soft else targets
         wrong = np.isin(rows, self.forget)
         shifts = torch.zeros(labels.shape, dtype=torch.long)
         highest = max(self.classes, self.least + 1)
@@ -145,7 +146,7 @@ class Relabelling:
         # (y + k) mod C with k >= 1 is uniform on the other classes
         moved = (labels + shifts.to(labels.device)) % self.classes
         if soft:
-            moved = F.one_hot(moved, self.classes).to(targets.dtype)
+            moved = F.one_hot(moved, self.classes).movedim(-1, dim).to(targets.dtype)
         else:
             moved = moved.where(targets != self.likelihood.ignore_index, targets)
         among = torch.from_numpy(wrong).to(targets.device).view(-1, *[1] * (targets.dim() - 1))

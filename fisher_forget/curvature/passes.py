@@ -133,7 +133,7 @@ class Walk:
             with torch.no_grad():
                 total.end_pass()
             pass_index += 1
-        return max(count, 1.0)
+        return count or 1.0
 
     def estimate(self, total: Accumulator) -> tuple[Curvature, float]:
         """The structure's curvature, and the scored positions that it is the mean over."""

@@ -135,7 +135,7 @@ class DataProduct:
         self.kept = samples <= self._step if keep is None else keep
         self.nbytes = self.sample_bytes * samples if self.kept else 0
         counts = (float(likelihood.counts(batch.targets).double().sum()) for batch in batches())
-        self.count = max(math.fsum(counts), 1.0)
+        self.count = math.fsum(counts) or 1.0
         self._chunks = list(self._built()) if self.kept else None
 
     def __call__(self, v: Mapping[str, Tensor]) -> Params:

@@ -170,18 +170,27 @@ def evaluate(
         for method, models in methods.items()
     }
     _check(list(itertools.chain.from_iterable(outputs.values())), retrained, targets)
+    kind = resolve_likelihood(likelihood)
+
+    def aligned(of_models: Outputs) -> Outputs:
+        return [
+            {part: kind.aligned(x, targets[part])[0] for part, x in model.items()}
+            for model in of_models
+        ]
+
     sources, members = ensemble.originals.models, ensemble.retrained.models
-    subjects = _subjects(_unstacked(retrained), members, sources[:1])
-    groups = {"original": _subjects(_unstacked(originals), sources, sources)} | {
-        method: _subjects(outputs[method], models, sources) for method, models in methods.items()
+    subjects = _subjects(aligned(_unstacked(retrained)), members, sources[:1])
+    groups = {"original": _subjects(aligned(_unstacked(originals)), sources, sources)} | {
+        method: _subjects(aligned(outputs[method]), models, sources)
+        for method, models in methods.items()
     }
     if subjects[count:]:
         groups[CONTROL] = subjects[count:]
     blank = None
     if teacher is not None and "forget" in splits:
-        blank = predict(teacher, splits["forget"])[0]
-    kind = resolve_likelihood(likelihood)
-    context = Context(kind, targets, split, blank, options.get("seed", 0))
+        blank = kind.aligned(predict(teacher, splits["forget"])[0], targets["forget"])[0]
+    labels = {part: kind.aligned(retrained[part][0], y)[1] for part, y in targets.items()}
+    context = Context(kind.of_aligned, kind, labels, split, blank, options.get("seed", 0))
     return _table(names, groups, subjects[:count], context)
 
 

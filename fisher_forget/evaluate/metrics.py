@@ -61,7 +61,8 @@ class Context:
     """What is the same for all subjects.
 
     Attributes:
-        likelihood: Of the outputs.
+        likelihood: Of outputs and targets, which have the classes last.
+        trained: Of the model's own outputs.
         targets: Part -> targets [N, ...].
         split: The training data, for metrics that train or differentiate; `None` leaves them out.
         teacher: Outputs on the forget set of a model with random weights, for ZRF; `None` leaves it
@@ -70,6 +71,7 @@ class Context:
     """
 
     likelihood: Likelihood
+    trained: Likelihood
     targets: Mapping[str, Tensor]
     split: Split | None = None
     teacher: Tensor | None = None
@@ -211,18 +213,18 @@ def _zrf(a: Subject, part: str, context: Context) -> float:
 
 def _efficacy(a: Subject, part: str, context: Context) -> float:
     assert context.split is not None
-    return weights.efficacy(a.model, context.split, context.likelihood)
+    return weights.efficacy(a.model, context.split, context.trained)
 
 
 def _relearn(a: Subject, part: str, context: Context) -> float:
     assert context.split is not None
-    models = a.model, context.split, a.original, context.likelihood
+    models = a.model, context.split, a.original, context.trained
     return float(relearn.relearn_time(*models, max_epochs=RELEARN).epochs)
 
 
 def _relearn_steps(a: Subject, part: str, context: Context) -> float:
     assert context.split is not None
-    models = a.model, context.split, a.original, context.likelihood
+    models = a.model, context.split, a.original, context.trained
     return float(relearn.relearn_steps(*models, max_steps=STEPS).steps)
 
 

@@ -103,7 +103,7 @@ class RunConfig:
         data: Data set.
         model: Architecture.
         training: Of the original and the retrained models.
-        likelihood: "categorical", "bernoulli" or "gaussian".
+        likelihood: "categorical", "next_token", "bernoulli", "bce", "gaussian" or "mse".
         forget_sets: What to forget, one after the other.
         forget: Options of the method; likelihood and seed are the run's, and so is its weight decay
             unless another is given.
@@ -119,7 +119,9 @@ class RunConfig:
     data: DataSettings = field(default_factory=DataSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     training: TrainSettings = field(default_factory=TrainSettings)
-    likelihood: Literal["categorical", "bernoulli", "gaussian"] = "categorical"
+    likelihood: Literal["categorical", "next_token", "bernoulli", "bce", "gaussian", "mse"] = (
+        "categorical"
+    )
     forget: ForgetOptions = field(default_factory=ForgetOptions)
     seeds: list[int] = field(default_factory=lambda: [0])
     retrained: int = 5

@@ -13,6 +13,7 @@ they do not depend on the batch size.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from fisher_forget._util.moved import renamed
@@ -29,12 +30,24 @@ __all__ = [
     "Gaussian",
     "Likelihood",
     "Score",
+    "named",
     "resolve_likelihood",
 ]
 
-LIKELIHOODS: dict[str, type[Likelihood]] = {
-    likelihood.name: likelihood for likelihood in (Categorical, Bernoulli, Gaussian)
+# "mse" and "bce" are `torch.nn.MSELoss()` and `torch.nn.BCEWithLogitsLoss()`
+LIKELIHOODS: dict[str, Likelihood] = {
+    "categorical": Categorical(),
+    "next_token": Categorical(shift=True),
+    "bernoulli": Bernoulli(),
+    "bce": Bernoulli(reduction="mean"),
+    "gaussian": Gaussian(),
+    "mse": Gaussian(sigma=math.sqrt(0.5), reduction="mean"),
 }
+
+
+def named(likelihood: Likelihood) -> Likelihood | str:
+    """The name of a likelihood that has one, else itself: what to pass for it."""
+    return next((name for name, known in LIKELIHOODS.items() if known == likelihood), likelihood)
 
 
 def resolve_likelihood(likelihood: Likelihood | str) -> Likelihood:
@@ -54,7 +67,7 @@ def resolve_likelihood(likelihood: Likelihood | str) -> Likelihood:
     if not isinstance(likelihood, str) or likelihood not in LIKELIHOODS:
         got = f"likelihood={likelihood!r}"
         raise ConfigError(got, f"one of {sorted(LIKELIHOODS)}", "Pass a name or an instance.")
-    return LIKELIHOODS[likelihood]()
+    return LIKELIHOODS[likelihood]
 
 
 def __getattr__(name: str) -> Any:

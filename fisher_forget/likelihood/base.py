@@ -6,14 +6,14 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import Field, dataclass, fields, is_dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fisher_forget._util.numbers import MISSING, plus_minus
-from fisher_forget.errors import NumericalError
+from fisher_forget.errors import ConfigError, NumericalError
 
 # what may be lost against a reference and still counts as nothing lost
 SHARE_LOSS = 0.01  # of a share in [0, 1]: one point of accuracy
@@ -104,6 +104,13 @@ class Likelihood(ABC):
     name: ClassVar[str]
     score: ClassVar[Score]
 
+    def __repr__(self) -> str:
+        """The call that makes it; arguments at their defaults are left out."""
+        arguments: tuple[Field[Any], ...] = fields(self) if is_dataclass(self) else ()
+        values = {f.name: getattr(self, f.name) for f in arguments}
+        changed = [f"{f.name}={values[f.name]!r}" for f in arguments if values[f.name] != f.default]
+        return f"{type(self).__name__}({', '.join(changed)})"
+
     @abstractmethod
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """Refuse targets that do not fit the outputs, and outputs that are not finite."""
@@ -161,7 +168,8 @@ class Likelihood(ABC):
 
     def mean_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Mean loss over the scored positions of a batch, in nats: a scalar to differentiate."""
-        return self.losses(outputs, targets).sum() / self.counts(targets).sum().clamp(min=1)
+        total, count = self.losses(outputs, targets).sum(), self.counts(targets).sum()
+        return total / count.where(count > 0, torch.ones_like(count)).to(total.dtype)
 
     def loss_totals(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
         """Sum of the losses in nats, and number of scored positions, over batches.
@@ -184,6 +192,15 @@ class Likelihood(ABC):
         """1 where an output is scored, else 0; broadcasts to outputs; `None` if all are scored."""
         return None
 
+    def aligned(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs with the classes last, each position beside its own target."""
+        return outputs, targets
+
+    @property
+    def of_aligned(self) -> Likelihood:
+        """The same likelihood for what `aligned` gives."""
+        return self
+
 
 def check_finite(outputs: Tensor) -> None:
     """Refuse NaN and infinite outputs."""
@@ -195,6 +212,25 @@ def check_finite(outputs: Tensor) -> None:
         got = f"NaN or infinite logits for {bad} of {len(outputs)} samples of a batch"
         fix = "Check the weights and the inputs: a diverged training run cannot be scrubbed."
         raise NumericalError(got, "finite logits", fix)
+
+
+def weights_of(name: str, given: Any) -> tuple[float, ...] | None:
+    """Weights as a tuple, which can be compared, hashed and stored.
+
+    Raises:
+        ConfigError: If they are not numbers of at least 0, one of them above.
+    """
+    if given is None:
+        return None
+    values = torch.as_tensor(given, dtype=torch.float64).detach()
+    if (
+        values.dim() > 1
+        or not len(values := values.reshape(-1))
+        or not bool(((values >= 0) & values.isfinite()).all() and values.sum() > 0)
+    ):
+        got = f"{name}={given!r}"
+        raise ConfigError(got, "finite numbers of at least 0, one above 0", "Correct the weights.")
+    return tuple(values.tolist())
 
 
 def signed(magnitude: Tensor, draws: int, generator: torch.Generator) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -14,22 +14,26 @@ from fisher_forget.likelihood.base import SQUARED_ERROR, Score, uniform
 from fisher_forget.likelihood.independent import IndependentOutputs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Gaussian(IndependentOutputs):
     """Regression with known noise. Outputs are means [B, ...]; targets of the same shape.
 
     l = |y - f|^2 / (2 sigma^2), the constant log(2 pi sigma^2)/2 left out; r = (f - y)/sigma^2; H =
-    I/sigma^2.
+    I/sigma^2; each divided by the number of outputs where reduction="mean".
 
     Args:
         sigma: Standard deviation of the targets around the mean, in the targets' units.
+            `torch.nn.MSELoss` has sigma = sqrt(1/2) and the mean over outputs: likelihood="mse".
+        reduction: "sum" over a sample's outputs, or "mean".
     """
 
     sigma: float = 1.0
+    reduction: Literal["sum", "mean"] = "sum"
     name: ClassVar[str] = "gaussian"
     score: ClassVar[Score] = SQUARED_ERROR
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.sigma > 0:
             raise ConfigError(
                 f"sigma={self.sigma}", "a positive standard deviation", "Pass Gaussian(sigma=...)."
@@ -47,18 +51,16 @@ class Gaussian(IndependentOutputs):
             )
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return ((outputs - targets).square() / (2 * self.variance)).reshape(len(outputs), -1).sum(1)
+        return self.reduced((outputs - self.fitted(outputs, targets)).square()) / (
+            2 * self.variance
+        )
 
     def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return (outputs - targets) / self.variance
+        scale = self.share(outputs) / self.variance
+        return scale * (outputs - self.fitted(outputs, targets))
 
-    def hessian_product(
-        self, outputs: Tensor, vector: Tensor, targets: Tensor | None = None
-    ) -> Tensor:
-        return vector / self.variance
-
-    def root(self, outputs: Tensor) -> Tensor:
-        return torch.full_like(outputs, 1 / self.sigma)
+    def curvature(self, outputs: Tensor, targets: Tensor | None) -> Tensor:
+        return torch.full_like(outputs, self.share(outputs) / self.variance)
 
     def sampled(
         self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None
@@ -66,15 +68,11 @@ class Gaussian(IndependentOutputs):
         u = uniform(outputs, draws, generator, outputs.shape)
         # quantiles of the normal distribution; the clamp keeps them finite
         z: Tensor = torch.special.ndtri(u.clamp(1e-12, 1 - 1e-12))
-        return -z.to(outputs.dtype) / (self.sigma * math.sqrt(draws))
+        scale = math.sqrt(self.share(outputs) / draws) / self.sigma
+        return -z.to(outputs.dtype) * scale
 
     def kl(self, p: Tensor, q: Tensor, targets: Tensor | None = None) -> Tensor:
-        return ((p.double() - q.double()).square() / (2 * self.variance)).reshape(len(p), -1).sum(1)
-
-    def output_curvature(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
-        return torch.full(
-            (len(outputs),), outputs[0].numel() / self.variance, device=outputs.device
-        )
+        return self.reduced((p.double() - q.double()).square()) / (2 * self.variance)
 
     def scores(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return (outputs - targets).double().square().reshape(len(outputs), -1).sum(1)
+        return self.reduced((outputs - self.fitted(outputs, targets)).double().square())

@@ -57,7 +57,7 @@ class DataSums:
         """
         kept = np.isin(self.norm_samples, retain)
         norms = self.squared_norms[torch.from_numpy(kept if kept.any() else ~kept)]
-        return float(norms.mean()) * len(self.samples) / max(self.total.count, 1.0) ** 2
+        return float(norms.mean()) * len(self.samples) / (self.total.count or 1.0) ** 2
 
 
 def take_data_sums(

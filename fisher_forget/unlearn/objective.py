@@ -47,7 +47,7 @@ class Gradient:
 
     def mean(self) -> Params:
         """Gradient of the mean loss."""
-        return P.scale(self.sums, 1 / max(self.count, 1.0))
+        return P.scale(self.sums, 1 / (self.count or 1.0))
 
 
 class Objective:

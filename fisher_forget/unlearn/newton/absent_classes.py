@@ -54,7 +54,10 @@ def clear_rows(
 
     def outputs(at: Params) -> Tensor:
         """[positions, classes], of those of all samples one after the other."""
-        return torch.cat([f.flatten(0, -2) for f, _ in objective.forward(split.batches(probe), at)])
+        pairs = objective.forward(split.batches(probe), at)
+        rows = (objective.likelihood.aligned(f, y)[0].flatten(0, -2) for f, y in pairs)
+        # a class that is masked out at some positions says nothing there
+        return torch.cat(list(rows)).nan_to_num(neginf=0.0)
 
     before = outputs(objective.start)
     alike = ALIKE * float(before.abs().max())
