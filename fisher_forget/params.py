@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisher_forget._util.copies import copy_model
+from fisher_forget._util.copies import copy_model, unwrapped
 from fisher_forget.errors import ModelError
 
 Params = dict[str, Tensor]
@@ -24,14 +24,16 @@ def trainable(model: nn.Module, subset: str | tuple[str, ...] | None = None) -> 
     """The parameters with `requires_grad`, optionally only those whose name matches a pattern.
 
     Args:
-        model: Any module.
+        model: Any module; `DataParallel` and the like count as the module within.
         subset: Shell-style pattern or patterns (`"head.*"`); `None` keeps all.
 
     Raises:
         ModelError: If nothing is left.
     """
     patterns = (subset,) if isinstance(subset, str) else subset
-    candidates: Params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    candidates: Params = {
+        name: p for name, p in unwrapped(model).named_parameters() if p.requires_grad
+    }
     wanted = {
         name: p
         for name, p in candidates.items()

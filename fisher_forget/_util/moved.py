@@ -29,7 +29,7 @@ MOVED = {
     "plan": "experiments.dry_run",
     "prepare": "unlearn.prepare",
     "progress": "_util.progress",
-    "randomness": "_util.random_state",
+    "randomness": "_util.isolation",
     "recipe": "experiments.run",
     "result": "unlearn.result",
     "snapshot": "unlearn.data_sums",

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fisher_forget import params as P
 from fisher_forget._util.checks import check_model
-from fisher_forget._util.random_state import preserved_rng
+from fisher_forget._util.isolation import isolated
 from fisher_forget.baselines.protocol import Grid, Unlearned
 from fisher_forget.baselines.training_loop import (
     Descent,
@@ -66,7 +66,7 @@ class Method(ABC):
 
     def unlearn(self, model: nn.Module, split: Split) -> Unlearned:
         """Forget `split.forget`; the given model is untouched."""
-        with preserved_rng():
+        with isolated():
             ready, start = self.prepare(model, split)
             begun = time.perf_counter()
             scrubbed, gradients = ready.scrub(start, split)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from fisher_forget import params as P
 from fisher_forget._util.checks import check_model
-from fisher_forget._util.random_state import preserved_rng
+from fisher_forget._util.isolation import isolated
 from fisher_forget.baselines.base import Method
 from fisher_forget.baselines.protocol import Grid
 from fisher_forget.baselines.training_loop import require
@@ -129,7 +129,7 @@ def record(model: nn.Module, split: Split, plan: Plan) -> Trajectory:
         NumericalError: If the training diverges.
     """
     check_model(model)
-    with preserved_rng():
+    with isolated():
         objective = Objective(model, resolve_likelihood(plan.likelihood))
         samples, at = split.indices("all"), objective.start
         per_epoch = -(-len(samples) // plan.batch_size)

@@ -31,7 +31,7 @@ from torch import nn
 
 from fisher_forget import params as P
 from fisher_forget._util.checks import check_model, is_whole
-from fisher_forget._util.random_state import preserved_rng
+from fisher_forget._util.isolation import isolated
 from fisher_forget.baselines.base import DirectMethod, PricedWeights, first_outputs
 from fisher_forget.baselines.meter import metered
 from fisher_forget.baselines.protocol import Grid
@@ -91,7 +91,7 @@ class Golatkar(DirectMethod):
         """
         likelihood = resolve_likelihood(self.likelihood)
         check_model(model)
-        with preserved_rng():
+        with isolated():
             method, classes = self.resolved(model, split, likelihood)
             fisher = estimate_curvature(
                 model, split, likelihood, structure="diagonal", kind="exact", part="retain"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -11,7 +11,14 @@ from fisher_forget import params as P
 from fisher_forget._util.copies import copy_model
 
 
-def metered(model: nn.Module) -> tuple[nn.Module, list[float]]:
+class SampleGradients(list[float]):
+    """One number, the sample gradients so far, to which all copies of a model add."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+
+def metered(model: nn.Module) -> tuple[nn.Module, SampleGradients]:
     """A copy of the model that counts its work, and of which every further copy does.
 
     A forward pass of a sample is a third of a sample gradient, a backward pass from its outputs two
@@ -21,9 +28,9 @@ def metered(model: nn.Module) -> tuple[nn.Module, list[float]]:
         model: Untouched.
 
     Returns:
-        The copy, and a list of one number: sample gradients so far.
+        The copy, and its work so far.
     """
-    twin, work = copy_model(model), [0.0]
+    twin, work = copy_model(model), SampleGradients([0.0])
 
     def count(_module: nn.Module, _args: Any, output: Any) -> None:
         outputs = P.logits(output)

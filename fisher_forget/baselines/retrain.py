@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from fisher_forget import params as P
 from fisher_forget._util.copies import copy_model
-from fisher_forget._util.random_state import seeded_rng
+from fisher_forget._util.isolation import seeded_rng
 from fisher_forget.baselines.finetune import FineTune
 from fisher_forget.baselines.protocol import Grid
 from fisher_forget.data.split import Indices, Split

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fisher_forget import params as P
 from fisher_forget._util.copies import copy_model
-from fisher_forget._util.random_state import seeded_rng
+from fisher_forget._util.isolation import seeded_rng
 from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import ConfigError, NumericalError

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from fisher_forget._util.checks import check_model, check_names
+from fisher_forget._util.isolation import isolated
 from fisher_forget._util.markdown import markdown_table
 from fisher_forget.curvature import kinds
 from fisher_forget.curvature.cost import CostEstimate
@@ -89,6 +90,7 @@ def estimate_curvature(
 ) -> CostEstimate: ...
 
 
+@isolated()
 def estimate_curvature(
     model: nn.Module | Tape,
     data: Data,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fisher_forget import params as P
+from fisher_forget._util.isolation import full_precision
 from fisher_forget.curvature.checks import (
     check_definite,
     check_undamped,
@@ -240,6 +241,7 @@ class Spectral(Curvature):
         floor = -math.inf if self.signed else 0.0
         return {key: value.clamp(min=floor) + self.tau for key, value in self.eigenvalues.items()}
 
+    @full_precision()
     def power(self, v: Mapping[str, Tensor], p: float) -> Params:
         spectrum = self.spectrum()
         if needs_definite(p):

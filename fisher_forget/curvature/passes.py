@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fisher_forget._util.isolation import isolated
 from fisher_forget._util.progress import bar
 from fisher_forget.curvature import kinds
 from fisher_forget.curvature.kinds import Kind
@@ -211,6 +212,7 @@ class _NormSum(Reader):
         self.norms.append(record.squared_norms(column, grads).cpu())
 
 
+@isolated()
 def squared_gradient_norms(
     tape: Tape, split: Split, indices: Indices, likelihood: Likelihood, *, memory: int | None = None
 ) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fisher_forget import params as P
-from fisher_forget._util.copies import copy_model
+from fisher_forget._util.copies import private_copy
 from fisher_forget.curvature.record import LayerParams, Record, Use, by_sample
 from fisher_forget.curvature.rules import rule_for
 from fisher_forget.data.batches import Batch
@@ -77,7 +77,7 @@ class Tape:
 
     def __init__(self, model: nn.Module, subset: str | tuple[str, ...] | None = None) -> None:
         wanted = set(P.trainable(model, subset))
-        self.model = copy_model(model).eval()
+        self.model = private_copy(model)
         for name, p in self.model.named_parameters():
             p.requires_grad_(name in wanted)
             p.grad = None

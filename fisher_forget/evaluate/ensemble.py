@@ -25,7 +25,8 @@ from tqdm.auto import tqdm
 from fisher_forget import params as P
 from fisher_forget._util import files
 from fisher_forget._util.checks import check_names
-from fisher_forget._util.copies import copy_model
+from fisher_forget._util.copies import private_copy
+from fisher_forget._util.isolation import isolated
 from fisher_forget._util.threads import torch_threads
 from fisher_forget.data import batches
 from fisher_forget.data.split import Indices, Split, resolve_split
@@ -191,6 +192,7 @@ def whole_splits(
     return {name: resolve_split(part, [], **options) for name, part in parts.items()}
 
 
+@isolated()
 def predict(model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
     """Outputs [N, ...] of the model in eval mode and targets [N, ...] of all samples of a split, on
     the CPU.
@@ -198,7 +200,7 @@ def predict(model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
     Raises:
         DataError: If the split is empty.
     """
-    twin = copy_model(model).eval()
+    twin = private_copy(model)
     outputs, targets = [], []
     with torch.no_grad():
         for batch in split.batches("all"):

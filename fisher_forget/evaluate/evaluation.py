@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fisher_forget._util.checks import check_names
+from fisher_forget._util.isolation import isolated
 from fisher_forget._util.markdown import markdown_table
 from fisher_forget.data import batches
 from fisher_forget.data.split import Split
@@ -123,6 +124,7 @@ class EvaluateOptions(TypedDict, total=False):
     seed: int
 
 
+@isolated()
 def evaluate(
     scrubbed: Scrubbed | Sequence[Scrubbed] | Mapping[str, Scrubbed | Sequence[Scrubbed]],
     ensemble: RetrainedEnsemble,

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from fisher_forget import params as P
-from fisher_forget._util.copies import copy_model
+from fisher_forget._util.copies import private_copy
+from fisher_forget._util.isolation import isolated
 from fisher_forget.curvature.operator import Curvature
 from fisher_forget.curvature.products import twice_differentiable
 from fisher_forget.data.batches import Batch
@@ -92,6 +93,7 @@ class NoiseLaw:
         return replace(self, mean=moved, scale=self.scale if scale is None else scale)
 
 
+@isolated()
 def gaussian_kl(law: NoiseLaw, reference: NoiseLaw) -> float:
     """KL(law || reference) between laws of one shape, exact for every structure of curvature, nats.
 
@@ -110,6 +112,7 @@ def gaussian_kl(law: NoiseLaw, reference: NoiseLaw) -> float:
     return distance + P.size(law.mean) * _spread(law, reference)
 
 
+@isolated()
 def information_in_outputs(
     model: nn.Module,
     law: NoiseLaw,
@@ -158,7 +161,7 @@ def information_in_outputs(
         raise ConfigError(got, "'full' or 'diagonal'", "Pass one of these.")
     first = next(iter(law.mean.values()))
     # outputs have a graph, whatever the laws name
-    twin = copy_model(model).to(first.device).eval().requires_grad_()
+    twin = private_copy(model).to(first.device).requires_grad_()
     batches = [batch.on(twin) for batch in queries]
     if not batches:
         raise DataError("queries without samples", "at least one sample", "Choose another part.")

@@ -21,7 +21,7 @@ from torch import nn
 from fisher_forget import params as P
 from fisher_forget._util.checks import check_names
 from fisher_forget._util.copies import copy_model
-from fisher_forget._util.random_state import preserved_rng
+from fisher_forget._util.isolation import isolated
 from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Split
 from fisher_forget.errors import ConfigError, NumericalError, SplitError
@@ -133,7 +133,7 @@ def relearn_time(
     def loss_of(objective: Objective, at: Params) -> float:
         return objective.mean_loss(split.batches("forget"), at)
 
-    with preserved_rng():
+    with isolated():
         target = _measured(original, likelihood, loss_of)
         rounds = _epochs(split, samples, sgd["batch_size"], np.random.default_rng(seed))
         objective = Objective(model, likelihood)
@@ -189,7 +189,7 @@ def relearn_steps(
         pairs = objective.forward(split.batches("forget"), at)
         return float(np.concatenate([likelihood.scores(f, y).cpu() for f, y in pairs]).mean())
 
-    with preserved_rng():
+    with isolated():
         target = (1 - margin) * _measured(original, likelihood, score_of)
         rounds = _steps(split, sgd["batch_size"], np.random.default_rng(seed))
         objective = Objective(model, likelihood)

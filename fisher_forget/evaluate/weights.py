@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from fisher_forget import params as P
+from fisher_forget._util.isolation import isolated
 from fisher_forget.curvature import estimate_curvature
 from fisher_forget.data.split import Split
 from fisher_forget.errors import ConfigError, ModelError
@@ -80,6 +81,7 @@ def step_cosine(
     return float(np.mean([_cosine(step, other) for other in steps]))
 
 
+@isolated()
 def efficacy(model: nn.Module, split: Split, likelihood: Likelihood | str = "categorical") -> float:
     """1 over the trace of the empirical Fisher of the forget set at the model's weights.
 

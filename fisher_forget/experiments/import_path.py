@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-from fisher_forget._util.random_state import seeded_rng
+from fisher_forget._util.isolation import seeded_rng
 from fisher_forget.errors import ConfigError, FisherForgetError
 
 DEBUG = "add --debug to see where"

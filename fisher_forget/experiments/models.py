@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from fisher_forget._util.random_state import seeded_rng
+from fisher_forget._util.isolation import seeded_rng
 from fisher_forget.errors import ConfigError
 from fisher_forget.experiments import import_path
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from fisher_forget import likelihood as likelihoods
 from fisher_forget._util.copies import copy_model
-from fisher_forget._util.random_state import seeded_rng
+from fisher_forget._util.isolation import seeded_rng
 from fisher_forget.data.batches import Batch, make_batch
 from fisher_forget.data.samples import KeywordDataset
 from fisher_forget.errors import ConfigError, DataError, NumericalError

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from fisher_forget._util import files
-from fisher_forget._util.random_state import preserved_rng
+from fisher_forget._util.isolation import isolated
 from fisher_forget._util.threads import torch_threads
 from fisher_forget.baselines import METHODS, Unlearner
 from fisher_forget.baselines.protocol import settings_of
@@ -195,13 +195,13 @@ class _Work:
     def problem(self, cell: Cell) -> Problem:
         """Curvature and gradient of a cell."""
         split, options = self.split, self.options(cell)
-        with preserved_rng():
+        with isolated():
             return Problem.of(self.model, self.data, split.forget, options, unpack=split.unpack)
 
     def newton(self, cell: Cell, problem: Problem) -> ForgetResult:
         """Newton step of a cell."""
         options = self.options(cell)
-        with preserved_rng():
+        with isolated():
             return scrub(self.model, replace(problem, weight_decay=options.decay), options)
 
     def draw(self, problem: Problem, result: ForgetResult, cell: Cell, unit: float) -> Row:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from fisher_forget import params as P
-from fisher_forget._util.random_state import preserved_rng
+from fisher_forget._util.isolation import isolated
 from fisher_forget.data import batches
 from fisher_forget.data.split import Indices, some
 from fisher_forget.errors import FisherForgetWarning
@@ -73,7 +73,7 @@ def forget(
         >>> len(result.split.retain)
         37
     """
-    with preserved_rng():
+    with isolated():
         options = merged(options, changes)
         problem = Problem.of(
             model,

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from fisher_forget import params as P
+from fisher_forget._util.isolation import isolated
 from fisher_forget.curvature.operator import Curvature
 from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Split, some
@@ -80,6 +81,7 @@ class NoiseDraw(Calibration):
     norm: float
 
 
+@isolated()
 def draw_noise(
     curvature: Curvature,
     like: Params,
@@ -106,6 +108,7 @@ def draw_noise(
     return P.scale(curvature.power(P.randn_like(like, generator), -exponent), scale)
 
 
+@isolated()
 def calibrate_noise(
     objective: Objective,
     split: Split,
@@ -264,6 +267,7 @@ def largest_scale(
     return 10**low
 
 
+@isolated()
 def noise_step(
     problem: Problem,
     newton: NewtonStep,

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fisher_forget._util import files
 from fisher_forget._util.checks import check_model
-from fisher_forget._util.random_state import preserved_rng
+from fisher_forget._util.isolation import isolated
 from fisher_forget.curvature.arithmetic import without
 from fisher_forget.curvature.kinds import Kind
 from fisher_forget.curvature.operator import Curvature
@@ -111,7 +111,7 @@ class Prepared:
             got = f"the options {fixed} of a request"
             fix = "Leave them out, or prepare the model anew."
             raise ConfigError(got, "those of prepare(), which the stored sums were made with", fix)
-        with preserved_rng():
+        with isolated():
             options = merged(self.options, changes)
             split = self.split.forgetting(forget_idx)
             begun = perf_counter()
@@ -185,7 +185,7 @@ def prepare(
         >>> second.split.forget.tolist()
         [3, 14, 15]
     """
-    with preserved_rng():
+    with isolated():
         options = merged(options, changes)
         check_model(model)
         split = resolve_split(train_loader, [], unpack=unpack, allow_empty=True)

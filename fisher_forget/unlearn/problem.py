@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from fisher_forget._util.checks import check_model
+from fisher_forget._util.isolation import isolated
 from fisher_forget.curvature.estimate import estimate_curvature
 from fisher_forget.curvature.kinds import Kind
 from fisher_forget.curvature.operator import Curvature
@@ -55,6 +56,7 @@ class Problem:
             raise StorageError(got, "sums over the same samples", "Take them anew.")
 
     @classmethod
+    @isolated()
     def of(
         cls,
         model: nn.Module,
@@ -83,6 +85,7 @@ class Problem:
         return cls(objective, split, curvature, sums, options.decay, seconds)
 
     @cached_property
+    @isolated()
     def retained(self) -> Gradient:
         """Sums over the retained samples: all samples' less the forget set's."""
         forgotten = self.objective.gradient(self.split.batches("forget"), self.objective.start)

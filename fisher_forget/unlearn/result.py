@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fisher_forget import params as P
+from fisher_forget._util.isolation import isolated
 from fisher_forget.curvature.operator import Curvature
 from fisher_forget.data.split import Split
 from fisher_forget.unlearn.batch_norm import refresh_statistics
@@ -76,6 +77,7 @@ class ForgetResult:
         """B + (wd + tau) I, which shapes noise of any scale, with the Newton step's damping."""
         return noise_curvature(self.curvature, self.newton, self.weight_decay)[0]
 
+    @isolated()
     def with_noise(self, scale: float, *, seed: int = 0, exponent: float = EXPONENT) -> nn.Module:
         """The Newton-corrected model with another noise draw, from the same curvature.
 
@@ -91,6 +93,7 @@ class ForgetResult:
         refresh_statistics(scrubbed, self.split)
         return scrubbed
 
+    @isolated()
     def information(
         self, scale: float, *, exponent: float = EXPONENT, error: float | None = None
     ) -> float:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fisher_forget._util import files
+from fisher_forget._util.isolation import isolated
 from fisher_forget._util.progress import bar
 from fisher_forget.baselines.retrain import Init, Train
 from fisher_forget.baselines.sisa import partition
@@ -235,6 +236,7 @@ class SISA:
                 counts.append(samples if weighted else 1)
         return Aggregate(members, counts, aggregation).eval()
 
+    @isolated()
     @torch.no_grad()
     def predict(
         self,

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from fisher_forget._util import files
-from fisher_forget._util.random_state import seeded_rng
+from fisher_forget._util.isolation import seeded_rng
 from fisher_forget._util.threads import torch_threads
 from fisher_forget.baselines.retrain import Init, Train
 from fisher_forget.baselines.sisa.partition import Shard

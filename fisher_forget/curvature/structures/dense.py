@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from fisher_forget._util.isolation import full_precision
 from fisher_forget.curvature import cost
 from fisher_forget.curvature.checks import check_undamped
 from fisher_forget.curvature.cost import CostEstimate
@@ -56,6 +57,7 @@ class Dense(Spectral):
         # B_ii = sum_k Q_ik^2 lambda_k
         return unflatten((self.basis.square() * self.spectrum()[KEY]).sum(1), self.like)
 
+    @full_precision()
     def matrix(self) -> Tensor:
         """B + tau I [d, d]."""
         return (self.basis * self.spectrum()[KEY]) @ self.basis.T

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from fisher_forget._util.isolation import full_precision
 from fisher_forget.curvature.checks import check_undamped
 from fisher_forget.curvature.operator import Curvature, Spectral, Stored, not_sums, spectral_fields
 from fisher_forget.curvature.rules import rule_for
@@ -66,6 +67,7 @@ class Kronecker(Spectral):
         m = z[KEY] if self.row is None else self.row @ z[KEY]
         return self.layout.part(m @ self.col.T)
 
+    @full_precision()
     def diagonal(self) -> Params:
         # entry (o, i) is sum_kl Q_row[o,k]^2 Lambda_kl Q_col[i,l]^2
         m = self.spectrum()[KEY]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fisher_forget import params as P
+from fisher_forget._util.isolation import full_precision
 from fisher_forget.curvature import cost
 from fisher_forget.curvature.checks import check_definite, checked_damping
 from fisher_forget.curvature.cost import CostEstimate
@@ -48,6 +49,7 @@ class LowRank(Curvature):
     products: int = 0
     stored_as: ClassVar[str] = "low_rank"
 
+    @full_precision()
     def power(self, v: Mapping[str, Tensor], p: float) -> Params:
         if p < 0:
             smallest = float(self.eigenvalues.min()) if len(self.eigenvalues) else math.inf
@@ -64,6 +66,7 @@ class LowRank(Curvature):
     def damped(self, tau: float) -> Self:
         return replace(self, tau=self.tau + checked_damping(tau))
 
+    @full_precision()
     def diagonal(self) -> Params:
         rest = self.delta if self._rest else 0.0
         entries = self.basis.square() @ (self.eigenvalues - rest) + rest + self.tau

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fisher_forget import params as P
+from fisher_forget._util.isolation import isolated
 from fisher_forget.curvature import cost
 from fisher_forget.curvature.checks import check_definite, checked_damping, needs_definite
 from fisher_forget.curvature.cost import CostEstimate
@@ -69,6 +70,7 @@ class MatrixFree(Curvature):
     seed: int = 0
     known: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
+    @isolated()
     def power(self, v: Mapping[str, Tensor], p: float) -> Params:
         v = {name: v[name] for name in self.like}
         if p == 0:
@@ -85,6 +87,7 @@ class MatrixFree(Curvature):
     def zeros(self) -> Params:
         return P.zeros_like(self.like)
 
+    @isolated()
     def diagonal(self) -> Params:
         if "diagonal" not in self.known:
             flat_product, first = flat(self.product, self.like), P.flatten(self.like)
@@ -98,6 +101,7 @@ class MatrixFree(Curvature):
     def trace(self) -> float:
         return math.fsum(float(x.double().sum()) for x in self.diagonal().values())
 
+    @isolated()
     def logdet(self) -> float:
         if self.signed:
             self._check("logdet")

@@ -27,6 +27,7 @@ from typing import Unpack
 import numpy as np
 
 from fisher_forget import params as P
+from fisher_forget._util.isolation import isolated
 from fisher_forget.data.split import Indices, some
 from fisher_forget.errors import ConfigError, CurvatureError, NumericalError
 from fisher_forget.params import Params
@@ -108,6 +109,7 @@ class NewtonStep:
         return self.accepted[-1].norm / math.sqrt(P.size(self.params))
 
 
+@isolated()
 def newton_step(
     problem: Problem,
     options: ForgetOptions | None = None,

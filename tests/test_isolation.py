@@ -1,0 +1,192 @@
+"""A call gives the same numbers in whatever context it is made, and leaves the context alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import pytest
+import torch
+from conftest import blobs_data, seeded, small_net
+from torch import nn
+
+from fisher_forget import (
+    METHODS,
+    Problem,
+    estimate_curvature,
+    evaluate,
+    forget,
+    newton_step,
+    prepare,
+)
+from fisher_forget._util.isolation import isolated, seeded_rng
+from fisher_forget._util.torch_errors import explained
+from fisher_forget.data.split import resolve_split
+from fisher_forget.errors import CurvatureError, ModelError
+from fisher_forget.evaluate.ensemble import Members, RetrainedEnsemble, predict
+
+DATA = blobs_data()
+PLAIN: dict[str, Any] = {"drift": True, "weight_decay": 0.01}
+
+
+@contextmanager
+def float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+CONTEXTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "inference mode": torch.inference_mode,
+    "no_grad": torch.no_grad,
+    "grad disabled": lambda: torch.set_grad_enabled(False),
+    "meta": lambda: torch.device("meta"),
+    "cpu": lambda: torch.device("cpu"),
+    "float64": float64,
+    "deterministic": deterministic,
+    "anomaly": lambda: torch.autograd.set_detect_anomaly(True),
+}
+
+
+def numbers(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def curved(structure: str) -> Callable[[nn.Module], dict[str, torch.Tensor]]:
+    def call(model: nn.Module) -> dict[str, torch.Tensor]:
+        curvature = estimate_curvature(model, DATA, structure=structure)  # type: ignore[arg-type]
+        ones = {
+            name: torch.full(p.shape, 1.0, dtype=p.dtype, device=p.device)
+            for name, p in model.named_parameters()
+        }
+        return curvature.damped(0.1).power(ones, -1) | curvature.diagonal()
+
+    return call
+
+
+def stepped(model: nn.Module) -> dict[str, torch.Tensor]:
+    problem = Problem.of(model, DATA, [0, 5], **PLAIN)
+    return newton_step(problem, **PLAIN).params
+
+
+def requested(model: nn.Module) -> dict[str, torch.Tensor]:
+    prepared = prepare(model, DATA, progress=False, **PLAIN)
+    return numbers(prepared.forget([0, 5]).model)
+
+
+def noisy(model: nn.Module) -> dict[str, torch.Tensor]:
+    result = forget(model, DATA, [0, 5], progress=False, **PLAIN)
+    return numbers(result.with_noise(0.1))
+
+
+def predicted(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {"outputs": predict(model, resolve_split(DATA, [0, 5]))[0]}
+
+
+PARTS = {name: blobs_data(20, seed=i) for i, name in enumerate(("forget", "retain", "test"))}
+RETRAINED = tuple(seeded(small_net, seed) for seed in range(1, 5))
+ENSEMBLE = RetrainedEnsemble(
+    Members((seeded(small_net),), (0,), (0.0,)),
+    Members(RETRAINED, (1, 2, 3, 4), (0.0,) * 4),
+    resolve_split(PARTS["forget"], [0]).forget,
+)
+
+
+def evaluated(model: nn.Module) -> dict[str, torch.Tensor]:
+    table = evaluate(
+        model, ENSEMBLE, PARTS, metrics=["kl", "loss", "membership_features", "klom_mean"]
+    )
+    values = [row.value for row in table.scores if row.value == row.value]
+    return {"scores": torch.tensor(values, dtype=torch.float64, device="cpu")}
+
+
+def method(name: str) -> Callable[[nn.Module], dict[str, torch.Tensor]]:
+    return lambda model: numbers(METHODS[name]().unlearn(model, resolve_split(DATA, [0, 5])).model)
+
+
+CALLS: dict[str, Callable[[nn.Module], dict[str, torch.Tensor]]] = {
+    **{
+        structure: curved(structure)
+        for structure in ("ekfac", "diagonal", "dense", "low_rank", "matrix_free")
+    },
+    "newton": stepped,
+    "prepare": requested,
+    "noise": noisy,
+    "predict": predicted,
+    "evaluate": evaluated,
+    **{name: method(name) for name in ("golatkar-paper", "ssd", "influence", "ntk", "finetune")},
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("call", CALLS)
+def test_the_same_numbers_in_every_context(call: str, untouched: Any) -> None:
+    expected = CALLS[call](seeded(small_net))
+    for name, context in CONTEXTS.items():
+        model = seeded(small_net)
+        with untouched(model), context():
+            found = CALLS[call](model)
+        for key, value in expected.items():
+            assert torch.equal(found[key], value), (name, key)
+            assert found[key].dtype == value.dtype, (name, key)
+
+
+@pytest.mark.parametrize(
+    "build", [small_net, lambda: nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))]
+)
+def test_models_and_data_made_in_inference_mode(build: Any) -> None:
+    plain = forget(seeded(build), DATA, [0, 5], progress=False, **PLAIN)
+    with torch.inference_mode():
+        model, data = seeded(build), blobs_data()
+    result = forget(model, data, [0, 5], progress=False, **PLAIN)
+    assert result.losses == plain.losses
+    assert not any(x.is_inference() for x in result.model.state_dict().values())
+
+
+def test_the_context_is_as_before() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode(), torch.device("meta"):
+        with isolated():
+            assert not torch.is_autocast_enabled("cpu")
+            assert not torch.is_inference_mode_enabled()
+            assert torch.is_grad_enabled()
+            assert torch.zeros(1).device.type == "cpu"
+        assert torch.is_autocast_enabled("cpu")
+        assert torch.is_inference_mode_enabled()
+        assert torch.zeros(1).device.type == "meta"
+    with torch.no_grad(), seeded_rng(0):
+        assert torch.is_grad_enabled()
+
+
+class TestErrorsOfTorch:
+    def test_known_ones_say_what_they_mean(self) -> None:
+        with pytest.raises(ModelError, match="different types"), explained():
+            torch.zeros(2, 2) @ torch.zeros(2, 2, dtype=torch.float64)
+        with pytest.raises(ModelError, match="out of memory"), explained():
+            torch.empty(1 << 60)
+        with pytest.raises(ModelError, match="out of memory"), explained():
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        x = torch.rand(2, 3, requires_grad=True)
+        (once,) = torch.autograd.grad(torch.cdist(x, x, p=3.0).sum(), x, create_graph=True)
+        with pytest.raises(CurvatureError, match="no derivative of its own"), explained():
+            once.sum().backward()
+
+    @pytest.mark.parametrize(
+        "error", [RuntimeError("mine"), KeyError("x"), ValueError("same dtype")]
+    )
+    def test_others_go_through(self, error: Exception) -> None:
+        with pytest.raises(type(error)) as caught, explained():
+            raise error
+        assert caught.value is error
