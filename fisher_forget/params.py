@@ -151,7 +151,7 @@ def pull(outputs: Tensor, leaves: Mapping[str, Tensor], column: Tensor | None = 
             outputs, wanted, column, retain_graph=True, allow_unused=True
         )
     except RuntimeError as error:
-        if "Checkpointing is not compatible" not in str(error):
+        if "use_reentrant=True" not in str(error):
             raise
         # torch's reentrant checkpoints know nothing but backward()
         for leaf in wanted:

@@ -175,7 +175,7 @@ class Rows:
                 f"at most {most_rows(memory):,} rows within memory={memory}",
                 "Raise `memory`, or give the method fewer samples.",
             )
-        numbers = self._rows(self.tape.run(first), first).numbers()
+        numbers = self.tape.settled(lambda: self._rows(self.tape.run(first), first)).numbers()
         size = numbers * P.flatten(self.like).element_size()  # bytes of a row
         step = max(1, memory // (ALIVE * self.per_sample * size))
         self._blocks = [part[i : i + step] for part in parts for i in range(0, len(part), step)]
@@ -197,9 +197,13 @@ class Rows:
             return self._held[1]
         self._held = None  # frees its memory before the next one is made
         batch = self._batch(index)
-        record = self.tape.run(batch)
-        self.likelihood.check(record.outputs.detach(), batch.targets)
-        block = self._rows(record, batch)
+
+        def rows() -> RowBlock:
+            record = self.tape.run(batch)
+            self.likelihood.check(record.outputs.detach(), batch.targets)
+            return self._rows(record, batch)
+
+        block = self.tape.settled(rows)
         self._held = (index, block)
         return block
 

@@ -6,7 +6,7 @@ import glob
 import operator
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, Literal, TypedDict, Unpack, get_args, overload
 
 from torch import nn
@@ -171,8 +171,8 @@ def estimate_curvature(
         return _mixed(tape, split, likelihood, settings, dry_run)
     spec, walk = STRUCTURES[settings.structure], _walk(tape, split, likelihood, settings)
     if dry_run:
-        return spec.cost(walk)
-    curvature, count = spec.estimate(walk)
+        return tape.settled(partial(spec.cost, walk))
+    curvature, count = tape.settled(partial(spec.estimate, walk))
     return replace(curvature, info=Info(count, walk.kind, spec.name))
 
 
@@ -200,8 +200,9 @@ def _mixed(
         single = replace(options, structure=structure, subset=None, basis=basis)
         parts.append((spec, _walk(group, split, likelihood, single)))
     if dry_run:
-        return reduce(operator.add, (spec.cost(walk) for spec, walk in parts))
-    estimates = [spec.estimate(walk) for spec, walk in parts]
+        costs = (walk.tape.settled(partial(spec.cost, walk)) for spec, walk in parts)
+        return reduce(operator.add, costs)
+    estimates = [walk.tape.settled(partial(spec.estimate, walk)) for spec, walk in parts]
     count, kind = estimates[0][1], parts[0][1].kind
     joined = mixed.join(groups, [curvature for curvature, _ in estimates], list(tape.params))
     label = ", ".join(f"{pattern}: {name}" for pattern, name in options.structure.items())

@@ -236,9 +236,15 @@ def squared_gradient_norms(
         return torch.zeros(0, dtype=torch.float64)
     tape.verify(next(split.batches(indices)).on(tape.model))
     # the empirical kind's one column a sample is dl_n/df_n, which back-propagates to dl_n/dw
-    options, total = CurvatureOptions(kind="empirical", memory=memory), _NormSum()
-    Walk(tape, split, indices, likelihood, options).accumulate(total)
-    return torch.cat(total.norms)
+    options = CurvatureOptions(kind="empirical", memory=memory)
+    walk = Walk(tape, split, indices, likelihood, options)
+
+    def norms() -> Tensor:
+        total = _NormSum()
+        walk.accumulate(total)
+        return torch.cat(total.norms)
+
+    return tape.settled(norms)
 
 
 def default_memory(device: torch.device) -> int:

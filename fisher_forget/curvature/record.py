@@ -7,19 +7,19 @@ gradients, or form only what is asked of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from fisher_forget.curvature.fallback import Fallback
 from fisher_forget.curvature.rules.base import PIECE_BYTES, Rule
 from fisher_forget.data.batches import Batch
 from fisher_forget.params import Params
 
 Grads = Sequence[Tensor | None]  # at the output of every recorded layer call
-Functional = Callable[[Batch, Tensor], Params]  # per-sample gradients of <column, outputs>
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,35 @@ class LayerParams:
         return {self.names[local]: x for local, x in gradients.items() if local in self.names}
 
 
+class RulesChanged(Exception):
+    """Some layers are not fed as they were where their rules were verified.
+
+    Args:
+        names: Their parameters, which must move to the fallback.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__()
+        self.names = tuple(names)
+
+
 @dataclass
 class Use:
-    """One call of a layer: its input, and where its output gradient can be read."""
+    """One call of a layer.
+
+    Attributes:
+        layer: The layer.
+        a: Its input, samples first.
+        edge: Where its output gradient can be read; `None` without a graph.
+        rows: Rows that it was fed a sample; `None` if their number is no multiple of the samples'.
+        trusted: Whether its rule was verified for that.
+    """
 
     layer: LayerParams
     a: Tensor
     edge: GradientEdge | None
+    rows: int | None = None
+    trusted: bool = True
 
 
 @dataclass
@@ -53,18 +75,22 @@ class Record:
         batch: The samples.
         outputs: The model's, with their graph.
         uses: The layer calls.
-        functional: Gradients of the parameters without a rule; `None` if there are none.
+        fallback: Gradients of the parameters without a rule; `None` if there are none.
     """
 
     params: Params
     batch: Batch
     outputs: Tensor
     uses: list[Use]
-    functional: Functional | None
+    fallback: Fallback | None
     _groups: list[Group] | None = None
 
     def pull(self, column: Tensor) -> list[Tensor | None]:
-        """Gradients of <column, outputs> at the output of every recorded layer call."""
+        """Gradients of <column, outputs> at the output of every recorded layer call.
+
+        Raises:
+            RulesChanged: If one passes through a call whose rule was not verified.
+        """
         if not self.uses:
             return []
         # gradients stop at the layers' outputs: those of the weights are never formed
@@ -72,13 +98,17 @@ class Record:
         grads = torch.autograd.grad(
             self.outputs, edges, column, retain_graph=True, allow_unused=True
         )
+        for use, g in zip(self.uses, grads, strict=True):
+            if not use.trusted and g is not None and bool(g.any()):
+                raise RulesChanged(use.layer.names.values())
         return [None if g is None else by_sample(g, len(self.batch)) for g in grads]
 
     def without_graph(self) -> Record:
         """The same layer inputs without the graph that holds every activation, for a replay of
         known gradients."""
-        uses = [Use(use.layer, use.a, None) for use in self.uses]
-        return Record(self.params, self.batch, self.outputs.detach(), uses, self.functional)
+        uses = [replace(use, edge=None) for use in self.uses]
+        fallback = None if self.fallback is None else self.fallback.without_graph()
+        return Record(self.params, self.batch, self.outputs.detach(), uses, fallback)
 
     def groups(self) -> list[Group]:
         """Layer calls by shared parameters: per-sample gradients of a tensor add over its uses."""
@@ -96,7 +126,7 @@ class Record:
 
     def stray(self, column: Tensor) -> Params:
         """Per-sample gradients [N, *shape] of the parameters that no rule covers."""
-        return {} if self.functional is None else self.functional(self.batch, column)
+        return {} if self.fallback is None else self.fallback(column)
 
     def per_sample(self, column: Tensor, grads: Grads) -> Params:
         """Every parameter's per-sample gradient of <column, outputs>: [N, *shape]."""
@@ -205,15 +235,28 @@ class Group:
 
     def pieces(self, grads: Grads) -> Iterator[Params]:
         """`per_sample` over runs of samples short enough that the gradients stay in cache."""
+        for rows in self._runs():
+            yield self.per_sample(grads, rows)
+
+    def weighted(self, grads: Grads, weights: Tensor) -> Params:
+        """sum_n c_n M_n for weights c [N] of the samples."""
+        total: Params = {}
+        for rows in self._runs():
+            for name, value in self.per_sample(grads, rows).items():
+                summed = torch.tensordot(weights[rows], value, 1)
+                total[name] = total[name] + summed if name in total else summed
+        return total
+
+    def _runs(self) -> Iterator[slice]:
         row_bytes = 4 * sum(self.record.params[name].numel() for name in self.names)
-        step, total = max(1, PIECE_BYTES // row_bytes), len(self.record.batch)
+        step, total = max(1, PIECE_BYTES // max(row_bytes, 1)), len(self.record.batch)
         for start in range(0, total, step):
-            yield self.per_sample(grads, slice(start, min(start + step, total)))
+            yield slice(start, min(start + step, total))
 
 
 def by_sample(x: Tensor, size: int) -> Tensor:
-    """Give a tensor a leading sample dimension: [B T, ...] becomes [B, T, ...] (checked by the
-    tape's verification)."""
+    """Give a tensor a leading sample dimension: [B T, ...] becomes [B, T, ...]; the tape's
+    verification says whether these are the samples."""
     if x.dim() and len(x) != size and len(x) % size == 0:
         return x.reshape(size, -1, *x.shape[1:])
     return x
@@ -221,4 +264,4 @@ def by_sample(x: Tensor, size: int) -> Tensor:
 
 def _row_squares(x: Tensor) -> Tensor:
     """Sum of squares of each row [N], in float64."""
-    return x.flatten(1).square().sum(1, dtype=torch.float64)
+    return x.reshape(len(x), -1).square().sum(1, dtype=torch.float64)

@@ -148,7 +148,7 @@ class DenseSum(Accumulator):
 
     def add(self, record: Record, column: Tensor, grads: Grads, last: bool) -> None:
         gradients = record.per_sample(column, grads)
-        rows = torch.cat([value.flatten(1) for value in gradients.values()], 1)
+        rows = torch.cat([x.reshape(len(x), -1) for x in gradients.values()], 1)
         # the rows are J_n^T s_n, one a sample: their outer products add up in one matrix product
         self.sums.addmm_(rows.T, rows)
 
