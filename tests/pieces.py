@@ -227,9 +227,8 @@ class Counting(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
-        out = torch.tanh(self.layer(input=x))
-        self.last = out.detach()
-        return out
+        self.last = torch.tanh(self.layer(input=x))
+        return self.last
 
 
 class Distances(nn.Module):
