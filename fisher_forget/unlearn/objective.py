@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from fisher_forget import params as P
 from fisher_forget.curvature.products import GgnProduct
 from fisher_forget.curvature.tape import Tape
 from fisher_forget.data.batches import Batch
-from fisher_forget.errors import ConfigError, NumericalError
+from fisher_forget.errors import ConfigError, NumericalError, StorageError
 from fisher_forget.likelihood import Likelihood
 from fisher_forget.params import Params
 
@@ -84,6 +85,11 @@ class Objective:
                 got = f"device={device!r}: {error}"
                 raise ConfigError(got, "a device that torch can use", "Try 'cpu'.") from error
         self.start = P.detached(self.tape.params)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        got, expected = "a copy or pickle of an Objective or a Problem", "its result"
+        fix = "Store the ForgetResult, or make the problem anew by Problem.of(...)."
+        raise StorageError(got, expected, fix)
 
     def outputs(self, batch: Batch, at: Mapping[str, Tensor]) -> Tensor:
         """Outputs at given parameters, checked against the targets."""

@@ -29,7 +29,7 @@ from fisher_forget.curvature.operator import Curvature
 from fisher_forget.curvature.storage import load_curvature, save_curvature
 from fisher_forget.data import batches
 from fisher_forget.data.split import Indices, Split, resolve_split
-from fisher_forget.errors import ConfigError
+from fisher_forget.errors import ConfigError, StorageError
 from fisher_forget.likelihood import resolve_likelihood
 from fisher_forget.unlearn.data_sums import DataSums, load_data_sums, save_data_sums, take_data_sums
 from fisher_forget.unlearn.forget import scrub
@@ -75,6 +75,14 @@ class Prepared:
     objective: Objective = field(repr=False)
     log: files.RequestLog | None = field(default=None, repr=False)
     requests: list[list[int]] = field(default_factory=list)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        got, expected = (
+            "a copy or pickle of a Prepared",
+            "one owner of the requests, and of the data",
+        )
+        fix = "Call prepare() with a folder=, which a later call reads with all requests so far."
+        raise StorageError(got, expected, fix)
 
     @property
     def forgotten(self) -> Indices:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import platform
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from fisher_forget import params as P
+from fisher_forget._util.copies import copy_model
 from fisher_forget._util.isolation import isolated
 from fisher_forget.curvature.operator import Curvature
 from fisher_forget.data.split import Split
+from fisher_forget.errors import DataError
 from fisher_forget.unlearn.batch_norm import refresh_statistics
 from fisher_forget.unlearn.newton.step import NewtonStep
 from fisher_forget.unlearn.noise import NoiseDraw, draw_noise, information, noise_curvature
@@ -23,9 +27,35 @@ from fisher_forget.unlearn.noise_target import EXPONENT
 from fisher_forget.unlearn.options import ForgetOptions
 
 
+class NotStored(Dataset[Any]):
+    """In place of the training data, which hold what was to be forgotten, in a stored result.
+
+    Args:
+        size: Number of samples.
+
+    Raises:
+        DataError: Where a sample is asked for.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: Any) -> Any:
+        got = "a result that was loaded from a file, for which training data are needed"
+        expected = "the training data, which no file of a result holds"
+        raise DataError(got, expected, "Do it before the result is stored, or forget again.")
+
+
 @dataclass(frozen=True, repr=False)
 class ForgetResult:
     """A scrubbed model and everything that was done to get it.
+
+    It can be pickled, and saved by `torch.save`, without the training data: what needs them
+    (`with_noise` where there is BatchNorm, a matrix-free curvature's products) raises an error
+    then. A deep copy shares them.
 
     Attributes:
         model: Scrubbed copy, in eval mode, on the given model's device.
@@ -51,6 +81,22 @@ class ForgetResult:
     buffers_refreshed: bool
     seconds: dict[str, float]
     versions: dict[str, str]
+
+    def __getstate__(self) -> dict[str, Any]:
+        split = self.split
+        stored = Split(NotStored(len(split.base)), split.retain, split.forget, split.batch_size)  # type: ignore[arg-type]
+        return vars(self) | {"split": stored}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """All that someone might change; split, curvature and their data are shared."""
+        return replace(
+            self,
+            model=copy_model(self.model),
+            newton=copy.deepcopy(self.newton, memo),
+            noise=copy.deepcopy(self.noise, memo),
+            losses=dict(self.losses),
+            seconds=dict(self.seconds),
+        )
 
     @property
     def structure(self) -> str:

@@ -13,11 +13,14 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 PIECE_BYTES = 2 << 20  # per-sample gradients formed at once; about the size of a core's own cache
 PATCH_BYTES = 16 << 20  # patches formed at once
 LARGEST_SIDE = 8192  # a longer side keeps the standard basis: eigenvectors cost O(side^3)
+
+SETTINGS = (int, float, str, tuple, list, type(None))  # that layers keep as attributes
 
 
 class Rule:
@@ -34,6 +37,9 @@ class Rule:
 
     def __init__(self, module: Any) -> None:
         self.module = module
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"module": _outline(self.module)}
 
     def per_sample(self, a: Tensor, g: Tensor) -> dict[str, Tensor]:
         """Gradients [N, *shape] by local parameter name."""
@@ -59,6 +65,17 @@ class Rule:
             for name, value in self.per_sample(a[rows], g[rows]).items():
                 if name in totals:
                     totals[name] += value.square().sum(0)
+
+
+def _outline(layer: nn.Module) -> nn.Module:
+    """A layer's settings and the shapes of its weights, without their values, hooks and data that
+    forward has stored: what a stored curvature needs of it."""
+    outline = type(layer).__new__(type(layer))
+    numbers = {name: x for name, x in vars(layer).items() if isinstance(x, SETTINGS)}
+    outline.__dict__ = vars(nn.Module()) | numbers
+    for name, p in layer.named_parameters(recurse=False):
+        outline.register_parameter(name, nn.Parameter(torch.empty_like(p, device="meta")))
+    return outline
 
 
 class MatrixRule(Rule):

@@ -27,7 +27,7 @@ from fisher_forget.curvature.solvers import (
     rademacher,
 )
 from fisher_forget.curvature.structures.spec import StructureSpec
-from fisher_forget.errors import NumericalError
+from fisher_forget.errors import CurvatureError, NumericalError
 from fisher_forget.params import Params
 
 SMALL = 512  # parameters up to which diagonal, trace and logdet come from the matrix itself
@@ -69,6 +69,12 @@ class MatrixFree(Curvature):
     probes: int = 64
     seed: int = 0
     known: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"product": _not_stored}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return replace(self, known=dict(self.known))  # nothing else of it ever changes
 
     @isolated()
     def power(self, v: Mapping[str, Tensor], p: float) -> Params:
@@ -219,6 +225,14 @@ class MatrixFree(Curvature):
             "Use more damping, a preconditioner=, or "
             "dataclasses.replace(curvature, iterations=..., tolerance=...).",
         )
+
+
+def _not_stored(v: Mapping[str, Tensor]) -> Params:
+    """In place of the product, in a pickle."""
+    got = "a product with a matrix-free curvature that was loaded from a file"
+    expected = "the training data, which no file of it holds"
+    fix = "Estimate it again, or use structure='ekfac', which is stored whole."
+    raise CurvatureError(got, expected, fix)
 
 
 def _estimate(walk: Walk) -> tuple[Curvature, float]:
