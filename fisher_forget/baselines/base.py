@@ -6,6 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Self
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fisher_forget import params as P
 from fisher_forget._util.checks import check_model
+from fisher_forget._util.copies import copy_model
 from fisher_forget._util.isolation import isolated
 from fisher_forget.baselines.protocol import Grid, Unlearned
 from fisher_forget.baselines.training_loop import (
@@ -31,6 +33,7 @@ from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import NumericalError
 from fisher_forget.likelihood import Likelihood, resolve_likelihood
 from fisher_forget.params import Params
+from fisher_forget.unlearn.batch_norm import foreign_statistics, norm_layers, still_given
 
 PricedWeights = tuple[Params, float]  # the new weights, and the sample gradients that they cost
 
@@ -128,9 +131,9 @@ class TrainingMethod(Method):
         """How to descend."""
         return Descent(self.epochs, self.lr, optimizer="adam")
 
-    def start(self, model: nn.Module) -> nn.Module:
+    def start(self, training: Training) -> nn.Module:
         """Where the training starts: the given model, by default."""
-        return model
+        return training.model
 
     def mask(self, training: Training) -> Params | None:
         """0 for weights that stay where they are, 1 for others; by default all move."""
@@ -139,7 +142,9 @@ class TrainingMethod(Method):
     def scrub(self, model: nn.Module, split: Split) -> tuple[nn.Module, float]:
         training = Training(model, split, resolve_likelihood(self.likelihood), self.batch_size)
         mask, losses = self.mask(training), self.losses(training)
-        trained = descend(self.start(model), self.descent(), losses, seed=self.seed, mask=mask)
+        start = self.start(training)
+        kept = still_given(training.foreign, start, model)
+        trained = descend(start, self.descent(), losses, seed=self.seed, mask=mask, kept=kept)
         for p, given in zip(trained.parameters(), model.parameters(), strict=True):
             p.requires_grad_(given.requires_grad)  # `start` may have frozen more
         return trained, training.gradients
@@ -194,6 +199,13 @@ class Training:
         self.model, self.split, self.likelihood = model, split, likelihood
         self.batch_size = batch_size
         self._thirds = 0  # whole numbers: a sum of thirds would be rounded
+
+    @cached_property
+    def foreign(self) -> tuple[str, ...]:
+        """Norm layers of the given model whose running statistics this data did not set."""
+        if not norm_layers(self.model):
+            return ()
+        return foreign_statistics(copy_model(self.model).eval(), self.split)
 
     @property
     def gradients(self) -> float:

@@ -9,7 +9,8 @@ Goel et al. 2022 (arXiv:2201.06640): with k = L these are fine-tuning and retrai
 costs less and keeps what the first layers know of D_f. The learning rate and epochs are those of
 Kurmanji et al. 2023 (arXiv:2302.09880). A layer is a module that holds weights of two or more
 dimensions, with the norms that follow it; the order is the one in which the model's `__init__`
-names them. BatchNorm statistics are estimated on D_r in all layers, fixed or not.
+names them. BatchNorm statistics are estimated on D_r in all layers,
+fixed or not, but for those that this data never set.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import ClassVar
 from torch import nn
 
 from fisher_forget._util.copies import copy_model
+from fisher_forget.baselines.base import Training
 from fisher_forget.baselines.finetune import FineTune
 from fisher_forget.baselines.protocol import Grid
 from fisher_forget.baselines.retrain import Init, fresh
@@ -48,9 +50,12 @@ class CFk(FineTune):
         super().__post_init__()
         require(self, at_least={"k": 1})
 
-    def start(self, model: nn.Module) -> nn.Module:
-        twin = copy_model(model)
-        last = [twin.get_submodule(name) for name in last_layers(model, self.k)]
+    def start(self, training: Training) -> nn.Module:
+        return self.fixed(copy_model(training.model))
+
+    def fixed(self, twin: nn.Module) -> nn.Module:
+        """The same model, whose last layers alone may move."""
+        last = [twin.get_submodule(name) for name in last_layers(twin, self.k)]
         moving = {id(p) for module in last for p in module.parameters(recurse=False)}
         for p in twin.parameters():
             p.requires_grad_(p.requires_grad and id(p) in moving)
@@ -72,8 +77,9 @@ class EUk(CFk):
 
     init: Init | None = None
 
-    def start(self, model: nn.Module) -> nn.Module:
-        return super().start(fresh(model, self.seed, self.init, last_layers(model, self.k)))
+    def start(self, training: Training) -> nn.Module:
+        model = training.model
+        return self.fixed(fresh(model, self.seed, self.init, last_layers(model, self.k)))
 
 
 def last_layers(model: nn.Module, k: int) -> tuple[str, ...]:

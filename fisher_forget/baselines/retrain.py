@@ -19,10 +19,13 @@ from torch.utils.data import Dataset
 from fisher_forget import params as P
 from fisher_forget._util.copies import copy_model
 from fisher_forget._util.isolation import seeded_rng
+from fisher_forget.baselines.base import Training
 from fisher_forget.baselines.finetune import FineTune
 from fisher_forget.baselines.protocol import Grid
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import ConfigError, ModelError
+from fisher_forget.likelihood import resolve_likelihood
+from fisher_forget.unlearn.batch_norm import norm_layers
 
 # (fresh model, data set, indices of the samples to train on, seed) -> trained model
 Train = Callable[[nn.Module, Dataset[Any], Indices, int], nn.Module]
@@ -54,13 +57,15 @@ class Retrain(FineTune):
     batch_size: int = 64
     weight_decay: float = 5e-4
 
-    def start(self, model: nn.Module) -> nn.Module:
-        return fresh(model, self.seed, self.init)
+    def start(self, training: Training) -> nn.Module:
+        return fresh(training.model, self.seed, self.init, foreign=training.foreign)
 
     def scrub(self, model: nn.Module, split: Split) -> tuple[nn.Module, float]:
         if self.train is None:
             return super().scrub(model, split)
-        retrained = self.train(self.start(model), split.base, split.retain.copy(), self.seed)
+        training = Training(model, split, resolve_likelihood(self.likelihood), self.batch_size)
+        start = self.start(training)
+        retrained = self.train(start, split.base, split.retain.copy(), self.seed)
         if not isinstance(retrained, nn.Module):
             got = f"train to return {type(retrained).__name__}"
             raise ConfigError(got, "the trained model", "Return the model at the end of train.")
@@ -68,17 +73,23 @@ class Retrain(FineTune):
 
 
 def fresh(
-    model: nn.Module, seed: int, init: Init | None = None, only: Collection[str] | None = None
+    model: nn.Module,
+    seed: int,
+    init: Init | None = None,
+    only: Collection[str] | None = None,
+    foreign: Collection[str] | None = None,
 ) -> nn.Module:
     """A copy of the model with the trainable parameters, and statistics, of an untrained one.
 
-    Parameters without `requires_grad` (a frozen backbone) keep their values.
+    Parameters without `requires_grad` (a frozen backbone) keep their values, and so do the running
+    statistics of layers without others, unless it is known that this data set them.
 
     Args:
         model: Untouched.
         seed: Of the draw.
         init: Makes an untrained model; `None` calls the modules' own `reset_parameters`.
         only: Names of the modules whose own parameters and buffers are drawn anew; `None`: all.
+        foreign: Names of the norm layers whose statistics this data did not set; `None`: unknown.
 
     Raises:
         ModelError: If a module with trainable parameters of its own has no `reset_parameters`.
@@ -86,7 +97,11 @@ def fresh(
     """
     twin = copy_model(model)
     frozen = P.detached({name: p for name, p in twin.named_parameters() if not p.requires_grad})
-    modules = {name: m for name, m in twin.named_modules() if only is None or name in only}
+    modules = {
+        name: module
+        for name, module in twin.named_modules()
+        if (only is None or name in only) and not _stays(module, name in (foreign or ()))
+    }
     with seeded_rng(seed), torch.no_grad():
         if init is None:
             # in the order in which `__init__` names them, which is mostly that of their first draw
@@ -98,13 +113,15 @@ def fresh(
         parameters = dict(twin.named_parameters())
         for name, value in frozen.items():
             parameters[name].copy_(value)
+    if foreign is not None:
+        for name, layer in norm_layers(twin).items():
+            if name not in modules and name not in foreign:
+                layer.reset_running_stats()
     return twin
 
 
 def _reset(name: str, module: nn.Module) -> None:
     parameters = list(module.parameters(recurse=False))
-    if _frozen(module):
-        return
     reset = getattr(module, "reset_parameters", None)
     if reset is None and parameters:
         reset = getattr(module, "_reset_parameters", None)  # torch's attention layers
@@ -117,17 +134,18 @@ def _reset(name: str, module: nn.Module) -> None:
         raise ModelError(got, "modules that can draw their parameters anew", fix)
 
 
-def _frozen(module: nn.Module) -> bool:
-    """Whether the module has parameters of its own, none of which may move."""
+def _stays(module: nn.Module, foreign: bool) -> bool:
+    """Whether the module has parameters of its own, none of which may move, or has none and holds
+    foreign statistics."""
     parameters = list(module.parameters(recurse=False))
-    return bool(parameters) and not any(p.requires_grad for p in parameters)
+    return not any(p.requires_grad for p in parameters) if parameters else foreign
 
 
 def _copy_from(untrained: nn.Module, modules: dict[str, nn.Module]) -> None:
     """Parameters and buffers of the modules, from the modules of the same names."""
     sources = dict(untrained.named_modules()) if isinstance(untrained, nn.Module) else {}
     for name, module in modules.items():
-        for kind in () if _frozen(module) else ("_parameters", "_buffers"):
+        for kind in ("_parameters", "_buffers"):
             for key, value in getattr(module, kind).items():
                 if value is None:
                     continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Real
@@ -20,6 +20,7 @@ from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import ConfigError, NumericalError
 from fisher_forget.likelihood import Likelihood
+from fisher_forget.unlearn.batch_norm import train_mode
 
 Loss = Callable[[nn.Module], Tensor]  # scalar to be minimised by one step
 # (number of the epoch, generator) -> the losses of its steps
@@ -54,6 +55,7 @@ def descend(
     *,
     seed: int,
     mask: Mapping[str, Tensor] | None = None,
+    kept: Collection[str] = (),
 ) -> nn.Module:
     """Minimise the losses step by step on a copy of the model, which is returned in eval mode.
 
@@ -64,11 +66,12 @@ def descend(
         seed: Of the generator, and of dropout; the global random states are put back at the end.
         mask: Multiplies the gradients, weight decay included, name by name, so that a weight of
             mask 0 stays where it is; a parameter that it does not name moves freely.
+        kept: Norm layers that keep their running statistics, and normalise by them.
 
     Raises:
         NumericalError: If a loss or a weight leaves the finite numbers.
     """
-    twin = copy_model(model).train()
+    twin = train_mode(copy_model(model), kept)
     weights = P.trainable(twin)
     optimizer = _optimizer(list(weights.values()), settings, masked=mask is not None)
     rng = np.random.default_rng(seed)

@@ -89,6 +89,7 @@ class Unsir(Method):
 
     def scrub(self, model: nn.Module, split: Split) -> tuple[nn.Module, float]:
         training = Training(model, split, resolve_likelihood(self.likelihood), self.batch_size)
+        foreign = training.foreign
         kept = some(split.retain, max(1, round(self.share * len(split.retain))), self.seed)
         noise = self.noise(training) if len(split.forget) else None
         noises = 0 if noise is None else self.noises
@@ -102,9 +103,11 @@ class Unsir(Method):
         repair = training.over(kept, training.mean_loss)
         settings = Descent(self.impair_epochs, self.impair_lr, optimizer="adam")
         # a new optimizer, and another order of the samples, for each phase
-        impaired = descend(model, settings, impair, seed=self.seed)
+        impaired = descend(model, settings, impair, seed=self.seed, kept=foreign)
         settings = Descent(self.repair_epochs, self.repair_lr, optimizer="adam")
-        return descend(impaired, settings, repair, seed=self.seed + 1), training.gradients
+        seed = self.seed + 1
+        repaired = descend(impaired, settings, repair, seed=seed, kept=foreign)
+        return repaired, training.gradients
 
     def noise(self, training: Training) -> Batch:
         """Noise inputs [noises, ...] and the targets they are to be as wrong for as they can.

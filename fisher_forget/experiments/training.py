@@ -20,8 +20,10 @@ from fisher_forget._util.copies import copy_model
 from fisher_forget._util.isolation import seeded_rng
 from fisher_forget.data.batches import Batch, make_batch
 from fisher_forget.data.samples import KeywordDataset
+from fisher_forget.data.split import Split
 from fisher_forget.errors import ConfigError, DataError, NumericalError
 from fisher_forget.params import call, finite, trainable
+from fisher_forget.unlearn.batch_norm import frozen_statistics, train_mode
 
 MAX_SHIFT = 4  # pixels, for 32-pixel images (He et al. 2016, section 4.2)
 
@@ -103,7 +105,8 @@ def train(
     two calls give the same bits; the given model and the global random state stay as they are.
 
     Args:
-        model: Any module; parameters without `requires_grad` stay frozen.
+        model: Any module; parameters without `requires_grad` stay frozen, and so do the running
+            statistics of a frozen norm layer that other data set.
         data: Inputs [N, ...], or several by name in a `KeywordDataset`, and targets [N, ...].
         settings: See `TrainSettings`.
         seed: Of everything random.
@@ -123,7 +126,9 @@ def train(
     kind = likelihoods.resolve_likelihood(likelihood)
     rows = _rows(indices, len(data))
     _check_inputs(data, settings)
-    twin = copy_model(model).train()
+    twin = copy_model(model).eval()
+    samples = Split(data, np.unique(rows.numpy()), np.zeros(0, np.int64), settings.batch_size)
+    train_mode(twin, frozen_statistics(twin, samples))
     if settings.channels_last:
         twin = _laid_out(twin, torch.channels_last)
     weights = list(trainable(twin).values())

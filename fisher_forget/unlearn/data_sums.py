@@ -19,9 +19,10 @@ from fisher_forget._util.progress import bar
 from fisher_forget.curvature.passes import squared_gradient_norms
 from fisher_forget.data.split import Indices, Split, some
 from fisher_forget.errors import StorageError
+from fisher_forget.unlearn.batch_norm import foreign_statistics
 from fisher_forget.unlearn.objective import Gradient, Objective
 
-FORMAT = "4"
+FORMAT = "5"
 NORM_SAMPLES = 1000  # whose gradient norms give the sampling variance of the mean gradient
 
 
@@ -35,6 +36,7 @@ class DataSums:
         spread: tr H_n of each, in that order: where the output curvature is.
         norm_samples: Indices of some of them, drawn at random, sorted.
         squared_norms: |grad l_n|^2 of those, in that order: [len(norm_samples)].
+        foreign: Norm layers whose running statistics these samples did not set.
     """
 
     total: Gradient
@@ -42,6 +44,7 @@ class DataSums:
     spread: Tensor
     norm_samples: Indices
     squared_norms: Tensor
+    foreign: tuple[str, ...] = ()
 
     def spread_of(self, indices: Indices) -> Tensor:
         """tr H_n of some of the samples: [len(indices)]."""
@@ -63,7 +66,7 @@ class DataSums:
 def take_data_sums(
     objective: Objective, split: Split, *, seed: int = 0, progress: bool = False
 ) -> DataSums:
-    """One pass over the data, forward and backward.
+    """One pass over the data, forward and backward, and a short one for running statistics.
 
     Args:
         objective: Losses at the original parameters.
@@ -80,7 +83,8 @@ def take_data_sums(
     total = objective.gradient(batches, objective.start, spread)
     few = some(samples, NORM_SAMPLES, seed)
     norms = squared_gradient_norms(objective.tape, split, few, objective.likelihood)
-    return DataSums(total, samples, torch.cat(spread), few, norms)
+    foreign = foreign_statistics(objective.model, split)
+    return DataSums(total, samples, torch.cat(spread), few, norms, foreign)
 
 
 def save_data_sums(path: str | Path, sums: DataSums, fingerprint: str) -> None:
@@ -97,7 +101,7 @@ def save_data_sums(path: str | Path, sums: DataSums, fingerprint: str) -> None:
         "norm_samples": torch.from_numpy(sums.norm_samples),
         "squared_norms": sums.squared_norms,
     }
-    numbers = {"loss": sums.total.loss, "count": sums.total.count}
+    numbers = {"loss": sums.total.loss, "count": sums.total.count, "foreign": sums.foreign}
     notes = {"format": FORMAT, "fingerprint": fingerprint, "numbers": json.dumps(numbers)}
     files.save_tensors(path, tensors, notes)
 
@@ -122,4 +126,5 @@ def load_data_sums(path: str | Path, objective: Objective, fingerprint: str) -> 
         spread=tensors["spread"],
         norm_samples=tensors["norm_samples"].numpy(),
         squared_norms=tensors["squared_norms"],
+        foreign=tuple(numbers["foreign"]),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +14,21 @@ from torch.utils.data import DataLoader, Dataset
 from fisher_forget import params as P
 from fisher_forget._util.isolation import isolated
 from fisher_forget.data import batches
-from fisher_forget.data.split import Indices, some
+from fisher_forget.data.split import Indices, Part, some
 from fisher_forget.errors import FisherForgetWarning
-from fisher_forget.unlearn.batch_norm import refresh_statistics
+from fisher_forget.params import Params
+from fisher_forget.unlearn.batch_norm import norm_layers, refresh_statistics
 from fisher_forget.unlearn.newton.step import NewtonStep, newton_step
 from fisher_forget.unlearn.noise import noise_step
 from fisher_forget.unlearn.options import ForgetKeywords, ForgetOptions, merged
 from fisher_forget.unlearn.problem import Problem
-from fisher_forget.unlearn.result import ForgetResult, versions
+from fisher_forget.unlearn.result import ForgetResult, NormStatistics, versions
 
 LOSS_SAMPLES = 2000  # of each part, for the losses before and after
-PARTS: tuple[Literal["retain", "forget"], ...] = ("retain", "forget")
+# Rise of the retained loss by recomputed statistics, nats and share, above which a warning says so:
+# the budget of a Newton step
+RISE, RISE_SHARE = 0.01, 0.1
+PARTS: tuple[Part, ...] = ("retain", "forget")
 
 
 def forget(
@@ -115,8 +119,7 @@ def scrub(
     scrubbed = P.load(model, final).eval()
     home = next(scrubbed.parameters()).device
     scrubbed.to(next(iter(objective.start.values())).device)
-    refreshed = refresh_statistics(scrubbed, split)
-    losses = _losses(problem, scrubbed, options.seed)
+    statistics, losses = _refresh(problem, scrubbed, options)
     return ForgetResult(
         model=scrubbed.to(home),
         split=split,
@@ -125,7 +128,7 @@ def scrub(
         newton=newton,
         noise=drawn,
         losses=losses,
-        buffers_refreshed=refreshed,
+        statistics=statistics,
         seconds=problem.seconds
         | {"newton": newton.seconds, "noise": noised - clock}
         | {"check": time.perf_counter() - noised},
@@ -133,16 +136,42 @@ def scrub(
     )
 
 
+def _refresh(
+    problem: Problem, scrubbed: nn.Module, options: ForgetOptions
+) -> tuple[NormStatistics, dict[str, float]]:
+    """Recompute running statistics of the scrubbed model as the options say, in place; and the
+    losses after that."""
+    layers = tuple(norm_layers(scrubbed))
+    kept = {"auto": problem.sums.foreign, "refresh": (), "keep": layers}[options.batch_norm]
+    if set(kept) >= set(layers):
+        return NormStatistics(kept=layers), _losses(problem, scrubbed, options.seed)
+    given = _loss(problem, "retain", scrubbed, options.seed)
+    refreshed = refresh_statistics(scrubbed, problem.split, kept)
+    losses = _losses(problem, scrubbed, options.seed)
+    others = tuple(name for name in layers if name not in refreshed)
+    statistics = NormStatistics(refreshed, others, losses["retain_after"] - given)
+    if statistics.rise > max(RISE, RISE_SHARE * given):
+        _warn_of_rise(statistics, losses["retain_after"])
+    return statistics, losses
+
+
 def _losses(problem: Problem, scrubbed: nn.Module, seed: int) -> dict[str, float]:
     """Mean loss of samples of each part, before and after, nats."""
-    objective, split = problem.objective, problem.split
-    after = dict(scrubbed.named_parameters()) | dict(scrubbed.named_buffers())
     losses = {}
     for part in PARTS:
-        samples = some(split.indices(part), LOSS_SAMPLES, seed)
-        losses[f"{part}_before"] = objective.mean_loss(split.batches(samples), objective.start)
-        losses[f"{part}_after"] = objective.mean_loss(split.batches(samples), after)
+        losses[f"{part}_before"] = _loss(problem, part, None, seed)
+        losses[f"{part}_after"] = _loss(problem, part, scrubbed, seed)
     return losses
+
+
+def _loss(problem: Problem, part: Part, scrubbed: nn.Module | None, seed: int) -> float:
+    """Mean loss of samples of a part, nats, of the scrubbed model or the original."""
+    objective, split = problem.objective, problem.split
+    at: Params = objective.start
+    if scrubbed is not None:
+        at = dict(scrubbed.named_parameters()) | dict(scrubbed.named_buffers())
+    samples = some(split.indices(part), LOSS_SAMPLES, seed)
+    return objective.mean_loss(split.batches(samples), at)
 
 
 def _warn_of_drift(newton: NewtonStep) -> None:
@@ -157,4 +186,15 @@ def _warn_of_drift(newton: NewtonStep) -> None:
         f"so {moves}. Train it to the end, or check that weight_decay is the one used in training.",
         FisherForgetWarning,
         stacklevel=4,
+    )
+
+
+def _warn_of_rise(statistics: NormStatistics, loss: float) -> None:
+    warnings.warn(
+        f"Recomputing the statistics of {len(statistics.refreshed)} BatchNorm layers on the "
+        f"retained data raised the retained loss by {statistics.rise:.3g} nats, to {loss:.3g}. "
+        "batch_norm='keep' leaves them as given, which is right where this data did not set them "
+        "(a frozen backbone); statistics that it set hold the forgotten samples, too.",
+        FisherForgetWarning,
+        stacklevel=5,
     )

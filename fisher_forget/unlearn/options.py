@@ -20,6 +20,7 @@ from fisher_forget.likelihood import Likelihood, resolve_likelihood
 from fisher_forget.unlearn.noise_target import EXPONENT, NoiseTarget
 
 Solver = Literal["auto", "cg", "direct"]
+BatchNorm = Literal["auto", "refresh", "keep"]
 PRECONDITIONER_SAMPLES = 2000  # that a curvature is estimated on which only preconditions
 
 NUMBER = "a finite number of at least 0"
@@ -61,6 +62,9 @@ class ForgetOptions:
             reach, which is by default ("auto") that the retained loss rises by max(0.0002 nats,
             0.2 % of it); `None` adds none.
         exponent: p.
+        batch_norm: Running statistics of BatchNorm layers: "refresh" recomputes them on the
+            retained data, "keep" leaves them as given; "auto" recomputes those that this data set,
+            and keeps the others (those of a frozen backbone).
 
     Raises:
         ConfigError: For the first option that is out of range or of a wrong type.
@@ -81,6 +85,7 @@ class ForgetOptions:
     budget: float | None = None
     noise: float | Literal["auto"] | NoiseTarget | None = "auto"
     exponent: float = EXPONENT
+    batch_norm: BatchNorm = "auto"
 
     def __post_init__(self) -> None:
         likelihood = resolve_likelihood(self.likelihood)
@@ -90,6 +95,7 @@ class ForgetOptions:
         in_time = steps != "auto" or damping == "auto" or not is_number(damping) or damping > 0
         good_noise = noise in (None, "auto") or isinstance(noise, NoiseTarget) or is_number(noise)
         good_drift = self.drift == "auto" or isinstance(self.drift, bool)
+        norms = ("auto", "refresh", "keep")
         good_budget = self.budget is None or self.budget == math.inf or is_number(self.budget)
         for name, good, expected in (
             ("weight_decay", self.weight_decay is None or is_number(self.weight_decay), NUMBER),
@@ -103,6 +109,7 @@ class ForgetOptions:
             ("budget", good_budget, "nats of at least 0, or None"),
             ("noise", good_noise, f"{NUMBER}, 'auto', a NoiseTarget or None"),
             ("exponent", is_number(self.exponent), NUMBER),
+            ("batch_norm", self.batch_norm in norms, "'auto', 'refresh' or 'keep'"),
             ("seed", is_whole(self.seed, 0), f"{WHOLE} 0"),
         ):
             if not good:
@@ -183,6 +190,7 @@ class ForgetKeywords(TypedDict, total=False):
     budget: float | None
     noise: float | Literal["auto"] | NoiseTarget | None
     exponent: float
+    batch_norm: BatchNorm
 
 
 def merged(options: ForgetOptions | None, changes: ForgetKeywords) -> ForgetOptions:

@@ -108,7 +108,7 @@ class Prepared:
             forget_idx: Distinct indices into the training data set.
             progress: Show progress bars.
             **changes: Options of this request: `steps`, `damping`, `solver`, `drift`, `budget`,
-                `noise` and `exponent` of `ForgetOptions`.
+                `noise`, `exponent` and `batch_norm` of `ForgetOptions`.
 
         Raises:
             SplitError: If the indices are out of range, or nothing would be left.
@@ -168,8 +168,8 @@ def prepare(
     Args:
         model: As for `forget`.
         train_loader: Loader over all training data.
-        options: As for `forget`; `steps`, `damping`, `solver`, `drift`, `budget`, `noise` and
-            `exponent` are the defaults of the requests.
+        options: As for `forget`; `steps`, `damping`, `solver`, `drift`, `budget`, `noise`,
+            `exponent` and `batch_norm` are the defaults of the requests.
         unpack: Function from a batch to (inputs, targets).
         folder: Keep everything here: made at the first call; a later call with the same model, data
             and options reads it, with all requests so far. A call that was killed goes on where it

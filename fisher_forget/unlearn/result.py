@@ -49,6 +49,21 @@ class NotStored(Dataset[Any]):
         raise DataError(got, expected, "Do it before the result is stored, or forget again.")
 
 
+@dataclass(frozen=True)
+class NormStatistics:
+    """What became of the running statistics of BatchNorm and InstanceNorm layers.
+
+    Attributes:
+        refreshed: Names of the layers whose statistics were recomputed on the retained data.
+        kept: Names of the other layers with statistics, which are as given.
+        rise: By how much the recomputing raised the retained loss, nats.
+    """
+
+    refreshed: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    rise: float = 0.0
+
+
 @dataclass(frozen=True, repr=False)
 class ForgetResult:
     """A scrubbed model and everything that was done to get it.
@@ -66,7 +81,7 @@ class ForgetResult:
         noise: The noise drawn, or `None`.
         losses: Mean loss in nats, of 2,000 samples of each part at most: retain_before,
             retain_after, forget_before, forget_after.
-        buffers_refreshed: Whether BatchNorm statistics were recomputed on the retained data.
+        statistics: Which layers' running statistics were recomputed on the retained data.
         seconds: Wall time of each stage.
         versions: Of this package, torch and Python.
     """
@@ -78,7 +93,7 @@ class ForgetResult:
     newton: NewtonStep
     noise: NoiseDraw | None
     losses: dict[str, float]
-    buffers_refreshed: bool
+    statistics: NormStatistics
     seconds: dict[str, float]
     versions: dict[str, str]
 
@@ -110,6 +125,11 @@ class ForgetResult:
         return "given" if self.curvature.info is None else self.curvature.info.kind
 
     @property
+    def buffers_refreshed(self) -> bool:
+        """Whether statistics of any layer were recomputed on the retained data."""
+        return bool(self.statistics.refreshed)
+
+    @property
     def weight_decay(self) -> float:
         """wd of the training objective."""
         return self.options.decay
@@ -136,7 +156,8 @@ class ForgetResult:
         at = self.newton.params
         drawn = draw_noise(self.noise_curvature(), at, scale, generator, exponent)
         scrubbed = P.load(self.model, P.add(at, drawn)).eval()
-        refresh_statistics(scrubbed, self.split)
+        if self.statistics.refreshed:
+            refresh_statistics(scrubbed, self.split, self.statistics.kept)
         return scrubbed
 
     @isolated()
@@ -164,8 +185,8 @@ class ForgetResult:
             *self._newton_lines(),
             *self._noise_lines(),
         ]
-        if self.buffers_refreshed:
-            lines.append("  buffers    BatchNorm statistics recomputed on the retained data")
+        if self.statistics.refreshed or self.statistics.kept:
+            lines.append(f"  buffers    {self._buffers()}")
         return "\n".join(
             [
                 *lines,
@@ -177,6 +198,18 @@ class ForgetResult:
         )
 
     __repr__ = __str__  # its fields hold whole models
+
+    def _buffers(self) -> str:
+        refreshed, kept = len(self.statistics.refreshed), len(self.statistics.kept)
+        why = ": this data did not set them" if self.options.batch_norm == "auto" else ""
+        if not refreshed:
+            return f"BatchNorm statistics kept as given{why}"
+        if not kept:
+            return "BatchNorm statistics recomputed on the retained data"
+        return (
+            f"BatchNorm statistics of {refreshed} layers recomputed on the retained data, "
+            f"of {kept} kept as given{why}"
+        )
 
     def _newton_lines(self) -> Iterator[str]:
         n = self.newton
@@ -246,6 +279,7 @@ class ForgetResult:
             "noise": noise,
             "losses": self.losses,
             "buffers_refreshed": self.buffers_refreshed,
+            "batch_norm": asdict(self.statistics),
             "seconds": self.seconds,
             "seed": self.seed,
             "versions": self.versions,

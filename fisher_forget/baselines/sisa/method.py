@@ -12,12 +12,14 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
+from fisher_forget._util.copies import copy_model
 from fisher_forget.baselines.base import Method
 from fisher_forget.baselines.retrain import Init, Train, fresh
 from fisher_forget.baselines.sisa.aggregate import Aggregate
 from fisher_forget.baselines.sisa.ensemble import SISA
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import ConfigError
+from fisher_forget.unlearn.batch_norm import foreign_statistics
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,9 @@ class Sharded(Method):
                 "no train", "the function that trains a shard", "Pass train=, see `SISA`."
             )
         members = np.sort(split.indices("all"))
+        foreign = foreign_statistics(copy_model(model).eval(), split)
         ensemble = SISA(
-            partial(_build, model, self.init),
+            partial(_build, model, self.init, foreign),
             partial(_train, self.train, split.base, members),
             shards=self.shards,
             slices=self.slices,
@@ -78,8 +81,9 @@ class Sharded(Method):
         return Aggregate(members, [1] * self.shards)
 
 
-def _build(model: nn.Module, init: Init | None) -> nn.Module:
-    return fresh(model, torch.initial_seed(), init)  # SISA sets the global seed, shard by shard
+def _build(model: nn.Module, init: Init | None, foreign: tuple[str, ...]) -> nn.Module:
+    # SISA sets the global seed, shard by shard
+    return fresh(model, torch.initial_seed(), init, foreign=foreign)
 
 
 def _train(
