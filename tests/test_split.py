@@ -1,8 +1,6 @@
-"""Who is retained and who is forgotten, and what a batch is."""
+"""Who is retained and who is forgotten."""
 
 from __future__ import annotations
-
-from collections import UserDict
 
 import numpy as np
 import pytest
@@ -18,9 +16,8 @@ from torch.utils.data import (
     default_collate,
 )
 
-from fisher_forget.data.batches import TARGET_KEYS, Batch, default_unpack, make_batch
 from fisher_forget.data.split import Split, resolve_split
-from fisher_forget.errors import DataError, SplitError
+from fisher_forget.errors import SplitError
 
 N = 23
 X, Y = torch.arange(2.0 * N).view(N, 2), torch.arange(N)  # a sample's target is its index
@@ -76,19 +73,24 @@ class TestResolve:
         forget = yielded[:2]
         assert resolve_split(loader, forget).retain.tolist() == yielded[2:]
 
-    def test_repeated_members_count_once(self):
-        assert resolve_split(Subset(BASE, [4, 4, 2, 9, 2]), [9]).retain.tolist() == [2, 4]
-
     def test_a_bare_data_set(self):
         split = resolve_split(BASE, [0])
-        assert (split.batch_size, split.collate, split.workers) == (256, default_collate, 0)
+        assert split.batch_size == 256
+        assert split.reader.settings == {"collate_fn": default_collate, "num_workers": 0}
 
     def test_what_is_taken_from_the_loader(self):
-        collate = lambda samples: default_collate(samples)  # noqa: E731
-        split = resolve_split(
-            DataLoader(BASE, batch_size=4, collate_fn=collate, num_workers=2), [0]
-        )
-        assert (split.batch_size, split.collate, split.workers) == (4, collate, 2)
+        kept = {"collate_fn": lambda x: default_collate(x), "num_workers": 2}
+        kept |= {"worker_init_fn": print, "prefetch_factor": 3, "timeout": 7}
+        kept |= {"multiprocessing_context": torch.multiprocessing.get_context("spawn")}
+        split = resolve_split(DataLoader(BASE, batch_size=4, **kept), [0])
+        assert split.batch_size == 4
+        assert split.reader.settings.items() >= kept.items()
+
+    def test_a_split_is_read_as_it_was(self):
+        given = resolve_split(DataLoader(Subset(BASE, range(9)), batch_size=3), [1])
+        split = resolve_split(given, [2, 15])
+        assert split.retain.tolist() == [0, 1, 3, 4, 5, 6, 7, 8]
+        assert (split.batch_size, split.reader) == (3, given.reader)
 
     def test_control_run(self):
         split = resolve_split(BASE, [], allow_empty=True)
@@ -160,171 +162,3 @@ class TestBatchesOfASplit:
         fewer = split.subset(np.array([0, 1]))
         assert seen(fewer, "retain") == [0, 1]
         assert seen(fewer, "forget") == [3, 11, 20]
-
-
-class Arrays(Dataset):
-    """Large NumPy samples with one entry that a test changes."""
-
-    def __init__(self, value):
-        self.value = value
-
-    def __len__(self):
-        return N
-
-    def __getitem__(self, index):
-        image = np.zeros(5000)
-        image[2500] = self.value
-        return image, index
-
-
-class TestFingerprint:
-    def test_says_the_same_twice(self):
-        assert (
-            resolve_split(BASE, [1, 2]).fingerprint()
-            == resolve_split(DataLoader(BASE, batch_size=3), [2, 1]).fingerprint()
-        )
-        assert (
-            resolve_split(BASE, [1, 2]).fingerprint()
-            == resolve_split(Plain(), [1, 2]).fingerprint()
-        )
-
-    @pytest.mark.parametrize(
-        "other",
-        [
-            resolve_split(BASE, [1, 3]),
-            resolve_split(BASE, [1]),
-            resolve_split(BASE, [1, 2, 3]),
-            resolve_split(Subset(BASE, range(N - 1)), [1, 2]),
-            resolve_split(TensorDataset(X + 1e-6, Y), [1, 2]),
-            resolve_split(TensorDataset(X, Y.flip(0)), [1, 2]),
-            resolve_split(TensorDataset(X.double(), Y), [1, 2]),
-        ],
-    )
-    def test_changes_with_the_split_and_the_data(self, other):
-        assert other.fingerprint() != resolve_split(BASE, [1, 2]).fingerprint()
-
-    def test_swapped_roles(self):
-        a, b = np.array([0, 1]), np.array([2, 3])
-        assert Split(BASE, a, b).fingerprint() != Split(BASE, b, a).fingerprint()
-
-    def test_equal_samples_are_told_apart(self):
-        alike = TensorDataset(torch.ones(6, 2), torch.ones(6))
-        kept = np.array([0, 1])
-        assert (
-            Split(alike, kept, np.array([2])).fingerprint()
-            != Split(alike, kept, np.array([3])).fingerprint()
-        )
-
-    def test_any_single_sample_of_a_small_data_set(self):
-        small = TensorDataset(X[:16], Y[:16])
-        before = resolve_split(small, [0]).fingerprint()
-        for row in range(16):
-            changed = X[:16].clone()
-            changed[row, 1] += 1
-            assert resolve_split(TensorDataset(changed, Y[:16]), [0]).fingerprint() != before
-
-    def test_the_middle_of_large_arrays(self):
-        assert (
-            resolve_split(Arrays(1.0), [0]).fingerprint()
-            != resolve_split(Arrays(2.0), [0]).fingerprint()
-        )
-        assert (
-            resolve_split(Arrays(1.0), [0]).fingerprint()
-            == resolve_split(Arrays(1.0), [0]).fingerprint()
-        )
-
-
-class TestUnpack:
-    @pytest.mark.parametrize("kind", [tuple, list])
-    def test_sequences(self, kind):
-        assert default_unpack(kind(["inputs", "targets"])) == ("inputs", "targets")
-        assert default_unpack(kind(["inputs", "targets", "weights", 3])) == ("inputs", "targets")
-
-    @pytest.mark.parametrize("key", TARGET_KEYS)
-    @pytest.mark.parametrize("kind", [dict, UserDict])
-    def test_dicts(self, key, kind):
-        assert default_unpack(kind({key: "targets", "pixels": "inputs"})) == ("inputs", "targets")
-        inputs, targets = default_unpack(kind({"ids": 1, key: "targets", "mask": 2}))
-        assert (inputs, targets) == ({"ids": 1, "mask": 2}, "targets")
-
-    def test_the_first_key_wins(self):
-        assert default_unpack({"y": 1, "labels": 2, "x": 3}) == ({"y": 1, "x": 3}, 2)
-
-    @pytest.mark.parametrize("batch", [torch.zeros(3), (X,), [], {"x": X}, {}, "text", None])
-    def test_refused(self, batch):
-        with pytest.raises(DataError, match="unpack"):
-            default_unpack(batch)
-
-
-class TestMakeBatch:
-    def test_layouts(self):
-        batch = make_batch((X, Y))
-        assert (len(batch), len(batch.args), batch.kwargs) == (N, 1, {})
-        batch = make_batch(((X, X + 1), Y))
-        assert len(batch.args) == 2
-        batch = make_batch({"ids": X, "mask": X, "labels": Y})
-        assert (batch.args, sorted(batch.kwargs)) == ((), ["ids", "mask"])
-        assert make_batch(X, lambda x: (x, x[:, 0])).targets.tolist() == X[:, 0].tolist()
-
-    def test_targets(self):
-        assert make_batch((X, Y.tolist())).targets.dtype == torch.int64
-        assert make_batch((X, Y.numpy())).targets.tolist() == list(range(N))
-        assert make_batch((X[:1], 3)).targets.tolist() == [3]
-        for dtype in (torch.int32, torch.uint8, torch.bool, torch.int16):
-            assert make_batch((X, Y.to(dtype))).targets.dtype == torch.int64
-        for dtype in (torch.float32, torch.float64):
-            assert make_batch((X, Y.to(dtype))).targets.dtype == dtype
-
-    @pytest.mark.parametrize(
-        ("raw", "unpack", "word"),
-        [
-            ((X, Y[:-1]), None, "as many targets as inputs"),
-            (("text", Y), None, "as many targets as inputs"),
-            ((X, ["a"] * N), None, "not numbers"),
-            ((X, None), None, "not numbers"),
-            ((X, Y), lambda raw: raw[2], "IndexError"),
-            ((X, Y), lambda raw: 3, "TypeError"),
-        ],
-    )
-    def test_refused(self, raw, unpack, word):
-        with pytest.raises(DataError, match=word) as caught:
-            make_batch(raw, unpack)
-        assert caught.value.fix
-
-
-class TestBatch:
-    @pytest.fixture
-    def batch(self):
-        """Two inputs, one of them nested, a constant that does not lead with the batch, and a
-        flag."""
-        return Batch(
-            (X, {"deep": [X + 1]}),
-            {"table": torch.zeros(4, 2), "scale": torch.tensor(2.0), "flag": True},
-            Y,
-        )
-
-    @pytest.mark.parametrize("size", [1, 4, N, 100])
-    def test_chunks_put_together_are_the_batch(self, batch, size):
-        pieces = list(batch.chunks(size))
-        assert [len(piece) for piece in pieces] == [size] * (N // size) + [N % size] * (
-            N % size > 0
-        )
-        assert torch.equal(torch.cat([p.targets for p in pieces]), Y)
-        assert torch.equal(torch.cat([p.args[0] for p in pieces]), X)
-        assert torch.equal(torch.cat([p.args[1]["deep"][0] for p in pieces]), X + 1)
-        for piece in pieces:
-            assert piece.kwargs["table"].shape == (4, 2)
-            assert piece.kwargs["scale"] == 2
-            assert piece.kwargs["flag"] is True
-
-    def test_take(self, batch):
-        taken = batch.take(slice(3, 9, 2))
-        assert taken.targets.tolist() == [3, 5, 7]
-        assert torch.equal(taken.args[0], X[3:9:2])
-        assert taken.kwargs["table"].shape == (4, 2)
-
-    def test_on_a_model_takes_its_type(self, batch):
-        moved = batch.on(torch.nn.Linear(2, 2).double())
-        assert moved.args[0].dtype == moved.args[1]["deep"][0].dtype == torch.float64
-        assert moved.targets.dtype == torch.int64
-        assert batch.args[0].dtype == torch.float32

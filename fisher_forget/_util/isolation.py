@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 import torch
 
+from fisher_forget._util.calls import one_call
 from fisher_forget._util.torch_errors import explained
 
 AUTOCAST = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia")  # devices that autocast knows
@@ -37,6 +38,7 @@ def isolated() -> Iterator[None]:
     try:
         with ExitStack() as stack:
             stack.enter_context(explained())
+            stack.enter_context(one_call())
             stack.enter_context(torch.random.fork_rng(devices))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
-from torch.utils.data import DataLoader, Subset
 
 from fisher_forget._util.checks import check_model
 from fisher_forget._util.copies import copy_model
@@ -25,14 +23,8 @@ class FisherForget(ForgetOptions, Method):
 
     def scrub(self, model: nn.Module, split: Split) -> tuple[nn.Module, float]:
         check_model(model)
-        loader: DataLoader[Any] = DataLoader(
-            Subset(split.base, split.indices("all").tolist()),
-            batch_size=split.batch_size,
-            collate_fn=split.collate,
-            num_workers=split.workers,
-        )
         twin, work = metered(model)
-        result = forget(twin, loader, split.forget, self, unpack=split.unpack, progress=False)
+        result = forget(twin, split, split.forget, self, progress=False)
         clean = copy_model(model)  # without the meter
         clean.load_state_dict(result.model.state_dict())
         clean.zero_grad(set_to_none=True)

@@ -23,7 +23,7 @@ Two ways to H^-1 v:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -149,7 +149,7 @@ class Lissa(DirectMethod):
         ridge = self.damping + self.weight_decay
         for _ in range(self.steps):
             sample_idx = some(split.retain, size, rng)
-            batch = next(replace(split, batch_size=size).batches(sample_idx)).on(objective.model)
+            batch = next(split.read([sample_idx])).on(objective.model)
             # h <- v + h - (H_batch + gamma I) h / s, which ends at s (H + gamma I)^-1 v
             curved = P.add(self._product(objective, batch, h), h, ridge)
             h = P.add(P.add(v, h), curved, -1 / self.scale)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -190,7 +190,7 @@ class Rows:
 
     def _batch(self, index: int) -> Batch:
         rows = self._blocks[index]
-        return next(replace(self.split, batch_size=len(rows)).batches(rows)).on(self.tape.model)
+        return next(self.split.read([rows])).on(self.tape.model)
 
     def _block(self, index: int) -> RowBlock:
         if self._held is not None and self._held[0] == index:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from numbers import Real
 from typing import Literal
@@ -125,10 +125,9 @@ def numbered(
     """As `shuffled`, with the index of every sample of the batch."""
     order = rng.permutation(samples)
     # as many batches as are needed, then as even as they get: no small last batch
-    for rows in np.array_split(order, max(1, -(-len(order) // batch_size))):
-        if len(rows):
-            for batch in replace(split, batch_size=len(rows)).batches(rows):
-                yield rows, batch
+    parts = np.array_split(order, max(1, -(-len(order) // batch_size)))
+    plan = [rows for rows in parts if len(rows)]
+    yield from zip(plan, split.read(plan), strict=True)
 
 
 def each(batches: Iterable[Batch], loss: Callable[[nn.Module, Batch], Tensor]) -> Iterator[Loss]:

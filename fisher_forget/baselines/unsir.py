@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -116,7 +116,7 @@ class Unsir(Method):
         """
         rows = np.random.default_rng(self.seed).choice(training.split.forget, self.noises)
         twin = copy_model(training.model).eval().requires_grad_(False)
-        batch = next(replace(training.split, batch_size=len(rows)).batches(rows)).on(twin)
+        batch = next(training.split.read([rows])).on(twin)
         batch, leaves = _drawn(batch, torch.Generator().manual_seed(self.seed))
         if not leaves:
             got = f"{self.name} for inputs without a floating-point tensor"
@@ -137,8 +137,8 @@ def _drawn(batch: Batch, generator: torch.Generator) -> tuple[Batch, list[Tensor
     """The batch with N(0, I) for its floating-point inputs, and these, which need gradients."""
     inputs, structure = pytree.tree_flatten((batch.args, batch.kwargs))
     leaves = []
-    for i, x in enumerate(inputs):
-        if _leads(x, len(batch)) and x.is_floating_point():
+    for i, (x, dim) in enumerate(zip(inputs, pytree.tree_leaves(batch.dims()), strict=True)):
+        if dim == 0 and x.is_floating_point():
             noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)
             inputs[i] = noise.to(x.device).requires_grad_()
             leaves.append(inputs[i])
@@ -151,37 +151,26 @@ def _mixed_loss(training: Training, noise: Batch | None, rows: Indices, model: n
     is the first)."""
     parts = []
     if noise is not None and (rows < 0).any():
-        parts.append(_rows(noise, -1 - rows[rows < 0]))
+        parts.append(noise.take(torch.from_numpy(-1 - rows[rows < 0])))
     if (rows >= 0).any():
         retained = rows[rows >= 0]
-        batches = replace(training.split, batch_size=len(retained)).batches(retained)
-        parts.append(next(batches).on(model))
+        parts.append(next(training.split.read([retained])).on(model))
     return training.mean_loss(model, parts[0] if len(parts) == 1 else _joined(*parts))
-
-
-def _rows(batch: Batch, rows: Indices) -> Batch:
-    total, at = len(batch), torch.from_numpy(rows)
-    return batch.map(lambda x: x[at.to(x.device)] if _leads(x, total) else x)
-
-
-def _leads(x: Any, total: int) -> bool:
-    """Whether this is a tensor whose first dimension counts samples."""
-    return isinstance(x, Tensor) and x.dim() > 0 and len(x) == total
 
 
 def _joined(first: Batch, second: Batch) -> Batch:
     """One batch of both; tensors that do not lead with the batch are those of the first."""
-    a, structure = pytree.tree_flatten((first.args, first.kwargs, first.targets))
-    b = pytree.tree_leaves((second.args, second.kwargs, second.targets))
-
-    def join(x: Any, y: Any) -> Any:
-        return torch.cat([x, y]) if _leads(x, len(first)) and _leads(y, len(second)) else x
-
+    a, structure = pytree.tree_flatten((first.args, first.kwargs))
+    b, dims = (pytree.tree_leaves(x) for x in ((second.args, second.kwargs), first.dims()))
     try:
-        joined = [join(x, y) for x, y in zip(a, b, strict=True)]
+        joined = [
+            x if dim is None else torch.cat([x, y]) for x, y, dim in zip(a, b, dims, strict=True)
+        ]
+        targets = torch.cat([first.targets, second.targets])
     except (RuntimeError, ValueError) as error:
         got = f"unsir for batches whose samples differ in shape ({error})"
         expected = "samples of one shape, so that noise and retained ones fit in a batch"
         fix = "Pad all samples to one length, or choose another method."
         raise ConfigError(got, expected, fix) from error
-    return Batch(*pytree.tree_unflatten(joined, structure))
+    args, kwargs = pytree.tree_unflatten(joined, structure)
+    return Batch(args, kwargs, targets, first.dims())

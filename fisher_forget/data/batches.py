@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -14,26 +16,38 @@ from fisher_forget.errors import DataError
 
 TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 Unpack = Callable[[Any], tuple[Any, Any]]
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword, of one forward call
+# Input, by its path within args and kwargs -> whether it has a row for every sample
+Layout = Mapping[str, bool]
+UNPACK = "Pass unpack=lambda batch: (inputs, targets)."
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Positional and keyword inputs of one forward call, and the targets; every tensor leads with
-    the batch dim."""
+    """Positional and keyword inputs of one forward call, and the targets.
+
+    Attributes:
+        args: Positional inputs.
+        kwargs: Keyword inputs.
+        targets: [B, ...].
+        by_sample: (args, kwargs) with 0 in place of every tensor [B, ...] that leads with the
+            samples, else `None`. Left out, a tensor of B rows is taken for one that does.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     targets: Tensor
+    by_sample: Inputs | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
-        """Apply `fn` to every tensor."""
+        """Apply `fn`, which keeps the samples in their place, to every tensor."""
         args, kwargs, targets = pytree.tree_map_only(
             Tensor, fn, (self.args, self.kwargs, self.targets)
         )
-        return Batch(args, kwargs, targets)
+        return Batch(args, kwargs, targets, self.by_sample)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
         """Move to a device; floating inputs to `dtype`: a float64 model takes float32 data."""
@@ -51,57 +65,111 @@ class Batch:
             yield self.take(slice(start, start + size))
 
     def sample_shapes(self) -> tuple[torch.Size, ...]:
-        """Shapes of one sample's tensors."""
+        """Shapes of one sample's tensors, and of those that all samples share."""
+        inputs, dims = (
+            pytree.tree_leaves(tree) for tree in ((self.args, self.kwargs), self.dims())
+        )
         return tuple(
-            x.shape[1:]
-            for x in pytree.tree_leaves((self.args, self.kwargs))
+            x.shape if dim is None else x.shape[1:]
+            for x, dim in zip(inputs, dims, strict=True)
             if isinstance(x, Tensor)
         )
 
-    def dims(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def dims(self) -> Inputs:
         """(args, kwargs) with 0 in place of every tensor that leads with the samples, else `None`:
         the `in_dims` of `torch.func.vmap`."""
-        total = len(self)
-        dims: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(
-            lambda x: 0 if isinstance(x, Tensor) and x.dim() and len(x) == total else None,
-            (self.args, self.kwargs),
-        )
-        return dims
+        if self.by_sample is not None:
+            return self.by_sample
+        return _by_sample((self.args, self.kwargs), {}, len(self))
 
-    def take(self, rows: slice) -> Batch:
-        """The samples of a slice; tensors that do not lead with the batch go along whole."""
-        total = len(self)
-        return self.map(lambda x: x[rows] if x.dim() and len(x) == total else x)
+    def take(self, rows: slice | Tensor) -> Batch:
+        """The samples at a slice or at indices; tensors that do not lead with the batch go along
+        whole."""
+        dims = self.dims()
+        args, kwargs = pytree.tree_map(
+            lambda x, dim: x if dim is None else x[rows], (self.args, self.kwargs), dims
+        )
+        return Batch(args, kwargs, self.targets[rows], dims)
 
 
 def default_unpack(batch: Any) -> tuple[Any, Any]:
-    """(inputs, targets) of a tuple, list or dict.
+    """(inputs, targets) of a tuple, list, dict or dataclass.
 
-    A tuple or list gives its first two elements; further ones are ignored. A dict gives its target
-    key (`labels`, `label`, `targets`, `target` or `y`); a single remaining entry is passed to
-    forward by position, several by keyword.
-    """
-    if isinstance(batch, (tuple, list)) and len(batch) >= 2:
-        return batch[0], batch[1]
-    if isinstance(batch, dict) or (hasattr(batch, "keys") and hasattr(batch, "items")):
-        rest = dict(batch.items())
-        keys = [key for key in TARGET_KEYS if key in rest]
-        if keys:
-            targets = rest.pop(keys[0])
-            return (next(iter(rest.values())) if len(rest) == 1 else rest), targets
-        got = f"a dict batch with the keys {sorted(map(str, rest))}"
-        fix = "Pass unpack=lambda batch: (inputs, targets)."
-        raise DataError(got, f"targets under one of {TARGET_KEYS}", fix)
-    got = f"a batch of type {type(batch).__name__}"
-    fix = "Pass unpack=lambda batch: (inputs, targets)."
-    raise DataError(got, "a tuple or list (inputs, targets, ...) or a dict with a target key", fix)
-
-
-def make_batch(raw: Any, unpack: Unpack | None = None) -> Batch:
-    """A `Batch` from what the loader yielded.
+    A tuple or list gives its first two elements. Further ones are ignored, unless they may be the
+    targets: integers, or floats behind floats. A dict, a dataclass or a named tuple gives its
+    target key (`labels`, `label`, `targets`, `target` or `y`); a single remaining entry is passed
+    to forward by position, several by keyword.
 
     Raises:
-        DataError: If inputs or targets cannot be found, or their lengths differ.
+        DataError: If it is something else, or which are the targets is not clear.
+    """
+    entries = _entries(batch)
+    keys = [] if entries is None else [key for key in TARGET_KEYS if key in entries]
+    if entries is not None and keys:
+        targets = entries.pop(keys[0])
+        return (next(iter(entries.values())) if len(entries) == 1 else entries), targets
+    if isinstance(batch, (tuple, list)) and len(batch) >= 2:
+        _check_further(batch)
+        return batch[0], batch[1]
+    if entries is not None:
+        got = f"a batch with the keys {sorted(map(str, entries))}"
+        raise DataError(got, f"targets under one of {TARGET_KEYS}", UNPACK)
+    got = f"a batch of type {type(batch).__name__}"
+    expected = "a tuple or list (inputs, targets) or a dict with a target key"
+    raise DataError(got, expected, UNPACK)
+
+
+def make_batch(
+    raw: Any, unpack: Unpack | None = None, layout: Layout | None = None, size: int | None = None
+) -> Batch:
+    """A `Batch` from what the loader yielded.
+
+    Args:
+        raw: One batch, as the collate function made it.
+        unpack: Takes (inputs, targets) out of it.
+        layout: Which inputs have a row for every sample; by default those that have as many rows
+            as there are targets.
+        size: How many samples it was made of, if that is known.
+
+    Raises:
+        DataError: If inputs or targets cannot be found, or there is not one of each a sample.
+    """
+    inputs, targets = unpacked(raw, unpack)
+    if size is not None and len(targets) != size:
+        raise _uneven(inputs, targets, size)
+    dims = _by_sample(inputs, layout or {}, len(targets))
+    if 0 not in pytree.tree_leaves(dims):
+        raise _uneven(inputs, targets, len(targets))
+    return Batch(*inputs, targets, dims)
+
+
+def layout_of(inputs: Sequence[Inputs], sizes: Sequence[int]) -> Layout:
+    """Which inputs have a row for every sample: those whose rows follow the size of the batch.
+
+    Args:
+        inputs: Of batches of different sizes.
+        sizes: Their numbers of samples.
+    """
+    rows = [
+        {
+            pytree.keystr(path): len(x)
+            for path, x in pytree.tree_leaves_with_path(tree)
+            if _has_rows(x)
+        }
+        for tree in inputs
+    ]
+    everywhere = set.intersection(*map(set, rows))
+    return {
+        path: all(found[path] == size for found, size in zip(rows, sizes, strict=True))
+        for path in everywhere
+    }
+
+
+def unpacked(raw: Any, unpack: Unpack | None = None) -> tuple[Inputs, Tensor]:
+    """Inputs of forward and targets, out of what the loader yielded.
+
+    Raises:
+        DataError: If they cannot be found.
     """
     try:
         inputs, targets = (unpack or default_unpack)(raw)
@@ -111,30 +179,108 @@ def make_batch(raw: Any, unpack: Unpack | None = None) -> Batch:
         got = f"{type(error).__name__} from unpack: {error}"
         fix = "Correct the function given as unpack=."
         raise DataError(got, "unpack(batch) to return (inputs, targets)", fix) from error
+    inputs = plain(inputs)
+    if isinstance(inputs, dict):
+        return ((), inputs), _targets(targets)
+    args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    return (args, {}), _targets(targets)
+
+
+def plain(tree: Any) -> Any:
+    """A tree with tensors in place of arrays, and dicts in place of other mappings and
+    dataclasses."""
+
+    def leaf(x: Any) -> Any:
+        if isinstance(x, np.ndarray) and x.dtype.kind in "biufc":
+            return torch.from_numpy(np.array(x))  # a copy: arrays may be read-only or reversed
+        entries = None if isinstance(x, Tensor) else _entries(x)
+        return x if entries is None else plain(entries)
+
+    return pytree.tree_map(leaf, tree)
+
+
+def _targets(targets: Any) -> Tensor:
+    """Targets [B, ...]; integers become int64."""
     try:
-        targets = torch.as_tensor(targets)
+        tensor = torch.as_tensor(plain(targets))
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(
             f"targets of type {type(targets).__name__} that are not numbers ({error})",
             "a tensor, an array or numbers",
-            "Map the labels to numbers in the data set, or pass "
-            "unpack=lambda batch: (inputs, targets).",
+            "Map the labels to numbers in the data set, turn lists into tensors there (Hugging "
+            "Face's data sets: with_format('torch')), or pass unpack=lambda batch: (inputs, "
+            "targets).",
         ) from error
-    if not (targets.is_floating_point() or targets.is_complex()):
-        targets = targets.long()  # cross-entropy takes no other integers
-    if targets.dim() == 0:
-        targets = targets[None]
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    if hasattr(inputs, "keys") and hasattr(inputs, "items"):
-        kwargs = dict(inputs.items())
-    else:
-        args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-    lengths = {
-        len(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()
-    }
-    if len(targets) not in lengths:
-        got = f"{len(targets)} targets for inputs of length {sorted(lengths)}"
-        fix = "Pass unpack=lambda batch: (inputs, targets)."
-        raise DataError(got, "as many targets as inputs in every batch", fix)
-    return Batch(args, kwargs, targets)
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        tensor = tensor.long()  # cross-entropy takes no other integers
+    return tensor[None] if tensor.dim() == 0 else tensor
+
+
+def _entries(batch: Any) -> dict[Any, Any] | None:
+    """What a mapping, a dataclass or a named tuple holds, by name; `None` for anything else."""
+    if callable(getattr(batch, "keys", None)) and callable(getattr(batch, "items", None)):
+        return dict(batch.items())
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    if isinstance(batch, tuple) and hasattr(batch, "_asdict"):
+        return dict(batch._asdict())
+    return None
+
+
+def _check_further(batch: Sequence[Any]) -> None:
+    """Refuse to guess where a further element may be what the model was trained to predict."""
+    first, second, *further = map(plain, batch)
+    tensors = [x for x in further if isinstance(x, Tensor)]
+    whole = any(not x.is_floating_point() for x in tensors)
+    floats = isinstance(second, Tensor) and second.is_floating_point()
+    if not whole and not (tensors and floats):
+        return
+    shown = [
+        f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
+        if isinstance(x, Tensor)
+        else type(x).__name__
+        for x in (first, second, *further)
+    ]
+    names = ", ".join(f"batch[{i}]" for i in range(len(batch) - 1))
+    raise DataError(
+        f"a batch of {len(batch)} elements: {', '.join(shown)}",
+        "two, inputs and targets, or an unpack= that says which they are",
+        "If the first two are inputs and targets, pass unpack=lambda batch: (batch[0], batch[1]). "
+        f"If the last holds the targets, pass unpack=lambda batch: (({names}), "
+        f"batch[{len(batch) - 1}]).",
+    )
+
+
+def _by_sample(inputs: Inputs, layout: Layout, size: int) -> Inputs:
+    """0 in place of every tensor that leads with the samples, else `None`."""
+
+    def dim(path: pytree.KeyPath, x: Any) -> int | None:
+        if not _has_rows(x):
+            return None
+        name = pytree.keystr(path)
+        leads = layout.get(name, len(x) == size)
+        if leads and len(x) != size:
+            got = f"an input with {len(x)} rows in a batch of {size} samples"
+            fix = "Let the collate function give every sample one row of it in every batch."
+            raise DataError(got, f"{size} rows, as in other batches", fix)
+        return 0 if leads else None
+
+    dims: Inputs = pytree.tree_map_with_path(dim, inputs)
+    return dims
+
+
+def _uneven(inputs: Inputs, targets: Tensor, size: int) -> DataError:
+    """What to say where inputs and targets are not one each of so many samples."""
+    lengths = sorted({len(x) for x in pytree.tree_leaves(inputs) if _has_rows(x)})
+    got = f"{len(targets)} targets for inputs of length {lengths}, of {size} samples"
+    fix = f"The first dimension of each counts samples. {UNPACK}"
+    if len(targets) != size and lengths == [len(targets)]:
+        fix = (
+            "Let the collate function keep every sample once: leave out in the data set what "
+            "cannot be read, and give several views of a sample a dimension behind the first."
+        )
+    return DataError(got, "as many targets as inputs in every batch, one a sample", fix)
+
+
+def _has_rows(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dim() > 0

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from fisher_forget._util.isolation import isolated
 from fisher_forget.data.batches import Unpack
 from fisher_forget.errors import DataError, NumericalError
 from fisher_forget.evaluate.ensemble import predict, whole_splits
@@ -100,6 +101,7 @@ class Reference:
         DataError: If there are fewer than two retrained models.
     """
 
+    @isolated()
     def __init__(
         self,
         original: nn.Module,
@@ -122,6 +124,7 @@ class Reference:
         other.original = self.outputs(original)
         return other
 
+    @isolated()
     def outputs(self, model: nn.Module) -> dict[str, Tensor]:
         """Part -> outputs of a model."""
         return {name: predict(model, split)[0] for name, split in self._splits.items()}

@@ -141,6 +141,7 @@ class RetrainedEnsemble:
         retrained = members(split.retain, seeds, "retrained")
         return cls(originals, retrained, split.forget, folder, fingerprint)
 
+    @isolated()
     def outputs(
         self, parts: Mapping[str, Dataset[Any]], *, unpack: batches.Unpack | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:

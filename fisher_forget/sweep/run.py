@@ -67,6 +67,7 @@ class SweepSettings:
             raise ConfigError(f"jobs={self.jobs}", "at least 1", fix)
 
 
+@isolated()
 def sweep(
     model: nn.Module,
     data: DataLoader[Any] | Dataset[Any],
@@ -126,7 +127,7 @@ def sweep(
     scorer = Scorer.of(reference, settings.ruin)
     split = resolve_split(data, forget_idx, unpack=unpack)
     seed = fixed.get("seed", options.seed)
-    work = _Work(model, data, split, scorer, seed)
+    work = _Work(model, split, scorer, seed)
     for cell in cells:
         if cell.method != OURS:
             work.method(cell)  # refuses what is out of range before any work
@@ -168,14 +169,12 @@ class _Work:
 
     Attributes:
         model: The original.
-        data: As given.
         split: Who is retained and forgotten.
         scorer: Scores models.
         seed: Of curvature and Newton step.
     """
 
     model: nn.Module
-    data: DataLoader[Any] | Dataset[Any]
     split: Split
     scorer: Scorer
     seed: int
@@ -196,7 +195,7 @@ class _Work:
         """Curvature and gradient of a cell."""
         split, options = self.split, self.options(cell)
         with isolated():
-            return Problem.of(self.model, self.data, split.forget, options, unpack=split.unpack)
+            return Problem.of(self.model, split, split.forget, options)
 
     def newton(self, cell: Cell, problem: Problem) -> ForgetResult:
         """Newton step of a cell."""

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from fisher_forget import params as P
 from fisher_forget._util.isolation import isolated
 from fisher_forget.data import batches
-from fisher_forget.data.split import Indices, Part, some
+from fisher_forget.data.split import Indices, Part, Split, some
 from fisher_forget.errors import FisherForgetWarning
 from fisher_forget.params import Params
 from fisher_forget.unlearn.batch_norm import norm_layers, refresh_statistics
@@ -33,7 +33,7 @@ PARTS: tuple[Part, ...] = ("retain", "forget")
 
 def forget(
     model: nn.Module,
-    retain_loader: DataLoader[Any] | Dataset[Any],
+    retain_loader: DataLoader[Any] | Dataset[Any] | Split,
     forget_idx: Sequence[int] | Indices | Tensor | range,
     options: ForgetOptions | None = None,
     *,

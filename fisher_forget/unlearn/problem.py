@@ -60,7 +60,7 @@ class Problem:
     def of(
         cls,
         model: nn.Module,
-        retain_loader: DataLoader[Any] | Dataset[Any],
+        retain_loader: DataLoader[Any] | Dataset[Any] | Split,
         forget_idx: Sequence[int] | Indices | Tensor | range,
         options: ForgetOptions | None = None,
         *,

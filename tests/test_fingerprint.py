@@ -1,0 +1,218 @@
+"""A restart knows its data, whatever the samples are, and no other data."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+
+from fisher_forget.data.split import Split, resolve_split
+
+N = 23
+X, Y = torch.arange(2.0 * N).view(N, 2), torch.arange(N)
+BASE = TensorDataset(X, Y)
+
+
+class Plain(Dataset):
+    """The same samples, but not a TensorDataset."""
+
+    def __len__(self):
+        return N
+
+    def __getitem__(self, index):
+        return X[index], Y[index]
+
+
+class Arrays(Dataset):
+    """Large NumPy samples with one entry that a test changes."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __len__(self):
+        return N
+
+    def __getitem__(self, index):
+        image = np.zeros(5000)
+        image[2500] = self.value
+        return image, index
+
+
+class TestFingerprint:
+    def test_says_the_same_twice(self):
+        assert (
+            resolve_split(BASE, [1, 2]).fingerprint()
+            == resolve_split(DataLoader(BASE, batch_size=3), [2, 1]).fingerprint()
+        )
+        assert (
+            resolve_split(BASE, [1, 2]).fingerprint()
+            == resolve_split(Plain(), [1, 2]).fingerprint()
+        )
+
+    @pytest.mark.parametrize(
+        "other",
+        [
+            resolve_split(BASE, [1, 3]),
+            resolve_split(BASE, [1]),
+            resolve_split(BASE, [1, 2, 3]),
+            resolve_split(Subset(BASE, range(N - 1)), [1, 2]),
+            resolve_split(TensorDataset(X + 1e-6, Y), [1, 2]),
+            resolve_split(TensorDataset(X, Y.flip(0)), [1, 2]),
+            resolve_split(TensorDataset(X.double(), Y), [1, 2]),
+        ],
+    )
+    def test_changes_with_the_split_and_the_data(self, other):
+        assert other.fingerprint() != resolve_split(BASE, [1, 2]).fingerprint()
+
+    def test_swapped_roles(self):
+        a, b = np.array([0, 1]), np.array([2, 3])
+        assert Split(BASE, a, b).fingerprint() != Split(BASE, b, a).fingerprint()
+
+    def test_equal_samples_are_told_apart(self):
+        alike = TensorDataset(torch.ones(6, 2), torch.ones(6))
+        kept = np.array([0, 1])
+        assert (
+            Split(alike, kept, np.array([2])).fingerprint()
+            != Split(alike, kept, np.array([3])).fingerprint()
+        )
+
+    def test_any_single_sample_of_a_small_data_set(self):
+        small = TensorDataset(X[:16], Y[:16])
+        before = resolve_split(small, [0]).fingerprint()
+        for row in range(16):
+            changed = X[:16].clone()
+            changed[row, 1] += 1
+            assert resolve_split(TensorDataset(changed, Y[:16]), [0]).fingerprint() != before
+
+    def test_the_middle_of_large_arrays(self):
+        assert (
+            resolve_split(Arrays(1.0), [0]).fingerprint()
+            != resolve_split(Arrays(2.0), [0]).fingerprint()
+        )
+        assert (
+            resolve_split(Arrays(1.0), [0]).fingerprint()
+            == resolve_split(Arrays(1.0), [0]).fingerprint()
+        )
+
+
+class Record:
+    """A sample that tells nothing of its content; its repr is an address."""
+
+    def __init__(self, value):
+        self.value = value
+
+
+class Made(Dataset):
+    def __init__(self, make):
+        self.make = make
+
+    def __len__(self):
+        return N
+
+    def __getitem__(self, index):
+        return self.make(index)
+
+
+def image(index):
+    return Image.fromarray(np.full((4, 4), index, np.uint8))
+
+
+def stacked(rows):
+    x = torch.stack([torch.tensor(np.array(row[0])).float() for row in rows])
+    return x, torch.tensor([row[1] for row in rows])
+
+
+def unboxed(rows):
+    return torch.tensor([[float(row.value)] for row in rows]), torch.tensor([0] * len(rows))
+
+
+KINDS = {
+    "images, made to tensors in the collate function": (lambda i: (image(i), i), stacked),
+    "objects": (Record, unboxed),
+    "words": (lambda i: {"x": X[i], "name": f"scan {i}", "label": i}, None),
+    "half precision": (lambda i: (X[i].bfloat16(), i), None),
+    "numbers": (lambda i: (X[i], float(i)), None),
+    "arrays of words": (lambda i: (np.array([f"{i}"]), i), list),
+    "images that nothing collates": (lambda i: (image(i), i), None),
+}
+
+
+class TestWhateverSamplesAre:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_known_again(self, kind):
+        make, collate = KINDS[kind]
+
+        def mark(batch_size=5):
+            loader = DataLoader(Made(make), batch_size=batch_size, collate_fn=collate)
+            return resolve_split(loader, [1]).fingerprint()
+
+        assert mark() == mark() == mark(batch_size=2)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_other_samples(self, kind):
+        make, collate = KINDS[kind]
+        few = range(9)
+        marks = [
+            resolve_split(
+                DataLoader(Made(lambda i, s=shift: make(i + s)), collate_fn=collate, sampler=few),
+                [1],
+            ).fingerprint()
+            for shift in (0, 1)
+        ]
+        assert marks[0] != marks[1]
+
+    def test_objects_that_tell_nothing_count_by_type(self):
+        marks = [
+            resolve_split(DataLoader(Made(make), collate_fn=list), [1]).fingerprint()
+            for make in (Record, Record, lambda i: (Record(i), i))
+        ]
+        assert marks[0] == marks[1] != marks[2]
+
+
+AUGMENTED = {
+    "noise": lambda i: (X[i] + torch.rand(2), Y[i]),
+    "flips": lambda i: (X[i].flip(0) if random.random() < 0.5 else X[i], Y[i]),
+    "crops of random size": lambda i: (torch.rand(random.randint(1, 9)), Y[i]),
+    "words": lambda i: {"x": X[i], "id": str(random.random()), "labels": Y[i]},
+}
+
+
+class TestRandomData:
+    @pytest.mark.parametrize("kind", AUGMENTED)
+    def test_what_does_not_change_counts(self, kind):
+        make = AUGMENTED[kind]
+        mark = resolve_split(Made(make), [1]).fingerprint()
+        assert all(resolve_split(Made(make), [1]).fingerprint() == mark for _ in range(5))
+        assert resolve_split(Made(make), [2]).fingerprint() != mark
+
+    def test_targets_still_count(self):
+        one, other = (
+            resolve_split(Made(lambda i, k=k: (torch.rand(2), (i + k) % 3)), [1]).fingerprint()
+            for k in (0, 1)
+        )
+        assert one != other
+
+
+def marks():
+    loaders = [DataLoader(Made(make), collate_fn=collate) for make, collate in KINDS.values()]
+    return [resolve_split(loader, [1]).fingerprint() for loader in loaders]
+
+
+def test_the_same_in_another_process() -> None:
+    code = "from test_fingerprint import marks; print(*marks())"
+    told = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parent,
+    )
+    assert told.stdout.split() == marks()
+    assert len(set(marks())) == len(KINDS)
