@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -198,21 +195,3 @@ class TestRandomData:
             for k in (0, 1)
         )
         assert one != other
-
-
-def marks():
-    loaders = [DataLoader(Made(make), collate_fn=collate) for make, collate in KINDS.values()]
-    return [resolve_split(loader, [1]).fingerprint() for loader in loaders]
-
-
-def test_the_same_in_another_process() -> None:
-    code = "from test_fingerprint import marks; print(*marks())"
-    told = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(__file__).parent,
-    )
-    assert told.stdout.split() == marks()
-    assert len(set(marks())) == len(KINDS)
