@@ -7,7 +7,8 @@ its first name.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -135,6 +136,42 @@ def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> Params:
     """Inverse of `flatten`."""
     pieces = vector.split([x.numel() for x in like.values()])
     return {name: piece.view_as(x) for (name, x), piece in zip(like.items(), pieces, strict=True)}
+
+
+@contextmanager
+def attached(model: nn.Module, at: Mapping[str, Tensor]) -> Iterator[None]:
+    """The model at given weights, through forward and backward: checkpoints recompute with them.
+
+    Its parameters stay the same objects, so that gradients are asked of them, and a graph is right
+    as long as they hold these values: a later backward pass must be within such a context, too.
+    Buffers that forward passes change are as before afterwards.
+
+    Args:
+        model: A private copy.
+        at: Values by the names of its parameters and buffers; the others stay.
+    """
+    moved = [(p, p.data, at[name]) for name, p in model.named_parameters() if name in at]
+    given = {id(b): at[name] for name, b in model.named_buffers() if name in at}
+    slots = [
+        (module._buffers, key, b, b._version)
+        for module in model.modules()
+        for key, b in module._buffers.items()
+        if b is not None
+    ]
+    # graphs may hold the buffers as they are: what changes is replaced, not written back
+    before = {id(b): b.detach().clone() for _, _, b, _ in slots}
+    try:
+        for p, _, value in moved:
+            p.data = value.detach()
+        for buffers, key, b, _ in slots:
+            if id(b) in given:
+                buffers[key] = given[id(b)].detach().clone()
+        yield
+    finally:
+        for p, data, _ in moved:
+            p.data = data
+        for buffers, key, b, version in slots:
+            buffers[key] = b if b._version == version else before[id(b)]
 
 
 def pull(outputs: Tensor, leaves: Mapping[str, Tensor], column: Tensor | None = None) -> Params:

@@ -35,7 +35,14 @@ from fisher_forget.baselines.base import DirectMethod, PricedWeights
 from fisher_forget.baselines.jacobian_rows import MEMORY, Rows
 from fisher_forget.baselines.protocol import Grid
 from fisher_forget.baselines.training_loop import require
-from fisher_forget.curvature.products import GgnChunk, HessianChunk, summed, twice_differentiable
+from fisher_forget.curvature.products import (
+    GgnChunk,
+    HessianChunk,
+    hidden_from_products,
+    refuse_hidden,
+    summed,
+    twice_differentiable,
+)
 from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Split, some
 from fisher_forget.errors import NumericalError
@@ -135,6 +142,9 @@ class Lissa(DirectMethod):
 
     def weights(self, model: nn.Module, split: Split, likelihood: Likelihood) -> PricedWeights:
         objective = Objective(model, likelihood)
+        first = next(split.batches(split.retain)).on(objective.model)
+        hidden = hidden_from_products(objective.model, objective.tape.params, first)
+        refuse_hidden(hidden, "Use 'influence-woodfisher', whose gradients are enough.")
         v = forgotten_pull(objective, split)
         series = [self._series(objective, split, v, repeat) for repeat in range(self.repeats)]
         x = P.map_params(lambda *terms: torch.stack(terms).mean(0), series[0], *series[1:])
@@ -161,17 +171,17 @@ class Lissa(DirectMethod):
 
     def _product(self, objective: Objective, batch: Batch, h: Params) -> Params:
         """H_batch h."""
-        leaves = {name: p.detach().requires_grad_() for name, p in objective.start.items()}
+        live = objective.tape.params
         likelihood, targets = objective.likelihood, batch.targets
         count = float(likelihood.counts(targets).double().sum()) or 1.0
-        with twice_differentiable():
-            outputs = objective.outputs(batch, leaves)
+        with twice_differentiable(objective.model):
+            outputs = objective.outputs(batch)
             at = outputs.detach()
             # H h differentiates the loss twice; the GGN J^T H_out J h only the outputs
             chunk = (
-                HessianChunk(likelihood.losses(outputs, targets).sum(), leaves)
+                HessianChunk(likelihood.losses(outputs, targets).sum(), live)
                 if self.curvature == "hessian"
-                else GgnChunk(outputs, leaves, lambda u: likelihood.hessian_product(at, u, targets))
+                else GgnChunk(outputs, live, lambda u: likelihood.hessian_product(at, u, targets))
             )
             return summed([chunk], h, count)
 

@@ -16,7 +16,6 @@ limit e^-3 does that.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -95,13 +94,9 @@ class Variational(DirectMethod):
         optimizer, rng = torch.optim.Adam(logs.values(), self.lr), np.random.default_rng(self.seed)
         for _ in range(self.epochs):
             for batch in shuffled(split, split.retain, self.batch_size, rng):
-                with torch.enable_grad():
-                    value = self._value(objective, batch.on(objective.model), logs, generator)
-                    grads = torch.autograd.grad(value, list(logs.values()))
-                if not math.isfinite(float(value.detach())):
-                    got = f"the objective {float(value.detach())}"
-                    raise NumericalError(got, "finite losses under noise", "Lower trade_off or lr.")
-                for x, g in zip(logs.values(), grads, strict=True):
+                for x, g in zip(
+                    logs.values(), self._gradient(objective, batch, logs, generator), strict=True
+                ):
                     x.grad = g
                 optimizer.step()
                 with torch.no_grad():
@@ -109,16 +104,25 @@ class Variational(DirectMethod):
                         x.clamp_(max=LIMIT)  # keeps flat directions finite
         return P.detached(logs)
 
-    def _value(
+    def _gradient(
         self, objective: Objective, batch: Batch, logs: Params, generator: torch.Generator
-    ) -> Tensor:
-        """[L(w + n) + L(w - n)] / 2 - lambda ln|Sigma|, with its graph."""
-        pair = _noisy(objective.start, logs, generator)
-        outputs = (objective.outputs(batch, objective.start | noisy) for noisy in pair)
-        above, below = (objective.likelihood.mean_loss(f, batch.targets) for f in outputs)
-        # ln|Sigma| counts a filter's log-variance once for each of its weights
-        spread = [x.sum() * (objective.start[name].numel() / x.numel()) for name, x in logs.items()]
-        return (above + below) / 2 - self.trade_off * torch.stack(spread).sum()
+    ) -> tuple[Tensor, ...]:
+        """d/d log-variances of [L(w + n) + L(w - n)] / 2 - lambda ln|Sigma|."""
+        with torch.enable_grad():
+            pair = _noisy(objective.start, logs, generator)
+            # ln|Sigma| counts a filter's log-variance once for each of its weights
+            each = {name: objective.start[name].numel() / x.numel() for name, x in logs.items()}
+            spread = torch.stack([x.sum() * each[name] for name, x in logs.items()]).sum()
+        ends, pulls = [spread], [spread.new_tensor(-self.trade_off)]
+        for noisy in pair:
+            try:
+                at = objective.gradient([batch], objective.start | P.detached(noisy)).mean()
+            except NumericalError as error:
+                expected = "finite losses under noise"
+                raise NumericalError(error.got, expected, "Lower trade_off or lr.") from error
+            ends += noisy.values()
+            pulls += [at[name] / 2 for name in noisy]
+        return torch.autograd.grad(ends, list(logs.values()), pulls)
 
 
 def _start(w: Tensor) -> Tensor:

@@ -144,8 +144,8 @@ def estimate_curvature(
         ModelError, DataError, NumericalError: If model or data cannot be used; says what to do.
         SplitError: If the part has no samples.
         CurvatureError: If an option is out of range, kind and structure do not go together, a
-            pattern matches nothing or a parameter no pattern, or the structure does not fit the
-            model.
+            pattern matches nothing or a parameter no pattern, the structure does not fit the
+            model, or products are needed and its backward pass can't be differentiated.
 
     Example:
         >>> import torch
@@ -184,7 +184,10 @@ def _walk(tape: Tape, split: Split, likelihood: Likelihood, options: CurvatureOp
     outputs = tape.verify(next(split.batches(options.part)).on(tape.model)).outputs
     columns = likelihood.column_count(outputs)
     kind = kinds.choose(options.kind, 0 if spec.by_products else columns)
-    return Walk(tape, split, options.part, likelihood, replace(options, kind=kind), columns)
+    walk = Walk(tape, split, options.part, likelihood, replace(options, kind=kind), columns)
+    if spec.by_products or kind == "hessian":
+        walk.check_products()
+    return walk
 
 
 def _mixed(

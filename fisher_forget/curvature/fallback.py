@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -29,37 +28,27 @@ class Fallback:
         params: The parameters, by name.
         batch: The samples.
         vectorised: Whether to use vmap.
-
-    Attributes:
-        vectorised: Whether vmap is in use; not after it has failed.
     """
 
     def __init__(self, model: nn.Module, params: Params, batch: Batch, vectorised: bool) -> None:
         self._model, self._params, self._batch = model, params, batch
-        self.vectorised = vectorised
+        self._vectorised = vectorised
         self._columns: Columns | None = None
 
     def __call__(self, column: Tensor) -> Params:
         """Gradients [N, *shape] by name."""
         with torch.enable_grad():
-            if self.vectorised:
+            if self._columns is None and self._vectorised:
                 try:
-                    return self._at_once(column)
+                    self._columns = self._all_at_once()
                 except Exception:  # what vmap traced on other samples, it need not on these
-                    self.vectorised, self._columns = False, None
+                    self._vectorised = False
             self._columns = self._columns or self._one_by_one()
-            return self._columns(column)
-
-    def _at_once(self, column: Tensor) -> Params:
-        with warnings.catch_warnings():
-            # of operations that vmap has no rule for, and loops over: still faster than a loop here
-            warnings.filterwarnings("ignore", "There is a performance drop")
-            self._columns = self._columns or self._all_at_once()
             return self._columns(column)
 
     def without_graph(self) -> Fallback:
         """The same, which makes its forward pass anew."""
-        return Fallback(self._model, self._params, self._batch, self.vectorised)
+        return Fallback(self._model, self._params, self._batch, self._vectorised)
 
     def _all_at_once(self) -> Columns:
         size = len(self._batch)
@@ -79,7 +68,8 @@ class Fallback:
             return P.call(self._model, weights, args, kwargs)[0]
 
         each = torch.func.vmap(single, in_dims=(0, *dims))
-        outputs = each(copies, self._batch.args, self._batch.kwargs)
+        with P.attached(self._model, {}):  # no buffer keeps what was traced
+            outputs = each(copies, self._batch.args, self._batch.kwargs)
 
         def gradients(column: Tensor) -> Params:
             return self._filled(P.pull(outputs, copies, column), size)

@@ -17,7 +17,14 @@ from fisher_forget.curvature import kinds
 from fisher_forget.curvature.kinds import Kind
 from fisher_forget.curvature.operator import Curvature
 from fisher_forget.curvature.options import CurvatureOptions
-from fisher_forget.curvature.products import Chunk, DataProduct, GgnChunk, HessianChunk
+from fisher_forget.curvature.products import (
+    Chunk,
+    DataProduct,
+    GgnChunk,
+    HessianChunk,
+    hidden_from_products,
+    refuse_hidden,
+)
 from fisher_forget.curvature.record import Grads, Record
 from fisher_forget.curvature.tape import Tape
 from fisher_forget.data.batches import Batch
@@ -141,12 +148,22 @@ class Walk:
         count = self.accumulate(total)
         return total.result(count), count
 
+    def check_products(self) -> None:
+        """Refuse a model whose products would be wrong.
+
+        Raises:
+            CurvatureError: If its backward pass can't be differentiated.
+        """
+        hidden = hidden_from_products(self.tape.model, self.tape.params, next(self.batches()))
+        instead = "Use structure='ekfac', 'diagonal' or 'dense' with a kind other than 'hessian'."
+        refuse_hidden(hidden, instead)
+
     def product(self, keep: bool | None = None) -> DataProduct:
         """v -> B v, exact (for a random kind, for its columns); see `DataProduct` about `keep`."""
-        live = self.tape.params
+        model, live = self.tape.model, self.tape.params
 
         def build(batch: Batch, generator: torch.Generator) -> Chunk:
-            outputs = call(self.tape.model, {}, batch.args, batch.kwargs)
+            outputs = call(model, {}, batch.args, batch.kwargs)
             values = outputs.detach()
             self.likelihood.check(values, batch.targets)
             if self.kind == "hessian":
@@ -157,9 +174,9 @@ class Walk:
             return GgnChunk(outputs, live, weight)
 
         return DataProduct(
+            model,
             self.batches,
             build,
-            live,
             self.likelihood,
             samples=len(self.samples),
             memory=self.memory,

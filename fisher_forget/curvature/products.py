@@ -8,24 +8,67 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor, nn
 
 from fisher_forget import params as P
+from fisher_forget.curvature.kernels import TwiceDifferentiable
 from fisher_forget.data.batches import Batch
+from fisher_forget.errors import CurvatureError
 from fisher_forget.likelihood import Likelihood
 from fisher_forget.params import Params
 
 # v -> sum over some samples, keyed by the parameters they use
 Chunk = Callable[[Mapping[str, Tensor]], Params]
 
+PROBED = 4  # samples on which products are compared with plain gradients
+TOLERANCE = 0.01  # of a parameter's share; one that is hidden from double backward misses by 1
+
+
+class Linearised:
+    r"""Products with the Jacobian J of some samples' outputs, on the graph of one forward pass.
+
+    J v comes from differentiating u -> J^T u (Pearlmutter's R-operator by double backward), so it
+    costs about one training pass over the samples and works for every layer that autograd can
+    differentiate twice.
+
+    Args:
+        outputs: The model's, with their graph.
+        live: Its parameters, the leaves of the graph.
+    """
+
+    def __init__(self, outputs: Tensor, live: Params) -> None:
+        self.outputs = outputs
+        self._u = torch.zeros_like(outputs, requires_grad=True)
+        leaves = list(live.values())
+        grads = torch.autograd.grad(outputs, leaves, self._u, create_graph=True, allow_unused=True)
+        pairs = zip(live.items(), grads, strict=True)
+        # a gradient that does not depend on u is zero: that of a rounded value, say
+        self._used = {n: (p, g) for (n, p), g in pairs if g is not None and g.requires_grad}
+
+    def push(self, v: Mapping[str, Tensor]) -> Tensor:
+        """J v, of the outputs' shape; keys that `v` lacks are zero."""
+        names = [name for name in self._used if name in v]
+        if not names:
+            return torch.zeros_like(self._u)
+        grads = [self._used[name][1] for name in names]
+        # J^T u is linear in u, so its derivative with respect to u, against v, is J v
+        (jv,) = torch.autograd.grad(
+            grads,
+            self._u,
+            [v[name] for name in names],
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        return jv
+
+    def pull(self, u: Tensor) -> Params:
+        """J^T u, keyed by the parameters that the samples use."""
+        return P.pull(self.outputs, {name: p for name, (p, _) in self._used.items()}, u)
+
 
 class GgnChunk:
-    r"""v -> sum_n J_n^T H_n J_n v over some samples, on the graph of one forward and backward pass.
-
-    J v comes from differentiating u -> J^T u (Pearlmutter's R-operator by double backward), so each
-    product costs about one training pass over the samples and works for every layer that autograd
-    can differentiate twice.
+    r"""v -> sum_n J_n^T H_n J_n v over some samples.
 
     Args:
         outputs: The model's, with their graph.
@@ -34,22 +77,11 @@ class GgnChunk:
     """
 
     def __init__(self, outputs: Tensor, live: Params, weight: Callable[[Tensor], Tensor]) -> None:
-        self._outputs, self._weight = outputs, weight
-        self._u = torch.zeros_like(outputs, requires_grad=True)
-        leaves = list(live.values())
-        grads = torch.autograd.grad(outputs, leaves, self._u, create_graph=True, allow_unused=True)
-        pairs = zip(live.items(), grads, strict=True)
-        self._used = {name: (p, g) for (name, p), g in pairs if g is not None}
+        self._jacobian, self._weight = Linearised(outputs, live), weight
 
     def __call__(self, v: Mapping[str, Tensor]) -> Params:
         """Keyed by the parameters that the samples use."""
-        leaves, grads = [p for p, _ in self._used.values()], [g for _, g in self._used.values()]
-        # J^T u is linear in u, so its derivative with respect to u, against v, is J v
-        (jv,) = torch.autograd.grad(
-            grads, self._u, [v[name] for name in self._used], retain_graph=True
-        )
-        back = torch.autograd.grad(self._outputs, leaves, self._weight(jv), retain_graph=True)
-        return dict(zip(self._used, back, strict=True))
+        return self._jacobian.pull(self._weight(self._jacobian.push(v)))
 
 
 class HessianChunk:
@@ -81,10 +113,82 @@ class HessianChunk:
 
 
 @contextmanager
-def twice_differentiable() -> Iterator[None]:
-    """Graphs on, without the fused attention kernels, which can't be differentiated twice."""
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+def twice_differentiable(
+    model: nn.Module, at: Mapping[str, Tensor] | None = None
+) -> Iterator[None]:
+    """Graphs on, the model at given weights, and kernels that can be differentiated twice.
+
+    What was built within one of these contexts is used within another, at the same weights.
+    """
+    with torch.enable_grad(), TwiceDifferentiable(), P.attached(model, at or {}):
         yield
+
+
+def hidden_from_products(
+    model: nn.Module, live: Params, batch: Batch, at: Mapping[str, Tensor] | None = None
+) -> str:
+    r"""Why products with J would fail or be wrong; empty where they are right.
+
+    A backward pass that cannot be differentiated raises, or, worse, drops out: then J v lacks what
+    lies below it. With g = J^T u by plain autograd, parameter by parameter, <u, J v> must be
+    <g, v>, and v = g / |g|^2 makes the share of every parameter 1, so that no large one hides a
+    small one.
+
+    Args:
+        model: A private copy.
+        live: The parameters that products are for.
+        batch: Samples; the first few are looked at.
+        at: The weights, by default the model's.
+
+    Raises:
+        ModelError: If the model can't be differentiated even once.
+    """
+    probe = next(batch.chunks(PROBED))
+    with torch.enable_grad(), P.attached(model, at or {}):
+        outputs = P.call(model, {}, probe.args, probe.kwargs)
+        if not outputs.requires_grad:
+            return ""
+        u = P.randn_like({"": outputs}, torch.Generator().manual_seed(0))[""]
+        grads = P.pull(outputs, live, u)
+    if not P.finite(grads):
+        return ""  # the data or the weights are to blame
+    lengths = {name: P.norm({name: g}) for name, g in grads.items()}
+    # of a gradient far below the largest one, rounding is a large part
+    least = torch.finfo(outputs.dtype).eps ** 0.5 * max(lengths.values(), default=0.0)
+    along = {n: g / (lengths[n] * max(lengths[n], least)) for n, g in grads.items() if lengths[n]}
+    shares = {name: lengths[name] / max(lengths[name], least) for name in along}
+
+    try:
+        with twice_differentiable(model, at):
+            jacobian = Linearised(P.call(model, {}, probe.args, probe.kwargs), live)
+
+            def missing(names: Iterable[str]) -> float:
+                names = list(names)
+                pushed = jacobian.push({name: along[name] for name in names})
+                return abs(math.fsum(shares[name] for name in names) - P.dot({"": u}, {"": pushed}))
+
+            if missing(along) <= TOLERANCE:
+                return ""
+            wrong = [name for name in along if not missing([name]) <= TOLERANCE]
+    except Exception as error:  # whatever a backward raises that was never made for this
+        return f"{type(error).__name__}: {error}"
+    if not wrong:  # rounding, which many parameters add up
+        return ""
+    return (
+        f"products with {', '.join(wrong[:4])} miss what a custom backward hides from autograd by "
+        "once_differentiable, detach() or no_grad()"
+    )
+
+
+def refuse_hidden(reason: str, instead: str) -> None:
+    """Refuse products with what `hidden_from_products` found.
+
+    Raises:
+        CurvatureError: If there is a reason.
+    """
+    if reason:
+        got = f"a model whose backward pass can't be differentiated again ({reason})"
+        raise CurvatureError(got, "one that can: products J v are made of that", instead)
 
 
 def summed(chunks: Iterable[Chunk], v: Mapping[str, Tensor], count: float) -> Params:
@@ -101,10 +205,10 @@ class DataProduct:
     """v -> B v over a data set: graphs are kept where all fit the memory, else rebuilt by chunk.
 
     Args:
+        model: A private copy, at the weights that the products are for whenever they are used.
         batches: The same samples at every call, on the model's device.
         build: Makes the chunk of some samples; a random kind draws its columns from the generator,
             the same each time.
-        live: The parameters.
         likelihood: Counts the scored positions.
         samples: How many samples `batches` yields.
         memory: Bytes that graphs may take at a time.
@@ -119,9 +223,9 @@ class DataProduct:
 
     def __init__(
         self,
+        model: nn.Module,
         batches: Callable[[], Iterator[Batch]],
         build: Callable[[Batch, torch.Generator], Chunk],
-        live: Params,
         likelihood: Likelihood,
         *,
         samples: int,
@@ -129,8 +233,8 @@ class DataProduct:
         seed: int = 0,
         keep: bool | None = None,
     ) -> None:
-        self._batches, self._build, self._seed = batches, build, seed
-        self.sample_bytes = self._measure(next(batches()), live)
+        self._model, self._batches, self._build, self._seed = model, batches, build, seed
+        self.sample_bytes = self._measure(next(batches()))
         self._step = max(1, memory // self.sample_bytes)
         self.kept = samples <= self._step if keep is None else keep
         self.nbytes = self.sample_bytes * samples if self.kept else 0
@@ -140,19 +244,22 @@ class DataProduct:
 
     def __call__(self, v: Mapping[str, Tensor]) -> Params:
         """B v."""
-        return summed(self._built() if self._chunks is None else self._chunks, v, self.count)
+        chunks = self._built() if self._chunks is None else self._chunks
+        with twice_differentiable(self._model):
+            return summed(chunks, v, self.count)
 
     def _built(self) -> Iterator[Chunk]:
         generator = torch.Generator().manual_seed(self._seed)
         for batch in self._batches():
             for piece in batch.chunks(self._step):
-                with twice_differentiable():
+                with twice_differentiable(self._model):
                     chunk = self._build(piece, generator)
                 yield chunk
 
-    def _measure(self, batch: Batch, live: Params) -> int:
-        """Bytes that autograd saves for one sample, without the parameters themselves."""
-        weights = {p.untyped_storage().data_ptr() for p in live.values()}
+    def _measure(self, batch: Batch) -> int:
+        """Bytes that autograd saves for one sample, without parameters and buffers themselves."""
+        held = (*self._model.parameters(), *self._model.buffers())
+        weights = {x.untyped_storage().data_ptr() for x in held}
         saved: dict[int, int] = {}
 
         def pack(x: Tensor) -> Tensor:
@@ -163,7 +270,8 @@ class DataProduct:
             return x
 
         single, generator = next(batch.chunks(1)), torch.Generator().manual_seed(0)
-        with twice_differentiable(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        saving = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+        with twice_differentiable(self._model), saving:
             self._build(single, generator)
         return max(sum(saved.values()), 1)
 
@@ -172,8 +280,9 @@ class GgnProduct:
     r"""v -> (1/count) sum_n J_n^T H_n J_n v, exact, with the graphs of all given samples kept.
 
     Args:
-        outputs: The model at the point of expansion.
-        live: Its parameters, the leaves of the graph.
+        model: A private copy.
+        at: The weights of the point of expansion.
+        live: The parameters of the model that the products are for.
         likelihood: Gives H_n.
         batches: The samples.
         count: Divisor: the scored positions of *all* retained data, even for some samples.
@@ -181,20 +290,24 @@ class GgnProduct:
 
     def __init__(
         self,
-        outputs: Callable[[Batch], Tensor],
+        model: nn.Module,
+        at: Mapping[str, Tensor],
         live: Params,
         likelihood: Likelihood,
         batches: Iterable[Batch],
         count: float,
     ) -> None:
         self.count = count
+        self._within = partial(twice_differentiable, model, dict(at))
         self._chunks: list[Chunk] = []
         for batch in batches:
-            with twice_differentiable():
-                out = outputs(batch)
+            with self._within():
+                out = P.call(model, {}, batch.args, batch.kwargs)
+                likelihood.check(out.detach(), batch.targets)
                 weight = partial(likelihood.hessian_product, out.detach(), targets=batch.targets)
                 self._chunks.append(GgnChunk(out, live, weight))
 
     def __call__(self, v: Mapping[str, Tensor]) -> Params:
         """B v."""
-        return summed(self._chunks, v, self.count)
+        with self._within():
+            return summed(self._chunks, v, self.count)

@@ -29,7 +29,12 @@ from fisher_forget import params as P
 from fisher_forget._util.copies import private_copy
 from fisher_forget._util.isolation import isolated
 from fisher_forget.curvature.operator import Curvature
-from fisher_forget.curvature.products import twice_differentiable
+from fisher_forget.curvature.products import (
+    Linearised,
+    hidden_from_products,
+    refuse_hidden,
+    twice_differentiable,
+)
 from fisher_forget.data.batches import Batch
 from fisher_forget.errors import ConfigError, DataError, ModelError
 from fisher_forget.params import Params
@@ -154,6 +159,8 @@ def information_in_outputs(
     Raises:
         ConfigError: If the laws do not share curvature and exponent, or an option is out of range.
         DataError: If there are no samples.
+        CurvatureError: If draws or linearised outputs need a second derivative that the model's
+            backward pass hides.
     """
     _check_shared(law, reference)
     if covariance not in ("full", "diagonal"):
@@ -165,6 +172,9 @@ def information_in_outputs(
     batches = [batch.on(twin) for batch in queries]
     if not batches:
         raise DataError("queries without samples", "at least one sample", "Choose another part.")
+    if draws is not None or linearised:
+        hidden = hidden_from_products(twin, _live(twin, law), batches[0], law.mean)
+        refuse_hidden(hidden, "Pass draws=None and linearised=False.")
     shifts = [_shift(twin, law, reference, batch, linearised) for batch in batches]
     if draws is None:
         grams = [_exact(twin, law, batch) for batch in batches]
@@ -193,18 +203,15 @@ def _spread(law: NoiseLaw, reference: NoiseLaw) -> float:
 
 def _exact(model: nn.Module, law: NoiseLaw, batch: Batch) -> Tensor:
     """J K J^T of each sample [B, c, c], float64, as M M^T with the rows (B + tau I)^-p J_k of M."""
-    leaves = {name: p.detach().clone().requires_grad_() for name, p in law.mean.items()}
-    grams = []
+    live, grams = _live(model, law), []
     for sample in batch.chunks(1):
-        with torch.enable_grad():
-            outputs = P.call(model, leaves, sample.args, sample.kwargs).reshape(-1)
-        rows = []
-        for output in outputs:
-            weights = list(leaves.values())
-            grads = torch.autograd.grad(output, weights, retain_graph=True, materialize_grads=True)
-            row = law.curvature.power(dict(zip(leaves, grads, strict=True)), -law.exponent)
-            rows.append(P.flatten(row).double())
-        root = torch.stack(rows)
+        with torch.enable_grad(), P.attached(model, law.mean):
+            outputs = P.call(model, {}, sample.args, sample.kwargs).reshape(-1)
+            pulled = [P.pull(output, live) for output in outputs]
+        # a parameter that an output does not use has a gradient of zero
+        rows = [P.zeros_like(law.mean) | gradient for gradient in pulled]
+        powered = [law.curvature.power(row, -law.exponent) for row in rows]
+        root = torch.stack([P.flatten(row).double() for row in powered])
         grams.append(root @ root.T)
     return torch.stack(grams)
 
@@ -224,20 +231,16 @@ def _sampled(
 
 
 def _pushed(model: nn.Module, law: NoiseLaw, direction: Params, batch: Batch) -> Tensor:
-    """J v [B, c], float64: the derivative of u -> J^T u, for any layer that can be differentiated
-    twice."""
-    leaves = {name: p.detach().clone().requires_grad_() for name, p in law.mean.items()}
-    with twice_differentiable():
-        outputs = P.call(model, leaves, batch.args, batch.kwargs)
-        u = torch.zeros_like(outputs, requires_grad=True)
-        grads = torch.autograd.grad(
-            outputs, list(leaves.values()), u, create_graph=True, allow_unused=True
-        )
-        used = {name: g for name, g in zip(leaves, grads, strict=True) if g is not None}
-        if not used:
-            return outputs.new_zeros(len(batch), outputs[0].numel(), dtype=torch.float64)
-        moved = torch.autograd.grad(list(used.values()), u, [direction[name] for name in used])[0]
+    """J v [B, c], float64."""
+    with twice_differentiable(model, law.mean):
+        outputs = P.call(model, {}, batch.args, batch.kwargs)
+        moved = Linearised(outputs, _live(model, law)).push(direction)
     return moved.reshape(len(batch), -1).double()
+
+
+def _live(model: nn.Module, law: NoiseLaw) -> Params:
+    """The parameters that the law names."""
+    return {name: p for name, p in model.named_parameters() if name in law.mean}
 
 
 def _shift(
@@ -248,8 +251,13 @@ def _shift(
         return _pushed(model, law, P.add(law.mean, reference.mean, -1.0), batch)
     with torch.no_grad():
         means = (law.mean, reference.mean)
-        ours, others = (P.call(model, at, batch.args, batch.kwargs).double() for at in means)
+        ours, others = (_outputs(model, at, batch).double() for at in means)
     return (ours - others).reshape(len(batch), -1)
+
+
+def _outputs(model: nn.Module, at: Params, batch: Batch) -> Tensor:
+    with P.attached(model, at):
+        return P.call(model, {}, batch.args, batch.kwargs)
 
 
 def _mahalanobis(shift: Tensor, gram: Tensor, tiny: float) -> tuple[Tensor, Tensor]:

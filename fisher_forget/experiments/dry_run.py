@@ -23,7 +23,6 @@ from fisher_forget._util.threads import torch_threads
 from fisher_forget.baselines import METHODS
 from fisher_forget.curvature.cost import CostEstimate
 from fisher_forget.curvature.estimate import estimate_curvature
-from fisher_forget.curvature.tape import Tape
 from fisher_forget.data.batches import make_batch
 from fisher_forget.data.split import Indices, resolve_split
 from fisher_forget.evaluate.ensemble import stored_seeds
@@ -38,7 +37,10 @@ from fisher_forget.experiments.config import (
 )
 from fisher_forget.experiments.datasets import DataBundle
 from fisher_forget.experiments.training import train
+from fisher_forget.likelihood import resolve_likelihood
 from fisher_forget.params import call
+from fisher_forget.unlearn.objective import Objective
+from fisher_forget.unlearn.problem import settled
 
 STEPS = 6  # of training, that are timed
 GRADIENTS = {"sgd": 2, "adam": 3}  # tensors of the weights' size that training holds beside them
@@ -187,9 +189,11 @@ def _curvature_cost(
 ) -> CostEstimate:
     split = resolve_split(data.train, forget)
     options = config.forget_options(config.seeds[0])
+    objective = Objective(model.eval(), resolve_likelihood(config.likelihood), options.subset)
+    options = settled(options, objective, split)
     keywords = options.curvature_keywords(*options.curvature_plan(split))
-    tape = Tape(model.eval(), options.subset)
-    return estimate_curvature(tape, split, config.likelihood, dry_run=True, **keywords)
+    likelihood = objective.likelihood
+    return estimate_curvature(objective.tape, split, likelihood, dry_run=True, **keywords)
 
 
 def activation_bytes(model: nn.Module, data: DataBundle, rows: Indices) -> int:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from fisher_forget import params as P
-from fisher_forget.curvature.products import GgnProduct
+from fisher_forget.curvature.products import GgnProduct, hidden_from_products
 from fisher_forget.curvature.tape import Tape
 from fisher_forget.data.batches import Batch
+from fisher_forget.data.split import Split
 from fisher_forget.errors import ConfigError, NumericalError, StorageError
 from fisher_forget.likelihood import Likelihood
 from fisher_forget.params import Params
@@ -85,15 +86,16 @@ class Objective:
                 got = f"device={device!r}: {error}"
                 raise ConfigError(got, "a device that torch can use", "Try 'cpu'.") from error
         self.start = P.detached(self.tape.params)
+        self._hidden: str | None = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         got, expected = "a copy or pickle of an Objective or a Problem", "its result"
         fix = "Store the ForgetResult, or make the problem anew by Problem.of(...)."
         raise StorageError(got, expected, fix)
 
-    def outputs(self, batch: Batch, at: Mapping[str, Tensor]) -> Tensor:
-        """Outputs at given parameters, checked against the targets."""
-        out = P.call(self.model, at, batch.args, batch.kwargs)
+    def outputs(self, batch: Batch) -> Tensor:
+        """Outputs at the weights that the model has now, checked against the targets."""
+        out = P.call(self.model, {}, batch.args, batch.kwargs)
         self.likelihood.check(out.detach(), batch.targets)
         return out
 
@@ -107,28 +109,31 @@ class Objective:
         the list, if given."""
         total, loss, count = P.zeros_like(at), 0.0, 0.0
         classes = torch.zeros((), dtype=torch.float64)
-        leaves = {name: p.detach().requires_grad_() for name, p in at.items()}
         for batch in batches:
             batch = batch.on(self.model)
-            with torch.enable_grad():
-                outputs = self.outputs(batch, leaves)
-                batch_loss = self.likelihood.losses(outputs, batch.targets).sum()
-                grads = torch.autograd.grad(batch_loss, list(leaves.values()), allow_unused=True)
-            for name, g in zip(leaves, grads, strict=True):
-                if g is not None:
-                    total[name] += g
+            outputs, batch_loss, grads = self._pulled(batch, at)
+            for name, g in grads.items():
+                total[name] += g
             if output_curvature is not None:
                 output_curvature.append(
-                    self.likelihood.output_curvature(outputs.detach(), batch.targets).cpu()
+                    self.likelihood.output_curvature(outputs, batch.targets).cpu()
                 )
-            loss += float(batch_loss.detach())
+            loss += batch_loss
             count += float(self.likelihood.counts(batch.targets).double().sum())
-            classes = classes + self.likelihood.class_mass(outputs.detach(), batch.targets)
+            classes = classes + self.likelihood.class_mass(outputs, batch.targets)
         if not math.isfinite(loss) or not P.finite(total):
             raise NumericalError(
                 "a loss or gradient that is not finite", "finite losses", "Check the data for NaN."
             )
         return Gradient(total, loss, count, classes)
+
+    def _pulled(self, batch: Batch, at: Mapping[str, Tensor]) -> tuple[Tensor, float, Params]:
+        """Outputs, sum of losses and its gradient for one batch; the graph ends here."""
+        with torch.enable_grad(), P.attached(self.model, at):
+            outputs = self.outputs(batch)
+            loss = self.likelihood.losses(outputs, batch.targets).sum()
+            grads = P.pull(loss, self.tape.params) if loss.requires_grad else {}
+        return outputs.detach(), float(loss.detach()), grads
 
     @torch.no_grad()
     def forward(
@@ -137,17 +142,24 @@ class Objective:
         """(outputs, targets) of each batch, without a graph."""
         for batch in batches:
             batch = batch.on(self.model)
-            yield self.outputs(batch, at), batch.targets
+            with P.attached(self.model, at):
+                outputs = self.outputs(batch)
+            yield outputs, batch.targets
 
     def mean_loss(self, batches: Iterable[Batch], at: Mapping[str, Tensor]) -> float:
         """Mean loss in nats; NaN without samples."""
         loss, positions = self.likelihood.loss_totals(self.forward(batches, at))
         return loss / positions if positions else math.nan
 
+    def hidden_from_products(self, split: Split) -> str:
+        """Why `ggn` would fail or be wrong for this model, looked at once; empty if it is right."""
+        if self._hidden is None:
+            first = next(split.batches("retain")).on(self.model)
+            self.tape.verify(first)  # tells what else may be wrong with model and data
+            self._hidden = hidden_from_products(self.model, self.tape.params, first)
+        return self._hidden
+
     def ggn(self, batches: Iterable[Batch], at: Mapping[str, Tensor], count: float) -> GgnProduct:
         """The GGN of the given samples at given parameters, as products; `count` divides."""
-        leaves = {name: p.detach().requires_grad_() for name, p in at.items()}
         on = (batch.on(self.model) for batch in batches)
-        return GgnProduct(
-            lambda batch: self.outputs(batch, leaves), leaves, self.likelihood, on, count
-        )
+        return GgnProduct(self.model, at, self.tape.params, self.likelihood, on, count)

@@ -35,7 +35,7 @@ from fisher_forget.unlearn.data_sums import DataSums, load_data_sums, save_data_
 from fisher_forget.unlearn.forget import scrub
 from fisher_forget.unlearn.objective import Objective
 from fisher_forget.unlearn.options import ForgetKeywords, ForgetOptions, merged
-from fisher_forget.unlearn.problem import Problem, curvature_of
+from fisher_forget.unlearn.problem import Problem, curvature_of, settled
 from fisher_forget.unlearn.result import ForgetResult
 
 DATA_SUMS, CURVATURE = "snapshot.safetensors", "curvature.safetensors"
@@ -198,6 +198,7 @@ def prepare(
         check_model(model)
         split = resolve_split(train_loader, [], unpack=unpack, allow_empty=True)
         objective = Objective(model, resolve_likelihood(options.likelihood), options.subset)
+        options = settled(options, objective, split, warn=True)
         log = None
         if folder is not None:
             fixed = {name: getattr(options, name) for name in FIXED}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,9 +19,10 @@ from fisher_forget._util.isolation import isolated
 from fisher_forget.curvature.estimate import estimate_curvature
 from fisher_forget.curvature.kinds import Kind
 from fisher_forget.curvature.operator import Curvature
+from fisher_forget.curvature.products import refuse_hidden
 from fisher_forget.data import batches
 from fisher_forget.data.split import Indices, Split, resolve_split
-from fisher_forget.errors import StorageError
+from fisher_forget.errors import FisherForgetWarning, StorageError
 from fisher_forget.likelihood import resolve_likelihood
 from fisher_forget.unlearn.data_sums import DataSums, take_data_sums
 from fisher_forget.unlearn.objective import Gradient, Objective
@@ -76,6 +78,7 @@ class Problem:
         split = resolve_split(retain_loader, forget_idx, unpack=unpack)
         likelihood = resolve_likelihood(options.likelihood)
         objective = Objective(model, likelihood, options.subset, device)
+        options = settled(options, objective, split, warn=True)
         clock = time.perf_counter()
         part, kind = options.curvature_plan(split)
         curvature = curvature_of(objective, split, options, part, kind, progress=progress)
@@ -90,6 +93,40 @@ class Problem:
         """Sums over the retained samples: all samples' less the forget set's."""
         forgotten = self.objective.gradient(self.split.batches("forget"), self.objective.start)
         return self.sums.total - forgotten
+
+
+def settled(
+    options: ForgetOptions, objective: Objective, split: Split, *, warn: bool = False
+) -> ForgetOptions:
+    """The options, with solver="auto" direct where products with the exact GGN can't be had.
+
+    Which samples and columns the curvature is estimated from depends on it.
+
+    Args:
+        options: As they were given.
+        objective: Of the model.
+        split: The data.
+        warn: Say so.
+
+    Raises:
+        CurvatureError: If solver="cg" asks for them.
+    """
+    if options.inverts:
+        return options
+    hidden = objective.hidden_from_products(split)
+    if options.solver == "cg":
+        refuse_hidden(hidden, "Use solver='direct', or leave it at 'auto'.")
+    if not hidden:
+        return options
+    if warn:
+        warnings.warn(
+            f"The model's backward pass can't be differentiated again ({hidden}), so there are no "
+            "products with the exact curvature. Newton steps invert the estimated one, of all "
+            "retained samples (solver='direct').",
+            FisherForgetWarning,
+            stacklevel=4,
+        )
+    return options.changed({"solver": "direct"})
 
 
 def curvature_of(
