@@ -17,7 +17,9 @@ from fisher_forget import Categorical, estimate_curvature
 from fisher_forget.curvature.passes import squared_gradient_norms
 from fisher_forget.curvature.structures.dense import Dense
 from fisher_forget.curvature.tape import Tape
+from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import resolve_split
+from fisher_forget.errors import ModelError
 from fisher_forget.params import flatten
 
 SAMPLES = 20
@@ -79,3 +81,156 @@ def test_each_piece(name: str, batch_size: int) -> None:
 def test_random_models(names: list[str], seed: int, batch_size: int, memory: int | None) -> None:
     model, data = case(*names, seed=seed)
     agrees(model, data, batch_size, memory)
+
+
+def transformer(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A small model of `transformers`, with random weights, and its inputs."""
+    transformers = pytest.importorskip("transformers", reason="not installed")
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    words = {"vocab_size": 11, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    build, options = {
+        "bert": ("BertForSequenceClassification", {**small, **words, "intermediate_size": 8}),
+        "vit": ("ViTForImageClassification", {**small, "image_size": 8, "patch_size": 4}),
+        "llama": ("LlamaForCausalLM", {**small, **words, "intermediate_size": 8}),
+        "gemma": (
+            "GemmaForCausalLM",
+            {**small, **words, "intermediate_size": 8, "head_dim": 4, "num_key_value_heads": 2},
+        ),
+        "gpt2": ("GPT2LMHeadModel", {**words, "n_embd": 8, "n_layer": 1, "n_head": 2}),
+    }[name]
+    family = build.split("For")[0].removesuffix("LMHeadModel")
+    torch.manual_seed(0)
+    model = getattr(transformers, build)(getattr(transformers, f"{family}Config")(**options))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    inputs = {"input_ids": torch.randint(3, 11, (8, 5))}
+    return model.double().eval(), inputs if name != "vit" else {
+        "pixel_values": torch.randn(8, 3, 8, 8, dtype=torch.float64)
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "stray"),
+    [
+        ("bert", set()),
+        ("gpt2", set()),
+        ("llama", set()),
+        ("gemma", {"model.embed_tokens.weight"}),  # scaled by its own class
+        ("vit", {"vit.embeddings.cls_token", "vit.embeddings.position_embeddings"}),
+    ],
+)
+def test_transformers_go_by_rules(name: str, stray: set[str]) -> None:
+    """Position ids that are fed once for the batch, norms of the library's own, keys' biases whose
+    gradient is zero: by rules; bare parameters by vmap."""
+    model, inputs = transformer(name)
+    batch = Batch((), inputs, torch.zeros(8, dtype=torch.long))
+    tape = Tape(model)
+    tape.verify(batch)
+    assert set(tape.stray) == stray
+    assert tape._vectorised
+    record = tape.run(batch)
+    column = torch.randn(record.outputs.shape, dtype=torch.float64)
+    found = record.per_sample(column, record.pull(column))
+    for n, one in enumerate(batch.chunks(1)):
+        outputs = model(**one.kwargs).logits
+        names, leaves = zip(*model.named_parameters(), strict=True)
+        grads = torch.autograd.grad(outputs, leaves, column[n : n + 1], allow_unused=True)
+        for key, p, g in zip(names, leaves, grads, strict=True):
+            expected = torch.zeros_like(p) if g is None else g
+            # the norms of language models compute in float32
+            torch.testing.assert_close(found[key][n], expected, rtol=1e-5, atol=1e-6)
+
+
+class TestTrust:
+    """When a rule is trusted."""
+
+    def batch(self, size: int = 8, seed: int = 0) -> Batch:
+        x = torch.randn(size, LENGTH, WIDTH, generator=torch.Generator().manual_seed(seed))
+        return Batch((x,), {}, torch.zeros(size, dtype=torch.long))
+
+    def test_a_layer_that_turns_out_otherwise_starts_the_work_anew(self) -> None:
+        """The first samples feed each expert alike; later ones do not."""
+        model = Net("experts").eval()
+        calm = self.batch()
+        calm.args[0][:] = calm.args[0][:1]  # the same sample, eight times
+        tape, tries = Tape(model), []
+        tape.verify(calm)
+        assert not tape.stray
+
+        def work() -> Tensor:
+            tries.append(1)
+            record = tape.run(self.batch(seed=1))
+            column = torch.ones_like(record.outputs)
+            return record.squared_norms(column, record.pull(column))
+
+        found = tape.settled(work)
+        assert len(tries) > 1
+        assert {name.split(".")[0] for name in tape.stray} == {"body"}
+        rows = jacobians(model, self.batch(seed=1).args[0]).sum(1)
+        torch.testing.assert_close(found, rows.square().sum(1).double(), rtol=1e-4, atol=1e-8)
+
+    def test_a_layer_seen_late_is_verified_then(self) -> None:
+        class Late(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.stem, self.late = nn.Linear(WIDTH, 3), nn.Linear(WIDTH, 3)
+
+            def forward(self, x: Tensor, late: bool) -> Tensor:
+                return self.stem(x[:, 0]) + (self.late(x[:, 1]) if late else 0.0)
+
+        tape, x = Tape(Late().eval()), self.batch().args[0]
+        targets = torch.zeros(8, dtype=torch.long)
+        tape.verify(Batch((x, False), {}, targets))
+        record = tape.run(Batch((x, True), {}, targets))
+        assert all(use.trusted for use in record.uses)
+        assert len(record.uses) == 2
+        assert not tape.stray
+
+    def test_other_lengths_are_verified_once(self) -> None:
+        """Tokens of all samples merged: a rule that is right for each length."""
+
+        class Merged(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = nn.Linear(WIDTH, 3)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.layer(x.flatten(0, 1)).view(*x.shape[:2], 3).mean(1)
+
+        tape, verified = Tape(Merged().eval()), []
+        verify = tape.verify
+        tape.verify = lambda batch: verified.append(len(batch)) or verify(batch)  # type: ignore[method-assign]
+        for length in (2, 3, 2, 5, 3):
+            x = torch.randn(8, length, WIDTH)
+            tape.run(Batch((x,), {}, torch.zeros(8, dtype=torch.long)))
+        assert len(verified) == 3
+        assert not tape.stray
+
+    def test_the_forward_pass_is_not_altered(self) -> None:
+        """A layer fed once for the whole batch sees one row, also while it is recorded."""
+        seen: list[torch.Size] = []
+        tape = Tape(Net("prompt").eval())
+        tape.verify(self.batch())
+        for module in tape.model.modules():
+            module.register_forward_hook(lambda m, args, out: seen.append(out.shape))
+        with torch.no_grad():
+            tape.model(self.batch().args[0])
+        plain = seen.copy()
+        seen.clear()
+        tape.run(self.batch())
+        first = seen[: len(plain)]
+        assert first == plain
+        assert "body.0.place.weight" not in tape.stray
+
+    def test_random_and_dependent_models_are_told_apart(self) -> None:
+        class Noisy(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.f = nn.Linear(WIDTH, 3)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.f(x[:, 0] + torch.randn_like(x[:, 0]))
+
+        with pytest.raises(ModelError, match="differ between two calls"):
+            Tape(Noisy().eval()).verify(self.batch())

@@ -22,7 +22,6 @@ TIGHT = 1e-6  # relative, float64
 VOCABULARY, TOKENS, PADDING = 9, 5, 0
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:There is a performance drop"),  # vmap over attention
     pytest.mark.parametrize("attention", ["sdpa", "eager"]),
 ]
 

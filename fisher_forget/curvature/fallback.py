@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -28,27 +29,37 @@ class Fallback:
         params: The parameters, by name.
         batch: The samples.
         vectorised: Whether to use vmap.
+
+    Attributes:
+        vectorised: Whether vmap is in use; not after it has failed.
     """
 
     def __init__(self, model: nn.Module, params: Params, batch: Batch, vectorised: bool) -> None:
         self._model, self._params, self._batch = model, params, batch
-        self._vectorised = vectorised
+        self.vectorised = vectorised
         self._columns: Columns | None = None
 
     def __call__(self, column: Tensor) -> Params:
         """Gradients [N, *shape] by name."""
         with torch.enable_grad():
-            if self._columns is None and self._vectorised:
+            if self.vectorised:
                 try:
-                    self._columns = self._all_at_once()
+                    return self._at_once(column)
                 except Exception:  # what vmap traced on other samples, it need not on these
-                    self._vectorised = False
+                    self.vectorised, self._columns = False, None
             self._columns = self._columns or self._one_by_one()
+            return self._columns(column)
+
+    def _at_once(self, column: Tensor) -> Params:
+        with warnings.catch_warnings():
+            # of operations that vmap has no rule for, and loops over: still faster than a loop here
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            self._columns = self._columns or self._all_at_once()
             return self._columns(column)
 
     def without_graph(self) -> Fallback:
         """The same, which makes its forward pass anew."""
-        return Fallback(self._model, self._params, self._batch, self._vectorised)
+        return Fallback(self._model, self._params, self._batch, self.vectorised)
 
     def _all_at_once(self) -> Columns:
         size = len(self._batch)

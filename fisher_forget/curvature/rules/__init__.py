@@ -11,6 +11,7 @@ from fisher_forget.curvature.rules.linear import LinearRule, TransposedLinearRul
 from fisher_forget.curvature.rules.normalisation import (
     BatchNormRule,
     GroupNormRule,
+    LanguageModelNormRule,
     LayerNormRule,
     RMSNormRule,
 )
@@ -24,18 +25,24 @@ RULES: dict[type[nn.Module] | str, type[Rule]] = {
     nn.Embedding: EmbeddingRule,
     nn.LayerNorm: LayerNormRule,
     nn.RMSNorm: RMSNormRule,
+    "RMSNorm": LanguageModelNormRule,  # each model of transformers has a class of its own
+    "T5LayerNorm": LanguageModelNormRule,
     nn.GroupNorm: GroupNormRule,
     nn.BatchNorm1d: BatchNormRule,
     nn.BatchNorm2d: BatchNormRule,
     nn.BatchNorm3d: BatchNormRule,
 }
-"""Rules by class; by its full name where the class is of a library that need not be installed."""
+"""Rules by class; by its full name, or how that ends, where the class is of a library that need not
+be installed."""
 
 
 def rule_for(module: nn.Module) -> Rule | None:
-    """The rule of a module, by its class or a parent class; `None` if there is none."""
+    """The rule of a module, by its class or a parent class; `None` if there is none.
+
+    A name may mislead: the rule is compared with autograd before it is used.
+    """
     name = f"{type(module).__module__}.{type(module).__qualname__}"
     for kind, rule in RULES.items():
-        if kind == name if isinstance(kind, str) else isinstance(module, kind):
+        if name.endswith(kind) if isinstance(kind, str) else isinstance(module, kind):
             return rule(module)
     return None

@@ -48,6 +48,16 @@ class RMSNormRule(ElementwiseRule):
         return F.rms_norm(a, self.module.normalized_shape, None, self.module.eps)
 
 
+class LanguageModelNormRule(ElementwiseRule):
+    """RMS normalisation over the last dimension as language models define it, in float32: scaled by
+    the weight, or by 1 + the weight."""
+
+    def normalised(self, a: Tensor) -> Tensor:
+        m = self.module
+        eps: float = m.variance_epsilon if hasattr(m, "variance_epsilon") else m.eps
+        return a * (a.float().square().mean(-1, keepdim=True) + eps).rsqrt().to(a.dtype)
+
+
 class GroupNormRule(ElementwiseRule):
     """nn.GroupNorm."""
 
