@@ -29,9 +29,10 @@ from fisher_forget.baselines.training_loop import (
     shuffled,
 )
 from fisher_forget.data.batches import Batch
+from fisher_forget.data.settle import trained_likelihood
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import NumericalError
-from fisher_forget.likelihood import Likelihood, resolve_likelihood
+from fisher_forget.likelihood import Likelihood
 from fisher_forget.params import Params
 from fisher_forget.unlearn.batch_norm import foreign_statistics, norm_layers, still_given
 
@@ -93,7 +94,8 @@ class DirectMethod(Method):
 
     def scrub(self, model: nn.Module, split: Split) -> tuple[nn.Module, float]:
         check_model(model)
-        weights, gradients = self.weights(model, split, resolve_likelihood(self.likelihood))
+        likelihood = trained_likelihood(model, split, self.likelihood)
+        weights, gradients = self.weights(model, split, likelihood)
         if not P.finite(weights):
             fix = "Raise the method's damping or weight_decay, or lower the length of its step."
             raise NumericalError("weights that are not finite", "finite weights", fix)
@@ -140,7 +142,8 @@ class TrainingMethod(Method):
         return None
 
     def scrub(self, model: nn.Module, split: Split) -> tuple[nn.Module, float]:
-        training = Training(model, split, resolve_likelihood(self.likelihood), self.batch_size)
+        likelihood = trained_likelihood(model, split, self.likelihood)
+        training = Training(model, split, likelihood, self.batch_size)
         mask, losses = self.mask(training), self.losses(training)
         start = self.start(training)
         kept = still_given(training.foreign, start, model)

@@ -35,6 +35,7 @@ from fisher_forget._util.isolation import isolated
 from fisher_forget.baselines.base import Method
 from fisher_forget.baselines.protocol import Grid
 from fisher_forget.baselines.training_loop import require
+from fisher_forget.data.settle import trained_likelihood
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import ConfigError, ModelError, NumericalError, SplitError
 from fisher_forget.likelihood import Likelihood, resolve_likelihood
@@ -130,6 +131,7 @@ def record(model: nn.Module, split: Split, plan: Plan) -> Trajectory:
     """
     check_model(model)
     with isolated():
+        plan = replace(plan, likelihood=trained_likelihood(model, split, plan.likelihood))
         objective = Objective(model, resolve_likelihood(plan.likelihood))
         samples, at = split.indices("all"), objective.start
         per_epoch = -(-len(samples) // plan.batch_size)

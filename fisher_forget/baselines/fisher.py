@@ -24,7 +24,9 @@ class FisherForget(ForgetOptions, Method):
     def scrub(self, model: nn.Module, split: Split) -> tuple[nn.Module, float]:
         check_model(model)
         twin, work = metered(model)
-        result = forget(twin, split, split.forget, self, progress=False)
+        # an instance is taken at its word
+        own = None if isinstance(self.likelihood, str) else self.likelihood.mean_loss
+        result = forget(twin, split, split.forget, self, loss_fn=own, progress=False)
         clean = copy_model(model)  # without the meter
         clean.load_state_dict(result.model.state_dict())
         clean.zero_grad(set_to_none=True)

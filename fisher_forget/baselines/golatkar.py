@@ -38,9 +38,10 @@ from fisher_forget.baselines.protocol import Grid
 from fisher_forget.baselines.training_loop import require
 from fisher_forget.curvature.estimate import estimate_curvature
 from fisher_forget.curvature.operator import Curvature
+from fisher_forget.data.settle import trained_likelihood
 from fisher_forget.data.split import Part, Split
 from fisher_forget.errors import ConfigError
-from fisher_forget.likelihood import Categorical, Likelihood, resolve_likelihood
+from fisher_forget.likelihood import Categorical, Likelihood
 from fisher_forget.params import Params
 
 EXPONENT = 0.25  # of the paper, Prop. 4; the exponent of `forget` is an option
@@ -89,9 +90,9 @@ class Golatkar(DirectMethod):
             model: In eval mode; never changed.
             split: Who is retained and forgotten.
         """
-        likelihood = resolve_likelihood(self.likelihood)
         check_model(model)
         with isolated():
+            likelihood = trained_likelihood(model, split, self.likelihood)
             method, classes = self.resolved(model, split, likelihood)
             fisher = estimate_curvature(
                 model, split, likelihood, structure="diagonal", kind="exact", part="retain"
@@ -100,7 +101,7 @@ class Golatkar(DirectMethod):
 
     def weights(self, model: nn.Module, split: Split, likelihood: Likelihood) -> PricedWeights:
         twin, work = metered(model)
-        return self.draws(twin, split).weights(), work[0]
+        return replace(self, likelihood=likelihood).draws(twin, split).weights(), work[0]
 
 
 @dataclass(frozen=True)

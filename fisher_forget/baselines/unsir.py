@@ -29,9 +29,10 @@ from fisher_forget.baselines.base import Method, Training
 from fisher_forget.baselines.protocol import Grid
 from fisher_forget.baselines.training_loop import Descent, Loss, descend, require
 from fisher_forget.data.batches import Batch
+from fisher_forget.data.settle import trained_likelihood
 from fisher_forget.data.split import Indices, Split, some
 from fisher_forget.errors import ConfigError
-from fisher_forget.likelihood import Likelihood, resolve_likelihood
+from fisher_forget.likelihood import Likelihood
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,8 @@ class Unsir(Method):
         )
 
     def scrub(self, model: nn.Module, split: Split) -> tuple[nn.Module, float]:
-        training = Training(model, split, resolve_likelihood(self.likelihood), self.batch_size)
+        likelihood = trained_likelihood(model, split, self.likelihood)
+        training = Training(model, split, likelihood, self.batch_size)
         foreign = training.foreign
         kept = some(split.retain, max(1, round(self.share * len(split.retain))), self.seed)
         noise = self.noise(training) if len(split.forget) else None

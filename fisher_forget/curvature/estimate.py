@@ -23,6 +23,7 @@ from fisher_forget.curvature.options import CurvatureOptions
 from fisher_forget.curvature.passes import Walk
 from fisher_forget.curvature.structures import STRUCTURES, Structure, mixed
 from fisher_forget.curvature.tape import Tape
+from fisher_forget.data.settle import settled_likelihood
 from fisher_forget.data.split import Indices, Part, Split, resolve_split, some
 from fisher_forget.errors import CurvatureError, SplitError
 from fisher_forget.likelihood import Likelihood, resolve_likelihood
@@ -111,7 +112,8 @@ def estimate_curvature(
             is the private copy of a caller that needs it for more; `subset` then chooses among its
             parameters.
         data: A `Split`, or a loader or data set whose samples all count.
-        likelihood: Name or instance.
+        likelihood: Name or instance. A name gives way to the loss that a model which takes `labels`
+            has itself; an instance is taken at its word.
         dry_run: Time a few samples, and return the predicted cost instead of the curvature.
         **options: See below.
 
@@ -162,11 +164,13 @@ def estimate_curvature(
     check_model(model.model if isinstance(model, Tape) else model)
     split = data if isinstance(data, Split) else resolve_split(data, [], allow_empty=True)
     settings = replace(settings, part=_samples(split, settings))
-    likelihood = resolve_likelihood(likelihood)
     if not isinstance(model, Tape):
         tape = Tape(model, settings.subset)
+        if isinstance(likelihood, str):
+            likelihood = settled_likelihood(tape.model, split, likelihood)
     else:
         tape = model if settings.subset is None else model.restricted(settings.subset)
+    likelihood = resolve_likelihood(likelihood)
     if isinstance(settings.structure, Mapping):
         return _mixed(tape, split, likelihood, settings, dry_run)
     spec, walk = STRUCTURES[settings.structure], _walk(tape, split, likelihood, settings)

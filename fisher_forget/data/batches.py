@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from fisher_forget.errors import DataError
 
+DECODER_INPUTS = {"decoder_input_ids", "decoder_inputs_embeds"}
 TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 Unpack = Callable[[Any], tuple[Any, Any]]
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword, of one forward call
@@ -55,9 +56,17 @@ class Batch:
         return self.map(lambda x: x.to(device, dtype if x.is_floating_point() else None))
 
     def on(self, model: nn.Module) -> Batch:
-        """The batch on the model's device and in its floating-point type."""
+        """The batch on the model's device and in its floating-point type; an encoder-decoder of
+        `transformers` gets the decoder's inputs that it would make of its `labels`."""
         first = next(model.parameters())
-        return self.to(first.device, first.dtype)
+        placed = self.to(first.device, first.dtype)
+        decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        make: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+        if not decodes or make is None or placed.kwargs.keys() & DECODER_INPUTS:
+            return placed
+        (args, kwargs), name = placed.dims(), "decoder_input_ids"
+        given = placed.kwargs | {name: make(labels=placed.targets)}
+        return Batch(placed.args, given, placed.targets, (args, kwargs | {name: 0}))
 
     def chunks(self, size: int) -> Iterator[Batch]:
         """Cut into pieces of at most `size` samples."""

@@ -18,15 +18,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fisher_forget._util.isolation import isolated
 from fisher_forget.data.batches import Unpack
 from fisher_forget.errors import DataError, NumericalError
-from fisher_forget.evaluate.ensemble import predict, whole_splits
-from fisher_forget.likelihood import Likelihood, Score, resolve_likelihood
+from fisher_forget.evaluate.ensemble import predict, settled_by, whole_splits
+from fisher_forget.likelihood import Likelihood, Score
 
 Outputs = Mapping[str, Tensor]  # part -> outputs [N, ...]
 
@@ -94,7 +93,8 @@ class Reference:
         original: The model before forgetting.
         retrained: Models trained without the forgotten data; at least two.
         parts: Data sets by name: "forget", "retain", "test", ...
-        likelihood: Name or instance.
+        likelihood: Name or instance. A name gives way to the loss that a model which takes `labels`
+            has itself; after `forget(loss_fn=...)`, pass `result.options.likelihood`.
         unpack: As for `forget`.
 
     Raises:
@@ -111,8 +111,8 @@ class Reference:
         *,
         unpack: Unpack | None = None,
     ) -> None:
-        self.likelihood = resolve_likelihood(likelihood)
         self._splits = whole_splits(parts, unpack)
+        self.likelihood = settled_by(original, self._splits, likelihood)
         self.targets = {name: predict(original, split)[1] for name, split in self._splits.items()}
         self.original = self.outputs(original)
         self.retrained = tuple(self.outputs(model) for model in retrained)
@@ -151,7 +151,7 @@ def mean_kl(likelihood: Likelihood, p: Tensor, q: Tensor, targets: Tensor) -> fl
         got = f"outputs of shapes {tuple(p.shape)} and {tuple(q.shape)} for {len(targets)} targets"
         fix = "Predict both on the same data set, and keep every class in the retrained models."
         raise DataError(got, "outputs of the same samples over the same labels", fix)
-    if not bool(torch.isfinite(p).all() and torch.isfinite(q).all()):
+    if not bool((p < math.inf).all() and (q < math.inf).all()):  # -inf masks a class out
         got = "outputs that are NaN or infinite"
         raise NumericalError(got, "finite outputs", "Check the model that made them.")
     return float(likelihood.kl(p, q, targets).mean())

@@ -29,8 +29,10 @@ from fisher_forget._util.copies import private_copy
 from fisher_forget._util.isolation import isolated
 from fisher_forget._util.threads import torch_threads
 from fisher_forget.data import batches
+from fisher_forget.data.settle import trained_likelihood
 from fisher_forget.data.split import Indices, Split, resolve_split
 from fisher_forget.errors import ConfigError, DataError, FisherForgetWarning, StorageError
+from fisher_forget.likelihood import Likelihood, resolve_likelihood
 
 TrainFn = Callable[[int], nn.Module]
 # joblib's backends, and the modules that those of other packages live in
@@ -191,6 +193,16 @@ def whole_splits(
     """Data sets as splits that forget nothing, whose samples `predict` goes through."""
     options: dict[str, Any] = {"unpack": unpack, "allow_empty": True}
     return {name: resolve_split(part, [], **options) for name, part in parts.items()}
+
+
+def settled_by(
+    model: nn.Module, splits: Mapping[str, Split], likelihood: Likelihood | str
+) -> Likelihood:
+    """The likelihood that a model was trained with, told on the first part that has samples."""
+    split = next((split for split in splits.values() if len(split.retain)), None)
+    if split is None:
+        return resolve_likelihood(likelihood)
+    return trained_likelihood(model, split, likelihood)
 
 
 @isolated()

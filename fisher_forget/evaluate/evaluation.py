@@ -21,7 +21,7 @@ from fisher_forget._util.markdown import markdown_table
 from fisher_forget.data import batches
 from fisher_forget.data.split import Split
 from fisher_forget.errors import ConfigError, DataError, NumericalError
-from fisher_forget.evaluate.ensemble import RetrainedEnsemble, predict, whole_splits
+from fisher_forget.evaluate.ensemble import RetrainedEnsemble, predict, settled_by, whole_splits
 from fisher_forget.evaluate.metrics import LEAST, METRICS, Context, Metric, Subject
 from fisher_forget.evaluate.scoring import TOO_FEW, UNDEFINED, EvaluationRow, score_metric
 from fisher_forget.evaluate.verdict import (
@@ -30,7 +30,7 @@ from fisher_forget.evaluate.verdict import (
     OVER_FORGOTTEN,
     UNDECIDED,
 )
-from fisher_forget.likelihood import Likelihood, resolve_likelihood
+from fisher_forget.likelihood import Likelihood
 from fisher_forget.unlearn.result import ForgetResult
 
 Scrubbed = ForgetResult | nn.Module
@@ -130,7 +130,7 @@ def evaluate(
     ensemble: RetrainedEnsemble,
     data: Mapping[str, Dataset[Any]],
     *,
-    likelihood: Likelihood | str = "categorical",
+    likelihood: Likelihood | str | None = None,
     split: Split | None = None,
     teacher: nn.Module | None = None,
     metrics: Iterable[str] | None = None,
@@ -146,7 +146,8 @@ def evaluate(
             those of several methods by name.
         ensemble: Models trained with and without the forget set.
         data: Data sets by name; "forget", "retain" and "test" are what membership attacks read.
-        likelihood: Name or instance.
+        likelihood: Name or instance; by default that of the results, or "categorical" for models.
+            A name gives way to the loss that a model which takes `labels` has itself.
         split: The training data, for metrics that differentiate or train.
         teacher: A model with random weights, for ZRF.
         metrics: Names; by default all of `METRICS` but those that are computed by name only.
@@ -172,7 +173,11 @@ def evaluate(
         for method, models in methods.items()
     }
     _check(list(itertools.chain.from_iterable(outputs.values())), retrained, targets)
-    kind = resolve_likelihood(likelihood)
+    if likelihood is None:
+        results = [x for group in given.values() for x in _listed(group)]
+        settled = (x.options.likelihood for x in results if isinstance(x, ForgetResult))
+        likelihood = next(settled, "categorical")
+    kind = settled_by(ensemble.originals.models[0], splits, likelihood)
 
     def aligned(of_models: Outputs) -> Outputs:
         return [
@@ -257,7 +262,7 @@ def _table(
 
 def _models(given: Scrubbed | Sequence[Scrubbed], ensemble: RetrainedEnsemble) -> list[nn.Module]:
     """The models of one method, which must have forgotten what the ensemble was trained without."""
-    results = list(given) if isinstance(given, Sequence) else [given]
+    results = _listed(given)
     for result in results:
         if isinstance(result, ForgetResult) and not np.array_equal(
             result.split.forget, ensemble.forget
@@ -266,6 +271,10 @@ def _models(given: Scrubbed | Sequence[Scrubbed], ensemble: RetrainedEnsemble) -
             expected = "the forget set of the ensemble"
             raise DataError(got, expected, "Retrain the ensemble without these samples.")
     return [r.model if isinstance(r, ForgetResult) else r for r in results]
+
+
+def _listed(given: Scrubbed | Sequence[Scrubbed]) -> list[Scrubbed]:
+    return list(given) if isinstance(given, Sequence) else [given]
 
 
 def _null(value: Any) -> Any:
@@ -287,6 +296,6 @@ def _check(
                 fix = "Keep every class in the retrained models, and predict on the same data."
                 raise DataError(got, "the same samples and labels", fix)
         for what, tensor in (("scrubbed", torch.stack(scrubbed)), ("retrained", members)):
-            if not bool(torch.isfinite(tensor).all()):
+            if not bool((tensor < math.inf).all()):  # -inf masks a class out
                 got = f"NaN or infinite outputs of a {what} model on {part!r}"
                 raise NumericalError(got, "finite", "Check it.")

@@ -23,9 +23,10 @@ from fisher_forget._util.checks import check_names
 from fisher_forget._util.copies import copy_model
 from fisher_forget._util.isolation import isolated
 from fisher_forget.data.batches import Batch
+from fisher_forget.data.settle import trained_likelihood
 from fisher_forget.data.split import Split
 from fisher_forget.errors import ConfigError, NumericalError, SplitError
-from fisher_forget.likelihood import Likelihood, resolve_likelihood
+from fisher_forget.likelihood import Likelihood
 from fisher_forget.params import Params
 from fisher_forget.unlearn.objective import Objective
 
@@ -127,8 +128,8 @@ def relearn_time(
     sgd = SGD | sgd
     check_names(sgd, SgdOptions.__annotations__)
     _check(samples=samples, max_epochs=max_epochs, seed=seed, **sgd)
-    likelihood = resolve_likelihood(likelihood)
     _check_forget(split)
+    likelihood = trained_likelihood(model, split, likelihood)
 
     def loss_of(objective: Objective, at: Params) -> float:
         return objective.mean_loss(split.batches("forget"), at)
@@ -176,7 +177,7 @@ def relearn_steps(
     sgd = SGD | sgd
     check_names(sgd, SgdOptions.__annotations__)
     _check(max_steps=max_steps, seed=seed, **sgd)
-    likelihood = resolve_likelihood(likelihood)
+    likelihood = trained_likelihood(model, split, likelihood)
     if not likelihood.score.higher_is_better:
         expected, fix = "one that scores by an accuracy", "Use relearn_time, which compares losses."
         raise ConfigError(f"a likelihood scored by {likelihood.score.name}", expected, fix)

@@ -15,13 +15,14 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 from tqdm.auto import tqdm
 
-from fisher_forget import likelihood as likelihoods
 from fisher_forget._util.copies import copy_model
 from fisher_forget._util.isolation import seeded_rng
 from fisher_forget.data.batches import Batch, make_batch
 from fisher_forget.data.samples import KeywordDataset
+from fisher_forget.data.settle import trained_likelihood
 from fisher_forget.data.split import Split
 from fisher_forget.errors import ConfigError, DataError, NumericalError
+from fisher_forget.likelihood import Likelihood
 from fisher_forget.params import call, finite, trainable
 from fisher_forget.unlearn.batch_norm import frozen_statistics, train_mode
 
@@ -95,7 +96,7 @@ def train(
     *,
     seed: int,
     indices: Sequence[int] | NDArray[np.int64] | Tensor | None = None,
-    likelihood: likelihoods.Likelihood | str = "categorical",
+    likelihood: Likelihood | str = "categorical",
     progress: bool = True,
     description: str = "train",
 ) -> nn.Module:
@@ -113,7 +114,7 @@ def train(
         indices: Samples to train on; all of them if `None`. A repeated index counts as often as it
             occurs.
         likelihood: Name or instance; the loss is its sum over the batch divided by its sum of
-            counts, in nats.
+            counts, in nats. A name gives way to the loss that a model which takes `labels` has.
         progress: Show a progress bar with the loss.
         description: Text of the progress bar.
 
@@ -123,23 +124,22 @@ def train(
         NumericalError: If the loss or the weights leave the finite numbers.
         ConfigError: If augmentation is asked for inputs that are not images [N, C, H, W].
     """
-    kind = likelihoods.resolve_likelihood(likelihood)
     rows = _rows(indices, len(data))
     _check_inputs(data, settings)
-    twin = copy_model(model).eval()
     samples = Split(data, np.unique(rows.numpy()), np.zeros(0, np.int64), settings.batch_size)
+    kind = trained_likelihood(model, samples, likelihood)
+    twin = copy_model(model).eval()
     train_mode(twin, frozen_statistics(twin, samples))
     if settings.channels_last:
         twin = _laid_out(twin, torch.channels_last)
     weights = list(trainable(twin).values())
-    device, dtype = weights[0].device, weights[0].dtype
     optimizer, schedule = _optimizer(weights, settings), SCHEDULES[settings.schedule]
     total = settings.epochs * _steps(len(rows), settings)
     look: dict[str, Any] = {"unit": "step", "leave": False, "dynamic_ncols": True}
     bar = tqdm(total=total, desc=description, disable=not progress, **look)
     with seeded_rng(seed), bar:  # dropout draws from the global generators
         for step, batch in enumerate(_batches(data, rows, settings, seed)):
-            batch = batch.to(device, dtype)
+            batch = batch.on(twin)
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * schedule(step / total)
             outputs = call(twin, {}, batch.args, batch.kwargs)

@@ -195,7 +195,9 @@ class _Work:
         """Curvature and gradient of a cell."""
         split, options = self.split, self.options(cell)
         with isolated():
-            return Problem.of(self.model, split, split.forget, options)
+            # the reference has settled what the loss is
+            own = self.scorer.reference.likelihood.mean_loss
+            return Problem.of(self.model, split, split.forget, options, loss_fn=own)
 
     def newton(self, cell: Cell, problem: Problem) -> ForgetResult:
         """Newton step of a cell."""

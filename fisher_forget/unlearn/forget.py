@@ -14,8 +14,11 @@ from torch.utils.data import DataLoader, Dataset
 from fisher_forget import params as P
 from fisher_forget._util.isolation import isolated
 from fisher_forget.data import batches
+from fisher_forget.data.own_loss import LossFn
 from fisher_forget.data.split import Indices, Part, Split, some
 from fisher_forget.errors import FisherForgetWarning
+from fisher_forget.likelihood import Likelihood
+from fisher_forget.likelihood.independent import IndependentOutputs
 from fisher_forget.params import Params
 from fisher_forget.unlearn.batch_norm import norm_layers, refresh_statistics
 from fisher_forget.unlearn.newton.step import NewtonStep, newton_step
@@ -38,6 +41,7 @@ def forget(
     options: ForgetOptions | None = None,
     *,
     unpack: batches.Unpack | None = None,
+    loss_fn: LossFn | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
     **changes: Unpack[ForgetKeywords],
@@ -56,6 +60,10 @@ def forget(
         forget_idx: Distinct indices into the training data set (the base of a `Subset`).
         options: Everything else that decides the result, by default `ForgetOptions()`.
         unpack: Function from a batch to (inputs, targets); by default for tuples and dicts.
+        loss_fn: What the model was trained with, (outputs, targets) -> the mean loss:
+            `nn.MSELoss()`, or a function. The likelihood must have this loss; one that was given
+            by name gives way to another that has it (`ForgetResult.options` says which). By
+            default a model that takes `labels` is asked for its own loss.
         device: Where to compute; by default where the model is.
         progress: Show progress bars.
         **changes: Fields of `ForgetOptions` by name, over those of `options`: `weight_decay=5e-4`.
@@ -85,9 +93,11 @@ def forget(
             forget_idx,
             options,
             unpack=unpack,
+            loss_fn=loss_fn,
             device=device,
             progress=progress,
         )
+        options = options.with_loss(problem.objective.likelihood, loss_fn)
         return scrub(model, problem, options, progress=progress)
 
 
@@ -106,7 +116,7 @@ def scrub(
     options = settled(options, objective, split)
     newton = newton_step(problem, options, progress=progress)
     if not newton.at_minimum and options.drift == "auto":
-        _warn_of_drift(newton)
+        _warn_of_drift(newton, objective.likelihood)
 
     clock = time.perf_counter()
     drawn = None
@@ -175,7 +185,10 @@ def _loss(problem: Problem, part: Part, scrubbed: nn.Module | None, seed: int) -
     return objective.mean_loss(split.batches(samples), at)
 
 
-def _warn_of_drift(newton: NewtonStep) -> None:
+def _warn_of_drift(newton: NewtonStep, likelihood: Likelihood) -> None:
+    hint = ""
+    if isinstance(likelihood, IndependentOutputs) and likelihood.reduction == "sum":
+        hint = "; nn.MSELoss() is likelihood='mse', nn.BCEWithLogitsLoss() is 'bce'"
     moves = "what is retained moves it, within a strict budget"
     if newton.absent:
         moves = "only an absent class's output row moves"
@@ -184,7 +197,8 @@ def _warn_of_drift(newton: NewtonStep) -> None:
     warnings.warn(
         "The model is not at a minimum of its training objective (stationarity "
         f"{newton.stationarity:.2g}, 0.5 expected at most, or training on would lower its loss), "
-        f"so {moves}. Train it to the end, or check that weight_decay is the one used in training.",
+        f"so {moves}. Train it to the end, or check that weight_decay and the loss are those of "
+        f"the training: loss_fn= compares the loss{hint}.",
         FisherForgetWarning,
         stacklevel=4,
     )

@@ -14,9 +14,10 @@ from fisher_forget.curvature.estimate import CurvatureKeywords
 from fisher_forget.curvature.kinds import Kind
 from fisher_forget.curvature.structures import STRUCTURES, Structure
 from fisher_forget.curvature.structures.spec import StructureSpec
+from fisher_forget.data.own_loss import LossFn
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import ConfigError
-from fisher_forget.likelihood import Likelihood, resolve_likelihood
+from fisher_forget.likelihood import Likelihood, named, resolve_likelihood
 from fisher_forget.unlearn.noise_target import EXPONENT, NoiseTarget
 
 Solver = Literal["auto", "cg", "direct"]
@@ -32,7 +33,9 @@ class ForgetOptions:
     """What `forget` may be told beside model and data; every default needs no tuning.
 
     Attributes:
-        likelihood: "categorical", "bernoulli", "gaussian", or an instance.
+        likelihood: "categorical", "next_token", "mse", "gaussian", "bce", "bernoulli", or an
+            instance, with whose loss the model was trained. A name gives way to the loss that
+            `loss_fn`, or a model that takes `labels` itself, is found to have.
         weight_decay: wd of the training objective, mean loss + (wd/2)|w|^2 (the `weight_decay` of
             SGD). `None` is what a recipe trains with, and 0 where no training is known.
         structure: Curvature structure, see `estimate_curvature`.
@@ -126,6 +129,14 @@ class ForgetOptions:
         """
         check_names(changes, [field.name for field in fields(self)])
         return replace(self, **changes)
+
+    def with_loss(self, likelihood: Likelihood, loss_fn: LossFn | None) -> Self:
+        """The same options with the likelihood that was found to have the user's own loss; an
+        instance, which is taken at its word, where only `loss_fn` could tell."""
+        if loss_fn is not None:
+            return replace(self, likelihood=likelihood)
+        same = resolve_likelihood(self.likelihood) == likelihood
+        return self if same else replace(self, likelihood=named(likelihood))
 
     @property
     def decay(self) -> float:

@@ -28,14 +28,14 @@ from fisher_forget.curvature.kinds import Kind
 from fisher_forget.curvature.operator import Curvature
 from fisher_forget.curvature.storage import load_curvature, save_curvature
 from fisher_forget.data import batches
+from fisher_forget.data.own_loss import LossFn
 from fisher_forget.data.split import Indices, Split, resolve_split
 from fisher_forget.errors import ConfigError, StorageError
-from fisher_forget.likelihood import resolve_likelihood
 from fisher_forget.unlearn.data_sums import DataSums, load_data_sums, save_data_sums, take_data_sums
 from fisher_forget.unlearn.forget import scrub
 from fisher_forget.unlearn.objective import Objective
 from fisher_forget.unlearn.options import ForgetKeywords, ForgetOptions, merged
-from fisher_forget.unlearn.problem import Problem, curvature_of, settled
+from fisher_forget.unlearn.problem import Problem, curvature_of, objective_of, settled
 from fisher_forget.unlearn.result import ForgetResult
 
 DATA_SUMS, CURVATURE = "snapshot.safetensors", "curvature.safetensors"
@@ -155,6 +155,7 @@ def prepare(
     options: ForgetOptions | None = None,
     *,
     unpack: batches.Unpack | None = None,
+    loss_fn: LossFn | None = None,
     folder: str | Path | None = None,
     progress: bool = True,
     **changes: Unpack[ForgetKeywords],
@@ -171,6 +172,7 @@ def prepare(
         options: As for `forget`; `steps`, `damping`, `solver`, `drift`, `budget`, `noise`,
             `exponent` and `batch_norm` are the defaults of the requests.
         unpack: Function from a batch to (inputs, targets).
+        loss_fn: What the model was trained with, as for `forget`.
         folder: Keep everything here: made at the first call; a later call with the same model, data
             and options reads it, with all requests so far. A call that was killed goes on where it
             was.
@@ -197,7 +199,8 @@ def prepare(
         options = merged(options, changes)
         check_model(model)
         split = resolve_split(train_loader, [], unpack=unpack, allow_empty=True)
-        objective = Objective(model, resolve_likelihood(options.likelihood), options.subset)
+        objective = objective_of(model, split, options, loss_fn)
+        options = options.with_loss(objective.likelihood, loss_fn)
         options = settled(options, objective, split, warn=True)
         log = None
         if folder is not None:

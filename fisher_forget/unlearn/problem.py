@@ -21,6 +21,8 @@ from fisher_forget.curvature.kinds import Kind
 from fisher_forget.curvature.operator import Curvature
 from fisher_forget.curvature.products import refuse_hidden
 from fisher_forget.data import batches
+from fisher_forget.data.own_loss import LossFn
+from fisher_forget.data.settle import settled_likelihood
 from fisher_forget.data.split import Indices, Split, resolve_split
 from fisher_forget.errors import FisherForgetWarning, StorageError
 from fisher_forget.likelihood import resolve_likelihood
@@ -67,6 +69,7 @@ class Problem:
         options: ForgetOptions | None = None,
         *,
         unpack: batches.Unpack | None = None,
+        loss_fn: LossFn | None = None,
         device: torch.device | str | None = None,
         progress: bool = False,
         **changes: Unpack[ForgetKeywords],
@@ -76,8 +79,8 @@ class Problem:
         options = merged(options, changes)
         check_model(model)
         split = resolve_split(retain_loader, forget_idx, unpack=unpack)
-        likelihood = resolve_likelihood(options.likelihood)
-        objective = Objective(model, likelihood, options.subset, device)
+        objective = objective_of(model, split, options, loss_fn, device)
+        options = options.with_loss(objective.likelihood, loss_fn)
         options = settled(options, objective, split, warn=True)
         clock = time.perf_counter()
         part, kind = options.curvature_plan(split)
@@ -93,6 +96,20 @@ class Problem:
         """Sums over the retained samples: all samples' less the forget set's."""
         forgotten = self.objective.gradient(self.split.batches("forget"), self.objective.start)
         return self.sums.total - forgotten
+
+
+def objective_of(
+    model: nn.Module,
+    split: Split,
+    options: ForgetOptions,
+    loss_fn: LossFn | None,
+    device: torch.device | str | None = None,
+) -> Objective:
+    """The objective of a private copy of the model, whose likelihood has the user's own loss."""
+    likelihood = resolve_likelihood(options.likelihood)
+    objective = Objective(model, likelihood, options.subset, device)
+    objective.likelihood = settled_likelihood(objective.model, split, options.likelihood, loss_fn)
+    return objective
 
 
 def settled(

@@ -20,6 +20,7 @@ from fisher_forget._util.isolation import isolated
 from fisher_forget.curvature.operator import Curvature
 from fisher_forget.data.split import Split
 from fisher_forget.errors import DataError
+from fisher_forget.likelihood import named, resolve_likelihood
 from fisher_forget.unlearn.batch_norm import refresh_statistics
 from fisher_forget.unlearn.newton.step import NewtonStep
 from fisher_forget.unlearn.noise import NoiseDraw, draw_noise, information, noise_curvature
@@ -125,6 +126,11 @@ class ForgetResult:
         return "given" if self.curvature.info is None else self.curvature.info.kind
 
     @property
+    def likelihood(self) -> str:
+        """Whose loss the model was trained with: its name, or the call that makes it."""
+        return str(named(resolve_likelihood(self.options.likelihood)))
+
+    @property
     def buffers_refreshed(self) -> bool:
         """Whether statistics of any layer were recomputed on the retained data."""
         return bool(self.statistics.refreshed)
@@ -176,12 +182,13 @@ class ForgetResult:
         return information(scale, sigma, self.noise_curvature().power_trace(2 * exponent))
 
     def __str__(self) -> str:
-        loss = self.losses
+        loss, loss_of = self.losses, self.likelihood
         lines = [
             f"Forgot {len(self.split.forget):,} samples, retained {len(self.split.retain):,}, "
             f"in {sum(self.seconds.values()):.1f} s (seed {self.seed})",
             f"  curvature  {self.structure}, {self.kind} kind, of the retained data; "
             f"{self.seconds['curvature']:.1f} s",
+            *([] if loss_of == "categorical" else [f"  likelihood {loss_of}"]),
             *self._newton_lines(),
             *self._noise_lines(),
         ]
@@ -277,6 +284,7 @@ class ForgetResult:
                 **newton,
             },
             "noise": noise,
+            "likelihood": self.likelihood,
             "losses": self.losses,
             "buffers_refreshed": self.buffers_refreshed,
             "batch_norm": asdict(self.statistics),
