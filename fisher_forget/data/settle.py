@@ -34,7 +34,7 @@ from fisher_forget.likelihood import (
 )
 
 SAMPLES = 96  # that are looked at; two thirds of them in the first batch
-DIGITS = (3, 6)  # of a number that is solved for: a round one, if that will do
+DIGITS = (2, 3, 6)  # of a number that is solved for: a round one, if that will do
 
 
 def settled_likelihood(
