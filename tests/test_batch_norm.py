@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from fisher_forget import SISA, ForgetOptions, TrainSettings, forget, prepare, resolve_split, train
+from fisher_forget import params as P
 from fisher_forget.baselines import METHODS
 from fisher_forget.baselines.retrain import fresh
 from fisher_forget.baselines.sisa.method import Sharded
@@ -212,6 +213,36 @@ class TestLayers:
         expected = by_hand(model, x[2:], kept=["0"])["2"]
         for found, truth in zip(statistics(model)["2"], expected, strict=True):
             torch.testing.assert_close(found.double(), truth, rtol=0.02, atol=0.02)
+
+    @settings(max_examples=10, deadline=None)
+    @given(st.integers(0, 999), st.integers(2, 4), st.data())
+    def test_partly_frozen(self, seed, depth, data):
+        """The first blocks are frozen and in eval mode, the others trained."""
+        frozen = data.draw(st.integers(0, depth))
+        g = torch.Generator().manual_seed(seed)
+        x = 2 * torch.randn(N, 6, generator=g) + 1
+        y = (x[:, 0] + x[:, 1] > 2).long()
+        blocks = [
+            nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU()) for _ in range(depth)
+        ]
+        model = nn.Sequential(*blocks, nn.Linear(6, 2))
+        for p in model.parameters():
+            nn.init.normal_(p, 0, 0.5, generator=g)
+        set_statistics(model, lambda: 0.5 * torch.randn(64, 6, generator=g) - 2)
+        names = [f"{i}.1" for i in range(depth)]
+        for block in blocks[:frozen]:
+            block.requires_grad_(False)
+        train_mode(model, names[:frozen])
+        optimizer = torch.optim.SGD(P.trainable(model).values(), 0.01)
+        for _ in range(60):
+            rows = torch.randperm(N, generator=g)[:60]
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[rows]), y[rows]).backward()
+            optimizer.step()
+        result = forget(model.eval(), TensorDataset(x, y), IDX, **PLAIN)
+        assert result.statistics.kept == tuple(names[:frozen])
+        assert result.statistics.refreshed == tuple(names[frozen:])
+        assert same(result.model, model) == names[:frozen]
 
     @settings(max_examples=25, deadline=None)
     @given(

@@ -16,7 +16,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fisher_forget import params as P
 from fisher_forget._util.checks import check_model
-from fisher_forget._util.copies import copy_model
 from fisher_forget._util.isolation import isolated
 from fisher_forget.baselines.protocol import Grid, Unlearned
 from fisher_forget.baselines.training_loop import (
@@ -34,7 +33,7 @@ from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import NumericalError
 from fisher_forget.likelihood import Likelihood
 from fisher_forget.params import Params
-from fisher_forget.unlearn.batch_norm import foreign_statistics, norm_layers, still_given
+from fisher_forget.unlearn.batch_norm import foreign_statistics, still_given
 
 PricedWeights = tuple[Params, float]  # the new weights, and the sample gradients that they cost
 
@@ -206,9 +205,7 @@ class Training:
     @cached_property
     def foreign(self) -> tuple[str, ...]:
         """Norm layers of the given model whose running statistics this data did not set."""
-        if not norm_layers(self.model):
-            return ()
-        return foreign_statistics(copy_model(self.model).eval(), self.split)
+        return foreign_statistics(self.model, self.split)
 
     @property
     def gradients(self) -> float:

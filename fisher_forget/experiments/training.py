@@ -128,8 +128,7 @@ def train(
     _check_inputs(data, settings)
     samples = Split(data, np.unique(rows.numpy()), np.zeros(0, np.int64), settings.batch_size)
     kind = trained_likelihood(model, samples, likelihood)
-    twin = copy_model(model).eval()
-    train_mode(twin, frozen_statistics(twin, samples))
+    twin = train_mode(copy_model(model), frozen_statistics(model, samples))
     if settings.channels_last:
         twin = _laid_out(twin, torch.channels_last)
     weights = list(trainable(twin).values())

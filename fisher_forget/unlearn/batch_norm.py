@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fisher_forget import params as P
-from fisher_forget._util.copies import unwrapped
+from fisher_forget._util.copies import copy_model, unwrapped
 from fisher_forget.data.split import Indices, Split
 
 BATCH = 64  # samples per batch, at least
@@ -46,7 +46,7 @@ def norm_layers(model: nn.Module) -> dict[str, _NormBase]:
     }
 
 
-def foreign_statistics(model: nn.Module, split: Split) -> tuple[str, ...]:
+def foreign_statistics(model: nn.Module, split: Split, *, private: bool = False) -> tuple[str, ...]:
     """Names of the layers whose running statistics the data of the split did not set.
 
     The statistics are recomputed at the given weights on retained and forgotten samples, as in
@@ -55,11 +55,15 @@ def foreign_statistics(model: nn.Module, split: Split) -> tuple[str, ...]:
     inputs that they saw then. A layer that no sample reaches is foreign.
 
     Args:
-        model: As trained, in eval mode; as before after the call.
+        model: As trained; untouched.
         split: All of its samples count, 2,000 at most.
+        private: The model is a copy in eval mode, with which it is done: it need not be copied.
     """
-    layers = norm_layers(model)
-    done = _recomputed(model, layers, split, split.indices("all"), DECISIVE, decide=True)
+    if not norm_layers(model):
+        return ()
+    twin = model if private else copy_model(model).eval()
+    layers = norm_layers(twin)
+    done = _recomputed(twin, layers, split, split.indices("all"), DECISIVE, decide=True)
     return tuple(name for name in layers if done[name].foreign)
 
 
@@ -116,7 +120,7 @@ def frozen_statistics(model: nn.Module, split: Split) -> list[str]:
     layer whose own parameters are trained follows the data, as usual.
 
     Args:
-        model: Where the training starts, in eval mode; as before after the call.
+        model: Where the training starts; untouched.
         split: Its samples are trained on.
     """
     held = [
@@ -197,11 +201,11 @@ class _Recomputed:
         layer.train()
 
     def _after(
-        self, layer: _NormBase, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> Tensor:
+        self, layer: _NormBase, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor | None
+    ) -> Tensor | None:
         layer.eval()
         layer.momentum = self._momentum
-        if not self.rows:
+        if not self.rows or output is None:  # None after an error, which goes on its way
             return output
         self.statistics = new = _statistics(layer)
         if not self._given:

@@ -83,7 +83,7 @@ def take_data_sums(
     total = objective.gradient(batches, objective.start, spread)
     few = some(samples, NORM_SAMPLES, seed)
     norms = squared_gradient_norms(objective.tape, split, few, objective.likelihood)
-    foreign = foreign_statistics(objective.model, split)
+    foreign = foreign_statistics(objective.model, split, private=True)
     return DataSums(total, samples, torch.cat(spread), few, norms, foreign)
 
 

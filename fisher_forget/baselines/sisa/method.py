@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
-from fisher_forget._util.copies import copy_model
 from fisher_forget.baselines.base import Method
 from fisher_forget.baselines.retrain import Init, Train, fresh
 from fisher_forget.baselines.sisa.aggregate import Aggregate
@@ -58,7 +57,7 @@ class Sharded(Method):
                 "no train", "the function that trains a shard", "Pass train=, see `SISA`."
             )
         members = np.sort(split.indices("all"))
-        foreign = foreign_statistics(copy_model(model).eval(), split)
+        foreign = foreign_statistics(model, split)
         ensemble = SISA(
             partial(_build, model, self.init, foreign),
             partial(_train, self.train, split.base, members),
