@@ -252,11 +252,15 @@ class Tape:
             singles = list(probe.chunks(1))
             for index in {0, len(singles) - 1}:
                 one = singles[index]
-                alone = P.call(self.model, {}, one.args, one.kwargs)
+                fix = "Call model.eval(), and remove what mixes samples (batch statistics)."
+                try:
+                    alone = P.call(self.model, {}, one.args, one.kwargs)
+                except ModelError as error:
+                    got = f"a forward that works on {len(probe)} samples and fails on one of them"
+                    raise ModelError(f"{got} ({error.__cause__})", expected, fix) from error
                 if not _close(alone, outputs[index : index + 1]):
                     depends = "depends on the other samples of its batch"
                     got = f"a model whose output for a sample {depends}"
-                    fix = "Call model.eval(), and remove what mixes samples (batch statistics)."
                     raise ModelError(got, expected, fix)
 
     def _drop(self, stray: Iterable[str]) -> None:
