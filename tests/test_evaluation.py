@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -92,7 +93,23 @@ class TestTable:
         for metric in ("score", "loss"):
             assert table.get(metric, method="original").label == "not forgotten"
         control = [s for s in table.scores if s.method == CONTROL]
-        assert not [s for s in control if s.label in ("not forgotten", "over-forgotten")]
+        failures = ("not forgotten", "over-forgotten", "farther than the original")
+        assert not [s for s in control if s.label in failures]
+
+    def test_a_wrecked_model_is_farther_than_the_original(self, ensemble):
+        wrecked = copy.deepcopy(ensemble.originals.models[0])
+        for p in wrecked[-1].parameters():
+            p.data.mul_(-30)
+        distances = [m.name for m in METRICS.values() if m.far and m.group is None]
+        table = evaluate(wrecked, ensemble, PARTS, metrics=distances)
+        for name in set(distances) - {"step_cosine", "average_gap", "tug_of_war"}:
+            part = METRICS[name].parts[0] if METRICS[name].parts else "retain"
+            row = table.get(name, part, "scrubbed")
+            assert row.label == "farther than the original", name
+            assert "scrubbing led away" in row.reason
+        labels = {row.label for row in table.scores if row.method == "scrubbed"}
+        assert "over-forgotten" not in labels
+        assert "×" in table.to_markdown()
 
     def test_kl_against_numpy(self, table, ensemble):
         x = DATA.tensors[0][IDX]

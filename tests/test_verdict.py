@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
 from fisher_forget import ConfigError, DataError, NumericalError
 from fisher_forget.evaluate.verdict import (
+    FARTHER,
     INDISTINGUISHABLE,
     NOT_FORGOTTEN,
     OVER_FORGOTTEN,
@@ -214,6 +218,49 @@ class TestLabels:
     def test_readable(self) -> None:
         text = str(verdict(1.0, RETRAINED, original=1.0))
         assert text.startswith("not forgotten: 1, retrained 0.63 [0.562, 0.698], p = 0.00011. ")
+
+
+def distance(x: float, original: float = 10.0, **options: Any) -> str:
+    """The label of a distance, which must be that of its negative, a likeness."""
+    low = verdict(-x, -WIDE, original=-original, far="low", **options)
+    high = verdict(x, WIDE, original=original, far="high", **options)
+    assert low.label == high.label
+    assert low.reason == high.reason
+    return high.label
+
+
+class TestDistance:
+    def test_towards_the_original_and_beyond_it(self) -> None:
+        assert distance(0.3) == INDISTINGUISHABLE
+        assert distance(4.0) == NOT_FORGOTTEN
+        assert distance(10.0) == NOT_FORGOTTEN  # untouched
+        assert distance(10.0 * (1 + 1e-9)) == NOT_FORGOTTEN
+        for wrecked in (10.1, 12.0, 1e6):
+            assert distance(wrecked) == FARTHER
+
+    def test_closer_than_retrained_models_is_no_failure(self) -> None:
+        for x in (-0.3, -4.0, -1e3):
+            assert distance(x) == INDISTINGUISHABLE
+
+    @given(st.floats(-20, 20), st.floats(-20, 20))
+    @settings(deadline=None)
+    def test_never_over_forgotten_nor_forgotten_beyond_the_original(
+        self, x: float, original: float
+    ) -> None:
+        label = distance(x, original)
+        assert label != OVER_FORGOTTEN
+        if x > original + 1e-3 and x > 0:
+            assert label != NOT_FORGOTTEN
+        if x <= original:
+            assert label != FARTHER or original <= 3
+
+    def test_an_original_like_the_retrained(self) -> None:
+        assert distance(4.0, original=0.5) == FARTHER
+
+    def test_without_a_spread(self) -> None:
+        same, options = [1.0, 1.0, 1.0], {"far": "high", "margin": 0.02}
+        labels = [verdict(x, same, original=2.0, **options).label for x in (0.5, 1.01, 1.5, 2.5)]
+        assert labels == [INDISTINGUISHABLE, INDISTINGUISHABLE, NOT_FORGOTTEN, FARTHER]
 
 
 class TestWithoutSpread:

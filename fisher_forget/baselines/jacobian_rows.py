@@ -103,7 +103,7 @@ class RowBlock:
             weighted = (c.view(layer.g.shape[:2])[..., None] * layer.g).sum(1)
             total |= layer.part(weighted.T @ layer.a)
         for name, rows in self.rest.items():
-            total[name] = (c @ rows.flatten(0, 1).flatten(1)).view(rows.shape[2:])
+            total[name] = (c @ flat_rows(rows)).view(rows.shape[2:])
         return total
 
     def matrix(self, like: Params) -> Tensor:
@@ -114,14 +114,14 @@ class RowBlock:
             full[layer.weight] = outer if layer.bias is None else outer[..., :-1]
             if layer.bias is not None:
                 full[layer.bias] = outer[..., -1]
-        return torch.cat([full[name].flatten(0, 1).flatten(1) for name in like], 1)
+        return torch.cat([flat_rows(full[name]) for name in like], 1)
 
     def _rest(self) -> Tensor:
         """[r, d'] of the parameters that are no factors."""
         if not self.rest:
             g = self.thin[0].g
             return g.new_zeros(len(g) * g.shape[1], 0)
-        return torch.cat([rows.flatten(0, 1).flatten(1) for rows in self.rest.values()], 1)
+        return torch.cat([flat_rows(rows) for rows in self.rest.values()], 1)
 
     def numbers(self) -> int:
         """Held for each row."""
@@ -130,6 +130,11 @@ class RowBlock:
         )
         shape = next(iter(self.rest.values())).shape if self.rest else self.thin[0].g.shape
         return -(-count // (shape[0] * shape[1]))
+
+
+def flat_rows(rows: Tensor) -> Tensor:
+    """[n, k, *shape] as [n k, d], for parameters of any shape."""
+    return rows.reshape(rows.shape[0] * rows.shape[1], rows.shape[2:].numel())
 
 
 class Rows:

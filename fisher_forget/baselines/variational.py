@@ -111,7 +111,7 @@ class Variational(DirectMethod):
         with torch.enable_grad():
             pair = _noisy(objective.start, logs, generator)
             # ln|Sigma| counts a filter's log-variance once for each of its weights
-            each = {name: objective.start[name].numel() / x.numel() for name, x in logs.items()}
+            each = {n: objective.start[n].numel() / max(x.numel(), 1) for n, x in logs.items()}
             spread = torch.stack([x.sum() * each[name] for name, x in logs.items()]).sum()
         ends, pulls = [spread], [spread.new_tensor(-self.trade_off)]
         for noisy in pair:

@@ -25,6 +25,7 @@ from fisher_forget.evaluate.ensemble import RetrainedEnsemble, predict, settled_
 from fisher_forget.evaluate.metrics import LEAST, METRICS, Context, Metric, Subject
 from fisher_forget.evaluate.scoring import TOO_FEW, UNDEFINED, EvaluationRow, score_metric
 from fisher_forget.evaluate.verdict import (
+    FARTHER,
     INDISTINGUISHABLE,
     NOT_FORGOTTEN,
     OVER_FORGOTTEN,
@@ -37,12 +38,19 @@ Scrubbed = ForgetResult | nn.Module
 Outputs = list[dict[str, Tensor]]  # of each model: part -> outputs [N, ...]
 CONTROL = "control (retrained)"  # retrained models that take no part in the targets
 FALSE_ALARM = 0.05  # that a retrained model fails any of the rows
-MARKS = {NOT_FORGOTTEN: "−", INDISTINGUISHABLE: "=", OVER_FORGOTTEN: "+", UNDECIDED: "≈"}
-MARKS[UNDEFINED] = ""
+MARKS = {
+    NOT_FORGOTTEN: "−",
+    INDISTINGUISHABLE: "=",
+    OVER_FORGOTTEN: "+",
+    FARTHER: "×",
+    UNDECIDED: "≈",
+    UNDEFINED: "",
+}
 MARKS_LEGEND = (
     f"{MARKS[INDISTINGUISHABLE]} shown to be as retrained; "
     f"{MARKS[UNDECIDED]} not told apart from retrained, more models would tell; "
-    f"{MARKS[NOT_FORGOTTEN]} not forgotten; {MARKS[OVER_FORGOTTEN]} over-forgotten"
+    f"{MARKS[NOT_FORGOTTEN]} not forgotten; {MARKS[OVER_FORGOTTEN]} over-forgotten; "
+    f"{MARKS[FARTHER]} farther from retrained than the original"
 )
 
 

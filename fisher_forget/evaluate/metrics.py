@@ -1,5 +1,4 @@
-r"""Every metric that `evaluate` reports: name, unit, definition, source, and how it is computed
-from stored outputs.
+r"""Every metric that `evaluate` reports: name, unit, definition, source, and its computation.
 
 Three forms. A *solo* metric is a number of one model, r(model); a *pair* metric compares a model
 with one retrained model and is averaged over these; a *group* metric compares the distribution of
@@ -32,6 +31,7 @@ from fisher_forget.evaluate.membership import (
     u_lira,
 )
 from fisher_forget.evaluate.roc import auc
+from fisher_forget.evaluate.verdict import Far
 from fisher_forget.likelihood import Categorical, Likelihood
 
 MEMBERSHIP_SAMPLES = 1000  # of retained and test data each, that a membership attack is fitted on
@@ -98,10 +98,10 @@ class Metric:
         group: number of several models and several retrained ones, of `LEAST` each at least.
         parts: Parts of the data it is computed on; empty for all.
         cap: Where counting ends: the true number may be larger.
-        needs: What it needs besides outputs: "categorical", "membership", "split", "teacher" (see
-            `missing`), or "weights": those of the original's architecture, without which it is
-            undefined.
-        by_name: Computed only where it is asked for by name: it takes long, or follows from others.
+        needs: Besides outputs: "categorical", "membership", "split", "teacher" (see `missing`), or
+            "weights" of the original's architecture, without which it is undefined.
+        far: "high" of a distance to retrained models, "low" of a likeness; else both sides are.
+        by_name: Computed only where asked for by name: it takes long, or follows from others.
     """
 
     name: str
@@ -116,6 +116,7 @@ class Metric:
     cap: float = math.inf
     needs: frozenset[str] = field(default_factory=frozenset)
     by_name: bool = False
+    far: Far | None = None
 
     def unit_in(self, context: Context) -> str:
         """Its unit; that of "score" is the likelihood's."""
@@ -265,32 +266,32 @@ FORGET = ("forget",)
 TABLE = (
     Metric(
         "kl", "nats", "how badly the model stands in for a retrained one",
-        "mean_n KL(p_retrained(x_n) || p(x_n))", GOLATKAR, pair=_kl,
+        "mean_n KL(p_retrained(x_n) || p(x_n))", GOLATKAR, pair=_kl, far="high",
     ),
     Metric(
         "kl_reverse", "nats", "the same in the other direction",
         "mean_n KL(p(x_n) || p_retrained(x_n))", GOLATKAR,
-        pair=lambda a, b, part, context: _kl(b, a, part, context),
+        pair=lambda a, b, part, context: _kl(b, a, part, context), far="high",
     ),
     Metric(
         "jensen_shannon", "bits", "symmetric divergence between 0 and 1",
         "mean_n JS_2(p(x_n), p_retrained(x_n))", "Lin 1991, doi:10.1109/18.61115",
-        pair=_mean(divergence.jensen_shannon), needs=CLASSES,
+        pair=_mean(divergence.jensen_shannon), needs=CLASSES, far="high",
     ),
     Metric(
         "total_variation", "%", "largest difference in the probability of any event",
         "mean_n |p(x_n) - p_retrained(x_n)|_1 / 2", "textbook",
-        pair=_mean(divergence.total_variation, 100.0), needs=CLASSES,
+        pair=_mean(divergence.total_variation, 100.0), needs=CLASSES, far="high",
     ),
     Metric(
         "agreement", "%", "samples on which both predict the same class",
         "mean_n [argmax p(x_n) = argmax p_retrained(x_n)]", "textbook",
-        pair=_mean(divergence.agreement, 100.0), needs=CLASSES,
+        pair=_mean(divergence.agreement, 100.0), needs=CLASSES, far="low",
     ),
     Metric(
         "activation_distance", "", "distance of the predicted probabilities",
         "mean_n |p(x_n) - p_retrained(x_n)|_1", GOLATKAR,
-        pair=_mean(divergence.total_variation, 2.0), needs=CLASSES,
+        pair=_mean(divergence.total_variation, 2.0), needs=CLASSES, far="high",
     ),
     Metric(
         "score", "%", "accuracy, or squared error for regression",
@@ -318,24 +319,25 @@ TABLE = (
         "divergence between the margins of scrubbed and of retrained models, sample by sample",
         "mean_n KL(hist margins of scrubbed || hist margins of retrained)",
         "Georgiev et al. 2024, arXiv:2410.23232",
-        group=_klom("mean"), needs=CLASSES,
+        group=_klom("mean"), needs=CLASSES, far="high",
     ),
     Metric(
         "klom_p95", "nats", "the same at the samples where it is large",
         "95th percentile over n of it", "Georgiev et al. 2024, arXiv:2410.23232",
-        group=_klom("p95"), needs=CLASSES,
+        group=_klom("p95"), needs=CLASSES, far="high",
     ),
     Metric(
         "u_lira", "%",
         "how well an attacker with shadow models tells scrubbed from retrained models, per sample",
         "AUC of the likelihood ratio of two Gaussians of the margin",
         "Hayes et al. 2024, arXiv:2403.01218",
-        group=_shadow(partial(u_lira, pooled=True), ShadowAttack.auc), parts=FORGET, needs=CLASSES,
+        group=_shadow(partial(u_lira, pooled=True), ShadowAttack.auc), parts=FORGET,
+        needs=CLASSES, far="high",
     ),
     Metric(
         "ruli", "%", "the same with kernel densities",
         "AUC of p_u / (p_u + p_o) of the margin", "Naderloui et al. 2025, arXiv:2506.13009",
-        group=_shadow(ruli, ShadowAttack.auc), parts=FORGET, needs=CLASSES,
+        group=_shadow(ruli, ShadowAttack.auc), parts=FORGET, needs=CLASSES, far="high",
     ),
     Metric(
         "zrf", "", "zero retrain forgetting: likeness to a model that has learned nothing",
@@ -346,13 +348,13 @@ TABLE = (
         "weight_distance", "", "distance of the weights to a retrained model's",
         "|w - w_retrained|", "textbook",
         pair=lambda a, b, *_: weights.weight_distance(a.model, b.model),
-        parts=FORGET, needs=WEIGHTS,
+        parts=FORGET, needs=WEIGHTS, far="high",
     ),
     Metric(
         "step_cosine", "", "direction of the step against the retrained model's",
         "cos(w - w_original, w_retrained - w_original)", GOLATKAR,
         pair=lambda a, b, *_: weights.step_cosine(a.original, a.model, [b.model]),
-        parts=FORGET, needs=WEIGHTS,
+        parts=FORGET, needs=WEIGHTS, far="low",
     ),
     Metric(
         "efficacy", "1/nats", "inverse information that the forget set still exerts on the weights",
@@ -382,18 +384,18 @@ TABLE = (
         "TPR at 1 % FPR of the likelihood ratio of two Gaussians of the margin",
         "Hayes et al. 2024, arXiv:2403.01218",
         group=_shadow(partial(u_lira, pooled=True), partial(ShadowAttack.tpr_at_fpr, fpr=0.01)),
-        parts=FORGET, needs=CLASSES, by_name=True,
+        parts=FORGET, needs=CLASSES, by_name=True, far="high",
     ),
     Metric(
         "tug_of_war", "", "three accuracies against a retrained model's, in one number",
         "prod_parts (1 - |A(w) - A(w_retrained)|)", "Zhao et al. 2024, arXiv:2406.01257",
-        pair=_tug_of_war, parts=FORGET, needs=ATTACK, by_name=True,
+        pair=_tug_of_war, parts=FORGET, needs=ATTACK, by_name=True, far="low",
     ),
     Metric(
         "average_gap", "%", "the same, with the members that an attack on the confidence calls",
         "mean of |A(w) - A(w_retrained)| over the parts and of |MIA(w) - MIA(w_retrained)|",
         "Fan et al. 2024, arXiv:2310.12508", pair=_average_gap, parts=FORGET, needs=ATTACK,
-        by_name=True,
+        by_name=True, far="high",
     ),
 )  # fmt: skip
 METRICS: dict[str, Metric] = {m.name: m for m in TABLE}

@@ -39,8 +39,8 @@ class EvaluationRow:
         target_low: Lower end of the range expected of (the mean of as many) retrained models; the
             ranges of all rows of a method hold together with 95 % (Bonferroni).
         target_high: Upper end.
-        label: "not forgotten", "indistinguishable from retrained", "over-forgotten", "undecided"
-            (see `verdict`) or "undefined" where a value is not finite.
+        label: "not forgotten", "indistinguishable from retrained", "over-forgotten", "undecided",
+            "farther than the original" (see `verdict`) or "undefined" where a value is not finite.
         reason: Why, and how many models would tell more.
         values: Of every model of the method.
         target_std: Standard deviation over the retrained models.
@@ -106,7 +106,9 @@ def score_metric(
         # without a spread only a margin can judge
         margin = ENOUGH.get(key[-1]) if np.ptp(targets) == 0 else None
         before = original or values
-        judged = verdict(values, targets, original=before, margin=margin, level=level)
+        judged = verdict(
+            values, targets, original=before, far=metric.far, margin=margin, level=level
+        )
         rows.append(_row(key, metric, values, targets, judged))
     return rows
 

@@ -23,6 +23,10 @@ retrained model" the mean of K. Both tests are approximate then: in simulations 
 to 20 they are wrong in 2 to 8 % of cases. Scrubs of one original share its seed: average them to
 one value. Of 20 scores one rejects a perfect scrub: for n scores judged together, pass level = 1 -
 0.05 / n.
+
+A *distance* to retrained models (KL, KLoM, of the weights) has no other side. It is different only
+where it is larger than theirs to each other: not all was forgotten, or, where it is larger than the
+original's, too, the scrub led away. Likenesses (agreement) are the same upside down.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 from scipy import special, stats
@@ -37,13 +42,16 @@ from scipy import special, stats
 from fisher_forget.errors import ConfigError, DataError, NumericalError
 from fisher_forget.evaluate.intervals import Array, Values, check_level, finite_vector
 
+Far = Literal["high", "low"]
 NOT_FORGOTTEN = "not forgotten"
 INDISTINGUISHABLE = "indistinguishable from retrained"
 OVER_FORGOTTEN = "over-forgotten"
+FARTHER = "farther than the original"
 UNDECIDED = "undecided"
 
 MARGIN = 2.0  # standard deviations of the retrained models
 POWER = 0.8
+ROUNDING = 1e-6  # relative, by which a model may seem farther away that has not moved
 MOST = 1000  # retrained models beyond which nobody will go
 
 
@@ -52,7 +60,8 @@ class Verdict:
     """What one score says about forgetting. All but rates and counts is in the unit of the score.
 
     Attributes:
-        label: "not forgotten", "indistinguishable from retrained", "over-forgotten" or "undecided".
+        label: "not forgotten", "indistinguishable from retrained", "over-forgotten", "undecided",
+            or, of a distance, "farther than the original".
         value: Mean score of the scrubbed models.
         target: Mean score of the retrained models.
         low: Lower end of the range expected of (the mean of as many) retrained models.
@@ -194,6 +203,7 @@ def verdict(
     retrained: Values,
     *,
     original: Values,
+    far: Far | None = None,
     margin: float | None = None,
     level: float = 0.95,
 ) -> Verdict:
@@ -203,13 +213,16 @@ def verdict(
     forgotten". Different, on the side away from the original: "over-forgotten". Not different, and
     equivalent: "indistinguishable from retrained". Neither: "undecided". Where the original itself
     is no different there was nothing to forget that this score can see; a scrubbed model that is
-    different is then "over-forgotten", since the scrub alone moved it.
+    different is then "over-forgotten", since the scrub alone moved it. A distance that is different
+    is "farther than the original" where it is larger than the original's, and else "not forgotten".
 
     Args:
         values: The score of the scrubbed model, or of K scrubbed models of independent originals
             [K].
         retrained: Scores of independently retrained models [M], M >= 2.
         original: The score of the original, or of the K originals.
+        far: Of a distance to retrained models "high", of a likeness "low": the values that lie far
+            from them. `None` for scores that retrained models have as well, which have two sides.
         margin: Distance that still counts as the same, in the unit of the score; by default two
             standard deviations of the retrained models.
         level: 1 - false-alarm rate, of each of the two tests.
@@ -224,7 +237,7 @@ def verdict(
     _check(r, margin, level)
     value, target, std = float(x.mean()), float(r.mean()), float(r.std(ddof=1))
     if std <= 1e-12 * float(np.abs(r).max()):  # rounding of equal numbers leaves a trace
-        return _without_spread(value, target, float(o.mean()), margin)
+        return _without_spread(value, target, float(o.mean()), margin, far)
 
     def design(sample: Array) -> Design:
         ratio = float(sample.std(ddof=1)) / std if len(sample) > 1 else 1.0
@@ -235,7 +248,7 @@ def verdict(
     plan, gap, before = design(x), (value - target) / std, (float(o.mean()) - target) / std
     visible = abs(before) > design(o).limit
     needed = plan.models_needed(abs(gap))
-    label, reason = _judged(plan, gap, before if visible else 0.0, needed)
+    label, reason = _judged(plan, gap, before if visible else 0.0, needed, far)
     return Verdict(
         label,
         value,
@@ -250,12 +263,14 @@ def verdict(
     )
 
 
-def _judged(plan: Design, gap: float, before: float, needed: int | None) -> tuple[str, str]:
+def _judged(
+    plan: Design, gap: float, before: float, needed: int | None, far: Far | None
+) -> tuple[str, str]:
     """Label and reason of a score `gap` away from the retrained ones; `before` is the original's
     distance, 0 where it is no different."""
     same = abs(gap) <= plan.bound
     if abs(gap) > plan.limit:
-        label, reason = _different(gap, before)
+        label, reason = _different(gap, before, far)
         return label, reason + " The difference is within the given margin." * same
     if same:
         return INDISTINGUISHABLE, "A difference beyond the margin is ruled out."
@@ -272,9 +287,12 @@ def _noncentral(probability: float, df: int, shift: float) -> float:
     return float(stats.nct.ppf(probability, df, shift))
 
 
-def _different(gap: float, before: float) -> tuple[str, str]:
+def _different(gap: float, before: float, far: Far | None) -> tuple[str, str]:
     """Label and reason of a score off the retrained ones; `before` is the original's, 0 where it is
     not off."""
+    if far is not None:
+        sign = 1 if far == "high" else -1
+        return _distant(sign * gap, sign * before)
     reason = "No retrained model scores like this,"
     if gap * before > 0:
         return NOT_FORGOTTEN, f"{reason} and the original lies on the same side."
@@ -283,7 +301,19 @@ def _different(gap: float, before: float) -> tuple[str, str]:
     return OVER_FORGOTTEN, f"{reason} but the original does: scrubbing led away."
 
 
-def _without_spread(value: float, target: float, original: float, margin: float | None) -> Verdict:
+def _distant(gap: float, before: float) -> tuple[str, str]:
+    """The same of a distance."""
+    if gap < 0:
+        return INDISTINGUISHABLE, "Closer to the retrained models than these are to each other."
+    reason = "Farther from the retrained models than these are from each other,"
+    if gap > before * (1 + ROUNDING):
+        return FARTHER, f"{reason} and than the original is: scrubbing led away."
+    return NOT_FORGOTTEN, f"{reason} as the original is."
+
+
+def _without_spread(
+    value: float, target: float, original: float, margin: float | None, far: Far | None
+) -> Verdict:
     """All retrained models score the same: without a spread there is no test, only a margin if one
     was given."""
     tolerance = 1e-12 * abs(target) if margin is None else margin
@@ -294,7 +324,7 @@ def _without_spread(value: float, target: float, original: float, margin: float 
     elif margin is None:
         label, reason = UNDECIDED, f"{reason} Give one in the unit of the score."
     else:
-        label, side = _different(gap, before if abs(before) > tolerance else 0.0)
+        label, side = _different(gap, before if abs(before) > tolerance else 0.0, far)
         reason = f"{side} {reason}"
     if abs(before) <= tolerance:
         reason += " Nothing to forget is visible in this score."
