@@ -65,8 +65,7 @@ class Context:
         trained: Of the model's own outputs.
         targets: Part -> targets [N, ...].
         split: The training data, for metrics that train or differentiate; `None` leaves them out.
-        teacher: Outputs on the forget set of a model with random weights, for ZRF; `None` leaves it
-            out.
+        teacher: Outputs on the forget set of a model with random weights, for ZRF, or `None`.
         seed: Of subsamples.
     """
 
@@ -91,8 +90,7 @@ class Metric:
         name: Key in tables.
         unit: "nats", "%", ...
         definition: One line.
-        formula: Its formula.
-        source: Where it comes from.
+        formula, source: Its formula, and where it comes from.
         solo: Number of a model; or
         pair: number of a model and a retrained one; or
         group: number of several models and several retrained ones, of `LEAST` each at least.
