@@ -24,7 +24,8 @@ from fisher_forget._util.isolation import isolated, seeded_rng
 from fisher_forget._util.torch_errors import explained
 from fisher_forget.data.split import resolve_split
 from fisher_forget.errors import CurvatureError, ModelError
-from fisher_forget.evaluate.ensemble import Members, RetrainedEnsemble, predict
+from fisher_forget.evaluate.ensemble import Members, RetrainedEnsemble
+from fisher_forget.evaluate.predictions import predict
 
 DATA = blobs_data()
 PLAIN: dict[str, Any] = {"drift": True, "weight_decay": 0.01}

@@ -22,7 +22,7 @@ from fisher_forget._util.calls import one_call
 from fisher_forget.data.reader import Reader
 from fisher_forget.data.split import Split, resolve_split
 from fisher_forget.errors import DataError, FisherForgetWarning, NumericalError
-from fisher_forget.evaluate.ensemble import predict
+from fisher_forget.evaluate.predictions import predict
 
 N = 23
 X = torch.randn(N, 4, generator=torch.Generator().manual_seed(0))

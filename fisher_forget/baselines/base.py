@@ -29,7 +29,7 @@ from fisher_forget.baselines.training_loop import (
 )
 from fisher_forget.data.batches import Batch
 from fisher_forget.data.settle import trained_likelihood
-from fisher_forget.data.split import Indices, Split
+from fisher_forget.data.split import Indices, Split, check_scored
 from fisher_forget.errors import NumericalError
 from fisher_forget.likelihood import Likelihood
 from fisher_forget.params import Params
@@ -94,6 +94,7 @@ class DirectMethod(Method):
     def scrub(self, model: nn.Module, split: Split) -> tuple[nn.Module, float]:
         check_model(model)
         likelihood = trained_likelihood(model, split, self.likelihood)
+        check_scored(split, likelihood)
         weights, gradients = self.weights(model, split, likelihood)
         if not P.finite(weights):
             fix = "Raise the method's damping or weight_decay, or lower the length of its step."
@@ -175,7 +176,7 @@ class SgdMethod(TrainingMethod):
 
 def first_outputs(model: nn.Module, split: Split, likelihood: Likelihood) -> Tensor:
     """Outputs [1, ...] of the first retained sample, whose target is checked, without a graph."""
-    batch = next(split.batches(split.retain[:1])).on(model)
+    batch = split.first(split.retain[:1]).on(model)
     with torch.no_grad():
         outputs = P.call(model, {}, batch.args, batch.kwargs)
     likelihood.check(outputs, batch.targets)
@@ -198,6 +199,7 @@ class Training:
     def __init__(
         self, model: nn.Module, split: Split, likelihood: Likelihood, batch_size: int
     ) -> None:
+        check_scored(split, likelihood)
         self.model, self.split, self.likelihood = model, split, likelihood
         self.batch_size = batch_size
         self._thirds = 0  # whole numbers: a sum of thirds would be rounded

@@ -168,7 +168,7 @@ class Rows:
         self.tape, self.split, self.likelihood = Tape(model), split, likelihood
         self.columns, self.gradients = columns, 0.0
         self.like = P.detached(self.tape.params)
-        first = next(split.batches(np.concatenate(list(parts))[:2])).on(self.tape.model)
+        first = split.first(np.concatenate(list(parts))[:2]).on(self.tape.model)
         probe = self.tape.verify(first)
         likelihood.check(probe.outputs, first.targets)
         self.per_sample = len(columns(probe.outputs, first.targets))

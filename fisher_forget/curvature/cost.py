@@ -73,7 +73,7 @@ def of_columns(
         return time.perf_counter() - begun
 
     seconds = _extrapolate(run, walk)
-    recorded = walk.recorded_bytes(next(walk.batches()))
+    recorded = walk.recorded_bytes(walk.split.first(walk.samples).on(walk.tape.model))
     at_once = min(recorded * min(walk.split.batch_size, samples), walk.chunk_bytes)
     # the copy of the model, one chunk, the sums and the result made of them
     result = bytes_result or 0

@@ -24,7 +24,7 @@ from fisher_forget.curvature.passes import Walk
 from fisher_forget.curvature.structures import STRUCTURES, Structure, mixed
 from fisher_forget.curvature.tape import Tape
 from fisher_forget.data.settle import settled_likelihood
-from fisher_forget.data.split import Indices, Part, Split, resolve_split, some
+from fisher_forget.data.split import Indices, Part, Split, check_scored, resolve_split, some
 from fisher_forget.errors import CurvatureError, SplitError
 from fisher_forget.likelihood import Likelihood, resolve_likelihood
 
@@ -168,6 +168,7 @@ def estimate_curvature(
         tape = Tape(model, settings.subset)
         if isinstance(likelihood, str):
             likelihood = settled_likelihood(tape.model, split, likelihood)
+        check_scored(split, likelihood, [settings.part])
     else:
         tape = model if settings.subset is None else model.restricted(settings.subset)
     likelihood = resolve_likelihood(likelihood)
@@ -185,7 +186,7 @@ def _walk(tape: Tape, split: Split, likelihood: Likelihood, options: CurvatureOp
     assert isinstance(options.structure, str)
     assert not isinstance(options.part, str)
     spec = STRUCTURES[options.structure]
-    outputs = tape.verify(next(split.batches(options.part)).on(tape.model)).outputs
+    outputs = tape.verify(split.first(options.part).on(tape.model)).outputs
     columns = likelihood.column_count(outputs)
     kind = kinds.choose(options.kind, 0 if spec.by_products else columns)
     walk = Walk(tape, split, options.part, likelihood, replace(options, kind=kind), columns)

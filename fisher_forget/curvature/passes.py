@@ -251,7 +251,7 @@ def squared_gradient_norms(
     """
     if not len(indices):
         return torch.zeros(0, dtype=torch.float64)
-    tape.verify(next(split.batches(indices)).on(tape.model))
+    tape.verify(split.first(indices).on(tape.model))
     # the empirical kind's one column a sample is dl_n/df_n, which back-propagates to dl_n/dw
     options = CurvatureOptions(kind="empirical", memory=memory)
     walk = Walk(tape, split, indices, likelihood, options)

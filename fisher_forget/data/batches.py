@@ -118,7 +118,8 @@ def default_unpack(batch: Any) -> tuple[Any, Any]:
         targets = entries.pop(keys[0])
         return (next(iter(entries.values())) if len(entries) == 1 else entries), targets
     if isinstance(batch, (tuple, list)) and len(batch) >= 2:
-        _check_further(batch)
+        if len(batch) > 2:
+            _check_further(batch)
         return batch[0], batch[1]
     if entries is not None:
         got = f"a batch with the keys {sorted(map(str, entries))}"

@@ -20,9 +20,10 @@ from fisher_forget.data.batches import Batch, Unpack
 from fisher_forget.data.fingerprint import fingerprint
 from fisher_forget.data.indices import forget_indices, members_of
 from fisher_forget.data.reader import KEPT, Indices, Reader
-from fisher_forget.errors import FisherForgetWarning, SplitError
+from fisher_forget.errors import DataError, FisherForgetWarning, SplitError
+from fisher_forget.likelihood import Likelihood
 
-__all__ = ["Indices", "Part", "Split", "resolve_split", "some"]
+__all__ = ["Indices", "Part", "Split", "check_scored", "resolve_split", "some"]
 
 Part = Literal["retain", "forget", "all"]
 
@@ -84,6 +85,10 @@ class Split:
                 FisherForgetWarning,
                 stacklevel=4,
             )
+
+    def first(self, part: Part | Indices) -> Batch:
+        """The first of `batches`, without a look at the others."""
+        return next(self.read([self.indices(part)[: self.batch_size]]))
 
     def steps(self, part: Part | Indices) -> int:
         """Number of batches of a part."""
@@ -154,6 +159,29 @@ def _whole(source: DataLoader[Any] | Dataset[Any], unpack: Unpack | None) -> Spl
     settings = {name: getattr(source, name) for name in KEPT}
     size = getattr(source.batch_sampler, "batch_size", None) or Split.batch_size
     return Split(base, members, nobody, size, Reader(base, unpack, settings))
+
+
+def check_scored(
+    split: Split, likelihood: Likelihood, parts: Sequence[Part | Indices] = ("retain", "forget")
+) -> None:
+    """Refuse samples of which no target counts in the loss, as all are ignored; few are read.
+
+    Args:
+        split: The data.
+        likelihood: Counts scored positions.
+        parts: Which of them; none of a part without samples is missed.
+
+    Raises:
+        DataError: If a part has samples, but no scored target.
+    """
+    for part in parts:
+        samples = len(split.indices(part))
+        counts = (likelihood.counts(batch.targets).sum() for batch in split.batches(part))
+        if samples and not any(map(bool, counts)):
+            name = {"retain": " retained", "forget": " forgotten"}.get(str(part), "")
+            got = f"{samples:,}{name} samples without a scored target"
+            fix = "Leave them out, or check which targets the likelihood ignores (ignore_index)."
+            raise DataError(got, "at least one target that counts in the loss", fix)
 
 
 def some(indices: Indices, few: int, seed: int | np.random.Generator) -> Indices:

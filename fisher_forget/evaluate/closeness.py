@@ -24,7 +24,12 @@ from torch.utils.data import Dataset
 from fisher_forget._util.isolation import isolated
 from fisher_forget.data.batches import Unpack
 from fisher_forget.errors import DataError, NumericalError
-from fisher_forget.evaluate.ensemble import predict, settled_by, whole_splits
+from fisher_forget.evaluate.predictions import (
+    check_scored_parts,
+    predict,
+    settled_by,
+    whole_splits,
+)
 from fisher_forget.likelihood import Likelihood, Score
 
 Outputs = Mapping[str, Tensor]  # part -> outputs [N, ...]
@@ -114,6 +119,7 @@ class Reference:
         self._splits = whole_splits(parts, unpack)
         self.likelihood = settled_by(original, self._splits, likelihood)
         self.targets = {name: predict(original, split)[1] for name, split in self._splits.items()}
+        check_scored_parts(self.likelihood, self.targets)
         self.original = self.outputs(original)
         self.retrained = tuple(self.outputs(model) for model in retrained)
         self._bars = bars(self.likelihood, self.targets, self.retrained)

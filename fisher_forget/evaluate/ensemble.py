@@ -22,17 +22,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from fisher_forget import params as P
 from fisher_forget._util import files
 from fisher_forget._util.checks import check_names
-from fisher_forget._util.copies import private_copy
 from fisher_forget._util.isolation import isolated
 from fisher_forget._util.threads import torch_threads
 from fisher_forget.data import batches
-from fisher_forget.data.settle import trained_likelihood
 from fisher_forget.data.split import Indices, Split, resolve_split
-from fisher_forget.errors import ConfigError, DataError, FisherForgetWarning, StorageError
-from fisher_forget.likelihood import Likelihood, resolve_likelihood
+from fisher_forget.errors import ConfigError, FisherForgetWarning, StorageError
+from fisher_forget.evaluate.predictions import predict, whole_splits
 
 TrainFn = Callable[[int], nn.Module]
 # joblib's backends, and the modules that those of other packages live in
@@ -185,43 +182,6 @@ class RetrainedEnsemble:
                 stored[f"{kind}/{name}"] = torch.stack([outputs for outputs, _ in predictions])
                 stored[f"targets/{name}"] = predictions[0][1]
         return stored
-
-
-def whole_splits(
-    parts: Mapping[str, Dataset[Any]], unpack: batches.Unpack | None = None
-) -> dict[str, Split]:
-    """Data sets as splits that forget nothing, whose samples `predict` goes through."""
-    options: dict[str, Any] = {"unpack": unpack, "allow_empty": True}
-    return {name: resolve_split(part, [], **options) for name, part in parts.items()}
-
-
-def settled_by(
-    model: nn.Module, splits: Mapping[str, Split], likelihood: Likelihood | str
-) -> Likelihood:
-    """The likelihood that a model was trained with, told on the first part that has samples."""
-    split = next((split for split in splits.values() if len(split.retain)), None)
-    if split is None:
-        return resolve_likelihood(likelihood)
-    return trained_likelihood(model, split, likelihood)
-
-
-@isolated()
-def predict(model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
-    """Outputs [N, ...] of the model in eval mode and targets [N, ...] of all samples of a split, on
-    the CPU.
-
-    Raises:
-        DataError: If the split is empty.
-    """
-    twin = private_copy(model)
-    outputs, targets = [], []
-    with torch.no_grad():
-        for batch in split.batches("all"):
-            outputs.append(P.call(twin, {}, (placed := batch.on(twin)).args, placed.kwargs).cpu())
-            targets.append(batch.targets)
-    if not outputs:
-        raise DataError("a data set without samples", "at least one", "Leave that part out.")
-    return torch.cat(outputs), torch.cat(targets)
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,14 @@ from fisher_forget._util.markdown import markdown_table
 from fisher_forget.data import batches
 from fisher_forget.data.split import Split
 from fisher_forget.errors import ConfigError, DataError, NumericalError
-from fisher_forget.evaluate.ensemble import RetrainedEnsemble, predict, settled_by, whole_splits
+from fisher_forget.evaluate.ensemble import RetrainedEnsemble
 from fisher_forget.evaluate.metrics import LEAST, METRICS, Context, Metric, Subject
+from fisher_forget.evaluate.predictions import (
+    check_scored_parts,
+    predict,
+    settled_by,
+    whole_splits,
+)
 from fisher_forget.evaluate.scoring import TOO_FEW, UNDEFINED, EvaluationRow, score_metric
 from fisher_forget.evaluate.verdict import (
     FARTHER,
@@ -186,6 +192,7 @@ def evaluate(
         settled = (x.options.likelihood for x in results if isinstance(x, ForgetResult))
         likelihood = next(settled, "categorical")
     kind = settled_by(ensemble.originals.models[0], splits, likelihood)
+    check_scored_parts(kind, targets)
 
     def aligned(of_models: Outputs) -> Outputs:
         return [

@@ -24,7 +24,7 @@ from fisher_forget._util.copies import copy_model
 from fisher_forget._util.isolation import isolated
 from fisher_forget.data.batches import Batch
 from fisher_forget.data.settle import trained_likelihood
-from fisher_forget.data.split import Split
+from fisher_forget.data.split import Split, check_scored
 from fisher_forget.errors import ConfigError, NumericalError, SplitError
 from fisher_forget.likelihood import Likelihood
 from fisher_forget.params import Params
@@ -128,8 +128,8 @@ def relearn_time(
     sgd = SGD | sgd
     check_names(sgd, SgdOptions.__annotations__)
     _check(samples=samples, max_epochs=max_epochs, seed=seed, **sgd)
-    _check_forget(split)
     likelihood = trained_likelihood(model, split, likelihood)
+    _check_forget(split, likelihood)
 
     def loss_of(objective: Objective, at: Params) -> float:
         return objective.mean_loss(split.batches("forget"), at)
@@ -184,7 +184,7 @@ def relearn_steps(
     if not 0 <= margin < 1:
         got = f"margin={margin!r}"
         raise ConfigError(got, "a share in [0, 1)", "Pass margin=0.05, as the authors do.")
-    _check_forget(split)
+    _check_forget(split, likelihood)
 
     def score_of(objective: Objective, at: Params) -> float:
         pairs = objective.forward(split.batches("forget"), at)
@@ -250,10 +250,11 @@ def _measured(original: nn.Module | float, likelihood: Likelihood, measure: Meas
     return float(original)
 
 
-def _check_forget(split: Split) -> None:
+def _check_forget(split: Split, likelihood: Likelihood) -> None:
     if not len(split.forget):
         expected = "forgotten samples to learn again"
         raise SplitError(f"{split}", expected, "Name at least one sample to forget.")
+    check_scored(split, likelihood, ["forget"])
 
 
 def _check(**options: Any) -> None:

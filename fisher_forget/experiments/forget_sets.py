@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fisher_forget.data.samples import samples
 from fisher_forget.data.split import Indices, resolve_split
 from fisher_forget.errors import ConfigError
-from fisher_forget.evaluate.ensemble import predict
+from fisher_forget.evaluate.predictions import predict
 from fisher_forget.experiments.config import ForgetSet
 from fisher_forget.experiments.datasets import DataBundle
 

@@ -30,7 +30,7 @@ from fisher_forget.baselines.protocol import Unlearner
 from fisher_forget.data.samples import samples, take
 from fisher_forget.data.split import Indices, resolve_split
 from fisher_forget.errors import DataError
-from fisher_forget.evaluate.ensemble import predict
+from fisher_forget.evaluate.predictions import predict
 from fisher_forget.experiments.config import ForgetSet
 from fisher_forget.experiments.datasets import DataBundle
 from fisher_forget.experiments.forget_sets import other_labels

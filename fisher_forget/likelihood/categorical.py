@@ -252,7 +252,8 @@ class Categorical(Likelihood):
         weights = torch.tensor(self.weight, dtype=torch.float64, device=labels.device)
         if len(weights) == 1:
             return weights * self._scored(targets)
-        return (weights[labels.masked_fill(~kept, 0)] * kept).reshape(len(labels), -1).sum(1)
+        safe = labels.masked_fill(~kept, 0).clamp(0, len(weights) - 1)  # `check` refuses the others
+        return (weights[safe] * kept).reshape(len(labels), -1).sum(1)
 
     def class_mass(self, outputs: Tensor, targets: Tensor) -> Tensor:
         rows, labels = self.aligned(outputs, targets)

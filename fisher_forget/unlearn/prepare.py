@@ -29,7 +29,7 @@ from fisher_forget.curvature.operator import Curvature
 from fisher_forget.curvature.storage import load_curvature, save_curvature
 from fisher_forget.data import batches
 from fisher_forget.data.own_loss import LossFn
-from fisher_forget.data.split import Indices, Split, resolve_split
+from fisher_forget.data.split import Indices, Split, check_scored, resolve_split
 from fisher_forget.errors import ConfigError, StorageError
 from fisher_forget.unlearn.data_sums import DataSums, load_data_sums, save_data_sums, take_data_sums
 from fisher_forget.unlearn.forget import scrub
@@ -122,6 +122,7 @@ class Prepared:
         with isolated():
             options = merged(self.options, changes)
             split = self.split.forgetting(forget_idx)
+            check_scored(split, self.objective.likelihood)
             begun = perf_counter()
             curvature = self._without(split)
             seconds = {"curvature": perf_counter() - begun}
@@ -201,6 +202,7 @@ def prepare(
         split = resolve_split(train_loader, [], unpack=unpack, allow_empty=True)
         objective = objective_of(model, split, options, loss_fn)
         options = options.with_loss(objective.likelihood, loss_fn)
+        check_scored(split, objective.likelihood)
         options = settled(options, objective, split, warn=True)
         log = None
         if folder is not None:

@@ -23,7 +23,7 @@ from fisher_forget.curvature.products import refuse_hidden
 from fisher_forget.data import batches
 from fisher_forget.data.own_loss import LossFn
 from fisher_forget.data.settle import settled_likelihood
-from fisher_forget.data.split import Indices, Split, resolve_split
+from fisher_forget.data.split import Indices, Split, check_scored, resolve_split
 from fisher_forget.errors import FisherForgetWarning, StorageError
 from fisher_forget.likelihood import resolve_likelihood
 from fisher_forget.unlearn.data_sums import DataSums, take_data_sums
@@ -81,6 +81,7 @@ class Problem:
         split = resolve_split(retain_loader, forget_idx, unpack=unpack)
         objective = objective_of(model, split, options, loss_fn, device)
         options = options.with_loss(objective.likelihood, loss_fn)
+        check_scored(split, objective.likelihood)
         options = settled(options, objective, split, warn=True)
         clock = time.perf_counter()
         part, kind = options.curvature_plan(split)
