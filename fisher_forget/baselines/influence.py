@@ -142,7 +142,7 @@ class Lissa(DirectMethod):
 
     def weights(self, model: nn.Module, split: Split, likelihood: Likelihood) -> PricedWeights:
         objective = Objective(model, likelihood)
-        first = next(split.batches(split.retain)).on(objective.model)
+        first = split.first("retain").on(objective.model)
         hidden = hidden_from_products(objective.model, objective.tape.params, first)
         refuse_hidden(hidden, "Use 'influence-woodfisher', whose gradients are enough.")
         v = forgotten_pull(objective, split)

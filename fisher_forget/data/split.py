@@ -25,6 +25,7 @@ from fisher_forget.likelihood import Likelihood
 
 __all__ = ["Indices", "Part", "Split", "check_scored", "resolve_split", "some"]
 
+LOT = 8  # samples read at a time in search of a scored target
 Part = Literal["retain", "forget", "all"]
 
 
@@ -168,16 +169,15 @@ def check_scored(
 
     Args:
         split: The data.
-        likelihood: Counts scored positions.
+        likelihood: Knows which targets count.
         parts: Which of them; none of a part without samples is missed.
 
     Raises:
         DataError: If a part has samples, but no scored target.
     """
     for part in parts:
-        samples = len(split.indices(part))
-        counts = (likelihood.counts(batch.targets).sum() for batch in split.batches(part))
-        if samples and not any(map(bool, counts)):
+        samples, lots = len(split.indices(part)), replace(split, batch_size=LOT).batches(part)
+        if samples and not any(likelihood.scored(batch.targets) for batch in lots):
             name = {"retain": " retained", "forget": " forgotten"}.get(str(part), "")
             got = f"{samples:,}{name} samples without a scored target"
             fix = "Leave them out, or check which targets the likelihood ignores (ignore_index)."

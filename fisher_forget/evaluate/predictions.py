@@ -84,14 +84,14 @@ def check_scored_parts(likelihood: Likelihood, targets: Mapping[str, Tensor]) ->
     """Refuse a part of the data of which no target counts in the loss.
 
     Args:
-        likelihood: Counts scored positions.
+        likelihood: Knows which targets count.
         targets: Part -> targets [N, ...].
 
     Raises:
         DataError: For the first such part.
     """
     for part, y in targets.items():
-        if not bool(likelihood.counts(y).sum()):
+        if not likelihood.scored(y):
             got = f"{len(y):,} samples of {part!r} without a scored target"
             fix = "Leave that part out, or check which targets the likelihood ignores."
             raise DataError(got, "at least one target that counts in the loss", fix)

@@ -166,6 +166,10 @@ class Likelihood(ABC):
         """Scored positions per sample [B], the denominator of the mean loss; 1 with one target."""
         return torch.ones(len(targets), device=targets.device)
 
+    def scored(self, targets: Tensor) -> bool:
+        """Whether any of the targets counts in the loss, be they right or not."""
+        return True
+
     def mean_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Mean loss over the scored positions of a batch, in nats: a scalar to differentiate."""
         total, count = self.losses(outputs, targets).sum(), self.counts(targets).sum()

@@ -243,6 +243,10 @@ class Categorical(Likelihood):
         kept = (labels != self.ignore_index).reshape(len(labels), -1)
         return kept.sum(1).to(torch.get_default_dtype())
 
+    def scored(self, targets: Tensor) -> bool:
+        labels = targets[..., 1:] if self.shift else targets
+        return labels.is_floating_point() or bool((labels != self.ignore_index).any())
+
     def counts(self, targets: Tensor) -> Tensor:
         """Scored positions per sample [B]; with class weights the sum of the targets' weights."""
         if self.weight is None or targets.is_floating_point():
@@ -252,8 +256,7 @@ class Categorical(Likelihood):
         weights = torch.tensor(self.weight, dtype=torch.float64, device=labels.device)
         if len(weights) == 1:
             return weights * self._scored(targets)
-        safe = labels.masked_fill(~kept, 0).clamp(0, len(weights) - 1)  # `check` refuses the others
-        return (weights[safe] * kept).reshape(len(labels), -1).sum(1)
+        return (weights[labels.masked_fill(~kept, 0)] * kept).reshape(len(labels), -1).sum(1)
 
     def class_mass(self, outputs: Tensor, targets: Tensor) -> Tensor:
         rows, labels = self.aligned(outputs, targets)
