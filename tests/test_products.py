@@ -59,13 +59,12 @@ class Recurrent(nn.Module):
 
 
 class Checkpointed(nn.Module):
-    def __init__(self, reentrant: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.inner = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())
-        self.reentrant = reentrant
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = checkpoint(self.inner, x, use_reentrant=self.reentrant)
+        out: Tensor = checkpoint(self.inner, x, use_reentrant=False)
         return out
 
 
@@ -226,11 +225,11 @@ def by_hand(model: nn.Module, data: TensorDataset, likelihood: Likelihood) -> tu
     total, pulled = torch.zeros(width, width).double(), torch.zeros(width).double()
 
     def row(value: Tensor) -> Tensor:
-        grads = torch.autograd.grad(
-            value, weights, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        dense = [g.to_dense() if g.is_sparse else g for g in grads]
-        return torch.cat([g.reshape(-1) for g in dense]).double()
+        model.zero_grad()
+        value.backward(retain_graph=True)
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in weights]
+        model.zero_grad()
+        return torch.cat([g.reshape(-1) for g in grads]).double()
 
     for x, y in zip(*data.tensors, strict=True):
         f = model(x[None])[0]
@@ -432,11 +431,24 @@ def largest(x: Tensor) -> Tensor:
     return x + torch.cat(bags)
 
 
-HIDING = [Once.apply, Detaching.apply, Half.apply, InNumpy.apply, largest]
+def recomputed(x: Tensor) -> Tensor:
+    """By checkpoints that know nothing but backward()."""
+    out: Tensor = checkpoint(torch.tanh, x, use_reentrant=True)
+    return out
 
 
-@pytest.mark.parametrize("function", HIDING, ids=["once", "detach", "half", "numpy", "bag"])
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
+HIDING = {
+    "once": Once.apply,
+    "detach": Detaching.apply,
+    "half": Half.apply,
+    "numpy": InNumpy.apply,
+    "bag": largest,
+    "reentrant": recomputed,
+}
+
+
+@pytest.mark.parametrize("function", HIDING.values(), ids=HIDING)
+@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:None of the inputs")
 class TestHidden:
     """Where the backward pass can't be differentiated, products are refused."""
 
@@ -490,6 +502,63 @@ class TestHidden:
         split = resolve_split(samples(Categorical()), [1])
         with pytest.raises(CurvatureError, match="woodfisher"):
             Lissa(steps=2).unlearn(self.model(function), split)
+
+
+class Kept(torch.autograd.Function):
+    """tanh, which keeps its value as an attribute: the first derivative is right, and linear in g;
+    that it depends on x is hidden."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.value = x.tanh()
+        return ctx.value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        return g * (1 - ctx.value**2)
+
+
+class TestHessian:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_a_hidden_second_derivative_is_refused(self, dtype: torch.dtype) -> None:
+        model, data = network(0, lambda: Own(Kept.apply), dtype), samples(Categorical(), dtype)
+        for structure in ("matrix_free", "dense", "diagonal"):
+            with pytest.raises(CurvatureError, match=r"first\.weight"):
+                estimate_curvature(model, data, structure=structure, kind="hessian")
+        with pytest.raises(CurvatureError, match="woodfisher"):
+            Lissa(steps=2).unlearn(model, resolve_split(data, [1]))
+        check(model, Categorical(), 1e-4 if dtype == torch.float32 else 1e-9)
+
+    @settings(deadline=None, max_examples=15, derandomize=True)
+    @given(data=st.data())
+    @pytest.mark.filterwarnings("ignore")
+    def test_what_is_right_is_not(self, data: st.DataObject) -> None:
+        dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
+        piece = st.sampled_from([lambda: Own(torch.relu), lambda: Own(torch.sign)])
+        build = data.draw(st.one_of(piece, pieces().map(lambda layer: lambda: layer)))
+        model = network(data.draw(st.integers(0, 100)), build, dtype)
+        likelihood = data.draw(st.sampled_from([Categorical(), Gaussian(0.7)]))
+        given = samples(likelihood, dtype)
+        found = estimate_curvature(
+            model, given, likelihood, structure="matrix_free", kind="hessian"
+        )
+        weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        v = P.randn_like(weights, torch.Generator().manual_seed(1))
+        with torch.enable_grad(), TwiceDifferentiable():
+            loss = likelihood.losses(model(given.tensors[0]), given.tensors[1]).mean()
+            grads = torch.autograd.grad(
+                loss,
+                list(weights.values()),
+                create_graph=True,
+                materialize_grads=True,
+                allow_unused=True,
+            )
+            along = sum(torch.sum(g * v[n]) for n, g in zip(weights, grads, strict=True))
+            expected = torch.autograd.grad(
+                along, list(weights.values()), materialize_grads=True, allow_unused=True
+            )
+        flat = torch.cat([x.reshape(-1) for x in expected]).double()
+        agree(found.power(v, 1), flat, 1e-4 if dtype == torch.float32 else 1e-9)
 
 
 def math_slack(truth: Tensor) -> float:

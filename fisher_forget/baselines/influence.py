@@ -35,11 +35,14 @@ from fisher_forget.baselines.base import DirectMethod, PricedWeights
 from fisher_forget.baselines.jacobian_rows import MEMORY, Rows
 from fisher_forget.baselines.protocol import Grid
 from fisher_forget.baselines.training_loop import require
+from fisher_forget.curvature.hidden import (
+    hidden_from_hessian,
+    hidden_from_products,
+    refuse_hidden,
+)
 from fisher_forget.curvature.products import (
     GgnChunk,
     HessianChunk,
-    hidden_from_products,
-    refuse_hidden,
     summed,
     twice_differentiable,
 )
@@ -143,7 +146,10 @@ class Lissa(DirectMethod):
     def weights(self, model: nn.Module, split: Split, likelihood: Likelihood) -> PricedWeights:
         objective = Objective(model, likelihood)
         first = split.first("retain").on(objective.model)
-        hidden = hidden_from_products(objective.model, objective.tape.params, first)
+        probe = (objective.model, objective.tape.params, first)
+        hidden = hidden_from_products(*probe)
+        if not hidden and self.curvature == "hessian":
+            hidden = hidden_from_hessian(*probe, likelihood)
         refuse_hidden(hidden, "Use 'influence-woodfisher', whose gradients are enough.")
         v = forgotten_pull(objective, split)
         series = [self._series(objective, split, v, repeat) for repeat in range(self.repeats)]

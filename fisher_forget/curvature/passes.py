@@ -14,6 +14,11 @@ from torch import Tensor
 from fisher_forget._util.isolation import isolated
 from fisher_forget._util.progress import bar
 from fisher_forget.curvature import kinds
+from fisher_forget.curvature.hidden import (
+    hidden_from_hessian,
+    hidden_from_products,
+    refuse_hidden,
+)
 from fisher_forget.curvature.kinds import Kind
 from fisher_forget.curvature.operator import Curvature
 from fisher_forget.curvature.options import CurvatureOptions
@@ -22,8 +27,6 @@ from fisher_forget.curvature.products import (
     DataProduct,
     GgnChunk,
     HessianChunk,
-    hidden_from_products,
-    refuse_hidden,
 )
 from fisher_forget.curvature.record import Grads, Record
 from fisher_forget.curvature.tape import Tape
@@ -154,7 +157,10 @@ class Walk:
         Raises:
             CurvatureError: If its backward pass can't be differentiated.
         """
-        hidden = hidden_from_products(self.tape.model, self.tape.params, next(self.batches()))
+        model, live, batch = self.tape.model, self.tape.params, next(self.batches())
+        hidden = hidden_from_products(model, live, batch)
+        if not hidden and self.kind == "hessian":
+            hidden = hidden_from_hessian(model, live, batch, self.likelihood)
         instead = "Use structure='ekfac', 'diagonal' or 'dense' with a kind other than 'hessian'."
         refuse_hidden(hidden, instead)
 

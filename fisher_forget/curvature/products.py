@@ -13,15 +13,11 @@ from torch import Tensor, nn
 from fisher_forget import params as P
 from fisher_forget.curvature.kernels import TwiceDifferentiable
 from fisher_forget.data.batches import Batch
-from fisher_forget.errors import CurvatureError
 from fisher_forget.likelihood import Likelihood
 from fisher_forget.params import Params
 
 # v -> sum over some samples, keyed by the parameters they use
 Chunk = Callable[[Mapping[str, Tensor]], Params]
-
-PROBED = 4  # samples on which products are compared with plain gradients
-TOLERANCE = 0.01  # of a parameter's share; one that is hidden from double backward misses by 1
 
 
 class Linearised:
@@ -122,73 +118,6 @@ def twice_differentiable(
     """
     with torch.enable_grad(), TwiceDifferentiable(), P.attached(model, at or {}):
         yield
-
-
-def hidden_from_products(
-    model: nn.Module, live: Params, batch: Batch, at: Mapping[str, Tensor] | None = None
-) -> str:
-    r"""Why products with J would fail or be wrong; empty where they are right.
-
-    A backward pass that cannot be differentiated raises, or, worse, drops out: then J v lacks what
-    lies below it. With g = J^T u by plain autograd, parameter by parameter, <u, J v> must be
-    <g, v>, and v = g / |g|^2 makes the share of every parameter 1, so that no large one hides a
-    small one.
-
-    Args:
-        model: A private copy.
-        live: The parameters that products are for.
-        batch: Samples; the first few are looked at.
-        at: The weights, by default the model's.
-
-    Raises:
-        ModelError: If the model can't be differentiated even once.
-    """
-    probe = next(batch.chunks(PROBED))
-    with torch.enable_grad(), P.attached(model, at or {}):
-        outputs = P.call(model, {}, probe.args, probe.kwargs)
-        if not outputs.requires_grad:
-            return ""
-        u = P.randn_like({"": outputs}, torch.Generator().manual_seed(0))[""]
-        grads = P.pull(outputs, live, u)
-    if not P.finite(grads):
-        return ""  # the data or the weights are to blame
-    lengths = {name: P.norm({name: g}) for name, g in grads.items()}
-    # of a gradient far below the largest one, rounding is a large part
-    least = torch.finfo(outputs.dtype).eps ** 0.5 * max(lengths.values(), default=0.0)
-    along = {n: g / (lengths[n] * max(lengths[n], least)) for n, g in grads.items() if lengths[n]}
-    shares = {name: lengths[name] / max(lengths[name], least) for name in along}
-
-    try:
-        with twice_differentiable(model, at):
-            jacobian = Linearised(P.call(model, {}, probe.args, probe.kwargs), live)
-
-            def missing(names: Iterable[str]) -> float:
-                names = list(names)
-                pushed = jacobian.push({name: along[name] for name in names})
-                return abs(math.fsum(shares[name] for name in names) - P.dot({"": u}, {"": pushed}))
-
-            if missing(along) <= TOLERANCE:
-                return ""
-            wrong = [name for name in along if not missing([name]) <= TOLERANCE]
-    except Exception as error:  # whatever a backward raises that was never made for this
-        return f"{type(error).__name__}: {error}"
-    if not wrong:  # rounding, which many parameters add up
-        return ""
-    return (
-        f"products with {', '.join(wrong[:4])} miss what a custom backward hides from autograd by "
-        "once_differentiable, detach() or no_grad()"
-    )
-
-
-def refuse_hidden(reason: str, instead: str) -> None:
-    """Refuse products with what `hidden_from_products` found.
-
-    Raises:
-        CurvatureError: If there is a reason.
-    """
-    if reason:
-        got = f"a model whose backward pass can't be differentiated again ({reason})"
-        raise CurvatureError(got, "one that can: products J v are made of that", instead)
 
 
 def summed(chunks: Iterable[Chunk], v: Mapping[str, Tensor], count: float) -> Params:

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 from fisher_forget._util.checks import check_model
 from fisher_forget._util.isolation import isolated
 from fisher_forget.curvature.estimate import estimate_curvature
+from fisher_forget.curvature.hidden import refuse_hidden
 from fisher_forget.curvature.kinds import Kind
 from fisher_forget.curvature.operator import Curvature
-from fisher_forget.curvature.products import refuse_hidden
 from fisher_forget.data import batches
 from fisher_forget.data.own_loss import LossFn
 from fisher_forget.data.settle import settled_likelihood

@@ -89,11 +89,13 @@ class EkfacSum(Accumulator):
             self._adopt(basis)
 
     def _adopt(self, basis: Curvature) -> None:
-        for _, part in basis.parts if isinstance(basis, BlockDiagonal) else ():
+        parts = basis.parts if isinstance(basis, BlockDiagonal) else ()
+        for _, part in parts:
             if isinstance(part, Kronecker) and part.layout.weight in self.params:
                 self.layouts[part.layout.weight] = part.layout
                 self.bases[part.layout.weight] = part.row, part.col
-        if not self.bases:
+        # where no rule covers a layer, an EKFAC has no bases
+        if not self.bases and {name for names, _ in parts for name in names} != self.params.keys():
             raise CurvatureError(
                 "basis= without EKFAC blocks of this model", "an EKFAC of it", "Estimate one first."
             )
