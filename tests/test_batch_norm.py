@@ -377,6 +377,20 @@ SETTINGS = {
 }
 
 
+def careless(model, data, rows, seed):
+    """A training function that puts all in train mode, on a copy of its own."""
+    twin = copy.deepcopy(model).train()
+    optimizer = torch.optim.Adam([p for p in twin.parameters() if p.requires_grad], lr=0.1)
+    rows = torch.as_tensor(rows)
+    for _ in range(150):
+        optimizer.zero_grad()
+        F.cross_entropy(
+            twin.train(mode=True)(data.tensors[0][rows]), data.tensors[1][rows]
+        ).backward()
+        optimizer.step()
+    return twin
+
+
 @pytest.mark.parametrize("kind", KINDS)
 class TestTraining:
     @pytest.mark.parametrize("name", SETTINGS)
@@ -386,6 +400,14 @@ class TestTraining:
         found = METHODS[name](**SETTINGS[name]).unlearn(case.model, split).model
         assert same(found, case.model) == list(norm_layers(case.model))
         assert accuracy(found, case) >= accuracy(case.model, case) - 0.03
+
+    def test_retrained_by_a_careless_function(self, kind):
+        case = trained(kind, foreign=True)
+        split = resolve_split(loader(case, 64), IDX)
+        found = METHODS["retrain"](train=careless).unlearn(case.model, split).model
+        assert same(found, case.model) == list(norm_layers(case.model))
+        assert accuracy(found, case) >= accuracy(case.model, case) - 0.05
+        assert all(m.training for m in found.train().modules())
 
     def test_wrapped(self, kind):
         case = trained(kind, foreign=True)
@@ -410,8 +432,9 @@ class TestTraining:
             assert (var == 1).all()
         assert same(fresh(case.model, 0, foreign=names), case.model) == list(names)
 
+    @pytest.mark.parametrize("fit", [fit, careless])
     @pytest.mark.parametrize("slices", [1, 2])
-    def test_shards_keep_foreign_statistics(self, kind, slices):
+    def test_shards_keep_foreign_statistics(self, kind, slices, fit):
         case = trained(kind, foreign=True)
         names = list(norm_layers(case.model))
 

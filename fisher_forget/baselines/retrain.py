@@ -25,7 +25,7 @@ from fisher_forget.baselines.protocol import Grid
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import ConfigError, ModelError
 from fisher_forget.likelihood import resolve_likelihood
-from fisher_forget.unlearn.batch_norm import norm_layers
+from fisher_forget.unlearn.batch_norm import norm_layers, pinned, still_given
 
 # (fresh model, data set, indices of the samples to train on, seed) -> trained model
 Train = Callable[[nn.Module, Dataset[Any], Indices, int], nn.Module]
@@ -65,10 +65,13 @@ class Retrain(FineTune):
             return super().scrub(model, split)
         training = Training(model, split, resolve_likelihood(self.likelihood), self.batch_size)
         start = self.start(training)
-        retrained = self.train(start, split.base, split.retain.copy(), self.seed)
+        with pinned(start, still_given(training.foreign, start, model)):
+            retrained = self.train(start, split.base, split.retain.copy(), self.seed)
         if not isinstance(retrained, nn.Module):
             got = f"train to return {type(retrained).__name__}"
             raise ConfigError(got, "the trained model", "Return the model at the end of train.")
+        for layer in norm_layers(retrained).values():
+            vars(layer).pop("train", None)  # of a copy, see `pinned`
         return retrained, math.nan
 
 

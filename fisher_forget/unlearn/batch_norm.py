@@ -8,9 +8,10 @@ training.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -98,9 +99,30 @@ def refresh_statistics(
 def train_mode(model: nn.Module, kept: Iterable[str]) -> nn.Module:
     """The model in train mode, but for the norm layers that keep their statistics."""
     model.train()
+    layers = norm_layers(model)
     for name in kept:
-        model.get_submodule(name).eval()
+        layers[name].eval()
     return model
+
+
+@contextmanager
+def pinned(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Within, these norm layers stay in eval mode, also where a training function of the user's
+    calls `model.train()`; of a copy that it makes, too."""
+    found = norm_layers(model)
+    layers = [found[name] for name in names]
+    for layer in layers:
+        layer.eval()
+        layer.train = partial(_ignored, layer)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.train
+
+
+def _ignored(layer: nn.Module, mode: bool = True) -> nn.Module:
+    return layer
 
 
 def still_given(names: Iterable[str], start: nn.Module, model: nn.Module) -> list[str]:
@@ -110,6 +132,15 @@ def still_given(names: Iterable[str], start: nn.Module, model: nn.Module) -> lis
         name
         for name in names
         if all(map(torch.equal, _statistics(first[name]), _statistics(second[name])))
+    ]
+
+
+def held_statistics(model: nn.Module) -> list[str]:
+    """Names of the frozen layers that hold statistics of any data."""
+    return [
+        name
+        for name, layer in norm_layers(model).items()
+        if not any(p.requires_grad for p in layer.parameters(recurse=False)) and not _initial(layer)
     ]
 
 
@@ -123,11 +154,7 @@ def frozen_statistics(model: nn.Module, split: Split) -> list[str]:
         model: Where the training starts; untouched.
         split: Its samples are trained on.
     """
-    held = [
-        name
-        for name, layer in norm_layers(model).items()
-        if not any(p.requires_grad for p in layer.parameters(recurse=False)) and not _initial(layer)
-    ]
+    held = held_statistics(model)
     foreign = foreign_statistics(model, split) if held else ()
     return [name for name in held if name in foreign]
 

@@ -72,7 +72,8 @@ class SISA:
         train: `train(model, dataset, indices, seed)` trains on these samples, sorted, and returns
             the model. It gets a model of its own, in eval mode, and must depend on nothing else: an
             optimizer's momentum starts anew at every slice, and state outside `state_dict` is not
-            kept. The global generators are seeded for it.
+            kept. The global generators are seeded for it. Frozen BatchNorm layers that hold
+            statistics in what `build` returns (a pre-trained backbone) stay in eval mode.
         shards: S; more of them forget faster and predict worse.
         slices: R, of every shard; `partition.epochs_per_slice` says how long to train on each.
         labels: Class of every sample, to balance shards and slices; see `partition.balanced`.

@@ -17,6 +17,7 @@ from fisher_forget._util.threads import torch_threads
 from fisher_forget.baselines.retrain import Init, Train
 from fisher_forget.baselines.sisa.partition import Shard
 from fisher_forget.baselines.sisa.store import Store
+from fisher_forget.unlearn.batch_norm import held_statistics, pinned
 
 
 def slice_seed(seed: int, shard: int, done: int) -> int:
@@ -91,6 +92,7 @@ class ShardTrainer:
         """Train a shard from its checkpoint to its end; a slice whose samples are all forgotten
         still has its turn."""
         template, store = initial_model(self.build, self.seed, task.shard), self.store
+        held = held_statistics(template)
         model = store.load(task.shard, start, template, task.keys[start]) if start else template
         calls = points = 0
         for done in range(start + 1, len(task.parts) + 1):
@@ -99,7 +101,7 @@ class ShardTrainer:
                 seed = slice_seed(self.seed, task.shard, done)
                 begun = files.fill_model(template, model.state_dict())
                 # one thread: sums in the same order in every process
-                with seeded_rng(seed), torch_threads(1):
+                with seeded_rng(seed), torch_threads(1), pinned(begun, held):
                     trained = self.train(begun, self.dataset, seen, seed)
                 # into a fresh copy, as if it had been read from a checkpoint: mode and hooks do
                 # not carry over
