@@ -6,6 +6,7 @@ its first name.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fisher_forget._util.copies import copy_model, unwrapped
+from fisher_forget._util.torch_errors import reason_of
 from fisher_forget.errors import ModelError
 
 Params = dict[str, Tensor]
@@ -202,9 +204,22 @@ def pull(outputs: Tensor, leaves: Mapping[str, Tensor], column: Tensor | None = 
 
 
 def call(
-    model: nn.Module, params: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module,
+    params: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    fix: str = "Forward runs on whole batches of the loader: let it read the number of samples off "
+    "its inputs, so that it takes any.",
 ) -> Tensor:
     """The model's logits at given parameters: a tensor, or the `.logits` of what forward returns.
+
+    Args:
+        model: The module.
+        params: Values by name; empty for the model's own.
+        args: Of forward, by position.
+        kwargs: Of forward, by keyword.
+        fix: What to do where forward fails, and torch does not say why.
 
     Raises:
         ModelError: If forward fails or returns neither.
@@ -215,13 +230,42 @@ def call(
         else:
             out = model(*args, **kwargs)
     except Exception as error:
-        shapes = [tuple(a.shape) for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        given = [f"{_described(x)} by position" for x in args]
+        given += [f"{name}={_described(x)}" for name, x in kwargs.items()]
+        known = reason_of(error)
         raise ModelError(
-            f"{type(error).__name__} from the model's forward on inputs of shape {shapes}: {error}",
-            "a forward that accepts one batch of the loader",
-            "Pass unpack=lambda batch: (inputs, targets) if the batch is laid out differently.",
+            f"{type(error).__name__} from {type(model).__name__}.forward{_signature(model)} "
+            f"on {', '.join(given)}: {error}",
+            "a forward that takes these inputs" if known is None else known[2],
+            fix if known is None else known[3],
         ) from error
     return logits(out)
+
+
+def first_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The same on a batch as the loader gives it, before anything else has been tried: where it
+    fails, the batch may be laid out in another way."""
+    layout = (
+        "Pass unpack=lambda batch: (inputs, targets) if the batch is laid out differently; forward "
+        "must take any number of samples."
+    )
+    return call(model, {}, args, kwargs, fix=layout)
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    return type(value).__name__
+
+
+def _signature(model: nn.Module) -> str:
+    """Of forward, without annotations."""
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):
+        return "(...)"
+    plain = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    return str(signature.replace(parameters=plain, return_annotation=signature.empty))
 
 
 def logits(out: Any) -> Tensor:

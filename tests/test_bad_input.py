@@ -279,7 +279,13 @@ class TestModel:
         }
 
     def test_forward_that_raises(self, refused):
-        refused(ModelError, "RuntimeError", "4)]", "unpack", model=seeded(lambda: nn.Linear(5, 3)))
+        refused(
+            ModelError,
+            "RuntimeError",
+            ", 4] float32",
+            "unpack",
+            model=seeded(lambda: nn.Linear(5, 3)),
+        )
 
     @pytest.mark.parametrize(
         ("after", "word"),
@@ -313,7 +319,11 @@ class TestModel:
         ],
     )
     def test_outputs_that_depend_on_more_than_the_sample(self, refused, after):
-        refused(ModelError, "other samples", "chance", model=seeded(lambda: Forward(after)))
+        refused(
+            ModelError,
+            "one output a sample, the same at every call",
+            model=seeded(lambda: Forward(after)),
+        )
 
     def test_subset_that_matches_nothing(self, refused):
         refused(ModelError, "head.*", "2.weight", subset="head.*")

@@ -21,7 +21,7 @@ MEMORY = (
 )
 REASONS: dict[str, Reason] = {
     r"out of memory|can't allocate memory": MEMORY,
-    r"on the same device|different from other tensors on": (
+    r"on the same device|not on the expected device|different from other tensors on": (
         ModelError,
         "tensors on different devices within forward",
         "a model whose parameters, buffers and own tensors lie on one device",
@@ -30,8 +30,8 @@ REASONS: dict[str, Reason] = {
     r"same dtype|expected scalar type|dtypes? (of|to be|don't) .*match|must match the dtype": (
         ModelError,
         "tensors of different types within forward",
-        "one floating-point type: inputs are cast to that of the first parameter",
-        "Call model.float() or model.double(), and cast what forward makes itself.",
+        "one type: floating inputs are cast to that of the first parameter, integers are not",
+        "Call model.float(), cast what forward makes itself, and integer inputs in unpack=.",
     ),
     r"derivative for .* is not implemented|does not support double backward|"
     r"[Dd]ouble.backward.* not (yet )?(supported|implemented)|once_differentiable": (

@@ -178,7 +178,7 @@ def first_outputs(model: nn.Module, split: Split, likelihood: Likelihood) -> Ten
     """Outputs [1, ...] of the first retained sample, whose target is checked, without a graph."""
     batch = split.first(split.retain[:1]).on(model)
     with torch.no_grad():
-        outputs = P.call(model, {}, batch.args, batch.kwargs)
+        outputs = P.first_call(model, batch.args, batch.kwargs)
     likelihood.check(outputs, batch.targets)
     return outputs
 
@@ -240,7 +240,7 @@ class Training:
         norms = [m for m in model.modules() if alone and m.training and isinstance(m, _BatchNorm)]
         for norm in norms:
             norm.eval()
-        outputs = P.call(model, {}, batch.args, batch.kwargs)
+        outputs = P.first_call(model, batch.args, batch.kwargs)
         for norm in norms:
             norm.train()  # the model is the trained one: its mode outlives the batch
         self.likelihood.check(outputs.detach(), batch.targets)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial, reduce
 from typing import Any, Literal, TypedDict, Unpack, get_args, overload
 
+import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -27,6 +28,7 @@ from fisher_forget.data.settle import settled_likelihood
 from fisher_forget.data.split import Indices, Part, Split, check_scored, resolve_split, some
 from fisher_forget.errors import CurvatureError, SplitError
 from fisher_forget.likelihood import Likelihood, resolve_likelihood
+from fisher_forget.params import first_call
 
 __all__ = ["CurvatureKeywords", "Structure", "estimate_curvature", "support", "support_table"]
 
@@ -168,6 +170,10 @@ def estimate_curvature(
         tape = Tape(model, settings.subset)
         if isinstance(likelihood, str):
             likelihood = settled_likelihood(tape.model, split, likelihood)
+        else:  # which has looked at a batch
+            first = next(split.batches(settings.part)).on(tape.model)
+            with torch.no_grad():
+                first_call(tape.model, first.args, first.kwargs)
         check_scored(split, likelihood, [settings.part])
     else:
         tape = model if settings.subset is None else model.restricted(settings.subset)

@@ -53,7 +53,7 @@ def look_at(model: nn.Module, batch: Batch, loss_fn: LossFn | None, given: Likel
         loss_fn: What the model was trained with; `None` asks the model itself.
         given: Says which targets are ignored.
     """
-    outputs = P.call(model, {}, batch.args, batch.kwargs)
+    outputs = P.first_call(model, batch.args, batch.kwargs)
     if loss_fn is None:
         own = _model_loss(model, batch)
         return Look(outputs, batch.targets, () if own is None else (own,))

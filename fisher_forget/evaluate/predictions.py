@@ -54,7 +54,8 @@ def predict(model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
     outputs, targets = [], []
     with torch.no_grad():
         for batch in split.batches("all"):
-            outputs.append(P.call(twin, {}, (placed := batch.on(twin)).args, placed.kwargs).cpu())
+            placed = batch.on(twin)
+            outputs.append(P.first_call(twin, placed.args, placed.kwargs).cpu())
             targets.append(batch.targets)
     if not outputs:
         raise DataError("a data set without samples", "at least one", "Leave that part out.")

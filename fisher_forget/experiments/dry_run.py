@@ -38,7 +38,7 @@ from fisher_forget.experiments.config import (
 from fisher_forget.experiments.datasets import DataBundle
 from fisher_forget.experiments.training import train
 from fisher_forget.likelihood import resolve_likelihood
-from fisher_forget.params import call
+from fisher_forget.params import first_call
 from fisher_forget.unlearn.objective import Objective
 from fisher_forget.unlearn.problem import settled
 
@@ -207,7 +207,7 @@ def activation_bytes(model: nn.Module, data: DataBundle, rows: Indices) -> int:
 
     batch = make_batch(data.train[rows][:2]).on(model)
     with torch.autograd.graph.saved_tensors_hooks(record, lambda x: x):
-        outputs = call(model, {}, batch.args, batch.kwargs)
+        outputs = first_call(model, batch.args, batch.kwargs)
     del outputs
     return sum(kept.values())
 

@@ -23,7 +23,7 @@ from fisher_forget.data.settle import trained_likelihood
 from fisher_forget.data.split import Split
 from fisher_forget.errors import ConfigError, DataError, NumericalError
 from fisher_forget.likelihood import Likelihood
-from fisher_forget.params import call, finite, trainable
+from fisher_forget.params import finite, first_call, trainable
 from fisher_forget.unlearn.batch_norm import frozen_statistics, train_mode
 
 MAX_SHIFT = 4  # pixels, for 32-pixel images (He et al. 2016, section 4.2)
@@ -141,7 +141,7 @@ def train(
             batch = batch.on(twin)
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * schedule(step / total)
-            outputs = call(twin, {}, batch.args, batch.kwargs)
+            outputs = first_call(twin, batch.args, batch.kwargs)
             if step == 0:
                 kind.check(outputs, batch.targets)
             loss = kind.mean_loss(outputs, batch.targets)

@@ -1,0 +1,133 @@
+"""Where forward fails, the error says why, and what to do about that."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from conftest import blobs_data, seeded, small_net
+from torch import Tensor, nn
+
+from fisher_forget import Categorical, estimate_curvature, forget
+from fisher_forget import params as P
+from fisher_forget.data.split import resolve_split
+from fisher_forget.errors import ModelError
+from fisher_forget.evaluate.predictions import predict
+
+DATA = blobs_data()
+X, Y = DATA.tensors
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        return self.layer(x)  # type: ignore[no-any-return]
+
+
+class Fixed(Named):
+    """Takes batches of one size only."""
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        return self.layer(x.view(30, 4))  # type: ignore[no-any-return]
+
+
+class Elsewhere(Named):
+    """Makes a tensor that lies somewhere else."""
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        return self.layer(x + torch.zeros(4, device="meta"))  # type: ignore[no-any-return]
+
+
+class OtherType(Named):
+    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        return self.layer(x.double())  # type: ignore[no-any-return]
+
+
+class Greedy(Named):
+    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        return self.layer(x + torch.empty(1 << 60).sum())  # type: ignore[no-any-return]
+
+
+def swapped(count: int = 40) -> list[tuple[Tensor, Tensor]]:
+    return [(Y[i], X[i]) for i in range(count)]
+
+
+def keyed(count: int = 40) -> list[dict[str, Tensor]]:
+    return [{"pixels": X[i], "mask": X[i], "labels": Y[i]} for i in range(count)]
+
+
+def message(call: Any) -> str:
+    with pytest.raises(ModelError) as caught:
+        call()
+    return str(caught.value)
+
+
+class TestTheFirstBatch:
+    @pytest.mark.parametrize("likelihood", ["categorical", Categorical()])
+    @pytest.mark.parametrize(
+        "call",
+        [
+            lambda data, likelihood: forget(
+                seeded(Named), data, [0], likelihood=likelihood, progress=False
+            ),
+            lambda data, likelihood: estimate_curvature(seeded(Named), data, likelihood),
+            lambda data, _: predict(seeded(Named), resolve_split(data, [0])),
+        ],
+    )
+    def test_is_laid_out_in_another_way(self, call: Any, likelihood: Any) -> None:
+        text = message(lambda: call(keyed(), likelihood))
+        assert "Named.forward(x, *, mask=None)" in text
+        assert re.search(r"pixels=\[\d+, 4\] float32, mask=\[\d+, 4\] float32", text)
+        assert "unpack=" in text
+        assert "by position" in message(lambda: call(swapped(), likelihood))
+
+
+class TestLater:
+    def test_fewer_samples_at_a_time(self) -> None:
+        text = message(
+            lambda: forget(seeded(Fixed), [(X[i], Y[i]) for i in range(30)], [0], progress=False)
+        )
+        assert "any number of samples" in text
+
+    @pytest.mark.parametrize("count", [1, 8, 29])
+    def test_any_call_after_the_first(self, count: int) -> None:
+        text = message(lambda: P.call(seeded(Fixed), {}, (X[:count],), {}))
+        assert f"on [{count}, 4] float32 by position" in text
+        assert "number of samples" in text
+        assert "unpack" not in text
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (Elsewhere, "one device"),
+        (OtherType, "cast what forward makes"),
+        (Greedy, "batch_size"),
+    ],
+)
+def test_what_torch_says_is_passed_on(build: Any, words: str) -> None:
+    for call in (
+        lambda: forget(seeded(build), DATA, [0], progress=False),
+        lambda: estimate_curvature(seeded(build), DATA),
+        lambda: predict(seeded(build), resolve_split(DATA, [0])),
+    ):
+        text = message(call)
+        assert words in text
+        assert "laid out" not in text
+
+
+def test_forwards_without_a_signature() -> None:
+    model = seeded(small_net)
+    model.forward = torch.add  # type: ignore[method-assign, assignment]
+    assert "Sequential.forward(...)" in message(lambda: P.call(model, {}, (X,), {}))
+
+
+@pytest.mark.parametrize("seed", [3.5, -1, True, "0", torch.tensor(1)])
+def test_seeds(seed: Any) -> None:
+    with pytest.raises(Exception, match="seed"):
+        forget(seeded(small_net), DATA, [0], seed=seed, progress=False)
