@@ -6,13 +6,14 @@ import math
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from fisher_forget import (
     METHODS,
@@ -20,14 +21,18 @@ from fisher_forget import (
     Categorical,
     Gaussian,
     Reference,
+    RetrainedEnsemble,
     estimate_curvature,
+    evaluate,
     forget,
     prepare,
+    sweep,
 )
 from fisher_forget.data.own_loss import LossFn
 from fisher_forget.data.settle import settled_likelihood, trained_likelihood
 from fisher_forget.data.split import resolve_split
 from fisher_forget.errors import ConfigError, DataError, FisherForgetWarning, ModelError
+from fisher_forget.evaluate.ensemble import Members
 from fisher_forget.likelihood import LIKELIHOODS, Likelihood, resolve_likelihood
 
 N = 40
@@ -610,6 +615,45 @@ class TestModelsOfTransformers:
         for a, b, c in zip(found.parameters(), same.parameters(), other.parameters(), strict=True):
             assert torch.equal(a, b)
             assert not torch.equal(a, c)
+
+    def test_evaluation_and_sweeps(self) -> None:
+        torch.manual_seed(0)
+        model, members = gpt2().eval(), tuple(gpt2().eval() for _ in range(4))
+        data, options = Texts(IDS), {"drift": True, "max_samples": 20, "progress": False}
+        result = forget(model, data, range(3), noise=None, **options)
+        ensemble = RetrainedEnsemble(
+            Members((model,), (0,), (0.0,)), Members(members, (1, 2, 3, 4), (0.0,) * 4), np.arange(3)
+        )
+        parts = {"forget": Subset(data, range(3)), "retain": Subset(data, range(3, N))}
+        split = resolve_split(data, range(3))
+        for given in ({}, {"likelihood": "categorical"}, {"likelihood": result.options.likelihood}):
+            table = evaluate(
+                result,
+                ensemble,
+                parts,
+                split=split,
+                metrics=["loss", "score", "entropy", "efficacy"],
+                **given,
+            )
+            for part, rows in (("forget", range(3)), ("retain", range(3, N))):
+                with torch.no_grad():
+                    out = result.model(input_ids=IDS[rows], labels=IDS[rows])
+                right = (out.logits[:, :-1].argmax(-1) == IDS[rows][:, 1:]).double().mean()
+                assert table.get("loss", part, "scrubbed").value == pytest.approx(float(out.loss))
+                assert table.get("score", part, "scrubbed").value == pytest.approx(
+                    100 * float(right)
+                )
+                logp = out.logits[:, :-1].log_softmax(-1).double()
+                assert table.get("entropy", part, "scrubbed").value == pytest.approx(
+                    -float((logp.exp() * logp).sum(-1).mean()), rel=1e-5
+                )
+        parts["test"] = parts["retain"]
+        reference = Reference(model, members, parts)
+        swept = sweep(model, data, range(3), {"damping": [1.0]}, reference=reference, **options)
+        alone = forget(model, data, range(3), damping=1.0, **options)
+        scores = reference.closeness(alone.model).to_dict()["parts"]
+        found = swept.to_pandas().iloc[-1]["kl_retain"]
+        assert found == pytest.approx(scores["retain"]["kl_scrubbed"], rel=1e-4)
 
     def test_further_terms_of_the_models_loss(self) -> None:
         class Penalised(Shaped):
