@@ -429,6 +429,18 @@ class TestKl:
         )
         torch.testing.assert_close(likelihood.kl(p, q), each.mean(1), **FLOAT64)
 
+    @pytest.mark.parametrize(
+        "name", ["weighted, smoothed and padded", "next token, padded", "weighted labels"]
+    )
+    def test_weights_are_no_part_of_the_predictions(self, name):
+        likelihood, p, targets = CASES[name]
+        plain = {"weight": None, "label_smoothing": 0.0}
+        if isinstance(likelihood, Bernoulli):
+            plain = {"pos_weight": None}
+        plain, q = dataclasses.replace(likelihood, **plain), randn(*p.shape, seed=1)
+        assert torch.equal(likelihood.kl(p, q, targets), plain.kl(p, q, targets))
+        assert torch.equal(likelihood.scores(p, targets), plain.scores(p, targets))
+
     def test_none_scored(self):
         likelihood, p, targets = CASES["all padding"]
         assert likelihood.kl(p, -p, targets)[0] == 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -275,6 +277,52 @@ class TestLossFn:
         assert float(found.mean_loss(f, targets)) == pytest.approx(
             float(loss_fn(f, targets)), rel=1e-3
         )
+
+
+TABLE = Path(__file__).parents[1] / "docs/how-to/your-model.md"
+VALUES = {"w": WEIGHT, "e": 0.1, "i": 2, "a": torch.arange(1.0, 6)}
+CLASSES, POSITIONS, MEANS = classes(N, count=3), classes(N, 2, 4, count=3), randn(N, 5)
+
+
+def summed(f: Tensor, y: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(f, y, reduction="none").sum(1).mean()
+
+
+# what the left column says: the loss, targets and the shape of the outputs
+ROWS: dict[str, tuple[LossFn, Tensor, tuple[int, ...]]] = {
+    "`CrossEntropyLoss()` over": (nn.CrossEntropyLoss(), CLASSES, (3,)),
+    "`CrossEntropyLoss(weight": (
+        nn.CrossEntropyLoss(weight=WEIGHT, label_smoothing=0.1, ignore_index=2),
+        CLASSES,
+        (3,),
+    ),
+    "`CrossEntropyLoss()` on": (nn.CrossEntropyLoss(), POSITIONS, (3, 2, 4)),
+    "next-token": (LOSSES["shifted"][0], MASK, (6, 3)),
+    "`MSELoss()`": (nn.MSELoss(), MEANS, (5,)),
+    "half the squared": (LOSSES["half the squares"][0], MEANS, (5,)),
+    "`BCEWithLogitsLoss()`": (nn.BCEWithLogitsLoss(), LABELS, (5,)),
+    "`BCEWithLogitsLoss(pos": (nn.BCEWithLogitsLoss(pos_weight=VALUES["a"]), LABELS, (5,)),
+    "binary cross-entropy": (summed, LABELS, (5,)),
+}
+
+
+def test_the_table_of_the_docs_is_right() -> None:
+    """Row by row, against torch's own functions."""
+    lines = [line for line in TABLE.read_text().splitlines() if "| " in line]
+    rows = [line.strip("| ").split(" | ") for line in lines if "`likelihood=" in line]
+    assert len(rows) == len(ROWS)
+    for trained, passed in rows:
+        loss_fn, targets, shape = next(ROWS[key] for key in ROWS if trained.startswith(key))
+        code = re.search("`likelihood=(.*)`", passed)
+        assert code is not None
+        space = VALUES | {"Categorical": Categorical, "Bernoulli": Bernoulli}
+        likelihood = resolve_likelihood(eval(code[1], space))
+        outputs = randn(N, *shape, seed=5)
+        likelihood.check(outputs, targets)
+        torch.testing.assert_close(
+            likelihood.mean_loss(outputs, targets), loss_fn(outputs, targets), rtol=1e-5, atol=1e-6
+        )
+        assert settle(targets, shape, "categorical", loss_fn) == likelihood
 
 
 REFUSED: dict[str, tuple[LossFn, str]] = {
@@ -622,18 +670,21 @@ class TestModelsOfTransformers:
         data, options = Texts(IDS), {"drift": True, "max_samples": 20, "progress": False}
         result = forget(model, data, range(3), noise=None, **options)
         ensemble = RetrainedEnsemble(
-            Members((model,), (0,), (0.0,)), Members(members, (1, 2, 3, 4), (0.0,) * 4), np.arange(3)
+            Members((model,), (0,), (0.0,)),
+            Members(members, (1, 2, 3, 4), (0.0,) * 4),
+            np.arange(3),
         )
         parts = {"forget": Subset(data, range(3)), "retain": Subset(data, range(3, N))}
         split = resolve_split(data, range(3))
-        for given in ({}, {"likelihood": "categorical"}, {"likelihood": result.options.likelihood}):
+        settled = {"likelihood": result.options.likelihood}
+        for said in ({}, {"likelihood": "categorical"}, settled):
             table = evaluate(
                 result,
                 ensemble,
                 parts,
                 split=split,
                 metrics=["loss", "score", "entropy", "efficacy"],
-                **given,
+                **said,
             )
             for part, rows in (("forget", range(3)), ("retain", range(3, N))):
                 with torch.no_grad():

@@ -358,8 +358,9 @@ class Categorical(Likelihood):
 
     def kl(self, p: Tensor, q: Tensor, targets: Tensor | None = None) -> Tensor:
         logp, logq = (self.rows(x).double().log_softmax(-1) for x in (p, q))
-        # 0 log 0 = 0 where a class is masked out
-        difference = (logp - logq).masked_fill(logp.isneginf(), 0)
+        difference, impossible = logp - logq, logp.isneginf()
+        if bool(impossible.any()):  # 0 log 0 = 0 where a class is masked out
+            difference = difference.masked_fill(impossible, 0)
         per_position = (logp.exp() * difference).sum(-1)
         kept = None if targets is None else self._kept(self.labels(targets))
         per_position = masked(per_position, kept).reshape(len(p), -1).sum(1)
