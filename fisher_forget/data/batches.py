@@ -115,6 +115,7 @@ def default_unpack(batch: Any) -> tuple[Any, Any]:
     entries = _entries(batch)
     keys = [] if entries is None else [key for key in TARGET_KEYS if key in entries]
     if entries is not None and keys:
+        _check_columns(entries)
         targets = entries.pop(keys[0])
         return (next(iter(entries.values())) if len(entries) == 1 else entries), targets
     if isinstance(batch, (tuple, list)) and len(batch) >= 2:
@@ -237,6 +238,19 @@ def _entries(batch: Any) -> dict[Any, Any] | None:
     return None
 
 
+def _check_columns(entries: Mapping[Any, Any]) -> None:
+    """Refuse lists that the default collate function has turned around, a tensor a position."""
+    for name, value in entries.items():
+        columns = isinstance(value, list) and all(isinstance(x, Tensor) for x in value)
+        if columns and value and all(x.dim() == 1 for x in value):
+            got = f"{name!r} as a list of {len(value)} tensors of shape {list(value[0].shape)}"
+            fix = (
+                "Turn the lists of the samples into tensors in the data set (Hugging Face's: "
+                "with_format('torch')), or pass a loader with a collate function that does."
+            )
+            raise DataError(got, "one tensor that leads with the samples", fix)
+
+
 def _check_further(batch: Sequence[Any]) -> None:
     """Refuse to guess where a further element may be what the model was trained to predict."""
     first, second, *further = map(plain, batch)
@@ -283,6 +297,8 @@ def _uneven(inputs: Inputs, targets: Tensor, size: int) -> DataError:
     """What to say where inputs and targets are not one each of so many samples."""
     lengths = sorted({len(x) for x in pytree.tree_leaves(inputs) if _has_rows(x)})
     got = f"{len(targets)} targets for inputs of length {lengths}, of {size} samples"
+    if not lengths:
+        got = f"inputs without a tensor, for {len(targets)} targets"
     fix = f"The first dimension of each counts samples. {UNPACK}"
     if len(targets) != size and lengths == [len(targets)]:
         fix = (
