@@ -172,6 +172,14 @@ class TestWhateverSamplesAre:
         ]
         assert marks[0] == marks[1] != marks[2]
 
+    def test_objects_that_the_data_set_holds(self):
+        held = [[Record(i) for i in range(N)] for _ in range(2)]
+        marks = [
+            resolve_split(DataLoader(records, collate_fn=list), [1]).fingerprint()
+            for records in held
+        ]
+        assert marks[0] == marks[1]
+
 
 AUGMENTED = {
     "noise": lambda i: (X[i] + torch.rand(2), Y[i]),
@@ -188,6 +196,16 @@ class TestRandomData:
         mark = resolve_split(Made(make), [1]).fingerprint()
         assert all(resolve_split(Made(make), [1]).fingerprint() == mark for _ in range(5))
         assert resolve_split(Made(make), [2]).fingerprint() != mark
+
+    def test_shape_and_type_still_count(self):
+        makes = [
+            lambda i: (torch.rand(2), 0),
+            lambda i: (torch.rand(3), 0),
+            lambda i: (torch.rand(2).double(), 0),
+            lambda i: (torch.rand(random.randint(1, 9)), 0),
+            lambda i: (torch.rand(random.randint(1, 9)).double(), 0),
+        ]
+        assert len({resolve_split(Made(make), [1]).fingerprint() for make in makes}) == len(makes)
 
     def test_targets_still_count(self):
         one, other = (

@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import threading
+from contextvars import Context
 from functools import partial
 
 import numpy as np
@@ -177,6 +178,14 @@ class TestPasses:
             thread.join()
         assert found == {name: [Y.tolist()] * 3 for name in range(3)}
         assert not multiprocessing.active_children()
+
+    def test_a_call_leaves_the_passes_of_other_threads_alone(self, split):
+        elsewhere = Context()
+        with one_call():
+            list(split.batches("all"))
+            held = elsewhere.run(split.batches, "all")
+            first = elsewhere.run(next, held)
+        assert targets([first, *elsewhere.run(list, held)]) == Y.tolist()
 
     def test_copies(self, split):
         with one_call():
