@@ -56,8 +56,9 @@ def forget(
         model: Trained, in eval mode, float32 or float64; forward gives logits or `.logits`.
         retain_loader: Loader over the training data set or a `Subset` of it; only its data set,
             collate function, batch size and workers are used. Samples to be forgotten are left out.
-            Without random augmentation.
-        forget_idx: Distinct indices into the training data set (the base of a `Subset`).
+            Without random augmentation. Or a `Split`.
+        forget_idx: Distinct indices into the training data set (the base of a plain `Subset`), or a
+            boolean mask over it.
         options: Everything else that decides the result, by default `ForgetOptions()`.
         unpack: Function from a batch to (inputs, targets); by default for tuples and dicts.
         loss_fn: What the model was trained with, (outputs, targets) -> the mean loss:
