@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import blobs_data, seeded, small_net
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from fisher_forget import Categorical, estimate_curvature, forget
 from fisher_forget import params as P
 from fisher_forget.data.split import resolve_split
-from fisher_forget.errors import ModelError
+from fisher_forget.errors import ConfigError, CurvatureError, ModelError
 from fisher_forget.evaluate.predictions import predict
 
 DATA = blobs_data()
@@ -127,7 +129,36 @@ def test_forwards_without_a_signature() -> None:
     assert "Sequential.forward(...)" in message(lambda: P.call(model, {}, (X,), {}))
 
 
-@pytest.mark.parametrize("seed", [3.5, -1, True, "0", torch.tensor(1)])
-def test_seeds(seed: Any) -> None:
-    with pytest.raises(Exception, match="seed"):
-        forget(seeded(small_net), DATA, [0], seed=seed, progress=False)
+@pytest.mark.parametrize("device", ["meta", torch.device("meta"), 3.5, "nonsense", -1, ""])
+def test_devices(device: Any) -> None:
+    with pytest.raises(ConfigError, match="device"):
+        forget(seeded(small_net), DATA, [0], device=device, progress=False)
+
+
+class TestSeeds:
+    @pytest.mark.parametrize("seed", [3.5, -1, True, "0", torch.tensor(1)])
+    def test_refused(self, seed: Any) -> None:
+        result = forget(seeded(small_net), DATA, [0], drift=True, progress=False)
+        for call in (
+            lambda: forget(seeded(small_net), DATA, [0], seed=seed, drift=True, progress=False),
+            lambda: result.with_noise(0.1, seed=seed),
+            lambda: estimate_curvature(seeded(small_net), DATA, seed=seed),
+        ):
+            with pytest.raises((ConfigError, CurvatureError), match="seed"):
+                call()
+
+    @pytest.mark.parametrize("kind", [np.int64, np.uint8, np.int32])
+    def test_integers_of_numpy(self, kind: Any) -> None:
+        plain, other = (
+            forget(seeded(small_net), DATA, [0], seed=seed, drift=True, progress=False)
+            for seed in (3, kind(3))
+        )
+        assert json.dumps(plain.summary()["seed"]) == json.dumps(other.summary()["seed"]) == "3"
+        for a, b in zip(plain.model.parameters(), other.model.parameters(), strict=True):
+            assert torch.equal(a, b)
+        drawn = [plain.with_noise(0.1, seed=seed) for seed in (5, kind(5))]
+        assert torch.equal(*(model(X) for model in drawn))
+        for structure in ("low_rank", "diagonal"):
+            estimate_curvature(
+                seeded(small_net), DATA, structure=structure, kind="sketch", seed=kind(1)
+            )

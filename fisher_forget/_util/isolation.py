@@ -11,7 +11,9 @@ import numpy as np
 import torch
 
 from fisher_forget._util.calls import one_call
+from fisher_forget._util.checks import is_whole
 from fisher_forget._util.torch_errors import explained
+from fisher_forget.errors import ConfigError
 
 AUTOCAST = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia")  # devices that autocast knows
 
@@ -53,6 +55,18 @@ def isolated() -> Iterator[None]:
         np.random.set_state(numpy)  # noqa: NPY002
 
 
+def seeded(seed: int) -> torch.Generator:
+    """A generator of its own, on the CPU.
+
+    Raises:
+        ConfigError: The seed is no whole number of at least 0.
+    """
+    if not is_whole(seed, 0):
+        fix = "Pass seed=0, say."
+        raise ConfigError(f"seed={seed!r}", "a whole number of at least 0", fix)
+    return torch.Generator().manual_seed(int(seed))  # which takes no integers of NumPy
+
+
 @contextmanager
 def seeded_rng(seed: int) -> Iterator[None]:
     """Isolated, and the global states of Python, NumPy and torch start from a seed, for code that
@@ -62,7 +76,7 @@ def seeded_rng(seed: int) -> Iterator[None]:
         seed: At least 0.
     """
     with isolated():
-        random.seed(seed)
+        random.seed(int(seed))
         np.random.seed(seed % 2**32)  # noqa: NPY002 - which takes no more bits
-        torch.manual_seed(seed)
+        torch.manual_seed(int(seed))
         yield

@@ -31,7 +31,7 @@ from torch import nn
 
 from fisher_forget import params as P
 from fisher_forget._util.checks import check_model, is_whole
-from fisher_forget._util.isolation import isolated
+from fisher_forget._util.isolation import isolated, seeded
 from fisher_forget.baselines.base import DirectMethod, PricedWeights, first_outputs
 from fisher_forget.baselines.meter import metered
 from fisher_forget.baselines.protocol import Grid
@@ -127,7 +127,7 @@ class Draws:
         method = replace(self.method, **asked)
         start = P.detached(P.trainable(self.given))
         mean, deviation = method.moments(start, self.fisher, self.classes)
-        xi = P.randn_like(mean, torch.Generator().manual_seed(int(method.seed)))
+        xi = P.randn_like(mean, seeded(method.seed))
         return P.map_params(lambda m, d, x: m + d * x, mean, deviation, xi)
 
     def model(self, scale: float | None = None, seed: int | None = None) -> nn.Module:

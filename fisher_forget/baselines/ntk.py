@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from fisher_forget import params as P
+from fisher_forget._util.isolation import seeded
 from fisher_forget.baselines.base import DirectMethod, PricedWeights, first_outputs
 from fisher_forget.baselines.jacobian_rows import MEMORY, Rows, most_rows
 from fisher_forget.baselines.protocol import Grid
@@ -152,7 +153,7 @@ class NtkFisher(Ntk):
         weights, gradients = super().weights(model, split, likelihood)
         moved = P.load(model, weights).eval()
         fisher = estimate_curvature(moved, split, likelihood, structure="diagonal", kind="exact")
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = seeded(self.seed)
         # covariance alpha (F + tau I)^-1: its root is the exponent 1/2
         scale = math.sqrt(self.alpha)
         noise = draw_noise(fisher.damped(self.tau), weights, scale, generator, exponent=0.5)

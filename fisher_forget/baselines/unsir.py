@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fisher_forget._util.copies import copy_model
+from fisher_forget._util.isolation import seeded
 from fisher_forget.baselines.base import Method, Training
 from fisher_forget.baselines.protocol import Grid
 from fisher_forget.baselines.training_loop import Descent, Loss, descend, require
@@ -119,7 +120,7 @@ class Unsir(Method):
         rows = np.random.default_rng(self.seed).choice(training.split.forget, self.noises)
         twin = copy_model(training.model).eval().requires_grad_(False)
         batch = next(training.split.read([rows])).on(twin)
-        batch, leaves = _drawn(batch, torch.Generator().manual_seed(self.seed))
+        batch, leaves = _drawn(batch, seeded(self.seed))
         if not leaves:
             got = f"{self.name} for inputs without a floating-point tensor"
             fix = "Choose another method: token ids cannot be moved a little."

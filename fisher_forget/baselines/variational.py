@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fisher_forget import params as P
+from fisher_forget._util.isolation import seeded
 from fisher_forget.baselines.base import DirectMethod, PricedWeights
 from fisher_forget.baselines.protocol import Grid
 from fisher_forget.baselines.training_loop import require, shuffled
@@ -65,7 +66,7 @@ class Variational(DirectMethod):
 
     def weights(self, model: nn.Module, split: Split, likelihood: Likelihood) -> PricedWeights:
         objective = Objective(model, likelihood)
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = seeded(self.seed)
         logs = self.log_variances(objective, split, generator)
         noisy = _noisy(objective.start, logs, generator)[0]
         # a step computes the gradients at w + n and at w - n

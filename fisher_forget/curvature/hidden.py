@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fisher_forget import params as P
 from fisher_forget._util.copies import copy_model
+from fisher_forget._util.isolation import seeded
 from fisher_forget.curvature.products import HessianChunk, Linearised, twice_differentiable
 from fisher_forget.data.batches import Batch
 from fisher_forget.errors import CurvatureError, ModelError
@@ -103,7 +104,7 @@ def hidden_from_hessian(
 
     wrong: list[str] = []
     for seed in range(2):  # at a kink of the model both differ: a second direction tells
-        v = P.randn_like(start, torch.Generator().manual_seed(seed))
+        v = P.randn_like(start, seeded(seed))
         v = P.map_params(lambda x: x / max(float(x.norm()), 1.0), v)
         try:
             above, below = (gradient(P.add(start, v, e)) for e in (STEP, -STEP))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fisher_forget import params as P
-from fisher_forget._util.isolation import full_precision
+from fisher_forget._util.isolation import full_precision, seeded
 from fisher_forget.curvature.checks import (
     check_definite,
     check_undamped,
@@ -149,7 +149,7 @@ class Curvature(ABC):
             powers = [(s.double(), (s.double() + self.tau).pow(p), times) for s, times in known]
             terms = ((s * x if times_curvature else x, times) for s, x, times in powers)
             return math.fsum(times * float(term.sum()) for term, times in terms)
-        generator, zeros, values = torch.Generator().manual_seed(seed), self.zeros(), []
+        generator, zeros, values = seeded(seed), self.zeros(), []
         first = P.flatten(zeros)
         for _ in range(probes):
             y = self.power(P.unflatten(rademacher(len(first), first, generator), zeros), p / 2)

@@ -41,6 +41,10 @@ class CurvatureOptions:
                 raise CurvatureError(
                     f"{name}={value!r}", "a whole number of at least 1", f"Pass {name}=1 or more."
                 )
+        if not is_whole(self.seed, 0):
+            raise CurvatureError(
+                f"seed={self.seed!r}", "a whole number of at least 0", "Pass 0, say."
+            )
         if isinstance(self.structure, Mapping) and not self.structure:
             raise CurvatureError(
                 "an empty structure=", "at least one pattern", "Pass {'*': 'ekfac'}, say."

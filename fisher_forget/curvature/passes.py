@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fisher_forget._util.isolation import isolated
+from fisher_forget._util.isolation import isolated, seeded
 from fisher_forget._util.progress import bar
 from fisher_forget.curvature import kinds
 from fisher_forget.curvature.hidden import (
@@ -126,7 +126,7 @@ class Walk:
         count, pass_index, options = 0.0, 0, self.options
         steps: dict[tuple[torch.Size, ...], int] = {}
         while pass_index < total.passes:  # a structure may find that it needs fewer
-            generator = torch.Generator().manual_seed(options.seed)  # the same columns every pass
+            generator = seeded(options.seed)  # the same columns every pass
             label = f"curvature {pass_index + 1}/{total.passes}"
             batches = bar(self.batches(), self.split.steps(self.samples), label, options.progress)
             for record in (record for batch in batches for record in self._records(batch, steps)):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fisher_forget import params as P
+from fisher_forget._util.isolation import seeded
 from fisher_forget.curvature.kernels import TwiceDifferentiable
 from fisher_forget.data.batches import Batch
 from fisher_forget.likelihood import Likelihood
@@ -178,7 +179,7 @@ class DataProduct:
             return summed(chunks, v, self.count)
 
     def _built(self) -> Iterator[Chunk]:
-        generator = torch.Generator().manual_seed(self._seed)
+        generator = seeded(self._seed)
         for batch in self._batches():
             for piece in batch.chunks(self._step):
                 with twice_differentiable(self._model):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fisher_forget import params as P
+from fisher_forget._util.isolation import seeded
 from fisher_forget.errors import NumericalError
 from fisher_forget.params import Params, flatten, unflatten
 
@@ -139,7 +140,7 @@ def hutchinson(product: FlatProduct, like: Tensor, probes: int, seed: int) -> Te
 
     Entry i has the variance sum_{j != i} A_ij^2 / probes, their sum 2 sum_{i != j} A_ij^2 / probes.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     total = torch.zeros_like(like)
     for _ in range(probes):
         z = rademacher(len(like), like, generator)  # E z_i z_j = 0 for i != j, and z_i^2 = 1

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from fisher_forget import params as P
 from fisher_forget._util.copies import private_copy
-from fisher_forget._util.isolation import isolated
+from fisher_forget._util.isolation import isolated, seeded
 from fisher_forget.curvature.hidden import hidden_from_products, refuse_hidden
 from fisher_forget.curvature.operator import Curvature
 from fisher_forget.curvature.products import Linearised, twice_differentiable
@@ -216,7 +216,7 @@ def _sampled(
     model: nn.Module, law: NoiseLaw, batches: list[Batch], draws: int, seed: int
 ) -> list[Tensor]:
     """Mean over draws of y y^T with y = J K^1/2 xi, for each batch [B, c, c], float64."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     totals: list[Tensor] = []
     for _ in range(draws):
         noise = law.curvature.power(P.randn_like(law.mean, generator), -law.exponent)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisher_forget._util.isolation import seeded
 from fisher_forget.data.split import Split
 from fisher_forget.evaluate import divergence, klom, relearn, weights
 from fisher_forget.evaluate.composite import average_gap, tug_of_war, zrf
@@ -162,7 +163,7 @@ def _entropy(a: Subject, part: str, context: Context) -> float:
 
 def _features(a: Subject, context: Context) -> dict[str, dict[str, Array]]:
     """What membership attacks look at, of so many retained and test samples at most."""
-    generator = torch.Generator().manual_seed(context.seed)
+    generator = seeded(context.seed)
     features = {}
     for part in ("retain", "test", "forget"):
         outputs, targets = a.outputs[part], context.targets[part]
@@ -229,7 +230,7 @@ def _relearn_steps(a: Subject, part: str, context: Context) -> float:
 
 def _margins(group: Sequence[Subject], part: str, context: Context) -> Tensor:
     """[M, N], of the same `GROUP_SAMPLES` samples at most."""
-    targets, generator = context.targets[part], torch.Generator().manual_seed(context.seed)
+    targets, generator = context.targets[part], seeded(context.seed)
     sample_idx = torch.randperm(len(targets), generator=generator)[:GROUP_SAMPLES]
     outputs = torch.stack([a.outputs[part][sample_idx] for a in group])
     return klom.margins(outputs, targets[sample_idx])

@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 from tqdm.auto import tqdm
 
 from fisher_forget._util.copies import copy_model
-from fisher_forget._util.isolation import seeded_rng
+from fisher_forget._util.isolation import seeded, seeded_rng
 from fisher_forget.data.batches import Batch, make_batch
 from fisher_forget.data.samples import KeywordDataset
 from fisher_forget.data.settle import trained_likelihood
@@ -178,7 +178,7 @@ def _batches(
     data: TensorDataset, rows: Tensor, settings: TrainSettings, seed: int
 ) -> Iterator[Batch]:
     """The batches of all epochs, in an order and with an augmentation that the seed decides."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     for _ in range(settings.epochs):
         order = rows[torch.randperm(len(rows), generator=generator)]
         # equal batches rather than a small last one: BatchNorm cannot train on a single sample

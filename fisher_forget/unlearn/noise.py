@@ -24,7 +24,8 @@ import numpy as np
 import torch
 
 from fisher_forget import params as P
-from fisher_forget._util.isolation import isolated
+from fisher_forget._util.checks import is_number
+from fisher_forget._util.isolation import isolated, seeded
 from fisher_forget.curvature.operator import Curvature
 from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Split, some
@@ -102,9 +103,9 @@ def draw_noise(
         ConfigError: If the scale is negative.
         CurvatureError: If the curvature is singular.
     """
-    if not scale >= 0:
+    if not is_number(scale):
         fix = "Pass scale=1e-3, say, or calibrate it."
-        raise ConfigError(f"noise scale {scale}", "a non-negative number", fix)
+        raise ConfigError(f"noise scale {scale!r}", "a non-negative number", fix)
     return P.scale(curvature.power(P.randn_like(like, generator), -exponent), scale)
 
 
@@ -148,7 +149,7 @@ def calibrate_noise(
         got = f"the noise target {target.kind} without a Newton step, whose error it needs"
         fix = "Pass NoiseTarget(..., error=...)."
         raise ConfigError(got, "sigma_h, the root-mean-square error of the step per weight", fix)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     directions = [draw_noise(curvature, at, 1.0, generator, exponent) for _ in range(DRAWS)]
     harm = _Harm(objective, list(split.batches(some(split.retain, SAMPLES, seed))), at, directions)
     precision = curvature.power_trace(2 * exponent, seed=seed)
@@ -302,7 +303,7 @@ def noise_step(
         precision = damped.power_trace(2 * exponent, seed=seed + 1) if known else math.nan
         bound = information(float(noise), newton.error, precision)
         calibration = Calibration(float(noise), math.nan, math.nan, bound, newton.error, None)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     params = draw_noise(damped, newton.params, calibration.scale, generator, exponent)
     return NoiseDraw(
         **vars(calibration), params=params, exponent=exponent, damping=tau, norm=P.norm(params)

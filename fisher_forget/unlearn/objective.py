@@ -81,11 +81,7 @@ class Objective:
         self.tape = Tape(model, subset)
         self.model = P.channels_last(self.tape.model)
         if device is not None:
-            try:
-                self.model.to(device)
-            except (RuntimeError, AssertionError, TypeError) as error:  # unknown, or not built in
-                got = f"device={device!r}: {error}"
-                raise ConfigError(got, "a device that torch can use", "Try 'cpu'.") from error
+            _move(self.model, device)
         self.start = P.detached(self.tape.params)
         self._hidden: str | None = None
 
@@ -164,3 +160,20 @@ class Objective:
         """The GGN of the given samples at given parameters, as products; `count` divides."""
         on = (batch.on(self.model) for batch in batches)
         return GgnProduct(self.model, at, self.tape.params, self.likelihood, on, count)
+
+
+def _move(model: nn.Module, device: torch.device | str) -> None:
+    """Move a private copy.
+
+    Raises:
+        ConfigError: If torch cannot compute there.
+    """
+    expected, fix = "a device that torch can use", "Try 'cpu'."
+    try:
+        place = torch.device(device)
+        if place.type == "meta":
+            raise ConfigError("device='meta', where tensors have no values", expected, fix)
+        model.to(place)
+    except (RuntimeError, AssertionError, TypeError) as error:  # unknown, or not built in
+        why = str(error).splitlines()[0]
+        raise ConfigError(f"device={device!r}: {why}", expected, fix) from error

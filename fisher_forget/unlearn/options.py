@@ -120,6 +120,7 @@ class ForgetOptions:
                 raise ConfigError(got, expected, f"Correct {name}, or leave it at its default.")
         if isinstance(noise, NoiseTarget):
             noise.check(likelihood)
+        object.__setattr__(self, "seed", int(self.seed))  # NumPy's integers are not stored as JSON
 
     def changed(self, changes: Mapping[str, Any]) -> Self:
         """The same options with other values for some.

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from fisher_forget import params as P
 from fisher_forget._util.copies import copy_model
-from fisher_forget._util.isolation import isolated
+from fisher_forget._util.isolation import isolated, seeded
 from fisher_forget.curvature.operator import Curvature
 from fisher_forget.data.split import Split
 from fisher_forget.errors import DataError
@@ -158,7 +158,7 @@ class ForgetResult:
             seed: Of the draw.
             exponent: p.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator = seeded(seed)
         at = self.newton.params
         drawn = draw_noise(self.noise_curvature(), at, scale, generator, exponent)
         scrubbed = P.load(self.model, P.add(at, drawn)).eval()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fisher_forget import params as P
-from fisher_forget._util.isolation import full_precision
+from fisher_forget._util.isolation import full_precision, seeded
 from fisher_forget.curvature import cost
 from fisher_forget.curvature.checks import check_definite, checked_damping
 from fisher_forget.curvature.cost import CostEstimate
@@ -139,7 +139,7 @@ def top_eigenpairs(
     """
     d = P.size(like)
     rank = min(rank, d)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     start = P.flatten(P.randn_like(like, generator))
     eps = torch.finfo(start.dtype).eps
     space = Lanczos(flat(product, like), start, most_products(rank, d), generator)

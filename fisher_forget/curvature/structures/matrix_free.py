@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fisher_forget import params as P
-from fisher_forget._util.isolation import isolated
+from fisher_forget._util.isolation import isolated, seeded
 from fisher_forget.curvature import cost
 from fisher_forget.curvature.checks import check_definite, checked_damping, needs_definite
 from fisher_forget.curvature.cost import CostEstimate
@@ -147,7 +147,7 @@ class MatrixFree(Curvature):
         """For random signs z, z^T f(B) z ~ |z|^2 sum_i (e_1^T y_i)^2 f(theta_i) with the eigenpairs
         (theta_i, y_i) of T, and its mean over z is tr f(B)."""
         d, first = P.size(self.like), P.flatten(self.like)
-        generator, rules = torch.Generator().manual_seed(self.seed), []
+        generator, rules = seeded(self.seed), []
         for _ in range(self.probes):
             signs = rademacher(d, first, generator)
             space = Lanczos(flat(self.product, self.like), signs, min(d, QUADRATURE_STEPS))
@@ -164,7 +164,7 @@ class MatrixFree(Curvature):
             if P.size(self.like) <= SMALL:
                 self.known["lowest"] = self._quadrature()[0], 0.0
             else:
-                generator = torch.Generator().manual_seed(self.seed)
+                generator = seeded(self.seed)
                 start = P.flatten(P.randn_like(self.like, generator))
                 space = Lanczos(flat(self.product, self.like), start, LOWEST_STEPS, generator)
                 while space.extend():
