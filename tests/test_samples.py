@@ -98,6 +98,8 @@ class TestRead:
             ([(IDS[0], 1), (IDS[0, :2], 0)], "one shape"),
             ([{"input_ids": IDS[0]}], "labels"),
             (TensorDataset(IDS), "pairs (inputs, targets)"),
+            (TensorDataset(IDS, MASK.long(), LABELS), "batch of 3 elements"),
+            (list(zip(IDS, MASK.long(), LABELS, strict=True)), "batch of 3 elements"),
         ],
         ids=[
             "number",
@@ -110,6 +112,8 @@ class TestRead:
             "shapes",
             "no targets",
             "inputs alone",
+            "three tensors",
+            "three of a sample",
         ],
     )
     def test_refused(self, source, words):

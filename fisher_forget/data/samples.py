@@ -88,7 +88,7 @@ def read_samples(source: Any) -> TensorDataset:
                 [1., 1., 1.]]), tensor([1, 0]))
     """
     if type(source) in (TensorDataset, KeywordDataset) and len(source.tensors) >= 2:
-        return take(source, slice(None))
+        return samples(*_unpacked(source[:]))
     if isinstance(source, (tuple, Mapping)):
         return samples(*_unpacked(source))
     if not hasattr(source, "__getitem__") or not hasattr(source, "__len__") or not len(source):
