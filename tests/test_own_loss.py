@@ -387,6 +387,38 @@ class TestRefused:
             settle(targets, (3,), "categorical", loss_fn)
 
 
+class Tokens(nn.Module):
+    """Predicts the token after one, or the token itself, and does not tell how it was trained."""
+
+    def __init__(self, ahead: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding.from_pretrained(5 * torch.eye(11).roll(ahead, 1), freeze=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.table(ids)
+
+
+class TestShift:
+    def settled(self, ahead: int, likelihood: str, scale: float = 1.0) -> Likelihood:
+        ids = (torch.arange(6) + classes(N, 1, count=11)) % 11
+        model = Tokens(ahead)
+        model.table.weight.data *= scale
+        return settled_likelihood(model, resolve_split(TensorDataset(ids, ids), [0]), likelihood)
+
+    def test_targets_that_the_outputs_are_a_step_ahead_of(self) -> None:
+        with pytest.warns(FisherForgetWarning, match="pass likelihood='next_token'"):
+            assert self.settled(1, "categorical") == Categorical()
+
+    @pytest.mark.parametrize(
+        ("ahead", "likelihood", "scale"),
+        [(1, "next_token", 1.0), (0, "categorical", 1.0), (1, "categorical", 0.0)],
+    )
+    def test_no_false_alarm(self, ahead: int, likelihood: str, scale: float) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            self.settled(ahead, likelihood, scale)
+
+
 class Softmax(Shaped):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).softmax(-1)

@@ -62,6 +62,7 @@ def settled_likelihood(
         looks = [look_at(model, batch, loss_fn, given) for batch in _two_batches(split, model)]
         if not all(look.own for look in looks):
             _check_range(given, looks)
+            _warn_of_shift(given, looks)
             return given
         source = "loss_fn" if loss_fn is not None else "the model itself"
         read, by_name = _read_off(loss_fn), isinstance(likelihood, str)
@@ -190,6 +191,25 @@ def _check_range(given: Likelihood, looks: Sequence[Look]) -> None:
             FisherForgetWarning,
             stacklevel=5,
         )
+
+
+def _warn_of_shift(given: Likelihood, looks: Sequence[Look]) -> None:
+    """Warn where guessing would be better than the outputs at t are for the targets at t, but not
+    than they are for those at t + 1."""
+    if not isinstance(given, Categorical) or given.shift or given.class_dim == 1:
+        return
+    shifted = replace(given, class_dim=None, shift=True)
+    for look in looks:
+        losses = mean_loss(given, look), mean_loss(shifted, look)
+        if None in losses or not losses[1] < math.log(look.outputs.shape[-1]) < losses[0]:  # type: ignore[operator]
+            return
+    warnings.warn(
+        f"The outputs at position t predict the targets at t + 1 ({losses[1]:.2g} nats) and not "
+        f"those at t ({losses[0]:.2g} nats, worse than guessing): if the training shifted the "
+        "targets, pass likelihood='next_token', else loss_fn=.",
+        FisherForgetWarning,
+        stacklevel=5,
+    )
 
 
 def _is_softmax(likelihood: Categorical, look: Look) -> bool:
