@@ -194,14 +194,14 @@ def _check_range(given: Likelihood, looks: Sequence[Look]) -> None:
 
 
 def _warn_of_shift(given: Likelihood, looks: Sequence[Look]) -> None:
-    """Warn where guessing would be better than the outputs at t are for the targets at t, but not
-    than they are for those at t + 1."""
+    """Warn where guessing would be better than the outputs at t are for the targets at t, and the
+    loss for those at t + 1 is less than half of guessing."""
     if not isinstance(given, Categorical) or given.shift or given.class_dim == 1:
         return
     shifted = replace(given, class_dim=None, shift=True)
     for look in looks:
         losses = mean_loss(given, look), mean_loss(shifted, look)
-        if None in losses or not losses[1] < math.log(look.outputs.shape[-1]) < losses[0]:  # type: ignore[operator]
+        if None in losses or not 2 * losses[1] < math.log(look.outputs.shape[-1]) < losses[0]:  # type: ignore[operator]
             return
     warnings.warn(
         f"The outputs at position t predict the targets at t + 1 ({losses[1]:.2g} nats) and not "
