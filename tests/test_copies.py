@@ -307,6 +307,19 @@ class Attention(Encoder):
         return self.head(mixed)  # type: ignore[no-any-return]
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_are_in_the_mode_that_a_gpu_differentiates(
+    kind: type[nn.RNNBase],
+) -> None:
+    model = nn.Sequential(kind(3, 4, num_layers=3, dropout=0.5)).eval()
+    twin, x = private_copy(model), torch.randn(5, 2, 3)
+    assert twin[0].training
+    assert not (twin.training)
+    assert not (model[0].training)
+    assert model[0].dropout == 0.5
+    torch.testing.assert_close(twin(x)[0], model(x)[0])
+
+
 @pytest.mark.parametrize("build", [Encoder, lambda: Encoder(True), OneLayer, Attention])
 def test_attention_gives_one_output_with_gradients_and_without(build: Any) -> None:
     model = seeded(build)

@@ -32,7 +32,9 @@ from fisher_forget import params as P
 from fisher_forget.baselines.influence import Lissa
 from fisher_forget.curvature.kernels import TwiceDifferentiable
 from fisher_forget.curvature.products import GgnProduct
+from fisher_forget.curvature.structures.diagonal import Diagonal
 from fisher_forget.data.split import resolve_split
+from fisher_forget.evaluate.information import NoiseLaw, information_in_outputs
 from fisher_forget.params import Params
 from fisher_forget.unlearn.objective import Objective
 
@@ -497,6 +499,18 @@ class TestHidden:
         assert prepared.forget([1], drift=True).options.solver == "direct"
         with pytest.raises(CurvatureError, match="solver='direct'"):
             prepared.forget([2], solver="cg")
+
+    def test_information_in_outputs(self, function: Callable[[Tensor], Tensor]) -> None:
+        model, data = self.model(function), samples(Categorical())
+        split = resolve_split(data, [1])
+        weights = {n: p.detach() for n, p in model.named_parameters()}
+        law = NoiseLaw(weights, Diagonal(P.map_params(torch.ones_like, weights)), 0.1)
+        others = law.at(moved(model)[1])
+        exact = information_in_outputs(model, law, others, split.batches("forget"))
+        assert exact.isfinite().all()
+        for options in ({"draws": 9}, {"linearised": True}):
+            with pytest.raises(CurvatureError, match="draws=None"):
+                information_in_outputs(model, law, others, split.batches("forget"), **options)
 
     def test_influence(self, function: Callable[[Tensor], Tensor]) -> None:
         split = resolve_split(samples(Categorical()), [1])

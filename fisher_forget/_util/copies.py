@@ -69,7 +69,8 @@ def private_copy(model: M) -> M:
 
     Without gradients torch takes another way through attention, which gives other values at padded
     positions and NaN where all are padded. It does so only where query, key and value are the same
-    object, and no hook is attached to the layer.
+    object, and no hook is attached to the layer. On a GPU, recurrent layers have no gradients in
+    eval mode: they are in training mode without dropout, which computes the same.
     """
     twin = copy_model(model).eval()
     for module in twin.modules():
@@ -77,6 +78,8 @@ def private_copy(model: M) -> M:
             module.register_forward_pre_hook(_apart, with_kwargs=True)
         elif isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
+        elif isinstance(module, nn.RNNBase):
+            module.dropout, module.training = 0.0, True
     return twin
 
 
