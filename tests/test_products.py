@@ -341,6 +341,16 @@ class TestKernels:
             found = torch.cdist(x, y, p=p)
         torch.testing.assert_close(found, torch.cdist(x, y, p=p))
 
+    @pytest.mark.parametrize("dim", [0, 1, -1])
+    def test_weight_norm(self, dim: int) -> None:
+        v = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+        g = torch.norm_except_dim(v, 2, dim).detach() + 1
+        expected = torch._weight_norm(v, g, dim)
+        with TwiceDifferentiable():
+            torch.testing.assert_close(torch._weight_norm(v, g, dim), expected)
+            curved = lambda v: torch._weight_norm(v, g, dim).sin()  # noqa: E731
+            assert torch.autograd.gradgradcheck(curved, v)
+
     def test_attention(self) -> None:
         q, k, v = torch.randn(3, 2, 4, 5, 6).double().requires_grad_()
         mask = torch.ones(5, 5, dtype=torch.bool).tril()
@@ -548,7 +558,8 @@ class TestHessian:
     @pytest.mark.filterwarnings("ignore")
     def test_what_is_right_is_not(self, data: st.DataObject) -> None:
         dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
-        piece = st.sampled_from([lambda: Own(torch.relu), lambda: Own(torch.sign)])
+        normed = lambda: nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH))  # noqa: E731
+        piece = st.sampled_from([lambda: Own(torch.relu), lambda: Own(torch.sign), normed])
         build = data.draw(st.one_of(piece, pieces().map(lambda layer: lambda: layer)))
         model = network(data.draw(st.integers(0, 100)), build, dtype)
         likelihood = data.draw(st.sampled_from([Categorical(), Gaussian(0.7)]))

@@ -87,6 +87,11 @@ def _cdist(x: Tensor, y: Tensor, p: float = 2.0, **_: Any) -> Tensor:
     return out
 
 
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """torch's own takes |v| for a constant when it is differentiated twice."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
 REPLACED: Mapping[Callable[..., Any], Callable[..., Any]] = {
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _multi_head,
@@ -94,6 +99,7 @@ REPLACED: Mapping[Callable[..., Any], Callable[..., Any]] = {
     F.embedding: _embedding,
     F.embedding_bag: _embedding_bag,
     torch.cdist: _cdist,
+    torch._weight_norm: _weight_norm,
 }
 
 
