@@ -39,6 +39,7 @@ from fisher_forget.data.split import Split, resolve_split, some
 from fisher_forget.likelihood import Likelihood, resolve_likelihood
 from fisher_forget.params import flatten, load, unflatten
 from fisher_forget.unlearn.objective import Objective
+from fisher_forget.unlearn.options import ForgetOptions
 
 N, GONE = 24, [1, 5, 6, 20]
 KEPT = [n for n in range(N) if n not in GONE]
@@ -770,10 +771,9 @@ class TestFisher:
         model = seeded(
             lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
         ).double()
-        method = FisherForget(drift=True, noise=None)
-        expected = forget(
-            model, TensorDataset(X, CLASSES), GONE, drift=True, noise=None, progress=False
-        ).model
+        options = ForgetOptions(drift=True, noise=None, batch_norm="refresh")
+        expected = forget(model, TensorDataset(X, CLASSES), GONE, options, progress=False).model
+        method = FisherForget(drift=True, noise=None, batch_norm="refresh")
         found = method.unlearn(model, split_of()).model
         for name, value in expected.state_dict().items():
             torch.testing.assert_close(found.state_dict()[name], value, rtol=1e-5, atol=1e-7)
