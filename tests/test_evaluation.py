@@ -96,6 +96,13 @@ class TestTable:
         failures = ("not forgotten", "over-forgotten", "farther than the original")
         assert not [s for s in control if s.label in failures]
 
+    def test_a_wrapped_model_has_the_weights_of_the_one_within(self, ensemble):
+        model = ensemble.originals.models[0]
+        for wrapped in (nn.DataParallel(model), torch.compile(model, backend="eager")):
+            table = evaluate(wrapped, ensemble, PARTS, metrics=["weight_distance", "kl"])
+            plain = evaluate(model, ensemble, PARTS, metrics=["weight_distance", "kl"])
+            assert table.to_markdown() == plain.to_markdown()
+
     def test_a_wrecked_model_is_farther_than_the_original(self, ensemble):
         wrecked = copy.deepcopy(ensemble.originals.models[0])
         for p in wrecked[-1].parameters():

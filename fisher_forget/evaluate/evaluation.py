@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fisher_forget._util.checks import check_names
+from fisher_forget._util.copies import unwrapped
 from fisher_forget._util.isolation import isolated
 from fisher_forget._util.markdown import markdown_table
 from fisher_forget.data import batches
@@ -285,7 +286,7 @@ def _models(given: Scrubbed | Sequence[Scrubbed], ensemble: RetrainedEnsemble) -
             got = f"a result that forgot {len(result.split.forget)} samples"
             expected = "the forget set of the ensemble"
             raise DataError(got, expected, "Retrain the ensemble without these samples.")
-    return [r.model if isinstance(r, ForgetResult) else r for r in results]
+    return [r.model if isinstance(r, ForgetResult) else unwrapped(r) for r in results]
 
 
 def _listed(given: Scrubbed | Sequence[Scrubbed]) -> list[Scrubbed]:
