@@ -67,6 +67,11 @@ def loader(tmp_path):
     return make
 
 
+def workers_alive():
+    """The loaders' processes; joblib's stay for later tests."""
+    return [p for p in multiprocessing.active_children() if "Loky" not in type(p).__name__]
+
+
 def targets(batches):
     return [int(y) for batch in batches for y in batch.targets]
 
@@ -78,7 +83,7 @@ class TestWorkers:
     def test_they_start_once_a_call(self, loader, model, tmp_path, options):
         found = forget(model, loader(**options), [0, 1], **PLAIN)
         assert len(list(tmp_path.iterdir())) == 2
-        assert not multiprocessing.active_children()
+        assert not workers_alive()
         expected = forget(model, DataLoader(Samples(), batch_size=5), [0, 1], **PLAIN)
         assert torch.equal(found.model.weight, expected.model.weight)
 
@@ -100,7 +105,7 @@ class TestWorkers:
     def test_whatever_the_call(self, loader, model, tmp_path, call):
         call(model, loader())
         assert len(list(tmp_path.iterdir())) == 2
-        assert not multiprocessing.active_children()
+        assert not workers_alive()
 
     @pytest.mark.parametrize(
         ("data", "error"), [("broken", DataError), ("not a number", NumericalError)]
@@ -110,13 +115,13 @@ class TestWorkers:
         with pytest.raises(error) as caught:  # whose traceback holds the pass
             forget(model, loader(nan if data == "not a number" else Samples(17)), [0, 1], **PLAIN)
         assert caught.value.got
-        assert not multiprocessing.active_children()
+        assert not workers_alive()
 
     def test_outside_of_a_call_a_pass_has_its_own(self, loader):
         split = resolve_split(loader(), [0])
         for _ in range(2):
             assert targets(split.batches("all")) == Y.tolist()
-            assert not multiprocessing.active_children()
+            assert not workers_alive()
 
     def test_splits_of_the_same_data_share_them(self, loader, tmp_path):
         with one_call():
@@ -177,7 +182,7 @@ class TestPasses:
         for thread in threads:
             thread.join()
         assert found == {name: [Y.tolist()] * 3 for name in range(3)}
-        assert not multiprocessing.active_children()
+        assert not workers_alive()
 
     def test_a_call_leaves_the_passes_of_other_threads_alone(self, split):
         elsewhere = Context()

@@ -537,7 +537,8 @@ class TestSamples:
         model, x = model.double(), x.double()
         data = Watched(x, y)
         found = estimate_curvature(model, data, structure="diagonal", max_samples=9, seed=1)
-        drawn = sorted(set(data.read[8:]))  # the first reads look for random augmentation
+        # the first reads look for random augmentation, and at the loss
+        drawn = sorted(set(data.read[-9:]))
         assert found.info.count == len(drawn) == 9
         assert drawn != list(range(9))
         expected = oracle.ggn(model, x[drawn], y[drawn], Categorical()).diag()
@@ -702,7 +703,7 @@ class TestDryRun:
         predicted = estimate_curvature(
             model, DataLoader(data, batch_size=10), structure="ekfac", kind="exact", dry_run=True
         )
-        assert len(set(data.read)) <= 20
+        assert len(set(data.read)) <= 40
         assert (predicted.samples, predicted.passes, predicted.columns) == (400, 1, 4)
 
     def test_ekfac_without_replay_is_two_passes(self, monkeypatch: pytest.MonkeyPatch) -> None:
