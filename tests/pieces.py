@@ -255,6 +255,21 @@ class Bag(nn.Module):
         return x + self.bag(tokens)[:, None] + self.words(tokens)
 
 
+class Normalised(nn.Module):
+    """Norms of every kind, one after a layer that it has in common with another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.batch = nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)
+        self.group, self.last = nn.GroupNorm(2, WIDTH), nn.RMSNorm(WIDTH)
+        self.instance = nn.InstanceNorm1d(WIDTH, affine=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.batch(self.layer(x).transpose(1, 2))
+        x = torch.tanh(self.instance(x) + self.group(x)).transpose(1, 2)
+        return torch.tanh(self.layer(self.last(x)))
+
+
 class Dead(nn.Module):
     """A layer that no gradient passes through yet (a low-rank adapter as it starts), and one that
     only some samples use."""
@@ -297,6 +312,7 @@ PIECES: dict[str, Callable[[], nn.Module]] = {
     "distances": Distances,
     "bag": Bag,
     "sparse bag": lambda: Bag(sparse=True),
+    "normalised": Normalised,
     "dead": Dead,
 }
 
