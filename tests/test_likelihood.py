@@ -635,10 +635,10 @@ class TestLayout:
         [
             (randn(2, 3, 4, 5), classes(2, 4, 5, count=3), r"class_dim=1\)"),
             (randn(2, 3, 5), classes(2, 5, count=3), r"class_dim=1\)"),
-            (randn(2, 3, 3), classes(2, 3, count=3), "class_dim=-1 or 1"),
-            (randn(2, 5, 5, 5), classes(2, 5, 5, count=3), "class_dim=-1 or 1"),
+            (randn(2, 3, 3), classes(2, 3, count=3), "class_dim=1, or class_dim=-1"),
+            (randn(2, 5, 5, 5), classes(2, 5, 5, count=3), "class_dim=1, or class_dim=-1"),
             (randn(2, 3, 4), randn(2, 3, 4).softmax(1), r"class_dim=1\)"),
-            (randn(2, 3, 3), torch.full((2, 3, 3), 1 / 3), "class_dim=-1 or 1"),
+            (randn(2, 3, 3), torch.full((2, 3, 3), 1 / 3), "class_dim=1, or class_dim=-1"),
         ],
     )
     def test_a_layout_is_asked_for(self, outputs, targets, word):

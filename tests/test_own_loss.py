@@ -369,7 +369,7 @@ class TestRefused:
 
     def test_a_layout_that_torchs_loss_leaves_open(self) -> None:
         targets = classes(N, 3, count=3)
-        with pytest.raises(DataError, match="class_dim=-1 or 1"):
+        with pytest.raises(DataError, match="class_dim=1, or class_dim=-1"):
             settle(targets, (3, 3), "categorical", nn.CrossEntropyLoss())
         for dim in (-1, 1):
             likelihood = Categorical(class_dim=dim)
@@ -768,3 +768,30 @@ class TestModelsOfTransformers:
         data = TensorDataset(randn(N, 4), classes(N, count=3))
         with pytest.warns(FisherForgetWarning, match="not like this"):
             forget(Broken(3).eval(), data, [0], drift=True, progress=False)
+
+
+class TestLossesBesideTheLikelihood:
+    """The reason is told, also where the default likelihood takes no such targets."""
+
+    X = torch.randn(40, 4, generator=torch.Generator().manual_seed(3))
+    MODEL = nn.Linear(4, 3)
+
+    @pytest.mark.parametrize(
+        ("loss_fn", "reason"),
+        [
+            (nn.MSELoss(reduction="sum"), "a sum over the batch"),
+            (nn.L1Loss(), "Only the losses of"),
+            (nn.MSELoss, r"Pass loss_fn=MSELoss\(\)"),
+        ],
+    )
+    def test_of_numbers(self, loss_fn: Any, reason: str) -> None:
+        data = TensorDataset(self.X, self.X @ torch.ones(4, 3) + 2)
+        with pytest.raises(ConfigError, match=reason):
+            forget(self.MODEL, data, [0], loss_fn=loss_fn, progress=False)
+
+    def test_of_a_sigmoid_within_the_model(self) -> None:
+        model = nn.Sequential(self.MODEL, nn.Sigmoid())
+        data = TensorDataset(self.X, (self.X[:, :3] > 0).float())
+        for loss_fn in (nn.BCELoss(), lambda f, y: nn.functional.binary_cross_entropy(f, y)):
+            with pytest.raises(ConfigError, match="a sigmoid within the model"):
+                forget(model, data, [0], loss_fn=loss_fn, progress=False)

@@ -87,7 +87,9 @@ def forget_indices(forget_idx: Any, total: int, allow_empty: bool = False) -> In
         raise SplitError(got, f"{where} (0 to {total - 1})", fix)
     if len(values) < len(forget):
         got = f"forget_idx that repeats {values[times > 1][:5].tolist()}"
-        raise SplitError(got, where + ", each once", "Remove the duplicates.")
+        mask = len(forget) == total and values[-1] <= 1
+        fix = "Pass a mask as booleans: mask.bool()." if mask else "Remove the duplicates."
+        raise SplitError(got, where + ", each once", fix)
     if len(values) == total:
         got = "a forget_idx that names every sample"
         raise SplitError(got, where, "To forget everything, train a new model.")

@@ -84,6 +84,9 @@ def values_of(loss_fn: LossFn, outputs: Tensor, targets: Tensor, ignored: int) -
     Raises:
         ConfigError: None of them works.
     """
+    if isinstance(loss_fn, type):
+        got, fix = f"the class {loss_fn.__name__} as loss_fn", f"Pass loss_fn={loss_fn.__name__}()."
+        raise ConfigError(got, "a function of outputs and targets", fix)
     torchs_own = str(getattr(loss_fn, "__module__", "")).startswith("torch.nn")
     ways, elementwise = [(outputs, targets)], outputs.numel() == targets.numel()
     if elementwise:  # [B, 1] and [B]; whole numbers as labels in [0, 1]

@@ -75,9 +75,16 @@ def settled_likelihood(
             if by_name or candidate == given:
                 return candidate
             raise _refusal(given, looks, source, f"Pass likelihood={named(candidate)!r}.")
-        for look in looks:
-            given.check(look.outputs, look.targets)
-        raise _refusal(given, looks, source, _reason(given, looks, loss_fn))
+        fits = [
+            known
+            for known in (given, *LIKELIHOODS.values())
+            if all(mean_loss(known, look) is not None for look in looks)
+        ]
+        if not fits:
+            for look in looks:
+                given.check(look.outputs, look.targets)
+        # the reason is told beside the likelihood that comes nearest
+        raise _refusal(given, looks, source, _reason(fits[0], looks, loss_fn))
 
 
 def trained_likelihood(model: nn.Module, split: Split, likelihood: Likelihood | str) -> Likelihood:
@@ -224,6 +231,18 @@ def _is_softmax(likelihood: Categorical, look: Look) -> bool:
     )
 
 
+def _is_sigmoid(looks: Sequence[Look]) -> bool:
+    """Whether the user's own loss is the binary cross-entropy of outputs that are probabilities."""
+    for look in looks:
+        f, y = look.outputs, look.targets
+        if f.numel() != y.numel() or bool(((f < 0) | (f > 1)).any() | ((y < 0) | (y > 1)).any()):
+            return False
+        ours = nn.functional.binary_cross_entropy(f, y.reshape(f.shape).to(f.dtype))
+        if not any(math.isclose(float(ours), own, rel_tol=1e-3) for own in look.own):
+            return False
+    return True
+
+
 def _refusal(given: Likelihood, looks: Sequence[Look], source: str, fix: str) -> ConfigError:
     look = looks[0]
     ours = mean_loss(given, look)
@@ -242,17 +261,20 @@ def _reason(given: Likelihood, looks: Sequence[Look], loss_fn: LossFn | None) ->
             "The outputs are probabilities, a softmax within the model: return the logits, or the "
             "logarithm of the probabilities, from forward."
         )
+    if _is_sigmoid(looks):
+        return (
+            "The outputs are probabilities, a sigmoid within the model: return the logits from "
+            "forward, and train with the loss that takes them (nn.BCEWithLogitsLoss)."
+        )
     ratios = [
         own / ours for look in looks if (ours := mean_loss(given, look)) for own in look.own[:1]
     ]
     sizes = [len(look.targets) for look in looks]
     if len(ratios) == len(looks):
-        if (
-            _alike([r / n for r, n in zip(ratios, sizes, strict=True)], 1.0)
-            and sizes[0] != sizes[1]
-        ):
+        by_size = [ratio / size for ratio, size in zip(ratios, sizes, strict=True)]
+        if _alike(by_size, by_size[0]) and sizes[0] != sizes[1]:
             return (
-                "It is the sum over the batch (reduction='sum'): pass the mean, and weight_decay "
+                "It is a sum over the batch (reduction='sum'): pass the mean, and weight_decay "
                 "divided by the batch size of the training."
             )
         if _alike(ratios, ratios[0]):

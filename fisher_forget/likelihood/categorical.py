@@ -158,14 +158,18 @@ class Categorical(Likelihood):
             raise DataError(
                 f"targets from {int(scored.min())} to {int(scored.max())}",
                 f"class indices from 0 to {classes - 1} (or ignore_index={self.ignore_index})",
-                "Map the labels to 0..C-1, or give the model an output for each class.",
+                "Map the labels to 0..C-1, give the model an output for each class, or say which "
+                "label does not count: Categorical(ignore_index=...).",
             )
 
     @staticmethod
     def _ask_for_class_dim(got: str, both: bool) -> None:
         """Refuse a layout that was not said: classes along dimension 1, or along either."""
         if both:
-            expected, fix = "to be told which dimension holds the classes", "class_dim=-1 or 1"
+            expected, fix = (
+                "to be told which dimension holds the classes",
+                "class_dim=1, or class_dim=-1",
+            )
         else:
             expected, fix = "the classes in the last dimension", "class_dim=1"
         raise DataError(got, expected, f"Pass likelihood=Categorical({fix}).")
