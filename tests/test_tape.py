@@ -71,6 +71,15 @@ def test_each_piece(name: str, batch_size: int) -> None:
     agrees(model, data, batch_size, None)
 
 
+@pytest.mark.parametrize("name", ["sorted", "experts", "head a task", "early exit"])
+def test_first_samples_that_do_not_show_it(name: str) -> None:
+    """They are the same, so none of them is routed otherwise or moved to another place."""
+    model, data = case(name)
+    x = data.tensors[0]
+    x[:10] = x[:1].clone()
+    agrees(model, data, 10, None)
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(
     names=st.lists(st.sampled_from(list(PIECES)), min_size=2, max_size=3),

@@ -145,8 +145,8 @@ class Lissa(DirectMethod):
 
     def weights(self, model: nn.Module, split: Split, likelihood: Likelihood) -> PricedWeights:
         objective = Objective(model, likelihood)
-        first = split.first("retain").on(objective.model)
-        probe = (objective.model, objective.tape.params, first)
+        few = split.few("retain").on(objective.model)
+        probe = (objective.model, objective.tape.params, few)
         hidden = hidden_from_products(*probe)
         if not hidden and self.curvature == "hessian":
             hidden = hidden_from_hessian(*probe, likelihood)

@@ -168,10 +168,10 @@ class Rows:
         self.tape, self.split, self.likelihood = Tape(model), split, likelihood
         self.columns, self.gradients = columns, 0.0
         self.like = P.detached(self.tape.params)
-        first = split.first(np.concatenate(list(parts))[:2]).on(self.tape.model)
-        probe = self.tape.verify(first)
-        likelihood.check(probe.outputs, first.targets)
-        self.per_sample = len(columns(probe.outputs, first.targets))
+        few = split.few(np.concatenate(list(parts))).on(self.tape.model)
+        probe = self.tape.verify(few)
+        likelihood.check(probe.outputs, few.targets)
+        self.per_sample = len(columns(probe.outputs, few.targets))
         total = self.per_sample * sum(map(len, parts))
         if total > most_rows(memory):
             raise ConfigError(
@@ -180,7 +180,7 @@ class Rows:
                 f"at most {most_rows(memory):,} rows within memory={memory}",
                 "Raise `memory`, or give the method fewer samples.",
             )
-        numbers = self.tape.settled(lambda: self._rows(self.tape.run(first), first)).numbers()
+        numbers = self.tape.settled(lambda: self._rows(self.tape.run(few), few)).numbers()
         size = numbers * P.flatten(self.like).element_size()  # bytes of a row
         step = max(1, memory // (ALIVE * self.per_sample * size))
         self._blocks = [part[i : i + step] for part in parts for i in range(0, len(part), step)]

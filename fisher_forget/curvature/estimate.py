@@ -192,7 +192,7 @@ def _walk(tape: Tape, split: Split, likelihood: Likelihood, options: CurvatureOp
     assert isinstance(options.structure, str)
     assert not isinstance(options.part, str)
     spec = STRUCTURES[options.structure]
-    outputs = tape.verify(split.first(options.part).on(tape.model)).outputs
+    outputs = tape.verify(split.few(options.part).on(tape.model)).outputs
     columns = likelihood.column_count(outputs)
     kind = kinds.choose(options.kind, 0 if spec.by_products else columns)
     walk = Walk(tape, split, options.part, likelihood, replace(options, kind=kind), columns)

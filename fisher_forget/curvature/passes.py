@@ -157,7 +157,8 @@ class Walk:
         Raises:
             CurvatureError: If its backward pass can't be differentiated.
         """
-        model, live, batch = self.tape.model, self.tape.params, next(self.batches())
+        model, live = self.tape.model, self.tape.params
+        batch = self.split.few(self.samples).on(model)
         hidden = hidden_from_products(model, live, batch)
         if not hidden and self.kind == "hessian":
             hidden = hidden_from_hessian(model, live, batch, self.likelihood)
@@ -246,7 +247,7 @@ def squared_gradient_norms(
     gradient, |g a^T|^2 = |g|^2 |a|^2.
 
     Args:
-        tape: The model; rules that fail on the first samples are moved to its fallback.
+        tape: The model; rules that fail on a few samples are moved to its fallback.
         split: The data.
         indices: Of the samples.
         likelihood: Gives the loss.
@@ -257,7 +258,7 @@ def squared_gradient_norms(
     """
     if not len(indices):
         return torch.zeros(0, dtype=torch.float64)
-    tape.verify(split.first(indices).on(tape.model))
+    tape.verify(split.few(indices).on(tape.model))
     # the empirical kind's one column a sample is dl_n/df_n, which back-propagates to dl_n/dw
     options = CurvatureOptions(kind="empirical", memory=memory)
     walk = Walk(tape, split, indices, likelihood, options)

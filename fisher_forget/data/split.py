@@ -25,7 +25,7 @@ from fisher_forget.likelihood import Likelihood
 
 __all__ = ["Indices", "Part", "Split", "check_scored", "resolve_split", "some"]
 
-LOT = 8  # samples read at a time in search of a scored target
+LOT = 8  # samples read at a time where a few will do
 Part = Literal["retain", "forget", "all"]
 
 
@@ -90,6 +90,11 @@ class Split:
     def first(self, part: Part | Indices) -> Batch:
         """The first of `batches`, without a look at the others."""
         return next(self.read([self.indices(part)[: self.batch_size]]))
+
+    def few(self, part: Part | Indices) -> Batch:
+        """Eight samples at random, in random order, as one batch: the first ones say little of the
+        others where data are sorted by class, length or task."""
+        return next(self.read([np.random.default_rng(0).permutation(self.indices(part))[:LOT]]))
 
     def steps(self, part: Part | Indices) -> int:
         """Number of batches of a part."""

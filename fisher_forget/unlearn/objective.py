@@ -151,9 +151,9 @@ class Objective:
     def hidden_from_products(self, split: Split) -> str:
         """Why `ggn` would fail or be wrong for this model, looked at once; empty if it is right."""
         if self._hidden is None:
-            first = split.first("retain").on(self.model)
-            self.tape.verify(first)  # tells what else may be wrong with model and data
-            self._hidden = hidden_from_products(self.model, self.tape.params, first)
+            few = split.few("retain").on(self.model)
+            self.tape.verify(few)  # tells what else may be wrong with model and data
+            self._hidden = hidden_from_products(self.model, self.tape.params, few)
         return self._hidden
 
     def ggn(self, batches: Iterable[Batch], at: Mapping[str, Tensor], count: float) -> GgnProduct:
