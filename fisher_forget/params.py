@@ -275,4 +275,8 @@ def logits(out: Any) -> Tensor:
         got = f"a forward that returned {type(out).__name__}"
         fix = "Wrap the model so that forward returns its logits."
         raise ModelError(got, "a tensor of logits, or an object with .logits", fix)
+    if out.is_complex() or out.layout is not torch.strided:
+        kind = "complex" if out.is_complex() else str(out.layout).removeprefix("torch.")
+        fix = "Return real numbers (.real, .abs()) in a dense tensor (.to_dense()) from forward."
+        raise ModelError(f"{kind} outputs", "a dense tensor of real logits", fix)
     return out

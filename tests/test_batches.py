@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import default_collate
 from transformers import BatchEncoding
 
@@ -239,6 +240,10 @@ class TestLayouts:
             ((X.T.repeat(2, 1), Y), r"23 targets for inputs of length \[4\]"),
             ({"x": X, "z": Y}, "targets under one of"),
             (Sample, "type"),
+            ((X.T.repeat(6, 1)[:N], Y[:20]), "of which none counts the samples"),
+            (([X[:3], X[:5]], Y), "pad what is merged"),
+            ((pack_sequence([X[:3], X[:2]]), Y[:2]), "pack_padded_sequence in forward"),
+            ({"x": pack_sequence([X[:3]]), "z": X[:1], "y": Y[:1]}, "pack_padded_sequence"),
         ],
     )
     def test_refused(self, raw, word):

@@ -137,6 +137,9 @@ KINDS = {
     "half precision": (lambda i: (X[i].bfloat16(), i), None),
     "numbers": (lambda i: (X[i], float(i)), None),
     "arrays of words": (lambda i: (np.array([f"{i}"]), i), list),
+    "expanded": (lambda i: (X[i, :1].expand(3), i), list),
+    "compressed": (lambda i: (torch.diag(X[i]).to_sparse_csr(), i), list),
+    "ragged": (lambda i: (torch.nested.nested_tensor([X[i], X[i, :1]]), i), list),
     "images that nothing collates": (lambda i: (image(i), i), None),
 }
 
@@ -187,6 +190,15 @@ AUGMENTED = {
     "crops of random size": lambda i: (torch.rand(random.randint(1, 9)), Y[i]),
     "words": lambda i: {"x": X[i], "id": str(random.random()), "labels": Y[i]},
 }
+
+
+def test_the_order_of_a_dict_does_not_count():
+    """That of a set of words is another one in every process."""
+    marks = [
+        resolve_split(Made(lambda i, names=names: dict.fromkeys(names, X[i])), [1]).fingerprint()
+        for names in (("x", "label"), ("label", "x"))
+    ]
+    assert marks[0] == marks[1]
 
 
 class TestRandomData:

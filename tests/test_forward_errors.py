@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import blobs_data, seeded, small_net
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from fisher_forget import Categorical, estimate_curvature, forget
 from fisher_forget import params as P
@@ -87,6 +88,47 @@ class TestTheFirstBatch:
         assert re.search(r"pixels=\[\d+, 4\] float32, mask=\[\d+, 4\] float32", text)
         assert "unpack=" in text
         assert "by position" in message(lambda: call(swapped(), likelihood))
+
+
+@pytest.mark.parametrize(
+    ("after", "words"),
+    [
+        (lambda f: torch.complex(f, f), "complex outputs"),
+        (lambda f: torch.fft.fft(f), "complex outputs"),
+        (lambda f: f.to_sparse(), "sparse_coo outputs"),
+    ],
+)
+def test_outputs_that_are_no_logits(after: Any, words: str) -> None:
+    class After(Named):
+        def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+            return after(self.layer(x))  # type: ignore[no-any-return]
+
+    assert words in message(lambda: forget(seeded(After), DATA, [0], progress=False))
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 3, 2)])
+def test_samples_that_are_merged(sizes: tuple[int, ...]) -> None:
+    """Words of all bags in a row, and where each bag starts."""
+
+    class Bags(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bag, self.head = nn.EmbeddingBag(9, 4), nn.Linear(4, 3)
+
+        def forward(self, words: Tensor, offsets: Tensor) -> Tensor:
+            return self.head(self.bag(words, offsets))  # type: ignore[no-any-return]
+
+    def collate(rows: Any) -> Any:
+        starts = np.cumsum([0, *(len(words) for words, _ in rows[:-1])])
+        return (torch.cat([words for words, _ in rows]), torch.tensor(starts)), torch.tensor(
+            [label for _, label in rows]
+        )
+
+    data = [((torch.arange(sizes[i % 3]) * 5 + i) % 9, i % 3) for i in range(30)]
+    loader = DataLoader(data, batch_size=10, collate_fn=collate)  # type: ignore[arg-type]
+    assert "pad samples that are merged" in message(
+        lambda: forget(seeded(Bags), loader, [0], progress=False)
+    )
 
 
 class TestLater:

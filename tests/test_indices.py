@@ -17,6 +17,7 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     DistributedSampler,
+    IterableDataset,
     RandomSampler,
     Sampler,
     SequentialSampler,
@@ -208,6 +209,21 @@ class Shell:
         return 3
 
 
+class Module:
+    """Loaders of a training library."""
+
+    def train_dataloader(self):
+        return DataLoader(BASE)
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        return iter(BASE)
+
+    def __len__(self):
+        return N
+
+
 class Bare(Dataset):
     def __getitem__(self, index):
         return X[index]
@@ -218,6 +234,11 @@ class Bare(Dataset):
     [
         ({"train": BASE, "test": BASE}, r"data\['train'\]"),
         ((X, Y), "TensorDataset"),
+        ([DataLoader(BASE), DataLoader(BASE)], "one of them"),
+        ((BASE, BASE), "one of them"),
+        (pd.DataFrame({"x": [1.0], "label": [0]}), "TensorDataset"),
+        (Module(), r"train_dataloader\(\)"),
+        (Endless(), "without an index"),
         (Shell(), "DataLoader within it"),
         (Bare(), "length"),
         (iter([]), "length"),
@@ -296,6 +317,9 @@ class TestForgetIndices:
             ([True, 3], "mixes"),
             ([np.True_, 3], "mixes"),
             ({"a": 1}, "dtype <U1"),
+            (MASK.astype(int), "booleans"),
+            (torch.from_numpy(MASK).to(torch.uint8), "booleans"),
+            (Subset(BASE, [3, 8]), "subset.indices"),
             (b"ab", "index 98"),
         ],
     )

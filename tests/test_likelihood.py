@@ -99,6 +99,11 @@ CASES: dict[str, tuple[Likelihood, Tensor, Tensor]] = {
     "mean of means": (LIKELIHOODS["mse"], randn(4, 3), randn(4, 3, seed=1)),
     "mean of narrow means": (Gaussian(0.2, "mean"), randn(2, 3, 2), randn(2, 3, 2, seed=1)),
     "targets without the single output": (Gaussian(), randn(4, 1), randn(4, seed=1)),
+    "masks without the single channel": (
+        Bernoulli(reduction="mean"),
+        randn(3, 1, 2, 2),
+        (fractions(3, 2, 2) < 0.5).double(),
+    ),
     "mean of labels": (LIKELIHOODS["bce"], randn(4, 3), (fractions(4, 3) < 0.5).double()),
     "weighted labels": (
         Bernoulli(pos_weight=(0.5, 3.0, 1.0)),

@@ -22,6 +22,7 @@ from fisher_forget import (
     ForgetOptions,
     Gaussian,
     NumericalError,
+    Problem,
     estimate_curvature,
     forget,
     newton_step,
@@ -594,3 +595,14 @@ def test_the_force_is_taken_where_a_share_of_the_step_over_all_leads(share: floa
     owed = (flatten(whole.mean()) - flatten(forgotten.mean())) * len(gone) / len(split.retain)
     start = flatten(problem.retained.mean()) + DECAY * flatten(objective.start)
     torch.testing.assert_close(start - flatten(drift), owed, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_held_out_samples_have_scored_targets(seed: int) -> None:
+    """Where few are scored, as of partly labelled data, a guard sees some of those."""
+    data = blobs_data()
+    targets = torch.full_like(data.tensors[1], -100)
+    targets[[0, 20, 59]] = data.tensors[1][[0, 20, 59]]
+    problem = Problem.of(small_net(), TensorDataset(data.tensors[0], targets), [0], seed=seed)
+    result = newton_step(problem, steps=1, drift=True, seed=seed)
+    assert math.isfinite(result.loss_before)

@@ -328,6 +328,7 @@ def test_the_table_of_the_docs_is_right() -> None:
 REFUSED: dict[str, tuple[LossFn, str]] = {
     "sum": (nn.CrossEntropyLoss(reduction="sum"), "reduction='sum'"),
     "factor": (lambda f, y: F.cross_entropy(f, y) / math.log(2), "1.443 times"),
+    "penalty": (lambda f, y: F.cross_entropy(f, y) + 0.02, "likelihood and 0.02, whatever"),
     "focal": (
         lambda f, y: (
             (1 - f.softmax(-1).gather(1, y[:, None])[:, 0]) ** 2
@@ -351,8 +352,20 @@ REFUSED: dict[str, tuple[LossFn, str]] = {
         "further terms",
     ),
     "margin": (F.multi_margin_loss, "subclass of Likelihood"),
+    "not finite": (lambda f, y: F.cross_entropy(f, y) * math.nan, "not finite"),
     "fails": (lambda f, y: F.cross_entropy(f, y[:, None]), "which may reshape"),
 }
+
+
+def test_a_function_that_works_in_place() -> None:
+    def emptied(f: Tensor, y: Tensor) -> Tensor:
+        loss = F.cross_entropy(f, y, WEIGHT.clone())
+        f.zero_()
+        y.fill_(-100)
+        return loss
+
+    settled = settle(classes(N, count=3), (3,), Categorical(weight=WEIGHT), emptied)  # type: ignore[arg-type]
+    assert settled == Categorical(weight=WEIGHT)  # type: ignore[arg-type]
 
 
 class TestRefused:
@@ -362,10 +375,30 @@ class TestRefused:
         with pytest.raises(ConfigError, match=reason):
             settle(classes(N, count=3), (3,), "categorical", loss_fn)
 
+    @pytest.mark.parametrize("name", ["mse", "categorical"])
     @pytest.mark.parametrize("loss_fn", [nn.L1Loss(), nn.HuberLoss(), nn.SmoothL1Loss()])
-    def test_other_regressions(self, loss_fn: nn.Module) -> None:
+    def test_other_regressions(self, name: str, loss_fn: nn.Module) -> None:
+        """Whatever the name: the loss is what is wrong, not that targets do not fit a default."""
         with pytest.raises(ConfigError, match="subclass of Likelihood"):
-            settle(randn(N, 3), (3,), "mse", loss_fn)
+            settle(randn(N, 3), (3,), name, loss_fn)
+
+    @pytest.mark.parametrize(
+        ("loss_fn", "factor"),
+        [(nn.MSELoss(reduction="sum"), 2), (lambda f, y: 3 * (f - y).square().sum(), 6)],
+    )
+    def test_sums_of_squares(self, loss_fn: LossFn, factor: int) -> None:
+        with pytest.raises(ConfigError, match=f"It is {factor} times a sum over the batch"):
+            settle(randn(N, 3), (3,), "categorical", loss_fn)
+
+    @pytest.mark.parametrize("shape", [(), (1,), (4,)])
+    def test_a_loss_of_probabilities(self, shape: tuple[int, ...]) -> None:
+        targets = classes(N, *shape, count=2).float()
+        loss_fn = lambda f, y: F.binary_cross_entropy(f.sigmoid(), y)  # noqa: E731
+        assert settle(targets, shape, "categorical", loss_fn).name == "bernoulli"
+        model = nn.Sequential(Shaped(*shape), nn.Sigmoid()).eval()
+        split = resolve_split(TensorDataset(randn(N, 4), targets), [0])
+        with pytest.raises(ConfigError, match="a sigmoid within the model"):
+            settled_likelihood(model, split, "categorical", nn.BCELoss())
 
     def test_a_layout_that_torchs_loss_leaves_open(self) -> None:
         targets = classes(N, 3, count=3)
@@ -757,6 +790,34 @@ class TestModelsOfTransformers:
             progress=False,
         )
         assert found.likelihood == "categorical"
+
+    @pytest.mark.parametrize("named", [False, True])
+    def test_wrappers_that_pass_keywords_on(self, named: bool) -> None:
+        class Wrapped(nn.Module):
+            def __init__(self, base: nn.Module) -> None:
+                super().__init__()
+                self.base = base
+
+            def forward(self, *args: Any, **kwargs: Any) -> Any:
+                return self.base(*args, **kwargs)
+
+        data = TensorDataset(randn(N, 4), randn(N, 3))
+
+        class Regression(Shaped):
+            def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+                out = super().forward(x)
+                loss = None if labels is None else F.mse_loss(out, labels)
+                return transformers.modeling_outputs.SequenceClassifierOutput(loss, out)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FisherForgetWarning)
+            split = resolve_split(data, [0])
+            if named:  # the model within knows its loss
+                found = settled_likelihood(Wrapped(Regression(3)).eval(), split, "categorical")
+                assert found == LIKELIHOODS["mse"]
+            else:
+                found = settled_likelihood(Wrapped(Shaped(3)).eval(), split, "gaussian")
+                assert found == LIKELIHOODS["gaussian"]
 
     def test_a_loss_that_cannot_be_asked_for(self) -> None:
         class Broken(Shaped):

@@ -269,6 +269,9 @@ class Tape:
             for index in {0, len(singles) - 1}:
                 one = singles[index]
                 fix = "Call model.eval(), and remove what mixes samples (batch statistics)."
+                if shared := probe.shared_shapes():
+                    fix += f" Inputs without a row for every sample, {shared}, go along whole: "
+                    fix += "pad samples that are merged in them (bags with offsets, graphs)."
                 try:
                     alone = P.call(self.model, {}, one.args, one.kwargs)
                 except ModelError as error:

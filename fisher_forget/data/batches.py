@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from fisher_forget.errors import DataError
@@ -84,6 +85,14 @@ class Batch:
             if isinstance(x, Tensor)
         )
 
+    def shared_shapes(self) -> list[list[int]]:
+        """Shapes of the inputs without a row for every sample."""
+        pairs = zip(
+            *(pytree.tree_leaves(tree) for tree in ((self.args, self.kwargs), self.dims())),
+            strict=True,
+        )
+        return [list(x.shape) for x, dim in pairs if dim is None and isinstance(x, Tensor)]
+
     def dims(self) -> Inputs:
         """(args, kwargs) with 0 in place of every tensor that leads with the samples, else `None`:
         the `in_dims` of `torch.func.vmap`."""
@@ -146,11 +155,11 @@ def make_batch(
         DataError: If inputs or targets cannot be found, or there is not one of each a sample.
     """
     inputs, targets = unpacked(raw, unpack)
-    if size is not None and len(targets) != size:
-        raise _uneven(inputs, targets, size)
+    if size is not None:
+        check_targets(inputs, targets, size)
     dims = _by_sample(inputs, layout or {}, len(targets))
     if 0 not in pytree.tree_leaves(dims):
-        raise _uneven(inputs, targets, len(targets))
+        raise _rowless(inputs, len(targets))
     return Batch(*inputs, targets, dims)
 
 
@@ -190,6 +199,12 @@ def unpacked(raw: Any, unpack: Unpack | None = None) -> tuple[Inputs, Tensor]:
         got = f"{type(error).__name__} from unpack: {error}"
         fix = "Correct the function given as unpack=."
         raise DataError(got, "unpack(batch) to return (inputs, targets)", fix) from error
+    if any(map(_is_packed, pytree.tree_leaves(inputs, _is_packed))):
+        raise DataError(
+            "a PackedSequence among the inputs, whose rows are steps of several samples",
+            "inputs with a row for every sample",
+            "Pass padded sequences and lengths, and call pack_padded_sequence in forward.",
+        )
     inputs = plain(inputs)
     if isinstance(inputs, dict):
         return ((), inputs), _targets(targets)
@@ -293,19 +308,40 @@ def _by_sample(inputs: Inputs, layout: Layout, size: int) -> Inputs:
     return dims
 
 
-def _uneven(inputs: Inputs, targets: Tensor, size: int) -> DataError:
-    """What to say where inputs and targets are not one each of so many samples."""
-    lengths = sorted({len(x) for x in pytree.tree_leaves(inputs) if _has_rows(x)})
+def check_targets(inputs: Inputs, targets: Tensor, size: int) -> None:
+    """Refuse a batch of so many samples that has not one target each."""
+    if len(targets) == size:
+        return
+    lengths = _lengths(inputs)
     got = f"{len(targets)} targets for inputs of length {lengths}, of {size} samples"
-    if not lengths:
-        got = f"inputs without a tensor, for {len(targets)} targets"
     fix = f"The first dimension of each counts samples. {UNPACK}"
-    if len(targets) != size and lengths == [len(targets)]:
+    if lengths == [len(targets)]:
         fix = (
             "Let the collate function keep every sample once: leave out in the data set what "
             "cannot be read, and give several views of a sample a dimension behind the first."
         )
-    return DataError(got, "as many targets as inputs in every batch, one a sample", fix)
+    raise DataError(got, "as many targets as inputs in every batch, one a sample", fix)
+
+
+def _rowless(inputs: Inputs, size: int) -> DataError:
+    """What to say where no input has a row for every sample."""
+    lengths = _lengths(inputs)
+    got = f"{size} targets for inputs of length {lengths}, of which none counts the samples"
+    return DataError(
+        got if lengths else f"inputs without a tensor, for {size} targets",
+        "as many targets as inputs in every batch, one a sample",
+        "The first dimension of each counts samples: put it there, and pad what is merged into "
+        "one tensor or held in lists and objects (graphs, bags, clips), with a mask or lengths "
+        f"beside it. {UNPACK}",
+    )
+
+
+def _lengths(inputs: Inputs) -> list[int]:
+    return sorted({len(x) for x in pytree.tree_leaves(inputs) if _has_rows(x)})
+
+
+def _is_packed(x: Any) -> bool:
+    return isinstance(x, PackedSequence)
 
 
 def _has_rows(x: Any) -> bool:

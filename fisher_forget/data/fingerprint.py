@@ -32,7 +32,7 @@ def fingerprint(reader: Reader, retain: Indices, forget: Indices) -> str:
     indices = np.sort(np.concatenate([retain, forget]))
     probe = indices[np.unique(np.linspace(0, len(indices) - 1, SAMPLES).astype(int))]
     first, second = (_samples(reader, probe) for _ in range(2))
-    for path, reads in first.items():
+    for path, reads in sorted(first.items()):  # a dict may be made in any order
         again = second.get(path, [])
         for level in (_content, _form, _kind):  # the finest that stays
             marks = [level(x) for x in reads]
@@ -58,8 +58,10 @@ def _samples(reader: Reader, probe: Indices) -> dict[str, list[Any]]:
 
 def _content(x: Any) -> bytes:
     if isinstance(x, Tensor):
-        flat = x.detach().cpu().to_dense() if x.is_sparse else x.detach().cpu()
-        return _form(x) + flat.flatten().view(torch.uint8).numpy().tobytes()
+        if x.is_nested:
+            return b"|".join([_kind(x), *map(_content, x.unbind())])
+        dense = x.detach().cpu() if x.layout is torch.strided else x.detach().cpu().to_dense()
+        return _form(x) + dense.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
     if isinstance(x, SCALARS):
         return repr(x).encode()
     if isinstance(x, np.ndarray):
@@ -70,6 +72,8 @@ def _content(x: Any) -> bytes:
 
 
 def _form(x: Any) -> bytes:
+    if isinstance(x, Tensor) and x.is_nested:
+        return b"|".join([_kind(x), *map(_form, x.unbind())])
     shape = getattr(x, "shape", getattr(x, "size", None))  # the size of an image of PIL
     return _kind(x) + (repr(tuple(shape)).encode() if isinstance(shape, tuple) else b"")
 

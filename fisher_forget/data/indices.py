@@ -106,6 +106,8 @@ def _as_array(forget_idx: Any, where: str, fix: str) -> np.ndarray[Any, Any]:
         raw: np.ndarray[Any, Any] = np.asarray(entries)
     except (TypeError, ValueError, RuntimeError) as error:  # a number, lists of different lengths
         got = f"forget_idx of type {type(forget_idx).__name__} ({error})"
+        if isinstance(forget_idx, Subset):
+            got, fix = "a Subset as forget_idx", "Pass its indices: forget_idx=subset.indices."
         raise SplitError(got, where, fix) from error
     if raw.dtype.kind in "iu" and any(isinstance(entry, (bool, np.bool_)) for entry in entries):
         raise SplitError("forget_idx that mixes numbers and truth values", where, fix)
@@ -134,9 +136,20 @@ def _check_indexed(data: Any) -> None:
     if hasattr(data, "dataset") and not hasattr(data, "__getitem__"):
         got, fix = f"a {name}, which is no DataLoader", "Pass the torch DataLoader within it."
         raise SplitError(got, "a torch.utils.data.DataLoader or a data set", fix)
+    if isinstance(data, (list, tuple)) and any(isinstance(x, (DataLoader, Dataset)) for x in data):
+        got = f"a {name} of {', '.join(type(x).__name__ for x in data[:4])}"
+        fix = "Pass one of them, or a loader over a ConcatDataset."
+        raise SplitError(got, "one loader or data set", fix)
+    if hasattr(data, "iloc") and hasattr(data, "columns"):
+        fix = "Pass TensorDataset(inputs, targets), with tensors made of its columns."
+        raise SplitError(f"a {name} of pandas", "a data set of (inputs, targets)", fix)
+    if callable(getattr(data, "train_dataloader", None)):
+        fix = "Pass the loader that its train_dataloader() gives."
+        raise SplitError(f"a {name}", "a torch.utils.data.DataLoader or a data set", fix)
     if isinstance(data, IterableDataset) or not hasattr(data, "__len__"):
+        lacks = "an index" if hasattr(data, "__len__") else "length"
         raise SplitError(
-            f"a data set of type {name} without length",
+            f"a data set of type {name} without {lacks}",
             "a map-style data set, whose samples have an index",
             "Read the samples into a list or a TensorDataset first: without an index no one can "
             "say who is forgotten.",

@@ -63,11 +63,16 @@ def look_at(model: nn.Module, batch: Batch, loss_fn: LossFn | None, given: Likel
 
 def _model_loss(model: nn.Module, batch: Batch) -> float | None:
     """`model(..., labels=targets).loss`; `None` where there is no such thing."""
-    if "labels" not in inspect.signature(model.forward).parameters or "labels" in batch.kwargs:
+    accepted = inspect.signature(model.forward).parameters
+    # wrappers pass on what they are given: forward(*args, **kwargs)
+    passes_on = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    if not ("labels" in accepted or passes_on) or "labels" in batch.kwargs:
         return None
     try:
         loss = getattr(model(*batch.args, **batch.kwargs, labels=batch.targets), "loss", None)
     except Exception as error:
+        if "labels" not in accepted:
+            return None  # what is within takes none
         warnings.warn(
             f"The model's own loss could not be compared ({type(error).__name__}: {error}). Pass "
             "loss_fn=, what the model was trained with.",
@@ -97,7 +102,8 @@ def values_of(loss_fn: LossFn, outputs: Tensor, targets: Tensor, ignored: int) -
     values, failure = list[float](), ""
     for f, y in ways:
         try:
-            loss = torch.as_tensor(loss_fn(f, y)).double()
+            # clones, since the function may work in place
+            loss = torch.as_tensor(loss_fn(f.clone(), y.clone())).double()
         except Exception as error:
             failure = failure or f"{type(error).__name__}: {error}"
             continue

@@ -14,7 +14,15 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from fisher_forget._util.calls import current_call
-from fisher_forget.data.batches import Batch, Layout, Unpack, layout_of, make_batch, unpacked
+from fisher_forget.data.batches import (
+    Batch,
+    Layout,
+    Unpack,
+    check_targets,
+    layout_of,
+    make_batch,
+    unpacked,
+)
 from fisher_forget.data.samples import KeywordDataset
 from fisher_forget.errors import DataError, FisherForgetError
 
@@ -83,7 +91,10 @@ class Reader:
         """
         # other samples than the batch's might not fit together: of a single one, two are made
         fewer = rows[:2] if len(rows) > 2 else rows[:1].repeat(3 - len(rows))
-        reads = [unpacked(raw, self.unpack) for raw in self.collated([rows, rows, fewer])]
+        plan = [rows, rows, fewer]
+        reads = [unpacked(raw, self.unpack) for raw in self.collated(plan)]
+        for (inputs, targets), lot in zip(reads, plan, strict=True):
+            check_targets(inputs, targets, len(lot))
         (first, _), _, (small, _) = reads
         self.layout = layout_of([first, small], [len(rows), len(fewer)])
         leaves = [pytree.tree_leaves(read) for read in reads[:2]]

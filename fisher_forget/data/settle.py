@@ -16,11 +16,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from fisher_forget._util.copies import private_copy
 from fisher_forget._util.isolation import isolated
 from fisher_forget.data.batches import Batch
-from fisher_forget.data.own_loss import Look, LossFn, agrees, look_at, mean_loss, values_of
+from fisher_forget.data.own_loss import (
+    RELATIVE,
+    Look,
+    LossFn,
+    agrees,
+    look_at,
+    mean_loss,
+    values_of,
+)
 from fisher_forget.data.split import Split
 from fisher_forget.errors import ConfigError, FisherForgetWarning, ModelError
 from fisher_forget.likelihood import (
@@ -64,7 +73,6 @@ def settled_likelihood(
             _check_range(given, looks)
             _warn_of_shift(given, looks)
             return given
-        source = "loss_fn" if loss_fn is not None else "the model itself"
         read, by_name = _read_off(loss_fn), isinstance(likelihood, str)
         nearest = [known for known in (read, given) if known is not None]
         for candidate in _candidates(nearest if by_name else nearest[::-1], looks[0]):
@@ -74,17 +82,8 @@ def settled_likelihood(
                 _check_layout(candidate, looks)
             if by_name or candidate == given:
                 return candidate
-            raise _refusal(given, looks, source, f"Pass likelihood={named(candidate)!r}.")
-        fits = [
-            known
-            for known in (given, *LIKELIHOODS.values())
-            if all(mean_loss(known, look) is not None for look in looks)
-        ]
-        if not fits:
-            for look in looks:
-                given.check(look.outputs, look.targets)
-        # the reason is told beside the likelihood that comes nearest
-        raise _refusal(given, looks, source, _reason(fits[0], looks, loss_fn))
+            raise _refusal(given, looks, loss_fn, f"Pass likelihood={named(candidate)!r}.")
+        raise _unexplained([given, *LIKELIHOODS.values()], looks, loss_fn)
 
 
 def trained_likelihood(model: nn.Module, split: Split, likelihood: Likelihood | str) -> Likelihood:
@@ -231,20 +230,40 @@ def _is_softmax(likelihood: Categorical, look: Look) -> bool:
     )
 
 
-def _is_sigmoid(looks: Sequence[Look]) -> bool:
-    """Whether the user's own loss is the binary cross-entropy of outputs that are probabilities."""
-    for look in looks:
-        f, y = look.outputs, look.targets
-        if f.numel() != y.numel() or bool(((f < 0) | (f > 1)).any() | ((y < 0) | (y > 1)).any()):
-            return False
-        ours = nn.functional.binary_cross_entropy(f, y.reshape(f.shape).to(f.dtype))
-        if not any(math.isclose(float(ours), own, rel_tol=1e-3) for own in look.own):
-            return False
-    return True
+def _unexplained(
+    likelihoods: Sequence[Likelihood], looks: Sequence[Look], loss_fn: LossFn | None
+) -> ConfigError:
+    """What to say where none of the likelihoods has the loss: of the first that makes the reason
+    plain, else of the first that outputs and targets fit.
+
+    Raises:
+        DataError, NumericalError: They fit none.
+    """
+    fitting = [
+        known for known in likelihoods if None not in [mean_loss(known, look) for look in looks]
+    ]
+    for look in [] if fitting else looks:
+        likelihoods[0].check(look.outputs, look.targets)
+    for known in fitting:
+        if reason := _reason(known, looks, loss_fn):
+            return _refusal(known, looks, loss_fn, reason)
+    reason = (
+        "Only the losses of Categorical, Bernoulli and Gaussian likelihoods are supported, without "
+        "further terms; one of your own is a subclass of Likelihood."
+    )
+    if loss_fn is None:
+        reason = (
+            "The model's own loss may have further terms, or not be a function of these outputs. "
+            "Pass loss_fn=, a function of outputs and targets that the model was trained with."
+        )
+    return _refusal(fitting[0], looks, loss_fn, reason)
 
 
-def _refusal(given: Likelihood, looks: Sequence[Look], source: str, fix: str) -> ConfigError:
+def _refusal(
+    given: Likelihood, looks: Sequence[Look], loss_fn: LossFn | None, fix: str
+) -> ConfigError:
     look = looks[0]
+    source = "loss_fn" if loss_fn is not None else "the model itself"
     ours = mean_loss(given, look)
     loss = "does not fit outputs and targets" if ours is None else f"has the loss {ours:.5g}"
     return ConfigError(
@@ -255,46 +274,69 @@ def _refusal(given: Likelihood, looks: Sequence[Look], source: str, fix: str) ->
 
 
 def _reason(given: Likelihood, looks: Sequence[Look], loss_fn: LossFn | None) -> str:
-    """What makes the losses differ, as far as that can be told, and what to do."""
+    """What makes the losses differ and what to do, if that can be told; else empty."""
     if isinstance(given, Categorical) and all(_is_softmax(given, look) for look in looks):
         return (
             "The outputs are probabilities, a softmax within the model: return the logits, or the "
             "logarithm of the probabilities, from forward."
         )
-    if _is_sigmoid(looks):
+    if isinstance(given, Bernoulli) and all(map(_is_loss_of_probabilities, looks)):
         return (
             "The outputs are probabilities, a sigmoid within the model: return the logits from "
-            "forward, and train with the loss that takes them (nn.BCEWithLogitsLoss)."
+            "forward, and pass the loss that takes them (nn.BCEWithLogitsLoss)."
         )
-    ratios = [
-        own / ours for look in looks if (ours := mean_loss(given, look)) for own in look.own[:1]
-    ]
-    sizes = [len(look.targets) for look in looks]
-    if len(ratios) == len(looks):
-        by_size = [ratio / size for ratio, size in zip(ratios, sizes, strict=True)]
-        if _alike(by_size, by_size[0]) and sizes[0] != sizes[1]:
-            return (
-                "It is a sum over the batch (reduction='sum'): pass the mean, and weight_decay "
-                "divided by the batch size of the training."
-            )
-        if _alike(ratios, ratios[0]):
-            return (
-                f"It is {ratios[0]:.4g} times the loss of this likelihood: pass the loss without "
-                "the factor, and weight_decay divided by it."
-            )
-    reason = ""
-    if isinstance(given, Categorical) and loss_fn is not None:
-        reason = _reason_of_classes(given, looks[0], loss_fn)
-    if reason:
+    pairs = [(ours, look.own[0]) for look in looks if (ours := mean_loss(given, look))]
+    if len(pairs) == len(looks) and (reason := _reason_of_numbers(pairs, looks)):
         return reason
-    if loss_fn is None:
+    if isinstance(given, Categorical) and loss_fn is not None:
+        return _reason_of_classes(given, looks[0], loss_fn)
+    return ""
+
+
+def _is_loss_of_probabilities(look: Look) -> bool:
+    """Whether the loss is the binary cross-entropy of outputs that are probabilities."""
+    p, y = look.outputs.double(), look.targets.reshape(look.outputs.shape).double()
+    if bool(((p < 0) | (p > 1)).any()):
+        return False
+    return math.isclose(float(F.binary_cross_entropy(p, y)), look.own[0], rel_tol=RELATIVE)
+
+
+def _reason_of_numbers(pairs: Sequence[tuple[float, float]], looks: Sequence[Look]) -> str:
+    """Whether the losses differ by the size of the batch, a factor or a term that stays.
+
+    Args:
+        pairs: (loss of the likelihood, the user's own) of each look.
+        looks: What they are of.
+    """
+    ratios, terms = [own / ours for ours, own in pairs], [own - ours for ours, own in pairs]
+    sizes = [len(look.targets) for look in looks]
+    if not all(math.isfinite(own) for _, own in pairs):
+        return "It is not finite: correct the function, or the targets that make it so."
+    per_sample = [r / n for r, n in zip(ratios, sizes, strict=True)]
+    if sizes[0] != sizes[1] and _alike(per_sample, 1.0):
         return (
-            "The model's own loss may have further terms, or not be a function of these outputs. "
-            "Pass loss_fn=, a function of outputs and targets that the model was trained with."
+            "It is a sum over the batch (reduction='sum'): pass the mean, and weight_decay "
+            "divided by the batch size of the training."
+        )
+    if sizes[0] != sizes[1] and _alike(per_sample, per_sample[0]):
+        return (
+            f"It is {per_sample[0]:.4g} times a sum over the batch (reduction='sum'): pass the "
+            "mean without the factor, and weight_decay divided by the factor and by the batch size "
+            "of the training."
+        )
+    # batches whose losses are close have a factor and a term in common: the better one is meant
+    error_of_factor = abs(ratios[1] / ratios[0] - 1)
+    error_of_term = abs(terms[1] - terms[0]) / abs(pairs[0][1] or 1)
+    if min(error_of_factor, error_of_term) > RELATIVE:
+        return ""
+    if error_of_term < error_of_factor:
+        return (
+            f"It is that of this likelihood and {terms[0]:.4g}, whatever the batch, as a penalty "
+            "on the weights is: pass loss_fn= without it, and weight_decay=."
         )
     return (
-        "Only the losses of Categorical, Bernoulli and Gaussian likelihoods are supported, without "
-        "further terms; one of your own is a subclass of Likelihood."
+        f"It is {ratios[0]:.4g} times the loss of this likelihood: pass the loss without the "
+        "factor, and weight_decay divided by it."
     )
 
 

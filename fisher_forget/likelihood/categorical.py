@@ -24,6 +24,10 @@ from fisher_forget.likelihood.base import (
     weights_of,
 )
 
+ONE_OUTPUT = (
+    "One output a sample: for labels of 0 and 1 pass likelihood='bce' "
+    "(nn.BCEWithLogitsLoss), for regression 'mse'."
+)
 LEAST = -1e4  # log-probability below which a class counts as impossible: exp of it is 0
 
 
@@ -109,7 +113,10 @@ class Categorical(Likelihood):
         if outputs.dim() < 2 or (self.shift and outputs.dim() != 3):
             got = f"logits of shape {tuple(outputs.shape)}"
             expected = "[batch, positions, classes]" if self.shift else "[batch, ..., classes]"
-            raise DataError(got, expected, "Return one row a sample.")
+            fix = "Return one row a sample."
+            if outputs.dim() == 1:
+                fix = f"{ONE_OUTPUT} For classes return one row a sample."
+            raise DataError(got, expected, fix)
         if targets.is_floating_point():
             self._check_probabilities(outputs, targets)
         else:
@@ -123,6 +130,10 @@ class Categorical(Likelihood):
     def _check_probabilities(self, outputs: Tensor, targets: Tensor) -> None:
         fix = "For regression pass likelihood='mse' or 'gaussian', for several labels a sample "
         fix += "'bce' or 'bernoulli'."
+        if outputs.shape[-1] == 1:
+            fix = ONE_OUTPUT
+        elif targets.shape == outputs.shape[:-1]:
+            fix += " Numbers of classes must be integers: targets.long()."
         if targets.shape != outputs.shape:
             got = f"floating-point targets {tuple(targets.shape)} for logits {tuple(outputs.shape)}"
             raise DataError(got, "class indices, or probabilities of the shape of the logits", fix)
@@ -150,28 +161,30 @@ class Categorical(Likelihood):
         if not (first if self.class_dim == 1 else last):
             expected = (len(outputs), *outputs.shape[2:])
             expected = expected if self.class_dim == 1 else tuple(outputs.shape[:-1])
-            fix = "Classes are the last dimension of the logits; unpack= can reshape the targets."
+            fix = "Return logits for every target, with the classes last (or in dimension 1: "
+            fix += "Categorical(class_dim=1)); unpack= can reshape the targets."
+            if targets.shape == outputs.shape:
+                fix = "One-hot targets are floats; for several labels a sample pass likelihood="
+                fix += "'bce' or 'bernoulli'."
             raise DataError(got, f"class indices of shape {expected}", fix)
         classes, scored = self.rows(outputs).shape[-1], self.labels(targets)
         scored = scored[scored != self.ignore_index]
         if len(scored) and (int(scored.min()) < 0 or int(scored.max()) >= classes):
+            fix = "Map the labels to 0..C-1, give the model an output for each class, or say which "
+            fix += "label does not count: Categorical(ignore_index=...)."
             raise DataError(
                 f"targets from {int(scored.min())} to {int(scored.max())}",
                 f"class indices from 0 to {classes - 1} (or ignore_index={self.ignore_index})",
-                "Map the labels to 0..C-1, give the model an output for each class, or say which "
-                "label does not count: Categorical(ignore_index=...).",
+                ONE_OUTPUT if classes == 1 else fix,
             )
 
     @staticmethod
     def _ask_for_class_dim(got: str, both: bool) -> None:
         """Refuse a layout that was not said: classes along dimension 1, or along either."""
+        expected, fix = "the classes in the last dimension", "class_dim=1"
         if both:
-            expected, fix = (
-                "to be told which dimension holds the classes",
-                "class_dim=1, or class_dim=-1",
-            )
-        else:
-            expected, fix = "the classes in the last dimension", "class_dim=1"
+            expected = "to be told which dimension holds the classes"
+            fix = "class_dim=1, or class_dim=-1"
         raise DataError(got, expected, f"Pass likelihood=Categorical({fix}).")
 
     def _check_logits(self, rows: Tensor, labels: Tensor) -> None:

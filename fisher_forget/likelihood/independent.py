@@ -48,8 +48,9 @@ class IndependentOutputs(Likelihood):
         """Diagonal of H_n: the shape of the outputs."""
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
-        alone = len(outputs) == outputs.numel() == targets.numel() == len(targets)
-        if targets.shape != outputs.shape and not alone:
+        # a single output a sample, or a single channel, may lack its dimension
+        shapes = [[len(x), *(n for n in x.shape[1:] if n > 1)] for x in (outputs, targets)]
+        if shapes[0] != shapes[1]:
             got = f"targets of shape {tuple(targets.shape)} for outputs {tuple(outputs.shape)}"
             fix = "Reshape the targets (a single output usually needs [batch, 1]), or pass unpack=."
             raise DataError(got, f"the same shape for both with likelihood={self.name!r}", fix)

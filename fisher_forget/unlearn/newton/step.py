@@ -196,8 +196,12 @@ def _samples(problem: Problem, options: ForgetOptions, *, guarded: bool) -> tupl
     judges; and the forget samples whose predictions are looked at."""
     split, rng = problem.split, np.random.default_rng(options.seed)
     most = min(len(split.retain) // 10, HELD_OUT) if guarded else 0
-    held_out = HeldOut(problem.objective, split, some(split.retain, most, rng))
-    return held_out, some(split.forget, SHOWN, rng)
+    chosen = some(split.retain, most, rng)
+    curved = problem.sums.spread_of(split.retain).numpy() > 0
+    if curved.any() and not curved[np.searchsorted(split.retain, chosen)].any():
+        # few targets are scored, and none of these samples'
+        chosen = some(split.retain[curved], most, rng)
+    return HeldOut(problem.objective, split, chosen), some(split.forget, SHOWN, rng)
 
 
 def _signs(problem: Problem, everyone: Flow, guard: Guard, options: ForgetOptions) -> Signs:
