@@ -113,9 +113,8 @@ class Categorical(Likelihood):
         if outputs.dim() < 2 or (self.shift and outputs.dim() != 3):
             got = f"logits of shape {tuple(outputs.shape)}"
             expected = "[batch, positions, classes]" if self.shift else "[batch, ..., classes]"
-            fix = "Return one row a sample."
-            if outputs.dim() == 1:
-                fix = f"{ONE_OUTPUT} For classes return one row a sample."
+            fix = "For classes return one row a sample."
+            fix = f"{ONE_OUTPUT} {fix}" if outputs.dim() == 1 else fix
             raise DataError(got, expected, fix)
         if targets.is_floating_point():
             self._check_probabilities(outputs, targets)
@@ -183,8 +182,10 @@ class Categorical(Likelihood):
         """Refuse a layout that was not said: classes along dimension 1, or along either."""
         expected, fix = "the classes in the last dimension", "class_dim=1"
         if both:
-            expected = "to be told which dimension holds the classes"
-            fix = "class_dim=1, or class_dim=-1"
+            expected, fix = (
+                "to be told which dimension holds the classes",
+                f"{fix}, or class_dim=-1",
+            )
         raise DataError(got, expected, f"Pass likelihood=Categorical({fix}).")
 
     def _check_logits(self, rows: Tensor, labels: Tensor) -> None:
