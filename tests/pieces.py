@@ -21,15 +21,50 @@ class Recurrent(nn.Module):
     def __init__(self, kind: type[nn.RNNBase], packed: bool = False, **options: Any) -> None:
         super().__init__()
         sides = 2 if options.get("bidirectional") else 1
-        self.rnn = kind(WIDTH, WIDTH // sides, batch_first=True, **options)
+        size = options.pop("hidden", WIDTH // sides)
+        self.rnn = kind(WIDTH, size, batch_first=True, **options)
         self.packed = packed
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.packed:
-            return self.rnn(x)[0]
+            out = self.rnn(x)[0]
+            return out if out.shape[-1] == WIDTH else out.repeat(1, 1, WIDTH // out.shape[-1])
         lengths = 1 + (x[:, 0, 0] > 0).long() * (x.shape[1] - 1)
         rows = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
         return pad_packed_sequence(self.rnn(rows)[0], batch_first=True, total_length=x.shape[1])[0]
+
+
+class TimeFirst(nn.Module):
+    """Two layers in both directions, time before samples, with an initial state."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.rnn = kind(WIDTH, WIDTH // 2, num_layers=2, bidirectional=True)
+        self.start = nn.Linear(WIDTH, 4 * WIDTH // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = torch.tanh(self.start(x[:, 0])).view(len(x), 4, -1).transpose(0, 1).contiguous()
+        given = (state, state) if isinstance(self.rnn, nn.LSTM) else state
+        out, end = self.rnn(x.transpose(0, 1), given)
+        last = end[1] if isinstance(end, tuple) else end
+        return out.transpose(0, 1) + last.sum(0).repeat(1, 2)[:, None]
+
+
+class Cells(nn.Module):
+    """torch's own cells in a loop over time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru, self.lstm = nn.GRUCell(WIDTH, WIDTH), nn.LSTMCell(WIDTH, WIDTH, bias=False)
+        self.rnn = nn.RNNCell(WIDTH, WIDTH, nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, pair, states = x.new_zeros(len(x), WIDTH), None, []
+        for step in range(x.shape[1]):
+            state = self.gru(x[:, step], state)
+            pair = self.lstm(state, pair)
+            states.append(self.rnn(pair[0], pair[1]))
+        return torch.stack(states, 1)
 
 
 class Cell(nn.Module):
@@ -289,6 +324,10 @@ PIECES: dict[str, Callable[[], nn.Module]] = {
     "gru": lambda: Recurrent(nn.GRU),
     "lstm": lambda: Recurrent(nn.LSTM, bidirectional=True),
     "rnn": lambda: Recurrent(nn.RNN, num_layers=2, nonlinearity="relu"),
+    "projected": lambda: Recurrent(nn.LSTM, bidirectional=True, proj_size=1, hidden=3),
+    "time first": lambda: TimeFirst(nn.LSTM),
+    "time first gru": lambda: TimeFirst(nn.GRU),
+    "cells": Cells,
     "packed": lambda: Recurrent(nn.GRU, packed=True),
     "packed lstm": lambda: Recurrent(nn.LSTM, packed=True),
     "cell": Cell,

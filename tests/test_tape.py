@@ -151,6 +151,16 @@ def test_transformers_go_by_rules(name: str, stray: set[str]) -> None:
             torch.testing.assert_close(found[key][n], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["gru", "lstm", "rnn", "projected", "time first", "cells"])
+def test_recurrent_layers_go_by_rules(name: str) -> None:
+    """Recorded step by step they give what torch's own kernels give."""
+    model, data = case(name)
+    tape, batch = Tape(model), Batch(data.tensors[:1], {}, data.tensors[1])
+    tape.verify(batch)
+    assert not tape.stray
+    torch.testing.assert_close(tape.run(batch).outputs, model(data.tensors[0]))
+
+
 class TestTrust:
     """When a rule is trusted."""
 

@@ -21,6 +21,7 @@ from fisher_forget import params as P
 from fisher_forget._util.copies import private_copy
 from fisher_forget.curvature.fallback import Fallback
 from fisher_forget.curvature.record import LayerParams, Record, RulesChanged, Use, by_sample
+from fisher_forget.curvature.recurrent import StepByStep, gates_of
 from fisher_forget.curvature.rules import rule_for
 from fisher_forget.data.batches import Batch
 from fisher_forget.errors import ModelError
@@ -81,7 +82,7 @@ class Tape:
         for name, p in self.model.named_parameters():
             p.requires_grad_(name in wanted)
             p.grad = None
-        self._recorder = _Recorder()
+        self._recorder, self._gates = _Recorder(), gates_of(self.model)
         self._cover(wanted)
         for module in self._layers:
             module.register_forward_hook(self._recorder, with_kwargs=True)
@@ -101,7 +102,7 @@ class Tape:
         self.params: Params = {n: p for n, p in self.model.named_parameters() if n in wanted}
         canonical = {id(p): name for name, p in self.params.items()}
         self._layers: dict[nn.Module, LayerParams] = {}
-        for module in self.model.modules():
+        for module in (*self.model.modules(), *self._gates.values()):
             own = module.named_parameters(recurse=False)
             names = {local: canonical[id(p)] for local, p in own if id(p) in canonical}
             rule = rule_for(module) if names else None
@@ -152,7 +153,7 @@ class Tape:
         calls, size = list[Call](), len(batch)
         self._recorder.calls = calls
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), StepByStep(self._gates):
                 outputs = P.call(self.model, {}, batch.args, batch.kwargs)
         finally:
             self._recorder.calls = None
