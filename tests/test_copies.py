@@ -367,6 +367,12 @@ def integers() -> nn.Module:
     return model
 
 
+def tied_by_data() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3))
+    model[1].weight.data = model[0].weight.data
+    return model
+
+
 def sharded() -> nn.Module:
     distributed(small_net())
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
@@ -388,6 +394,7 @@ def sharded() -> nn.Module:
         (integers, "quantised weights of type torch.int8"),
         (Complex, "complex weights"),
         (sharded, "sharded"),
+        (tied_by_data, r"share their memory, but not their gradients \(0.weight, 1.weight\)"),
         (lambda: small_net().half(), "half precision"),
         (lambda: small_net().to(torch.bfloat16), "half precision"),
     ],

@@ -204,3 +204,10 @@ class TestSeeds:
             estimate_curvature(
                 seeded(small_net), DATA, structure=structure, kind="sketch", seed=kind(1)
             )
+
+    def test_of_more_bits_than_torch_takes(self) -> None:
+        result = forget(seeded(small_net), DATA, [0], seed=2**70, drift=True, progress=False)
+        assert result.options.seed == 2**70
+        assert (
+            estimate_curvature(seeded(small_net), DATA, kind="sketch", seed=2**64 + 1).trace() > 0
+        )

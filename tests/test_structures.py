@@ -713,6 +713,22 @@ class TestDryRun:
         assert estimate_curvature(model, loader, dry_run=True).passes == 2
 
 
+def test_where_single_precision_does_not_converge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for some matrices of low rank: then in float64."""
+    model, x, y = many(40)
+    expected = oracle.ggn(model.double(), x.double(), y, Categorical())
+    eigh = torch.linalg.eigh
+
+    def narrow(matrix: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge")
+        return eigh(matrix, **options)
+
+    monkeypatch.setattr(torch.linalg, "eigh", narrow)
+    found = estimate_curvature(model.float(), TensorDataset(x, y), structure="dense", kind="exact")
+    torch.testing.assert_close(flatten(found.diagonal()), expected.diag().float())
+
+
 def test_float32_sums_do_not_drift() -> None:
     """A million samples in chunks of 50: 200 times the same 100 chunks, against one exact float64
     sum of these."""

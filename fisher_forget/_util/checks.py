@@ -24,7 +24,7 @@ def check_model(model: nn.Module) -> None:
     Raises:
         ModelError: Not a module; no module of Python (TorchScript) or sharded; in training mode
             with Dropout or BatchNorm; weights that are missing, quantised, complex, in half
-            precision, NaN or infinite; nothing trainable.
+            precision, in memory that two share, NaN or infinite; nothing trainable.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(
@@ -46,6 +46,7 @@ def check_model(model: nn.Module) -> None:
         expected = "a model in eval mode, whose output for a sample is always the same"
         raise ModelError(got, expected, "Call model.eval() first.")
     _check_types(model)
+    _check_memory(model)
     broken = _not_finite(model)
     if broken:
         got = f"NaN or infinite weights in {', '.join(broken[:4])}"
@@ -107,6 +108,22 @@ def _check_modules(model: nn.Module) -> None:
             got = f"sharded weights ({where}), of which each process holds a part"
             fix = "Gather the state dict (FSDP's FULL_STATE_DICT) into a plain model."
             raise ModelError(got, "whole weights in one process", fix)
+
+
+def _check_memory(model: nn.Module) -> None:
+    """Refuse parameters that are two for autograd and one in memory: whatever moves one of them
+    moves the other.
+
+    Raises:
+        ModelError: If a trainable parameter starts where another one does.
+    """
+    known: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        other, q = known.setdefault(p.data_ptr(), (name, p)) if p.numel() else (name, p)
+        if q is not p and (p.requires_grad or q.requires_grad):
+            got = f"parameters that share their memory, but not their gradients ({other}, {name})"
+            fix = "Tie them by assigning the parameter itself: b.weight = a.weight, without .data."
+            raise ModelError(got, "one parameter for each piece of memory", fix)
 
 
 def _check_types(model: nn.Module) -> None:

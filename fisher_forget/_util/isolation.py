@@ -15,6 +15,7 @@ from fisher_forget._util.checks import is_whole
 from fisher_forget._util.torch_errors import explained
 from fisher_forget.errors import ConfigError
 
+SEEDS = 2**64  # so many a generator of torch takes
 AUTOCAST = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia")  # devices that autocast knows
 
 
@@ -64,7 +65,7 @@ def seeded(seed: int) -> torch.Generator:
     if not is_whole(seed, 0):
         fix = "Pass seed=0, say."
         raise ConfigError(f"seed={seed!r}", "a whole number of at least 0", fix)
-    return torch.Generator().manual_seed(int(seed))  # which takes no integers of NumPy
+    return torch.Generator().manual_seed(int(seed) % SEEDS)  # which takes no integers of NumPy
 
 
 @contextmanager
@@ -78,5 +79,5 @@ def seeded_rng(seed: int) -> Iterator[None]:
     with isolated():
         random.seed(int(seed))
         np.random.seed(seed % 2**32)  # noqa: NPY002 - which takes no more bits
-        torch.manual_seed(int(seed))
+        torch.manual_seed(int(seed) % SEEDS)
         yield

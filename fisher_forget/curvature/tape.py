@@ -269,7 +269,8 @@ class Tape:
             singles = list(probe.chunks(1))
             for index in {0, len(singles) - 1}:
                 one = singles[index]
-                fix = "Call model.eval(), and remove what mixes samples (batch statistics)."
+                fix = "Call model.eval(), and remove what mixes samples "
+                fix += "(batch statistics, padding without a mask)."
                 if shared := probe.shared_shapes():
                     fix += f" Inputs without a row for every sample, {shared}, go along whole: "
                     fix += "pad samples that are merged in them (bags with offsets, graphs)."
