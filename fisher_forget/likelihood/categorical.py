@@ -182,10 +182,8 @@ class Categorical(Likelihood):
         """Refuse a layout that was not said: classes along dimension 1, or along either."""
         expected, fix = "the classes in the last dimension", "class_dim=1"
         if both:
-            expected, fix = (
-                "to be told which dimension holds the classes",
-                f"{fix}, or class_dim=-1",
-            )
+            expected = "to be told which dimension holds the classes"
+            fix += ", or class_dim=-1"
         raise DataError(got, expected, f"Pass likelihood=Categorical({fix}).")
 
     def _check_logits(self, rows: Tensor, labels: Tensor) -> None:
