@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import threading
+import warnings
 from contextvars import Context
 from functools import partial
 
@@ -350,6 +351,28 @@ class TestWhatCannotBeRead:
         split = resolve_split(DataLoader(Samples(), batch_size=5, collate_fn=collate), [0])
         with pytest.raises(DataError, match=r"targets .* samples"):
             list(split.batches("all"))
+
+
+class TestWeightsOfSamples:
+    """(inputs, targets, a number a sample)"""
+
+    def warned(self, *further, unpack=None):
+        x, y = torch.randn(9, 2), torch.arange(9)
+        split = resolve_split(TensorDataset(x, y, *further), [0], unpack=unpack)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                assert sum(len(batch) for batch in split.batches("all")) == 9
+        return [w for w in caught if "another objective" in str(w.message)]
+
+    @pytest.mark.parametrize("shape", [(9,), (9, 1)])
+    def test_are_warned_of_once(self, shape):
+        assert len(self.warned(torch.rand(shape))) == 1
+        assert not self.warned(torch.rand(shape), unpack=lambda batch: batch[:2])
+
+    @pytest.mark.parametrize("further", [(), (torch.rand(9, 4),), (torch.ones(9),)])
+    def test_are_none(self, further):
+        assert not self.warned(*further)
 
 
 def test_a_reader_takes_its_base_from_the_split() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from fisher_forget.errors import DataError
+from fisher_forget.errors import DataError, FisherForgetWarning
 
 DECODER_INPUTS = {"decoder_input_ids", "decoder_inputs_embeds"}
 TARGET_KEYS = ("labels", "label", "targets", "target", "y")
@@ -264,6 +265,23 @@ def _check_columns(entries: Mapping[Any, Any]) -> None:
                 "with_format('torch')), or pass a loader with a collate function that does."
             )
             raise DataError(got, "one tensor that leads with the samples", fix)
+
+
+def warn_of_weights(raw: Any, size: int) -> None:
+    """Warn where a number a sample, which may weight the losses, is left out of a tuple."""
+    entries = _entries(raw)
+    named = entries is not None and any(key in entries for key in TARGET_KEYS)
+    further = [] if named or not isinstance(raw, (tuple, list)) else map(plain, raw[2:])
+    for x in further:
+        numbers = isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 0
+        if numbers and x.numel() == size == len(x) and bool((x != x[0]).any()):
+            warnings.warn(
+                "The batches hold a further number for every sample, which is not used: each sample "
+                "counts the same. If the training weighted its losses by it, that is another "
+                "objective. Pass unpack=lambda batch: (batch[0], batch[1]) to silence this.",
+                FisherForgetWarning,
+                stacklevel=6,
+            )
 
 
 def _check_further(batch: Sequence[Any]) -> None:

@@ -22,6 +22,7 @@ from fisher_forget.data.batches import (
     layout_of,
     make_batch,
     unpacked,
+    warn_of_weights,
 )
 from fisher_forget.data.samples import KeywordDataset
 from fisher_forget.errors import DataError, FisherForgetError
@@ -92,10 +93,13 @@ class Reader:
         # other samples than the batch's might not fit together: of a single one, two are made
         fewer = rows[:2] if len(rows) > 2 else rows[:1].repeat(3 - len(rows))
         plan = [rows, rows, fewer]
-        reads = [unpacked(raw, self.unpack) for raw in self.collated(plan)]
+        raws = list(self.collated(plan))
+        reads = [unpacked(raw, self.unpack) for raw in raws]
         for (inputs, targets), lot in zip(reads, plan, strict=True):
             check_targets(inputs, targets, len(lot))
         (first, _), _, (small, _) = reads
+        if self.unpack is None:
+            warn_of_weights(raws[0], len(rows))
         self.layout = layout_of([first, small], [len(rows), len(fewer)])
         leaves = [pytree.tree_leaves(read) for read in reads[:2]]
         return not any(differ(a, b) for a, b in zip(*leaves, strict=False))
