@@ -412,6 +412,15 @@ class TestRefused:
         with pytest.raises(DataError, match="class indices from 0 to 2"):
             settle(classes(N, count=5), (3,), "categorical", lambda f, y: f.sum())
 
+    def test_a_mean_of_means(self) -> None:
+        def own(f: Tensor, y: Tensor) -> Tensor:
+            losses = F.cross_entropy(f.movedim(-1, 1), y, reduction="none")
+            return (losses.sum(1) / (y != -100).sum(1)).mean()
+
+        targets = MASK.index_fill(1, torch.tensor([0]), 1)
+        with pytest.raises(ConfigError, match="of their own means is not supported"):
+            settle(targets, (6, 3), "categorical", own)
+
     def test_sorted_data(self) -> None:
         """Samples are looked at all over the data: a batch of one class tells no weights."""
         targets = classes(200, count=3).sort().values

@@ -276,9 +276,9 @@ def warn_of_weights(raw: Any, size: int) -> None:
         numbers = isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 0
         if numbers and x.numel() == size == len(x) and bool((x != x[0]).any()):
             warnings.warn(
-                "The batches hold a further number for every sample, which is not used: each "
-                "sample counts the same. If the training weighted its losses by it, that is another "
-                "objective. Pass unpack=lambda batch: (batch[0], batch[1]) to silence this.",
+                "The batches hold a further number for every sample, which is not used: "
+                "each sample counts the same. If the training weighted its losses, that "
+                "is another objective. For silence pass unpack=lambda batch: (batch[0], batch[1]).",
                 FisherForgetWarning,
                 stacklevel=6,
             )

@@ -353,9 +353,17 @@ def _reason_of_classes(given: Categorical, look: Look, loss_fn: LossFn) -> str:
     if len(ratios) < 3:
         return ""
     if _alike(ratios, 1.0):
+        positions = (
+            ""
+            if look.targets.dim() < 2
+            else (
+                " A mean over samples of their own means is not supported: pass the mean over all "
+                "scored positions."
+            )
+        )
         return (
             "It weights samples: class weights are likelihood=Categorical(weight=...), or read off "
-            "loss_fn=nn.CrossEntropyLoss(weight=...)."
+            "loss_fn=nn.CrossEntropyLoss(weight=...)." + positions
         )
     # a focal loss is a (1 - p)^gamma times the cross-entropy
     gamma, factor = np.polyfit(doubts, np.log(ratios), 1)
