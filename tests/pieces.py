@@ -50,6 +50,33 @@ class TimeFirst(nn.Module):
         return out.transpose(0, 1) + last.sum(0).repeat(1, 2)[:, None]
 
 
+class TiedRecurrent(nn.Module):
+    """Two recurrent layers with one weight in common, and each its own biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.GRU(WIDTH, WIDTH, batch_first=True) for _ in range(2))
+        self.second.weight_hh_l0 = self.first.weight_hh_l0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x)[0])[0] + self.first(x.flip(1))[0]
+
+
+class FormedWeight(nn.Module):
+    """A recurrent layer one of whose weights is no parameter: forward forms it of one."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.rnn = kind(WIDTH, WIDTH, batch_first=True)
+        weight = self.rnn.weight_hh_l0
+        del self.rnn.weight_hh_l0
+        self.raw = nn.Parameter(weight.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.rnn.weight_hh_l0 = torch.tanh(self.raw)
+        return self.rnn(x)[0]
+
+
 class Cells(nn.Module):
     """torch's own cells in a loop over time."""
 
@@ -328,6 +355,9 @@ PIECES: dict[str, Callable[[], nn.Module]] = {
     "time first": lambda: TimeFirst(nn.LSTM),
     "time first gru": lambda: TimeFirst(nn.GRU),
     "cells": Cells,
+    "tied gru": TiedRecurrent,
+    "formed gru": lambda: FormedWeight(nn.GRU),
+    "formed lstm": lambda: FormedWeight(nn.LSTM),
     "packed": lambda: Recurrent(nn.GRU, packed=True),
     "packed lstm": lambda: Recurrent(nn.LSTM, packed=True),
     "cell": Cell,

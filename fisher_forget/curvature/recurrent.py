@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 State = tuple[Tensor, ...]  # hidden state [B, H], and an LSTM's cell state
+Key = tuple[int, int]  # of a weight and its bias
 Step = Callable[[Tensor, Tensor, State], State]  # what comes from the input, and from the state
 
 
@@ -52,9 +53,9 @@ CELLS: Mapping[Any, Step] = {
 }
 
 
-def gates_of(model: nn.Module) -> dict[int, nn.Linear]:
-    """A Linear layer for each weight of the model's recurrent layers, by the weight's identity; it
-    holds the parameters themselves."""
+def gates_of(model: nn.Module) -> dict[Key, nn.Linear]:
+    """A Linear layer for each weight of the model's recurrent layers and its bias, by their
+    identities; it holds the parameters themselves."""
     gates = {}
     for module in model.modules():
         if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
@@ -65,8 +66,22 @@ def gates_of(model: nn.Module) -> dict[int, nn.Linear]:
                 bias = own.get(name.replace("weight", "bias"))
                 gate = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
                 gate.weight, gate.bias = weight, bias  # type: ignore[assignment]
-                gates[id(weight)] = gate
+                gates[_key(weight, bias)] = gate
     return gates
+
+
+def _key(weight: Tensor, bias: Tensor | None) -> Key:
+    return id(weight), id(bias)
+
+
+def _keys(weights: Sequence[Tensor | None]) -> list[Key]:
+    """The keys of what torch is given: layer by layer and side by side two weights, their biases if
+    there are any, and perhaps a projection, which has none."""
+    keys = []
+    for weight, behind in zip(weights, [*weights[2:], None, None], strict=True):
+        if weight is not None and weight.dim() == 2:
+            keys.append(_key(weight, behind if behind is not None and behind.dim() == 1 else None))
+    return keys
 
 
 class StepByStep(TorchFunctionMode):
@@ -76,42 +91,45 @@ class StepByStep(TorchFunctionMode):
         gates: Of `gates_of`.
     """
 
-    def __init__(self, gates: Mapping[int, nn.Linear]) -> None:
+    def __init__(self, gates: Mapping[Key, nn.Linear]) -> None:
         super().__init__()
         self._gates = gates
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if func in CELLS and id(args[2]) in self._gates:
-            x, state, into, over = args[:4]
+        if func in CELLS and (gates := self._known(args[2:])):
+            (x, state), (into, over) = args[:2], gates
             several = not isinstance(state, Tensor)
             given = tuple(state) if several else (state,)
-            new = CELLS[func](self._gates[id(into)](x), self._gates[id(over)](given[0]), given)
+            new = CELLS[func](into(x), over(given[0]), given)
             return new if several else new[0]
         # of a packed sequence the second argument holds its lengths, and the third the state
-        if func in LAYERS and isinstance(args[3], bool) and id(args[2][0]) in self._gates:
-            _, _, _, _, _, dropout, train, _, _ = args
+        if func in LAYERS and isinstance(args[3], bool) and (gates := self._known(args[2])):
+            x, state, _, _, layers, dropout, train, *rest = args
             if not (train and dropout):
-                return self._layers(LAYERS[func], *args)
+                return self._layers(LAYERS[func], x, state, gates, layers, *rest)
         return func(*args, **(kwargs or {}))
+
+    def _known(self, weights: Sequence[Tensor | None]) -> list[nn.Linear]:
+        """The gates of these weights; none if one is no parameter, as with `weight_norm`."""
+        keys = _keys(weights)
+        return [self._gates[key] for key in keys] if self._gates.keys() >= set(keys) else []
 
     def _layers(
         self,
         step: Step,
         x: Tensor,
         state: Tensor | Sequence[Tensor],
-        weights: Sequence[Tensor],
-        _biases: bool,
+        gates: Sequence[nn.Linear],
         layers: int,
-        *rest: Any,
+        *rest: bool,
     ) -> tuple[Tensor, ...]:
         """All layers and directions, as torch's own function returns them."""
-        _, _, bidirectional, batch_first = rest
+        bidirectional, batch_first = rest
         x = x if batch_first else x.transpose(0, 1)
         given = (state,) if isinstance(state, Tensor) else tuple(state)
         sides = 2 if bidirectional else 1
-        gates = [self._gates[id(w)] for w in weights if w.dim() == 2]
         each = len(gates) // (layers * sides)  # into, over, and perhaps a projection
         last: list[State] = []
         for layer in range(layers):
