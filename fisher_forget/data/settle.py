@@ -168,7 +168,8 @@ def _smoothed(likelihood: Categorical, look: Look) -> Iterator[Categorical]:
 
 
 def _rounded(value: float) -> list[float]:
-    return [float(f"{value:.{digits}g}") for digits in DIGITS]
+    rounded = [float(f"{value:.{digits}g}") for digits in DIGITS]
+    return [number for number in rounded if math.isclose(number, value, rel_tol=1e-2)]
 
 
 # ---- what is wrong, if nothing agrees
