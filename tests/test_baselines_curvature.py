@@ -165,7 +165,7 @@ class TestProtocol:
             vector(found.model), vector(expected.model), rtol=1e-6, atol=1e-8
         )
         # rules are verified, and the loss is, on samples of the first batch, which count
-        assert found.passes == pytest.approx(expected.passes, rel=0.1)
+        assert found.passes == pytest.approx(expected.passes, rel=0.2)
 
     def test_frozen_parameters_stay(self, method: Any, trajectory: Trajectory) -> None:
         model = net()

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pieces import LENGTH, PIECES, WIDTH, Net, jacobians
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from fisher_forget import Categorical, estimate_curvature
+from fisher_forget import Categorical, estimate_curvature, forget
 from fisher_forget.curvature.passes import squared_gradient_norms
 from fisher_forget.curvature.structures.dense import Dense
 from fisher_forget.curvature.tape import Tape
@@ -259,3 +259,33 @@ class TestTrust:
 
         with pytest.raises(ModelError, match="differ between two calls"):
             Tape(Noisy().eval()).verify(self.batch())
+
+
+class Bags(Dataset[Any]):
+    """Samples of different sizes, which fit in no batch of two."""
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        generator = torch.Generator().manual_seed(index)
+        x = torch.randn(1 + index % 4, WIDTH, generator=generator, dtype=torch.float64)
+        return x, index % 3
+
+
+def test_samples_that_fit_in_no_batch() -> None:
+    """A loader that yields them one by one is never asked for two."""
+    torch.manual_seed(0)
+    model = Net("cell", "prompt in front").double().eval()
+    model.body[1].place = nn.Embedding(4, WIDTH).double()
+    x = [Bags()[i][0] for i in range(SAMPLES)]
+    rows = [jacobians(model, one[None])[0] for one in x]
+    middle = [
+        torch.diag(p) - torch.outer(p, p) for p in (model(one[None])[0].softmax(0) for one in x)
+    ]
+    expected = sum((r.T @ h @ r).diag() for r, h in zip(rows, middle, strict=True)) / SAMPLES
+    loader = DataLoader(Bags(), batch_size=1)
+    found = estimate_curvature(model, loader, structure="diagonal", kind="exact").diagonal()
+    torch.testing.assert_close(flatten(found), expected.detach(), rtol=1e-7, atol=1e-12)
+    result = forget(model, loader, [0, 1], drift=True, noise=None, progress=False)
+    assert len(result.split.retain) == SAMPLES - 2

@@ -143,11 +143,12 @@ class Tape:
 
     def _due(self, size: int) -> bool:
         """Whether to compare once more: small batches may hide that samples change places, and what
-        depends on the data may show late. Passes 1, 2, 4, 8, ... are compared."""
+        depends on the data may show late. Passes 4, 8, 16, ... are compared."""
         if size < 2:
             return False
         self._passes += 1
-        return self._pairs < PROBE - 1 or self._passes & (self._passes - 1) == 0
+        again = self._passes >= 4 and self._passes & (self._passes - 1) == 0
+        return again or self._pairs < PROBE - 1
 
     def _recorded(self, batch: Batch) -> Record:
         calls, size = list[Call](), len(batch)

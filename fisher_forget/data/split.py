@@ -93,8 +93,10 @@ class Split:
 
     def few(self, part: Part | Indices) -> Batch:
         """Eight samples at random, in random order, as one batch: the first ones say little of the
-        others where data are sorted by class, length or task."""
-        return next(self.read([np.random.default_rng(0).permutation(self.indices(part))[:LOT]]))
+        others where data are sorted by class, length or task. No more than a batch: samples of
+        different sizes may not fit together."""
+        order = np.random.default_rng(0).permutation(self.indices(part))
+        return next(self.read([order[: min(LOT, self.batch_size)]]))
 
     def steps(self, part: Part | Indices) -> int:
         """Number of batches of a part."""
@@ -181,7 +183,8 @@ def check_scored(
         DataError: If a part has samples, but no scored target.
     """
     for part in parts:
-        samples, lots = len(split.indices(part)), replace(split, batch_size=LOT).batches(part)
+        few = replace(split, batch_size=min(LOT, split.batch_size))
+        samples, lots = len(split.indices(part)), few.batches(part)
         if samples and not any(likelihood.scored(batch.targets) for batch in lots):
             name = {"retain": " retained", "forget": " forgotten"}.get(str(part), "")
             got = f"{samples:,}{name} samples without a scored target"
