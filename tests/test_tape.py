@@ -206,6 +206,33 @@ class TestTrust:
         assert len(record.uses) == 2
         assert not tape.stray
 
+    def test_a_weight_that_is_used_otherwise_late(self) -> None:
+        """The first samples do not use the layer at all; later ones use its weight, not the
+        layer."""
+
+        class Late(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.stem, self.late = nn.Linear(WIDTH, 3), nn.Linear(WIDTH, 3, bias=False)
+
+            def forward(self, x: Tensor, late: bool) -> Tensor:
+                rest = x[:, 1] @ self.late.weight.T if late else 0.0
+                return self.stem(x[:, 0]) + rest
+
+        model, x = Late().double().eval(), self.batch().args[0].double()
+        tape, targets = Tape(model), torch.zeros(8, dtype=torch.long)
+        tape.verify(Batch((x, False), {}, targets))
+        assert not tape.stray
+
+        def norms() -> Tensor:
+            record = tape.run(Batch((x, True), {}, targets))
+            column = torch.ones_like(record.outputs)
+            return record.squared_norms(column, record.pull(column))
+
+        expected = 3 * (x[:, 0].square().sum(1) + 1 + x[:, 1].square().sum(1))
+        torch.testing.assert_close(tape.settled(norms), expected)
+        assert tape.stray == ("late.weight",)
+
     def test_other_lengths_are_verified(self) -> None:
         """Tokens of all samples merged: a rule that is right for each length."""
 

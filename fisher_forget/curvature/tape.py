@@ -10,7 +10,7 @@ forward pass itself is never altered.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -27,7 +27,7 @@ from fisher_forget.data.batches import Batch
 from fisher_forget.errors import ModelError
 from fisher_forget.params import Params
 
-PROBE = 8  # samples on which rules are compared with autograd
+PROBE = 4  # samples on which rules are compared with autograd
 TOLERANCE = 1e-3  # relative, float32; a wrong rule is wrong by its own size
 ROUNDING = 1e3  # units of rounding error of a layer's largest gradient that count as zero
 SHARED = 0  # rows a sample of a layer that is fed once for the whole batch
@@ -134,7 +134,7 @@ class Tape:
         unseen = strangers and not (strangers | {batch.sample_shapes()}) <= self._seen
         if unseen or self._due(len(batch)):
             stray = self.stray
-            self._compare(next(batch.chunks(PROBE)))
+            self._compare(self._recorded(next(batch.chunks(PROBE))))
             if self.stray != stray:
                 raise RulesChanged(())
             for use in record.uses:
@@ -172,10 +172,13 @@ class Tape:
             use = _use(layer, call, size, outputs)
             use.trusted = self._trusts(use, size)
             uses.append(use)
+        used = {name for use in uses for name in use.layer.names.values()}
+        reached = _reached(outputs, {n: p for n, p in self.params.items() if n not in used})
+        if others := [name for name in reached if name not in self.stray]:
+            raise RulesChanged(others)  # used otherwise than by a call of their layer
         fallback = None
-        if self.stray:
-            stray = {name: self.params[name] for name in self.stray}
-            fallback = Fallback(self.model, stray, batch, self._vectorised)
+        if reached:
+            fallback = Fallback(self.model, reached, batch, self._vectorised)
         return Record(self.params, batch, outputs, uses, fallback)
 
     def _trusts(self, use: Use, size: int) -> bool:
@@ -199,7 +202,7 @@ class Tape:
                 or are not the same at every call.
         """
         probe = next(batch.chunks(PROBE))
-        record = self._recorded(probe)
+        record = self.settled(lambda: self._recorded(probe))
         outputs = record.outputs
         if outputs.dim() == 0 or len(outputs) != len(probe) or not outputs.requires_grad:
             shape = f"outputs of shape {tuple(outputs.shape)} for {len(probe)} samples"
@@ -208,11 +211,10 @@ class Tape:
             fix = "Return the logits themselves, one row a sample, without detach() or no_grad()."
             raise ModelError(got, expected, fix)
         self._check_independence(probe, outputs.detach())
-        return self._compare(probe).without_graph()
+        return self._compare(record).without_graph()
 
-    def _compare(self, probe: Batch) -> Record:
-        record = self._recorded(probe)
-        outputs = record.outputs
+    def _compare(self, record: Record) -> Record:
+        outputs, probe = record.outputs, record.batch
         generator = torch.Generator().manual_seed(0)
         column = P.randn_like({"": outputs}, generator)[""]
         weights = P.randn_like({"": outputs.new_zeros(len(probe))}, generator)[""]
@@ -259,31 +261,32 @@ class Tape:
         return fallback.vectorised and not _wrong(found, truth, stray)
 
     def _check_independence(self, probe: Batch, outputs: Tensor) -> None:
-        """A second call, and the first and the last sample alone, must give what the first gave."""
+        """The first and the last sample alone must give what they gave in the batch."""
         expected = "one output a sample, the same at every call"
-        with torch.no_grad():
-            again = P.call(self.model, {}, probe.args, probe.kwargs)
-            if not _close(again, outputs):
+        fix = "Call model.eval(), and remove what mixes samples "
+        fix += "(batch statistics, padding without a mask)."
+        if shared := probe.shared_shapes():
+            fix += f" Inputs without a row for every sample, {shared}, go along whole: "
+            fix += "pad samples that are merged in them (bags with offsets, graphs)."
+        singles = list(probe.chunks(1))
+        for index in {0, len(singles) - 1}:
+            try:
+                alone = self._outputs(singles[index])
+            except ModelError as error:
+                got = f"a forward that works on {len(probe)} samples and fails on one of them"
+                raise ModelError(f"{got} ({error.__cause__})", expected, fix) from error
+            if _close(alone, outputs[index : index + 1]):
+                continue
+            if not _close(self._outputs(probe), outputs):
                 got = "a model whose outputs differ between two calls on the same samples"
                 fix = "Call model.eval(), and remove what draws random numbers or keeps a state."
                 raise ModelError(got, expected, fix)
-            singles = list(probe.chunks(1))
-            for index in {0, len(singles) - 1}:
-                one = singles[index]
-                fix = "Call model.eval(), and remove what mixes samples "
-                fix += "(batch statistics, padding without a mask)."
-                if shared := probe.shared_shapes():
-                    fix += f" Inputs without a row for every sample, {shared}, go along whole: "
-                    fix += "pad samples that are merged in them (bags with offsets, graphs)."
-                try:
-                    alone = P.call(self.model, {}, one.args, one.kwargs)
-                except ModelError as error:
-                    got = f"a forward that works on {len(probe)} samples and fails on one of them"
-                    raise ModelError(f"{got} ({error.__cause__})", expected, fix) from error
-                if not _close(alone, outputs[index : index + 1]):
-                    depends = "depends on the other samples of its batch"
-                    got = f"a model whose output for a sample {depends}"
-                    raise ModelError(got, expected, fix)
+            depends = "depends on the other samples of its batch"
+            raise ModelError(f"a model whose output for a sample {depends}", expected, fix)
+
+    @torch.no_grad()
+    def _outputs(self, batch: Batch) -> Tensor:
+        return P.call(self.model, {}, batch.args, batch.kwargs)
 
     def _drop(self, stray: Iterable[str]) -> None:
         """Take parameters away from their rules."""
@@ -307,23 +310,42 @@ def _use(layer: LayerParams, call: Call, size: int, outputs: Tensor) -> Use:
     return Use(layer, by_sample(a, size), edge, length // size if length % size == 0 else None)
 
 
+def _nodes(outputs: Tensor) -> Iterator[Node]:
+    """The graph of the outputs."""
+    todo = [] if outputs.grad_fn is None else [outputs.grad_fn]
+    known = set(todo)
+    while todo:
+        current = todo.pop()
+        yield current
+        for following, _ in current.next_functions:
+            if following is not None and following not in known:
+                known.add(following)
+                todo.append(following)
+
+
+def _reached(outputs: Tensor, params: Params) -> Params:
+    """The parameters that the outputs depend on, as far as the graph shows."""
+    if not params:
+        return {}
+    leaves, whole = set[int](), False
+    for node in _nodes(outputs):
+        leaves.add(id(getattr(node, "variable", None)))
+        whole = whole or "CheckpointFunction" in node.name()  # a reentrant one hides its own graph
+    return {name: p for name, p in params.items() if whole or id(p) in leaves}
+
+
 def _added_to_every_sample(node: Node, outputs: Tensor) -> GradientEdge | None:
     """Where the outputs of a layer that is fed once for the whole batch (position ids [1, T]) are
     added to what every sample has of its own: the gradient at the sum is each sample's.
 
     It is read off the graph. The verification says whether it is right.
     """
-    found, todo = [], [outputs.grad_fn]
-    known = set(todo)
-    while todo:
-        current = todo.pop()
-        for following, _ in () if current is None else current.next_functions:
-            if following is node:
-                found.append(current)
-            if following is not None and following not in known:
-                known.add(following)
-                todo.append(following)
-    if len(found) == 1 and found[0] is not None and found[0].name() == "AddBackward0":
+    found = [
+        current
+        for current in _nodes(outputs)
+        if any(following is node for following, _ in current.next_functions)
+    ]
+    if len(found) == 1 and found[0].name() == "AddBackward0":
         return GradientEdge(found[0], 0)
     return None
 
