@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -134,7 +135,7 @@ class Tape:
         unseen = strangers and not (strangers | {batch.sample_shapes()}) <= self._seen
         if unseen or self._due(len(batch)):
             stray = self.stray
-            self._compare(self._recorded(next(batch.chunks(PROBE))))
+            self._compare(self._recorded(next(batch.chunks(PROBE if unseen else 2))))
             if self.stray != stray:
                 raise RulesChanged(())
             for use in record.uses:
@@ -143,18 +144,18 @@ class Tape:
 
     def _due(self, size: int) -> bool:
         """Whether to compare once more: small batches may hide that samples change places, and what
-        depends on the data may show late. Passes 4, 8, 16, ... are compared."""
+        depends on the data may show late. Passes 8, 16, 32, ... are compared."""
         if size < 2:
             return False
         self._passes += 1
-        again = self._passes >= 4 and self._passes & (self._passes - 1) == 0
+        again = self._passes >= 8 and self._passes & (self._passes - 1) == 0
         return again or self._pairs < PROBE - 1
 
     def _recorded(self, batch: Batch) -> Record:
         calls, size = list[Call](), len(batch)
         self._recorder.calls = calls
         try:
-            with torch.enable_grad(), StepByStep(self._gates):
+            with torch.enable_grad(), StepByStep(self._gates) if self._gates else nullcontext():
                 outputs = P.call(self.model, {}, batch.args, batch.kwargs)
         finally:
             self._recorder.calls = None
