@@ -170,8 +170,8 @@ class Rows:
         self.like = P.detached(self.tape.params)
         few = split.few(np.concatenate(list(parts))).on(self.tape.model)
         probe = self.tape.verify(few)
-        likelihood.check(probe.outputs, few.targets)
-        self.per_sample = len(columns(probe.outputs, few.targets))
+        likelihood.check(probe.outputs, probe.batch.targets)
+        self.per_sample = len(columns(probe.outputs, probe.batch.targets))
         total = self.per_sample * sum(map(len, parts))
         if total > most_rows(memory):
             raise ConfigError(
