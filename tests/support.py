@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
 from fisher_forget import forget
-from fisher_forget.curvature.hidden import hidden_from_products
+from fisher_forget.curvature.double_backward import hidden_from_products
 from fisher_forget.curvature.tape import Tape
 from fisher_forget.data.batches import Batch
 from fisher_forget.errors import FisherForgetError

@@ -35,7 +35,7 @@ from fisher_forget.baselines.base import DirectMethod, PricedWeights
 from fisher_forget.baselines.jacobian_rows import MEMORY, Rows
 from fisher_forget.baselines.protocol import Grid
 from fisher_forget.baselines.training_loop import require
-from fisher_forget.curvature.hidden import (
+from fisher_forget.curvature.double_backward import (
     hidden_from_hessian,
     hidden_from_products,
     refuse_hidden,

@@ -21,7 +21,7 @@ class Fallback:
 
     The forward pass is made once for all columns, at the first one. Either all samples go through
     torch.func.vmap, each with a copy of the parameters of its own; or, for what vmap cannot trace
-    (recurrent kernels, data-dependent branches, buffers that forward changes, functions without a
+    (packed sequences, data-dependent branches, buffers that forward changes, functions without a
     batching rule), one sample at a time goes through plain autograd, which works for every model.
 
     Args:
@@ -44,24 +44,25 @@ class Fallback:
         with torch.enable_grad():
             if self.vectorised:
                 try:
-                    return self._at_once(column)
+                    return self._by_vmap(column)
                 except Exception:  # what vmap traced on other samples, it need not on these
                     self.vectorised, self._columns = False, None
             self._columns = self._columns or self._one_by_one()
             return self._columns(column)
 
-    def _at_once(self, column: Tensor) -> Params:
+    def _by_vmap(self, column: Tensor) -> Params:
         with warnings.catch_warnings():
             # of operations that vmap has no rule for, and loops over: still faster than a loop here
             warnings.filterwarnings("ignore", "There is a performance drop")
-            self._columns = self._columns or self._all_at_once()
+            self._columns = self._columns or self._traced()
             return self._columns(column)
 
     def without_graph(self) -> Fallback:
         """The same, which makes its forward pass anew."""
         return Fallback(self._model, self._params, self._batch, self.vectorised)
 
-    def _all_at_once(self) -> Columns:
+    def _traced(self) -> Columns:
+        """All samples in one pass of vmap."""
         size = len(self._batch)
         copies = {
             name: p.detach().expand(size, *p.shape).requires_grad_()
@@ -88,6 +89,7 @@ class Fallback:
         return gradients
 
     def _one_by_one(self) -> Columns:
+        """A forward pass a sample."""
         outputs = [P.call(self._model, {}, one.args, one.kwargs) for one in self._batch.chunks(1)]
 
         def gradients(column: Tensor) -> Params:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fisher_forget._util.isolation import isolated, seeded
 from fisher_forget._util.progress import bar
 from fisher_forget.curvature import kinds
-from fisher_forget.curvature.hidden import (
+from fisher_forget.curvature.double_backward import (
     hidden_from_hessian,
     hidden_from_products,
     refuse_hidden,

@@ -126,6 +126,7 @@ class Tape:
                 return work()
             except RulesChanged as changed:  # a layer fewer each time: this ends
                 self._drop(changed.names)
+                self._pairs = 0  # how the fallback computes them is compared next
 
     def run(self, batch: Batch) -> Record:
         """One forward pass over a chunk; `settled` goes around what reads it."""
@@ -152,6 +153,7 @@ class Tape:
         return again or self._pairs < PROBE - 1
 
     def _recorded(self, batch: Batch) -> Record:
+        """A forward pass and its calls of layers, trusted or not."""
         calls, size = list[Call](), len(batch)
         self._recorder.calls = calls
         try:
@@ -215,6 +217,7 @@ class Tape:
         return self._compare(record).without_graph()
 
     def _compare(self, record: Record) -> Record:
+        """Hold what was recorded of a few samples against autograd; see `verify`."""
         outputs, probe = record.outputs, record.batch
         generator = torch.Generator().manual_seed(0)
         column = P.randn_like({"": outputs}, generator)[""]
@@ -287,6 +290,7 @@ class Tape:
 
     @torch.no_grad()
     def _outputs(self, batch: Batch) -> Tensor:
+        """Without a graph."""
         return P.call(self.model, {}, batch.args, batch.kwargs)
 
     def _drop(self, stray: Iterable[str]) -> None:

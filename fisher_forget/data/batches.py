@@ -77,22 +77,18 @@ class Batch:
 
     def sample_shapes(self) -> tuple[torch.Size, ...]:
         """Shapes of one sample's tensors, and of those that all samples share."""
-        inputs, dims = (
-            pytree.tree_leaves(tree) for tree in ((self.args, self.kwargs), self.dims())
-        )
-        return tuple(
-            x.shape if dim is None else x.shape[1:]
-            for x, dim in zip(inputs, dims, strict=True)
-            if isinstance(x, Tensor)
-        )
+        return tuple(x.shape if dim is None else x.shape[1:] for x, dim in self._tensors())
 
     def shared_shapes(self) -> list[list[int]]:
         """Shapes of the inputs without a row for every sample."""
-        pairs = zip(
-            *(pytree.tree_leaves(tree) for tree in ((self.args, self.kwargs), self.dims())),
-            strict=True,
-        )
-        return [list(x.shape) for x, dim in pairs if dim is None and isinstance(x, Tensor)]
+        return [list(x.shape) for x, dim in self._tensors() if dim is None]
+
+    def _tensors(self) -> Iterator[tuple[Tensor, int | None]]:
+        """Every input tensor, with its entry of `dims`."""
+        trees = (self.args, self.kwargs), self.dims()
+        for x, dim in zip(*map(pytree.tree_leaves, trees), strict=True):
+            if isinstance(x, Tensor):
+                yield x, dim
 
     def dims(self) -> Inputs:
         """(args, kwargs) with 0 in place of every tensor that leads with the samples, else `None`:

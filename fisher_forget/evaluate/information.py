@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from fisher_forget import params as P
 from fisher_forget._util.copies import private_copy
 from fisher_forget._util.isolation import isolated, seeded
-from fisher_forget.curvature.hidden import hidden_from_products, refuse_hidden
+from fisher_forget.curvature.double_backward import hidden_from_products, refuse_hidden
 from fisher_forget.curvature.operator import Curvature
 from fisher_forget.curvature.products import Linearised, twice_differentiable
 from fisher_forget.data.batches import Batch

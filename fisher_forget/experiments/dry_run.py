@@ -40,7 +40,7 @@ from fisher_forget.experiments.training import train
 from fisher_forget.likelihood import resolve_likelihood
 from fisher_forget.params import first_call
 from fisher_forget.unlearn.objective import Objective
-from fisher_forget.unlearn.problem import settled
+from fisher_forget.unlearn.problem import with_solver
 
 STEPS = 6  # of training, that are timed
 GRADIENTS = {"sgd": 2, "adam": 3}  # tensors of the weights' size that training holds beside them
@@ -190,7 +190,7 @@ def _curvature_cost(
     split = resolve_split(data.train, forget)
     options = config.forget_options(config.seeds[0])
     objective = Objective(model.eval(), resolve_likelihood(config.likelihood), options.subset)
-    options = settled(options, objective, split)
+    options = with_solver(options, objective, split)
     keywords = options.curvature_keywords(*options.curvature_plan(split))
     likelihood = objective.likelihood
     return estimate_curvature(objective.tape, split, likelihood, dry_run=True, **keywords)

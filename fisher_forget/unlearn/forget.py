@@ -24,7 +24,7 @@ from fisher_forget.unlearn.batch_norm import norm_layers, refresh_statistics
 from fisher_forget.unlearn.newton.step import NewtonStep, newton_step
 from fisher_forget.unlearn.noise import noise_step
 from fisher_forget.unlearn.options import ForgetKeywords, ForgetOptions, merged
-from fisher_forget.unlearn.problem import Problem, settled
+from fisher_forget.unlearn.problem import Problem, with_solver
 from fisher_forget.unlearn.result import ForgetResult, NormStatistics, versions
 
 LOSS_SAMPLES = 2000  # of each part, for the losses before and after
@@ -114,7 +114,7 @@ def scrub(
         progress: Show progress bars.
     """
     objective, split = problem.objective, problem.split
-    options = settled(options, objective, split)
+    options = with_solver(options, objective, split)
     newton = newton_step(problem, options, progress=progress)
     if not newton.at_minimum and options.drift == "auto":
         _warn_of_drift(newton, objective.likelihood)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fisher_forget import params as P
-from fisher_forget.curvature.hidden import hidden_from_products
+from fisher_forget.curvature.double_backward import hidden_from_products
 from fisher_forget.curvature.products import GgnProduct
 from fisher_forget.curvature.tape import Tape
 from fisher_forget.data.batches import Batch

@@ -35,7 +35,7 @@ from fisher_forget.unlearn.data_sums import DataSums, load_data_sums, save_data_
 from fisher_forget.unlearn.forget import scrub
 from fisher_forget.unlearn.objective import Objective
 from fisher_forget.unlearn.options import ForgetKeywords, ForgetOptions, merged
-from fisher_forget.unlearn.problem import Problem, curvature_of, objective_of, settled
+from fisher_forget.unlearn.problem import Problem, curvature_of, objective_of, with_solver
 from fisher_forget.unlearn.result import ForgetResult
 
 DATA_SUMS, CURVATURE = "snapshot.safetensors", "curvature.safetensors"
@@ -203,7 +203,7 @@ def prepare(
         objective = objective_of(model, split, options, loss_fn)
         options = options.with_loss(objective.likelihood, loss_fn)
         check_scored(split, objective.likelihood)
-        options = settled(options, objective, split, warn=True)
+        options = with_solver(options, objective, split, warn=True)
         log = None
         if folder is not None:
             fixed = {name: getattr(options, name) for name in FIXED}

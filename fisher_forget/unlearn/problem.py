@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from fisher_forget._util.checks import check_model
 from fisher_forget._util.isolation import isolated
+from fisher_forget.curvature.double_backward import refuse_hidden
 from fisher_forget.curvature.estimate import estimate_curvature
-from fisher_forget.curvature.hidden import refuse_hidden
 from fisher_forget.curvature.kinds import Kind
 from fisher_forget.curvature.operator import Curvature
 from fisher_forget.data import batches
@@ -82,7 +82,7 @@ class Problem:
         objective = objective_of(model, split, options, loss_fn, device)
         options = options.with_loss(objective.likelihood, loss_fn)
         check_scored(split, objective.likelihood)
-        options = settled(options, objective, split, warn=True)
+        options = with_solver(options, objective, split, warn=True)
         clock = time.perf_counter()
         part, kind = options.curvature_plan(split)
         curvature = curvature_of(objective, split, options, part, kind, progress=progress)
@@ -113,7 +113,7 @@ def objective_of(
     return objective
 
 
-def settled(
+def with_solver(
     options: ForgetOptions, objective: Objective, split: Split, *, warn: bool = False
 ) -> ForgetOptions:
     """The options, with solver="auto" direct where products with the exact GGN can't be had.

@@ -38,7 +38,7 @@ from fisher_forget.unlearn.newton.guard import Guard, HeldOut
 from fisher_forget.unlearn.newton.path import Path, SubStep
 from fisher_forget.unlearn.newton.policy import STATIONARY, Signs, decide, stationarity
 from fisher_forget.unlearn.options import ForgetKeywords, ForgetOptions, merged
-from fisher_forget.unlearn.problem import Problem, settled
+from fisher_forget.unlearn.problem import Problem, with_solver
 
 HELD_OUT = 1000  # retained samples that guard the steps, at most, and a tenth of all
 SHOWN = 512  # forget samples whose predictions tell when the flow has done its work
@@ -144,7 +144,7 @@ def newton_step(
         expected = "a Problem: objective, split, curvature, data sums and weight decay"
         raise ConfigError(got, expected, "Pass Problem.of(model, loader, forget_idx, options).")
     begun = time.perf_counter()
-    options = settled(merged(options, changes), problem.objective, problem.split)
+    options = with_solver(merged(options, changes), problem.objective, problem.split)
     solver = _linear_solver(problem, options, working_set)
     held_out, shown = _samples(problem, options, guarded=not solver.literal)
     start = problem.objective.start
