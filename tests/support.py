@@ -96,6 +96,18 @@ class Reparametrised(nn.Module):
         return torch.tanh(self.old(self.new(x)))
 
 
+class MaxBag(nn.Module):
+    """The largest entries of a bag."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(6, WIDTH, mode="max")
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = (x[..., 0].detach() * 5).long().remainder(6)
+        return x + self.bag(tokens)[:, None]
+
+
 ROWS: dict[str, Callable[[], nn.Module]] = {
     "Linear, convolutions, embeddings, batch, group and layer norms": Normed,
     "frozen layers, LoRA": Adapter,
@@ -117,6 +129,7 @@ ROWS: dict[str, Callable[[], nn.Module]] = {
     "the same, `@once_differentiable`": PIECES["once differentiable"],
     "buffers that forward updates, activations that it stores": PIECES["counting"],
     "`nn.EmbeddingBag`; `sparse=True`": PIECES["bag"],
+    '`nn.EmbeddingBag(mode="max")`': MaxBag,
     "`torch.cdist`": PIECES["distances"],
 }
 
