@@ -22,7 +22,7 @@ from fisher_forget.baselines.finetune import FineTune
 from fisher_forget.baselines.l1_sparse import L1Sparse
 from fisher_forget.baselines.last_layers import CFk, EUk, last_layers
 from fisher_forget.baselines.neg_grad import NegGrad, NegGradPlus
-from fisher_forget.baselines.protocol import Unlearner
+from fisher_forget.baselines.protocol import Range, Unlearner
 from fisher_forget.baselines.random_labels import Amnesiac, RandomLabels, Relabelling
 from fisher_forget.baselines.retrain import Retrain, fresh
 from fisher_forget.baselines.salun import SalUn, saliency
@@ -180,7 +180,7 @@ class TestEveryMethod:
         assert isinstance(method, Unlearner)
         assert set(method.grid) <= {f.name for f in dataclasses.fields(method)}
         for key, values in method.grid.items():
-            for value in values:
+            for value in (values.low, values.high) if isinstance(values, Range) else values:
                 assert getattr(dataclasses.replace(method, **{key: value}), key) == value
 
     def test_untouched_deterministic_and_seeded(self, method, split, untouched):

@@ -12,7 +12,7 @@ from conftest import seeded, small_net
 from torch import nn
 
 from fisher_forget.baselines import METHODS, SgdMethod, Unlearned, Unlearner
-from fisher_forget.baselines.protocol import settings_of
+from fisher_forget.baselines.protocol import Range, settings_of
 from fisher_forget.data.split import Split, resolve_split
 from fisher_forget.errors import ConfigError
 
@@ -30,8 +30,9 @@ class TestEveryMethod:
         kind = METHODS[name]
         for key, values in kind.grid.items():
             assert key in {f.name for f in dataclasses.fields(kind)}
-            assert len(set(values)) == len(values) >= 2
-            for value in values:
+            ends = (values.low, values.high) if isinstance(values, Range) else values
+            assert len(set(ends)) == len(ends) >= 2
+            for value in ends:
                 assert getattr(kind(**{key: value}), key) == value
 
     def test_the_file_says_where_it_comes_from(self, name):
@@ -45,6 +46,45 @@ class TestEveryMethod:
         settings = settings_of(kind)
         assert {"seed", *kind.grid} <= settings.keys()
         assert kind(**settings) == kind()
+
+
+class TestRange:
+    def test_holds_its_ends_and_what_lies_between(self):
+        for value, inside in ((0.1, True), (1.0, True), (2, True), (10.0, True), (0.09, False)):
+            assert (value in Range(0.1, 10.0)) is inside
+        assert 2.5 not in Range(1, 3, whole=True)
+        assert "much" not in Range(1, 3)
+
+    @pytest.mark.parametrize(
+        ("ends", "options"),
+        [
+            ((1.0, 1.0), {}),
+            ((2.0, 1.0), {}),
+            ((0.0, 1.0), {}),
+            ((-1.0, 1.0), {}),
+            ((math.nan, 1.0), {}),
+            ((1.0, math.inf), {}),
+            (("a", "b"), {}),
+            ((0.5, 2.0), {"whole": True}),
+        ],
+    )
+    def test_ends_that_make_no_range_are_refused(self, ends, options):
+        with pytest.raises(ConfigError, match="Correct its ends"):
+            Range(*ends, **options)
+
+    def test_zero_may_be_an_end_without_log(self):
+        assert 0 in Range(0, 1, log=False)
+
+    @pytest.mark.parametrize(
+        ("values", "text"),
+        [
+            (Range(1e-5, 0.1), "1e-05 to 0.1"),
+            (Range(1, 10, whole=True), "whole, 1 to 10"),
+            (Range(0.1, 1.0, log=False), "0.1 to 1, linear"),
+        ],
+    )
+    def test_reads_as_people_write_it(self, values, text):
+        assert str(values) == text
 
 
 def test_no_settings_of_a_class_that_says_none():

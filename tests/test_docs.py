@@ -21,7 +21,7 @@ import pytest
 import yaml
 from browser import chromium, needs_chromium
 
-from fisher_forget.baselines import METHODS
+from fisher_forget.baselines import METHODS, Range
 from fisher_forget.cli import main
 from fisher_forget.experiments.config import CompareConfig, RunConfig, SweepConfig
 from fisher_forget.experiments.config_file import load_config
@@ -161,7 +161,8 @@ def test_every_method_has_a_row_with_what_a_comparison_may_choose():
     table = {row[0].strip("| `"): row[2] for row in rows if len(row) == 4}
     for name, method in METHODS.items():
         choices = "; ".join(
-            f"{key}: {', '.join(map(str, values))}" for key, values in method.grid.items()
+            f"{key}: {values if isinstance(values, Range) else ', '.join(map(str, values))}"
+            for key, values in method.grid.items()
         )
         assert table[name] == (choices or "nothing to choose")
 

@@ -16,7 +16,7 @@ from fisher_forget.baselines.l1_sparse import L1Sparse
 from fisher_forget.baselines.last_layers import CFk, EUk
 from fisher_forget.baselines.neg_grad import NegGrad, NegGradPlus
 from fisher_forget.baselines.ntk import Ntk, NtkFisher
-from fisher_forget.baselines.protocol import Unlearned, Unlearner
+from fisher_forget.baselines.protocol import Range, Unlearned, Unlearner
 from fisher_forget.baselines.random_labels import Amnesiac, RandomLabels
 from fisher_forget.baselines.retrain import Retrain
 from fisher_forget.baselines.salun import SalUn
@@ -62,6 +62,7 @@ __all__ = [
     "SISA",
     "DirectMethod",
     "Method",
+    "Range",
     "SgdMethod",
     "TrainingMethod",
     "Unlearned",

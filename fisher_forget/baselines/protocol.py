@@ -3,14 +3,56 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import nn
 
 from fisher_forget.data.split import Split
+from fisher_forget.errors import ConfigError
 
-Grid = dict[str, tuple[Any, ...]]  # hyper-parameter -> values that a comparison may choose from
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers from `low` to `high`, both included.
+
+    Attributes:
+        low: Least.
+        high: Largest.
+        log: Whether equal ratios, not equal differences, are equally likely.
+        whole: Whether they are integers.
+
+    Raises:
+        ConfigError: If low is not below high, or, with log, not above 0; ends that are not whole.
+    """
+
+    low: float
+    high: float
+    log: bool = True
+    whole: bool = False
+
+    def __post_init__(self) -> None:
+        ends = (self.low, self.high)
+        numbers = all(isinstance(x, int | float) and math.isfinite(x) for x in ends)
+        if not numbers or not self.low < self.high or (self.log and self.low <= 0):
+            expected = "two finite numbers, low below high" + ", above 0" * self.log
+            raise ConfigError(f"the range {self!r}", expected, "Correct its ends.")
+        if self.whole and not all(float(x).is_integer() for x in ends):
+            raise ConfigError(f"the range {self!r}", "whole ends", "Correct its ends.")
+
+    def __contains__(self, value: object) -> bool:
+        fits = isinstance(value, int if self.whole else int | float)
+        return fits and self.low <= value <= self.high  # type: ignore[operator]
+
+    def __str__(self) -> str:
+        scale = "" if self.log else ", linear"
+        kind = "whole, " * self.whole
+        return f"{kind}{self.low:g} to {self.high:g}{scale}"
+
+
+# hyper-parameter -> what a comparison may choose from: values, or all numbers of a range
+Grid = dict[str, tuple[Any, ...] | Range]
 
 
 @dataclass(frozen=True)
