@@ -165,7 +165,8 @@ class TestWhole:
         for case in report["cases"].values():
             outcome = next(o for o in case["outcomes"] if o["method"] == "shrink")
             judged = [t for t in outcome["trials"] if not t["error"]]
-            best = min(judged, key=lambda t: t["damage"] + t["memory"])
+            sane = [t for t in judged if t["damage"] <= 2]
+            best = min(sane or judged, key=lambda t: t["memory" if sane else "damage"])
             assert outcome["settings"] == best["settings"]
             assert [t["error"] != "" for t in outcome["trials"]].count(True) == 1
             assert f"{outcome['settings'].get('by', 1.0):g} 1" in calls
@@ -232,16 +233,6 @@ def test_options_that_a_method_does_not_take_are_refused_before_training(
     assert main(["compare", config(tmp_path, options=options)]) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "small" / "original").exists()
-
-
-def test_a_method_that_has_cost_enough_tries_no_more(tmp_path: Path) -> None:
-    CALLS.clear()
-    only = [{"name": "class 3", "kind": "class", "label": 3}]
-    path = config(
-        tmp_path, methods=[f"{__name__}:Shrink"], seeds=[0], forget_sets=only, tuning=0.01
-    )
-    compare(load_config(path, [], CompareConfig))
-    assert CALLS == ["1 0"]  # a quarter of a pass is more than a hundredth of fifteen
 
 
 def test_what_a_method_prepares_is_made_once_for_all_settings(tmp_path: Path) -> None:

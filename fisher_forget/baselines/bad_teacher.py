@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fisher_forget._util.copies import copy_model
 from fisher_forget.baselines.base import Training, TrainingMethod
-from fisher_forget.baselines.protocol import Grid
+from fisher_forget.baselines.protocol import Grid, Range
 from fisher_forget.baselines.retrain import Init, fresh
 from fisher_forget.baselines.training_loop import Epoch, Loss, distillation, numbered, require
 from fisher_forget.data.batches import Batch
@@ -42,7 +42,11 @@ class BadTeacher(TrainingMethod):
     """
 
     name = "bad-teacher"
-    grid: ClassVar[Grid] = {"lr": (1e-4, 1e-3, 1e-2), "epochs": (1, 3, 5), "share": (0.3, 1.0)}
+    grid: ClassVar[Grid] = {
+        "lr": Range(1e-5, 1e-2),
+        "epochs": Range(1, 10, whole=True),
+        "share": Range(0.1, 1.0),
+    }
 
     epochs: int = 1
     share: float = 0.3

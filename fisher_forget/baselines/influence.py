@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from fisher_forget import params as P
 from fisher_forget.baselines.base import DirectMethod, PricedWeights
 from fisher_forget.baselines.jacobian_rows import MEMORY, Rows
-from fisher_forget.baselines.protocol import Grid
+from fisher_forget.baselines.protocol import Grid, Range
 from fisher_forget.baselines.training_loop import require
 from fisher_forget.curvature.double_backward import (
     hidden_from_hessian,
@@ -70,7 +70,7 @@ class WoodFisher(DirectMethod):
     """
 
     name = "influence"
-    grid: ClassVar[Grid] = {"alpha": (0.3, 1.0, 3.0, 10.0), "damping": (0.01, 0.1, 1.0)}
+    grid: ClassVar[Grid] = {"alpha": Range(0.1, 100.0), "damping": Range(1e-3, 10.0)}
 
     alpha: float = 1.0
     damping: float = 1.0
@@ -123,7 +123,7 @@ class Lissa(DirectMethod):
     """
 
     name = "influence-lissa"
-    grid: ClassVar[Grid] = {"alpha": (0.3, 1.0, 3.0, 10.0), "scale": (10.0, 100.0, 1000.0)}
+    grid: ClassVar[Grid] = {"alpha": Range(0.1, 100.0), "scale": Range(10.0, 1e4)}
 
     alpha: float = 1.0
     scale: float = 1000.0

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fisher_forget import params as P
 from fisher_forget.baselines.base import SgdMethod, Training
-from fisher_forget.baselines.protocol import Grid
+from fisher_forget.baselines.protocol import Grid, Range
 from fisher_forget.baselines.training_loop import Epoch, Loss, each, require
 from fisher_forget.data.batches import Batch
 
@@ -38,7 +38,7 @@ class L1Sparse(SgdMethod):
     """
 
     name = "l1-sparse"
-    grid: ClassVar[Grid] = {"lr": (0.001, 0.01, 0.05), "alpha": (1e-5, 1e-4, 5e-4, 1e-3)}
+    grid: ClassVar[Grid] = {"lr": Range(1e-4, 0.1), "alpha": Range(1e-6, 1e-2)}
 
     alpha: float = 5e-4
     free: int = 0

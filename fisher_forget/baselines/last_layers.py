@@ -23,7 +23,7 @@ from torch import nn
 from fisher_forget._util.copies import copy_model
 from fisher_forget.baselines.base import Training
 from fisher_forget.baselines.finetune import FineTune
-from fisher_forget.baselines.protocol import Grid
+from fisher_forget.baselines.protocol import Grid, Range
 from fisher_forget.baselines.retrain import Init, fresh
 from fisher_forget.baselines.training_loop import require
 from fisher_forget.errors import ConfigError
@@ -41,7 +41,7 @@ class CFk(FineTune):
     """
 
     name = "cf-k"
-    grid: ClassVar[Grid] = {"lr": (0.001, 0.01, 0.05), "k": (1, 2, 3)}
+    grid: ClassVar[Grid] = {"lr": Range(1e-4, 0.1), "k": (1, 2, 3)}
 
     k: int = 1
     weight_decay: float = 5e-4

@@ -33,7 +33,7 @@ from fisher_forget import params as P
 from fisher_forget._util.isolation import seeded
 from fisher_forget.baselines.base import DirectMethod, PricedWeights, first_outputs
 from fisher_forget.baselines.jacobian_rows import MEMORY, Rows, most_rows
-from fisher_forget.baselines.protocol import Grid
+from fisher_forget.baselines.protocol import Grid, Range
 from fisher_forget.baselines.training_loop import require
 from fisher_forget.curvature.estimate import estimate_curvature
 from fisher_forget.data.split import Split, some
@@ -64,7 +64,7 @@ class Ntk(DirectMethod):
     """
 
     name = "ntk"
-    grid: ClassVar[Grid] = {"weight_decay": (0.001, 0.01, 0.1, 1.0)}
+    grid: ClassVar[Grid] = {"weight_decay": Range(1e-3, 10.0)}
 
     weight_decay: float = 0.1
     initial: nn.Module | None = field(default=None, repr=False, compare=False)
@@ -140,7 +140,7 @@ class NtkFisher(Ntk):
     """
 
     name = "ntk-fisher"
-    grid: ClassVar[Grid] = Ntk.grid | {"alpha": (1e-10, 1e-9, 1e-8, 1e-7)}
+    grid: ClassVar[Grid] = Ntk.grid | {"alpha": Range(1e-11, 1e-7)}
 
     alpha: float = 1e-9
     tau: float = 1e-3

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fisher_forget import params as P
 from fisher_forget.baselines.base import DirectMethod, PricedWeights
-from fisher_forget.baselines.protocol import Grid
+from fisher_forget.baselines.protocol import Grid, Range
 from fisher_forget.baselines.training_loop import require, shuffled
 from fisher_forget.curvature.estimate import estimate_curvature
 from fisher_forget.data.split import Indices, Split
@@ -46,7 +46,7 @@ class Ssd(DirectMethod):
     """
 
     name = "ssd"
-    grid: ClassVar[Grid] = {"alpha": (2.0, 5.0, 10.0, 30.0, 100.0), "lam": (0.1, 0.5, 1.0)}
+    grid: ClassVar[Grid] = {"alpha": Range(1.0, 100.0), "lam": Range(0.1, 10.0)}
 
     alpha: float = 10.0
     lam: float = 1.0

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from fisher_forget import params as P
 from fisher_forget._util.isolation import seeded
 from fisher_forget.baselines.base import DirectMethod, PricedWeights
-from fisher_forget.baselines.protocol import Grid
+from fisher_forget.baselines.protocol import Grid, Range
 from fisher_forget.baselines.training_loop import require, shuffled
 from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Split
@@ -54,7 +54,7 @@ class Variational(DirectMethod):
     """
 
     name = "variational"
-    grid: ClassVar[Grid] = {"trade_off": (1e-8, 1e-7, 1e-6, 1e-5, 1e-4)}
+    grid: ClassVar[Grid] = {"trade_off": Range(1e-8, 1e-4)}
 
     trade_off: float = 1e-6
     epochs: int = 10

@@ -3,7 +3,6 @@ the same budget, in one table."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -32,12 +31,15 @@ from fisher_forget.experiments.datasets import DataBundle
 from fisher_forget.experiments.method_setup import Scrubber, chosen_methods, configured
 from fisher_forget.experiments.outcomes import Outcome, Trial, model_path
 from fisher_forget.experiments.run import processor
+from fisher_forget.experiments.search import search
 from fisher_forget.report.pages import comparison
 from fisher_forget.unlearn.result import versions
 
 K = TypeVar("K")
 T = TypeVar("T")
 MethodClass = type[Unlearner]
+# what a method may raise with settings or data that do not suit it; anything else is a mistake
+FAILURES = (FisherForgetError, ArithmeticError, RuntimeError, ValueError)
 
 
 def compare(config: CompareConfig) -> Path:
@@ -113,13 +115,19 @@ def _outcome(
     if (finished := outcomes.stored(place, mark, config.seeds)) is not None:
         return finished
     scrub, store = Scrubber(config, case, method), partial(outcomes.store, place, mark)
-    trials, best = _tuned(scrub, validation)
+    judge = tuning.Judge.of(
+        case.originals.models[0], case.data, case.forget, case.settings, validation
+    )
+    trials, best = _tuned(scrub, judge)
     if best is None:
         return store(Outcome(method.name, {}, trials, refused=trials[0].error))
     settings, first = best
+    scrubbed = [first]
     try:
-        scrubbed = [first, *(scrub(settings, index) for index in range(1, len(config.seeds)))]
-    except FisherForgetError as error:
+        for index in range(1, len(config.seeds)):
+            scrubbed.append(scrub(settings, index))
+            judge(scrubbed[-1].model)  # refuses outputs that are not finite
+    except FAILURES as error:
         return store(Outcome(method.name, settings, trials, refused=str(error)))
     for seed, unlearned in zip(config.seeds, scrubbed, strict=True):
         files.save_model(model_path(place, seed), unlearned.model, {"fingerprint": mark})
@@ -129,30 +137,26 @@ def _outcome(
 
 
 def _tuned(
-    scrub: Scrubber, validation: TensorDataset
+    scrub: Scrubber, judge: tuning.Judge
 ) -> tuple[tuple[Trial, ...], tuple[dict[str, Any], Unlearned] | None]:
     """Trials on the first original; the best settings and what they made of it, if any worked."""
-    config, case, method = scrub.config, scrub.case, scrub.method
-    first = case.originals.models[0]
-    judge = tuning.Judge.of(first, case.data, case.forget, case.settings, validation)
-    trials: list[Trial] = []
-    best: tuple[dict[str, Any], Unlearned] | None = None
-    least, spent = math.inf, 0.0
-    fixed = config.options.get(method.name, {})
-    for settings in tuning.settings(method, config.trials, fixed):
-        if spent > config.tuning * config.training.epochs:
-            break
+    best: tuple[Trial, Unlearned] | None = None
+
+    def attempt(settings: dict[str, Any]) -> Trial:
+        nonlocal best
         try:
             unlearned = scrub(settings, 0)
             judgement = judge(unlearned.model)
-        except FisherForgetError as error:
-            trials.append(Trial(settings, error=str(error)))
-            continue
-        spent += unlearned.passes if math.isfinite(unlearned.passes) else 0.0
-        trials.append(Trial(settings, judgement.damage, judgement.memory))
-        if best is None or judgement.total < least:
-            least, best = judgement.total, (settings, unlearned)
-    return tuple(trials), best
+        except FAILURES as error:
+            return Trial(settings, error=str(error) or repr(error))
+        trial = Trial(settings, judgement.damage, judgement.memory)
+        if best is None or trial.rank < best[0].rank:
+            best = trial, unlearned
+        return trial
+
+    config, method = scrub.config, scrub.method
+    trials = search(method, config.trials, attempt, config.options.get(method.name, {}))
+    return trials, None if best is None else (best[0].settings, best[1])
 
 
 def _summary(
@@ -202,5 +206,5 @@ def _fingerprint(
     experiment = (versions(), *basis(config, case.data), case.forget)
     defaults = {name: repr(default) for name, default in settings_of(method).items()}
     code = (f"{method.__module__}.{method.__qualname__}", defaults, repr(method.grid))
-    options = (config.options.get(method.name, {}), config.trials, config.tuning, config.seeds)
+    options = (config.options.get(method.name, {}), config.trials, config.seeds)
     return files.fingerprint(*experiment, *code, *options, validation.tensors)

@@ -197,18 +197,15 @@ class CompareConfig(RunConfig):
             all by default.
         options: Name of a method -> its fields that have one value in all trials, such as {ntk:
             {memory: 268435456}}.
-        trials: Settings that each method may try, its defaults first, the others drawn from its
-            grid.
-        tuning: Sample gradients that the settings of a method may cost together, in trainings: once
-            they have cost more, no other is tried.
+        trials: Settings that each method with something to choose tries, its defaults first, the
+            others from its grid.
         validation: Share of the test data that the settings are chosen on, and that no score is
             computed on.
     """
 
     methods: list[str] = field(default_factory=list)
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
-    trials: int = 6
-    tuning: float = 5.0
+    trials: int = 8
     validation: float = 0.5
 
     def __post_init__(self) -> None:
@@ -216,7 +213,6 @@ class CompareConfig(RunConfig):
         likelihood = self.likelihood
         _check(
             (f"trials: {self.trials}", self.trials >= 1, "at least 1"),
-            (f"tuning: {self.tuning}", self.tuning > 0, "a positive number"),
             (f"validation: {self.validation}", 0 < self.validation < 1, "between 0 and 1"),
             (f"likelihood: {likelihood}", likelihood == "categorical", "'categorical'"),
         )

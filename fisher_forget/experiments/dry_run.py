@@ -225,10 +225,13 @@ def _times(config: RunConfig, command: str, needs: list[Need], cost: Cost) -> It
     sets = len(config.forget_sets)
     if isinstance(config, CompareConfig):
         methods = len(config.methods or METHODS)
-        # what a method's settings may cost, and about one training for every original
-        trainings = config.tuning + len(config.seeds)
-        most = _seconds(methods * sets * trainings * whole / config.jobs)
-        yield f"methods: {methods} x {sets} forget sets, about {most} at most; mostly much less"
+        # each scrubbing takes about a training at most; the first original's is among the trials
+        calls = config.trials + len(config.seeds) - 1
+        most = _seconds(methods * sets * calls * whole / config.jobs)
+        yield (
+            f"methods: {methods} x {sets} forget sets, {config.trials} trials and "
+            f"{len(config.seeds)} originals each, about {most} at most; mostly much less"
+        )
     elif command != "evaluate":
         yield (
             f"forgetting: {len(config.seeds) * sets} times, each "

@@ -20,6 +20,7 @@ from fisher_forget.errors import ConfigError
 from fisher_forget.experiments.cases import Case, trained, untrained
 from fisher_forget.experiments.config import CompareConfig
 from fisher_forget.experiments.import_path import find, is_own
+from fisher_forget.experiments.search import needs_optuna
 
 FRESH = 50_000  # added to seeds of fresh weights: none is an original's or a retrained model's
 
@@ -28,11 +29,14 @@ def chosen_methods(config: CompareConfig) -> dict[str, type[Unlearner]]:
     """Name -> class of the methods to compare.
 
     Raises:
-        ConfigError: An unknown method; options that a method does not have or take.
+        ConfigError: An unknown method; options that a method does not have or take; ranges to
+            search without Optuna.
     """
     classes = [_method(name) for name in config.methods or METHODS]
     methods = {method.name: method for method in classes}
     _check_options(config.options, METHODS | methods)
+    if config.trials > 1:
+        needs_optuna(method.grid for method in methods.values())
     return methods
 
 

@@ -12,6 +12,7 @@ from fisher_forget._util import files
 from fisher_forget.errors import StorageError
 
 OUTCOME = "outcome.json"
+ALLOWED_DAMAGE = 2.0  # percentage points of accuracy, on what is retained
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,22 @@ class Trial:
     damage: float = math.nan
     memory: float = math.nan
     error: str = ""
+
+    @property
+    def rank(self) -> tuple[int, float, float]:
+        """What is least for the trial to choose; see `tuning`."""
+        if self.error:
+            return 2, math.inf, math.inf
+        if self.damage > ALLOWED_DAMAGE:
+            return 1, self.damage, self.memory
+        return 0, self.memory, self.damage
+
+    @property
+    def objective(self) -> float:
+        """One number in the order of `rank`, but for ties: 0 to 100 of memory, 102 to 200 with
+        damage, 300 if it failed."""
+        group, first, _ = self.rank
+        return 100.0 * group + min(first, 100.0)
 
 
 @dataclass(frozen=True)
