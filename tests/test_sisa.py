@@ -361,21 +361,24 @@ class TestCost:
         return sisa
 
     def test_closed_forms(self):
-        assert partition.expected_points_sequential(10_000, 20, 50) == pytest.approx(
-            24_888.75, abs=1e-9
-        )
-        # the sum that it is in closed form: request i meets (N - i + 1) / S points and keeps all
-        # but one
-        total = sum((10_000 - i + 1) / 20 - 1 for i in range(1, 51))
-        assert partition.expected_points_sequential(10_000, 20, 50) == pytest.approx(
-            total, rel=1e-12
-        )
-        # two shards, two requests: one shard is hit with chance 1/2, both with chance 1/2
-        assert partition.expected_points_batch(100, 2, 2) == pytest.approx(0.5 * 50 + 0.5 * 100 - 2)
+        """By hand: two shards of two, two requests. The first retrains 1 point; the second hits its
+        shard, with chance 1/3, and retrains none, or the other, and retrains 1."""
+        assert partition.expected_points_sequential(4, 2, 2) == pytest.approx(1 + 2 / 3)
+        assert partition.expected_points_batch(4, 2, 2) == pytest.approx(2 / 3 * 2)
         assert partition.expected_points_batch(100, 1, 3) == 97
+        assert partition.expected_points_sequential(1, 1, 1) == 0
         assert partition.epochs_per_slice(20, 4) == 8
         assert partition.epochs_per_slice(7, 1) == 7
         assert partition.slicing_fraction(1) == 1
+
+    def test_all_requests_together_leave_nothing(self):
+        for samples, shards in ((60, 5), (61, 7), (5, 9)):
+            assert partition.expected_points_batch(samples, shards, samples) == pytest.approx(0)
+            # every pair of a shard is retrained once, by the request that takes its first sample
+            sizes = [len(part) for part in np.array_split(np.arange(samples), shards)]
+            pairs = sum(math.comb(size, 2) for size in sizes)
+            found = partition.expected_points_sequential(samples, shards, samples)
+            assert found == pytest.approx(pairs)
 
     @pytest.mark.parametrize("slices", [1, 2, 5, 16])
     def test_passes_are_constant_and_the_fraction_is_the_mean_over_slices(self, slices):
@@ -387,50 +390,37 @@ class TestCost:
         ]
         assert np.mean(costs) / 12 == pytest.approx(partition.slicing_fraction(slices))
 
+    @pytest.mark.parametrize(("samples", "shards", "requests"), [(7, 3, 3), (6, 2, 4), (5, 2, 5)])
+    def test_retrained_points_of_all_orders_of_samples(self, samples, shards, requests):
+        """Exact: the mean over every order of different samples, of shards of unequal sizes."""
+        shard_of = [i % shards for i in range(samples)]
+        one_by_one, together = [], []
+        for order in itertools.permutations(range(samples), requests):
+            left, count = set(range(samples)), 0
+            for i in order:
+                left.remove(i)
+                count += sum(shard_of[j] == shard_of[i] for j in left)
+            one_by_one.append(count)
+            hit = {shard_of[i] for i in order}
+            together.append(sum(shard_of[j] in hit for j in left))
+        for counts, formula in (
+            (one_by_one, partition.expected_points_sequential),
+            (together, partition.expected_points_batch),
+        ):
+            assert np.mean(counts) == pytest.approx(formula(samples, shards, requests), rel=1e-12)
+
     @pytest.mark.parametrize("together", [False, True])
-    def test_retrained_points_over_all_ways_to_hit(self, together):
-        """Exact: three requests that hit three shards at random, as the formulas assume, in all 27
-        ways."""
-        samples, shards, requests = 12, 3, 3
+    def test_an_ensemble_retrains_as_many_points(self, together):
+        """Exact: every order of two of five samples."""
         counts = []
-        for hit in itertools.product(range(shards), repeat=requests):
-            sisa = self.idle(samples, shards=shards)
-            left = [list(shard[0]) for shard in sisa.cut]
-            chosen = [int(left[shard].pop()) for shard in hit]
-            counts.append(
-                sum(
-                    sisa.forget(batch).points
-                    for batch in ([chosen] if together else [[i] for i in chosen])
-                )
-            )
+        for order in itertools.permutations(range(5), 2):
+            sisa = self.idle(5, shards=2)
+            batches = [order] if together else [[i] for i in order]
+            counts.append(sum(sisa.forget(batch).points for batch in batches))
         formula = (
             partition.expected_points_batch if together else partition.expected_points_sequential
         )
-        assert len(set(counts)) >= 3
-        assert np.mean(counts) == pytest.approx(formula(samples, shards, requests), rel=1e-12)
-
-    def test_retrained_points_of_random_samples(self):
-        """Requests for samples at random; |z| < 4.4: false alarm 1e-5 by the normal law.
-
-        They hit large shards more often than the formula has it: request j + 1 meets S Var(size) /
-        (N - j) = j (1 - 1/S) / (N - 1) more points, which the tolerance allows.
-        """
-        samples, shards, requests, runs = 120, 4, 6, 25
-        rng = np.random.default_rng(3)
-        counts = []
-        for run in range(runs):
-            sisa = self.idle(samples, shards=shards, seed=run)
-            counts.append(
-                sum(
-                    sisa.forget([int(i)]).points
-                    for i in rng.choice(samples, requests, replace=False)
-                )
-            )
-        error = np.std(counts, ddof=1) / math.sqrt(runs)
-        excess = sum(range(requests)) * (1 - 1 / shards) / (samples - 1)
-        expected = partition.expected_points_sequential(samples, shards, requests)
-        assert 0 < error < 0.5 < 0.003 * expected
-        assert -4.4 * error < np.mean(counts) - expected < excess + 4.4 * error
+        assert np.mean(counts) == pytest.approx(formula(5, 2, 2), rel=1e-12)
 
     def test_slices_save_what_the_fraction_says(self):
         """Exact: over every sample of a shard, each call of e_r epochs has one sample fewer than

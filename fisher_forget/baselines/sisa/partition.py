@@ -141,10 +141,15 @@ def epochs_per_slice(epochs: float, slices: int) -> float:
 
 
 def expected_points_sequential(samples: int, shards: int, requests: int) -> float:
-    """(N/S + 1/(2S) - 1) K - K^2 / (2S): points retrained by K requests, one by one, R = 1.
+    """Points retrained by K requests, one by one, for different samples at random; R = 1.
 
-    Request i meets a shard of (N - i + 1) / S points on average and retrains all but one: every
-    request is taken to hit a shard at random.
+        sum_s n_s (n_s - 1) / (N (N - 1)) * sum_{i=1}^{K} (N - i)
+
+    with n_s the sizes of shards, which differ by one at most. Exact: request i retrains what shares
+    a shard with its sample, which is sum_s n_s (n_s - 1) / N others on average, and each of these
+    is still there with chance (N - i) / (N - 1). The published
+    (N/S + 1/(2S) - 1) K - K^2 / (2S) lets requests hit small shards as often as large ones, which
+    is less.
 
     Args:
         samples: N.
@@ -155,13 +160,20 @@ def expected_points_sequential(samples: int, shards: int, requests: int) -> floa
         ConfigError: If a number is below 1, or K exceeds N.
     """
     _requests(samples, shards, requests)
-    return (samples / shards + 1 / (2 * shards) - 1) * requests - requests**2 / (2 * shards)
+    sizes = _sizes(samples, shards)
+    pairs = float((sizes * (sizes - 1)).sum())  # 0 for one sample, whose N - 1 is 0, too
+    left = requests * samples - requests * (requests + 1) / 2
+    return pairs * left / (samples * max(samples - 1, 1))
 
 
 def expected_points_batch(samples: int, shards: int, requests: int) -> float:
-    """N (1 - (1 - 1/S)^K) - K: points retrained by K requests that are served together, R = 1.
+    """Points retrained by K requests that are served together, for different samples at random;
+    R = 1.
 
-    A shard is retrained if at least one request hits it.
+        sum_s n_s (1 - C(N - n_s, K) / C(N, K)) - K
+
+    with n_s the sizes of shards, which differ by one at most. Exact: the fraction is the chance
+    that none of the K samples lies in shard s, and the K samples themselves are not retrained.
 
     Args:
         samples: N.
@@ -172,7 +184,11 @@ def expected_points_batch(samples: int, shards: int, requests: int) -> float:
         ConfigError: If a number is below 1, or K exceeds N.
     """
     _requests(samples, shards, requests)
-    return samples * (1 - (1 - 1 / shards) ** requests) - requests
+    sizes = _sizes(samples, shards)
+    drawn_before = np.arange(requests)
+    # the i-th sample misses a shard that was missed so far; a factor is 0 where it cannot
+    missed = [np.prod(1 - size / (samples - drawn_before)) for size in sizes]
+    return float(sizes @ (1 - np.array(missed))) - requests
 
 
 def slicing_fraction(slices: int) -> float:
@@ -234,6 +250,11 @@ def _ascending(values: NDArray[np.generic], seed: int) -> Indices:
 
 def _sliced(part: Indices, slices: int) -> Shard:
     return tuple(np.sort(piece) for piece in np.array_split(part, slices))
+
+
+def _sizes(samples: int, shards: int) -> NDArray[np.float64]:
+    """Sizes [S] of shards that differ by one at most."""
+    return (samples // shards + (np.arange(shards) < samples % shards)).astype(np.float64)
 
 
 def _check(samples: int, shards: int, slices: int) -> None:
