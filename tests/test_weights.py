@@ -143,6 +143,24 @@ class TestEfficacy:
         found = efficacy(linear(2.0).eval(), resolve_split(data, [0, 1]), "gaussian")
         assert found == pytest.approx(1 / ((1 + 36) / 2))
 
+    def test_its_unit_is_the_square_of_the_weights(self) -> None:
+        """Weights in a unit 10 times as small are 10 times as large, and efficacy 100 times."""
+        model, x, y, _ = case("mlp")
+        split = resolve_split(TensorDataset(x, y), [0, 2, 3])
+        found = efficacy(model, split)
+
+        class Scaled(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.weights = nn.ParameterList(10 * p.detach() for p in model.parameters())
+
+            def forward(self, inputs: Tensor) -> Tensor:
+                names = [name for name, _ in model.named_parameters()]
+                scaled = dict(zip(names, (p / 10 for p in self.weights), strict=True))
+                return torch.func.functional_call(model, scaled, (inputs,))
+
+        assert efficacy(Scaled().eval(), split) == pytest.approx(100 * found, rel=1e-9)
+
     def test_a_perfect_fit_says_nothing(self) -> None:
         data = TensorDataset(torch.tensor([[1.0], [2.0]]), torch.tensor([[2.0], [0.0]]))
         assert efficacy(linear(2.0).eval(), resolve_split(data, [0]), "gaussian") == math.inf

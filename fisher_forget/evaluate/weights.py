@@ -3,9 +3,11 @@ its gradients.
 
     distance = |a - b|,  relative = |a - b| / |b|              [units of the weights; no unit]
     cosine   = <scrubbed - original, retrained - original> / (|.| |.|)            [-1, 1]
-    efficacy = 1 / tr F_f,  F_f = (1/N_f) sum over n in D_f of g_n g_n^T  [1 / (nats per weight)^2]
+    efficacy = 1 / tr F_f,  F_f = (1/N_f) sum over n in D_f of g_n g_n^T  [squared weight / nats]
 
-with g_n the gradient of sample n's loss and N_f the scored positions of D_f.
+with g_n the gradient of sample n's loss and N_f the scored positions of D_f. A Fisher matrix F is
+in nats per squared weight, since d^T F d / 2 is the KL of a step d, in nats; so is its trace, a sum
+over weights.
 """
 
 from __future__ import annotations
@@ -51,12 +53,11 @@ def weight_distance(a: nn.Module, b: nn.Module, *, relative: bool = False) -> fl
 def step_cosine(
     original: nn.Module, scrubbed: nn.Module, retrained: nn.Module | Sequence[nn.Module]
 ) -> float:
-    """Cosine between the step that scrubbing took and the one that retraining took; the target is
-    1.
+    """Cosine between the step that scrubbing took and the one that retraining took.
 
-    It is blind to the length of both steps. Retraining from another initialisation moves far in
-    directions that have nothing to do with forgetting, so 1 is only in reach where the retrained
-    models share the original's seed.
+    The target is the cosine of two retrained models' steps from the same original. It is far from
+    1, since retraining from another initialisation moves far in directions that have nothing to do
+    with forgetting. The cosine is blind to the length of both steps.
 
     Args:
         original: The model before forgetting.
@@ -96,7 +97,7 @@ def efficacy(model: nn.Module, split: Split, likelihood: Likelihood | str = "cat
         likelihood: Name or instance.
 
     Returns:
-        1 / (nats per weight)^2; infinity where every gradient is zero.
+        Squared weight / nats; infinity where every gradient is zero.
 
     Raises:
         ModelError, DataError, NumericalError: As for `estimate_curvature`.
