@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import WEIGHT_DECAY, blobs_data, seeded, small_net
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import ConcatDataset, TensorDataset
 
 from fisher_forget import ConfigError, DataError, NumericalError, forget
 from fisher_forget.data.split import resolve_split
@@ -367,7 +367,7 @@ class TestByName:
         ]
         models = ensemble.originals.models
         table = evaluate(models, ensemble, PARTS, metrics=names)
-        assert {s.metric for s in table.scores} == set(names)
+        assert {s.metric for s in table.scores} == {*names} - {"u_lira_tpr"}
         scores = {
             part: evaluate(models, ensemble, PARTS, metrics=["score"]).get("score", part)
             for part in PARTS
@@ -379,7 +379,16 @@ class TestByName:
         assert table.get("tug_of_war").value < 0.5 < table.get("tug_of_war").target
         assert table.get("average_gap").value > 25 > table.get("average_gap").target
         assert table.get("membership_auc").value > table.get("membership_auc").target
-        assert table.get("u_lira_tpr").value > table.get("u_lira_tpr").target
+
+    def test_a_rate_that_too_few_samples_show_is_left_out(self, ensemble):
+        models = ensemble.originals.models
+        few = evaluate(models, ensemble, PARTS, metrics=["u_lira_tpr"])
+        why = f"it takes 100 samples of forget data, and there are {len(IDX)}"
+        assert few.left_out == {"u_lira_tpr": why}
+        assert why in few.to_markdown()
+        twice = {"forget": ConcatDataset([PARTS["forget"]] * 2)}
+        row = evaluate(models, ensemble, twice, metrics=["u_lira_tpr"]).get("u_lira_tpr")
+        assert row.value > row.target
 
     def test_steps_of_relearning(self, ensemble):
         split = resolve_split(DATA, IDX)

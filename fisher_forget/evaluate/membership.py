@@ -29,7 +29,7 @@ from scipy import special, stats
 from torch import Tensor
 
 from fisher_forget.errors import ConfigError, DataError, NumericalError
-from fisher_forget.evaluate.intervals import Array, Values, as_array
+from fisher_forget.evaluate.intervals import Array, Interval, Values, as_array
 from fisher_forget.evaluate.roc import auc, tpr_at_fpr
 
 Features = Mapping[str, Array]
@@ -81,9 +81,14 @@ class ShadowAttack:
         """Mean over the pairs of the AUC over the N samples; the target is 1/2."""
         return float(auc(self.unlearned, self.out).mean())
 
-    def tpr_at_fpr(self, fpr: float) -> float:
-        """Mean over the pairs of the largest true positive rate at so many false positives."""
-        return float(tpr_at_fpr(self.unlearned, self.out, fpr).mean())
+    def tpr_at_fpr(self, fpr: float) -> Interval:
+        """Mean over the pairs of the largest true positive rate at so many false positives, and its
+        95 % interval; the target is `fpr`.
+
+        Raises:
+            ConfigError, DataError: As for `roc.tpr_at_fpr`; N must be at least 1 / fpr.
+        """
+        return tpr_at_fpr(self.unlearned, self.out, fpr)
 
 
 def attack_features(logits: Tensor, targets: Tensor) -> dict[str, Array]:

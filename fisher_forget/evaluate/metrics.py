@@ -31,7 +31,7 @@ from fisher_forget.evaluate.membership import (
     shadow_attack,
     u_lira,
 )
-from fisher_forget.evaluate.roc import auc
+from fisher_forget.evaluate.roc import auc, needed_negatives
 from fisher_forget.evaluate.verdict import Far
 from fisher_forget.likelihood import Categorical, Likelihood
 
@@ -40,6 +40,7 @@ GROUP_SAMPLES = 10_000  # of a part, that distributions of models are compared o
 RELEARN = 100  # epochs at most
 STEPS = 1000  # at most
 LEAST = 3  # models on either side of such a comparison
+FPR = 0.01  # false positive rate of `u_lira_tpr`
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class Metric:
         group: number of several models and several retrained ones, of `LEAST` each at least.
         parts: Parts of the data it is computed on; empty for all.
         cap: Where counting ends: the true number may be larger.
+        samples: Of each part, that it takes at least.
         needs: Besides outputs: "categorical", "membership", "split", "teacher" (see `missing`), or
             "weights" of the original's architecture, without which it is undefined.
         far: "high" of a distance to retrained models, "low" of a likeness; else both sides are.
@@ -113,6 +115,7 @@ class Metric:
     group: Group | None = None
     parts: tuple[str, ...] = ()
     cap: float = math.inf
+    samples: int = 1
     needs: frozenset[str] = field(default_factory=frozenset)
     by_name: bool = False
     far: Far | None = None
@@ -131,6 +134,10 @@ class Metric:
             return "it needs a model with random weights: pass teacher="
         if "membership" in self.needs and not {"forget", "retain", "test"} <= set(context.targets):
             return "it needs the parts forget, retain and test"
+        for part in self.parts:
+            count = len(context.targets.get(part, ()))
+            if count < self.samples:
+                return f"it takes {self.samples} samples of {part} data, and there are {count}"
         return None
 
 
@@ -356,7 +363,8 @@ TABLE = (
         parts=FORGET, needs=WEIGHTS, far="low",
     ),
     Metric(
-        "efficacy", "1/nats", "inverse information that the forget set still exerts on the weights",
+        "efficacy", "squared weight / nats",
+        "inverse information that the forget set still exerts on the weights",
         "1 / tr F_empirical(w; D_f)", "Becker & Liebig 2022, arXiv:2208.10836",
         solo=_efficacy, parts=FORGET, needs=SPLIT,
     ),
@@ -382,8 +390,8 @@ TABLE = (
         "u_lira_tpr", "%", "true positives of u_lira at 1 % false positives",
         "TPR at 1 % FPR of the likelihood ratio of two Gaussians of the margin",
         "Hayes et al. 2024, arXiv:2403.01218",
-        group=_shadow(partial(u_lira, pooled=True), partial(ShadowAttack.tpr_at_fpr, fpr=0.01)),
-        parts=FORGET, needs=CLASSES, by_name=True, far="high",
+        group=_shadow(partial(u_lira, pooled=True), lambda attack: attack.tpr_at_fpr(FPR).value),
+        parts=FORGET, needs=CLASSES, by_name=True, far="high", samples=needed_negatives(FPR),
     ),
     Metric(
         "tug_of_war", "", "three accuracies against a retrained model's, in one number",
