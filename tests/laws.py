@@ -18,6 +18,7 @@ from fisher_forget.curvature.structures.diagonal import Diagonal
 from fisher_forget.curvature.structures.kronecker import Kronecker
 from fisher_forget.curvature.structures.low_rank import LowRank
 from fisher_forget.curvature.structures.matrix_free import MatrixFree
+from fisher_forget.likelihood.streams import Streams
 from fisher_forget.params import Params, flatten, randn_like, unflatten
 
 POWERS = (1.0, 0.5, -0.25, -0.5, -1.0)
@@ -42,7 +43,7 @@ def truth(model: nn.Module, data: TensorDataset, kind: str) -> Tensor:
         return oracle.ggn(model, x, y, likelihood, empirical=kind == "empirical")
     draw = likelihood.sketch if kind == "sketch" else likelihood.sampled
     with torch.no_grad():
-        columns = draw(model(x), DRAWS, torch.Generator().manual_seed(SEED), y)
+        columns = draw(model(x), DRAWS, Streams(SEED, torch.arange(len(x))), y)
     return oracle.from_columns(model, x, y, likelihood, columns)
 
 

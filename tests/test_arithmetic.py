@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from small_models import prepared
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from fisher_forget import CurvatureError, StorageError, estimate_curvature
 from fisher_forget.curvature import load_curvature, merged, save_curvature, with_prior, without
+from fisher_forget.curvature.kinds import RANDOM
 from fisher_forget.curvature.operator import Curvature
 from fisher_forget.data.split import resolve_split
 from fisher_forget.params import flatten, randn_like
@@ -45,6 +47,92 @@ def test_parts_add_up_and_can_be_taken_away(name: str, structure: object, kind: 
     assert same(merged(parts["retain"], parts["forget"]), whole)
     assert same(without(whole, parts["forget"]), parts["retain"])
     assert without(whole, parts["forget"]).info == parts["retain"].info
+
+
+class Walked(Dataset):
+    """A data set whose samples have no place in memory: read by worker processes, too."""
+
+    def __init__(self, *tensors: torch.Tensor) -> None:
+        self.tensors = tensors
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
+        return tuple(x[index] for x in self.tensors)
+
+
+class TestRandomKinds:
+    """What a part takes away is what the whole holds: columns belong to samples."""
+
+    @pytest.mark.parametrize("structure", SUMS, ids=str)
+    @pytest.mark.parametrize("kind", RANDOM)
+    @pytest.mark.parametrize("name", ["residual", "sequence"])
+    def test_a_downdate_is_exact(self, name: str, kind: str, structure: object) -> None:
+        if name == "sequence" and isinstance(structure, dict):
+            structure = {"mlp*": "ekfac", "*": "diagonal"}
+        model, data = prepared(name)
+        options = {"structure": structure, "kind": kind, "draws": 2, "seed": 5}
+        split = resolve_split(DataLoader(data, batch_size=3), [0, 2])
+        whole = estimate_curvature(model, split, part="all", memory=1, **options)
+        if structure != "diagonal" and structure != "dense":
+            options["basis"] = whole
+        split = resolve_split(DataLoader(data, batch_size=2), [0, 2])
+        retain, forget = (
+            estimate_curvature(model, split, part=part, **options) for part in ("retain", "forget")
+        )
+        assert same(without(whole, forget), retain)
+        assert same(merged(forget, retain), whole)
+        assert without(whole, forget).info == retain.info
+
+    @pytest.mark.parametrize("structure", ["diagonal", "ekfac", "dense"])
+    @pytest.mark.parametrize("kind", RANDOM)
+    def test_after_nine_samples_of_ten(self, kind: str, structure: str) -> None:
+        """In float32, read by two workers and in other batches: no eigenvalue below rounding."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(200, 6, generator=generator)
+        y = torch.randint(0, 3, (200,), generator=generator)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = torch.nn.Sequential(
+                torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)
+            )
+        order = torch.randperm(200, generator=generator).tolist()
+        options = {"structure": structure, "kind": kind}
+        whole = estimate_curvature(model, TensorDataset(x, y), **options)
+        if structure == "ekfac":
+            options["basis"] = whole
+        walked = Walked(x, y)
+        parts = [
+            estimate_curvature(model, loader, **options)
+            for loader in (
+                DataLoader(Subset(walked, order[:180]), batch_size=7, num_workers=2),
+                Subset(TensorDataset(x, y), order[180:]),
+            )
+        ]
+        left = without(whole, parts[0])
+        eigenvalues = torch.cat([s.flatten() for s in held(left)])
+        assert float(eigenvalues.min()) > -1e-5 * float(eigenvalues.max())
+        assert same(left, parts[1], 1e-4)
+
+    def test_columns_drawn_otherwise_are_refused(self) -> None:
+        model, data = prepared("residual")
+        split = resolve_split(data, [0, 1])
+        options = {"structure": "diagonal", "kind": "sketch"}
+        whole = estimate_curvature(model, split, part="all", **options)
+        for change in ({"seed": 1}, {"draws": 2}):
+            part = estimate_curvature(model, split, part="forget", **options, **change)
+            with pytest.raises(CurvatureError, match="same seed and draws"):
+                without(whole, part)
+            both = merged(whole, part)  # of other machines: as good as of one
+            with pytest.raises(CurvatureError, match="same seed and draws"):
+                without(both, part)
+
+
+def held(curvature: Curvature) -> list[torch.Tensor]:
+    """Eigenvalues as they are held, rounding and all."""
+    blocks = getattr(curvature, "parts", ((None, curvature),))
+    return [s for _, block in blocks for s in block.eigenvalues.values()]
 
 
 def test_refusals() -> None:

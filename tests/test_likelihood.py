@@ -32,6 +32,7 @@ from fisher_forget.likelihood import (
     named,
     resolve_likelihood,
 )
+from fisher_forget.likelihood.streams import Streams
 
 SIGMAS = 5.0  # standard errors; two-sided normal tail 5.7e-7 for each entry looked at
 FLOAT64 = {"rtol": 1e-9, "atol": 1e-12}
@@ -39,6 +40,11 @@ FLOAT64 = {"rtol": 1e-9, "atol": 1e-12}
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def streams(outputs: Tensor, seed: int = 0) -> Streams:
+    """Those of the first samples of a data set."""
+    return Streams(seed, torch.arange(len(outputs)))
 
 
 def classes(*shape: int, count: int, ignored: tuple[tuple[int, ...], ...] = ()) -> Tensor:
@@ -271,8 +277,8 @@ class TestDerivatives:
                     ),
                     likelihood.residual(outputs, targets),
                     *likelihood.columns(outputs, targets),
-                    likelihood.sketch(outputs, 2, torch.Generator(), targets),
-                    likelihood.sampled(outputs, 2, torch.Generator(), targets),
+                    likelihood.sketch(outputs, 2, streams(outputs), targets),
+                    likelihood.sampled(outputs, 2, streams(outputs), targets),
                     likelihood.kl(outputs, -outputs),
                 ]
                 assert all(bool(torch.isfinite(t).all()) for t in everything), f
@@ -310,7 +316,7 @@ class TestRandomColumns:
         """
         likelihood, outputs, targets = CASES[name]
         draws = 20_000
-        drawn = getattr(likelihood, kind)(outputs, draws, torch.Generator().manual_seed(5), targets)
+        drawn = getattr(likelihood, kind)(outputs, draws, streams(outputs, 5), targets)
         assert drawn.shape == (draws, *outputs.shape)
         flat = drawn.flatten(2) * math.sqrt(draws)  # every draw alone
         truth = torch.stack(hessians(likelihood, outputs, targets))
@@ -324,9 +330,7 @@ class TestRandomColumns:
         """A sketch whose mean is 5 % too large is noticed at this number of draws."""
         likelihood, outputs, targets = CASES["classes"]
         flat = (
-            1.025
-            * likelihood.sampled(outputs, 20_000, torch.Generator().manual_seed(5), targets)
-            * 20_000**0.5
+            1.025 * likelihood.sampled(outputs, 20_000, streams(outputs, 5), targets) * 20_000**0.5
         )
         mean, square = torch.einsum("kbi,kbi->bi", flat, flat) / 20_000, (flat**4).mean(0)
         error = ((square - mean**2) / 20_000).sqrt()
@@ -344,7 +348,7 @@ class TestRandomColumns:
         p = logits.softmax(-1)[0]
         b = p.sqrt() * (j - p @ j)  # d ln p_y / dw for f = f_0 + w j
         fisher = float((b**2).sum())
-        drawn = Categorical().sketch(logits, 400, torch.Generator().manual_seed(0), None)[:, 0] * 20
+        drawn = Categorical().sketch(logits, 400, streams(logits), None)[:, 0] * 20
         patterns = torch.unique((drawn @ torch.eye(4).double()).round(decimals=10), dim=0)
         assert (
             len(patterns) == 16
@@ -358,10 +362,7 @@ class TestRandomColumns:
     def test_sampled_labels_follow_the_model(self):
         """Chi-square of label frequencies; false-alarm rate 1e-6."""
         logits = torch.tensor([[2.0, 0.0, -1.0, 0.5]]).double()
-        scores = (
-            Categorical().sampled(logits, 50_000, torch.Generator().manual_seed(0), None)[:, 0]
-            * 50_000**0.5
-        )
+        scores = Categorical().sampled(logits, 50_000, streams(logits), None)[:, 0] * 50_000**0.5
         labels = (logits.softmax(-1) - scores).argmax(-1)
         seen = torch.bincount(labels, minlength=4).numpy()
         assert stats.chisquare(seen, 50_000 * logits.softmax(-1)[0].numpy()).pvalue > 1e-6
@@ -369,7 +370,7 @@ class TestRandomColumns:
     def test_gaussian_scores_are_normal(self):
         """Kolmogorov-Smirnov against N(0, 1/sigma^2); false-alarm rate 1e-6."""
         scores = (
-            Gaussian(0.5).sampled(torch.zeros(1, 1), 20_000, torch.Generator().manual_seed(0), None)
+            Gaussian(0.5).sampled(torch.zeros(1, 1), 20_000, streams(torch.zeros(1)), None)
             * 20_000**0.5
         )
         assert (
@@ -382,18 +383,17 @@ class TestRandomColumns:
     def test_the_batch_size_does_not_matter(self, name, kind, size):
         likelihood, outputs, targets = CASES[name]
         draw = getattr(likelihood, kind)
-        whole = draw(outputs, 3, torch.Generator().manual_seed(7), targets)
-        generator = torch.Generator().manual_seed(7)
-        chunks = zip(outputs.split(size), targets.split(size), strict=True)
-        parts = torch.cat([draw(f, 3, generator, y) for f, y in chunks], 1)
-        assert torch.equal(whole, parts)
-        other = draw(outputs, 3, torch.Generator().manual_seed(8), targets)
+        whole, rows = draw(outputs, 60, streams(outputs, 7), targets), torch.arange(len(outputs))
+        chunks = zip(outputs.split(size), targets.split(size), rows.split(size), strict=True)
+        parts = [draw(f, 60, Streams(7, at), y) for f, y, at in chunks]
+        assert torch.equal(whole, torch.cat(parts, 1))
+        other = draw(outputs, 60, streams(outputs, 8), targets)
         assert not torch.equal(whole, other)
 
     @pytest.mark.parametrize("kind", ["sketch", "sampled"])
     def test_nothing_at_ignored_positions(self, kind):
         likelihood, outputs, targets = CASES["padded"]
-        drawn = getattr(likelihood, kind)(outputs, 4, torch.Generator(), targets)
+        drawn = getattr(likelihood, kind)(outputs, 4, streams(outputs), targets)
         at_rest = (drawn == 0).all(-1)
         assert torch.equal(at_rest, (targets == -100).expand_as(at_rest))
 

@@ -33,13 +33,16 @@ def without(a: Curvature, b: Curvature) -> Curvature:
 
     Args:
         a: From `estimate_curvature`, without damping.
-        b: The same kind, structure and parameters, of a part of a's samples. For the random kinds
-            the two draw other columns, so that the difference is unbiased but noisier; eigenvalues
-            that come out negative count as 0.
+        b: The same kind, structure and parameters, of a part of a's samples; of a random kind with
+            the same seed and draws, so that the columns taken away are those that a holds.
 
     Raises:
         CurvatureError: If the two don't go together, b has all of a's samples, or B is no sum.
     """
+    if a.info and b.info and _drawn(a.info) != _drawn(b.info):
+        got = f"columns drawn otherwise: {a.info} and {b.info}"
+        fix = "Estimate the part with the draws= and seed= of the whole."
+        raise CurvatureError(got, "the same seed and draws for both", fix)
     return _weighted(a, b, -1.0)
 
 
@@ -55,7 +58,13 @@ def _weighted(a: Curvature, b: Curvature, sign: float) -> Curvature:
         raise CurvatureError(got, "fewer than there are", "Take away a proper part of the samples.")
     # both are means over their own samples: weights turn them back into sums over the new number
     result = a.combined(b, one.count / total, sign * other.count / total)
-    return replace(result, info=Info(total, one.kind, one.structure))
+    drawn = _drawn(one) if _drawn(one) == _drawn(other) else (0, 0)
+    return replace(result, info=Info(total, one.kind, one.structure, *drawn))
+
+
+def _drawn(info: Info) -> tuple[int, int]:
+    """What the columns of a random kind depend on, beside the samples."""
+    return info.draws, info.seed
 
 
 def with_prior(curvature: Curvature, precision: Mapping[str, Tensor | float]) -> Curvature:

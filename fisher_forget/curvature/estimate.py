@@ -19,7 +19,7 @@ from fisher_forget._util.markdown import markdown_table
 from fisher_forget.curvature import kinds
 from fisher_forget.curvature.cost import CostEstimate
 from fisher_forget.curvature.kinds import Kind
-from fisher_forget.curvature.operator import Curvature, Info
+from fisher_forget.curvature.operator import Curvature
 from fisher_forget.curvature.options import CurvatureOptions
 from fisher_forget.curvature.passes import Walk
 from fisher_forget.curvature.structures import STRUCTURES, Structure, mixed
@@ -133,7 +133,9 @@ def estimate_curvature(
             / draws, so take hundreds.
         part: `"retain"`, `"forget"`, `"all"`, or indices.
         subset: Shell patterns of parameter names; `None` takes every parameter with requires_grad.
-        seed: Of everything random. The result does not depend on the batch size.
+        seed: Of everything random. A random column is a function of (seed, index of the sample in
+            the data set, draw, position), so that the result does not depend on the batches, and
+            estimates of parts add up to that of the whole (`merged`, `without`).
         rank: Eigenpairs of low_rank.
         preconditioner: For inverses of matrix_free: a curvature of these parameters, undamped.
         basis: For ekfac: take the eigenbases of this EKFAC of the same model instead of estimating
@@ -158,7 +160,7 @@ def estimate_curvature(
         >>> sorted(B.diagonal())
         ['bias', 'weight']
         >>> B.info
-        Info(count=3.0, kind='exact', structure='diagonal')
+        Info(count=3.0, kind='exact', structure='diagonal', draws=0, seed=0)
     """
     check_names(options, CurvatureKeywords.__annotations__)
     settings = CurvatureOptions(**options)
@@ -184,7 +186,7 @@ def estimate_curvature(
     if dry_run:
         return tape.settled(partial(spec.cost, walk))
     curvature, count = tape.settled(partial(spec.estimate, walk))
-    return replace(curvature, info=Info(count, walk.kind, spec.name))
+    return replace(curvature, info=walk.info(count, spec.name))
 
 
 def _walk(tape: Tape, split: Split, likelihood: Likelihood, options: CurvatureOptions) -> Walk:
@@ -217,10 +219,9 @@ def _mixed(
         costs = (walk.tape.settled(partial(spec.cost, walk)) for spec, walk in parts)
         return reduce(operator.add, costs)
     estimates = [walk.tape.settled(partial(spec.estimate, walk)) for spec, walk in parts]
-    count, kind = estimates[0][1], parts[0][1].kind
     joined = mixed.join(groups, [curvature for curvature, _ in estimates], list(tape.params))
     label = ", ".join(f"{pattern}: {name}" for pattern, name in options.structure.items())
-    return replace(joined, info=Info(count, kind, label))
+    return replace(joined, info=parts[0][1].info(estimates[0][1], label))
 
 
 def _check_structure(options: CurvatureOptions) -> None:

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from fisher_forget.errors import CurvatureError
 from fisher_forget.likelihood import Likelihood
+from fisher_forget.likelihood.streams import Streams
 
 Kind = Literal["auto", "exact", "sketch", "sampled", "empirical", "hessian"]
+RANDOM = ("sketch", "sampled")
 EXACT_UP_TO = 16  # "auto": exact where that needs no more columns than this, else one sketch
 
 
@@ -42,7 +44,7 @@ def columns(
     outputs: Tensor,
     targets: Tensor,
     draws: int,
-    generator: torch.Generator,
+    streams: Streams,
 ) -> Iterator[Tensor]:
     """The columns of one chunk.
 
@@ -51,14 +53,14 @@ def columns(
         outputs: Detached outputs [N, ...].
         targets: Targets [N, ...]; labels for the empirical kind, for all others what is ignored.
         draws: Columns of the random kinds.
-        generator: Stream of the random kinds, consumed sample after sample.
+        streams: The samples' own, for the random kinds.
     """
     if kind == "exact":
         yield from likelihood.columns(outputs, targets)
     elif kind == "sketch":
-        yield from likelihood.sketch(outputs, draws, generator, targets)
+        yield from likelihood.sketch(outputs, draws, streams, targets)
     elif kind == "sampled":
-        yield from likelihood.sampled(outputs, draws, generator, targets)
+        yield from likelihood.sampled(outputs, draws, streams, targets)
     else:
         yield likelihood.residual(outputs, targets)
 
@@ -69,7 +71,7 @@ def weight(
     outputs: Tensor,
     targets: Tensor,
     draws: int,
-    generator: torch.Generator,
+    streams: Streams,
 ) -> Callable[[Tensor], Tensor]:
     """u_n -> H_n u_n on tensors like the outputs; sum_k S_nk <S_nk, u_n> for kinds with columns.
 
@@ -79,11 +81,11 @@ def weight(
         outputs: Detached outputs [N, ...].
         targets: Targets [N, ...].
         draws: Columns of the random kinds.
-        generator: Stream of the random kinds, sample after sample: gives the columns of `columns`.
+        streams: The samples' own, for the random kinds: gives the columns of `columns`.
     """
     if kind == "exact":
         return lambda u: likelihood.hessian_product(outputs, u, targets)
-    drawn = list(columns(kind, likelihood, outputs, targets, draws, generator))
+    drawn = list(columns(kind, likelihood, outputs, targets, draws, streams))
 
     def product(u: Tensor) -> Tensor:
         total = torch.zeros_like(u)

@@ -36,11 +36,15 @@ class Info:
         count: Scored positions that the mean is over.
         kind: Resolved: never "auto".
         structure: Its name; "pattern: name, ..." for mixed blocks.
+        draws: Columns a sample of a random kind; 0 of the others.
+        seed: Of these.
     """
 
     count: float
     kind: str
     structure: str
+    draws: int = 0
+    seed: int = 0
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fisher_forget._util.isolation import isolated, seeded
+from fisher_forget._util.isolation import isolated
 from fisher_forget._util.progress import bar
 from fisher_forget.curvature import kinds
 from fisher_forget.curvature.double_backward import (
@@ -20,7 +20,7 @@ from fisher_forget.curvature.double_backward import (
     refuse_hidden,
 )
 from fisher_forget.curvature.kinds import Kind
-from fisher_forget.curvature.operator import Curvature
+from fisher_forget.curvature.operator import Curvature, Info
 from fisher_forget.curvature.options import CurvatureOptions
 from fisher_forget.curvature.products import (
     Chunk,
@@ -102,6 +102,12 @@ class Walk:
         """Columns a sample; of a Hessian's diagonal, probes."""
         return {"exact": self.exact_columns, "empirical": 1}.get(self.kind, self.options.draws)
 
+    def info(self, count: float, structure: str) -> Info:
+        """What is said of a curvature of so many scored positions."""
+        random = self.kind in kinds.RANDOM
+        drawn = (self.options.draws, self.options.seed) if random else (0, 0)
+        return Info(count, self.kind, structure, *drawn)
+
     @cached_property
     def memory(self) -> int:
         """Bytes that recorded tensors may take at a time."""
@@ -126,7 +132,6 @@ class Walk:
         count, pass_index, options = 0.0, 0, self.options
         steps: dict[tuple[torch.Size, ...], int] = {}
         while pass_index < total.passes:  # a structure may find that it needs fewer
-            generator = seeded(options.seed)  # the same columns every pass
             label = f"curvature {pass_index + 1}/{total.passes}"
             batches = bar(self.batches(), self.split.steps(self.samples), label, options.progress)
             for record in (record for batch in batches for record in self._records(batch, steps)):
@@ -134,8 +139,9 @@ class Walk:
                 self.likelihood.check(outputs, targets)
                 if pass_index == 0:
                     count += float(self.likelihood.counts(targets).double().sum())
+                streams = record.batch.streams(options.seed)  # the same columns every pass
                 columns = kinds.columns(
-                    self.kind, self.likelihood, outputs, targets, options.draws, generator
+                    self.kind, self.likelihood, outputs, targets, options.draws, streams
                 )
                 for column, last in _with_last(columns):
                     grads = record.pull(column)
@@ -169,15 +175,14 @@ class Walk:
         """v -> B v, exact (for a random kind, for its columns); see `DataProduct` about `keep`."""
         model, live = self.tape.model, self.tape.params
 
-        def build(batch: Batch, generator: torch.Generator) -> Chunk:
+        def build(batch: Batch) -> Chunk:
             outputs = call(model, {}, batch.args, batch.kwargs)
             values = outputs.detach()
             self.likelihood.check(values, batch.targets)
             if self.kind == "hessian":
                 return HessianChunk(self.likelihood.losses(outputs, batch.targets).sum(), live)
-            weight = kinds.weight(
-                self.kind, self.likelihood, values, batch.targets, self.options.draws, generator
-            )
+            streams, draws = batch.streams(self.options.seed), self.options.draws
+            weight = kinds.weight(self.kind, self.likelihood, values, batch.targets, draws, streams)
             return GgnChunk(outputs, live, weight)
 
         return DataProduct(
@@ -187,7 +192,6 @@ class Walk:
             self.likelihood,
             samples=len(self.samples),
             memory=self.memory,
-            seed=self.options.seed,
             keep=keep,
         )
 

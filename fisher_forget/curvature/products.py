@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from fisher_forget import params as P
-from fisher_forget._util.isolation import seeded
 from fisher_forget.curvature.kernels import TwiceDifferentiable
 from fisher_forget.data.batches import Batch
 from fisher_forget.likelihood import Likelihood
@@ -137,12 +136,10 @@ class DataProduct:
     Args:
         model: A private copy, at the weights that the products are for whenever they are used.
         batches: The same samples at every call, on the model's device.
-        build: Makes the chunk of some samples; a random kind draws its columns from the generator,
-            the same each time.
+        build: Makes the chunk of some samples, the same each time.
         likelihood: Counts the scored positions.
         samples: How many samples `batches` yields.
         memory: Bytes that graphs may take at a time.
-        seed: Of the generator.
         keep: Overrides the choice.
 
     Attributes:
@@ -155,15 +152,14 @@ class DataProduct:
         self,
         model: nn.Module,
         batches: Callable[[], Iterator[Batch]],
-        build: Callable[[Batch, torch.Generator], Chunk],
+        build: Callable[[Batch], Chunk],
         likelihood: Likelihood,
         *,
         samples: int,
         memory: int,
-        seed: int = 0,
         keep: bool | None = None,
     ) -> None:
-        self._model, self._batches, self._build, self._seed = model, batches, build, seed
+        self._model, self._batches, self._build = model, batches, build
         self.sample_bytes = self._measure(next(batches()))
         self._step = max(1, memory // self.sample_bytes)
         self.kept = samples <= self._step if keep is None else keep
@@ -179,11 +175,10 @@ class DataProduct:
             return summed(chunks, v, self.count)
 
     def _built(self) -> Iterator[Chunk]:
-        generator = seeded(self._seed)
         for batch in self._batches():
             for piece in batch.chunks(self._step):
                 with twice_differentiable(self._model):
-                    chunk = self._build(piece, generator)
+                    chunk = self._build(piece)
                 yield chunk
 
     def _measure(self, batch: Batch) -> int:
@@ -199,10 +194,10 @@ class DataProduct:
                 saved[at] = max(saved.get(at, 0), x.numel() * x.element_size())
             return x
 
-        single, generator = next(batch.chunks(1)), torch.Generator().manual_seed(0)
+        single = next(batch.chunks(1))
         saving = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
         with twice_differentiable(self._model), saving:
-            self._build(single, generator)
+            self._build(single)
         return max(sum(saved.values()), 1)
 
 

@@ -16,7 +16,7 @@ from fisher_forget.curvature.structures import STRUCTURES
 from fisher_forget.data.split import Split
 from fisher_forget.errors import StorageError
 
-FORMAT = "1"
+FORMAT = "2"
 
 
 def save_curvature(path: str | Path, curvature: Curvature, model: nn.Module, data: Split) -> None:

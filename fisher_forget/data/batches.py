@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from fisher_forget.errors import DataError, FisherForgetWarning
+from fisher_forget.likelihood.streams import Streams
 
 DECODER_INPUTS = {"decoder_input_ids", "decoder_inputs_embeds"}
 TARGET_KEYS = ("labels", "label", "targets", "target", "y")
@@ -35,12 +36,14 @@ class Batch:
         targets: [B, ...].
         by_sample: (args, kwargs) with 0 in place of every tensor [B, ...] that leads with the
             samples, else `None`. Left out, a tensor of B rows is taken for one that does.
+        samples: Their indices in the data set [B]; `None` of a batch that was not read from one.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     targets: Tensor
     by_sample: Inputs | None = None
+    samples: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -50,7 +53,7 @@ class Batch:
         args, kwargs, targets = pytree.tree_map_only(
             Tensor, fn, (self.args, self.kwargs, self.targets)
         )
-        return Batch(args, kwargs, targets, self.by_sample)
+        return Batch(args, kwargs, targets, self.by_sample, self.samples)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
         """Move to a device; floating inputs to `dtype`: a float64 model takes float32 data."""
@@ -68,7 +71,7 @@ class Batch:
             return placed
         (args, kwargs), name = placed.dims(), "decoder_input_ids"
         given = placed.kwargs | {name: make(labels=placed.targets)}
-        return Batch(placed.args, given, placed.targets, (args, kwargs | {name: 0}))
+        return replace(placed, kwargs=given, by_sample=(args, kwargs | {name: 0}))
 
     def chunks(self, size: int) -> Iterator[Batch]:
         """Cut into pieces of at most `size` samples."""
@@ -104,7 +107,13 @@ class Batch:
         args, kwargs = pytree.tree_map(
             lambda x, dim: x if dim is None else x[rows], (self.args, self.kwargs), dims
         )
-        return Batch(args, kwargs, self.targets[rows], dims)
+        samples = None if self.samples is None else self.samples[rows]
+        return Batch(args, kwargs, self.targets[rows], dims, samples)
+
+    def streams(self, seed: int) -> Streams:
+        """Random numbers of the samples, wherever in the data they are read from."""
+        assert self.samples is not None
+        return Streams(seed, self.samples)
 
 
 def default_unpack(batch: Any) -> tuple[Any, Any]:

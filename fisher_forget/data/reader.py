@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,8 @@ class Reader:
         """
         with closing(self.collated(plan)) as collated:
             for rows, raw in zip(plan, collated, strict=True):
-                yield make_batch(raw, self.unpack, self.layout, len(rows))
+                batch = make_batch(raw, self.unpack, self.layout, len(rows))
+                yield replace(batch, samples=torch.tensor(rows))
 
     def probe(self, rows: Indices) -> bool:
         """Read a batch twice, and the first samples of it once more.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fisher_forget._util.numbers import MISSING, plus_minus
 from fisher_forget.errors import ConfigError, NumericalError
+from fisher_forget.likelihood.streams import Streams
 
 # what may be lost against a reference and still counts as nothing lost
 SHARE_LOSS = 0.01  # of a share in [0, 1]: one point of accuracy
@@ -139,14 +140,14 @@ class Likelihood(ABC):
 
     @abstractmethod
     def sketch(
-        self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None
+        self, outputs: Tensor, draws: int, streams: Streams, targets: Tensor | None
     ) -> Tensor:
         """Low-variance sketch [draws, *outputs]: S = H^{1/2} xi / sqrt(draws) with random signs xi
-        (Sun 2505.13614)."""
+        (Sun 2505.13614), those of the samples' streams."""
 
     @abstractmethod
     def sampled(
-        self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None
+        self, outputs: Tensor, draws: int, streams: Streams, targets: Tensor | None
     ) -> Tensor:
         """Score at sampled labels [draws, *outputs] / sqrt(draws): the Monte-Carlo Fisher."""
 
@@ -237,33 +238,11 @@ def weights_of(name: str, given: Any) -> tuple[float, ...] | None:
     return tuple(values.tolist())
 
 
-def signed(magnitude: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    """Magnitudes / sqrt(draws) with random signs [draws, *outputs].
-
-    A sample's signs are the bits of its own random words, so batches may be split, and 64 signs
-    cost one draw.
-    """
-    n, entries = len(magnitude), magnitude[:1].numel()
-    words = torch.empty(n, draws, -(-entries // 64), dtype=torch.int64, device=generator.device)
-    words = words.random_(-(2**63), None, generator=generator).to(magnitude.device)
-    shifts = torch.arange(32, dtype=torch.int32, device=magnitude.device)
-    bits = words.view(torch.int32).unsqueeze(-1) << shifts  # each bit in turn becomes the sign
-    signs = bits.flatten(2)[..., :entries].transpose(0, 1).to(magnitude.dtype)
-    signed = torch.copysign(magnitude.reshape(n, entries), signs).view(draws, *magnitude.shape)
+def signed(magnitude: Tensor, draws: int, streams: Streams) -> Tensor:
+    """Magnitudes / sqrt(draws) with random signs [draws, *outputs]."""
+    signs = streams.signs(draws, *magnitude.shape[1:]).to(magnitude)
+    signed = torch.copysign(magnitude, signs)
     return signed if draws == 1 else signed / math.sqrt(draws)
-
-
-def uniform(outputs: Tensor, draws: int, generator: torch.Generator, shape: torch.Size) -> Tensor:
-    """Numbers in [0, 1) [draws, *shape]; a sample's come in a row, so batches may be split."""
-    u = torch.rand(
-        len(outputs),
-        draws,
-        *shape[1:],
-        generator=generator,
-        dtype=torch.float64,
-        device=generator.device,
-    )
-    return u.to(outputs.device).transpose(0, 1)
 
 
 def masked(value: Tensor, mask: Tensor | None) -> Tensor:

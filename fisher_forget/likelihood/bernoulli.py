@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fisher_forget.errors import DataError
-from fisher_forget.likelihood.base import LABEL_ACCURACY, Score, uniform, weights_of
+from fisher_forget.likelihood.base import LABEL_ACCURACY, Score, weights_of
 from fisher_forget.likelihood.independent import IndependentOutputs
+from fisher_forget.likelihood.streams import Streams
 
 
 @dataclass(frozen=True, repr=False)
@@ -89,10 +90,10 @@ class Bernoulli(IndependentOutputs):
         return self.share(outputs) * self._mass(outputs, targets) * p * (1 - p)
 
     def sampled(
-        self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None
+        self, outputs: Tensor, draws: int, streams: Streams, targets: Tensor | None
     ) -> Tensor:
         p, mass = outputs.sigmoid(), self._mass(outputs, targets)
-        y = (uniform(outputs, draws, generator, outputs.shape) < p.double()).to(p.dtype)
+        y = (streams.uniform(draws, *outputs.shape[1:]).to(outputs.device) < p.double()).to(p.dtype)
         root = mass.sqrt() if isinstance(mass, Tensor) else mass
         return root * (p - y) * math.sqrt(self.share(outputs) / draws)
 

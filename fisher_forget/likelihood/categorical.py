@@ -20,9 +20,9 @@ from fisher_forget.likelihood.base import (
     masked,
     positions,
     signed,
-    uniform,
     weights_of,
 )
+from fisher_forget.likelihood.streams import Streams
 
 ONE_OUTPUT = (
     "One output a sample: for labels of 0 and 1 pass likelihood='bce' "
@@ -350,24 +350,24 @@ class Categorical(Likelihood):
         return (rows.shape[-1] - 1) * math.prod(rows.shape[1:-1])
 
     def sketch(
-        self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None
+        self, outputs: Tensor, draws: int, streams: Streams, targets: Tensor | None
     ) -> Tensor:
         # sum_y sqrt(p_y) xi_y (e_y - p): one backward pass, no variance on diagonal terms of a
         # single class
         rows = self.rows(outputs)
         p = rows.softmax(-1)
-        weighted = signed(p.sqrt(), draws, generator)
+        weighted = signed(p.sqrt(), draws, streams)
         centred = weighted.addcmul_(p, weighted.sum(-1, keepdim=True), value=-1)
         return self._all_laid(masked(centred, self._root_mass(rows, targets)))
 
     def sampled(
-        self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None
+        self, outputs: Tensor, draws: int, streams: Streams, targets: Tensor | None
     ) -> Tensor:
         rows = self.rows(outputs)
         p = rows.softmax(-1)
         # inverse of the cumulative distribution; rounding may leave its end below 1, so the last
         # class takes what is beyond
-        u = uniform(rows, draws, generator, rows.shape[:-1])
+        u = streams.uniform(draws, *rows.shape[1:-1]).to(rows.device)
         y = (p.double().cumsum(-1) < u.unsqueeze(-1)).sum(-1).clamp_(max=rows.shape[-1] - 1)
         score = p - F.one_hot(y, rows.shape[-1]).to(rows.dtype)
         return self._all_laid(masked(score, self._root_mass(rows, targets)) / math.sqrt(draws))

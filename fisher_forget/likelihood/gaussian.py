@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fisher_forget.errors import ConfigError, DataError
-from fisher_forget.likelihood.base import SQUARED_ERROR, Score, uniform
+from fisher_forget.likelihood.base import SQUARED_ERROR, Score
 from fisher_forget.likelihood.independent import IndependentOutputs
+from fisher_forget.likelihood.streams import Streams
 
 
 @dataclass(frozen=True, repr=False)
@@ -63,9 +64,9 @@ class Gaussian(IndependentOutputs):
         return torch.full_like(outputs, self.share(outputs) / self.variance)
 
     def sampled(
-        self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None
+        self, outputs: Tensor, draws: int, streams: Streams, targets: Tensor | None
     ) -> Tensor:
-        u = uniform(outputs, draws, generator, outputs.shape)
+        u = streams.uniform(draws, *outputs.shape[1:]).to(outputs.device)
         # quantiles of the normal distribution; the clamp keeps them finite
         z: Tensor = torch.special.ndtri(u.clamp(1e-12, 1 - 1e-12))
         scale = math.sqrt(self.share(outputs) / draws) / self.sigma

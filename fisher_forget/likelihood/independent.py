@@ -6,11 +6,11 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from fisher_forget.errors import ConfigError, DataError
 from fisher_forget.likelihood.base import Likelihood, check_finite, positions, signed
+from fisher_forget.likelihood.streams import Streams
 
 
 class IndependentOutputs(Likelihood):
@@ -77,9 +77,9 @@ class IndependentOutputs(Likelihood):
         return outputs[0].numel()
 
     def sketch(
-        self, outputs: Tensor, draws: int, generator: torch.Generator, targets: Tensor | None
+        self, outputs: Tensor, draws: int, streams: Streams, targets: Tensor | None
     ) -> Tensor:
-        return signed(self.curvature(outputs, targets).sqrt(), draws, generator)
+        return signed(self.curvature(outputs, targets).sqrt(), draws, streams)
 
     def output_curvature(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
         return self.curvature(outputs, targets).reshape(len(outputs), -1).sum(1)

@@ -164,8 +164,7 @@ def prepare(
     """Do once what does not depend on who is forgotten, so that a deletion costs what it deletes.
 
     Curvatures that are sums over samples (diagonal, EKFAC, dense) have a part taken away exactly,
-    EKFAC in the eigenbasis of all data; the random kinds (sketch, sampled) subtract other columns
-    than they added. Other structures are estimated again for each request.
+    EKFAC in the eigenbasis of all data. Other structures are estimated again for each request.
 
     Args:
         model: As for `forget`.
