@@ -31,16 +31,15 @@ from fisher_forget.experiments.config import CompareConfig
 from fisher_forget.experiments.config_file import load_config
 from fisher_forget.experiments.method_setup import configured
 from fisher_forget.report.pages.comparison import (
-    CONTROL,
+    SMALLEST,
     answer,
     frame,
     overview,
     overview_markdown,
     plotted,
-    read_rows,
-    rows,
     to_markdown,
 )
+from fisher_forget.report.ranking import CONTROL, read_rows, rows
 
 CALLS: list[str] = []
 
@@ -332,7 +331,8 @@ class TestTable:
             Made()
             .add("original", [5.0, 5.1], 90)
             .add("near", [0.6, 0.62], 89.5)
-            .add("noisy", [0.5, 1.5], 90)
+            .add("like", [0.65, 0.66], 90)
+            .add("noisy", [0.5, 9.0], 90)
             .add("far", [2.0, 2.01], 90.5)
             .add("ruined", [0.1, 0.1], 50)
             .add("retrain", [0.01, 0.01], 90)
@@ -344,22 +344,25 @@ class TestTable:
         found = self.found()
         assert [r["method"] for r in found] == [
             "near",
-            "noisy",
+            "like",
             "far",
+            "noisy",
             "ruined",
             "retrain",
             CONTROL,
             "original",
         ]
         by = {r["method"]: r for r in found}
-        assert [r["method"] for r in found if r["tied"]] == ["near", "noisy"]
+        # noisy may be equal, but 3.5 times as far is more than what could have been told
+        assert [r["method"] for r in found if r["tied"]] == ["near", "like"]
+        assert by["noisy"]["ratio_low"] < 1 < by["noisy"]["ratio_high"]
         assert not by["ruined"]["accurate"]
         assert by["near"]["cost"] == pytest.approx(0.5)
         assert by[CONTROL]["cost"] == 1.0
 
     def test_pareto_front(self) -> None:
         front = {r["method"] for r in self.found() if r["pareto"]}
-        assert front == {"near", "noisy", "far", "ruined"}
+        assert front == {"near", "like", "far", "ruined"}
         worse = Made().add("a", [1.0], 90).add("b", [2.0], 89)
         assert [r["pareto"] for r in rows(worse.table(), {}, 1.0)] == [True, False]
 
@@ -379,11 +382,19 @@ class TestTable:
         assert answer(found).startswith(
             "Closest to retrained at equal accuracy: near, 0.61 nats for 50 % of one"
         )
-        assert "not told apart from it: noisy." in answer(found)
-        assert list(frame(found)["method"])[:2] == ["near *", "noisy *"]
+        smallest = found[0]["smallest_ratio"]
+        assert (
+            f"not told apart from it: like; undecided: noisy; 2 originals tell a ratio of "
+            f"{smallest:.3g} in 80 % of cases."
+        ) in answer(found)
+        assert list(frame(found)["method"])[:3] == ["near *", "like *", "far"]
         assert to_markdown(found).count("\n| ") == 1 + len(found)  # the rule and the rows
         ours = Made().add("near", [0.6, 0.62], 90).add("fisher-forget", [3.0, 3.01], 90)
         assert "fisher-forget is behind: 3 nats" in answer(rows(ours.table(), {}, 1.0))
+        single = Made().add("near", [0.6], 90).add("far", [3.0], 90)
+        assert "1 original(s) tell no difference" in answer(rows(single.table(), {}, 1.0))
+        alone = Made().add("near", [0.6, 0.7], 90).add("ruined", [0.3, 0.4], 20)
+        assert "every other is less accurate" in answer(rows(alone.table(), {}, 1.0))
         none = Made().add("ruined", [0.6], 20)
         assert (
             answer(rows(none.table(), {}, 1.0))
@@ -401,8 +412,8 @@ class TestTable:
             {"one": self.found(), "two": rows(other.table(), {"far": [0.4]}, 4.0)}
         ).set_index("method")
         assert list(table.index) == [
-            "near", "far", "noisy", "ruined", "original", "retrain", CONTROL,
-            "retrained, among themselves",
+            "near", "far", "like", "noisy", "ruined", "original", "retrain", CONTROL,
+            "retrained, among themselves", SMALLEST,
         ]  # fmt: skip
         assert table.loc["near"].tolist() == ["0.61 * (89.5 %)", "0.7 (90.0 %)", "0.25"]
         assert table.loc["ruined"].tolist() == ["0.1 † (50.0 %)", "–", "0"]
@@ -418,6 +429,56 @@ class TestTable:
         markdown = re.sub(" +", " ", overview_markdown(report))
         assert "| near | 0.61 * (89.5 %) |" in markdown
         assert "| absent | – |" in markdown
+
+    def test_ratios_are_paired(self) -> None:
+        """scipy's paired t-test of ln KL, and its interval; a far original is far for both."""
+        from scipy.stats import ttest_rel
+
+        first = np.exp(np.random.default_rng(0).normal(0, 2, 10))
+        other = first * np.exp(np.random.default_rng(1).normal(0.5, 0.2, 10))
+        made = Made().add("a", list(first), 90).add("b", list(other), 90)
+        found = rows(made.add(CONTROL, [0.5], 90).table(), {}, 1.0)
+        test = ttest_rel(np.log(other), np.log(first))
+        low, high = np.exp(test.confidence_interval(0.95))
+        row = found[1]
+        assert (row["ratio"], row["ratio_low"], row["ratio_high"]) == pytest.approx(
+            (math.exp(np.log(other / first).mean()), low, high)
+        )
+        assert row["kl"] == pytest.approx(math.exp(np.log(other).mean()))
+        assert not row["tied"]
+        assert math.isnan(found[2]["ratio_low"])  # a single control has no partner
+        assert frame(found)["times the first"][0] == "1"
+        assert frame(found)["times the first"][1] == f"{row['ratio']:.2g} ({low:.2g} to {high:.2g})"
+
+    def test_first_is_who_is_least_as_the_ratios_count(self) -> None:
+        made = Made().add("even", [1.0, 1.0], 90).add("uneven", [0.1, 2.5], 90)
+        assert [(r["method"], r["ratio"] >= 1) for r in rows(made.table(), {}, 1.0)] == [
+            ("uneven", True),
+            ("even", True),
+        ]
+
+    def test_a_method_of_large_spread_does_not_make_others_look_tied(self) -> None:
+        rng = np.random.default_rng(0)
+
+        def kl(level: float, spread: float) -> list[float]:
+            return list(level * np.exp(rng.normal(0, spread, 10)))
+
+        made = Made().add("first", kl(0.1, 0.05), 90).add("wild", kl(1.0, 3.0), 90)
+        for number in range(5):
+            made.add(f"far {number}", kl(0.15, 0.05), 90)
+        found = {r["method"]: r for r in rows(made.table(), {}, 1.0)}
+        assert [name for name, r in found.items() if r["tied"]] == ["first"]
+        assert found["first"]["smallest_ratio"] < 1.2
+
+    def test_a_kl_that_is_zero_or_infinite(self) -> None:
+        made = Made().add("a", [0.0, 0.0], 90).add("b", [math.inf, 1.0], 90)
+        found = rows(made.add("c", [math.inf, math.inf], 90).table(), {}, 1.0)
+        assert [r["method"] for r in found if r["tied"]] == ["a"]
+        assert frame(found)["times the first"][1] == "inf"
+
+    def test_intervals_of_accuracies_stay_where_accuracies_are(self) -> None:
+        row = rows(Made().add("a", [1.0], 99.95).table(), {}, 1.0)[0]
+        assert (row["accuracy_low"], row["accuracy_high"]) == pytest.approx((99.85, 100.0))
 
     def test_what_is_plotted(self) -> None:
         table = plotted(self.found()).set_index("method")

@@ -32,6 +32,7 @@ from fisher_forget.experiments.method_setup import Scrubber, chosen_methods, con
 from fisher_forget.experiments.outcomes import Outcome, Trial, model_path
 from fisher_forget.experiments.run import processor
 from fisher_forget.experiments.search import search
+from fisher_forget.report import ranking
 from fisher_forget.report.pages import comparison
 from fisher_forget.unlearn.result import versions
 
@@ -166,7 +167,7 @@ def _summary(
     table = _evaluated(config, case, methods, made)
     seconds = {outcome.method: outcome.seconds for outcome in made}
     retraining = float(np.mean(case.retrained.seconds))
-    rows = comparison.rows(table, seconds, retraining)
+    rows = ranking.rows(table, seconds, retraining)
     (case.folder / "comparison.md").write_text(comparison.to_markdown(rows) + "\n")
     (case.folder / "evaluation.md").write_text(table.to_markdown() + "\n")
     return {

@@ -11,148 +11,60 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from scipy.stats import t as student
 
-from fisher_forget._util.files import ensure_folder, read_json
+from fisher_forget._util.files import ensure_folder
 from fisher_forget._util.markdown import markdown_table
-from fisher_forget.evaluate.evaluation import CONTROL, MARKS, MARKS_LEGEND, Evaluation
-from fisher_forget.evaluate.intervals import t_interval
-from fisher_forget.likelihood.base import SHARE_LOSS
-from fisher_forget.report.pages.evaluation import defined, within
+from fisher_forget.evaluate.evaluation import MARKS, MARKS_LEGEND
 from fisher_forget.report.pages.html import Figure, render_template, write_html
 from fisher_forget.report.pages.svg import inline
 from fisher_forget.report.plots import plot_cost, plot_methods, save_figure
+from fisher_forget.report.ranking import MAY_LOSE, REFERENCES, Row
 
 OURS = "fisher-forget"
-REFERENCES = ("original", CONTROL, "retrain")  # rows to read the others against
-# percentage points of accuracy below retrained: from which on a figure leaves a method out; and
-# which a method may lose whatever retrained models do
-RUINED, MAY_LOSE = 10.0, 100 * SHARE_LOSS
-KEPT = ("test, retained classes", "test")  # where accuracy is read: the first that there is
-Row = dict[str, Any]
-
-
-def rows(table: Evaluation, seconds: Mapping[str, Sequence[float]], retraining: float) -> list[Row]:
-    """One row a method: those as accurate as retrained models first, each group by its KL on the
-    forgotten samples.
-
-    What the methods are read against comes last.
-
-    Args:
-        table: Scores of all methods, the original and the control.
-        seconds: Method -> wall time of each of its models.
-        retraining: Wall time of training one model without the forget set.
-
-    Returns:
-        Rows with: method; models; kl, kl_low, kl_high (nats, forgotten samples, 95 % interval over
-        models); floor (what retrained models have among themselves); kl_retain (nats); accuracy,
-        accuracy_low, accuracy_high (%, test data of what is retained); target (%, of retrained
-        models); accurate (not below what 97.5 % of retrained models reach, or at most `MAY_LOSE`
-        below the target); cost (seconds over those of retraining); mark (verdict of the
-        KL); inside and scored (how many scores a retrained model could have, and how many are
-        defined); tied (not told apart from the first by the paired difference of the KL); pareto
-        (no method has both less KL and more accuracy).
-    """
-    parts = {s.part for s in table.scores}
-    kept = next(part for part in KEPT if part in parts)
-    unranked = [
-        _row(table, name, kept, seconds, retraining)
-        for name in dict.fromkeys(s.method for s in table.scores)
-    ]
-
-    def place(row: Row) -> tuple[bool, bool, float]:
-        kl = row["kl"] if math.isfinite(row["kl"]) else math.inf
-        return row["method"] in REFERENCES, not row["accurate"], kl
-
-    ranked = sorted(unranked, key=place)
-    rivals = [r for r in ranked if r["method"] not in REFERENCES]
-    for row in ranked:
-        ranks = row["method"] not in REFERENCES
-        row["tied"] = ranks and row["accurate"] and _tied(table, row["method"], rivals[0]["method"])
-        row["pareto"] = ranks and not any(_better(other, row) for other in rivals)
-    return ranked
-
-
-def read_rows(path: Path) -> dict[str, list[Row]]:
-    """Forget set -> its `rows`, of the comparison.json in a finished comparison's folder, or of the
-    file itself."""
-    report = read_json(path / "comparison.json" if path.is_dir() else path)
-
-    def row(entry: Row) -> Row:
-        return {key: math.nan if value is None else value for key, value in entry.items()}
-
-    return {name: [row(entry) for entry in case["rows"]] for name, case in report["cases"].items()}
-
-
-def _row(
-    table: Evaluation,
-    name: str,
-    kept: str,
-    seconds: Mapping[str, Sequence[float]],
-    retraining: float,
-) -> Row:
-    kl, score = table.get("kl", "forget", name), table.get("score", kept, name)
-    scores = defined(table, name)
-    spent = seconds.get(name, ())
-    return {
-        "method": name,
-        "models": kl.models,
-        "kl": kl.value,
-        "kl_low": kl.low,
-        "kl_high": kl.high,
-        "floor": kl.target,
-        "kl_retain": table.get("kl", "retain", name).value,
-        "accuracy": score.value,
-        "accuracy_low": score.low,
-        "accuracy_high": score.high,
-        "target": score.target,
-        "accurate": bool(
-            score.value >= score.target - max(MAY_LOSE, _usual(score.target_std, table.retrained))
-        ),
-        "cost": float(np.mean(spent)) / retraining if spent else (1.0 if name == CONTROL else 0.0),
-        "mark": MARKS[kl.label],
-        "inside": sum(within(s) for s in scores),
-        "scored": len(scores),
-    }
-
-
-def _usual(std: float, models: int) -> float:
-    """How far below the mean of retrained models one more of them may be, in 97.5 % of cases."""
-    return float(student.ppf(0.975, models - 1)) * std * math.sqrt(1 + 1 / models)
-
-
-def _tied(table: Evaluation, method: str, other: str) -> bool:
-    """Whether the mean difference of KL over the originals, each paired with itself, may be zero at
-    95 %."""
-    first, second = (np.array(table.get("kl", "forget", name).values) for name in (method, other))
-    if method == other:
-        return True
-    if len(first) != len(second) or len(first) < 2 or not np.isfinite([first, second]).all():
-        return False
-    interval = t_interval(first - second)
-    return bool(interval.low <= 0 <= interval.high)
-
-
-def _better(row: Row, other: Row) -> bool:
-    as_good = row["kl"] <= other["kl"] and row["accuracy"] >= other["accuracy"]
-    return bool(as_good and (row["kl"] < other["kl"] or row["accuracy"] > other["accuracy"]))
+RUINED = 10.0  # points of accuracy below retrained from which on a figure leaves a method out
+SMALLEST = "smallest ratio told from the first"  # the last row of the overview
 
 
 def answer(table_rows: Sequence[Row]) -> str:
-    """Who is first, who is tied with it, and where fisher-forget stands."""
+    """Who is first, who is tied with it, what could have been told, and where fisher-forget
+    stands."""
     rivals = [r for r in table_rows if r["method"] not in REFERENCES]
     if not rivals or not rivals[0]["accurate"]:
         return "No method keeps the accuracy of retrained models."
-    first, ties = rivals[0], [r["method"] for r in rivals[1:] if r["tied"]]
-    others = f"not told apart from it: {', '.join(ties)}" if ties else "every other is farther away"
+    first, *others = rivals
     text = (
         f"Closest to retrained at equal accuracy: {first['method']}, {_nats(first)} "
-        f"(floor {first['floor']:.2g}); {others}."
+        f"(floor {first['floor']:.2g}); {_told(first, [r for r in others if r['accurate']])}."
     )
-    ours = next((r for r in rivals if r["method"] == OURS), None)
-    if ours is not None and ours is not first and not ours["tied"]:
+    ours = next((r for r in others if r["method"] == OURS), None)
+    if ours is not None and not (ours["tied"] or _undecided(ours)):
         text += f" {OURS} is {'behind' if ours['accurate'] else 'less accurate'}: {_nats(ours)}."
     return text
+
+
+def _told(first: Row, others: Sequence[Row]) -> str:
+    """Which of the others, all as accurate, are told apart from the first, in words."""
+    if not others:
+        return "every other is less accurate"
+    if not math.isfinite(first["smallest_ratio"]):
+        return f"{first['models']} original(s) tell no difference to the others"
+    found = [
+        f"{what}: {', '.join(names)}"
+        for what, names in (
+            ("not told apart from it", [r["method"] for r in others if r["tied"]]),
+            ("undecided", [r["method"] for r in others if _undecided(r)]),
+        )
+        if names
+    ]
+    return (
+        f"{'; '.join(found) or 'every other is farther away'}; {first['models']} originals tell a "
+        f"ratio of {first['smallest_ratio']:.3g} in 80 % of cases"
+    )
+
+
+def _undecided(row: Row) -> bool:
+    """Whether the ratio to the first may be 1 and is yet too large to pass for equal."""
+    return bool(row["accurate"] and not row["tied"] and not row["ratio_low"] > 1)
 
 
 def _nats(row: Row) -> str:
@@ -166,12 +78,12 @@ def frame(table_rows: Sequence[Row]) -> pd.DataFrame:
     """The rows as people read them."""
     shown = []
     for row in table_rows:
-        half = (row["kl_high"] - row["kl_low"]) / 2
         shown.append(
             {
                 "method": row["method"] + (" *" if row["tied"] else ""),
                 "KL forgotten (nats)": f"{row['kl']:.3g} {row['mark']}".strip(),
-                "95 %": f"± {half:.2g}" if math.isfinite(half) else "",
+                "95 %": _interval(row, "kl"),
+                "times the first": _times(row),
                 "KL retained": f"{row['kl_retain']:.2g}",
                 "test accuracy of what is retained (%)": f"{row['accuracy']:.1f}",
                 "scores as retrained": f"{row['inside']} of {row['scored']}",
@@ -180,6 +92,17 @@ def frame(table_rows: Sequence[Row]) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(shown)
+
+
+def _interval(row: Row, name: str) -> str:
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    return f"{low:.2g} to {high:.2g}" if low < high < math.inf else ""
+
+
+def _times(row: Row) -> str:
+    """The ratio to the first, with its interval."""
+    interval = _interval(row, "ratio")
+    return f"{row['ratio']:.2g}" + (f" ({interval})" if interval else "")
 
 
 def to_markdown(table_rows: Sequence[Row]) -> str:
@@ -226,8 +149,12 @@ def overview(cases: Mapping[str, Sequence[Row]], refused: Iterable[str] = ()) ->
     table = [row for *_, row in sorted(shown, key=lambda entry: entry[:2])]
     firsts = {case: table_rows[0] for case, table_rows in cases.items()}
     targets = {case: f"{r['floor']:.2g} ({r['target']:.1f} %)" for case, r in firsts.items()}
-    themselves = {"method": "retrained, among themselves"} | targets | {"retrainings": ""}
-    return pd.DataFrame([*table, themselves])
+    told = {case: f"{r['smallest_ratio']:.2g}" for case, r in firsts.items()}
+    last = [
+        {"method": name} | cells | {"retrainings": ""}
+        for name, cells in (("retrained, among themselves", targets), (SMALLEST, told))
+    ]
+    return pd.DataFrame([*table, *last])
 
 
 def overview_markdown(report: Mapping[str, Any]) -> str:
@@ -245,12 +172,15 @@ def _overview(report: Mapping[str, Any]) -> pd.DataFrame:
 
 LEFT_OUT = f"Methods that lose more than {RUINED:g} points of accuracy are left out."
 OVERVIEW = (
-    "KL on the forgotten samples in nats, mean over the originals (test accuracy of what is "
-    "retained); * first, or not told apart from the first; † less accurate than retrained models; "
-    "– no result; retrainings: median wall time over that of one retraining. Sorted by mean place."
+    "KL on the forgotten samples in nats, geometric mean over the originals (test accuracy of what "
+    "is retained); * first, or not told apart from the first; † less accurate than retrained "
+    "models; – no result; retrainings: median wall time over that of one retraining. Sorted by "
+    f"mean place. {SMALLEST[0].upper()}{SMALLEST[1:]}: with 80 % power in a paired test at 5 %."
 )
 LEGEND = (
-    f"* not told apart from the first (paired over the originals, 95 %); {MARKS_LEGEND}. "
+    "KL: geometric mean over the originals. * not told apart from the first: the interval of the "
+    "ratio holds 1 (paired over the originals, 95 %, each row by itself), and the ratio is at most "
+    f"the smallest that could have been told; {MARKS_LEGEND}. "
     "Equally accurate: not below what 97.5 % of retrained models reach, or at most "
     f"{MAY_LOSE:g} point below their mean."
 )
