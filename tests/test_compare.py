@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import math
 import re
@@ -29,7 +30,7 @@ from fisher_forget.experiments.cases import prepare_case, untrained
 from fisher_forget.experiments.compare import compare
 from fisher_forget.experiments.config import CompareConfig
 from fisher_forget.experiments.config_file import load_config
-from fisher_forget.experiments.method_setup import configured
+from fisher_forget.experiments.method_setup import chosen_methods, configured
 from fisher_forget.report.pages.comparison import (
     SMALLEST,
     answer,
@@ -248,6 +249,98 @@ def test_what_a_method_prepares_is_made_once_for_all_settings(tmp_path: Path) ->
     assert len({call.split()[1] for call in scrubbed[:3]}) == 3
     rows = read_rows(tmp_path / "small")["class 3"]
     assert {"learns", "deltagrad"} <= {row["method"] for row in rows}
+
+
+def test_with_a_class_gone_no_ruined_setting_is_chosen_where_one_is_sane(tmp_path: Path) -> None:
+    """Each of these methods ruins the model with some of its settings, and then recognises nothing
+    of the class."""
+    only = [{"name": "class 3", "kind": "class", "label": 3}]
+    data = {"name": "digits", "max_train": 600}
+    path = config(
+        tmp_path,
+        methods=["golatkar-paper", "neggrad+", "unsir"],
+        forget_sets=only,
+        data=data,
+        seeds=[0],
+        trials=8,
+    )
+    folder = compare(load_config(path, [], CompareConfig)).parent
+    case = json.loads((folder / "comparison.json").read_text())["cases"]["class 3"]
+    for outcome in case["outcomes"]:
+        trials = [t for t in outcome["trials"] if not t["error"]]
+        chosen = next(t for t in trials if t["settings"] == outcome["settings"])
+        assert min(t["damage"] for t in trials) <= 2
+        assert chosen["damage"] <= 2
+        assert chosen["memory"] == min(t["memory"] for t in trials if t["damage"] <= 2)
+    # what the sum of both would have chosen is a ruined model, of one of the methods at least
+    sums = [min(o["trials"], key=lambda t: t["damage"] + t["memory"]) for o in case["outcomes"]]
+    assert max(t["damage"] for t in sums) > 50
+    accuracy = {row["method"]: row["accuracy"] for row in case["rows"]}
+    assert min(accuracy[o["method"]] for o in case["outcomes"]) > accuracy["original"] - 8
+
+
+def test_a_search_of_ranges_is_the_same_in_another_folder(tmp_path: Path) -> None:
+    only = [{"name": "class 3", "kind": "class", "label": 3}]
+    found = []
+    for name in ("one", "two"):
+        place = tmp_path / name
+        place.mkdir()
+        path = config(place, methods=["ssd"], forget_sets=only, trials=6)
+        report = compare(load_config(path, [], CompareConfig)).with_name("comparison.json")
+        case = json.loads(report.read_text())["cases"]["class 3"]
+        found.append([(o["settings"], o["trials"]) for o in case["outcomes"]])
+        assert [len(trials) for _, trials in found[-1]] == [6]
+    assert found[0] == found[1]
+
+
+@dataclass(frozen=True)
+class Fragile:
+    """NaN weights, errors of torch and of Python for some settings."""
+
+    name: ClassVar[str] = "fragile"
+    grid: ClassVar[dict[str, tuple[Any, ...]]] = {"how": ("well", "nan", "torch", "value")}
+    how: str = "well"
+    seed: int = 0
+
+    def unlearn(self, model: nn.Module, split: Split) -> Unlearned:
+        twin = copy.deepcopy(model)
+        if self.how == "value":
+            raise ValueError("cannot")
+        if self.how == "torch":
+            torch.linalg.cholesky(-torch.eye(2))
+        if self.how == "nan":
+            nn.init.constant_(twin[-1].weight, math.nan)
+        return Unlearned(twin.eval(), 0.1, 0.0)
+
+
+def test_trials_that_fail_count_and_the_comparison_goes_on(tmp_path: Path) -> None:
+    only = [{"name": "class 3", "kind": "class", "label": 3}]
+    path = config(tmp_path, methods=[f"{__name__}:Fragile"], forget_sets=only, trials=4)
+    folder = compare(load_config(path, [], CompareConfig)).parent
+    case = json.loads((folder / "comparison.json").read_text())["cases"]["class 3"]
+    (outcome,) = case["outcomes"]
+    errors = {t["settings"].get("how", "well"): t["error"] for t in outcome["trials"]}
+    assert {how: bool(error) for how, error in errors.items()} == {
+        "well": False, "nan": True, "torch": True, "value": True,
+    }  # fmt: skip
+    assert outcome["settings"] == {}
+    assert "cannot" in (folder / "comparison.html").read_text()
+
+
+def test_without_optuna_ranges_are_refused_before_training(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "optuna" else find(name)
+    )
+    path = config(tmp_path, methods=["ssd"])
+    assert main(["compare", path]) == 2
+    assert "pip install 'fisher-forget[compare]'" in capsys.readouterr().err
+    assert not (tmp_path / "small" / "original").exists()
+    fixed = config(tmp_path, methods=["ssd"], options={"ssd": {"alpha": 5.0, "lam": 1.0}})
+    chosen_methods(load_config(fixed, [], CompareConfig))  # nothing is left to search
+    chosen_methods(load_config(path, ["--trials", "1"], CompareConfig))
 
 
 def test_unknown_methods_are_refused_before_training(tmp_path: Path, capsys: Any) -> None:

@@ -20,7 +20,7 @@ from fisher_forget.errors import ConfigError
 from fisher_forget.experiments.cases import Case, trained, untrained
 from fisher_forget.experiments.config import CompareConfig
 from fisher_forget.experiments.import_path import find, is_own
-from fisher_forget.experiments.search import needs_optuna
+from fisher_forget.experiments.search import needs_optuna, to_choose
 
 FRESH = 50_000  # added to seeds of fresh weights: none is an original's or a retrained model's
 
@@ -36,7 +36,8 @@ def chosen_methods(config: CompareConfig) -> dict[str, type[Unlearner]]:
     methods = {method.name: method for method in classes}
     _check_options(config.options, METHODS | methods)
     if config.trials > 1:
-        needs_optuna(method.grid for method in methods.values())
+        options = config.options
+        needs_optuna(to_choose(m, options.get(name, {})) for name, m in methods.items())
     return methods
 
 

@@ -23,7 +23,7 @@ from fisher_forget.experiments.outcomes import Trial
 if TYPE_CHECKING:
     import optuna
 
-ASKS = 20  # proposals for every trial, before a space of whole numbers counts as exhausted
+ASKS = 5  # proposals for every trial, before a space of whole numbers counts as exhausted
 Settings = dict[str, Any]
 Attempt = Callable[[Settings], Trial]
 
@@ -39,7 +39,7 @@ def search(
         attempt: Makes a trial of settings other than the defaults.
         fixed: Fields that are left alone.
     """
-    grid = {name: values for name, values in method.grid.items() if name not in fixed}
+    grid = to_choose(method, fixed)
     made = [attempt({})]
     defaults = {name: getattr(method(), name) for name in grid}
     seed = zlib.crc32(method.name.encode())
@@ -48,6 +48,11 @@ def search(
     elif trials > 1:
         made += map(attempt, _lists(grid, defaults, seed)[: trials - 1])
     return tuple(made)
+
+
+def to_choose(method: type[Unlearner], fixed: Collection[str]) -> Grid:
+    """The method's grid without the fields that are fixed."""
+    return {name: values for name, values in method.grid.items() if name not in fixed}
 
 
 def needs_optuna(grids: Iterable[Grid]) -> bool:

@@ -263,6 +263,11 @@ def _case(name: str, case: Mapping[str, Any], figures: list[Figure]) -> dict[str
     }
 
 
+def _setting(settings: Mapping[str, Any]) -> str:
+    shown = (f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in settings.items())
+    return ", ".join(shown) or "defaults"
+
+
 def _settings(outcomes: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Every setting that was tried; the chosen one first."""
     shown = []
@@ -273,8 +278,7 @@ def _settings(outcomes: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
             shown.append(
                 {
                     "method": outcome["method"],
-                    "setting": ", ".join(f"{k} {v:g}" for k, v in trial["settings"].items())
-                    or "defaults",
+                    "setting": _setting(trial["settings"]),
                     "damage (points)": "" if points[0] is None else f"{points[0]:.1f}",
                     "memory (points)": "" if points[1] is None else f"{points[1]:.1f}",
                     "chosen": "chosen" if best else "",
