@@ -541,7 +541,7 @@ class TestTable:
         assert not row["tied"]
         assert math.isnan(found[2]["ratio_low"])  # a single control has no partner
         assert frame(found)["times the first"][0] == "1"
-        assert frame(found)["times the first"][1] == f"{row['ratio']:.2g} ({low:.2g} to {high:.2g})"
+        assert frame(found)["times the first"][1] == f"{row['ratio']:.3g} ({low:.3g} to {high:.3g})"
 
     def test_first_is_who_is_least_as_the_ratios_count(self) -> None:
         made = Made().add("even", [1.0, 1.0], 90).add("uneven", [0.1, 2.5], 90)

@@ -71,6 +71,14 @@ def test_writes_nothing_and_leaves_the_random_state(
     assert f"Dry run of `fisher-forget {command}`" in capsys.readouterr().out
 
 
+def test_says_how_many_settings_and_originals(
+    path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", path, "--dry-run", "--methods", "[finetune, ssd]"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"methods: 2 x \d forget sets, 8 trials and 2 originals each", text)
+
+
 def test_counts_what_the_run_then_trains(
     path: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,13 +96,13 @@ def frame(table_rows: Sequence[Row]) -> pd.DataFrame:
 
 def _interval(row: Row, name: str) -> str:
     low, high = row[f"{name}_low"], row[f"{name}_high"]
-    return f"{low:.2g} to {high:.2g}" if low < high < math.inf else ""
+    return f"{low:.3g} to {high:.3g}" if low < high < math.inf else ""
 
 
 def _times(row: Row) -> str:
     """The ratio to the first, with its interval."""
     interval = _interval(row, "ratio")
-    return f"{row['ratio']:.2g}" + (f" ({interval})" if interval else "")
+    return f"{row['ratio']:.3g}" + (f" ({interval})" if interval else "")
 
 
 def to_markdown(table_rows: Sequence[Row]) -> str:
