@@ -36,6 +36,7 @@ from fisher_forget.baselines.protocol import Unlearner
 from fisher_forget.baselines.ssd import Ssd
 from fisher_forget.baselines.variational import START, Variational
 from fisher_forget.data.split import Split, resolve_split, some
+from fisher_forget.experiments.training import TrainSettings
 from fisher_forget.likelihood import Likelihood, resolve_likelihood
 from fisher_forget.params import flatten, load, unflatten
 from fisher_forget.unlearn.objective import Objective
@@ -626,7 +627,8 @@ class TestDeltaGrad:
     ) -> None:
         trajectory = record(net(), split_of(), self.PLAN)
         monkeypatch.setattr(delta_grad, "lbfgs_product", lambda _, v: factor / self.PLAN.lr * v)
-        found = DeltaGrad(trajectory, burn_in=3).unlearn(trajectory.model, split_of())
+        method = DeltaGrad(trajectory, burn_in=3, tolerance=None)
+        found = method.unlearn(trajectory.model, split_of())
         every = DeltaGrad(trajectory, period=1).unlearn(trajectory.model, split_of())
         assert torch.equal(vector(found.model), vector(every.model)) == full
         assert (found.passes == every.passes) == full
@@ -662,9 +664,16 @@ class TestDeltaGrad:
         assert torch.equal(lbfgs_product([], s), torch.zeros(6).double())
 
     def test_without_a_trajectory_it_trains_and_records_a_model_of_its_own(self) -> None:
-        settings = {"initial": net(), "training": self.PLAN, "seed": self.PLAN.seed}
+        momentum = TrainSettings(epochs=30, lr=0.03, momentum=0.9, batch_size=4, weight_decay=0.02)
+        settings = {
+            "initial": net(),
+            "training": momentum,
+            "seed": self.PLAN.seed,
+            "batch_size": self.PLAN.batch_size,
+        }
         ready, model = DeltaGrad(burn_in=3, **settings).prepare(net(7), split_of())
-        own = record(net(), split_of(), self.PLAN)
+        # the rate that momentum adds up to, and at least this many samples a step
+        own = record(net(), split_of(), dataclasses.replace(self.PLAN, lr=0.03 / (1 - 0.9)))
         assert torch.equal(vector(model), vector(own.model))
         assert ready.prepare(model, split_of()) == (ready, model)  # once is enough
         expected = DeltaGrad(own, burn_in=3).unlearn(own.model, split_of())

@@ -25,7 +25,7 @@ from fisher_forget.baselines.neg_grad import NegGrad, NegGradPlus
 from fisher_forget.baselines.protocol import Range, Unlearner
 from fisher_forget.baselines.random_labels import Amnesiac, RandomLabels, Relabelling
 from fisher_forget.baselines.retrain import Retrain, fresh
-from fisher_forget.baselines.salun import SalUn, saliency
+from fisher_forget.baselines.salun import SalUn, SalUn2023, saliency
 from fisher_forget.baselines.scrub import Scrub
 from fisher_forget.baselines.training_loop import Descent, descend, numbered
 from fisher_forget.baselines.unsir import Unsir
@@ -49,10 +49,11 @@ METHODS = [
     BadTeacher(epochs=2, batch_size=16, share=0.5),
     Scrub(epochs=3, max_epochs=2, batch_size=16, forget_batch_size=2),
     SalUn(epochs=2, batch_size=16),
+    SalUn2023(epochs=2, batch_size=16),
     L1Sparse(epochs=2, batch_size=16),
     CFk(epochs=2, batch_size=16),
     EUk(epochs=2, batch_size=16),
-    Unsir(noises=6, steps=3, copies=2, batch_size=16, impair_epochs=2),
+    Unsir(noises=6, steps=3, batch_size=16, impair_epochs=2),
     Retrain(epochs=2, batch_size=16),
 ]
 EVERY = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
@@ -83,8 +84,9 @@ def ce(model, rows, labels=None):
     return lambda w: F.cross_entropy(torch.func.functional_call(model, w, (x,)), y)
 
 
-def by_hand(model, losses, lr, *, momentum=0.9, decay=0.0, adam=False, mask=None):
-    """SGD with momentum or Adam, from their definitions; lr may be a number a step."""
+def by_hand(model, losses, lr, *, momentum=0.9, decay=0.0, adam=False, mask=None, held=True):
+    """SGD with momentum or Adam, from their definitions; lr may be a number a step. Weights that
+    are not held by the mask decay all the same."""
     w = weights(model)
     first, second = ({n: torch.zeros_like(p) for n, p in w.items()} for _ in range(2))
     for t, loss in enumerate(losses, start=1):
@@ -92,7 +94,8 @@ def by_hand(model, losses, lr, *, momentum=0.9, decay=0.0, adam=False, mask=None
         at = {n: p.clone().requires_grad_() for n, p in w.items()}
         grads = torch.autograd.grad(loss(at), list(at.values()))
         for (n, p), g in zip(w.items(), grads, strict=True):
-            g = (g + decay * p) * (1 if mask is None else mask[n])
+            m = 1 if mask is None else mask[n]
+            g = m * (g + decay * p) if held else m * g + decay * p
             if adam:
                 first[n] = 0.9 * first[n] + 0.1 * g
                 second[n] = 0.999 * second[n] + 0.001 * g * g
@@ -133,15 +136,22 @@ class Noisy(nn.Module):
 def without_forgetting(method, model, found):
     """What each method becomes without D_f: descent on all samples with their own labels."""
     loss, sgd, adam = ce(model, range(N)), {"decay": 5e-4}, {"adam": True}
+    plain = {"momentum": 0.0}
     body = {name: torch.full_like(p, name[0] == "2") for name, p in weights(model).items()}
     if method.name == "neggrad+":
-        return by_hand(model, [lambda w: 0.95 * loss(w)] * 2, 0.01, **sgd)
+        return by_hand(model, [lambda w: 0.95 * loss(w)] * 2, 0.01, **plain)
     if method.name == "random-labels":
         return by_hand(model, [loss] * 2, 0.013, **sgd)
     if method.name == "salun":  # no weight is salient: any half of them
         mask = {n: (p != q).double() for (n, p), q in zip(*pairs(found, model), strict=True)}
         assert sum(float(m.sum()) for m in mask.values()) == round(0.5 * len(flat(model)))
         return by_hand(model, [loss] * 2, 0.013, mask=mask, **sgd)
+    if method.name == "salun-2023":
+        zero = {name: torch.zeros_like(p) for name, p in weights(model).items()}
+        shrunk = by_hand(model, [loss] * 2, 0.1, mask=zero, held=False, **sgd)
+        mask = {n: ((p - shrunk[n]).abs() > 1e-12).double() for n, p in weights(found).items()}
+        assert sum(float(m.sum()) for m in mask.values()) == round(0.5 * len(flat(model)))
+        return by_hand(model, [loss] * 2, 0.1, mask=mask, held=False, **sgd)
     if method.name == "amnesiac":
         return by_hand(model, [loss] * 2, 1e-4, **adam)
     if method.name == "scrub":
@@ -155,11 +165,11 @@ def without_forgetting(method, model, found):
         losses = [lambda w: loss(w) + 5e-4 * l1(w), lambda w: loss(w) + 2.5e-4 * l1(w)]
         return by_hand(model, losses, 0.01, **sgd)
     if method.name == "cf-k":
-        return by_hand(model, [loss] * 2, 0.01, mask=body, **sgd)
+        return by_hand(model, [loss] * 2, 0.01, mask=body, **plain)
     if method.name == "eu-k":
         start = copy.deepcopy(model)
         start[2] = seeded(lambda: nn.Linear(6, 3, dtype=torch.float64))
-        return by_hand(start, [loss] * 2, 0.01, mask=body, **sgd)
+        return by_hand(start, [loss] * 2, 0.01, mask=body, **plain)
     if method.name == "unsir":
         impaired = copy.deepcopy(model)
         impaired.load_state_dict(by_hand(model, [loss] * 2, 0.02, **adam))
@@ -272,8 +282,6 @@ class TestEveryMethod:
     def test_an_empty_forget_set_is_training_on_all_data(self, method, model):
         """Or nothing at all, where there is nothing to climb or to learn."""
         whole = dataclasses.replace(method, batch_size=ALL)
-        if isinstance(whole, Unsir):
-            whole = dataclasses.replace(whole, share=1.0)
         control = resolve_split(TensorDataset(X, Y), [], allow_empty=True)
         found = whole.unlearn(model, control).model
         if isinstance(whole, NegGrad | BadTeacher):
@@ -389,7 +397,8 @@ class TestNegGradPlus:
             .model
         )
         down, up = ce(model, KEPT), ce(model, IDX)
-        expected = by_hand(model, [lambda w: 0.8 * down(w) - 0.2 * up(w)] * 3, 0.01, decay=0.1)
+        losses = [lambda w: 0.8 * down(w) - 0.2 * up(w)] * 3
+        expected = by_hand(model, losses, 0.01, momentum=0.0, decay=0.1)
         assert_weights(found, expected, model)
 
     def test_without_forgotten_samples_it_is_fine_tuning(self, model):
@@ -526,6 +535,45 @@ class TestSalUn:
             SalUn(share=share)
 
 
+class TestSalUn2023:
+    def climbed(self, model, method, batches):
+        """Sums of the gradients of L_f along an ascent by torch's SGD."""
+        twin = copy.deepcopy(model)
+        ascent = torch.optim.SGD(
+            twin.parameters(), method.mask_lr, momentum=0.9, weight_decay=method.weight_decay
+        )
+        sums = [torch.zeros_like(p) for p in twin.parameters()]
+        for rows in batches:
+            ascent.zero_grad()
+            (-F.cross_entropy(twin(X[rows].double()), Y[rows])).backward()
+            sums = [s + p.grad for s, p in zip(sums, twin.parameters(), strict=True)]
+            ascent.step()
+        return torch.cat([s.abs().reshape(-1) for s in sums])
+
+    def test_mask_keeps_the_smallest_gradients_of_an_ascent(self, model, split):
+        method = SalUn2023(share=0.3, batch_size=2, mask_lr=0.5, seed=3)
+        training = Training(model, split, Categorical(), 2)
+        mask = torch.cat([m.reshape(-1) for m in method.mask(training).values()])
+        plan = np.random.default_rng(3).permutation(IDX)
+        size = self.climbed(model, method, np.array_split(plan, 3))
+        assert mask.sum() == round(0.3 * len(size))
+        assert size[mask == 1].max() < size[mask == 0].min()
+        assert training.gradients == M
+
+    def test_by_hand(self, model, split):
+        """Both sets in one batch, labels drawn anew in every epoch, and decay for all weights."""
+        method = SalUn2023(share=0.4, epochs=2, batch_size=ALL, weight_decay=0.1, seed=4)
+        found = method.unlearn(model, split).model
+        mask = method.mask(Training(model, split, Categorical(), ALL))
+        losses = []
+        for epoch in range(2):
+            mixed = Y.clone()
+            mixed[IDX] = labels((4, epoch))
+            losses.append(ce(model, range(N), mixed))
+        expected = by_hand(model, losses, 0.1, decay=0.1, mask=mask, held=False)
+        assert_weights(found, expected, model)
+
+
 class TestL1Sparse:
     def test_by_hand(self, model, split):
         found = (
@@ -577,7 +625,8 @@ class TestScrub:
         )
 
     def test_it_leaves_the_teacher_on_forgotten_samples_alone(self, model, split):
-        found = Scrub(lr=0.05, weight_decay=0.0, milestones=()).unlearn(model, split).model
+        found = Scrub(lr=0.05, batch_size=ALL, weight_decay=0.0, milestones=())
+        found = found.unlearn(model, split).model
         away = lambda rows: float(kl(model(X[rows].double()), found(X[rows].double())).detach())  # noqa: E731
         assert away(IDX) > 3 * away(KEPT)
 
@@ -645,7 +694,7 @@ class TestLastLayers:
         head = copy.deepcopy(model[2])
         features = model[:2](X[KEPT].double()).detach()
         loss = lambda w: F.cross_entropy(features @ w["weight"].T + w["bias"], Y[KEPT])  # noqa: E731
-        assert_weights(found[2], by_hand(head, [loss] * 3, 0.01, decay=0.1), head)
+        assert_weights(found[2], by_hand(head, [loss] * 3, 0.01, momentum=0.0, decay=0.1), head)
         assert torch.equal(found[0].weight, model[0].weight)
 
     def test_all_layers_are_fine_tuning_and_retraining(self, model, split):
@@ -654,7 +703,7 @@ class TestLastLayers:
         assert torch.equal(
             flat(cfk.unlearn(model, split).model), flat(tuned.unlearn(model, split).model)
         )
-        euk, retrained = EUk(k=2, **plain), Retrain(**plain)
+        euk, retrained = EUk(k=2, **plain), Retrain(momentum=0.0, **plain)
         assert torch.equal(
             flat(euk.unlearn(model, split).model), flat(retrained.unlearn(model, split).model)
         )
@@ -786,7 +835,7 @@ class TestRetrain:
 
 
 def noise(method, model, split):
-    return method.noise(Training(model, split, Categorical(), method.batch_size))
+    return method.noise(Training(model, split, Categorical(), method.batch_size), method.noises)
 
 
 class TestUnsir:
@@ -808,8 +857,7 @@ class TestUnsir:
     def test_impair_and_repair_by_hand(self, model, split):
         method = Unsir(
             noises=4,
-            copies=3,
-            share=1.0,
+            noise_share=10 / (R + 10),
             impair_epochs=2,
             repair_epochs=2,
             batch_size=ALL,
@@ -817,14 +865,30 @@ class TestUnsir:
         )
         found = method.unlearn(model, split).model
         made = noise(method, model, split)
-        x = torch.cat([made.args[0].repeat(3, 1), X[KEPT].double()])
-        y = torch.cat([made.targets.repeat(3), Y[KEPT]])
+        turns = [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
+        x = torch.cat([made.args[0][turns], X[KEPT].double()])
+        y = torch.cat([made.targets[turns], Y[KEPT]])
         impair = lambda w: F.cross_entropy(torch.func.functional_call(model, w, (x,)), y)  # noqa: E731
         impaired = copy.deepcopy(model)
         impaired.load_state_dict(by_hand(model, [impair] * 2, 0.01, adam=True))
         assert_weights(
             found, by_hand(impaired, [ce(model, KEPT)] * 2, 0.01, adam=True), model, 1e-7
         )
+
+    @pytest.mark.parametrize("kept", [1, 55, 1291, 9000, 48_000])
+    @pytest.mark.parametrize("share", [0.0, 0.1, 0.36, 0.9])
+    def test_share_of_noise_whatever_the_size(self, kept, share):
+        turns = Unsir(noise_share=share).turns(kept)
+        assert abs(len(turns) - share * (len(turns) + kept)) <= 0.5  # rounded
+        shown = np.bincount(turns, minlength=1)
+        assert len(shown) <= 256
+        assert shown.max() - shown.min() <= 1
+
+    def test_the_epoch_of_the_authors(self):
+        """One of ten classes of CIFAR-10: 20 batches of 256 noise inputs, 9,000 other samples."""
+        shown = np.bincount(Unsir(noise_share=5120 / 14_120).turns(9000))
+        assert shown.tolist() == [20] * 256
+        assert Unsir().noise_share == pytest.approx(5120 / 14_120, abs=0.005)
 
     def test_noise_is_made_in_eval_mode(self, split):
         given, method = seeded(Noisy), Unsir(noises=5, steps=3)
@@ -864,11 +928,12 @@ class TestUnsir:
         "wrong",
         [
             {"noises": 0},
-            {"copies": 0},
+            {"retained": 0},
+            {"noise_share": 1.0},
+            {"noise_share": -0.1},
             {"steps": -1},
             {"noise_lr": 0.0},
             {"penalty": -1.0},
-            {"share": 0.0},
         ],
     )
     def test_bad_settings(self, wrong):

@@ -19,7 +19,7 @@ from fisher_forget.baselines.ntk import Ntk, NtkFisher
 from fisher_forget.baselines.protocol import Range, Unlearned, Unlearner
 from fisher_forget.baselines.random_labels import Amnesiac, RandomLabels
 from fisher_forget.baselines.retrain import Retrain
-from fisher_forget.baselines.salun import SalUn
+from fisher_forget.baselines.salun import SalUn, SalUn2023
 from fisher_forget.baselines.scrub import Scrub
 from fisher_forget.baselines.sisa.ensemble import SISA
 from fisher_forget.baselines.sisa.method import Sharded
@@ -40,6 +40,7 @@ METHODS: dict[str, type[Unlearner]] = {
         BadTeacher,
         Scrub,
         SalUn,
+        SalUn2023,
         Ssd,
         Ntk,
         NtkFisher,

@@ -17,6 +17,9 @@ output Hessian of the categorical loss.
 
 BatchNorm's running statistics, which hold the forgotten data too, stay as they are, as in the
 public code; `forget` recomputes them.
+
+The seed is public: such noise is for comparisons and protects nothing. To release a model, use
+`forget`.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from fisher_forget._util.checks import check_model, is_whole
 from fisher_forget._util.isolation import isolated, seeded
 from fisher_forget.baselines.base import DirectMethod, PricedWeights, first_outputs
 from fisher_forget.baselines.meter import metered
-from fisher_forget.baselines.protocol import Grid
+from fisher_forget.baselines.protocol import Grid, Range
 from fisher_forget.baselines.training_loop import require
 from fisher_forget.curvature.estimate import estimate_curvature
 from fisher_forget.curvature.operator import Curvature
@@ -154,7 +157,7 @@ class GolatkarPaper(Golatkar):
     Attributes:
         scale: s.
         tau: Added to F, nats per squared weight. The paper has none; without it a weight that no
-            retained sample uses gets infinitely wide noise.
+            retained sample uses gets infinitely wide noise, and at 1e-8 noise of deviation 100 s.
 
     Raises:
         ConfigError: If a value is out of range.
@@ -169,7 +172,7 @@ class GolatkarPaper(Golatkar):
     """
 
     name = "golatkar-paper"
-    grid: ClassVar[Grid] = {"scale": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)}
+    grid: ClassVar[Grid] = {"scale": Range(1e-5, 0.1), "tau": Range(1e-8, 0.1)}
     scale_name = "scale"
 
     scale: float = 1e-3
@@ -216,7 +219,7 @@ class GolatkarCode(Golatkar):
     """
 
     name = "golatkar-code"
-    grid: ClassVar[Grid] = {"alpha": (1e-8, 1e-7, 1e-6, 3e-6, 1e-5)}
+    grid: ClassVar[Grid] = {"alpha": Range(1e-9, 1e-4)}
     scale_name = "alpha"
 
     alpha: float = ALPHA

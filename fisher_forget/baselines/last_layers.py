@@ -6,16 +6,16 @@ r"""Fine-tune the last k layers alone (CF-k), or train them from scratch (EU-k),
     EU-k:  from fresh weights of the last k layers
 
 Goel et al. 2022 (arXiv:2201.06640): with k = L these are fine-tuning and retraining; a smaller k
-costs less and keeps what the first layers know of D_f. The learning rate and epochs are those of
-Kurmanji et al. 2023 (arXiv:2302.09880). A layer is a module that holds weights of two or more
-dimensions, with the norms that follow it; the order is the one in which the model's `__init__`
-names them. BatchNorm statistics are estimated on D_r in all layers,
-fixed or not, but for those that this data never set.
+costs less and keeps what the first layers know of D_f. Learning rates and epochs, 10 and from
+scratch 30, are those of Kurmanji et al. 2023 (arXiv:2302.09880), without momentum. A layer is a
+module that holds weights of two or more dimensions, with the norms that follow it; the order is the
+one in which the model's `__init__` names them. BatchNorm statistics are estimated on D_r in all
+layers, fixed or not, but for those that this data never set.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import nn
@@ -25,7 +25,7 @@ from fisher_forget.baselines.base import Training
 from fisher_forget.baselines.finetune import FineTune
 from fisher_forget.baselines.protocol import Grid, Range
 from fisher_forget.baselines.retrain import Init, fresh
-from fisher_forget.baselines.training_loop import require
+from fisher_forget.baselines.training_loop import Descent, require
 from fisher_forget.errors import ConfigError
 
 
@@ -41,10 +41,9 @@ class CFk(FineTune):
     """
 
     name = "cf-k"
-    grid: ClassVar[Grid] = {"lr": Range(1e-4, 0.1), "k": (1, 2, 3)}
+    grid: ClassVar[Grid] = {"lr": Range(1e-3, 0.5), "k": (1, 2, 3)}
 
     k: int = 1
-    weight_decay: float = 5e-4
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,6 +66,7 @@ class EUk(CFk):
     """Training of the last k layers from scratch.
 
     Attributes:
+        milestones: Epochs, counted from 0, from which on the learning rate is divided by ten.
         init: Makes an untrained model of the same kind; by default `reset_parameters` does.
 
     Raises:
@@ -75,7 +75,12 @@ class EUk(CFk):
 
     name = "eu-k"
 
+    epochs: int = 30
+    milestones: tuple[int, ...] = (11, 16, 21)
     init: Init | None = None
+
+    def descent(self) -> Descent:
+        return replace(super().descent(), milestones=self.milestones)
 
     def start(self, training: Training) -> nn.Module:
         model = training.model

@@ -134,6 +134,9 @@ class Ntk(DirectMethod):
 class NtkFisher(Ntk):
     """NTK scrubbing, then noise N(0, alpha (F + tau I)^-1), F the diagonal Fisher of D_r there.
 
+    The seed is public: such noise is for comparisons and protects nothing. To release a model, use
+    `forget`.
+
     Attributes:
         alpha: Scale of the variance.
         tau: Added to F, nats per squared weight; the public code cuts 1/F off at 1/tau instead.

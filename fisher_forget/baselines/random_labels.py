@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from fisher_forget import params as P
 from fisher_forget.baselines.base import SgdMethod, Training, TrainingMethod, first_outputs
-from fisher_forget.baselines.protocol import Grid
+from fisher_forget.baselines.protocol import Grid, Range
 from fisher_forget.baselines.training_loop import Epoch, Loss, each, numbered
 from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Indices
@@ -39,7 +39,7 @@ class RandomLabels(SgdMethod):
     """
 
     name = "random-labels"
-    grid: ClassVar[Grid] = {"lr": (0.001, 0.01, 0.05), "epochs": (2, 5, 10)}
+    grid: ClassVar[Grid] = {"lr": Range(1e-3, 0.1), "epochs": Range(1, 20, whole=True)}
 
     lr: float = 0.013
     batch_size: int = 256
@@ -67,7 +67,7 @@ class Amnesiac(TrainingMethod):
     """
 
     name = "amnesiac"
-    grid: ClassVar[Grid] = {"lr": (1e-4, 1e-3), "epochs": (1, 3, 10)}
+    grid: ClassVar[Grid] = {"lr": Range(1e-5, 1e-2), "epochs": Range(1, 10, whole=True)}
 
     epochs: int = 3
     lr: float = 1e-4
@@ -75,13 +75,16 @@ class Amnesiac(TrainingMethod):
     def losses(self, training: Training) -> Epoch:
         draw = replace(Relabelling.of(training, self.name), least=1)
 
-        def epoch(_: int, rng: np.random.Generator) -> Iterator[Loss]:
-            split = training.split
-            mixed = numbered(split, split.indices("all"), self.batch_size, rng)
-            relabelled = (draw(batch, rows, (self.seed,)) for rows, batch in mixed)
-            return each(relabelled, training.mean_loss)
+        return lambda _, rng: mixed(training, draw, rng, (self.seed,))
 
-        return epoch
+
+def mixed(
+    training: Training, draw: Relabelling, rng: np.random.Generator, key: tuple[int, ...]
+) -> Iterator[Loss]:
+    """An epoch over D_f, with the wrong labels of this key, and D_r in the same batches."""
+    everyone = training.split.indices("all")
+    batches = numbered(training.split, everyone, training.batch_size, rng)
+    return each((draw(batch, rows, key) for rows, batch in batches), training.mean_loss)
 
 
 def labelled(likelihood: Likelihood, method: str) -> Categorical:

@@ -55,6 +55,7 @@ class Retrain(FineTune):
     epochs: int = 40
     lr: float = 0.05
     batch_size: int = 64
+    momentum: float = 0.9
     weight_decay: float = 5e-4
 
     def start(self, training: Training) -> nn.Module:

@@ -6,8 +6,9 @@ r"""SCRUB: a student leaves its teacher, the given model, on D_f and follows it 
 with KL_T = T^2 KL(teacher / T || student / T), nats per scored position, and L_r the mean loss.
 Every epoch has a pass of max steps over D_f, as long as it is among the first `max_epochs`, and
 then one of min steps over D_r; one optimizer serves both. Kurmanji et al. 2023 (arXiv:2302.09880).
-The defaults are those of their small-scale experiments; the large-scale ones are alpha 0.001, gamma
-0.99, temperature 4, max_epochs 2, SGD, 3 epochs. Some versions in circulation give the optimizer
+The defaults are those of their small-scale experiments, whose weight decay is that of the training
+before; the large-scale ones are alpha 0.001, gamma 0.99, temperature 4, max_epochs 2, SGD, 3
+epochs, batches of 256 and 512. Some versions in circulation give the optimizer
 the teacher's weights, so that the student never moves.
 
 KL and its gradient vanish where student and teacher agree: without dropout, BatchNorm and weight
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from fisher_forget._util.copies import copy_model
 from fisher_forget.baselines.base import Training, TrainingMethod
-from fisher_forget.baselines.protocol import Grid
+from fisher_forget.baselines.protocol import Grid, Range
 from fisher_forget.baselines.training_loop import (
     Descent,
     Epoch,
@@ -56,14 +57,20 @@ class Scrub(TrainingMethod):
     """
 
     name = "scrub"
-    grid: ClassVar[Grid] = {"lr": (1e-4, 5e-4, 2e-3), "alpha": (0.1, 0.5), "max_epochs": (1, 3)}
+    grid: ClassVar[Grid] = {
+        "lr": Range(5e-5, 5e-3),
+        "alpha": Range(1e-3, 1.0),
+        "max_epochs": Range(1, 10, whole=True),
+        "forget_batch_size": Range(8, 128, whole=True),
+    }
 
     max_epochs: int = 3
     alpha: float = 0.5
     gamma: float = 1.0
     temperature: float = 2.0
     lr: float = 5e-4
-    forget_batch_size: int = 32
+    batch_size: int = 32
+    forget_batch_size: int = 64
     weight_decay: float = 0.1
     optimizer: Literal["sgd", "adam"] = "adam"
     milestones: tuple[int, ...] = (5, 8, 9)

@@ -38,6 +38,7 @@ class Descent:
         weight_decay: L2 coefficient in the gradient, for Adam too.
         optimizer: "sgd" or "adam".
         milestones: Epochs, counted from 0, from which on the learning rate is divided by ten.
+        masked_decay: Whether weights that a mask holds back decay all the same.
     """
 
     epochs: int
@@ -46,6 +47,7 @@ class Descent:
     weight_decay: float = 0.0
     optimizer: Literal["sgd", "adam"] = "sgd"
     milestones: tuple[int, ...] = ()
+    masked_decay: bool = False
 
 
 def descend(
@@ -64,8 +66,9 @@ def descend(
         settings: See `Descent`.
         epoch: Called with the number of the epoch and a generator; yields one loss function a step.
         seed: Of the generator, and of dropout; the global random states are put back at the end.
-        mask: Multiplies the gradients, weight decay included, name by name, so that a weight of
-            mask 0 stays where it is; a parameter that it does not name moves freely.
+        mask: Multiplies the gradients, weight decay included unless settings.masked_decay, name by
+            name, so that a weight of mask 0 stays where it is; a parameter that it does not name
+            moves freely.
         kept: Norm layers that keep their running statistics, and normalise by them.
 
     Raises:
@@ -73,7 +76,9 @@ def descend(
     """
     twin = train_mode(copy_model(model), kept)
     weights = P.trainable(twin)
-    optimizer = _optimizer(list(weights.values()), settings, masked=mask is not None)
+    # the optimizer's own weight decay would move masked weights
+    within = settings.weight_decay if mask is not None and not settings.masked_decay else 0.0
+    optimizer = _optimizer(list(weights.values()), settings, settings.weight_decay - within)
     rng = np.random.default_rng(seed)
     with seeded_rng(seed), torch.enable_grad():
         for number in range(settings.epochs):
@@ -87,7 +92,7 @@ def descend(
                     raise _diverged(f"the loss {float(value.detach())} in epoch {number + 1}")
                 value.backward()
                 if mask is not None:  # after backward: momentum and Adam see masked gradients alone
-                    _masked(weights, mask, settings.weight_decay)
+                    _masked(weights, mask, within)
                 optimizer.step()
     twin.zero_grad(set_to_none=True)
     if not P.finite(dict(twin.named_parameters())):
@@ -95,9 +100,7 @@ def descend(
     return twin.eval()
 
 
-def _optimizer(values: list[Tensor], settings: Descent, masked: bool) -> torch.optim.Optimizer:
-    # the optimizer's own weight decay would move masked weights
-    decay = 0.0 if masked else settings.weight_decay
+def _optimizer(values: list[Tensor], settings: Descent, decay: float) -> torch.optim.Optimizer:
     if settings.optimizer == "adam":
         return torch.optim.Adam(values, lr=settings.lr, weight_decay=decay)
     return torch.optim.SGD(values, settings.lr, momentum=settings.momentum, weight_decay=decay)

@@ -1,15 +1,18 @@
 r"""UNSIR: impair with noise that the model gets most wrong for D_f, then repair on D_r.
 
     noise:   x <- Adam step down  -loss(f_w(x), y) + penalty |x|^2,   x from N(0, I)
-    impair:  w <- Adam step down  the mean loss of (x, y), `copies` times each, and of part of D_r
+    impair:  w <- Adam step down  the mean loss of (x, y), over and over, and of part of D_r
     repair:  w <- Adam step down  the mean loss of the same part of D_r
 
 with y the target of a sample of D_f.
 
-Tarun et al. 2023 (arXiv:2111.08947) forget whole classes, with 256 noise inputs for each. Here the
-noise inputs share the targets of samples drawn from D_f: the same where D_f is one class, and in
-its proportions where it is not. The public code labels the noise of every class as class 0 and
-optimises it in training mode; here it keeps its target, and the model is in eval mode.
+Tarun et al. 2023 (arXiv:2111.08947) forget whole classes of CIFAR-10. For one class their impair
+epoch shows 256 noise inputs 20 times each and 1,000 samples of each of the nine others: 36 % noise,
+in 56 steps, and 36 steps of repair. Here the share is what is kept, whatever the size of D_r; few
+samples make few steps in batches as large as theirs. The noise inputs share the targets of samples
+drawn from D_f: the same where D_f is one class, and in its proportions where it is not. The public
+code labels the noise of every class as class 0 and optimises it in training mode; here it keeps its
+target, and the model is in eval mode.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from torch.utils import _pytree as pytree
 from fisher_forget._util.copies import copy_model
 from fisher_forget._util.isolation import seeded
 from fisher_forget.baselines.base import Method, Training
-from fisher_forget.baselines.protocol import Grid
+from fisher_forget.baselines.protocol import Grid, Range
 from fisher_forget.baselines.training_loop import Descent, Loss, descend, require
 from fisher_forget.data.batches import Batch
 from fisher_forget.data.settle import trained_likelihood
@@ -41,12 +44,12 @@ class Unsir(Method):
     """Error-maximising noise, impair, repair.
 
     Attributes:
-        noises: Number of noise inputs.
+        noises: Number of noise inputs, at most as many as an impair epoch shows.
         steps: Adam steps that make them.
         noise_lr: Learning rate of these steps, in units of the inputs.
         penalty: Of |x|^2, nats per squared unit of the inputs.
-        copies: How often each noise input is shown in an impair epoch.
-        share: Of D_r that is used, drawn once.
+        noise_share: Of the samples that an impair epoch shows; the noise inputs take turns.
+        retained: Samples of D_r that are used, drawn once; all, if there are fewer.
         impair_epochs: Passes over noise and the part of D_r.
         impair_lr: Learning rate of Adam.
         repair_epochs: Passes over the part of D_r.
@@ -61,17 +64,17 @@ class Unsir(Method):
 
     name = "unsir"
     grid: ClassVar[Grid] = {
-        "impair_lr": (0.0005, 0.002, 0.02),
-        "repair_lr": (0.0005, 0.002, 0.01),
-        "copies": (1, 20),
+        "impair_lr": Range(2e-3, 0.2),
+        "repair_lr": Range(1e-3, 0.1),
+        "batch_size": Range(8, 256, whole=True),
     }
 
     noises: int = 256
     steps: int = 40
     noise_lr: float = 0.1
     penalty: float = 0.1
-    copies: int = 20
-    share: float = 0.2
+    noise_share: float = 0.36
+    retained: int = 9000
     impair_epochs: int = 1
     impair_lr: float = 0.02
     repair_epochs: int = 1
@@ -80,26 +83,26 @@ class Unsir(Method):
     likelihood: Likelihood | str = "categorical"
 
     def __post_init__(self) -> None:
-        counts = {"noises": 1, "copies": 1, "batch_size": 1}
+        counts = {"noises": 1, "retained": 1, "batch_size": 1}
         epochs = {"steps": 0, "impair_epochs": 0, "repair_epochs": 0}
         require(
             self,
             at_least=counts | epochs | {"penalty": 0},
             above={"noise_lr": 0, "impair_lr": 0, "repair_lr": 0},
-            share=(0 < self.share <= 1, "a share above 0, at most 1"),
+            noise_share=(0 <= self.noise_share < 1, "a share of at least 0, below 1"),
         )
 
     def scrub(self, model: nn.Module, split: Split) -> tuple[nn.Module, float]:
         likelihood = trained_likelihood(model, split, self.likelihood)
         training = Training(model, split, likelihood, self.batch_size)
         foreign = training.foreign
-        kept = some(split.retain, max(1, round(self.share * len(split.retain))), self.seed)
-        noise = self.noise(training) if len(split.forget) else None
-        noises = 0 if noise is None else self.noises
-        shown = np.repeat(-1 - np.arange(noises), self.copies)
+        kept = some(split.retain, self.retained, self.seed)
+        turns = self.turns(len(kept)) if len(split.forget) else np.arange(0)
+        noise = self.noise(training, turns.max() + 1) if len(turns) else None
+        shown = np.concatenate([-1 - turns, kept])
 
         def impair(_: int, rng: np.random.Generator) -> Iterator[Loss]:
-            order = rng.permutation(np.concatenate([shown, kept]))
+            order = rng.permutation(shown)
             for rows in np.array_split(order, -(-len(order) // self.batch_size)):
                 yield partial(_mixed_loss, training, noise, rows)
 
@@ -112,12 +115,18 @@ class Unsir(Method):
         repaired = descend(impaired, settings, repair, seed=seed, kept=foreign)
         return repaired, training.gradients
 
-    def noise(self, training: Training) -> Batch:
-        """Noise inputs [noises, ...] and the targets they are to be as wrong for as they can.
+    def turns(self, kept: int) -> Indices:
+        """Numbers of the noise inputs that an impair epoch shows beside so many retained samples:
+        noise_share = shown / (shown + kept)."""
+        shown = round(self.noise_share / (1 - self.noise_share) * kept)
+        return np.resize(np.arange(min(self.noises, shown)), shown)
+
+    def noise(self, training: Training, count: int) -> Batch:
+        """Noise inputs [count, ...] and the targets they are to be as wrong for as they can.
 
         Floating-point inputs are noise; others (masks, say) are those of the samples of D_f.
         """
-        rows = np.random.default_rng(self.seed).choice(training.split.forget, self.noises)
+        rows = np.random.default_rng(self.seed).choice(training.split.forget, count)
         twin = copy_model(training.model).eval().requires_grad_(False)
         batch = next(training.split.read([rows])).on(twin)
         batch, leaves = _drawn(batch, seeded(self.seed))

@@ -12,6 +12,9 @@ The code draws noise at the outputs of layers (local reparameterisation), which 
 kind of layer. Here weights are drawn in pairs w + n, w - n, whose first-order effects on the loss
 cancel. The code's learned prior on each layer, which keeps flat directions finite, is left out: the
 limit e^-3 does that.
+
+The seed is public: such noise is for comparisons and protects nothing. To release a model, use
+`forget`.
 """
 
 from __future__ import annotations
