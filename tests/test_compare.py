@@ -272,9 +272,8 @@ def test_with_a_class_gone_no_ruined_setting_is_chosen_where_one_is_sane(tmp_pat
         assert min(t["damage"] for t in trials) <= 2
         assert chosen["damage"] <= 2
         assert chosen["memory"] == min(t["memory"] for t in trials if t["damage"] <= 2)
-    # what the sum of both would have chosen is a ruined model, of one of the methods at least
-    sums = [min(o["trials"], key=lambda t: t["damage"] + t["memory"]) for o in case["outcomes"]]
-    assert max(t["damage"] for t in sums) > 50
+        # what memory alone would have chosen
+        assert any(t["damage"] > 20 and t["memory"] <= chosen["memory"] for t in trials)
     accuracy = {row["method"]: row["accuracy"] for row in case["rows"]}
     assert min(accuracy[o["method"]] for o in case["outcomes"]) > accuracy["original"] - 8
 
