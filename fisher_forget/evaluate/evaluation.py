@@ -23,20 +23,29 @@ from fisher_forget.data import batches
 from fisher_forget.data.split import Split
 from fisher_forget.errors import ConfigError, DataError, NumericalError
 from fisher_forget.evaluate.ensemble import RetrainedEnsemble
-from fisher_forget.evaluate.metrics import LEAST, METRICS, Context, Metric, Subject
+from fisher_forget.evaluate.metric import LEAST, Context, Metric, Subject
+from fisher_forget.evaluate.metrics import METRICS
 from fisher_forget.evaluate.predictions import (
     check_scored_parts,
     predict,
     settled_by,
     whole_splits,
 )
-from fisher_forget.evaluate.scoring import TOO_FEW, UNDEFINED, EvaluationRow, score_metric
+from fisher_forget.evaluate.scoring import (
+    ALARM,
+    TOO_FEW,
+    UNDEFINED,
+    EvaluationRow,
+    score_metric,
+)
 from fisher_forget.evaluate.verdict import (
+    AS_RETRAINED,
+    DIFFERENT,
     FARTHER,
-    INDISTINGUISHABLE,
     NOT_FORGOTTEN,
     OVER_FORGOTTEN,
     UNDECIDED,
+    holm,
 )
 from fisher_forget.likelihood import Likelihood
 from fisher_forget.unlearn.result import ForgetResult
@@ -44,21 +53,55 @@ from fisher_forget.unlearn.result import ForgetResult
 Scrubbed = ForgetResult | nn.Module
 Outputs = list[dict[str, Tensor]]  # of each model: part -> outputs [N, ...]
 CONTROL = "control (retrained)"  # retrained models that take no part in the targets
-FALSE_ALARM = 0.05  # that a retrained model fails any of the rows
 MARKS = {
     NOT_FORGOTTEN: "−",
-    INDISTINGUISHABLE: "=",
+    AS_RETRAINED: "=",
     OVER_FORGOTTEN: "+",
     FARTHER: "×",
     UNDECIDED: "≈",
     UNDEFINED: "",
 }
 MARKS_LEGEND = (
-    f"{MARKS[INDISTINGUISHABLE]} shown to be as retrained; "
-    f"{MARKS[UNDECIDED]} not told apart from retrained, more models would tell; "
+    f"{MARKS[AS_RETRAINED]} as retrained: not told apart, and most of the original's distance "
+    f"is gone; {MARKS[UNDECIDED]} undecided: not told apart; "
     f"{MARKS[NOT_FORGOTTEN]} not forgotten; {MARKS[OVER_FORGOTTEN]} over-forgotten; "
     f"{MARKS[FARTHER]} farther from retrained than the original"
 )
+READING = (
+    "Rows with * decide, together at 5 % (Holm). Every other row describes: a retrained model is "
+    "outside of one in twenty of them."
+)
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """What the rows that decide say of a method, together.
+
+    Attributes:
+        label: That of the row of least p-value, where it is different; "as retrained" where no row
+            is different, not even by itself, and every one in which the original is different is as
+            retrained; else "undecided".
+        p_value: Least of the p-values after Holm: for all these rows together, it is below 5 % in
+            at most 5 % of cases where nothing is wrong.
+        different: The rows that are different after Holm.
+        rows: Those that decide.
+    """
+
+    label: str
+    p_value: float
+    different: tuple[EvaluationRow, ...]
+    rows: tuple[EvaluationRow, ...]
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return f"{self.label}: none of the rows that decide can be computed"
+        rows = _named(self.different or self.rows)
+        return f"{self.label} by {', '.join(rows)} (p = {self.p_value:.2g} after Holm)"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a JSON file."""
+        rows = {"different": _named(self.different), "rows": _named(self.rows)}
+        return {"label": self.label, "p_value": _null(self.p_value)} | rows
 
 
 @dataclass(frozen=True)
@@ -75,6 +118,11 @@ class Evaluation:
     retrained: int
     left_out: dict[str, str]
 
+    @property
+    def methods(self) -> list[str]:
+        """The original first, the control last."""
+        return list(dict.fromkeys(s.method for s in self.scores))
+
     def get(self, metric: str, part: str = "forget", method: str | None = None) -> EvaluationRow:
         """One row.
 
@@ -87,6 +135,25 @@ class Evaluation:
         got = f"no score {metric!r} on {part!r} of {method!r}"
         raise ConfigError(got, "a row of the table", "See to_pandas().")
 
+    def conclusion(self, method: str) -> Conclusion:
+        """Whether a method's models are as retrained: its primary rows together.
+
+        Raises:
+            ConfigError: If there is no such method.
+        """
+        if method not in self.methods:
+            expected = f"one of {self.methods}"
+            raise ConfigError(f"the method {method!r}", expected, "Correct the name.")
+        rows = [s for s in self.scores if s.primary and s.method == method and s.label != UNDEFINED]
+        together = holm([1.0 if math.isnan(s.p_value) else s.p_value for s in rows])
+        ranked = sorted(zip(together, rows, strict=True), key=lambda pair: pair[0])
+        wrong = tuple(row for p, row in ranked if p < ALARM)
+        visible = [r for r in rows if self.get(r.metric, r.part, "original").label in DIFFERENT]
+        same = visible and all(row.label == AS_RETRAINED for row in visible)
+        alone = any(row.label in DIFFERENT for row in rows)
+        label = wrong[0].label if wrong else AS_RETRAINED if same and not alone else UNDECIDED
+        return Conclusion(label, min(together, default=math.nan), wrong, tuple(rows))
+
     def to_pandas(self) -> pd.DataFrame:
         """One row a score, with the columns of `EvaluationRow`."""
         return pd.DataFrame(
@@ -94,22 +161,25 @@ class Evaluation:
         )
 
     def to_markdown(self) -> str:
-        """Metrics down, methods across; the target with its 95 % prediction interval first."""
-        methods = list(dict.fromkeys(s.method for s in self.scores))
-        rows = []
+        """Metrics down, methods across; the target with the range in which one more retrained model
+        lies with 95 % first."""
+        methods, rows = self.methods, []
         for metric, part in dict.fromkeys((s.metric, s.part) for s in self.scores):
             row = {s.method: s for s in self.scores if (s.metric, s.part) == (metric, part)}
             # the original's row may be undefined, and says nothing of the retrained models then
-            first = min(row.values(), key=lambda s: not math.isfinite(s.target_low))
+            first = min(row.values(), key=lambda s: not math.isfinite(s.target))
             unit = f", {first.unit}" if first.unit else ""
-            target = f"{first.target:.3g} ({first.target_low:.3g} ... {first.target_high:.3g})"
+            target = f"{first.target:.3g} {expected(first, '({} ... {})')}".strip()
             cells = [shown(row[m]) if m in row else "" for m in methods]
-            rows.append([f"{metric}{unit}", part, target, *cells])
+            name = f"{metric}{unit}" + " *" * first.primary
+            rows.append([name, part, target, *cells])
         lines = [
-            markdown_table(["metric", "part", "retrained (expected range, 95 %)", *methods], rows),
+            markdown_table(["metric", "part", "retrained (95 % of new ones)", *methods], rows),
             "",
             "; ".join(f"{mark or '–'} {label}" for label, mark in MARKS.items())
-            + f"; {self.retrained} retrained models.",
+            + f"; {self.retrained} retrained models. {READING}",
+            "",
+            "; ".join(f"{method}: {self.conclusion(method)}" for method in methods) + ".",
         ]
         lines += [f"Left out: {name}, since {why}." for name, why in self.left_out.items()]
         return "\n".join(lines)
@@ -117,7 +187,20 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a JSON file, see `report/evaluation.schema.json`; NaN is null."""
         rows = [{name: _null(value) for name, value in asdict(s).items()} for s in self.scores]
-        return {"schema": 1, "retrained": self.retrained, "left_out": self.left_out, "scores": rows}
+        conclusions = {m: self.conclusion(m).to_dict() for m in self.methods}
+        return {
+            "schema": 2,
+            "retrained": self.retrained,
+            "left_out": self.left_out,
+            "conclusions": conclusions,
+            "scores": rows,
+        }
+
+
+def expected(score: EvaluationRow, pattern: str) -> str:
+    """The range of one more retrained model; empty where there is none."""
+    ends = score.target_low, score.target_high
+    return pattern.format(*(f"{x:.3g}" for x in ends)) if math.isfinite(sum(ends)) else ""
 
 
 def shown(score: EvaluationRow) -> str:
@@ -263,15 +346,13 @@ def _table(
     pairs: list[tuple[Metric, str]] = [
         (m, part) for m in metrics for part in m.parts or context.targets
     ]
-    # Bonferroni over all rows, those included that turn out to have too few models
-    level = 1 - FALSE_ALARM / max(len(pairs), 1)
     if max(map(len, groups.values())) < LEAST or len(retrained) < 2 * LEAST:
         left_out |= {metric.name: TOO_FEW for metric in metrics if metric.group is not None}
     rows = [
         row
         for metric, part in pairs
         if metric.name not in left_out
-        for row in score_metric(metric, part, groups, retrained, context, level)
+        for row in score_metric(metric, part, groups, retrained, context)
     ]
     return Evaluation(tuple(rows), len(retrained), left_out)
 
@@ -291,6 +372,10 @@ def _models(given: Scrubbed | Sequence[Scrubbed], ensemble: RetrainedEnsemble) -
 
 def _listed(given: Scrubbed | Sequence[Scrubbed]) -> list[Scrubbed]:
     return list(given) if isinstance(given, Sequence) else [given]
+
+
+def _named(rows: Iterable[EvaluationRow]) -> list[str]:
+    return [f"{row.metric} on {row.part}" for row in rows]
 
 
 def _null(value: Any) -> Any:

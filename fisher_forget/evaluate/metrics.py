@@ -1,25 +1,15 @@
-r"""Every metric that `evaluate` reports: name, unit, definition, source, and its computation.
-
-Three forms. A *solo* metric is a number of one model, r(model); a *pair* metric compares a model
-with one retrained model and is averaged over these; a *group* metric compares the distribution of
-several models with that of the retrained ones. The target of each is what retrained models score
-themselves: r of each, for pairs of each against others, and for groups of as many retrained models
-against the rest. Nothing is read against 0 or 0.5.
-"""
+r"""Every metric that `evaluate` reports: name, unit, definition, source, and its computation."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fisher_forget._util.isolation import seeded
-from fisher_forget.data.split import Split
 from fisher_forget.evaluate import divergence, klom, relearn, weights
 from fisher_forget.evaluate.composite import average_gap, tug_of_war, zrf
 from fisher_forget.evaluate.intervals import Array
@@ -31,114 +21,13 @@ from fisher_forget.evaluate.membership import (
     shadow_attack,
     u_lira,
 )
+from fisher_forget.evaluate.metric import Context, Group, Metric, Pair, Solo, Subject
 from fisher_forget.evaluate.roc import auc, needed_negatives
-from fisher_forget.evaluate.verdict import Far
-from fisher_forget.likelihood import Categorical, Likelihood
 
 MEMBERSHIP_SAMPLES = 1000  # of retained and test data each, that a membership attack is fitted on
-GROUP_SAMPLES = 10_000  # of a part, that distributions of models are compared on
 RELEARN = 100  # epochs at most
 STEPS = 1000  # at most
-LEAST = 3  # models on either side of such a comparison
 FPR = 0.01  # false positive rate of `u_lira_tpr`
-
-
-@dataclass(frozen=True)
-class Subject:
-    """One model as the metrics see it.
-
-    Attributes:
-        outputs: Part -> outputs [N, ...].
-        model: The model itself.
-        original: The model it was made from; of a retrained one, any model trained on everything.
-    """
-
-    outputs: Mapping[str, Tensor]
-    model: nn.Module
-    original: nn.Module
-
-
-@dataclass(frozen=True)
-class Context:
-    """What is the same for all subjects.
-
-    Attributes:
-        likelihood: Of outputs and targets, which have the classes last.
-        trained: Of the model's own outputs.
-        targets: Part -> targets [N, ...].
-        split: The training data, for metrics that train or differentiate; `None` leaves them out.
-        teacher: Outputs on the forget set of a model with random weights, for ZRF, or `None`.
-        seed: Of subsamples.
-    """
-
-    likelihood: Likelihood
-    trained: Likelihood
-    targets: Mapping[str, Tensor]
-    split: Split | None = None
-    teacher: Tensor | None = None
-    seed: int = 0
-
-
-Solo = Callable[[Subject, str, Context], float]
-Pair = Callable[[Subject, Subject, str, Context], float]
-Group = Callable[[Sequence[Subject], Sequence[Subject], str, Context], float]
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One metric.
-
-    Attributes:
-        name: Key in tables.
-        unit: "nats", "%", ...
-        definition: One line.
-        formula, source: Its formula, and where it comes from.
-        solo: Number of a model; or
-        pair: number of a model and a retrained one; or
-        group: number of several models and several retrained ones, of `LEAST` each at least.
-        parts: Parts of the data it is computed on; empty for all.
-        cap: Where counting ends: the true number may be larger.
-        samples: Of each part, that it takes at least.
-        needs: Besides outputs: "categorical", "membership", "split", "teacher" (see `missing`), or
-            "weights" of the original's architecture, without which it is undefined.
-        far: "high" of a distance to retrained models, "low" of a likeness; else both sides are.
-        by_name: Computed only where asked for by name: it takes long, or follows from others.
-    """
-
-    name: str
-    unit: str
-    definition: str
-    formula: str
-    source: str
-    solo: Solo | None = None
-    pair: Pair | None = None
-    group: Group | None = None
-    parts: tuple[str, ...] = ()
-    cap: float = math.inf
-    samples: int = 1
-    needs: frozenset[str] = field(default_factory=frozenset)
-    by_name: bool = False
-    far: Far | None = None
-
-    def unit_in(self, context: Context) -> str:
-        """Its unit; that of "score" is the likelihood's."""
-        return context.likelihood.score.unit if self.name == "score" else self.unit
-
-    def missing(self, context: Context) -> str | None:
-        """Why it cannot be computed here, or `None`."""
-        if "categorical" in self.needs and not isinstance(context.likelihood, Categorical):
-            return "it is defined for class probabilities only"
-        if "split" in self.needs and context.split is None:
-            return "it needs the training data: pass split="
-        if "teacher" in self.needs and context.teacher is None:
-            return "it needs a model with random weights: pass teacher="
-        if "membership" in self.needs and not {"forget", "retain", "test"} <= set(context.targets):
-            return "it needs the parts forget, retain and test"
-        for part in self.parts:
-            count = len(context.targets.get(part, ()))
-            if count < self.samples:
-                return f"it takes {self.samples} samples of {part} data, and there are {count}"
-        return None
 
 
 def _kl(a: Subject, b: Subject, part: str, context: Context) -> float:
@@ -235,30 +124,16 @@ def _relearn_steps(a: Subject, part: str, context: Context) -> float:
     return float(relearn.relearn_steps(*models, max_steps=STEPS).steps)
 
 
-def _margins(group: Sequence[Subject], part: str, context: Context) -> Tensor:
-    """[M, N], of the same `GROUP_SAMPLES` samples at most."""
-    targets, generator = context.targets[part], seeded(context.seed)
-    sample_idx = torch.randperm(len(targets), generator=generator)[:GROUP_SAMPLES]
-    outputs = torch.stack([a.outputs[part][sample_idx] for a in group])
-    return klom.margins(outputs, targets[sample_idx])
-
-
 def _klom(number: str) -> Group:
-    def group(
-        ours: Sequence[Subject], retrained: Sequence[Subject], part: str, context: Context
-    ) -> float:
-        values = klom.klom(_margins(ours, part, context), _margins(retrained, part, context))
-        return float(getattr(klom.summarise_klom(values), number))
+    def group(ours: Tensor, retrained: Tensor) -> float:
+        return float(getattr(klom.summarise_klom(klom.klom(ours, retrained)), number))
 
     return group
 
 
 def _shadow(attack: Callable[..., Any], number: Callable[[ShadowAttack], float]) -> Group:
-    def group(
-        ours: Sequence[Subject], retrained: Sequence[Subject], part: str, context: Context
-    ) -> float:
-        margins = _margins(ours, part, context), _margins(retrained, part, context)
-        return 100 * number(shadow_attack(*margins, attack))
+    def group(ours: Tensor, retrained: Tensor) -> float:
+        return 100 * number(shadow_attack(ours, retrained, attack))
 
     return group
 
@@ -273,6 +148,7 @@ TABLE = (
     Metric(
         "kl", "nats", "how badly the model stands in for a retrained one",
         "mean_n KL(p_retrained(x_n) || p(x_n))", GOLATKAR, pair=_kl, far="high",
+        primary=("forget", "retain"),
     ),
     Metric(
         "kl_reverse", "nats", "the same in the other direction",
@@ -292,7 +168,7 @@ TABLE = (
     Metric(
         "agreement", "%", "samples on which both predict the same class",
         "mean_n [argmax p(x_n) = argmax p_retrained(x_n)]", "textbook",
-        pair=_mean(divergence.agreement, 100.0), needs=CLASSES, far="low",
+        pair=_mean(divergence.agreement, 100.0), needs=CLASSES, far="low", scale="logit",
     ),
     Metric(
         "activation_distance", "", "distance of the predicted probabilities",
@@ -303,7 +179,10 @@ TABLE = (
         "score", "%", "accuracy, or squared error for regression",
         "mean_n [argmax p(x_n) = y_n]", "textbook", solo=_score,
     ),
-    Metric("loss", "nats", "mean loss", "mean_n -log p(y_n | x_n)", "textbook", solo=_loss),
+    Metric(
+        "loss", "nats", "mean loss", "mean_n -log p(y_n | x_n)", "textbook", solo=_loss,
+        primary=FORGET,
+    ),
     Metric(
         "entropy", "nats", "how unsure the predictions are",
         "mean_n -sum_c p_c(x_n) log p_c(x_n)", "textbook", solo=_entropy, needs=CLASSES,
@@ -312,13 +191,13 @@ TABLE = (
         "membership_entropy", "%",
         "forgotten samples that an attack on the entropy takes for training samples",
         "SVC(C=3, rbf) on the entropy, fitted on retained against test samples", GOLATKAR,
-        solo=_called_members("svc"), parts=FORGET, needs=ATTACK,
+        solo=_called_members("svc"), parts=FORGET, needs=ATTACK, scale="logit",
     ),
     Metric(
         "membership_features", "%",
         "the same for an attack on loss, confidence, entropy and modified entropy together",
         "logistic regression on four features", "Song & Mittal 2021, arXiv:2003.10595",
-        solo=_called_members("all"), parts=FORGET, needs=ATTACK,
+        solo=_called_members("all"), parts=FORGET, needs=ATTACK, scale="logit", primary=FORGET,
     ),
     Metric(
         "klom_mean", "nats",
@@ -348,7 +227,7 @@ TABLE = (
     Metric(
         "zrf", "", "zero retrain forgetting: likeness to a model that has learned nothing",
         "1 - mean_n JS_2(p(x_n), p_random(x_n))", "Chundawat et al. 2023, arXiv:2205.08096",
-        solo=_zrf, parts=FORGET, needs=CLASSES | {"teacher"},
+        solo=_zrf, parts=FORGET, needs=CLASSES | {"teacher"}, scale="linear",
     ),
     Metric(
         "weight_distance", "", "distance of the weights to a retrained model's",
@@ -360,7 +239,7 @@ TABLE = (
         "step_cosine", "", "direction of the step against the retrained model's",
         "cos(w - w_original, w_retrained - w_original)", GOLATKAR,
         pair=lambda a, b, *_: weights.step_cosine(a.original, a.model, [b.model]),
-        parts=FORGET, needs=WEIGHTS, far="low",
+        parts=FORGET, needs=WEIGHTS, far="low", scale="linear",
     ),
     Metric(
         "efficacy", "squared weight / nats",
@@ -373,18 +252,19 @@ TABLE = (
         "how soon training on all data finds the original loss on the forget set again",
         f"epochs of 500 samples at lr 0.01 until L_f(w) <= L_f(w_original); at most {RELEARN}",
         GOLATKAR, solo=_relearn, parts=FORGET, cap=float(RELEARN), needs=SPLIT, by_name=True,
+        scale="count",
     ),
     Metric(
         "relearn_steps", "steps",
         "how soon training on all data finds 95 % of the original accuracy on the forget set",
         f"steps of 128 samples at lr 0.01 until A_f(w) >= 0.95 A_f(w_original); at most {STEPS}",
         "Chundawat et al. 2023, arXiv:2201.05629", solo=_relearn_steps, parts=FORGET,
-        cap=float(STEPS), needs=CLASSES | SPLIT, by_name=True,
+        cap=float(STEPS), needs=CLASSES | SPLIT, by_name=True, scale="count",
     ),
     Metric(
         "membership_auc", "%", "how well the loss alone tells forgotten from test samples",
         "AUC of -loss, forgotten against test samples", "Yeom et al. 2018, arXiv:1709.01604",
-        solo=_membership_auc, parts=FORGET, needs=ATTACK, by_name=True,
+        solo=_membership_auc, parts=FORGET, needs=ATTACK, by_name=True, scale="logit",
     ),
     Metric(
         "u_lira_tpr", "%", "true positives of u_lira at 1 % false positives",
@@ -396,7 +276,7 @@ TABLE = (
     Metric(
         "tug_of_war", "", "three accuracies against a retrained model's, in one number",
         "prod_parts (1 - |A(w) - A(w_retrained)|)", "Zhao et al. 2024, arXiv:2406.01257",
-        pair=_tug_of_war, parts=FORGET, needs=ATTACK, by_name=True, far="low",
+        pair=_tug_of_war, parts=FORGET, needs=ATTACK, by_name=True, far="low", scale="linear",
     ),
     Metric(
         "average_gap", "%", "the same, with the members that an attack on the confidence calls",

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor
 
-from fisher_forget.evaluate.intervals import t_interval
-from fisher_forget.evaluate.metrics import LEAST, Context, Metric, Subject
-from fisher_forget.evaluate.verdict import Verdict, verdict
+from fisher_forget.evaluate.intervals import Array, t_interval
+from fisher_forget.evaluate.metric import LEAST, Context, Metric, Subject
+from fisher_forget.evaluate.scale import LINEAR, LOG, Scale
+from fisher_forget.evaluate.verdict import UNDECIDED, Verdict, different, verdict
 
-OTHERS = 10  # retrained models that a retrained model is compared with at most, for a pair metric
+ALARM = 0.05  # of a row by itself: that models which are retrained ones differ
+RELABELLINGS = 99  # drawn at most for a permutation test
 UNDEFINED = "undefined"
 TOO_FEW = (
     f"it takes {LEAST} models of a method and {LEAST} retrained ones beside as many for the target"
 )
-# a difference that counts where all retrained models score the same
+# a difference that counts where all retrained models score the same; in %, 1.5 samples at least
 ENOUGH = {"%": 1.0, "epochs": 1.0, "steps": 1.0}
 
 
@@ -36,14 +40,19 @@ class EvaluationRow:
         low: Lower end of the 95 % confidence interval of `value` over them; NaN for a single one.
         high: Upper end.
         target: Mean over the retrained models of what they score themselves.
-        target_low: Lower end of the range expected of (the mean of as many) retrained models; the
-            ranges of all rows of a method hold together with 95 % (Bonferroni).
+        target_low: Lower end of the range in which one more retrained model lies with 95 %; it is
+            that of the retrained models alone, the same for every method. NaN for metrics of
+            several models at once.
         target_high: Upper end.
-        label: "not forgotten", "indistinguishable from retrained", "over-forgotten", "undecided",
-            "farther than the original" (see `verdict`) or "undefined" where a value is not finite.
-        reason: Why, and how many models would tell more.
+        label: "not forgotten", "as retrained", "over-forgotten", "undecided", "farther than the
+            original" (see `verdict`) or "undefined" where a value is not finite.
+        reason: Why, and what would have been told apart.
         values: Of every model of the method.
         target_std: Standard deviation over the retrained models.
+        p_value: Of "these are retrained models", for this row by itself: different below .05.
+        distance: From the retrained models, in multiples of the least distance that is different.
+        detectable: Score that would be told apart with a power of 80 %.
+        primary: Whether the row is one of those that decide (`Evaluation.conclusion`).
     """
 
     method: str
@@ -61,6 +70,27 @@ class EvaluationRow:
     reason: str
     values: tuple[float, ...] = ()
     target_std: float = math.nan
+    p_value: float = math.nan
+    distance: float = math.nan
+    detectable: float = math.nan
+    primary: bool = False
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """A permutation test.
+
+    Attributes:
+        p_value: Share of the relabellings whose statistic is at least as large as the observed one,
+            which is one of them.
+        distance: The observed statistic less the median, over the least one that is different less
+            the median.
+        relabellings: How many.
+    """
+
+    p_value: float
+    distance: float
+    relabellings: int
 
 
 def score_metric(
@@ -69,7 +99,6 @@ def score_metric(
     groups: Mapping[str, Sequence[Subject]],
     retrained: Sequence[Subject],
     context: Context,
-    level: float,
 ) -> list[EvaluationRow]:
     """The rows of one metric on one part, one a method.
 
@@ -79,37 +108,139 @@ def score_metric(
         groups: Method -> its models; the original comes first.
         retrained: The models that make the target.
         context: What is the same for all models.
-        level: Of each row's tests.
     """
+    if metric.group is not None:
+        return _group_rows(metric, part, groups, retrained, context)
     rows: list[EvaluationRow] = []
     original: list[float] = []
-    targets = _targets(metric, retrained, 1, part, context)
+    scale = metric.scale_in(context, part)
+    targets, alike = _targets(metric, retrained, part, context, scale)
+    if scale is LOG and min(targets) < 0:  # the loss of a density has no lower end
+        scale, alike = LINEAR, targets
     for method, group in groups.items():
-        if metric.group is None:
-            values = [_value(metric, a, retrained, part, context) for a in group]
-        else:
-            targets = _targets(metric, retrained, len(group), part, context)
-            # against as many as the groups of the target are: such numbers depend on how many
-            # models there are
-            others = retrained[: len(retrained) - len(group)]
-            values = [metric.group(group, others, part, context)] if targets else []
+        values = [_value(metric, a, retrained, part, context) for a in group]
         # where the metric is not defined for the original itself, such as the direction of no
         # step, any side is off
         original = original or [v for v in values if math.isfinite(v)]
         key = method, metric.name, part, metric.unit_in(context)
-        if not values or not np.isfinite([*values, *targets]).all():
-            why = "A value is not finite." if values else TOO_FEW
-            nan, count, each = math.nan, len(values), tuple(values)
-            row = EvaluationRow(*key, nan, count, nan, nan, nan, nan, nan, UNDEFINED, why, each)
-            rows.append(row)
+        if not np.isfinite([*values, *targets]).all():
+            rows.append(_undefined(key, metric, values, "A value is not finite."))
             continue
-        # without a spread only a margin can judge
-        margin = ENOUGH.get(key[-1]) if np.ptp(targets) == 0 else None
-        before = original or values
+        margin = _margin(metric, part, context) if np.ptp(targets) == 0 else None
         judged = verdict(
-            values, targets, original=before, far=metric.far, margin=margin, level=level
+            *(values, alike), original=original, scale=scale, far=metric.far, margin=margin
         )
-        rows.append(_row(key, metric, values, targets, judged))
+        rows.append(_row(key, metric, values, targets, scale, judged))
+    return rows
+
+
+def round_robin(rows: Array, columns: Array) -> Array:
+    r"""Scores of M models that were each compared with the M - 1 others, as if each had been
+    compared with all M.
+
+    A model is not compared with itself, so it lacks in its own mean and is in everybody else's. A
+    model that lies off is far from the others in both directions: it raises their means and not its
+    own, and the spread comes out too small for a further model, which is compared with all M. With
+    d_ij = mu + a_i + b_j + e_ij of model i beside model j, least squares give
+
+        a_i = (M-1)^2 / (M (M-2)) R_i + (M-1) / (M (M-2)) C_i - (M-1) / (M-2) Rbar
+
+    and Rbar + a_i is returned. (To count the further model among the others instead would let a
+    wrecked one raise what it is held against.)
+
+    Args:
+        rows: R_i [M], M >= 3: what model i scores beside the others, on the scale.
+        columns: C_i [M]: what the others score beside model i.
+
+    Source: Warner, Kenny & Stoto 1979, A new round robin analysis of variance for social
+    interaction data, eq. 4.
+    """
+    models, mean = len(rows), rows.mean()
+    weighted = (models - 1) ** 2 * rows + (models - 1) * columns
+    return np.asarray(mean + (weighted - models * (models - 1) * mean) / (models * (models - 2)))
+
+
+def permutation_test(
+    statistic: Callable[[Tensor, Tensor], float], ours: Tensor, retrained: Tensor, seed: int
+) -> Permutation:
+    """Whether K models are told from M retrained ones by a statistic of both.
+
+    If they are such models, all K + M are exchangeable: among the statistics of all ways to call K
+    of them "ours" the observed one is as likely to have any rank, for every statistic and every
+    distribution. Up to 100 ways are gone through, else 99 are drawn beside the observed one.
+
+    Args:
+        statistic: Of ours [K, N] and retrained [M, N]; large where they differ.
+        ours: [K, N], a row a model.
+        retrained: [M, N].
+        seed: Of the drawn relabellings.
+    """
+    pool, size = torch.cat([ours, retrained]), len(ours)
+    ways: list[tuple[int, ...]] = [tuple(range(size))]
+    if math.comb(len(pool), size) <= RELABELLINGS + 1:
+        ways = list(itertools.combinations(range(len(pool)), size))  # the observed one is first
+    else:
+        rng = np.random.default_rng(seed)
+        drawn = (rng.permutation(len(pool))[:size] for _ in range(RELABELLINGS))
+        ways += [tuple(int(i) for i in way) for way in drawn]
+    numbers = []
+    for way in ways:
+        chosen = torch.zeros(len(pool), dtype=torch.bool)
+        chosen[list(way)] = True
+        numbers.append(statistic(pool[chosen], pool[~chosen]))
+    found, middle = np.array(numbers), float(np.median(numbers))
+    p = float(np.mean(found >= found[0]))
+    # the least value that so few reach; ties count as larger
+    limit = np.nextafter(np.sort(found)[::-1][int(ALARM * len(found))], math.inf)
+    distance = (found[0] - middle) / (limit - middle)
+    return Permutation(p, float(distance), len(ways))
+
+
+def _group_rows(
+    metric: Metric,
+    part: str,
+    groups: Mapping[str, Sequence[Subject]],
+    retrained: Sequence[Subject],
+    context: Context,
+) -> list[EvaluationRow]:
+    """The rows of a metric of several models at once, each judged by a permutation test.
+
+    Such numbers depend on how many models there are: value and target are those of K models against
+    M - K, the target's by turns over the retrained ones.
+    """
+    assert metric.group is not None
+    rows: list[EvaluationRow] = []
+    first: EvaluationRow | None = None  # of the original
+    members = metric.grouped(retrained, part, context)
+    for method, group in groups.items():
+        key = method, metric.name, part, metric.unit_in(context)
+        size, rest = len(group), len(retrained) - len(group)
+        if min(size, rest) < LEAST:
+            rows.append(_undefined(key, metric, [], TOO_FEW))
+            continue
+        ours = metric.grouped(group, part, context)
+        value = metric.group(ours, members[:rest])
+        rings = [members.roll(-i, 0) for i in range(len(members))]
+        target = float(np.mean([metric.group(ring[:size], ring[size:]) for ring in rings]))
+        if not math.isfinite(value + target):
+            rows.append(_undefined(key, metric, [value], "A value is not finite."))
+            continue
+        test = permutation_test(metric.group, ours, members, context.seed)
+        before = value if first is None else first.value if first.p_value <= ALARM else target
+        label, reason = UNDECIDED, "A difference is not shown."
+        if test.p_value <= ALARM:
+            label, reason = different(value - target, before - target, "high")
+        reason += f" Rank of {test.relabellings} relabellings of all models."
+        nan = math.nan
+        row = EvaluationRow(
+            *(*key, value, 1, nan, nan, target, nan, nan, label, reason),
+            values=(value,),
+            p_value=test.p_value,
+            distance=test.distance,
+            primary=metric.is_primary(part),
+        )
+        first = first or row
+        rows.append(row)
     return rows
 
 
@@ -118,48 +249,79 @@ def _row(
     metric: Metric,
     values: Sequence[float],
     targets: Sequence[float],
+    scale: Scale,
     judged: Verdict,
 ) -> EvaluationRow:
     """The row of (method, metric, part, unit)."""
-    interval = t_interval(values)
+    interval = t_interval(scale.forward(np.array(values)))
     capped = max([*values, *targets]) >= metric.cap
     return EvaluationRow(
         *key,
-        *(interval.value, len(values), interval.low, interval.high),
-        *(float(np.mean(targets)), judged.low, judged.high),
-        judged.label,
-        judged.reason + f" Counting ended at {metric.cap:g}." * capped,
-        tuple(values),
-        float(np.std(targets, ddof=1)),
+        value=judged.value,
+        models=len(values),
+        low=scale.score(interval.low),
+        high=scale.score(interval.high),
+        target=float(np.mean(targets)),
+        target_low=judged.low,
+        target_high=judged.high,
+        label=judged.label,
+        reason=judged.reason + f" Counting ended at {metric.cap:g}." * capped,
+        values=tuple(values),
+        target_std=float(np.std(targets, ddof=1)),
+        p_value=judged.p_value,
+        distance=judged.distance,
+        detectable=judged.detectable,
+        primary=metric.is_primary(key[2]),
+    )
+
+
+def _undefined(
+    key: tuple[str, str, str, str], metric: Metric, values: Sequence[float], why: str
+) -> EvaluationRow:
+    nan = math.nan
+    primary = metric.is_primary(key[2])
+    return EvaluationRow(
+        *(*key, nan, len(values), nan, nan, nan, nan, nan, UNDEFINED, why),
+        values=tuple(values),
+        primary=primary,
     )
 
 
 def _targets(
-    metric: Metric, retrained: Sequence[Subject], size: int, part: str, context: Context
-) -> list[float]:
-    """What retrained models score: each for itself; for a group metric, as many as the method has
-    models, by turns."""
-    count = len(retrained)
-    if metric.group is None:
-        beside = ((a, _others(retrained, i)) for i, a in enumerate(retrained))
-        return [_value(metric, a, others, part, context) for a, others in beside]
-    if size < LEAST or count - size < LEAST:
-        return []
-    rings = [[retrained[(i + k) % count] for k in range(count)] for i in range(min(OTHERS, count))]
-    return [metric.group(ring[:size], ring[size:], part, context) for ring in rings]
+    metric: Metric,
+    retrained: Sequence[Subject],
+    part: str,
+    context: Context,
+    scale: Scale,
+) -> tuple[list[float], list[float]]:
+    """What retrained models score, each for itself or beside the others; and the same as a further
+    model's score is, beside all."""
+    if metric.pair is None:
+        own = [_value(metric, a, [], part, context) for a in retrained]
+        return own, own
+    beside = np.full((len(retrained), len(retrained)), math.nan)
+    if all(_defined(metric, a) for a in retrained):
+        for (i, a), (j, b) in itertools.permutations(enumerate(retrained), 2):
+            beside[i, j] = metric.pair(a, b, part, context)
+    off = ~np.eye(len(retrained), dtype=bool)
+    rows, columns = (
+        np.array([x[k] for x, k in zip(d, off, strict=True)]).mean(1) for d in (beside, beside.T)
+    )
+    alike = scale.back(round_robin(scale.forward(rows), scale.forward(columns)))
+    return [float(v) for v in rows], [float(v) for v in alike]
 
 
-def _others(retrained: Sequence[Subject], index: int) -> list[Subject]:
-    """The next few members after one, in a ring: each is compared with others, and others with it,
-    equally often."""
-    count = min(OTHERS, len(retrained) - 1)
-    return [retrained[(index + k) % len(retrained)] for k in range(1, count + 1)]
+def _margin(metric: Metric, part: str, context: Context) -> float | None:
+    unit = metric.unit_in(context)
+    if unit == "%":
+        return max(ENOUGH[unit], 150 / context.samples(part))
+    return ENOUGH.get(unit)
 
 
 def _value(
     metric: Metric, a: Subject, others: Sequence[Subject], part: str, context: Context
 ) -> float:
-    if "weights" in metric.needs and not _alike(a.model, a.original):
+    if not _defined(metric, a):
         return math.nan
     if metric.solo is not None:
         return metric.solo(a, part, context)
@@ -167,6 +329,9 @@ def _value(
     return float(np.mean([metric.pair(a, b, part, context) for b in others]))
 
 
-def _alike(a: nn.Module, b: nn.Module) -> bool:
-    shapes = [{name: p.shape for name, p in model.named_parameters()} for model in (a, b)]
+def _defined(metric: Metric, a: Subject) -> bool:
+    """Whether it is: a model of another architecture has no direction and no distance."""
+    if "weights" not in metric.needs:
+        return True
+    shapes = [{name: p.shape for name, p in m.named_parameters()} for m in (a.model, a.original)]
     return shapes[0] == shapes[1]

@@ -3,77 +3,81 @@ models.
 
 Both too little and too much forgetting are failures: a model that does worse on the forgotten
 samples than any retrained one gives them away, too. So the scores r_1..r_M of M retrained models
-are the target, and two questions are asked of the score x of the scrubbed model. The r_i are taken
-as independent and roughly normal, N(mu, sigma^2) with estimates rbar, s: fair for a mean over many
-samples, not for a rate near 0 or 1 on few.
+are the target, and two questions are asked of the scores x_1..x_K of K scrubbed models, made from K
+independent originals. All is computed on a scale on which the r_i are roughly N(mu, sigma^2)
+(`scale`), with their mean rbar and standard deviation s:
 
-1. *Is it different?* x is outside the range expected of one more retrained model (95 %),
-   rbar ± t_{M-1, 0.975} s sqrt(1 + 1/M). This rejects a perfect scrub in 5 % of cases, for every M.
-2. *Is it the same?* Not to be rejected proves nothing: with few models everything passes. x is
-   equivalent if |x - mu| >= margin is rejected at 5 % (Schuirmann 1987). For a margin in the
-   score's unit, two one-sided tests: |x - rbar| + t_{M-1, 0.95} s / sqrt(M) < margin. The default
-   margin, 2 sigma, has to be estimated, and to put 2 s for it would pass up to 17 % of models at 2
-   sigma; instead |x - rbar| sqrt(M) / s must be below the 5 % quantile of the noncentral t at
-   2 sqrt(M), which is exact (Wellek 2010, Testing Statistical Hypotheses of Equivalence and
-   Noninferiority).
+1. *Is it different?* If the scrubbed models were retrained ones,
 
-Several values x_1..x_K are those of K *independent* originals, each scrubbed, and their mean is
-judged: s^2 / M becomes s_x^2 / K + s^2 / M with Welch's degrees of freedom (1947), and "one more
-retrained model" the mean of K. Both tests are approximate then: in simulations with K and M from 2
-to 20 they are wrong in 2 to 8 % of cases. Scrubs of one original share its seed: average them to
-one value. Of 20 scores one rejects a perfect scrub: for n scores judged together, pass level = 1 -
-0.05 / n.
+       t = (xbar - rbar) / (s sqrt(1/K + 1/M))
 
-A *distance* to retrained models (KL, KLoM, of the weights) has no other side. It is different only
-where it is larger than theirs to each other: not all was forgotten, or, where it is larger than the
+   would be Student's with M - 1 degrees of freedom. s is that of the retrained models alone: a
+   method's own spread cannot widen what it has to meet. |t| is too large at 5 % in 5 % of cases
+   where nothing is wrong, for every M and K. For K = 1 that is a score outside the range in which
+   one more retrained model lies with 95 %.
+2. *Is it the same?* Not to be rejected proves nothing: with few models everything passes. As in
+   trials of non-inferiority, a treatment has to keep a part of a known effect: the scrubbed models
+   are *as retrained* if what is left of the original's distance is shown to be less than a half,
+   |xbar - mu| < 1/2 |o - mu|, where mu is known to rbar ± t_{M-1, 0.95} s / sqrt(M) only. That is
+   so if it holds at both ends: two one-sided tests at 5 % (Schuirmann 1987), each linear in mu and
+   thus exact (Fieller 1954). The models are judged as they are; those of the method that were not
+   made are not judged. Where the original is not different itself, there is nothing to show.
+
+A *distance* to retrained models (KL, of the weights) has no other side. It is different only where
+it is larger than theirs to each other: not all was forgotten, or, where it is larger than the
 original's, too, the scrub led away. Likenesses (agreement) are the same upside down.
+
+Of 20 scores one rejects a perfect scrub. Those few that decide are judged together by `holm`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
 import numpy as np
-from scipy import special, stats
+from scipy import optimize, special, stats
 
 from fisher_forget.errors import ConfigError, DataError, NumericalError
 from fisher_forget.evaluate.intervals import Array, Values, check_level, finite_vector
+from fisher_forget.evaluate.scale import LINEAR, Scale
 
 Far = Literal["high", "low"]
 NOT_FORGOTTEN = "not forgotten"
-INDISTINGUISHABLE = "indistinguishable from retrained"
+AS_RETRAINED = "as retrained"
 OVER_FORGOTTEN = "over-forgotten"
 FARTHER = "farther than the original"
 UNDECIDED = "undecided"
+DIFFERENT = (NOT_FORGOTTEN, OVER_FORGOTTEN, FARTHER)
 
-MARGIN = 2.0  # standard deviations of the retrained models
+REMAINDER = 0.5  # of the original's distance, which has to be ruled out
 POWER = 0.8
 ROUNDING = 1e-6  # relative, by which a model may seem farther away that has not moved
-MOST = 1000  # retrained models beyond which nobody will go
+NOTHING = "Nothing to forget is visible in this score."
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one score says about forgetting. All but rates and counts is in the unit of the score.
+    """What one score says about forgetting. All but rates is in the unit of the score.
 
     Attributes:
-        label: "not forgotten", "indistinguishable from retrained", "over-forgotten", "undecided",
-            or, of a distance, "farther than the original".
+        label: "not forgotten", "as retrained", "over-forgotten", "undecided", or, of a distance,
+            "farther than the original".
         value: Mean score of the scrubbed models.
         target: Mean score of the retrained models.
-        low: Lower end of the range expected of (the mean of as many) retrained models.
+        low: Lower end of the range in which one more retrained model lies, with the probability
+            `level`; it depends on the retrained models alone.
         high: Its upper end.
-        p_value: Of "it is a retrained model", two-sided; NaN where the retrained models do not
-            differ at all.
-        margin: Distance from the retrained mean that still counts as the same.
-        power: Probability that a truly retrained model would have been shown to be the same.
-        models_needed: Retrained models that would show with a power of 80 % that a score at this
-            distance is the same; `None` if it is not within the margin, or more than 1000 are
-            needed.
-        reason: One sentence.
+        p_value: Probability that retrained models differ as much; of a distance, that they are as
+            far. Where all retrained models score the same it is 0 or 1, by the margin, and NaN
+            without one.
+        distance: (xbar - rbar) on the scale over the least one that is different: beyond ±1 it is.
+        detectable: Score, on the original's side, that is told apart with a power of 80 %; NaN
+            where the retrained models do not differ at all.
+        reason: Why, in one or two sentences.
     """
 
     label: str
@@ -82,9 +86,8 @@ class Verdict:
     low: float
     high: float
     p_value: float
-    margin: float
-    power: float
-    models_needed: int | None
+    distance: float
+    detectable: float
     reason: str
 
     def __str__(self) -> str:
@@ -93,109 +96,47 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Design:
-    """Numbers of models and their spreads, in standard deviations of the retrained models: all that
-    both tests need to know.
+class Yardstick:
+    """M retrained models on a scale, and what they tell apart.
 
     Attributes:
-        models: M >= 2 retrained models.
-        margin: Distance that still counts as the same.
-        estimated: The margin is a multiple of the estimated s, not given in the unit of the score.
-        level: 1 - false-alarm rate, of both tests.
-        runs: K scrubbed models.
-        ratio: s_x / s; irrelevant for K = 1, where x is judged as it is.
-
-    Raises:
-        ConfigError: If a value is out of range.
+        mean: rbar.
+        std: s.
+        models: M >= 2.
+        level: 1 - false-alarm rate.
     """
 
+    mean: float
+    std: float
     models: int
-    margin: float = MARGIN
-    estimated: bool = True
     level: float = 0.95
-    runs: int = 1
-    ratio: float = 1.0
 
-    def __post_init__(self) -> None:
-        check_level(self.level)
-        if self.models < 2 or not self.margin > 0:
-            got = f"models={self.models}, margin={self.margin}"
-            fix = "Give the margin in standard deviations of the retrained models."
-            raise ConfigError(got, "at least two models and a positive margin", fix)
+    def error(self, runs: int) -> float:
+        """Standard error of the mean of `runs` retrained models about that of these."""
+        return self.std * math.sqrt(1 / runs + 1 / self.models)
 
-    @property
-    def error(self) -> float:
-        """Standard error of xbar - rbar about E[x] - mu; for K = 1, of x - rbar about x - mu."""
-        return math.sqrt(1 / self.models + self._own)
+    def p_value(self, gap: float, runs: int) -> float:
+        """Probability that the mean of so many retrained models is as far off, two-sided."""
+        return float(2 * stats.t.sf(abs(gap) / self.error(runs), self.models - 1))
 
-    @property
-    def novelty(self) -> float:
-        """Standard deviation of xbar - rbar where every x is a retrained model."""
-        return math.sqrt(1 + 1 / self.models) if self.runs == 1 else self.error
+    def limit(self, runs: int) -> float:
+        """Least distance that is different."""
+        return self._quantile((1 + self.level) / 2) * self.error(runs)
 
-    @property
-    def df(self) -> float:
-        """Degrees of freedom, Welch's for K > 1."""
-        if self.runs == 1:
-            return self.models - 1
-        parts = (1 / self.models) ** 2 / (self.models - 1) + self._own**2 / (self.runs - 1)
-        return self.error**4 / parts
+    def detectable(self, runs: int, models: int | None = None) -> float:
+        """Distance that is told apart with a power of 80 % by so many retrained models, by default
+        by these."""
+        count = self.models if models is None else models
+        error = self.std * math.sqrt(1 / runs + 1 / count)
+        return _noncentrality(count - 1, self.level) * error
 
-    @property
-    def limit(self) -> float:
-        """|xbar - rbar| from which on it is different."""
-        return float(special.stdtrit(self.df, (1 + self.level) / 2)) * self.novelty
+    def mean_ends(self) -> tuple[float, float]:
+        """Ends of the interval that two one-sided tests of mu go by."""
+        half = self._quantile(self.level) * self.std / math.sqrt(self.models)
+        return self.mean - half, self.mean + half
 
-    @property
-    def bound(self) -> float:
-        """|xbar - rbar| up to which it is the same; not positive where nothing can be."""
-        if self.estimated:
-            # |x - rbar| sqrt(M) / s is noncentral t at the margin; s has M - 1 degrees of freedom
-            # whatever K is
-            shift = self.margin / self.error
-            return _noncentral(1 - self.level, self.models - 1, shift) * self.error
-        return self.margin - float(special.stdtrit(self.df, self.level)) * self.error
-
-    @property
-    def _own(self) -> float:
-        return self.ratio**2 / self.runs if self.runs > 1 else 0.0
-
-    def power(self, distance: float | None = None) -> float:
-        """Probability that "the same" is shown at |E[x] - mu| = distance.
-
-        Args:
-            distance: At least 0; `None` for a model that is itself a retrained one, and so at a
-                random distance.
-        """
-        bound = self.bound
-        if bound <= 0:
-            return 0.0
-        if distance is None:
-            return 2 * float(stats.t.cdf(bound / self.novelty, self.df)) - 1
-        df = self.models - 1 if self.estimated else self.df
-        shift, reach = distance / self.error, bound / self.error
-        # NaN where it underflows
-        low, high = np.nan_to_num(stats.nct.cdf([-reach, reach], df, shift))
-        return max(0.0, float(high - low))
-
-    def models_needed(self, distance: float | None = None, power: float = POWER) -> int | None:
-        """Least number of retrained models at which the power is reached; `None` if 1000 do not.
-
-        Args:
-            distance: As for `power`.
-            power: Wanted probability.
-        """
-
-        def reached(models: int) -> bool:
-            return replace(self, models=models).power(distance) >= power
-
-        low, high = 1, MOST
-        if not reached(high):
-            return None
-        while high - low > 1:  # bisection: the power grows with the number of models
-            middle = (low + high) // 2
-            low, high = (low, middle) if reached(middle) else (middle, high)
-        return high
+    def _quantile(self, probability: float) -> float:
+        return float(special.stdtrit(self.models - 1, probability))
 
 
 def verdict(
@@ -203,6 +144,7 @@ def verdict(
     retrained: Values,
     *,
     original: Values,
+    scale: Scale = LINEAR,
     far: Far | None = None,
     margin: float | None = None,
     level: float = 0.95,
@@ -211,20 +153,22 @@ def verdict(
 
     Different, between the retrained models and the original or beyond the original: "not
     forgotten". Different, on the side away from the original: "over-forgotten". Not different, and
-    equivalent: "indistinguishable from retrained". Neither: "undecided". Where the original itself
-    is no different there was nothing to forget that this score can see; a scrubbed model that is
-    different is then "over-forgotten", since the scrub alone moved it. A distance that is different
-    is "farther than the original" where it is larger than the original's, and else "not forgotten".
+    what is left of the original's distance shown to be less than a half: "as retrained". Neither:
+    "undecided". Where the original itself is no different there was nothing to forget that this
+    score can see; a scrubbed model that is different is then "over-forgotten", since the scrub
+    alone moved it. A distance that is different is "farther than the original" where it is larger
+    than the original's, and else "not forgotten".
 
     Args:
         values: The score of the scrubbed model, or of K scrubbed models of independent originals
             [K].
         retrained: Scores of independently retrained models [M], M >= 2.
         original: The score of the original, or of the K originals.
+        scale: On which scores are roughly normal.
         far: Of a distance to retrained models "high", of a likeness "low": the values that lie far
             from them. `None` for scores that retrained models have as well, which have two sides.
-        margin: Distance that still counts as the same, in the unit of the score; by default two
-            standard deviations of the retrained models.
+        margin: Distance that still counts as the same, in the unit of the score; by default half
+            the original's, on the scale.
         level: 1 - false-alarm rate, of each of the two tests.
 
     Raises:
@@ -235,64 +179,65 @@ def verdict(
     x, r = finite_vector(values, "values"), finite_vector(retrained, "retrained")
     o = finite_vector(original, "original")
     _check(r, margin, level)
-    value, target, std = float(x.mean()), float(r.mean()), float(r.std(ddof=1))
-    if std <= 1e-12 * float(np.abs(r).max()):  # rounding of equal numbers leaves a trace
-        return _without_spread(value, target, float(o.mean()), margin, far)
-
-    def design(sample: Array) -> Design:
-        ratio = float(sample.std(ddof=1)) / std if len(sample) > 1 else 1.0
-        width = MARGIN if margin is None else margin / std
-        return Design(len(r), width, margin is None, level, len(sample), ratio)
-
-    # from here on in standard deviations of the retrained models
-    plan, gap, before = design(x), (value - target) / std, (float(o.mean()) - target) / std
-    visible = abs(before) > design(o).limit
-    needed = plan.models_needed(abs(gap))
-    label, reason = _judged(plan, gap, before if visible else 0.0, needed, far)
+    z = scale.forward(r)
+    std = float(z.std(ddof=1))
+    if std <= 1e-12 * max(1.0, float(np.abs(z).max())):  # rounding of equal numbers leaves a trace
+        return _without_spread(x, r, o, margin, far)
+    rod = Yardstick(float(z.mean()), std, len(r), level)
+    gap, before = (float(scale.forward(v).mean()) - rod.mean for v in (x, o))
+    visible = _is_far(before, far) and abs(before) > rod.limit(len(o))
+    if _is_far(gap, far) and abs(gap) > rod.limit(len(x)):
+        label, reason = different(gap, before if visible else 0.0, far)
+    elif (visible or margin is not None) and _same(gap, before, rod, scale, far, margin):
+        left = "half of the original's distance" if margin is None else "the margin"
+        label, reason = AS_RETRAINED, f"A difference of {left} is ruled out."
+    else:
+        label, reason = UNDECIDED, "Neither a difference nor its absence is shown."
+    side = -1 if far == "low" or (visible and before < 0) else 1
+    seen, more = (
+        scale.score(rod.mean + side * rod.detectable(len(x), count))
+        for count in (rod.models, 2 * rod.models)
+    )
+    if label == UNDECIDED:
+        reason += f" {seen:.3g} would be told apart with 80 % power, {more:.3g}"
+        reason += f" with {2 * rod.models} retrained models."
     return Verdict(
         label,
-        value,
-        target,
-        low=target - plan.limit * std,
-        high=target + plan.limit * std,
-        p_value=float(2 * stats.t.sf(abs(gap) / plan.novelty, plan.df)),
-        margin=plan.margin * std,
-        power=plan.power(),
-        models_needed=needed,
-        reason=reason if visible else f"{reason} Nothing to forget is visible in this score.",
+        value=float(x.mean()),
+        target=float(r.mean()),
+        low=scale.score(rod.mean - rod.limit(1)),
+        high=scale.score(rod.mean + rod.limit(1)),
+        p_value=rod.p_value(gap, len(x)) if _is_far(gap, far) else 1.0,
+        distance=gap / rod.limit(len(x)),
+        detectable=seen,
+        reason=reason if visible else f"{reason} {NOTHING}",
     )
 
 
-def _judged(
-    plan: Design, gap: float, before: float, needed: int | None, far: Far | None
-) -> tuple[str, str]:
-    """Label and reason of a score `gap` away from the retrained ones; `before` is the original's
-    distance, 0 where it is no different."""
-    same = abs(gap) <= plan.bound
-    if abs(gap) > plan.limit:
-        label, reason = _different(gap, before, far)
-        return label, reason + " The difference is within the given margin." * same
-    if same:
-        return INDISTINGUISHABLE, "A difference beyond the margin is ruled out."
-    if abs(gap) < plan.margin:
-        count = f"about {needed}" if needed else f"over {MOST}"
-        why = f"at this distance it needs {count} retrained models."
-    else:
-        why = "beyond the margin, more retrained models will rather show a difference."
-    return UNDECIDED, f"Neither difference nor equivalence is shown: {why}"
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values that hold for all together, whatever their dependence: each is at most 5 % with at
+    most that probability that any true hypothesis is rejected.
+
+        p~_(i) = max_{j <= i} min(1, (m - j + 1) p_(j))
+
+    Source: Holm 1979, A simple sequentially rejective multiple test procedure.
+    """
+    order, together, largest = np.argsort(p_values), [1.0] * len(p_values), 0.0
+    for passed, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - passed) * p_values[index]))
+        together[index] = largest
+    return together
 
 
-@lru_cache(maxsize=4096)  # slow, and the same for all scores of as many models
-def _noncentral(probability: float, df: int, shift: float) -> float:
-    return float(stats.nct.ppf(probability, df, shift))
-
-
-def _different(gap: float, before: float, far: Far | None) -> tuple[str, str]:
-    """Label and reason of a score off the retrained ones; `before` is the original's, 0 where it is
-    not off."""
+def different(gap: float, before: float, far: Far | None) -> tuple[str, str]:
+    """Label and reason of a score that is `gap` off the retrained ones; `before` is the original's,
+    0 where it is not off."""
     if far is not None:
         sign = 1 if far == "high" else -1
-        return _distant(sign * gap, sign * before)
+        reason = "Farther from the retrained models than these are from each other,"
+        if sign * gap > sign * before * (1 + ROUNDING):
+            return FARTHER, f"{reason} and than the original is: scrubbing led away."
+        return NOT_FORGOTTEN, f"{reason} as the original is."
     reason = "No retrained model scores like this,"
     if gap * before > 0:
         return NOT_FORGOTTEN, f"{reason} and the original lies on the same side."
@@ -301,35 +246,62 @@ def _different(gap: float, before: float, far: Far | None) -> tuple[str, str]:
     return OVER_FORGOTTEN, f"{reason} but the original does: scrubbing led away."
 
 
-def _distant(gap: float, before: float) -> tuple[str, str]:
-    """The same of a distance."""
-    if gap < 0:
-        return INDISTINGUISHABLE, "Closer to the retrained models than these are to each other."
-    reason = "Farther from the retrained models than these are from each other,"
-    if gap > before * (1 + ROUNDING):
-        return FARTHER, f"{reason} and than the original is: scrubbing led away."
-    return NOT_FORGOTTEN, f"{reason} as the original is."
+def _is_far(gap: float, far: Far | None) -> bool:
+    """Whether it lies on a side that counts: a distance less than retrained ones' is no failure."""
+    return far is None or (gap > 0) == (far == "high")
 
 
-def _without_spread(
-    value: float, target: float, original: float, margin: float | None, far: Far | None
-) -> Verdict:
+def _same(
+    gap: float,
+    before: float,
+    rod: Yardstick,
+    scale: Scale,
+    far: Far | None,
+    margin: float | None,
+) -> bool:
+    """Whether it is within the margin of mu at both ends of what mu may be."""
+    for end in rod.mean_ends():
+        off, left = rod.mean + gap - end, REMAINDER * abs(rod.mean + before - end)
+        if margin is not None:
+            value, mu = scale.score(end + off), scale.score(end)
+            off, left = value - mu, margin
+        if _is_far(off, far) and not abs(off) < left:
+            return False
+    return True
+
+
+@lru_cache(maxsize=4096)  # slow, and the same for all scores of as many models
+def _noncentrality(df: int, level: float) -> float:
+    """At which |t| exceeds its two-sided limit with a probability of 80 %."""
+    limit = float(special.stdtrit(df, (1 + level) / 2))
+
+    def lacking(shift: float) -> float:
+        return float(stats.nct.sf(limit, df, shift)) - POWER
+
+    return float(optimize.brentq(lacking, 0.0, 4 * limit + 4))
+
+
+def _without_spread(x: Array, r: Array, o: Array, margin: float | None, far: Far | None) -> Verdict:
     """All retrained models score the same: without a spread there is no test, only a margin if one
     was given."""
+    value, target = float(x.mean()), float(r.mean())
     tolerance = 1e-12 * abs(target) if margin is None else margin
-    gap, before = value - target, original - target
+    gap, before = value - target, float(o.mean()) - target
     reason = "All retrained models score the same, so only a margin can judge."
-    if abs(gap) <= tolerance:
-        label = INDISTINGUISHABLE
+    within = abs(gap) <= tolerance or not _is_far(gap, far)
+    p, distance = (1.0, gap / tolerance if tolerance else 0.0) if within else (0.0, math.inf)
+    if within:
+        label = AS_RETRAINED
     elif margin is None:
-        label, reason = UNDECIDED, f"{reason} Give one in the unit of the score."
+        label, p, distance = UNDECIDED, math.nan, math.nan
+        reason += " Give one in the unit of the score."
     else:
-        label, side = _different(gap, before if abs(before) > tolerance else 0.0, far)
+        distance = gap / margin
+        label, side = different(gap, before if abs(before) > tolerance else 0.0, far)
         reason = f"{side} {reason}"
     if abs(before) <= tolerance:
-        reason += " Nothing to forget is visible in this score."
-    nan = math.nan
-    return Verdict(label, value, target, target, target, nan, margin or 0.0, nan, None, reason)
+        reason += f" {NOTHING}"
+    return Verdict(label, value, target, target, target, p, distance, math.nan, reason)
 
 
 def _check(retrained: Array, margin: float | None, level: float) -> None:
@@ -339,6 +311,8 @@ def _check(retrained: Array, margin: float | None, level: float) -> None:
         raise DataError(got, "at least 2, whose spread is the yardstick", "Retrain more seeds.")
     if margin is not None and not margin > 0:
         expected = "a positive number in the unit of the score"
-        raise ConfigError(f"margin={margin}", expected, "Leave it out for 2 std.")
+        fix = "Leave it out for half of the original's distance."
+        raise ConfigError(f"margin={margin}", expected, fix)
     if margin is not None and not math.isfinite(margin):
-        raise NumericalError("an infinite margin", "a finite one", "Leave it out for 2 std.")
+        fix = "Leave it out for half of the original's distance."
+        raise NumericalError("an infinite margin", "a finite one", fix)

@@ -26,7 +26,7 @@ def evaluation_schema() -> dict[str, Any]:
 
     Example:
         >>> evaluation_schema()["properties"]["schema"]["const"]
-        1
+        2
     """
     schema: dict[str, Any] = json.loads(EVALUATION_SCHEMA_PATH.read_text(encoding="utf-8"))
     return schema

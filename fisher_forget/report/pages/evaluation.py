@@ -15,9 +15,17 @@ from matplotlib.axes import Axes
 
 from fisher_forget._util.files import ensure_folder
 from fisher_forget._util.numbers import MISSING
-from fisher_forget.evaluate.evaluation import CONTROL, MARKS, MARKS_LEGEND, Evaluation
+from fisher_forget.evaluate.evaluation import (
+    CONTROL,
+    MARKS,
+    MARKS_LEGEND,
+    READING,
+    Evaluation,
+    expected,
+)
 from fisher_forget.evaluate.metrics import METRICS
 from fisher_forget.evaluate.scoring import UNDEFINED, EvaluationRow
+from fisher_forget.evaluate.verdict import AS_RETRAINED, DIFFERENT, UNDECIDED
 from fisher_forget.report.pages.html import Figure, Number, flat, render_template, write_html
 from fisher_forget.report.pages.svg import inline
 from fisher_forget.report.plots import BLUE, GREEN, GREY, ORANGE, VERMILLION, save_figure
@@ -26,13 +34,14 @@ from fisher_forget.report.plots.hover import explain
 COLOURS = (VERMILLION, BLUE, GREEN, ORANGE, "#CC79A7", GREY, "#56B4E9")
 STYLES = tuple(zip("soD^vPX", COLOURS, strict=True))
 CAPTION = (
-    "Distance of every score from the mean of the retrained models, in half-widths of the band: "
-    "the range expected of a retrained model, for all scores together (95 %). "
+    "Distance of every score from the mean of the retrained models, in multiples of the least one "
+    "that is different: one in twenty scores of a retrained model is outside of the band. "
     "Hold the pointer on a mark for its numbers."
 )
-FEW = 0.25  # share of the scores that may differ before the page calls the result poor
-EXPECTED = "expected range (95 %)"
-FAR = 30.0  # half-widths, where the axis ends
+EXPECTED = "95 % of new ones"
+BAND = "not told apart"
+FAR = 30.0  # multiples, where the axis ends
+TONES = {AS_RETRAINED: "good", UNDECIDED: "fair"}
 
 
 def write_page(
@@ -61,7 +70,7 @@ def write_page(
         "evaluation.html.j2",
         run=name,
         cases=cases,
-        legend=MARKS_LEGEND,
+        legend=f"{MARKS_LEGEND}. {READING}",
         definitions=definitions,
         settings=list(flat(run["config"])) if run else [],
         environment=list(run["environment"].items()) if run else [],
@@ -72,18 +81,19 @@ def write_page(
 
 def _case(name: str, table: Evaluation, figure: Figure) -> dict[str, Any]:
     """What the template needs of one forget set."""
-    word, tone = conclusion(table)
+    conclusion = table.conclusion(main_method(table))
     return {
         "name": name,
-        "word": word,
-        "tone": tone,
+        "word": conclusion.label,
+        "tone": TONES.get(conclusion.label, "poor"),
         "numbers": numbers(table),
         "sentence": sentence(table),
         "counts": counts(table),
         "retrained": table.retrained,
+        "control": CONTROL in table.methods,
         "figures": [figure],
         "table": wide(table),
-        "reasons": table.to_pandas()[["metric", "part", "method", "label", "reason"]],
+        "reasons": table.to_pandas()[["metric", "part", "method", "label", "p_value", "reason"]],
         "left_out": "; ".join(f"{key} ({why})" for key, why in table.left_out.items()),
     }
 
@@ -95,20 +105,12 @@ def defined(table: Evaluation, method: str) -> list[EvaluationRow]:
 
 def main_method(table: Evaluation) -> str:
     """The method that the page is about: the first one given."""
-    return next((m for m in methods(table) if m not in ("original", CONTROL)), "original")
+    return next((m for m in table.methods if m not in ("original", CONTROL)), "original")
 
 
 def outside(table: Evaluation) -> list[EvaluationRow]:
-    """The rows of the main method outside the range expected of a retrained model."""
+    """The rows of the main method that are different, each by itself."""
     return [s for s in defined(table, main_method(table)) if not within(s)]
-
-
-def conclusion(table: Evaluation) -> tuple[str, str]:
-    """The answer in a few words, and its tone."""
-    rows, wrong = len(defined(table, main_method(table))), len(outside(table))
-    if not wrong:
-        return "not told apart from retrained", "good"
-    return f"{wrong} of {rows} scores differ", "fair" if wrong <= FEW * rows else "poor"
 
 
 def numbers(table: Evaluation) -> list[Number]:
@@ -117,7 +119,7 @@ def numbers(table: Evaluation) -> list[Number]:
     method = main_method(table)
     rows = defined(table, method)
     passed, beside = f"{sum(map(within, rows))} of {len(rows)}", counts(table, but=method)
-    shown = [Number("Scores that a retrained model could have", passed, "", beside)]
+    shown = [Number("Scores not told apart from retrained", passed, "", beside)]
     tests = [s.part for s in table.scores if s.part.startswith("test")]
     kept = tests[-1] if tests else "retain"
     for metric, part, label in (
@@ -133,47 +135,44 @@ def numbers(table: Evaluation) -> list[Number]:
 
 
 def counts(table: Evaluation, but: str = "") -> str:
-    """How many scores of each method a retrained model could have."""
-    rows = {method: defined(table, method) for method in methods(table) if method != but}
+    """How many scores of each method are not told apart from retrained."""
+    rows = {method: defined(table, method) for method in table.methods if method != but}
     return ", ".join(
         f"{m} {sum(map(within, scored))} of {len(scored)}" for m, scored in rows.items()
     )
 
 
 def sentence(table: Evaluation) -> str:
-    """Which scores give the main method away."""
+    """What the rows that decide say, and which of the others give the main method away."""
     wrong, method = outside(table), main_method(table)
-    if not wrong:
-        count = len(defined(table, method))
-        return f"All {count} scores are in the range expected of a retrained model."
+    said = f"{method} is {table.conclusion(method)}."
+    others = [row for row in wrong if not row.primary]
+    if not others:
+        return f"{said} No other score is told apart from retrained."
     places: dict[str, list[str]] = {}
-    for score in wrong:
+    for score in others:
         places.setdefault(score.metric, []).append(score.part)
     named = "; ".join(f"{metric} ({', '.join(parts)})" for metric, parts in places.items())
-    return f"Scores of {method} outside the range expected of a retrained model: {named}."
+    return f"{said} Other scores told apart from retrained, each by itself: {named}."
 
 
 def within(score: EvaluationRow) -> bool:
-    """Whether the score lies in the range expected of a retrained model."""
-    return score.target_low <= score.value <= score.target_high
-
-
-def methods(table: Evaluation) -> list[str]:
-    """Original first, the retrained control last."""
-    names = list(dict.fromkeys(s.method for s in table.scores))
-    return sorted(names, key=lambda n: (n == CONTROL) - (n == "original"))
+    """Whether the score is not told apart from retrained models."""
+    return score.label not in DIFFERENT
 
 
 def wide(table: Evaluation) -> pd.DataFrame:
     """One row a metric and part, one column a method."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    cells = dict.fromkeys(methods(table), "")
+    cells = dict.fromkeys(table.methods, "")
     for score in table.scores:
         blank = {
-            "metric": score.metric + (f" ({score.unit})" if score.unit else ""),
+            "metric": score.metric
+            + (f" ({score.unit})" if score.unit else "")
+            + " *" * score.primary,
             "part": score.part,
             "retrained": _short(score.target),
-            EXPECTED: f"{_short(score.target_low)} … {_short(score.target_high)}",
+            EXPECTED: expected(score, "{} … {}"),
         } | cells
         row = rows.setdefault((score.metric, score.part), blank)
         row[score.method] = f"{_short(score.value)} {MARKS[score.label]}"
@@ -185,12 +184,13 @@ def _short(value: float) -> str:
 
 
 def plot_scores(table: Evaluation, ax: Axes | None = None) -> Axes:
-    """Every score as its distance from the retrained mean, in half-widths of the expected range."""
+    """Every score as its distance from the retrained mean, in multiples of the least one that is
+    different."""
     keys = list(dict.fromkeys((s.metric, s.part) for s in table.scores))
     if ax is None:
         _, ax = plt.subplots(figsize=(7.2, 0.8 + 0.24 * len(keys)), layout="constrained")
     place = {key: len(keys) - 1 - i for i, key in enumerate(keys)}
-    names = methods(table)
+    names = table.methods
     for (marker, colour), method in zip(itertools.cycle(STYLES), names, strict=False):
         rows = defined(table, method)
         x = np.array([distance(s) for s in rows])
@@ -200,7 +200,7 @@ def plot_scores(table: Evaluation, ax: Axes | None = None) -> Axes:
         style: dict[str, Any] = {"facecolors": fill, "edgecolors": colour, "linewidths": 1}
         dots = ax.scatter(x, y, marker=marker, s=26, label=method, zorder=3, **style)
         explain(dots, [_told(s) for s in rows])
-    ax.axvspan(-1, 1, color=GREEN, alpha=0.15, lw=0, label=EXPECTED)
+    ax.axvspan(-1, 1, color=GREEN, alpha=0.15, lw=0, label=BAND)
     ax.axvline(0, color=GREEN, lw=0.8)
     ax.set_xscale("symlog", linthresh=1.0)
     ax.set_xlim(-FAR * 1.15, FAR * 1.15)
@@ -212,7 +212,7 @@ def plot_scores(table: Evaluation, ax: Axes | None = None) -> Axes:
     ax.set_ylim(-0.7, len(keys) - 0.3)
     ax.grid(axis="y", color="#e6e6e6", lw=0.6)
     ax.set_axisbelow(True)
-    ax.set_xlabel("distance from the retrained mean (half-widths of the range)")
+    ax.set_xlabel("distance from the retrained mean (1: different, p = 0.05)")
     ax.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3, fontsize=8, frameon=False)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
@@ -222,16 +222,13 @@ def plot_scores(table: Evaluation, ax: Axes | None = None) -> Axes:
 def _told(score: EvaluationRow) -> str:
     """A score in words, for the pointer."""
     unit = f" {score.unit}" if score.unit else ""
-    interval = f"{score.target_low:.3g} … {score.target_high:.3g}"
+    interval = expected(score, f", {EXPECTED} {{}} … {{}}")
     return (
         f"{score.method}\n{score.metric}, {score.part}: {score.value:.3g}{unit}\n"
-        f"retrained {score.target:.3g}, {EXPECTED} {interval}\n{score.label}"
+        f"retrained {score.target:.3g}{interval}\n{score.label}, p = {score.p_value:.2g}"
     )
 
 
 def distance(score: EvaluationRow) -> float:
-    """(value - target) over the half-width of the expected range, at most `FAR` either way."""
-    half, off = (score.target_high - score.target_low) / 2, score.value - score.target
-    if half > 0:
-        return float(np.clip(off / half, -FAR, FAR))
-    return FAR * float(np.sign(off))
+    """How far from the retrained models, where the axis shows it; NaN is not drawn."""
+    return float(np.clip(score.distance, -FAR, FAR))
