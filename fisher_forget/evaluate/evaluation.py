@@ -22,6 +22,7 @@ from fisher_forget._util.markdown import markdown_table
 from fisher_forget.data import batches
 from fisher_forget.data.split import Split
 from fisher_forget.errors import ConfigError, DataError, NumericalError
+from fisher_forget.evaluate.conclusion import Conclusion, conclude
 from fisher_forget.evaluate.ensemble import RetrainedEnsemble
 from fisher_forget.evaluate.metric import LEAST, Context, Metric, Subject
 from fisher_forget.evaluate.metrics import METRICS
@@ -32,7 +33,6 @@ from fisher_forget.evaluate.predictions import (
     whole_splits,
 )
 from fisher_forget.evaluate.scoring import (
-    ALARM,
     TOO_FEW,
     UNDEFINED,
     EvaluationRow,
@@ -40,12 +40,10 @@ from fisher_forget.evaluate.scoring import (
 )
 from fisher_forget.evaluate.verdict import (
     AS_RETRAINED,
-    DIFFERENT,
     FARTHER,
     NOT_FORGOTTEN,
     OVER_FORGOTTEN,
     UNDECIDED,
-    holm,
 )
 from fisher_forget.likelihood import Likelihood
 from fisher_forget.unlearn.result import ForgetResult
@@ -71,37 +69,6 @@ READING = (
     "Rows with * decide, together at 5 % (Holm). Every other row describes: a retrained model is "
     "outside of one in twenty of them."
 )
-
-
-@dataclass(frozen=True)
-class Conclusion:
-    """What the rows that decide say of a method, together.
-
-    Attributes:
-        label: That of the row of least p-value, where it is different; "as retrained" where no row
-            is different, not even by itself, and every one in which the original is different is as
-            retrained; else "undecided".
-        p_value: Least of the p-values after Holm: for all these rows together, it is below 5 % in
-            at most 5 % of cases where nothing is wrong.
-        different: The rows that are different after Holm.
-        rows: Those that decide.
-    """
-
-    label: str
-    p_value: float
-    different: tuple[EvaluationRow, ...]
-    rows: tuple[EvaluationRow, ...]
-
-    def __str__(self) -> str:
-        if not self.rows:
-            return f"{self.label}: none of the rows that decide can be computed"
-        rows = _named(self.different or self.rows)
-        return f"{self.label} by {', '.join(rows)} (p = {self.p_value:.2g} after Holm)"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for a JSON file."""
-        rows = {"different": _named(self.different), "rows": _named(self.rows)}
-        return {"label": self.label, "p_value": _null(self.p_value)} | rows
 
 
 @dataclass(frozen=True)
@@ -145,14 +112,7 @@ class Evaluation:
             expected = f"one of {self.methods}"
             raise ConfigError(f"the method {method!r}", expected, "Correct the name.")
         rows = [s for s in self.scores if s.primary and s.method == method and s.label != UNDEFINED]
-        together = holm([1.0 if math.isnan(s.p_value) else s.p_value for s in rows])
-        ranked = sorted(zip(together, rows, strict=True), key=lambda pair: pair[0])
-        wrong = tuple(row for p, row in ranked if p < ALARM)
-        visible = [r for r in rows if self.get(r.metric, r.part, "original").label in DIFFERENT]
-        same = visible and all(row.label == AS_RETRAINED for row in visible)
-        alone = any(row.label in DIFFERENT for row in rows)
-        label = wrong[0].label if wrong else AS_RETRAINED if same and not alone else UNDECIDED
-        return Conclusion(label, min(together, default=math.nan), wrong, tuple(rows))
+        return conclude(rows, [self.get(row.metric, row.part, "original") for row in rows])
 
     def to_pandas(self) -> pd.DataFrame:
         """One row a score, with the columns of `EvaluationRow`."""
@@ -372,10 +332,6 @@ def _models(given: Scrubbed | Sequence[Scrubbed], ensemble: RetrainedEnsemble) -
 
 def _listed(given: Scrubbed | Sequence[Scrubbed]) -> list[Scrubbed]:
     return list(given) if isinstance(given, Sequence) else [given]
-
-
-def _named(rows: Iterable[EvaluationRow]) -> list[str]:
-    return [f"{row.metric} on {row.part}" for row in rows]
 
 
 def _null(value: Any) -> Any:
