@@ -188,6 +188,12 @@ TABLE = (
         "mean_n -sum_c p_c(x_n) log p_c(x_n)", "textbook", solo=_entropy, needs=CLASSES,
     ),
     Metric(
+        "membership_auc", "%", "how well the loss alone tells forgotten from test samples",
+        "AUC of -loss, forgotten against test samples", "Yeom et al. 2018, arXiv:1709.01604",
+        solo=_membership_auc, parts=FORGET, needs=ATTACK, scale="logit",
+        primary=FORGET,
+    ),
+    Metric(
         "membership_entropy", "%",
         "forgotten samples that an attack on the entropy takes for training samples",
         "SVC(C=3, rbf) on the entropy, fitted on retained against test samples", GOLATKAR,
@@ -197,7 +203,7 @@ TABLE = (
         "membership_features", "%",
         "the same for an attack on loss, confidence, entropy and modified entropy together",
         "logistic regression on four features", "Song & Mittal 2021, arXiv:2003.10595",
-        solo=_called_members("all"), parts=FORGET, needs=ATTACK, scale="logit", primary=FORGET,
+        solo=_called_members("all"), parts=FORGET, needs=ATTACK, scale="logit",
     ),
     Metric(
         "klom_mean", "nats",
@@ -260,11 +266,6 @@ TABLE = (
         f"steps of 128 samples at lr 0.01 until A_f(w) >= 0.95 A_f(w_original); at most {STEPS}",
         "Chundawat et al. 2023, arXiv:2201.05629", solo=_relearn_steps, parts=FORGET,
         cap=float(STEPS), needs=CLASSES | SPLIT, by_name=True, scale="count",
-    ),
-    Metric(
-        "membership_auc", "%", "how well the loss alone tells forgotten from test samples",
-        "AUC of -loss, forgotten against test samples", "Yeom et al. 2018, arXiv:1709.01604",
-        solo=_membership_auc, parts=FORGET, needs=ATTACK, by_name=True, scale="logit",
     ),
     Metric(
         "u_lira_tpr", "%", "true positives of u_lira at 1 % false positives",
