@@ -206,7 +206,9 @@ def table(report: Mapping[str, Any]) -> str:
 
 
 def _share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}" if value > 0.095 else f"{value:.3f}".lstrip("0")
+    if value is None:
+        return "–"
+    return f"{value:.3f}".lstrip("0") if value < 0.1 else f"{value:.2f}".removeprefix("0")
 
 
 def write_table(report: Mapping[str, Any]) -> None:
