@@ -84,8 +84,12 @@ def map_params(
     return {name: fn(value, *(r[name] for r in rest)) for name, value in first.items()}
 
 
-def add(a: Mapping[str, Tensor], b: Mapping[str, Tensor], alpha: float = 1.0) -> Params:
-    """a + alpha b."""
+def add(
+    a: Mapping[str, Tensor], b: Mapping[str, Tensor], alpha: float | Mapping[str, float] = 1.0
+) -> Params:
+    """a + alpha b; alpha is one number, or one by name."""
+    if isinstance(alpha, Mapping):
+        return {name: torch.add(x, b[name], alpha=alpha[name]) for name, x in a.items()}
     return map_params(lambda x, y: torch.add(x, y, alpha=alpha), a, b)
 
 
@@ -126,6 +130,14 @@ def randn_like(a: Mapping[str, Tensor], generator: torch.Generator) -> Params:
             x.device
         )
         for name, x in a.items()
+    }
+
+
+def expanded(values: Mapping[str, Tensor | float], like: Mapping[str, Tensor]) -> Params:
+    """Numbers or tensors by name in the shapes of others; 0 for names without one."""
+    return {
+        name: torch.as_tensor(values.get(name, 0.0), dtype=x.dtype, device=x.device).expand(x.shape)
+        for name, x in like.items()
     }
 
 

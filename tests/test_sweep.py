@@ -79,6 +79,18 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return calls
 
 
+@pytest.mark.filterwarnings("ignore:The model is not at a minimum")
+def test_weight_decay_by_patterns_is_an_axis(
+    swept: Callable[..., SweepTable], tmp_path: Path
+) -> None:
+    decays = [{"*bias": 0.0, "*": 0.1}, WEIGHT_DECAY]
+    file = tmp_path / "sweep.parquet"
+    table = swept({"weight_decay": decays, "damping": [0.1], "steps": [1]}, file=file).to_pandas()
+    assert table["weight_decay"].map(str).nunique() == 2
+    again = swept({"weight_decay": decays, "damping": [0.1], "steps": [1]}, file=file).to_pandas()
+    assert list(again["weight_decay"].map(str)) == list(table["weight_decay"].map(str))
+
+
 def scores(reference: Reference, model: nn.Module) -> dict[str, float]:
     """kl, score and loss of each part by SciPy and torch."""
     found = {}

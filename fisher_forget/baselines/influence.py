@@ -52,6 +52,7 @@ from fisher_forget.errors import NumericalError
 from fisher_forget.likelihood import Likelihood
 from fisher_forget.params import Params
 from fisher_forget.unlearn.objective import Objective
+from fisher_forget.unlearn.weight_decay import WeightDecay, by_name, is_weight_decay, total_damping
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Lissa(DirectMethod):
         alpha: Length of the step.
         scale: s, above half the largest eigenvalue of H + gamma I of every batch: else it diverges.
         damping: gamma, nats per squared weight.
-        weight_decay: wd of the objective, added to gamma.
+        weight_decay: wd of the objective, added to gamma: a number, or numbers by pattern of names.
         steps: Terms of a series; eigenvalues far below s / steps are not inverted.
         repeats: Series, averaged.
         batch_size: Retained samples of a term.
@@ -128,18 +129,19 @@ class Lissa(DirectMethod):
     alpha: float = 1.0
     scale: float = 1000.0
     damping: float = 0.01
-    weight_decay: float = 0.0005
+    weight_decay: WeightDecay = 0.0005
     steps: int = 1000
     repeats: int = 3
     batch_size: int = 10
     curvature: Literal["hessian", "ggn"] = "hessian"
 
     def __post_init__(self) -> None:
-        least = {"alpha": 0, "damping": 0, "weight_decay": 0}
+        least = {"alpha": 0, "damping": 0}
         require(
             self,
             at_least=least | {"steps": 1, "repeats": 1, "batch_size": 1},
             above={"scale": 0},
+            weight_decay=(is_weight_decay(self.weight_decay), "numbers of at least 0"),
             curvature=(self.curvature in ("hessian", "ggn"), "'hessian' or 'ggn'"),
         )
 
@@ -162,7 +164,8 @@ class Lissa(DirectMethod):
     def _series(self, objective: Objective, split: Split, v: Params, repeat: int) -> Params:
         rng = np.random.default_rng([self.seed, repeat])  # other batches in every series
         size, h = min(self.batch_size, len(split.retain)), v
-        ridge = self.damping + self.weight_decay
+        decay = by_name(self.weight_decay, objective.model, list(objective.start))
+        ridge = total_damping(decay, self.damping)
         for _ in range(self.steps):
             sample_idx = some(split.retain, size, rng)
             batch = next(split.read([sample_idx])).on(objective.model)

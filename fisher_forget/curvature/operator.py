@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, ClassVar, Self
 
-import torch
 from torch import Tensor, nn
 
 from fisher_forget import params as P
@@ -158,10 +157,14 @@ class Curvature(ABC):
         for _ in range(probes):
             y = self.power(P.unflatten(rademacher(len(first), first, generator), zeros), p / 2)
             squares = P.dot(y, y)
-            if times_curvature:  # y^T B y = y^T (B + tau I) y - tau y^T y
-                squares = P.dot(y, self.power(y, 1.0)) - self.tau * squares
+            if times_curvature:
+                squares = P.dot(y, self.undamped_product(y))
             values.append(squares)
         return math.fsum(values) / probes
+
+    def undamped_product(self, v: Mapping[str, Tensor]) -> Params:
+        """B v = (B + tau I) v - tau v."""
+        return P.add(self.power(v, 1.0), v, -self.tau)
 
     def known_eigenvalues(self) -> Sequence[tuple[Tensor, int]] | None:
         """Eigenvalues of B, and how often each occurs; `None` where only products are known."""
@@ -176,21 +179,35 @@ class Curvature(ABC):
         check_undamped(self.tau, other.tau)
         raise not_sums(self, other)
 
-    def with_prior(self, precision: Mapping[str, Tensor | float]) -> Curvature:
+    def with_prior(
+        self, precision: Mapping[str, Tensor | float], *, nearest: bool = False
+    ) -> Curvature:
         """B + diag(precision) + tau I; parameters without a precision get 0.
 
+        Args:
+            precision: By name.
+            nearest: Where the structure can't hold precisions that differ, add their diagonal in
+                its basis, which is the nearest to them in Frobenius norm.
+
         Raises:
-            CurvatureError: If the precisions differ and the structure can't hold them.
+            CurvatureError: If the structure can't hold them, and the nearest was not asked for.
         """
-        vector = precision_vector(precision, self.zeros())
+        prior = P.expanded(precision, self.zeros())
+        vector = P.flatten(prior)
         if bool((vector == vector[0]).all()):
             return self.damped(float(vector[0]))
+        if nearest:
+            return self.nearest_prior(prior)
         raise CurvatureError(
             f"precisions that differ within a {type(self).__name__}",
             "one number for all its parameters",
             "Use structure='diagonal' or 'dense', or blocks: "
             "structure={'*bias': 'diagonal', '*': 'ekfac'}.",
         )
+
+    def nearest_prior(self, prior: Params) -> Curvature:
+        """`with_prior` of precisions that the structure can't hold."""
+        return self.damped(float(P.flatten(prior).mean()))
 
     def pack(self) -> Stored:
         """The operator's settings and tensors, for a file.
@@ -336,12 +353,11 @@ class BlockDiagonal(Curvature):
         parts = tuple((names, a.combined(b, x, y)) for (names, a), (_, b) in pairs)
         return replace(self, parts=parts)
 
-    def with_prior(self, precision: Mapping[str, Tensor | float]) -> Curvature:
-        parts = tuple(
-            (names, part.with_prior({n: precision[n] for n in names if n in precision}))
-            for names, part in self.parts
-        )
-        return replace(self, parts=parts)
+    def with_prior(
+        self, precision: Mapping[str, Tensor | float], *, nearest: bool = False
+    ) -> Curvature:
+        pairs = ((names, part.with_prior(precision, nearest=nearest)) for names, part in self.parts)
+        return replace(self, parts=tuple(pairs))
 
     def pack(self) -> Stored:
         parts = tuple((names, part.pack()) for names, part in self.parts)
@@ -357,15 +373,6 @@ def spectral_fields(stored: Stored) -> dict[str, Any]:
     """The fields of a stored `Spectral`."""
     settings: dict[str, Any] = {key: stored.settings[key] for key in ("tau", "signed")}
     return settings | {"eigenvalues": stored.params("eigenvalues", "keys")}
-
-
-def precision_vector(precision: Mapping[str, Tensor | float], like: Params) -> Tensor:
-    """The precisions of a prior as one vector [d]; names without one get 0."""
-    pieces = (
-        torch.as_tensor(precision.get(name, 0.0), dtype=p.dtype, device=p.device).expand(p.shape)
-        for name, p in like.items()
-    )
-    return torch.cat([piece.reshape(-1) for piece in pieces])
 
 
 def not_sums(a: Curvature, b: Curvature) -> CurvatureError:

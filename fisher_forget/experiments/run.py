@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -101,6 +102,9 @@ def _sweep(config: SweepConfig, case: Case) -> SweepTable:
     """A sweep from the first original model; its table is written as sweep.parquet and, to be read,
     as sweep.csv."""
     options = config.forget_options(config.seeds[0])
+    decay = options.weight_decay
+    # of all methods, of which others take one number only
+    fixed: Any = {} if isinstance(decay, Mapping) else {"weight_decay": decay}
     table = sweep(
         case.originals.models[0],
         case.data.train,
@@ -108,9 +112,8 @@ def _sweep(config: SweepConfig, case: Case) -> SweepTable:
         config.axes,
         options,
         reference=case.references[0],
-        # of all methods
-        weight_decay=options.weight_decay,
         seed=options.seed,
+        **fixed,
         ruin=config.ruin,
         file=case.folder / SWEEP,
         jobs=config.jobs,

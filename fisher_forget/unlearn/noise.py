@@ -35,6 +35,7 @@ from fisher_forget.unlearn.newton.step import NewtonStep
 from fisher_forget.unlearn.noise_target import EXPONENT, NoiseTarget
 from fisher_forget.unlearn.objective import Objective
 from fisher_forget.unlearn.problem import Problem
+from fisher_forget.unlearn.weight_decay import WeightDecay, decayed, least_of
 
 SAMPLES = 1000  # retained samples, at most, that the loss is measured on while a scale is searched
 DRAWS = 4  # common draws that it is averaged over
@@ -311,10 +312,10 @@ def noise_step(
 
 
 def noise_curvature(
-    curvature: Curvature, newton: NewtonStep, weight_decay: float
+    curvature: Curvature, newton: NewtonStep, weight_decay: WeightDecay
 ) -> tuple[Curvature, float]:
     """(B + (wd + tau) I, tau of the Newton step); a share of the mean eigenvalue if both are 0."""
     tau = newton.noise_damping
-    if tau + weight_decay <= 0:
+    if tau + least_of(weight_decay) <= 0:
         tau = CURVATURE_SHARE * curvature.trace() / P.size(newton.params) or CURVATURE_SHARE
-    return curvature.damped(tau + weight_decay), tau
+    return decayed(curvature, weight_decay, tau), tau

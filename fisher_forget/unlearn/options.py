@@ -19,6 +19,7 @@ from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import ConfigError
 from fisher_forget.likelihood import Likelihood, named, resolve_likelihood
 from fisher_forget.unlearn.noise_target import EXPONENT, NoiseTarget
+from fisher_forget.unlearn.weight_decay import WeightDecay, is_weight_decay
 
 Solver = Literal["auto", "cg", "direct"]
 BatchNorm = Literal["auto", "refresh", "keep"]
@@ -37,7 +38,9 @@ class ForgetOptions:
             instance, with whose loss the model was trained. A name gives way to the loss that
             `loss_fn`, or a model that takes `labels` itself, is found to have.
         weight_decay: wd of the training objective, mean loss + (wd/2)|w|^2 (the `weight_decay` of
-            SGD). `None` is what a recipe trains with, and 0 where no training is known.
+            SGD). Or numbers by shell pattern of parameter names, first match wins, 0 where none
+            matches: {"*.weight": 5e-4}. `None` is what a recipe trains with, and 0 where no
+            training is known.
         structure: Curvature structure, see `estimate_curvature`.
         kind: Curvature kind, see `estimate_curvature`; where max_samples="auto" leaves samples out,
             "auto" is one sketched column a sample, since the curvature is an estimate for a
@@ -74,7 +77,7 @@ class ForgetOptions:
     """
 
     likelihood: Likelihood | str = "categorical"
-    weight_decay: float | None = None
+    weight_decay: WeightDecay | None = None
     structure: Structure = "ekfac"
     kind: Kind = "auto"
     draws: int = 1
@@ -92,6 +95,7 @@ class ForgetOptions:
 
     def __post_init__(self) -> None:
         likelihood = resolve_likelihood(self.likelihood)
+        good_decay = self.weight_decay is None or is_weight_decay(self.weight_decay)
         steps, damping, noise = self.steps, self.damping, self.noise
         whole_samples = self.max_samples in ("auto", None) or is_whole(self.max_samples, 1)
         # the flow goes on for the time 1 / tau
@@ -101,7 +105,7 @@ class ForgetOptions:
         norms = ("auto", "refresh", "keep")
         good_budget = self.budget is None or self.budget == math.inf or is_number(self.budget)
         for name, good, expected in (
-            ("weight_decay", self.weight_decay is None or is_number(self.weight_decay), NUMBER),
+            ("weight_decay", good_decay, f"{NUMBER}, or such numbers by pattern of names"),
             ("draws", is_whole(self.draws, 1), f"{WHOLE} 1"),
             ("max_samples", whole_samples, f"{WHOLE} 1, 'auto' or None"),
             ("steps", steps == "auto" or is_whole(steps, 1), f"{WHOLE} 1, or 'auto'"),
@@ -120,6 +124,9 @@ class ForgetOptions:
                 raise ConfigError(got, expected, f"Correct {name}, or leave it at its default.")
         if isinstance(noise, NoiseTarget):
             noise.check(likelihood)
+        if isinstance(self.weight_decay, Mapping):  # a copy, of numbers that are stored as JSON
+            decay = {pattern: float(rate) for pattern, rate in self.weight_decay.items()}
+            object.__setattr__(self, "weight_decay", decay)
         object.__setattr__(self, "seed", int(self.seed))  # NumPy's integers are not stored as JSON
 
     def changed(self, changes: Mapping[str, Any]) -> Self:
@@ -140,7 +147,7 @@ class ForgetOptions:
         return self if same else replace(self, likelihood=named(likelihood))
 
     @property
-    def decay(self) -> float:
+    def decay(self) -> WeightDecay:
         """wd, 0 where it is not given."""
         return self.weight_decay or 0.0
 
@@ -188,7 +195,7 @@ class ForgetKeywords(TypedDict, total=False):
     """The fields of `ForgetOptions` as keywords of a call."""
 
     likelihood: Likelihood | str
-    weight_decay: float | None
+    weight_decay: WeightDecay | None
     structure: Structure
     kind: Kind
     draws: int

@@ -10,7 +10,7 @@ accumulate: forgetting A, then B, is forgetting A and B at once, in any order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from time import perf_counter
@@ -37,6 +37,7 @@ from fisher_forget.unlearn.objective import Objective
 from fisher_forget.unlearn.options import ForgetKeywords, ForgetOptions, merged
 from fisher_forget.unlearn.problem import Problem, curvature_of, objective_of, with_solver
 from fisher_forget.unlearn.result import ForgetResult
+from fisher_forget.unlearn.weight_decay import by_name
 
 DATA_SUMS, CURVATURE = "snapshot.safetensors", "curvature.safetensors"
 # What curvature and gradient depend on: fixed once these are there.
@@ -202,6 +203,7 @@ def prepare(
         objective = objective_of(model, split, options, loss_fn)
         options = options.with_loss(objective.likelihood, loss_fn)
         check_scored(split, objective.likelihood)
+        by_name(options.decay, objective.model, list(objective.start))  # refuses wrong patterns
         options = with_solver(options, objective, split, warn=True)
         log = None
         if folder is not None:
@@ -210,6 +212,8 @@ def prepare(
             if is_dataclass(likelihood):
                 likelihood = asdict(likelihood)  # type: ignore[arg-type]
             fixed |= {"likelihood": likelihood, "weight_decay": options.decay}
+            if isinstance(options.decay, Mapping):  # whose order counts
+                fixed["weight_decay"] = list(options.decay.items())
             if options.inverts != options.changed({"solver": "auto"}).inverts:
                 fixed["solver"] = options.solver  # which samples the curvature is of depends on it
             mark = files.fingerprint(fixed, dict(model.state_dict()), split.fingerprint())

@@ -29,6 +29,7 @@ from fisher_forget.likelihood import resolve_likelihood
 from fisher_forget.unlearn.data_sums import DataSums, take_data_sums
 from fisher_forget.unlearn.objective import Gradient, Objective
 from fisher_forget.unlearn.options import ForgetKeywords, ForgetOptions, merged
+from fisher_forget.unlearn.weight_decay import WeightDecay, by_name
 
 
 @dataclass(frozen=True)
@@ -40,24 +41,28 @@ class Problem:
         split: Who is retained and forgotten; nobody forgotten is a legal control run.
         curvature: Of the mean retained loss at the original weights, without damping.
         sums: Of all samples, retained and forgotten, at the original weights.
-        weight_decay: wd of the training objective, mean loss + (wd/2)|w|^2.
+        weight_decay: wd of the training objective, mean loss + (1/2) sum_i wd_i w_i^2: a number for
+            all parameters, or one by shell pattern of names, which becomes one by name.
         seconds: Wall time of what was computed for it.
 
     Raises:
         StorageError: If the sums were taken of other samples than the split has.
+        ConfigError: If a pattern of the weight decay matches nothing.
     """
 
     objective: Objective
     split: Split
     curvature: Curvature
     sums: DataSums
-    weight_decay: float = 0.0
+    weight_decay: WeightDecay = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not np.array_equal(self.sums.samples, self.split.indices("all")):
             got = f"sums over {len(self.sums.samples):,} samples for {self.split}"
             raise StorageError(got, "sums over the same samples", "Take them anew.")
+        decay = by_name(self.weight_decay, self.objective.model, list(self.objective.start))
+        object.__setattr__(self, "weight_decay", decay)
 
     @classmethod
     @isolated()
@@ -82,6 +87,7 @@ class Problem:
         objective = objective_of(model, split, options, loss_fn, device)
         options = options.with_loss(objective.likelihood, loss_fn)
         check_scored(split, objective.likelihood)
+        decay = by_name(options.decay, objective.model, list(objective.start))
         options = with_solver(options, objective, split, warn=True)
         clock = time.perf_counter()
         part, kind = options.curvature_plan(split)
@@ -89,7 +95,7 @@ class Problem:
         estimated = time.perf_counter()
         sums = take_data_sums(objective, split, seed=options.seed, progress=progress)
         seconds = {"curvature": estimated - clock, "gradient": time.perf_counter() - estimated}
-        return cls(objective, split, curvature, sums, options.decay, seconds)
+        return cls(objective, split, curvature, sums, decay, seconds)
 
     @cached_property
     @isolated()

@@ -26,6 +26,7 @@ from fisher_forget.unlearn.newton.step import NewtonStep
 from fisher_forget.unlearn.noise import NoiseDraw, draw_noise, information, noise_curvature
 from fisher_forget.unlearn.noise_target import EXPONENT
 from fisher_forget.unlearn.options import ForgetOptions
+from fisher_forget.unlearn.weight_decay import WeightDecay, by_name
 
 
 class NotStored(Dataset[Any]):
@@ -136,8 +137,8 @@ class ForgetResult:
         return bool(self.statistics.refreshed)
 
     @property
-    def weight_decay(self) -> float:
-        """wd of the training objective."""
+    def weight_decay(self) -> WeightDecay:
+        """wd of the training objective, as it was given."""
         return self.options.decay
 
     @property
@@ -147,7 +148,8 @@ class ForgetResult:
 
     def noise_curvature(self) -> Curvature:
         """B + (wd + tau) I, which shapes noise of any scale, with the Newton step's damping."""
-        return noise_curvature(self.curvature, self.newton, self.weight_decay)[0]
+        decay = by_name(self.weight_decay, self.model, list(self.newton.params))
+        return noise_curvature(self.curvature, self.newton, decay)[0]
 
     @isolated()
     def with_noise(self, scale: float, *, seed: int = 0, exponent: float = EXPONENT) -> nn.Module:

@@ -18,7 +18,6 @@ from fisher_forget.curvature.operator import (
     Spectral,
     Stored,
     not_sums,
-    precision_vector,
     spectral_fields,
 )
 from fisher_forget.curvature.passes import Accumulator, Walk
@@ -27,7 +26,7 @@ from fisher_forget.curvature.solvers import flat, matrix
 from fisher_forget.curvature.structures.spec import StructureSpec
 from fisher_forget.curvature.tape import Tape
 from fisher_forget.errors import CurvatureError
-from fisher_forget.params import Params, flatten, size, unflatten
+from fisher_forget.params import Params, expanded, flatten, size, unflatten
 
 LARGEST = 20_000  # parameters; the eigendecomposition holds three such matrices
 KEY = "all"
@@ -70,9 +69,11 @@ class Dense(Spectral):
         mixed = from_matrix(x * self.matrix() + y * other.matrix(), self.like)
         return replace(mixed, signed=self.signed)
 
-    def with_prior(self, precision: Mapping[str, Tensor | float]) -> Curvature:
+    def with_prior(
+        self, precision: Mapping[str, Tensor | float], *, nearest: bool = False
+    ) -> Curvature:
         plain = replace(self, tau=0.0).matrix()
-        prior = precision_vector(precision, self.like).diag()
+        prior = flatten(expanded(precision, self.like)).diag()
         moved = from_matrix(plain + prior, self.like, signed=self.signed)
         return replace(moved, tau=self.tau, info=self.info)
 

@@ -42,7 +42,9 @@ class Diagonal(Spectral):
             raise not_sums(self, other)
         return self.mixed_eigenvalues(other, x, y)
 
-    def with_prior(self, precision: Mapping[str, Tensor | float]) -> Curvature:
+    def with_prior(
+        self, precision: Mapping[str, Tensor | float], *, nearest: bool = False
+    ) -> Curvature:
         moved = {name: x + precision.get(name, 0.0) for name, x in self.eigenvalues.items()}
         return replace(self, eigenvalues=moved)
 

@@ -84,6 +84,12 @@ class Kronecker(Spectral):
             raise CurvatureError(got, "one basis for both", fix)
         return self.mixed_eigenvalues(other, x, y)
 
+    def nearest_prior(self, prior: Params) -> Curvature:
+        # of diag(Q^T D Q) entry (k, l) is sum_oi Q_row[o,k]^2 D_oi Q_col[i,l]^2
+        m = self.layout.join(prior) @ self.col.square()
+        m = m if self.row is None else self.row.square().T @ m
+        return replace(self, eigenvalues={KEY: self.eigenvalues[KEY] + m})
+
     def pack(self) -> Stored:
         plain = super().pack()
         bases = {"col": self.col} if self.row is None else {"row": self.row, "col": self.col}

@@ -91,6 +91,14 @@ class LowRank(Curvature):
         others = self.eigenvalues.new_full((min(self._rest, 1),), self.delta, dtype=torch.float64)
         return [(self.eigenvalues, 1), (others, self._rest)]
 
+    def nearest_prior(self, prior: Params) -> Curvature:
+        # u_i^T D u_i of each eigenvector, and the mean of D over what is not in their span
+        vector = P.flatten(prior)
+        inside = self.basis.square().T @ vector
+        outside = float(vector.sum() - inside.sum()) / max(self._rest, 1)
+        moved = self.eigenvalues + inside
+        return replace(self, eigenvalues=moved, delta=self.delta + max(outside, 0.0))
+
     def pack(self) -> Stored:
         settings = {"delta": self.delta, "tau": self.tau}
         tensors = {"basis": self.basis, "eigenvalues": self.eigenvalues}

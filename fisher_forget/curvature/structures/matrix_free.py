@@ -90,6 +90,18 @@ class MatrixFree(Curvature):
     def damped(self, tau: float) -> Self:
         return replace(self, tau=self.tau + checked_damping(tau))
 
+    def with_prior(
+        self, precision: Mapping[str, Tensor | float], *, nearest: bool = False
+    ) -> Curvature:
+        prior = P.expanded(precision, self.like)
+        plain, near = self.product, self.preconditioner
+
+        def product(v: Params) -> Params:
+            return P.map_params(lambda bv, d, x: bv + d * x, plain(v), prior, v)
+
+        near = None if near is None else near.with_prior(precision, nearest=True)
+        return replace(self, product=product, preconditioner=near, known={})
+
     def zeros(self) -> Params:
         return P.zeros_like(self.like)
 

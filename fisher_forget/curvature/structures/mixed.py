@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 
+from fisher_forget._util import patterns
 from fisher_forget.curvature.operator import BlockDiagonal, Curvature
 from fisher_forget.errors import CurvatureError
 
@@ -22,27 +22,13 @@ def assign(structures: Mapping[str, str], names: Sequence[str]) -> list[Group]:
     Raises:
         CurvatureError: If a pattern takes no parameter, or a parameter is left over.
     """
-    left = list(names)
-    groups: list[Group] = []
-    for pattern, structure in structures.items():
-        members = tuple(name for name in left if fnmatchcase(name, pattern))
-        if not members:
-            taken = any(fnmatchcase(name, pattern) for name in names)
-            raise CurvatureError(
-                f"the pattern {pattern!r} in structure=, "
-                + ("all taken by earlier ones" if taken else "of nothing"),
-                f"patterns that each match some of {left or list(names)}",
-                "The first match wins: put special patterns before general ones."
-                if taken
-                else "Correct the pattern.",
-            )
-        groups.append((structure, members))
-        left = [name for name in left if name not in members]
+    taken = patterns.assign(structures, names, "structure", CurvatureError)
+    left = sorted({*names}.difference(*taken.values()), key=list(names).index)
     if left:
         got = f"no pattern in structure= for {left[:5]}" + (" and others" if len(left) > 5 else "")
         fix = "Add a last pattern '*', or leave parameters out with subset=."
         raise CurvatureError(got, "a structure for every parameter", fix)
-    return groups
+    return [(structures[pattern], members) for pattern, members in taken.items()]
 
 
 def join(

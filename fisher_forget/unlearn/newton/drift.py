@@ -42,7 +42,8 @@ def drift_of(problem: Problem, everyone: Flow, guard: Guard) -> Params:
         if by_loss.fits(look):
             force = P.scale(P.add(full, start, wd), 1 - look.share)
             force = P.add(force, delta, -look.share / AHEAD)
-            full, ahead = P.add(force, look.at, -wd), look.at
+            decayed = P.add(P.zeros_like(force), look.at, wd)
+            full, ahead = P.add(force, decayed, -1), look.at
     forgotten = objective.gradient(problem.split.batches("forget"), ahead)
     # m grad L_D - sum of the forget set's gradients, over n_r
     owed = P.add(P.scale(full, forgotten.count), forgotten.sums, -1)

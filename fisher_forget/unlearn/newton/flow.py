@@ -13,6 +13,7 @@ reduction) and, again, by what the curvature says of the others.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,6 +26,7 @@ from fisher_forget.data.split import Indices
 from fisher_forget.params import Params
 from fisher_forget.unlearn.objective import Gradient
 from fisher_forget.unlearn.problem import Problem
+from fisher_forget.unlearn.weight_decay import decayed, total_damping
 
 POOL = 4000  # candidates among which the working set is re-chosen
 # Conjugate-gradient products and tolerance. Along the flow a rough solution is enough: the next
@@ -93,20 +95,22 @@ class Flow:
         """
         self._linear = self._linear or self.linearise()
         force, ggn, rest = self._linear
-        total = tau + self.problem.weight_decay
-        curvature = self.problem.curvature
-        damped, b = curvature.damped(total), P.scale(force, -1)
-        if ggn is None:
-            return Solution(damped.power(b, -1), 0, 0.0)
-        exact_product = ggn
+        curvature, decay = self.problem.curvature, self.problem.weight_decay
+        held, b = decayed(curvature, decay, tau), P.scale(force, -1)
+        if ggn is None and not isinstance(decay, Mapping):
+            return Solution(held.power(b, -1), 0, 0.0)
+        total = total_damping(decay, tau)
 
         def product(v: Params) -> Params:
-            out = P.add(exact_product(v), v, total)
+            out = curvature.power(v, 1) if ggn is None else ggn(v)
+            out = P.add(out, v, total)
             return P.add(out, curvature.power(v, 1), rest) if rest else out
 
-        iterations, tolerance = EXACT if self.solver.literal else QUICK
+        # a structure that cannot hold the decays preconditions only: the solution is exact
+        precise = self.solver.literal or ggn is None
+        iterations, tolerance = EXACT if precise else QUICK
         return conjugate_gradient(
-            product, b, lambda r: damped.power(r, -1), iterations=iterations, tolerance=tolerance
+            product, b, lambda r: held.power(r, -1), iterations=iterations, tolerance=tolerance
         )
 
     def linearise(self) -> tuple[Params, GgnProduct | None, float]:
