@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from fisher_forget.evaluate import closeness as evaluate
+from fisher_forget.evaluate.gap import Gap
 from fisher_forget.likelihood import Categorical, Score
 from fisher_forget.sweep import SweepTable
 
@@ -30,6 +32,9 @@ RANDOM = {
 def part_scores(numbers: tuple[float, ...], samples: int, jitter: float) -> evaluate.PartScores:
     kl_original, kl_scrubbed, floor, *scores = numbers
     kl_scrubbed *= 1 + jitter
+    wave = np.array([-2.0, -1.0, 0.0, 1.0, 2.0]) / math.sqrt(2.5)  # mean 0, standard deviation 1
+    original_each, scrubbed_each = kl_original * (1 + 0.05 * wave), kl_scrubbed * (1 + 0.2 * wave)
+    to_each, from_each = floor * (1 + 0.1 * wave), floor * (1 + 0.1 * np.roll(wave, 2))
     return evaluate.PartScores(
         samples=samples,
         kl_original=kl_original,
@@ -37,11 +42,15 @@ def part_scores(numbers: tuple[float, ...], samples: int, jitter: float) -> eval
         kl_scrubbed_std=0.2 * kl_scrubbed,
         floor=floor,
         floor_std=0.1 * floor,
-        gap_closed=evaluate.gap_closed(kl_original, kl_scrubbed, floor, 0.1 * floor),
+        gap=Gap.of(original_each[None], scrubbed_each[None], to_each, from_each),
         score_original=scores[0],
         score_scrubbed=scores[1],
         score_retrained=scores[2],
         score_retrained_std=0.004,
+        original_each=tuple(original_each.tolist()),
+        scrubbed_each=tuple(scrubbed_each.tolist()),
+        to_each=tuple(to_each.tolist()),
+        from_each=tuple(from_each.tolist()),
     )
 
 
@@ -133,7 +142,7 @@ def make_case(
 
 def make_metrics(*cases: dict[str, Any]) -> dict[str, Any]:
     return {
-        "schema": 1,
+        "schema": 2,
         "name": "digits",
         "created": "2026-03-01T12:00:00+00:00",
         "command": "fisher-forget run configs/digits.yaml",
@@ -194,6 +203,8 @@ def make_sweep(
             "loss_retain": (0.01 + 0.1 * strength) * wobble,
             "loss_test": 0.02 + strength,
             "gap_closed": 0.9,
+            "gap_low": 0.8,
+            "gap_high": 0.95,
         }
         rows.append({"method": "fisher-forget"} | row)
     axes = ("method", "noise", *(("exponent",) if len(exponents) > 1 else ()))

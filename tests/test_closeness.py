@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from fisher_forget import Categorical, DataError, NumericalError
-from fisher_forget.evaluate.closeness import Reference, closeness, gap_closed, mean_kl, summarise
+from fisher_forget.evaluate.closeness import Reference, closeness, mean_kl, summarise
+from fisher_forget.evaluate.intervals import Interval
 
 
 def outputs(seed: int, n: int = 6) -> torch.Tensor:
@@ -36,11 +37,16 @@ class TestEvaluate:
             return float(rel_entr(p, q).sum(1).mean())
 
         to_scrubbed = [kl(m, scrubbed) for m in members]
-        floors = [np.mean([kl(a, b) for b in members if b is not a]) for a in members]
+        floors = [np.mean([kl(b, a) for b in members if b is not a]) for a in members]
+        reverse = [np.mean([kl(a, b) for b in members if b is not a]) for a in members]
         assert found.kl_scrubbed == pytest.approx(np.mean(to_scrubbed))
         assert found.kl_scrubbed_std == pytest.approx(np.std(to_scrubbed, ddof=1))
         assert found.floor == pytest.approx(np.mean(floors))
         assert found.floor_std == pytest.approx(np.std(floors, ddof=1))
+        assert found.to_each == pytest.approx(floors)
+        assert found.from_each == pytest.approx(reverse)
+        assert found.scrubbed_each == pytest.approx(to_scrubbed)
+        assert found.original_each == pytest.approx([kl(m, original) for m in members])
         assert found.score_scrubbed == pytest.approx(
             float((scrubbed.argmax(1) == y).double().mean())
         )
@@ -48,21 +54,25 @@ class TestEvaluate:
             np.mean([float((m.argmax(1) == y).double().mean()) for m in members])
         )
 
-    def test_a_retrained_model_scores_the_floor_and_the_original_zero(self) -> None:
+    def test_the_gap_of_standing_still_is_not_closed(self) -> None:
         y = torch.zeros(6, dtype=torch.long)
-        members = [outputs(s) for s in range(2, 8)]
-        far = outputs(0) * 8
-        held_out = closeness(
-            Categorical(), {"a": y}, {"a": far}, {"a": far}, [{"a": m} for m in members]
-        ).parts["a"]
-        assert held_out.gap_closed == pytest.approx(0.0)
-        assert gap_closed(12.0, 0.5, 0.5, 0.1) == pytest.approx(1.0)
-        assert gap_closed(12.0, 0.25, 0.5, 0.1) > 1.0
+        members = [{"a": outputs(s)} for s in range(2, 8)]
+        far = {"a": outputs(0) * 8}
+        gap = closeness(Categorical(), {"a": y}, far, far, members).parts["a"].gap
+        assert gap.closed == Interval(0.0, 0.0, 0.0)
+        assert gap.p_original == gap.p_scrubbed < 0.05
 
-    def test_the_gap_is_undefined_within_the_spread_of_the_floor(self) -> None:
-        assert gap_closed(0.55, 0.1, 0.5, 0.1) is None
-        assert gap_closed(math.nan, 0.1, 0.5, 0.1) is None
-        assert gap_closed(0.61, 0.1, 0.5, 0.1) is not None
+    def test_the_gap_of_two_retrained_models_is_unknown(self) -> None:
+        y = torch.zeros(6, dtype=torch.long)
+        members = [{"a": outputs(s)} for s in (2, 3)]
+        found = closeness(
+            Categorical(), {"a": y}, {"a": outputs(0) * 8}, {"a": outputs(1)}, members
+        )
+        gap = found.parts["a"].gap
+        assert gap.closed is None
+        assert math.isnan(gap.p_original)
+        assert not gap.scrubbed_told_apart
+        assert found.to_pandas()["gap_closed"].isna().all()
 
     def test_refusals(self) -> None:
         y = torch.zeros(6, dtype=torch.long)
@@ -88,13 +98,20 @@ class TestEvaluate:
             Categorical(), {"forget": y}, each[1], each[4], each[2:4]
         )
 
-    def test_summary_leaves_undefined_gaps_out(self) -> None:
+    def test_the_summary_is_of_all_originals_together(self) -> None:
+        """Sums over the originals, and not the mean of their ratios."""
         y = torch.zeros(6, dtype=torch.long)
-        members = [{"a": outputs(s)} for s in (2, 3, 4)]
-        far = closeness(Categorical(), {"a": y}, {"a": outputs(0) * 20}, {"a": outputs(1)}, members)
-        near = closeness(Categorical(), {"a": y}, members[0], {"a": outputs(1)}, members)
-        assert near.parts["a"].gap_closed is None
-        summary = summarise([far, near])["a"]
-        assert summary["gap_closed"]["n"] == 1
-        assert summary["kl_scrubbed"]["n"] == 2
-        assert summary["kl_scrubbed"]["mean"] == pytest.approx(far.parts["a"].kl_scrubbed)
+        members = [{"a": outputs(s)} for s in range(2, 8)]
+        each = [
+            closeness(Categorical(), {"a": y}, {"a": outputs(0) * f}, {"a": outputs(1)}, members)
+            for f in (16, 20, 24)
+        ]
+        parts = [e.parts["a"] for e in each]
+        summary = summarise(each)["a"]
+        assert summary["kl_scrubbed"]["n"] == 3
+        assert summary["kl_original"]["mean"] == pytest.approx(
+            np.mean([p.kl_original for p in parts])
+        )
+        closed = sum(p.kl_original - p.kl_scrubbed for p in parts)
+        total = sum(p.kl_original - p.floor for p in parts)
+        assert summary["gap"]["closed"]["value"] == pytest.approx(closed / total)

@@ -19,9 +19,10 @@ from made_up import CLASS_3, RANDOM, make_case, make_metrics, make_sweep
 from matplotlib.axes import Axes
 
 from fisher_forget._util.markdown import markdown_table
-from fisher_forget._util.numbers import number, plus_minus
+from fisher_forget._util.numbers import number, percent, plus_minus
 from fisher_forget.errors import DataError, StorageError
 from fisher_forget.evaluate import closeness as evaluate
+from fisher_forget.evaluate.gap import Gap
 from fisher_forget.likelihood import Bernoulli, Categorical, Gaussian
 from fisher_forget.report import plots, tables
 from fisher_forget.report.pages.html import write_report
@@ -52,7 +53,7 @@ def test_the_schema_accepts_a_run_and_is_itself_valid(metrics):
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (("schema",), 2),
+        (("schema",), 1),
         (("cases",), []),
         (("cases", 0, "forgotten"), -1),
         (("cases", 0, "members"), 1),
@@ -79,7 +80,8 @@ def test_the_schema_knows_every_score_and_describes_every_field():
         == fields
         == set(schema["$defs"]["part"]["required"])
     )
-    assert set(schema["$defs"]["part_summary"]["properties"]) == fields
+    assert set(schema["$defs"]["part_summary"]["properties"]) == {*evaluate.MEANS, "gap"}
+    assert set(schema["$defs"]["gap"]["properties"]) == {f.name for f in dataclasses.fields(Gap)}
 
     def undescribed(node: Any, path: str) -> list[str]:
         if not isinstance(node, dict):
@@ -131,7 +133,7 @@ def test_the_table_holds_each_part_with_its_spread(case):
     # over the seeds: 1.2 * (0.95, 1, 1.05); the floor over the members: 10 % of it
     assert forgotten["KL scrubbed (nats)"] == "1.20 ± 0.06"
     assert forgotten["floor (nats)"] == "0.55 ± 0.06"
-    assert forgotten["gap closed"] == "94 %"
+    assert forgotten["gap closed"] == "94 % (92 to 97)"
     assert forgotten["accuracy scrubbed (%)"] == "2.1 ± 0.0"
     assert forgotten["accuracy retrained (%)"] == "0.0 ± 0.4"
 
@@ -147,33 +149,60 @@ def test_one_seed_shows_the_spread_over_retrained_models():
 def test_an_undefined_gap_is_said_to_be_so(metrics):
     case = metrics["cases"][1]
     assert tables.case_table(case)["gap closed"].tolist()[0] == tables.UNDEFINED
-    assert "no gap to close" in tables.sentence(case)
-    assert tables.conclusion(case).word == "no gap"
+    assert "not told apart from retrained models (p = 0.32)" in tables.sentence(case)
+    assert tables.conclusion(case).word == "no clear gap"
     assert tables.UNDEFINED in tables.console(metrics)
 
 
-def test_a_gap_undefined_in_some_seeds_names_their_number(case):
-    case["summary"]["forget"]["gap_closed"] = {"mean": 0.9, "std": None, "n": 1}
-    assert tables.gap(case, "forget") == "90 % (1 of 3 seeds)"
+@pytest.mark.parametrize(
+    ("members", "p_original", "why"),
+    [
+        (5, 0.01, "too small to say which share"),
+        (5, 0.3, "not told apart from retrained models (p = 0.30)"),
+        (2, None, "takes 3 retrained models to tell"),
+    ],
+)
+def test_why_there_is_no_gap(case, members, p_original, why):
+    case["members"] = members
+    case["summary"]["forget"]["gap"] |= {"closed": None, "p_original": p_original}
+    assert why in tables.sentence(case)
+    assert why in tables.conclusion(case).reason
+
+
+def test_a_share_of_a_gap_is_never_shown_without_its_interval(case, tmp_path):
+    for value, low, high in ((1.96, 1.2, 3.1), (-2.5, -4.0, -1.0), (0.998, 0.99, 1.01)):
+        case["summary"]["forget"]["gap"]["closed"] = {"value": value, "low": low, "high": high}
+        shown = f"{percent(value)} % ({percent(low)} to {percent(high)})"
+        assert tables.case_table(case)["gap closed"][0] == shown
+        assert shown in tables.console({"cases": [case]})
+        text = _Page(write_report(make_metrics(case), {}, tmp_path)).text
+        assert shown in text
+        assert f"95 %: {percent(low)} to {percent(high)}" in text
 
 
 @pytest.mark.parametrize(
     ("scrubbed", "kept", "word", "said"),
     [
-        (0.58, 0.969, "matches retraining", "of the gap is closed"),
-        (0.4, 0.969, "matches retraining", ": the gap is closed."),
-        (1.2, 0.969, "close", "94 % of the gap is closed."),
-        (4.0, 0.969, "partly closed", "71 % of the gap is closed."),
-        (9.0, 0.969, "hardly closed", "28 % of the gap is closed."),
+        (
+            0.58,
+            0.969,
+            "matches retraining",
+            "99 % of the gap is closed (95 % interval 99 to 101 %)",
+        ),
+        (0.4, 0.969, "matches retraining", "101 % of the gap is closed (95 % interval"),
+        (1.2, 0.969, "close", "94 % of the gap is closed (95 % interval 92 to 97 %)."),
+        (4.0, 0.969, "partly closed", "71 % of the gap is closed (95 % interval"),
+        (9.0, 0.969, "hardly closed", "28 % of the gap is closed (95 % interval"),
+        # not told from standing still
         (
             14.0,
             0.969,
-            "worse",
+            "hardly closed",
             "rose from 12.3 to 14.0 nats; two retrained models differ by 0.55: the gap grew by "
-            "14 %.",
+            "14 % (95 % interval -14 to 40 %).",
         ),
-        (40.0, 0.969, "worse", "the gap more than doubled."),
-        (1.2, 0.9, "costly", "94 % of the gap is closed."),
+        (40.0, 0.969, "worse", "the gap grew by 236 % (95 % interval 155 to 309 %)."),
+        (1.2, 0.9, "costly", "94 % of the gap is closed (95 % interval"),
     ],
 )
 def test_the_verdict_follows_from_the_numbers(scrubbed, kept, word, said):
@@ -200,11 +229,14 @@ def test_a_squared_error_is_not_a_percentage_and_small_is_good():
 
 
 def test_missing_numbers_are_dashes(metrics, tmp_path):
-    for key in ("kl_scrubbed", "gap_closed", "score_scrubbed"):
-        metrics["cases"][0]["summary"]["forget"][key] = {"mean": None, "std": None, "n": 3}
+    summary = metrics["cases"][0]["summary"]["forget"]
+    for key in ("kl_scrubbed", "score_scrubbed"):
+        summary[key] = {"mean": None, "std": None, "n": 3}
+    summary["gap"] = {"closed": None, "p_original": None, "p_scrubbed": None}
     assert tables.conclusion(metrics["cases"][0]).word == "not measured"
     row = tables.case_table(metrics["cases"][0]).iloc[0]
-    assert row["KL scrubbed (nats)"] == row["gap closed"] == row["accuracy scrubbed (%)"] == "–"
+    assert row["KL scrubbed (nats)"] == row["accuracy scrubbed (%)"] == "–"
+    assert row["gap closed"] == tables.UNDEFINED
     assert "nan" not in tables.console(metrics)
     text = _Page(write_report(metrics, {}, tmp_path)).text
     assert re.search(r"\b(nan|None)\b", text) is None
@@ -226,16 +258,15 @@ def test_markdown_escapes_and_aligns():
     assert len({len(line) for line in lines}) == 1
 
 
-def test_files_of_version_0_1_are_read_and_their_reference_code_is_not_shown(metrics, tmp_path):
-    expected = tables.console(metrics)
-    for case in metrics["cases"]:
-        del case["score_unit"], case["score_higher_is_better"]
-        case["reference_code"] = case["summary"]
-        for run in case["runs"]:
-            run["reference_code"] = {"alpha": 3e-6, "evaluation": run["evaluation"]}
-    jsonschema.validate(metrics, load_schema())
-    assert tables.console(metrics) == expected
-    assert "reference code" not in _Page(write_report(metrics, {}, tmp_path)).text
+def test_an_older_file_is_drawn_and_its_tables_say_what_to_do(case):
+    del case["score_unit"], case["score_higher_is_better"]
+    for part in case["summary"].values():
+        del part["gap"]
+        part["gap_closed"] = {"mean": 1.96, "std": None, "n": 1}
+    plots.plot_parts(case)
+    plots.plot_scores(case)
+    with pytest.raises(DataError, match=r"summary / forget / gap.*Run the configuration again"):
+        tables.console({"cases": [case]})
 
 
 @pytest.mark.parametrize(
@@ -288,7 +319,8 @@ def test_the_console_fits_a_terminal(metrics):
         text = tables.console(make_metrics(*metrics["cases"], long, wide))
         assert max(map(len, text.splitlines())) <= 100
     assert "class 3: close." in text
-    assert re.search(r"forget +12\.3 +1\.20 ± 0\.06 +0\.55 +94 % +100\.0 +2\.1 +0\.0", text)
+    row = r"forget +12\.3 +1\.20 ± 0\.06 +0\.55 +94 % \(92 to 97\) +100\.0 +2\.1 +0\.0"
+    assert re.search(row, text)
     assert tables.CAVEAT in text
 
 

@@ -30,6 +30,7 @@ from fisher_forget.experiments.config_file import load_config
 from fisher_forget.experiments.training import TrainSettings, train
 from fisher_forget.likelihood.base import ACCURACY, SQUARED_ERROR, Score
 from fisher_forget.sweep import SweepTable
+from fisher_forget.sweep.scorer import Scorer
 from fisher_forget.sweep.table import pareto
 
 ROOT = Path(__file__).parent.parent
@@ -128,6 +129,20 @@ class TestCells:
             assert row["status"] == ("ruined" if lost else "done")
             expected = result.information(row["noise"]) if row["noise"] else math.inf
             assert row["information"] == pytest.approx(expected)
+
+    def test_the_gap_is_that_of_closeness(self, trained, blobs) -> None:
+        nets = [seeded(small_net, seed) for seed in range(5)]  # untrained, and so alike
+        reference = Reference(trained, nets, dict.fromkeys(("forget", "retain", "test"), blobs))
+        half = seeded(small_net, 9)
+        with torch.no_grad():
+            for p, other in zip(half.parameters(), trained.parameters(), strict=True):
+                p.lerp_(other, 0.5)
+        closed = reference.closeness(half).parts["forget"].gap.closed
+        assert closed is not None
+        row = Scorer.of(reference, None).row(reference.outputs(half))
+        found = [row[name] for name in ("gap_closed", "gap_low", "gap_high")]
+        assert found == pytest.approx([closed.value, closed.low, closed.high])
+        assert closed.low < closed.value < closed.high
 
     def test_a_noise_target_finds_the_scale_that_forget_finds(
         self, swept, trained, blobs, reference

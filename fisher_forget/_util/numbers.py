@@ -40,6 +40,28 @@ def plus_minus(mean: float, std: float) -> str:
     return f"{mean:.{decimals}f} ± {std:.{decimals}f}"
 
 
+def percent(share: float) -> str:
+    """A share in whole %, without the unit; never rounded up to a whole that was not reached.
+
+    Example:
+        >>> percent(0.943), percent(0.9982), percent(-0.4)
+        ('94', '99', '-40')
+    """
+    return str(math.floor(100 * share) if 0.99 <= share < 1 else round(100 * share))
+
+
+def share(value: float, low: float, high: float) -> str:
+    """A share and its interval in %, "–" where one of them is missing.
+
+    Example:
+        >>> share(0.9982, 0.97, 1.004), share(*3 * [float("nan")])
+        ('99 % (97 to 100)', '–')
+    """
+    if not all(map(math.isfinite, (value, low, high))):
+        return MISSING
+    return f"{percent(value)} % ({percent(low)} to {percent(high)})"
+
+
 def _plain(value: float) -> bool:
     return value == 0 or 1e-3 <= abs(value) < 1e4
 

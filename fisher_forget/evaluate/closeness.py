@@ -2,7 +2,7 @@ r"""Scores of a scrubbed model against models retrained without the forgotten da
 
     KL(part)   = mean over members i and samples n of KL(retrained_i(x_n) || model(x_n))    [nats]
     floor      = the same between two different retrained models, mean over ordered pairs   [nats]
-    gap_closed = (KL_original - KL_scrubbed) / (KL_original - floor)
+    gap_closed = (KL_original - KL_scrubbed) / (KL_original - floor), see `gap`
 
 The target of every score is the retrained value: a KL below the floor is not better, gap_closed
 above 1 neither.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ from torch.utils.data import Dataset
 from fisher_forget._util.isolation import isolated
 from fisher_forget.data.batches import Unpack
 from fisher_forget.errors import DataError, NumericalError
+from fisher_forget.evaluate.gap import Gap
+from fisher_forget.evaluate.intervals import Array, Interval
 from fisher_forget.evaluate.predictions import (
     check_scored_parts,
     predict,
@@ -45,12 +47,17 @@ class PartScores:
         kl_scrubbed: KL(retrained || scrubbed), mean over members, nats.
         kl_scrubbed_std: Its standard deviation over the retrained members.
         floor: KL between two retrained models, nats; the target of kl_scrubbed.
-        floor_std: Standard deviation over members of a member's mean KL to the others.
-        gap_closed: See the module; `None` where the original is already within the floor's spread.
+        floor_std: Standard deviation over members of KL(the others || member), as of kl_scrubbed.
+        gap: Whether the original is told apart from retrained models, and how much of its gap to
+            them is closed.
         score_original: Quality of the original (accuracy, or squared error for regression).
         score_scrubbed: Quality of the scrubbed model.
         score_retrained: Mean quality of the retrained models: the target of score_scrubbed.
         score_retrained_std: Its standard deviation over members.
+        original_each: KL(retrained_i || original) of every member i, nats.
+        scrubbed_each: KL(retrained_i || scrubbed).
+        to_each: Mean over the other members j of KL(retrained_j || retrained_i).
+        from_each: Mean over the other members j of KL(retrained_i || retrained_j).
     """
 
     samples: int
@@ -59,11 +66,19 @@ class PartScores:
     kl_scrubbed_std: float
     floor: float
     floor_std: float
-    gap_closed: float | None
+    gap: Gap
     score_original: float
     score_scrubbed: float
     score_retrained: float
     score_retrained_std: float
+    original_each: tuple[float, ...]
+    scrubbed_each: tuple[float, ...]
+    to_each: tuple[float, ...]
+    from_each: tuple[float, ...]
+
+
+# the single numbers of `PartScores`
+MEANS = tuple(f.name for f in fields(PartScores) if f.type in ("int", "float"))
 
 
 @dataclass(frozen=True)
@@ -82,12 +97,21 @@ class Closeness:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers for a JSON file."""
-        parts = {name: asdict(part) for name, part in self.parts.items()}
+        parts = {
+            name: {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(part).items()}
+            for name, part in self.parts.items()
+        }
         return {"members": self.members, **self.score.stored(), "parts": parts}
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row a part."""
-        return pd.DataFrame([{"part": name} | asdict(part) for name, part in self.parts.items()])
+        """One row a part: its means and spreads, and gap_closed with its interval (NaN where no gap
+        is shown)."""
+        rows = []
+        for name, part in self.parts.items():
+            closed = part.gap.closed or Interval(math.nan, math.nan, math.nan)
+            gap = {"gap_closed": closed.value, "gap_low": closed.low, "gap_high": closed.high}
+            rows.append({"part": name} | {key: getattr(part, key) for key in MEANS} | gap)
+        return pd.DataFrame(rows)
 
 
 class Reference:
@@ -163,29 +187,28 @@ def mean_kl(likelihood: Likelihood, p: Tensor, q: Tensor, targets: Tensor) -> fl
     return float(likelihood.kl(p, q, targets).mean())
 
 
-def gap_closed(kl_original: float, kl: float, floor: float, floor_std: float) -> float | None:
-    """(KL_original - KL) / (KL_original - floor), or `None` where the original is within the
-    floor's spread."""
-    if not kl_original > floor + floor_std:
-        return None
-    return (kl_original - kl) / (kl_original - floor)
+def kl_each(likelihood: Likelihood, members: Sequence[Tensor], q: Tensor, targets: Tensor) -> Array:
+    """KL(member || q) of every member [M], nats.
+
+    Raises:
+        DataError, NumericalError: As for `mean_kl`.
+    """
+    return np.array([mean_kl(likelihood, p, q, targets) for p in members])
 
 
 @dataclass(frozen=True)
 class Bar:
-    """What retrained models score on one part of the data: mean and standard deviation over them.
+    """What every retrained model scores on one part of the data.
 
     Attributes:
-        floor: Mean KL to the others, nats.
-        floor_std: Its standard deviation.
-        score: Accuracy, or squared error for regression.
-        score_std: Its standard deviation.
+        to_each: Mean KL of the others to it [M], nats; the floor is their mean.
+        from_each: Mean KL of it to the others [M], nats.
+        score: Accuracy, or squared error for regression [M].
     """
 
-    floor: float
-    floor_std: float
-    score: float
-    score_std: float
+    to_each: Array
+    from_each: Array
+    score: Array
 
 
 def bars(
@@ -203,14 +226,12 @@ def bars(
     standard = {}
     for part, y in targets.items():
         members = [r[part] for r in retrained]
-        # of each member to all others, in both directions: KL is not symmetric
-        floors = [
-            float(np.mean([mean_kl(likelihood, a, b, y) for b in members if b is not a]))
-            for a in members
-        ]
-        scores = [_score(likelihood, m, y) for m in members]
+        # in both directions: KL is not symmetric
+        kl = np.array([kl_each(likelihood, members, q, y) for q in members])
+        np.fill_diagonal(kl, 0.0)
+        to_each, from_each = (kl.sum(axis) / (len(members) - 1) for axis in (1, 0))
         standard[part] = Bar(
-            *(float(f) for x in (floors, scores) for f in (np.mean(x), np.std(x, ddof=1)))
+            to_each, from_each, np.array([_score(likelihood, m, y) for m in members])
         )
     return standard
 
@@ -242,21 +263,24 @@ def closeness(
     parts = {}
     for part, y in targets.items():
         members, bar = [r[part] for r in retrained], standard[part]
-        to_original = float(np.mean([mean_kl(likelihood, m, original[part], y) for m in members]))
-        to_scrubbed = [mean_kl(likelihood, m, scrubbed[part], y) for m in members]
-        kl = float(np.mean(to_scrubbed))
+        to_original = kl_each(likelihood, members, original[part], y)
+        to_scrubbed = kl_each(likelihood, members, scrubbed[part], y)
         parts[part] = PartScores(
             samples=len(y),
-            kl_original=to_original,
-            kl_scrubbed=kl,
-            kl_scrubbed_std=float(np.std(to_scrubbed, ddof=1)),
-            floor=bar.floor,
-            floor_std=bar.floor_std,
-            gap_closed=gap_closed(to_original, kl, bar.floor, bar.floor_std),
+            kl_original=float(to_original.mean()),
+            kl_scrubbed=float(to_scrubbed.mean()),
+            kl_scrubbed_std=float(to_scrubbed.std(ddof=1)),
+            floor=float(bar.to_each.mean()),
+            floor_std=float(bar.to_each.std(ddof=1)),
+            gap=Gap.of(to_original[None], to_scrubbed[None], bar.to_each, bar.from_each),
             score_original=_score(likelihood, original[part], y),
             score_scrubbed=_score(likelihood, scrubbed[part], y),
-            score_retrained=bar.score,
-            score_retrained_std=bar.score_std,
+            score_retrained=float(bar.score.mean()),
+            score_retrained_std=float(bar.score.std(ddof=1)),
+            original_each=tuple(to_original.tolist()),
+            scrubbed_each=tuple(to_scrubbed.tolist()),
+            to_each=tuple(bar.to_each.tolist()),
+            from_each=tuple(bar.from_each.tolist()),
         )
     return Closeness(parts, len(retrained), likelihood.score)
 
@@ -265,20 +289,22 @@ def _score(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> float:
     return float(likelihood.scores(outputs, targets).mean()) if len(targets) else math.nan
 
 
-def summarise(
-    evaluations: Sequence[Closeness],
-) -> dict[str, dict[str, dict[str, float | int | None]]]:
-    """Mean and standard deviation over seeds: part -> score -> {mean, std, n}; undefined values are
-    left out of n."""
-    summary: dict[str, dict[str, dict[str, float | int | None]]] = {}
-    for part in evaluations[0].parts:
-        rows = [asdict(evaluation.parts[part]) for evaluation in evaluations]
-        summary[part] = {}
-        for key in rows[0]:
-            values = [float(row[key]) for row in rows if row[key] is not None]
-            summary[part][key] = {
-                "mean": float(np.mean(values)) if values else None,
-                "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-                "n": len(values),
-            }
+def summarise(evaluations: Sequence[Closeness]) -> dict[str, dict[str, Any]]:
+    """All originals of the same retrained models together: part -> score -> {mean, std, n} over the
+    originals, and the `Gap` of all."""
+    summary: dict[str, dict[str, Any]] = {}
+    for name in evaluations[0].parts:
+        parts = [evaluation.parts[name] for evaluation in evaluations]
+        summary[name] = {key: _statistic([getattr(p, key) for p in parts]) for key in MEANS}
+        original, scrubbed = (
+            np.array([getattr(p, f"{model}_each") for p in parts])
+            for model in ("original", "scrubbed")
+        )
+        beside = np.array(parts[0].to_each), np.array(parts[0].from_each)
+        summary[name]["gap"] = asdict(Gap.of(original, scrubbed, *beside))
     return summary
+
+
+def _statistic(values: Sequence[float]) -> dict[str, float | int | None]:
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "std": std, "n": len(values)}

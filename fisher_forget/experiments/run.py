@@ -57,7 +57,7 @@ def run(config: RunConfig) -> Path:
         figures |= _draw(entries[-1], case.folder, table)
     command = "sweep" if isinstance(config, SweepConfig) else "run"
     metrics = {
-        "schema": 1,
+        "schema": 2,
         "name": config.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": f"fisher-forget {command} {folder / 'config.yaml'}",

@@ -15,7 +15,7 @@ def load_schema() -> dict[str, Any]:
 
     Example:
         >>> load_schema()["properties"]["schema"]["const"]
-        1
+        2
     """
     schema: dict[str, Any] = json.loads(METRICS_SCHEMA_PATH.read_text(encoding="utf-8"))
     return schema

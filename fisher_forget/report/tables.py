@@ -16,14 +16,16 @@ from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 
-from fisher_forget._util.numbers import MISSING, number, plus_minus
+from fisher_forget._util.numbers import MISSING, number, percent, plus_minus, share
 from fisher_forget.errors import DataError
+from fisher_forget.evaluate.gap import ALARM, FEWEST, Gap
+from fisher_forget.evaluate.intervals import Interval
 from fisher_forget.likelihood import Score
 
 Case = Mapping[str, Any]
 Tone = Literal["good", "fair", "poor", "none"]
 
-UNDEFINED = "undefined: original within the floor"
+UNDEFINED = "undefined: no clear gap"
 CAVEAT = "An estimate, not a certificate."
 CLOSE, PARTLY = 0.9, 0.5  # shares of the gap from which a case is called close, and partly closed
 WIDTH = 100  # columns of a terminal
@@ -51,9 +53,9 @@ class Conclusion:
     """What a case comes to.
 
     Attributes:
-        word: "matches retraining" (KL within the floor's spread), "close", "partly closed", "hardly
-            closed", "worse", "costly" (quality lost on data that should be kept), "no gap" or "not
-            measured".
+        word: "matches retraining" (not told apart, and `CLOSE` of the gap is closed with 95 %),
+            "close", "partly closed", "hardly closed", "worse", "costly" (quality lost on data that
+            should be kept), "no clear gap" or "not measured".
         tone: How good that is.
         reason: What the word means, in one sentence.
     """
@@ -87,7 +89,7 @@ def _entry(case: Case, part: str, key: str) -> Mapping[str, Any]:
         entry: Mapping[str, Any] = case["summary"][part][key]
     except KeyError as error:
         got = f"a case without summary / {part} / {key}"
-        fix = "Write metrics.json with the version that reads it."
+        fix = "Run the configuration again: trained models are kept, and metrics.json is new."
         raise DataError(got, "one that metrics.schema.json accepts", fix) from error
     return entry
 
@@ -121,32 +123,27 @@ def spread_note(case: Case) -> str:
     return f"± is the standard deviation over {over}{models}."
 
 
-def gap(case: Case, part: str) -> str:
-    """The share of the gap that is closed, in %, or why there is none."""
-    value = estimate(case, part, "gap_closed")
-    if value.n == 0:
-        return UNDEFINED
-    if not math.isfinite(value.mean):
-        return MISSING
-    seeds = len(case["runs"])
-    return _share(value.mean) + (f" ({value.n} of {seeds} seeds)" if value.n < seeds else "")
+def gap(case: Case, part: str) -> Gap:
+    """Whether there is a gap on a part of the data, and how much of it is closed.
+
+    Raises:
+        DataError: If the case lacks it.
+    """
+    entry = _entry(case, part, "gap")
+    closed = entry["closed"] and Interval(*(_number(x) for x in entry["closed"].values()))
+    return Gap(closed, _number(entry["p_original"]), _number(entry["p_scrubbed"]))
 
 
-def _share(closed: float) -> str:
-    """A gap that more than doubled says no more than that: its size is mostly that of the gap it is
-    divided by."""
-    return f"{_percent(closed)} %" if closed >= -1 else "< -100 %"
-
-
-def _percent(share: float) -> int:
-    """Rounded, but never up to a whole that was not reached."""
-    return math.floor(100 * share) if 0.99 <= share < 1 else round(100 * share)
+def closed_share(case: Case, part: str) -> str:
+    """The share of the gap that is closed and its 95 % interval, in %, or why there is none."""
+    closed = gap(case, part).closed
+    return UNDEFINED if closed is None else share(closed.value, closed.low, closed.high)
 
 
 def sentence(case: Case) -> str:
     """The result on the forgotten data, in one plain sentence."""
     before, after = estimate(case, "forget", "kl_original"), estimate(case, "forget", "kl_scrubbed")
-    floor, closed = estimate(case, "forget", "floor"), estimate(case, "forget", "gap_closed")
+    floor, closed = estimate(case, "forget", "floor"), gap(case, "forget").closed
     where = "KL to the retrained models on the forgotten data"
     if not math.isfinite(after.mean):
         return f"{where} could not be measured."
@@ -155,15 +152,21 @@ def sentence(case: Case) -> str:
         f"{where} {verb} from {number(before.mean)} to {number(after.mean)} nats; "
         f"two retrained models differ by {number(floor.mean)}"
     )
-    if closed.n == 0 or not math.isfinite(closed.mean):
-        return f"{text}, and the original was already within that: there was no gap to close."
-    if closed.mean >= 1:
-        return f"{text}: the gap is closed."
-    if closed.mean < -1:
-        return f"{text}: the gap more than doubled."
-    if closed.mean < 0:
-        return f"{text}: the gap grew by {-_percent(closed.mean)} %."
-    return f"{text}: {_percent(closed.mean)} % of the gap is closed."
+    if closed is None:
+        return f"{text}. {_why_no_gap(case)}"
+    done, ends = f"{percent(closed.value)} % of the gap is closed", (closed.low, closed.high)
+    if closed.value < 0:
+        done, ends = f"the gap grew by {percent(-closed.value)} %", (-closed.high, -closed.low)
+    return f"{text}: {done} (95 % interval {percent(ends[0])} to {percent(ends[1])} %)."
+
+
+def _why_no_gap(case: Case) -> str:
+    p = gap(case, "forget").p_original
+    if case["members"] < FEWEST:
+        return f"Whether there was a gap takes {FEWEST} retrained models to tell."
+    if p <= ALARM:
+        return "The gap is too small to say which share of it is closed."
+    return f"The original is not told apart from retrained models (p = {number(p)})."
 
 
 def cost(case: Case) -> str | None:
@@ -187,27 +190,27 @@ def cost(case: Case) -> str | None:
 
 
 def conclusion(case: Case) -> Conclusion:
-    """One word for a case, by fixed thresholds (`CLOSE`, `PARTLY`, `Score.allowed_loss`)."""
+    """One word for a case, by fixed thresholds (`CLOSE`, `PARTLY`, `Score.allowed_loss`) and the
+    test of `Gap`."""
     before, after = estimate(case, "forget", "kl_original"), estimate(case, "forget", "kl_scrubbed")
-    floor, closed = estimate(case, "forget", "floor"), estimate(case, "forget", "gap_closed")
+    floor, found = estimate(case, "forget", "floor"), gap(case, "forget")
     if not (math.isfinite(after.mean) and math.isfinite(floor.mean)):
         return Conclusion("not measured", "none", "A KL is missing or not finite.")
-    within = after.mean <= floor.mean + (floor.std if math.isfinite(floor.std) else 0.0)
-    if not within and after.mean > before.mean:
+    farther = after.mean > before.mean and (found.closed is None or found.closed.high < 0)
+    if farther and found.scrubbed_told_apart:
         return Conclusion("worse", "poor", "Farther from the retrained models than before.")
     lost = cost(case)
     if lost is not None:
         return Conclusion("costly", "poor", lost)
-    if closed.n == 0:
-        why = "The original was already as close as two retrained models are."
-        return Conclusion("no gap", "none", why)
-    if within:
-        why = "As close to the retrained models as they are to each other."
-        return Conclusion("matches retraining", "good", why)
+    if found.closed is None:
+        return Conclusion("no clear gap", "none", _why_no_gap(case))
     close, partly = f"{100 * CLOSE:.0f} %", f"{100 * PARTLY:.0f}"
-    if closed.mean >= CLOSE:
+    if found.closed.low >= CLOSE and not found.scrubbed_told_apart:
+        why = f"Not told apart from retrained models, and more than {close} of the gap is closed."
+        return Conclusion("matches retraining", "good", why)
+    if found.closed.value >= CLOSE:
         return Conclusion("close", "good", f"At least {close} of the gap is closed.")
-    if closed.mean >= PARTLY:
+    if found.closed.value >= PARTLY:
         return Conclusion("partly closed", "fair", f"Between {partly} and {close} is closed.")
     return Conclusion("hardly closed", "poor", f"Less than {partly} % of the gap is closed.")
 
@@ -239,7 +242,7 @@ def case_table(case: Case) -> pd.DataFrame:
         for title in ("KL original", "KL scrubbed", "floor"):
             kl = estimate(case, part, title.lower().replace(" ", "_"))
             row[f"{title} (nats)"] = plus_minus(kl.mean, kl.std)
-        row["gap closed"] = gap(case, part)
+        row["gap closed"] = closed_share(case, part)
         for key in ("original", "scrubbed", "retrained"):
             value = estimate(case, part, f"score_{key}")
             row[score.title(key)] = score.format(value.mean, value.std, unit=False)
@@ -294,7 +297,16 @@ def _console_case(case: Case) -> str:
 
 
 def _console_table(case: Case, width: int) -> list[str]:
-    heads = ["", "original", "scrubbed", "floor", "closed", "original", "scrubbed", "retrained"]
+    heads = [
+        "",
+        "original",
+        "scrubbed",
+        "floor",
+        "closed (95 %)",
+        "original",
+        "scrubbed",
+        "retrained",
+    ]
     rows = [_console_row(case, part) for part in parts_of(case)]
     widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
     widths[0] = min(widths[0], max(8, width - sum(widths[1:]) - 2 * (len(widths) - 1)))
@@ -305,19 +317,19 @@ def _console_table(case: Case, width: int) -> list[str]:
     # the groups' titles stand over the right edge of their columns
     group = sum(widths[1:5]) + 3 * 2
     top = " " * left + f"{kl:<{group}}"[:group] + "  " + score_title[: width - left - group - 2]
-    undefined = any(estimate(case, part, "gap_closed").n == 0 for part in parts_of(case))
+    undefined = any(gap(case, part).closed is None for part in parts_of(case))
     note = [f'closed "{MISSING}" is {UNDEFINED}'] if undefined else []
     return [top, *(_console_line(row, widths) for row in [heads, *rows]), *note]
 
 
 def _console_row(case: Case, part: str) -> list[str]:
-    after, closed = estimate(case, part, "kl_scrubbed"), estimate(case, part, "gap_closed")
+    after, closed = estimate(case, part, "kl_scrubbed"), closed_share(case, part)
     return [
         part,
         number(estimate(case, part, "kl_original").mean),
         plus_minus(after.mean, after.std),
         number(estimate(case, part, "floor").mean),
-        _share(closed.mean) if math.isfinite(closed.mean) else MISSING,
+        MISSING if closed == UNDEFINED else closed,
         *(_mean_score(case, part, key) for key in ("original", "scrubbed", "retrained")),
     ]
 

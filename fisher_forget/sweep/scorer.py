@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from operator import truediv
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 
 from fisher_forget.errors import ConfigError
-from fisher_forget.evaluate.closeness import Closeness, Outputs, Reference, gap_closed, mean_kl
+from fisher_forget.evaluate.closeness import Closeness, Outputs, Reference, kl_each
+from fisher_forget.evaluate.gap import gap_closed
+from fisher_forget.evaluate.intervals import Array, Interval
 from fisher_forget.likelihood import Score
 from fisher_forget.sweep.table import DONE, RUINED
 
@@ -74,22 +77,33 @@ class Scorer:
         return self.original.score
 
     def row(self, outputs: Outputs) -> dict[str, Any]:
-        """status, and kl_<part>, score_<part>, loss_<part> and gap_closed; without these where
-        outputs overflow."""
+        """status, and kl_<part>, score_<part>, loss_<part>, gap_closed, gap_low and gap_high;
+        without these where outputs overflow."""
         if not all(bool(torch.isfinite(values).all()) for values in outputs.values()):
             return {"status": RUINED}
         likelihood, row = self.reference.likelihood, {}
         for part, y in self.reference.targets.items():
-            members = (member[part] for member in self.reference.retrained)
-            kl = [mean_kl(likelihood, member, outputs[part], y) for member in members]
-            row[f"kl_{column(part)}"] = math.fsum(kl) / len(kl)
+            members = [member[part] for member in self.reference.retrained]
+            kl = kl_each(likelihood, members, outputs[part], y)
+            row[f"kl_{column(part)}"] = float(kl.mean())
+            if part == "forget":
+                row |= self._gap(kl)
             row[f"score_{column(part)}"] = float(likelihood.scores(outputs[part], y).mean())
         row |= _losses(self.reference, outputs)
-        scores = self.original.parts["forget"]
-        gap = gap_closed(scores.kl_original, row["kl_forget"], scores.floor, scores.floor_std)
-        row["gap_closed"] = math.nan if gap is None else gap
         most = math.inf if self.ruin is None else self.marks["original"]["loss_retain"] + self.ruin
         return {"status": DONE if row["loss_retain"] <= most else RUINED} | row
+
+    def _gap(self, kl: Array) -> dict[str, float]:
+        """gap_closed of KL(member || model) [M] on the forget set, with its interval."""
+        scores = self.original.parts["forget"]
+        found = gap_closed(
+            np.array([scores.original_each]),
+            kl[None],
+            np.array(scores.to_each),
+            np.array(scores.from_each),
+        )
+        closed = found or Interval(math.nan, math.nan, math.nan)
+        return {"gap_closed": closed.value, "gap_low": closed.low, "gap_high": closed.high}
 
 
 def _losses(reference: Reference, outputs: Outputs) -> dict[str, float]:

@@ -14,7 +14,7 @@ import pandas as pd
 from scipy.stats import t as student
 
 from fisher_forget._util import files
-from fisher_forget._util.numbers import MISSING, plus_minus
+from fisher_forget._util.numbers import MISSING, plus_minus, share
 from fisher_forget.errors import StorageError
 from fisher_forget.likelihood import Score
 from fisher_forget.likelihood.base import SHARE_LOSS
@@ -22,6 +22,7 @@ from fisher_forget.likelihood.base import SHARE_LOSS
 CONFIDENCE = 0.95  # of the intervals of `SweepTable.frontier`
 DONE, RUINED, SKIPPED = "done", "ruined", "skipped"
 KEPT = ("test_retained_classes", "test")  # where what a method costs shows, the first that there is
+GAP = ("gap_closed", "gap_low", "gap_high")
 MEASURED = ("kl_", "score_", "loss_")
 ATTRIBUTES = "fisher_forget"  # key in the metadata of the file
 
@@ -32,11 +33,11 @@ class SweepTable:
 
     Attributes:
         frame: The axes (method, the options of the grid, seed); scale, the noise scale that was
-            drawn; status; kl_<part> (nats), score_<part>, loss_<part> (nats), gap_closed;
-            information (local forgetting bound, nats; see `unlearn.noise`); seconds that the cell
-            takes by itself. A row is "done"; "ruined" if the retained loss has risen by more than
-            `ruin`; or "skipped", without numbers, since a smaller noise had ruined the model
-            already.
+            drawn; status; kl_<part> (nats), score_<part>, loss_<part> (nats); gap_closed, gap_low
+            and gap_high (its 95 % interval, see `evaluate.gap`); information (local forgetting
+            bound, nats; see `unlearn.noise`); seconds that the cell takes by itself. A row is
+            "done"; "ruined" if the retained loss has risen by more than `ruin`; or "skipped",
+            without numbers, since a smaller noise had ruined the model already.
         axes: The columns that tell settings apart: all axes but the seed.
         marks: kl_<part>, score_<part>, loss_<part> of "original", "retrained" (whose kl_<part> is
             the floor) and "retrained_std".
@@ -72,16 +73,17 @@ class SweepTable:
 
         <column>_low and <column>_high bound the 95 % confidence interval of the mean, mean -+ t std
         / sqrt(draws), t of Student's distribution with draws - 1 degrees of freedom; NaN with a
-        single draw. `pareto` marks the settings that no other beats in both KL on the forgotten
-        data and score on `kept`. Skipped settings are left out.
+        single draw. gap_low and gap_high are means of the draws' own ends. `pareto` marks the
+        settings that no other beats in both KL on the forgotten data and score on `kept`. Skipped
+        settings are left out.
         """
         frame = self.frame[self.frame["status"] != SKIPPED]
         columns = [name for name in frame if str(name).startswith(MEASURED)]
         groups = frame.groupby(list(self.axes), dropna=False, sort=False)
         mean, draws = groups[columns].mean(), groups.size()
         half = groups[columns].sem().mul(student.ppf((1 + CONFIDENCE) / 2, draws - 1), axis=0)
-        others = ("scale", "information", "gap_closed", "seconds")
-        settled = [name for name in others if name not in self.axes]
+        others = ("scale", "information", *GAP, "seconds")
+        settled = [name for name in others if name in frame and name not in self.axes]
         table = pd.DataFrame({"draws": draws}).join(groups[settled].mean())
         table["ruined"] = groups["status"].agg(lambda status: (status == RUINED).mean())
         for name in columns:
@@ -184,8 +186,7 @@ class SweepTable:
         ):
             half = table[f"{column}_high"] - table[column]  # NaN for a single draw
             shown[title] = [form(m, h) for m, h in zip(table[column], half, strict=True)]
-        closed = table["gap_closed"]
-        shown["gap closed"] = [MISSING if math.isnan(v) else f"{100 * v:.0f} %" for v in closed]
+        shown["gap closed"] = [share(*gap) for gap in table.reindex(columns=GAP).to_numpy()]
         shown["s"] = table["seconds"].map("{:.2g}".format)
         shown["Pareto"] = np.where(table["pareto"], "●", "")
         return shown

@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from fisher_forget._util.files import ensure_folder
-from fisher_forget._util.numbers import MISSING, number, plus_minus
+from fisher_forget._util.numbers import MISSING, number, percent, plus_minus
 from fisher_forget.errors import StorageError
 from fisher_forget.likelihood import Score
 from fisher_forget.likelihood.base import ERROR_LOSS, SHARE_LOSS
@@ -165,12 +165,12 @@ def _numbers(case: Case) -> list[Number]:
     )
     was = f"was {number(before.mean)}; floor {plus_minus(floor.mean, floor.std)}"
     shown = [Number("KL on forgotten data", number(after.mean), "nats", was)]
-    closed = tables.gap(case, "forget")
-    if closed == tables.UNDEFINED:
-        shown.append(Number("Gap closed", MISSING, "", "the original is within the floor"))
+    closed = tables.gap(case, "forget").closed
+    if closed is None:
+        shown.append(Number("Gap closed", MISSING, "", tables.UNDEFINED))
     else:
-        share, sign, seeds = closed.partition(" %")
-        shown.append(Number("Gap closed", share, sign.strip(), f"100 % is the floor{seeds}"))
+        value, low, high = map(percent, (closed.value, closed.low, closed.high))
+        shown.append(Number("Gap closed", value, "%", f"95 %: {low} to {high}; 100 % is the floor"))
     kept, score = tables.kept_part(case), Score.read(case)
     scrubbed, target = (
         tables.estimate(case, kept, key) for key in ("score_scrubbed", "score_retrained")
