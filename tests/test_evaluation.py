@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -25,8 +26,8 @@ from fisher_forget.evaluate.ensemble import Members, RetrainedEnsemble
 from fisher_forget.evaluate.evaluation import CONTROL, Evaluation, evaluate
 from fisher_forget.evaluate.metric import Context, Subject
 from fisher_forget.evaluate.metrics import METRICS
-from fisher_forget.evaluate.scoring import EvaluationRow, permutation_test, round_robin
-from fisher_forget.evaluate.verdict import DIFFERENT, holm
+from fisher_forget.evaluate.scoring import EvaluationRow, permutation_test
+from fisher_forget.evaluate.verdict import DIFFERENT, holm, round_robin
 from fisher_forget.experiments.training import TrainSettings, train
 from fisher_forget.likelihood import Bernoulli, Categorical, Gaussian
 from fisher_forget.report.pages.evaluation import distance, plot_scores, wide, write_page
@@ -193,8 +194,27 @@ class TestTable:
         expected = np.mean([a.get("step_cosine", method="scrubbed").value for a in alone])
         assert table.get("step_cosine", method="scrubbed").value == pytest.approx(expected)
 
-    def test_direction_of_no_step_is_undefined(self, table):
-        assert table.get("step_cosine", method="original").label == "undefined"
+    def test_direction_of_no_step_is_undefined_and_its_target_is_not(self, table, ensemble):
+        row = table.get("step_cosine", method="original")
+        assert row.label == "undefined"
+        start = ensemble.originals.models[0]
+        steps = [
+            np.concatenate(
+                [
+                    (p - q).detach().numpy().ravel()
+                    for p, q in zip(m.parameters(), start.parameters(), strict=True)
+                ]
+            )
+            for m in ensemble.retrained.models[:8]
+        ]
+        pairs = [a @ b / np.sqrt((a @ a) * (b @ b)) for a, b in itertools.combinations(steps, 2)]
+        assert row.target == pytest.approx(np.mean(pairs), rel=1e-5)
+        ours = table.get("step_cosine", method="scrubbed")
+        assert (row.target, row.target_low, row.target_high) == (
+            ours.target,
+            ours.target_low,
+            ours.target_high,
+        )
         assert math.isfinite(table.get("step_cosine", method="scrubbed").value)
 
     def test_schema(self, table):

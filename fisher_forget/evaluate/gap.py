@@ -26,10 +26,12 @@ import numpy as np
 from scipy import special
 
 from fisher_forget.evaluate.intervals import Array, Interval
+from fisher_forget.evaluate.scale import LOG
+from fisher_forget.evaluate.verdict import Yardstick, round_robin
 
 ALARM = 0.05  # chance that a retrained model is told apart from the others
 FEWEST = 3  # retrained models: the floor without one of them still needs a pair
-LEAST_KL = 1e-12  # nats; below it is rounding
+ROUNDING = 1e-12  # of a logarithm
 
 
 @dataclass(frozen=True)
@@ -114,12 +116,12 @@ def p_value(kl: Array, to_each: Array, from_each: Array) -> float:
     models = len(to_each)
     if models < FEWEST or not all(np.isfinite(x).all() for x in (kl, to_each, from_each)):
         return math.nan
-    x, rows, columns = (np.log(np.maximum(v, LEAST_KL)) for v in (kl.mean(1), to_each, from_each))
+    x, rows, columns = (LOG.forward(v) for v in (kl.mean(1), to_each, from_each))
     z = round_robin(rows, columns)
-    error = float(z.std(ddof=1)) * math.sqrt(1 / len(x) + 1 / models)
+    error = Yardstick(float(z.mean()), float(z.std(ddof=1)), models).error(len(x))
     off = float(x.mean() - z.mean())
-    if error <= LEAST_KL:  # all retrained models alike
-        return float(off <= LEAST_KL)
+    if error <= ROUNDING:  # all retrained models alike
+        return float(off <= ROUNDING)
     return float(special.stdtr(models - 1, -off / error))
 
 
@@ -130,27 +132,3 @@ def _without_each(values: Array) -> Array:
 
 def _quantile(df: int, level: float) -> float:
     return float(special.stdtrit(df, (1 + level) / 2))
-
-
-def round_robin(rows: Array, columns: Array) -> Array:
-    r"""Scores of M models that were each compared with the M - 1 others, as if each had been
-    compared with all M.
-
-    A model is not compared with itself, so it lacks in its own mean and is in everybody else's: one
-    that lies off raises their means and not its own, and the spread comes out too small. With
-    d_ij = mu + a_i + b_j + e_ij of model i beside model j, least squares give
-
-        a_i = (M-1)^2 / (M (M-2)) R_i + (M-1) / (M (M-2)) C_i - (M-1) / (M-2) Rbar
-
-    and Rbar + a_i is returned.
-
-    Args:
-        rows: R_i [M], M >= 3: what model i scores beside the others, on the scale.
-        columns: C_i [M]: what the others score beside model i.
-
-    Source: Warner, Kenny & Stoto 1979, A new round robin analysis of variance for social
-    interaction data, eq. 4.
-    """
-    models, mean = len(rows), rows.mean()
-    weighted = (models - 1) ** 2 * rows + (models - 1) * columns
-    return np.asarray(mean + (weighted - models * (models - 1) * mean) / (models * (models - 2)))

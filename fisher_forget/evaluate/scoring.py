@@ -5,16 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fisher_forget.evaluate.intervals import Array, t_interval
+from fisher_forget.evaluate.intervals import t_interval
 from fisher_forget.evaluate.metric import LEAST, Context, Metric, Subject
 from fisher_forget.evaluate.scale import LINEAR, LOG, Scale
-from fisher_forget.evaluate.verdict import UNDECIDED, Verdict, different, verdict
+from fisher_forget.evaluate.verdict import UNDECIDED, Verdict, different, round_robin, verdict
 
 ALARM = 0.05  # of a row by itself: that models which are retrained ones differ
 RELABELLINGS = 99  # drawn at most for a permutation test
@@ -112,52 +112,33 @@ def score_metric(
     if metric.group is not None:
         return _group_rows(metric, part, groups, retrained, context)
     rows: list[EvaluationRow] = []
-    original: list[float] = []
+    original: list[float] | None = None
     scale = metric.scale_in(context, part)
     targets, alike = _targets(metric, retrained, part, context, scale)
     if scale is LOG and min(targets) < 0:  # the loss of a density has no lower end
         scale, alike = LINEAR, targets
     for method, group in groups.items():
         values = [_value(metric, a, retrained, part, context) for a in group]
-        # where the metric is not defined for the original itself, such as the direction of no
-        # step, any side is off
-        original = original or [v for v in values if math.isfinite(v)]
+        if original is None:
+            original = [v for v in values if math.isfinite(v)]
         key = method, metric.name, part, metric.unit_in(context)
         if not np.isfinite([*values, *targets]).all():
-            rows.append(_undefined(key, metric, values, "A value is not finite."))
+            row = _undefined(key, metric, values, "A value is not finite.")
+            if np.isfinite(targets).all():  # what retrained models score is known all the same
+                alone = verdict(alike, alike, original=alike, scale=scale)
+                mean = float(np.mean(targets))
+                row = replace(row, target=mean, target_low=alone.low, target_high=alone.high)
+            rows.append(row)
             continue
         margin = _margin(metric, part, context) if np.ptp(targets) == 0 else None
+        # where the metric is not defined for the original itself, such as the direction of no
+        # step, any side is off
+        before = original or values
         judged = verdict(
-            *(values, alike), original=original, scale=scale, far=metric.far, margin=margin
+            *(values, alike), original=before, scale=scale, far=metric.far, margin=margin
         )
         rows.append(_row(key, metric, values, targets, scale, judged))
     return rows
-
-
-def round_robin(rows: Array, columns: Array) -> Array:
-    r"""Scores of M models that were each compared with the M - 1 others, as if each had been
-    compared with all M.
-
-    A model is not compared with itself, so it lacks in its own mean and is in everybody else's. A
-    model that lies off is far from the others in both directions: it raises their means and not its
-    own, and the spread comes out too small for a further model, which is compared with all M. With
-    d_ij = mu + a_i + b_j + e_ij of model i beside model j, least squares give
-
-        a_i = (M-1)^2 / (M (M-2)) R_i + (M-1) / (M (M-2)) C_i - (M-1) / (M-2) Rbar
-
-    and Rbar + a_i is returned. (To count the further model among the others instead would let a
-    wrecked one raise what it is held against.)
-
-    Args:
-        rows: R_i [M], M >= 3: what model i scores beside the others, on the scale.
-        columns: C_i [M]: what the others score beside model i.
-
-    Source: Warner, Kenny & Stoto 1979, A new round robin analysis of variance for social
-    interaction data, eq. 4.
-    """
-    models, mean = len(rows), rows.mean()
-    weighted = (models - 1) ** 2 * rows + (models - 1) * columns
-    return np.asarray(mean + (weighted - models * (models - 1) * mean) / (models * (models - 2)))
 
 
 def permutation_test(

@@ -214,6 +214,32 @@ def verdict(
     )
 
 
+def round_robin(rows: Array, columns: Array) -> Array:
+    r"""Scores of M models that were each compared with the M - 1 others, as if each had been
+    compared with all M.
+
+    A model is not compared with itself, so it lacks in its own mean and is in everybody else's. A
+    model that lies off is far from the others in both directions: it raises their means and not its
+    own, and the spread comes out too small for a further model, which is compared with all M. With
+    d_ij = mu + a_i + b_j + e_ij of model i beside model j, least squares give
+
+        a_i = (M-1)^2 / (M (M-2)) R_i + (M-1) / (M (M-2)) C_i - (M-1) / (M-2) Rbar
+
+    and Rbar + a_i is returned. (To count the further model among the others instead would let a
+    wrecked one raise what it is held against.)
+
+    Args:
+        rows: R_i [M], M >= 3: what model i scores beside the others, on the scale.
+        columns: C_i [M]: what the others score beside model i.
+
+    Source: Warner, Kenny & Stoto 1979, A new round robin analysis of variance for social
+    interaction data, eq. 4.
+    """
+    models, mean = len(rows), rows.mean()
+    weighted = (models - 1) ** 2 * rows + (models - 1) * columns
+    return np.asarray(mean + (weighted - models * (models - 1) * mean) / (models * (models - 2)))
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values that hold for all together, whatever their dependence: each is at most 5 % with at
     most that probability that any true hypothesis is rejected.
