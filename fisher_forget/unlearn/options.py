@@ -58,7 +58,8 @@ class ForgetOptions:
         solver: "cg" on exact GGN products, "direct" inverse of the curvature, which stays that of
             the start at every sub-step; "auto" is direct for a dense curvature, else cg.
         drift: Subtract the force that is not owed to the forget set; "auto" where the model is not
-            at a minimum, and that force outweighs what is owed.
+            at a minimum, and that force outweighs what is owed. With a given number of steps and a
+            given damping: the Newton step of all samples is subtracted.
         budget: How far the mean loss on held-out retained samples may rise above the lowest on the
             way, plus how far the predictions of those move whose own loss rises (`SubStep.shift`),
             nats. By default max(0.01, 10 % of the loss); 0.002 where the model is not at a minimum

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 
 from fisher_forget import params as P
@@ -27,15 +28,13 @@ def drift_of(problem: Problem, everyone: Flow, guard: Guard) -> Params:
     Owed is F = grad L_r(w_D) - grad L_D(w_D) = (m/n_r) (grad L_D(w_D) - grad L_f(w_D)), at w_D
     where a step of the flow over all samples leads. Where a share s of the step delta is taken,
     which is halved like any other that leaves the budget, the step's own equation gives
-    grad L_D(w_D) + wd w_D = (1 - s) (grad L_D(w) + wd w) - s tau delta. A given damping means the
-    textbook step, which does not look ahead: F = grad L_r(w) - grad L_D(w).
+    grad L_D(w_D) + wd w_D = (1 - s) (grad L_D(w) + wd w) - s tau delta.
     """
     objective, wd, start = problem.objective, problem.weight_decay, problem.objective.start
     full, ahead = problem.sums.total.mean(), start
-    try:
-        delta = None if everyone.solver.literal else everyone.solve(1 / AHEAD).x
-    except (CurvatureError, NumericalError):
-        delta = None
+    delta = None
+    with suppress(CurvatureError, NumericalError):
+        delta = everyone.solve(1 / AHEAD).x
     if delta is not None:
         by_loss = replace(guard, count_moves=False)
         look = by_loss.longest(start, delta, HALVINGS)

@@ -59,6 +59,9 @@ class Flow:
         solver: How the linear systems are solved.
         drift: Subtracted from the force.
         start: Where the flow begins; by default at the original weights.
+
+    Attributes:
+        at: Where it is.
     """
 
     def __init__(
@@ -78,13 +81,13 @@ class Flow:
         self._pool = samples[most_curved[: max(POOL, solver.working_set)]]
         # `_sums` are the gradient sums at `_base`, from which later gradients are reckoned
         self._sums, self._base = sums, dict(problem.objective.start)
-        self._at = self._base if start is None else start
+        self.at = self._base if start is None else start
         self._rebase = start is not None
         self._linear: tuple[Params, GgnProduct | None, float] | None = None
 
     def move(self, at: Params) -> None:
         """Go on from there."""
-        self._at, self._linear = at, None
+        self.at, self._linear = at, None
 
     def solve(self, tau: float) -> Solution:
         """delta of (B + (wd + tau) I) delta = -(grad L + wd w - drift).
@@ -124,26 +127,26 @@ class Flow:
         few = self.solver.working_set
         working = self.most_curved() if len(self._pool) > few else self._pool
         if self._rebase:  # the pool tells how far the gradient at the start of the flow has changed
-            self._sums = self._sums + self._change(self._pool, self._at)
-            self._base, self._rebase = self._at, False
-        if self._at is self._base:
+            self._sums = self._sums + self._change(self._pool, self.at)
+            self._base, self._rebase = self.at, False
+        if self.at is self._base:
             gradient = self._sums.mean()
         elif len(self.samples) <= few:
-            gradient = objective.gradient(self._batches(self.samples), self._at).mean()
+            gradient = objective.gradient(self._batches(self.samples), self.at).mean()
         else:  # variance reduction: only the working set's gradient is computed again
-            gradient = (self._sums + self._change(working, self._at)).mean()
-        force = P.add(gradient, self._at, self.problem.weight_decay)
+            gradient = (self._sums + self._change(working, self.at)).mean()
+        force = P.add(gradient, self.at, self.problem.weight_decay)
         if self.drift is not None:
             force = P.add(force, self.drift, -1)
         if self.solver.direct:
             return force, None, 0.0
-        ggn = objective.ggn(self._batches(working), self._at, self._sums.count)
+        ggn = objective.ggn(self._batches(working), self.at, self._sums.count)
         return force, ggn, self._rest(working)
 
     def most_curved(self) -> Indices:
         """The pool's samples with the largest output curvature at the current weights."""
         likelihood = self.problem.objective.likelihood
-        pairs = self.problem.objective.forward(self._batches(self._pool), self._at)
+        pairs = self.problem.objective.forward(self._batches(self._pool), self.at)
         spread = torch.cat([likelihood.output_curvature(f, y).cpu() for f, y in pairs]).numpy()
         order = np.argsort(-spread, kind="stable")
         return np.sort(self._pool[order[: self.solver.working_set]])

@@ -9,8 +9,8 @@ depends on damping; or the estimated curvature itself.
 A network that is not at a minimum of its objective would go on training under this flow. Where most
 of the force is not owed to the forget set, that part is subtracted then, so that the flow starts
 with grad L_r - grad L_D, taken where a step of the flow over *all* samples leads: it stands still
-for an empty forget set, equals the plain one at a minimum, and one step is the difference of d_A
-and d_r in Prop. 3 of Golatkar et al. 2020 (arXiv:1911.04933).
+for an empty forget set and equals the plain one at a minimum. With a given number of steps and a
+given damping it is the difference of two Newton steps instead (`two_solves`).
 
 A class that no retained sample is labelled with leaves an output row that no flow brings to its
 limit in time: see `absent_classes`. It starts from there, and the flow ends after its first
@@ -37,6 +37,7 @@ from fisher_forget.unlearn.newton.flow import Flow, LinearSolver
 from fisher_forget.unlearn.newton.guard import Guard, HeldOut
 from fisher_forget.unlearn.newton.path import Path, SubStep
 from fisher_forget.unlearn.newton.policy import STATIONARY, Signs, decide, stationarity
+from fisher_forget.unlearn.newton.two_solves import TwoSolves
 from fisher_forget.unlearn.options import ForgetKeywords, ForgetOptions, merged
 from fisher_forget.unlearn.problem import Problem, with_solver
 
@@ -159,11 +160,13 @@ def newton_step(
     absent: tuple[int, ...] = ()
     if options.steps == "auto":
         absent, start, guard = _cleared(problem, guard, shown, options.budget)
-    drift = None
-    if policy.remove_drift and not absent:
-        drift = drift_of(problem, everyone, guard)
-    retain, begins = problem.split.retain, start if absent else None
-    flow = Flow(problem, retain, problem.retained, solver, drift=drift, start=begins)
+    remove_drift = policy.remove_drift and not absent
+    if remove_drift and solver.literal:
+        flow: Flow = TwoSolves(problem, solver, options)
+    else:
+        drift = drift_of(problem, everyone, guard) if remove_drift else None
+        retain, begins = problem.split.retain, start if absent else None
+        flow = Flow(problem, retain, problem.retained, solver, drift=drift, start=begins)
 
     path = Path(problem, flow, guard, start, shown)
     path.follow(policy.times(cleared=bool(absent)), options, progress)
@@ -174,7 +177,7 @@ def newton_step(
         gradient_norm=P.norm(force),
         stationarity=signs.stationarity,
         at_minimum=policy.at_minimum,
-        drift_removed=drift is not None,
+        drift_removed=remove_drift,
         absent=absent,
         path=tuple(path.steps),
         held_out=len(held_out.samples),
