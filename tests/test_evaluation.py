@@ -526,6 +526,19 @@ class TestByName:
         twice = {"forget": ConcatDataset([PARTS["forget"]] * 2)}
         row = evaluate(models, ensemble, twice, metrics=["u_lira_tpr"]).get("u_lira_tpr")
         assert row.value > row.target
+        assert 0 <= row.low <= row.value <= row.high <= 100
+
+    def test_a_methods_row_does_not_depend_on_the_methods_before_it(self, ensemble):
+        first, second = copy.deepcopy(ensemble.originals.models[0]), ensemble.retrained.models[1]
+        for p in first.parameters():  # a step to nowhere
+            p.data.add_(1.0)
+        alone, beside = (
+            evaluate(methods, ensemble, PARTS, metrics=["step_cosine"]).get(
+                "step_cosine", method="b"
+            )
+            for methods in ({"b": second}, {"a": first, "b": second})
+        )
+        assert repr(alone) == repr(beside)  # NaN is not equal to itself
 
     def test_steps_of_relearning(self, ensemble):
         split = resolve_split(DATA, IDX)

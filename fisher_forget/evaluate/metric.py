@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fisher_forget._util.isolation import seeded
 from fisher_forget.data.split import Split
 from fisher_forget.evaluate import klom
+from fisher_forget.evaluate.intervals import Interval
 from fisher_forget.evaluate.scale import COUNT, LINEAR, LOG, Scale, logit
 from fisher_forget.evaluate.verdict import Far
 from fisher_forget.likelihood import Categorical, Likelihood
@@ -87,6 +88,7 @@ class Metric:
         pair: number of a model and a retrained one; or
         group: number of the margins [K, N] of several models and those [M, N] of several retrained
             ones, of `LEAST` each at least.
+        bounds: The same and its 95 % interval over samples, where it has one.
         parts: Parts of the data it is computed on; empty for all.
         cap: Where counting ends: the true number may be larger.
         samples: Of each part, that it takes at least.
@@ -106,6 +108,7 @@ class Metric:
     solo: Solo | None = None
     pair: Pair | None = None
     group: Group | None = None
+    bounds: Callable[[Tensor, Tensor], Interval] | None = None
     parts: tuple[str, ...] = ()
     cap: float = math.inf
     samples: int = 1

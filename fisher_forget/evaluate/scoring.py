@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fisher_forget.evaluate.intervals import t_interval
+from fisher_forget.evaluate.intervals import Interval, t_interval
 from fisher_forget.evaluate.metric import LEAST, Context, Metric, Subject
 from fisher_forget.evaluate.scale import LINEAR, LOG, Scale
 from fisher_forget.evaluate.verdict import UNDECIDED, Verdict, different, round_robin, verdict
@@ -37,7 +37,8 @@ class EvaluationRow:
         unit: Of the numbers below.
         value: Mean over the method's models.
         models: How many these are.
-        low: Lower end of the 95 % confidence interval of `value` over them; NaN for a single one.
+        low: Lower end of the 95 % confidence interval of `value` over them, for a true positive
+            rate over samples; NaN for a single one.
         high: Upper end.
         target: Mean over the retrained models of what they score themselves.
         target_low: Lower end of the range in which one more retrained model lies with 95 %; it is
@@ -213,8 +214,9 @@ def _group_rows(
             label, reason = different(value - target, before - target, "high")
         reason += f" Rank of {test.relabellings} relabellings of all models."
         nan = math.nan
+        over = metric.bounds(ours, members[:rest]) if metric.bounds else Interval(value, nan, nan)
         row = EvaluationRow(
-            *(*key, value, 1, nan, nan, target, nan, nan, label, reason),
+            *(*key, value, 1, over.low, over.high, target, nan, nan, label, reason),
             values=(value,),
             p_value=test.p_value,
             distance=test.distance,
