@@ -312,6 +312,22 @@ class Fragile:
         return Unlearned(twin.eval(), 0.1, 0.0)
 
 
+@dataclass(frozen=True)
+class Picky(Shrink):
+    """Works on every original with its defaults alone."""
+
+    name: ClassVar[str] = "picky"
+    grid: ClassVar[dict[str, tuple[Any, ...]]] = {"by": (1.0, 0.99, 0.98)}
+
+    def unlearn(self, model: nn.Module, split: Split) -> Unlearned:
+        if self.by < 1 and self.seed == 1:
+            raise NumericalError("not this one", "another", "Pass another.")
+        twin = copy.deepcopy(model)
+        with torch.no_grad():
+            twin[-1].bias[3] -= 1e3 * (1 - self.by)  # no memory, and so the better choice
+        return Unlearned(twin.eval(), 0.1, 0.0)
+
+
 def test_trials_that_fail_count_and_the_comparison_goes_on(tmp_path: Path) -> None:
     only = [{"name": "class 3", "kind": "class", "label": 3}]
     path = config(tmp_path, methods=[f"{__name__}:Fragile"], forget_sets=only, trials=4)
@@ -324,6 +340,21 @@ def test_trials_that_fail_count_and_the_comparison_goes_on(tmp_path: Path) -> No
     }  # fmt: skip
     assert outcome["settings"] == {}
     assert "cannot" in (folder / "comparison.html").read_text()
+
+
+def test_settings_that_fail_on_another_original_give_way_to_the_next_best(tmp_path: Path) -> None:
+    only = [{"name": "class 3", "kind": "class", "label": 3}]
+    path = config(tmp_path, methods=[f"{__name__}:Picky"], forget_sets=only, trials=4)
+    folder = compare(load_config(path, [], CompareConfig)).parent
+    case = json.loads((folder / "comparison.json").read_text())["cases"]["class 3"]
+    (outcome,) = case["outcomes"]
+    errors = {t["settings"].get("by", 1.0): t["error"] for t in outcome["trials"]}
+    worked = {by for by, error in errors.items() if not error}
+    assert worked == {1.0}
+    for by in (0.99, 0.98):
+        assert re.match("original 1: .*not this one", errors[by])
+    assert outcome["settings"] == {}
+    assert len(outcome["seconds"]) == 2
 
 
 def test_without_optuna_ranges_are_refused_before_training(

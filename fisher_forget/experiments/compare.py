@@ -110,7 +110,10 @@ def _alone(key: K, unit: Callable[[], T]) -> tuple[K, T]:
 def _outcome(
     config: CompareConfig, case: Case, method: MethodClass, validation: TensorDataset
 ) -> Outcome:
-    """One method on one forget set: choose its settings on the first original, scrub them all."""
+    """One method on one forget set: choose its settings on the first original, scrub them all.
+
+    Settings that fail on another original give way to the next best.
+    """
     place = files.ensure_folder(_place(case, method))
     mark = _fingerprint(config, case, method, validation)
     if (finished := outcomes.stored(place, mark, config.seeds)) is not None:
@@ -119,45 +122,47 @@ def _outcome(
     judge = tuning.Judge.of(
         case.originals.models[0], case.data, case.forget, case.settings, validation
     )
-    trials, best = _tuned(scrub, judge)
-    if best is None:
-        return store(Outcome(method.name, {}, trials, refused=trials[0].error))
-    settings, first = best
-    scrubbed = [first]
-    try:
-        for index in range(1, len(config.seeds)):
-            scrubbed.append(scrub(settings, index))
-            judge(scrubbed[-1].model)  # refuses outputs that are not finite
-    except FAILURES as error:
-        return store(Outcome(method.name, settings, trials, refused=str(error)))
-    for seed, unlearned in zip(config.seeds, scrubbed, strict=True):
-        files.save_model(model_path(place, seed), unlearned.model, {"fingerprint": mark})
-    seconds = tuple(unlearned.seconds for unlearned in scrubbed)
-    passes = tuple(unlearned.passes for unlearned in scrubbed)
-    return store(Outcome(method.name, settings, trials, seconds, passes))
+    trials, made = _tuned(scrub, judge)
+    for trial, first in made:
+        scrubbed = [first]
+        try:
+            for index in range(1, len(config.seeds)):
+                scrubbed.append(scrub(trial.settings, index))
+                judge(scrubbed[-1].model)  # refuses outputs that are not finite
+        except FAILURES as error:
+            failed = replace(trial, error=f"original {len(scrubbed)}: {_why(error)}")
+            trials = [failed if one is trial else one for one in trials]
+            continue
+        for seed, unlearned in zip(config.seeds, scrubbed, strict=True):
+            files.save_model(model_path(place, seed), unlearned.model, {"fingerprint": mark})
+        seconds = tuple(unlearned.seconds for unlearned in scrubbed)
+        passes = tuple(unlearned.passes for unlearned in scrubbed)
+        return store(Outcome(method.name, trial.settings, tuple(trials), seconds, passes))
+    return store(Outcome(method.name, {}, tuple(trials), refused=trials[0].error))
 
 
 def _tuned(
     scrub: Scrubber, judge: tuning.Judge
-) -> tuple[tuple[Trial, ...], tuple[dict[str, Any], Unlearned] | None]:
-    """Trials on the first original; the best settings and what they made of it, if any worked."""
-    best: tuple[Trial, Unlearned] | None = None
+) -> tuple[list[Trial], list[tuple[Trial, Unlearned]]]:
+    """Trials on the first original, and what those that worked made of it, the best first."""
+    made: list[tuple[Trial, Unlearned]] = []
 
     def attempt(settings: dict[str, Any]) -> Trial:
-        nonlocal best
         try:
             unlearned = scrub(settings, 0)
             judgement = judge(unlearned.model)
         except FAILURES as error:
-            return Trial(settings, error=str(error) or repr(error))
-        trial = Trial(settings, judgement.damage, judgement.memory)
-        if best is None or trial.rank < best[0].rank:
-            best = trial, unlearned
-        return trial
+            return Trial(settings, error=_why(error))
+        made.append((Trial(settings, judgement.damage, judgement.memory), unlearned))
+        return made[-1][0]
 
     config, method = scrub.config, scrub.method
     trials = search(method, config.trials, attempt, config.options.get(method.name, {}))
-    return trials, None if best is None else (best[0].settings, best[1])
+    return trials, sorted(made, key=lambda entry: entry[0].rank)  # equal ones in their order
+
+
+def _why(error: Exception) -> str:
+    return str(error) or repr(error)
 
 
 def _summary(

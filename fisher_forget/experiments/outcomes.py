@@ -23,7 +23,7 @@ class Trial:
         settings: Other than the defaults.
         damage: See `tuning`.
         memory: See `tuning`.
-        error: Why it gave no model; empty where it did.
+        error: Why it gave no model of an original; empty where it did of all that it was used on.
     """
 
     settings: dict[str, Any]

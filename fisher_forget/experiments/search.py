@@ -30,7 +30,7 @@ Attempt = Callable[[Settings], Trial]
 
 def search(
     method: type[Unlearner], trials: int, attempt: Attempt, fixed: Collection[str] = ()
-) -> tuple[Trial, ...]:
+) -> list[Trial]:
     """Try the defaults, then other settings; as many as `trials`, or all that there are.
 
     Args:
@@ -47,7 +47,7 @@ def search(
         _ranges(grid, defaults, made, trials, attempt, seed)
     elif trials > 1:
         made += map(attempt, _lists(grid, defaults, seed)[: trials - 1])
-    return tuple(made)
+    return made
 
 
 def to_choose(method: type[Unlearner], fixed: Collection[str]) -> Grid:
