@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fisher_forget.evaluate.paired import SMALLEST, geometric, ratio, smallest_ratio
+from fisher_forget.evaluate.paired import geometric, ratio, smallest_ratio
+from fisher_forget.evaluate.scale import LEAST
 
 
 def test_by_hand() -> None:
@@ -51,7 +52,7 @@ def test_what_has_no_interval() -> None:
         assert math.isnan(found.high)
     assert ratio([1.0, 4.0], [1.0]).value == pytest.approx(2)
     assert math.isnan(ratio([math.inf] * 2, [math.inf] * 2).value)
-    assert geometric([0.0]).value == pytest.approx(SMALLEST)
+    assert geometric([0.0]).value == pytest.approx(LEAST)
 
 
 @pytest.mark.parametrize("models", [2, 3, 5, 10, 30])

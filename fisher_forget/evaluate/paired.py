@@ -16,27 +16,22 @@ import numpy as np
 from scipy import optimize, special, stats
 
 from fisher_forget.evaluate.intervals import Array, Interval, Values, as_array, t_interval
+from fisher_forget.evaluate.scale import LOG
 
-SMALLEST = 1e-9  # nats; what is less is rounding
 LEVEL, POWER = 0.05, 0.8
 NODES = 1000  # of an integral over quantiles
-
-
-def log_kl(values: Values) -> Array:
-    """ln KL [K] of KL in nats, one a model; what is below `SMALLEST` counts as that."""
-    return np.log(np.maximum(as_array(values), SMALLEST))
 
 
 def log_ratios(values: Values, reference: Values) -> Array:
     """ln KL - ln KL' [K] on the same originals."""
     with np.errstate(invalid="ignore"):  # two infinite ones differ by NaN
-        return log_kl(values) - log_kl(reference)
+        return LOG.forward(as_array(values)) - LOG.forward(as_array(reference))
 
 
 def geometric(values: Values) -> Interval:
     """Geometric mean [nats] of KL [K] over models, and its 95 % interval; NaN bounds for one model,
     or where a KL is not finite."""
-    return _exp(log_kl(values))
+    return _exp(LOG.forward(as_array(values)))
 
 
 def ratio(values: Values, reference: Values) -> Interval:

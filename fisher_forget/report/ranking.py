@@ -119,8 +119,8 @@ def _row(
         "floor": kl.target,
         "kl_retain": table.get("kl", "retain", name).value,
         "accuracy": score.value,
-        "accuracy_low": max(score.low, 0.0),
-        "accuracy_high": min(score.high, 100.0),
+        "accuracy_low": score.low,
+        "accuracy_high": score.high,
         "target": score.target,
         "accurate": bool(
             score.value >= score.target - max(MAY_LOSE, _usual(score.target_std, table.retrained))
