@@ -492,6 +492,16 @@ class TestPermutation:
             alarms += found.p_value <= 0.05
         assert alarms <= stats.binom.ppf(1 - 1e-5, worlds, 0.05)
 
+    def test_what_is_told_perfectly_is_told_by_an_attack_on_pairs(self):
+        """Three models far off, of which the attack leaves one out beside each of the others."""
+        rng = np.random.default_rng(3)
+        ours, others = (
+            torch.from_numpy(m + rng.normal(size=(n, 40))) for m, n in ((30, 3), (0, 13))
+        )
+        for name in ("u_lira", "ruli"):
+            found = permutation_test(METRICS[name].group, ours, others, seed=0)
+            assert found.p_value <= 0.02, name
+
     def test_ties_are_no_difference(self):
         same = torch.ones(3, 2)
         found = permutation_test(lambda a, b: float(a.mean() - b.mean()), same, same, seed=0)

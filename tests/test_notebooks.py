@@ -75,7 +75,7 @@ CLAIMS = {
     "metrics": """
         label = lambda metric, part, method: table.get(metric, part, method).label
         assert label("kl", "forget", "original") == "not forgotten"
-        close = ("indistinguishable from retrained", "undecided")
+        close = ("as retrained", "undecided")
         assert label("kl", "forget", "forget") in close
         assert label("kl", "forget", "control (retrained)") in close
         score = table.get("score", "forget", "neggrad")

@@ -158,24 +158,23 @@ def permutation_test(
         seed: Of the drawn relabellings.
     """
     pool, size = torch.cat([ours, retrained]), len(ours)
-    ways: list[tuple[int, ...]] = [tuple(range(size))]
-    if math.comb(len(pool), size) <= RELABELLINGS + 1:
-        ways = list(itertools.combinations(range(len(pool)), size))  # the observed one is first
+    count, rng = len(pool), np.random.default_rng(seed)
+    # the order of the others is drawn, too: a statistic may pair the first of them with ours
+    if math.comb(count, size) <= RELABELLINGS + 1:
+        _, *subsets = itertools.combinations(range(count), size)  # the observed one is first
+        ways = [
+            np.append(subset, rng.permutation(np.setdiff1d(range(count), subset)))
+            for subset in subsets
+        ]
     else:
-        rng = np.random.default_rng(seed)
-        drawn = (rng.permutation(len(pool))[:size] for _ in range(RELABELLINGS))
-        ways += [tuple(int(i) for i in way) for way in drawn]
-    numbers = []
-    for way in ways:
-        chosen = torch.zeros(len(pool), dtype=torch.bool)
-        chosen[list(way)] = True
-        numbers.append(statistic(pool[chosen], pool[~chosen]))
+        ways = [rng.permutation(count) for _ in range(RELABELLINGS)]
+    numbers = [statistic(pool[way[:size]], pool[way[size:]]) for way in (np.arange(count), *ways)]
     found, middle = np.array(numbers), float(np.median(numbers))
     p = float(np.mean(found >= found[0]))
     # the least value that so few reach; ties count as larger
     limit = np.nextafter(np.sort(found)[::-1][int(ALARM * len(found))], math.inf)
     distance = (found[0] - middle) / (limit - middle)
-    return Permutation(p, float(distance), len(ways))
+    return Permutation(p, float(distance), len(found))
 
 
 def _group_rows(

@@ -24,7 +24,7 @@ from fisher_forget.evaluate.evaluation import (
     expected,
 )
 from fisher_forget.evaluate.metrics import METRICS
-from fisher_forget.evaluate.scoring import UNDEFINED, EvaluationRow
+from fisher_forget.evaluate.scoring import ALARM, UNDEFINED, EvaluationRow
 from fisher_forget.evaluate.verdict import AS_RETRAINED, DIFFERENT, UNDECIDED
 from fisher_forget.report.pages.html import Figure, Number, flat, render_template, write_html
 from fisher_forget.report.pages.svg import inline
@@ -35,7 +35,8 @@ COLOURS = (VERMILLION, BLUE, GREEN, ORANGE, "#CC79A7", GREY, "#56B4E9")
 STYLES = tuple(zip("soD^vPX", COLOURS, strict=True))
 CAPTION = (
     "Distance of every score from the mean of the retrained models, in multiples of the least one "
-    "that is different: one in twenty scores of a retrained model is outside of the band. "
+    "that is different: one in twenty scores of a retrained model is outside of the band; a "
+    "distance on its left is less than retrained models have. Rows with * decide. "
     "Hold the pointer on a mark for its numbers."
 )
 EXPECTED = "95 % of new ones"
@@ -143,17 +144,14 @@ def counts(table: Evaluation, but: str = "") -> str:
 
 
 def sentence(table: Evaluation) -> str:
-    """What the rows that decide say, and which of the others give the main method away."""
-    wrong, method = outside(table), main_method(table)
-    said = f"{method} is {table.conclusion(method)}."
-    others = [row for row in wrong if not row.primary]
-    if not others:
-        return f"{said} No other score is told apart from retrained."
-    places: dict[str, list[str]] = {}
-    for score in others:
-        places.setdefault(score.metric, []).append(score.part)
-    named = "; ".join(f"{metric} ({', '.join(parts)})" for metric, parts in places.items())
-    return f"{said} Other scores told apart from retrained, each by itself: {named}."
+    """What the rows that decide say, and how many of the others give the main method away."""
+    method = main_method(table)
+    others = [row for row in defined(table, method) if not row.primary]
+    wrong, usual = sum(row in outside(table) for row in others), math.ceil(ALARM * len(others))
+    return (
+        f"{method} is {table.conclusion(method)}. Of its {len(others)} other scores {wrong} are "
+        f"told apart, each by itself; of a retrained model about {usual} would be."
+    )
 
 
 def within(score: EvaluationRow) -> bool:
@@ -208,7 +206,9 @@ def plot_scores(table: Evaluation, ax: Axes | None = None) -> Axes:
     labels = ["≤ -30", *map(str, ticks[1:-1]), "≥ 30"]
     ax.set_xticks(ticks, labels)
     ax.minorticks_off()
-    ax.set_yticks(list(place.values()), [f"{metric}, {part}" for metric, part in place], fontsize=8)
+    stars = {(s.metric, s.part): " *" * s.primary for s in table.scores}
+    words = [f"{metric}, {part}{stars[metric, part]}" for metric, part in place]
+    ax.set_yticks(list(place.values()), words, fontsize=8)
     ax.set_ylim(-0.7, len(keys) - 0.3)
     ax.grid(axis="y", color="#e6e6e6", lw=0.6)
     ax.set_axisbelow(True)
