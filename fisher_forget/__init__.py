@@ -34,7 +34,8 @@ from fisher_forget.report.plots import plot_tradeoff
 from fisher_forget.sweep import SweepTable, sweep
 from fisher_forget.unlearn.forget import forget
 from fisher_forget.unlearn.newton.step import NewtonStep, newton_step
-from fisher_forget.unlearn.noise import NoiseDraw, calibrate_noise, draw_noise
+from fisher_forget.unlearn.noise import NoiseDraw, calibrate_noise
+from fisher_forget.unlearn.noise_draw import draw_noise
 from fisher_forget.unlearn.noise_target import NoiseTarget
 from fisher_forget.unlearn.options import ForgetOptions
 from fisher_forget.unlearn.prepare import Prepared, prepare

@@ -103,6 +103,11 @@ def zeros_like(a: Mapping[str, Tensor]) -> Params:
     return map_params(torch.zeros_like, a)
 
 
+def outline(a: Mapping[str, Tensor]) -> Params:
+    """Names, shapes and dtypes alone: tensors without values, on the device "meta"."""
+    return map_params(lambda x: torch.empty_like(x, device="meta"), a)
+
+
 def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     """Inner product, accumulated in float64."""
     return math.fsum(float(torch.sum(x.double() * b[name].double())) for name, x in a.items())

@@ -13,7 +13,7 @@ from conftest import blobs_data, seeded, small_net
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from fisher_forget import Categorical, estimate_curvature, forget
+from fisher_forget import Categorical, estimate_curvature, forget, prepare
 from fisher_forget import params as P
 from fisher_forget.data.split import resolve_split
 from fisher_forget.errors import ConfigError, CurvatureError, ModelError
@@ -180,10 +180,8 @@ def test_devices(device: Any) -> None:
 class TestSeeds:
     @pytest.mark.parametrize("seed", [3.5, -1, True, "0", torch.tensor(1)])
     def test_refused(self, seed: Any) -> None:
-        result = forget(seeded(small_net), DATA, [0], drift=True, progress=False)
         for call in (
             lambda: forget(seeded(small_net), DATA, [0], seed=seed, drift=True, progress=False),
-            lambda: result.with_noise(0.1, seed=seed),
             lambda: estimate_curvature(seeded(small_net), DATA, seed=seed),
         ):
             with pytest.raises((ConfigError, CurvatureError), match="seed"):
@@ -192,18 +190,31 @@ class TestSeeds:
     @pytest.mark.parametrize("kind", [np.int64, np.uint8, np.int32])
     def test_integers_of_numpy(self, kind: Any) -> None:
         plain, other = (
-            forget(seeded(small_net), DATA, [0], seed=seed, drift=True, progress=False)
-            for seed in (3, kind(3))
+            forget(seeded(small_net), DATA, [0], seed=s, noise=None, drift=True, progress=False)
+            for s in (3, kind(3))
         )
         assert json.dumps(plain.summary()["seed"]) == json.dumps(other.summary()["seed"]) == "3"
         for a, b in zip(plain.model.parameters(), other.model.parameters(), strict=True):
             assert torch.equal(a, b)
-        drawn = [plain.with_noise(0.1, seed=seed) for seed in (5, kind(5))]
-        assert torch.equal(*(model(X) for model in drawn))
         for structure in ("low_rank", "diagonal"):
             estimate_curvature(
                 seeded(small_net), DATA, structure=structure, kind="sketch", seed=kind(1)
             )
+
+    def test_generators_are_torchs(self) -> None:
+        options: dict[str, Any] = {"drift": True, "progress": False}
+        result = forget(seeded(small_net), DATA, [0], noise=None, **options)
+        prepared = prepare(seeded(small_net), DATA, progress=False)
+        for wrong in (3, np.random.default_rng(0), "0", torch.default_generator):
+            for call in (
+                lambda g: forget(seeded(small_net), DATA, [0], generator=g, **options),
+                lambda g: prepared.forget([0], generator=g),
+                lambda g: result.with_noise(0.1, generator=g),
+            ):
+                with pytest.raises(ConfigError, match="generator") as caught:
+                    call(wrong)
+                assert "manual_seed" in str(caught.value)
+        assert not prepared.requests
 
     def test_of_more_bits_than_torch_takes(self) -> None:
         result = forget(seeded(small_net), DATA, [0], seed=2**70, drift=True, progress=False)

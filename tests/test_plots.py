@@ -488,10 +488,10 @@ def test_spectra_are_those_of_the_curvature(trained, blobs, structure):
 
 def test_steps_are_relative_to_the_weights(trained, result):
     ax = plots.plot_steps(result, trained)
-    before = dict(trained.named_parameters())
+    before, after = (dict(m.named_parameters()) for m in (trained, result.model))
     for label, moved in (
         ("Newton step", {n: p - before[n] for n, p in result.newton.params.items()}),
-        ("noise", result.noise.params),
+        ("noise", {n: after[n] - p for n, p in result.newton.params.items()}),
     ):
         wanted = [float((moved[n].norm() / before[n].norm()).detach()) for n in before]
         assert _line(ax, label)[0] == pytest.approx(wanted, rel=1e-5)

@@ -16,6 +16,7 @@ from fisher_forget.report.schema import load_schema
 from fisher_forget.sweep import SweepTable
 
 ROOT = Path(__file__).parent.parent
+SCRUBBED = "scrubbed.safetensors"
 
 
 def write(folder: Path, **changes: object) -> str:
@@ -62,12 +63,29 @@ class TestRun:
         assert resolved["training"]["batch_size"] == 64  # defaults are written out
 
     def test_is_reproducible_from_its_resolved_configuration(self, tmp_path: Path) -> None:
-        main(["run", write(tmp_path)])
+        main(["run", write(tmp_path, noise_seed=3)])
         first = json.loads((tmp_path / "small" / "metrics.json").read_text())
         main(["run", str(tmp_path / "small" / "config.yaml"), "--out", str(tmp_path / "again")])
         second = json.loads((tmp_path / "again" / "small" / "metrics.json").read_text())
         for a, b in zip(first["cases"], second["cases"], strict=True):
             assert a["summary"] == b["summary"]
+            assert not any(run["forget"]["noise"]["secret"] for run in a["runs"])
+            assert all("not secret" in text for text in self.printed(tmp_path))
+
+    def test_its_noise_is_secret_and_fresh(self, tmp_path: Path) -> None:
+        weights = []
+        for out in ("one", "two"):
+            main(["run", write(tmp_path, out=str(tmp_path / out), seeds=[0])])
+            folder = tmp_path / out / "small"
+            metrics = json.loads((folder / "metrics.json").read_text())
+            runs = [run for case in metrics["cases"] for run in case["runs"]]
+            assert all(run["forget"]["noise"]["secret"] for run in runs)
+            weights.append([(folder / run["folder"] / SCRUBBED).read_bytes() for run in runs])
+        assert not any(a == b for a, b in zip(*weights, strict=True))
+
+    @staticmethod
+    def printed(folder: Path) -> list[str]:
+        return [path.read_text() for path in folder.rglob("result.txt")]
 
     def test_a_killed_run_goes_on_and_trains_only_what_is_missing(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
-from fisher_forget import ForgetResult, Problem, estimate_curvature, forget, prepare
+from fisher_forget import ForgetResult, Problem, estimate_curvature, forget, plots, prepare
 from fisher_forget.errors import CurvatureError, DataError, StorageError
+from fisher_forget.evaluate.information import NoiseLaw
 
 DATA = blobs_data()
 PLAIN: dict[str, Any] = {"drift": True, "weight_decay": 0.01, "progress": False}
@@ -26,11 +27,17 @@ MIXED = {"0.*": "ekfac", "2.weight": "matrix_free", "*": "diagonal"}
 STRUCTURES = ["ekfac", "diagonal", "dense", "low_rank", "matrix_free", MIXED]
 
 
-def saved(result: Any) -> Any:
+def saved(result: Any, raw: bool = False) -> Any:
     stream = io.BytesIO()
     torch.save(result, stream)
+    if raw:
+        return stream.getvalue()
     stream.seek(0)
     return torch.load(stream, weights_only=False)
+
+
+def noisy(result: ForgetResult) -> nn.Module:
+    return result.with_noise(0.1, generator=torch.Generator().manual_seed(3))
 
 
 WAYS: dict[str, Callable[[Any], Any]] = {
@@ -60,8 +67,57 @@ class TestEveryStructure:
             with pytest.raises(CurvatureError, match="training data"):
                 twin.with_noise(0.1)
             return
-        drawn = [r.with_noise(0.1, seed=3).state_dict() for r in (result, twin)]
+        drawn = [noisy(r).state_dict() for r in (result, twin)]
         assert all(torch.equal(drawn[0][name], drawn[1][name]) for name in drawn[0])
+
+
+def held(stored: bytes, params: dict[str, torch.Tensor]) -> list[str]:
+    return [name for name, p in params.items() if p.detach().numpy().tobytes() in stored]
+
+
+@pytest.mark.parametrize("structure", STRUCTURES, ids=str)
+class TestNothingGivesTheNoiseAway:
+    """Neither the noise nor the weights before it, nor the original ones, are in what is stored."""
+
+    @pytest.mark.parametrize("way", ["pickle", "torch.save", "repr"])
+    def test_no_weights_are_in_the_file(self, way: str, structure: Any) -> None:
+        model = seeded(small_net)
+        result = forget(model, DATA, [0, 5], structure=structure, noise=0.01, **PLAIN)
+        stored = {
+            "pickle": pickle.dumps(result),
+            "torch.save": saved(result, raw=True),
+            "repr": (repr(result) + repr(result.noise) + repr(result.newton)).encode(),
+        }[way]
+        after = dict(result.model.named_parameters())
+        secrets = {
+            "before": result.corrected,
+            "noise": {name: after[name] - p for name, p in result.corrected.items()},
+            "original": dict(model.named_parameters()),
+        }
+        assert {name: held(stored, params) for name, params in secrets.items()} == {
+            name: [] for name in secrets
+        }
+        assert b"tensor(" not in stored
+        if way != "repr":
+            assert held(stored, after) == list(after)  # it would have been found
+
+    def test_what_needs_the_weights_before_noise_says_so(self, structure: Any) -> None:
+        model = seeded(small_net)
+        result = forget(model, DATA, [0, 5], structure=structure, noise=0.01, **PLAIN)
+        twin = pickle.loads(pickle.dumps(result))
+        calls = (lambda r: r.with_noise(0.1), NoiseLaw.of, lambda r: plots.plot_steps(r, model))
+        for call in calls:
+            with pytest.raises(DataError, match="weights before noise"):
+                call(twin)
+            call(result)
+        assert repr(twin.noise) == repr(result.noise)
+        assert twin.newton.error == result.newton.error
+
+    def test_without_noise_there_is_nothing_to_hide(self, structure: Any) -> None:
+        result = forget(seeded(small_net), DATA, [0, 5], structure=structure, noise=None, **PLAIN)
+        twin = pickle.loads(pickle.dumps(result))
+        for name, p in twin.model.named_parameters():
+            assert torch.equal(twin.corrected[name], p)
 
 
 class Secret(TensorDataset):
@@ -99,7 +155,7 @@ def test_what_needs_the_data_says_so(workers: int) -> None:
         stored.with_noise(0.1)
     copied = copy.deepcopy(result)
     assert copied.split is result.split
-    drawn = [r.with_noise(0.1, seed=3)(DATA.tensors[0]) for r in (result, copied)]
+    drawn = [noisy(r)(DATA.tensors[0]) for r in (result, copied)]
     assert torch.equal(*drawn)
 
 

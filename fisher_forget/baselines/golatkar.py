@@ -15,6 +15,9 @@ weight. The code sums (1/n_r) sum_n sum_y p_ny (d log p_ny / dw)^2 sample by sam
 class. That is the same diagonal, since sum_y p_y (e_y - p)(e_y - p)^T = diag(p) - p p^T is the
 output Hessian of the categorical loss.
 
+For comparisons: the noise is drawn from a seed, so it is public, and hides nothing from whoever
+knows the seed. A release needs `forget`.
+
 BatchNorm's running statistics, which hold the forgotten data too, stay as they are, as in the
 public code; `forget` recomputes them.
 

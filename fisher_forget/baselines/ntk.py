@@ -41,7 +41,7 @@ from fisher_forget.errors import ModelError, NumericalError
 from fisher_forget.likelihood import Gaussian, Likelihood
 from fisher_forget.likelihood.independent import IndependentOutputs
 from fisher_forget.params import Params
-from fisher_forget.unlearn.noise import draw_noise
+from fisher_forget.unlearn.noise_draw import draw_noise
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ tr(B of the filter). One-dimensional parameters get no noise. Golatkar et al. 20
 
 The code draws noise at the outputs of layers (local reparameterisation), which needs to know every
 kind of layer. Here weights are drawn in pairs w + n, w - n, whose first-order effects on the loss
-cancel. The code's learned prior on each layer, which keeps flat directions finite, is left out: the
+cancel. For comparisons: the noise is drawn from a seed, so it is public; a release needs `forget`.
+The code's learned prior on each layer, which keeps flat directions finite, is left out: the
 limit e^-3 does that.
 
 The seed is public: such noise is for comparisons and protects nothing. To release a model, use

@@ -33,7 +33,7 @@ from fisher_forget.curvature.tape import Tape
 from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.likelihood import Likelihood
-from fisher_forget.params import Params, call, detached, size
+from fisher_forget.params import Params, call, size, zeros_like
 
 MOST = 256 << 20  # bytes of recorded tensors at a time: larger chunks are no faster
 REUSED = 128 << 20  # the same where several columns read them: smaller ones are faster then
@@ -115,8 +115,9 @@ class Walk:
         return self.options.memory or default_memory(device)
 
     def like(self) -> Params:
-        """A copy of the parameters."""
-        return detached(self.tape.params)
+        """Zeros with the parameters' names and shapes: a curvature that is stored holds no
+        weights."""
+        return zeros_like(self.tape.params)
 
     def first(self, samples: int) -> Walk:
         """The same walk over its first samples, without a progress bar."""

@@ -67,12 +67,13 @@ class NoiseLaw:
 
         Raises:
             ConfigError: If no noise was added.
+            DataError: If the result was loaded from a file, which has no weights before noise.
         """
         z = result.noise
         if z is None:
             got = "a result without noise"
             raise ConfigError(got, "noise that was drawn", "Call forget with noise='auto'.")
-        return cls(result.newton.params, result.noise_curvature(), z.scale, z.exponent)
+        return cls(result.corrected, result.noise_curvature(), z.scale, z.exponent)
 
     def at(self, mean: nn.Module | Mapping[str, Tensor], scale: float | None = None) -> Self:
         """The law of the same shape around other weights: a retrained model's, say.

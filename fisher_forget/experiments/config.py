@@ -108,6 +108,8 @@ class RunConfig:
         forget: Options of the method; likelihood and seed are the run's, and so is its weight decay
             unless another is given.
         seeds: One original model, scrubbed once, for each.
+        noise_seed: Of the noise of all scrubbed models, for an experiment that is to be repeated
+            number by number: such noise is not secret. By default the operating system gives it.
         retrained: Number of models retrained without each forget set.
         jobs: Worker processes for training.
         out: Parent folder of the results.
@@ -124,6 +126,7 @@ class RunConfig:
     )
     forget: ForgetOptions = field(default_factory=ForgetOptions)
     seeds: list[int] = field(default_factory=lambda: [0])
+    noise_seed: int | None = None
     retrained: int = 5
     jobs: int = 1
     out: str = "runs"
@@ -141,6 +144,7 @@ class RunConfig:
             (f"retrained: {fewest}", fewest >= 2, "at least 2: the floor needs a pair"),
             ("no seeds or no forget_sets", self.seeds and names, "at least one of each"),
             (f"seeds: {self.seeds}", seeds_differ, "different numbers of at least 0"),
+            (f"noise_seed: {self.noise_seed}", (self.noise_seed or 0) >= 0, "at least 0, or null"),
             (f"forget_sets named {names}", len(slugs) == len(names), "a different name for each"),
             ("likelihood or seed in the section forget", not misplaced, own),
             (f"the name {self.name!r}", is_folder, "a folder name, of letters, digits and hyphens"),
@@ -210,8 +214,9 @@ class CompareConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        likelihood = self.likelihood
+        likelihood, from_seeds = self.likelihood, "null: compared methods draw from their seeds"
         _check(
+            (f"noise_seed: {self.noise_seed}", self.noise_seed is None, from_seeds),
             (f"trials: {self.trials}", self.trials >= 1, "at least 1"),
             (f"validation: {self.validation}", 0 < self.validation < 1, "between 0 and 1"),
             (f"likelihood: {likelihood}", likelihood == "categorical", "'categorical'"),

@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from fisher_forget._util import files
+from fisher_forget._util.isolation import seeded
 from fisher_forget.evaluate.closeness import Closeness, summarise
 from fisher_forget.experiments import forget_sets
 from fisher_forget.experiments.cases import Case, prepare_case
@@ -49,9 +50,10 @@ def run(config: RunConfig) -> Path:
     (folder / "config.yaml").write_text(yaml.safe_dump(to_plain(config), sort_keys=False))
     figures: Figures = {}
     entries = []
+    generator = None if config.noise_seed is None else seeded(config.noise_seed)
     for settings in config.forget_sets:
         case = prepare_case(config, data, settings, folder)
-        scrubbed = [_scrub(config, case, index) for index in range(len(config.seeds))]
+        scrubbed = [_scrub(config, case, i, generator) for i in range(len(config.seeds))]
         entries.append(_entry(config, case, scrubbed))
         table = _sweep(config, case) if isinstance(config, SweepConfig) else None
         figures |= _draw(entries[-1], case.folder, table)
@@ -85,11 +87,14 @@ def redraw(config: RunConfig) -> list[Path]:
     return drawn
 
 
-def _scrub(config: RunConfig, case: Case, index: int) -> tuple[ForgetResult, Closeness]:
+def _scrub(
+    config: RunConfig, case: Case, index: int, generator: torch.Generator | None
+) -> tuple[ForgetResult, Closeness]:
     """Forget by one original model; the scrubbed one is stored."""
     seed, original = config.seeds[index], case.originals.models[index]
     options = config.forget_options(seed)
-    result = forget(original, case.data.train, case.forget, options, progress=config.progress)
+    call: Any = {"generator": generator, "progress": config.progress}
+    result = forget(original, case.data.train, case.forget, options, **call)
     closeness = case.references[index].closeness(result.model)
     place = files.ensure_folder(case.folder / f"seed-{seed}")
     about = {"seed": str(seed), "case": case.settings.name}

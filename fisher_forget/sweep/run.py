@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from fisher_forget._util import files
-from fisher_forget._util.isolation import isolated
+from fisher_forget._util.isolation import isolated, seeded
 from fisher_forget._util.threads import torch_threads
 from fisher_forget.baselines import METHODS, Unlearner
 from fisher_forget.baselines.protocol import settings_of
@@ -30,7 +30,7 @@ from fisher_forget.sweep.cells import DRAW, NEWTON, OURS, SHARED, Cell, expand, 
 from fisher_forget.sweep.scorer import Scorer
 from fisher_forget.sweep.table import RUINED, SKIPPED, SweepTable, read
 from fisher_forget.unlearn.forget import scrub
-from fisher_forget.unlearn.noise import noise_step
+from fisher_forget.unlearn.noise import scale_of_noise
 from fisher_forget.unlearn.options import ForgetOptions
 from fisher_forget.unlearn.problem import Problem
 from fisher_forget.unlearn.result import ForgetResult
@@ -82,7 +82,8 @@ def sweep(
     """Score what every combination of the grid's values makes of a model.
 
     Any option of `forget` can be an axis: "noise", "exponent", "damping", "steps", "structure",
-    "kind", ...; "seed" is that of the noise draw, while curvature and Newton step are shared by all
+    "kind", ...; "seed" is that of the noise draw, which is public (no model of a sweep is kept, and
+    `forget` draws noise that is not), while curvature and Newton step are shared by all
     cells that differ in noise, exponent and seed only. "method" names methods of
     `fisher_forget.baselines.METHODS`; their own settings can be axes, too, and cross the methods
     that have them.
@@ -211,9 +212,10 @@ class _Work:
         clock = time.perf_counter()
         scale = noise
         if cell.level < 0:  # a target or "auto": the scale is searched for
-            newton = result.newton
-            scale = noise_step(problem, newton, noise=noise, exponent=exponent, seed=seed).scale
-        model = result.with_noise(scale, seed=seed, exponent=exponent)
+            damped = result.noise_curvature()
+            how = {"noise": noise, "exponent": exponent, "seed": seed}
+            scale = scale_of_noise(problem, result.newton, damped, **how).scale
+        model = result.with_noise(scale, generator=seeded(seed), exponent=exponent)
         seconds = sum(result.seconds[name] for name in ("curvature", "gradient", "newton"))
         row = {"scale": float(scale), "seconds": seconds + time.perf_counter() - clock}
         row["information"] = unit / scale**2 if scale else math.inf  # the bound falls as 1 / s^2

@@ -23,7 +23,8 @@ from fisher_forget.params import Params
 from fisher_forget.unlearn.batch_norm import norm_layers, refresh_statistics
 from fisher_forget.unlearn.newton.step import NewtonStep, newton_step
 from fisher_forget.unlearn.noise import noise_step
-from fisher_forget.unlearn.options import ForgetKeywords, ForgetOptions, merged
+from fisher_forget.unlearn.noise_draw import check_generator
+from fisher_forget.unlearn.options import ForgetOptions, RequestKeywords, merged
 from fisher_forget.unlearn.problem import Problem, with_solver
 from fisher_forget.unlearn.result import ForgetResult, NormStatistics, versions
 
@@ -44,13 +45,14 @@ def forget(
     loss_fn: LossFn | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
-    **changes: Unpack[ForgetKeywords],
+    **changes: Unpack[RequestKeywords],
 ) -> ForgetResult:
     """Forget training samples without retraining.
 
     Everything but the first three arguments has a default that needs no tuning. Nothing given is
     changed: neither the model (its weights, mode, gradients, hooks, buffers) nor any global random
-    state.
+    state. The noise is drawn from the operating system, another one in each call; all else follows
+    from `seed`.
 
     Args:
         model: Trained, in eval mode, float32 or float64; forward gives logits or `.logits`.
@@ -67,7 +69,9 @@ def forget(
             default a model that takes `labels` is asked for its own loss.
         device: Where to compute; by default where the model is.
         progress: Show progress bars.
-        **changes: Fields of `ForgetOptions` by name, over those of `options`: `weight_decay=5e-4`.
+        **changes: Fields of `ForgetOptions` by name, over those of `options`: `weight_decay=5e-4`;
+            and for experiments `generator`, a `torch.Generator` that the noise is drawn from. Such
+            noise is not secret, and `ForgetResult.noise` says so.
 
     Returns:
         A `ForgetResult`; print it.
@@ -87,6 +91,8 @@ def forget(
         37
     """
     with isolated():
+        generator = changes.pop("generator", None)
+        check_generator(generator)
         options = merged(options, changes)
         problem = Problem.of(
             model,
@@ -99,11 +105,16 @@ def forget(
             progress=progress,
         )
         options = options.with_loss(problem.objective.likelihood, loss_fn)
-        return scrub(model, problem, options, progress=progress)
+        return scrub(model, problem, options, generator=generator, progress=progress)
 
 
 def scrub(
-    model: nn.Module, problem: Problem, options: ForgetOptions, *, progress: bool = False
+    model: nn.Module,
+    problem: Problem,
+    options: ForgetOptions,
+    *,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
 ) -> ForgetResult:
     """Newton correction, noise, buffers and losses, once curvature and gradient are known.
 
@@ -111,6 +122,7 @@ def scrub(
         model: Original; untouched.
         problem: Of that model.
         options: As for `forget`.
+        generator: As for `forget`.
         progress: Show progress bars.
     """
     objective, split = problem.objective, problem.split
@@ -120,14 +132,19 @@ def scrub(
         _warn_of_drift(newton, objective.likelihood)
 
     clock = time.perf_counter()
-    drawn = None
+    final, about = newton.params, None
     if options.noise is not None:
-        drawn = noise_step(
-            problem, newton, noise=options.noise, exponent=options.exponent, seed=options.seed
+        drawn, about = noise_step(
+            problem,
+            newton,
+            noise=options.noise,
+            exponent=options.exponent,
+            seed=options.seed,
+            generator=generator,
         )
+        final = P.add(newton.params, drawn)
     noised = time.perf_counter()
 
-    final = newton.params if drawn is None else P.add(newton.params, drawn.params)
     scrubbed = P.load(model, final).eval()
     home = next(scrubbed.parameters()).device
     scrubbed.to(next(iter(objective.start.values())).device)
@@ -138,7 +155,7 @@ def scrub(
         options=options,
         curvature=problem.curvature,
         newton=newton,
-        noise=drawn,
+        noise=about,
         losses=losses,
         statistics=statistics,
         seconds=problem.seconds

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 
 from fisher_forget import params as P
-from fisher_forget._util.checks import is_number
 from fisher_forget._util.isolation import isolated, seeded
 from fisher_forget.curvature.operator import Curvature
 from fisher_forget.data.batches import Batch
@@ -32,82 +31,61 @@ from fisher_forget.data.split import Split, some
 from fisher_forget.errors import ConfigError, NumericalError
 from fisher_forget.params import Params
 from fisher_forget.unlearn.newton.step import NewtonStep
+from fisher_forget.unlearn.noise_draw import check_generator, draw_noise
 from fisher_forget.unlearn.noise_target import EXPONENT, NoiseTarget
 from fisher_forget.unlearn.objective import Objective
 from fisher_forget.unlearn.problem import Problem
 from fisher_forget.unlearn.weight_decay import WeightDecay, decayed, least_of
 
 SAMPLES = 1000  # retained samples, at most, that the loss is measured on while a scale is searched
-DRAWS = 4  # common draws that it is averaged over
+PAIRS = 4  # common draws, each with its negative, that it is averaged over
+SIMULATED = 100_000  # draws of a rise that its quantiles are read off
 DECADES = 6.0  # how far from the quadratic guess the scale may lie, either way
 STEP, RESOLUTION = 0.5, 0.01  # of log10 s: on the way to the target, and when it is close enough
 CURVATURE_SHARE = 1e-3  # damping, as a share of the mean eigenvalue, where nothing else damps
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Calibration:
     """The scale that reaches a target, and what else it does.
 
     Attributes:
         scale: s; 0 if even the smallest noise tried misses the target.
-        rise: Mean rise of the retained loss over calibration draws, nats; NaN for a given scale.
-        drop: By how much the retained score gets worse on them: accuracy as a share, squared error
-            in its own unit; NaN where the scale was given.
+        rise: Expected rise of the retained loss, nats; NaN for a given scale.
+        rise_range: From which to which rise nine draws in ten lie, 5 and 95 % quantiles, nats (see
+            `rise_quantiles`); one draw may well lower the loss.
+        drop: By how much the retained score is expected to get worse: accuracy as a share, squared
+            error in its own unit; NaN for a given scale.
         information: Local forgetting bound, nats; NaN where the error is not known.
         error: sigma_h, in units of the weights; NaN where it is not known.
         target: What was asked for, the default written out; `None` where the scale was given.
     """
 
     scale: float
-    rise: float
-    drop: float
+    rise: float = math.nan
+    rise_range: tuple[float, float] = (math.nan, math.nan)
+    drop: float = math.nan
     information: float
     error: float
-    target: NoiseTarget | None
+    target: NoiseTarget | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseDraw(Calibration):
-    """The noise that was added, and the calibration of its scale.
+    """What may be said of the noise that was added: nothing of it gives the draw away.
 
     Attributes:
-        params: The noise itself.
         exponent: p.
         damping: tau, nats per squared unit of weight; (B + (wd + tau) I) shapes the noise.
-        norm: |noise|.
+        norm: Root-mean-square length of such noise, s tr((B + (wd + tau) I)^-2p)^1/2.
+        secret: Whether it came from the operating system; else from a generator that was given, and
+            whoever knows its state can take the noise away again.
     """
 
-    params: Params
     exponent: float
     damping: float
     norm: float
-
-
-@isolated()
-def draw_noise(
-    curvature: Curvature,
-    like: Params,
-    scale: float,
-    generator: torch.Generator,
-    exponent: float = EXPONENT,
-) -> Params:
-    r"""One draw of s (B + tau I)^-p xi: Gaussian with covariance s^2 (B + tau I)^-2p.
-
-    Args:
-        curvature: Already damped: B + tau I.
-        like: Names and shapes.
-        scale: s >= 0.
-        generator: The draw depends on its state alone.
-        exponent: p.
-
-    Raises:
-        ConfigError: If the scale is negative.
-        CurvatureError: If the curvature is singular.
-    """
-    if not is_number(scale):
-        fix = "Pass scale=1e-3, say, or calibrate it."
-        raise ConfigError(f"noise scale {scale!r}", "a non-negative number", fix)
-    return P.scale(curvature.power(P.randn_like(like, generator), -exponent), scale)
+    secret: bool
 
 
 @isolated()
@@ -124,9 +102,11 @@ def calibrate_noise(
 ) -> Calibration:
     r"""The scale s that reaches a target.
 
-    Rise and drop are measured, as means over `DRAWS` common draws on at most `SAMPLES` retained
-    samples. A target of either is met from below by the largest s, to 2 %, searched around where
-    the quadratic model puts it. Information and trade-off have a closed form (`NoiseTarget`).
+    Rise and drop are measured, as means over `PAIRS` common pairs of draws d and -d on at most
+    `SAMPLES` retained samples: the linear part of the loss, which most of one draw's rise is, has
+    the expectation 0, and cancels in a pair. A target of either is met from below by the largest s,
+    to 2 %, searched around where the quadratic model puts it. Information and trade-off have a
+    closed form (`NoiseTarget`).
 
     Args:
         objective: Losses and scores.
@@ -136,7 +116,7 @@ def calibrate_noise(
         target: By default a rise of max(0.0002 nats, 0.2 % of the loss).
         error: sigma_h where the target has none of its own.
         exponent: p.
-        seed: Of the draws and the samples.
+        seed: Of the draws and the samples; these are public, and only fix the scale.
 
     Raises:
         ConfigError: If the likelihood has no accuracy, the error is needed and not known, or no
@@ -147,12 +127,13 @@ def calibrate_noise(
     target.check(objective.likelihood)
     error = error if target.error is None else target.error
     if target.kind in ("information", "trade_off") and not 0 < error < math.inf:
-        got = f"the noise target {target.kind} without a Newton step, whose error it needs"
+        got = f"the noise target {target.kind}, and a Newton step whose error is not known"
         fix = "Pass NoiseTarget(..., error=...)."
         raise ConfigError(got, "sigma_h, the root-mean-square error of the step per weight", fix)
     generator = seeded(seed)
-    directions = [draw_noise(curvature, at, 1.0, generator, exponent) for _ in range(DRAWS)]
-    harm = _Harm(objective, list(split.batches(some(split.retain, SAMPLES, seed))), at, directions)
+    directions = [draw_noise(curvature, at, 1.0, generator, exponent) for _ in range(PAIRS)]
+    batches = list(split.batches(some(split.retain, SAMPLES, seed)))
+    harm = _Harm(objective, batches, at, directions)
     precision = curvature.power_trace(2 * exponent, seed=seed)
     if target.information is not None:
         scale = _scale_of_information(target.information, error, precision)
@@ -172,11 +153,64 @@ def calibrate_noise(
         allowed, which = (budget, 0) if target.accuracy is None else (target.accuracy, 1)
         scale = largest_scale(lambda s: harm(s)[which], allowed, guess, target)
     rise, drop = harm(scale)
-    return Calibration(scale, rise, drop, information(scale, error, precision), error, target)
+    # the rise of one draw s d is to second order s g.d + s^2/2 d.B d
+    slope = curvature.power(objective.gradient(batches, at).mean(), -exponent)
+    degrees = degrees_of_freedom(curvature, directions, exponent)
+    return Calibration(
+        scale=scale,
+        rise=rise,
+        rise_range=rise_quantiles(rise, scale * P.norm(slope), degrees),
+        drop=drop,
+        information=information(scale, error, precision),
+        error=error,
+        target=target,
+    )
+
+
+def degrees_of_freedom(curvature: Curvature, directions: list[Params], exponent: float) -> float:
+    r"""tr(A)^2 / tr(A^2) with A = (B + tau I)^-p B (B + tau I)^-p: of how many equal eigenvalues A
+    could be.
+
+    Args:
+        curvature: B + tau I.
+        directions: Draws d = (B + tau I)^-p xi, so that E d.B d = tr(A), and that of
+            |(B + tau I)^-p B d|^2 = |A xi|^2 is tr(A^2).
+        exponent: p.
+    """
+    curved = [P.add(curvature.power(d, 1.0), d, -curvature.tau) for d in directions]
+    trace = math.fsum(P.dot(d, bd) for d, bd in zip(directions, curved, strict=True))
+    squares = math.fsum(P.norm(curvature.power(bd, -exponent)) ** 2 for bd in curved)
+    return max(1.0, trace * trace / (len(directions) * squares)) if squares > 0 else math.inf
+
+
+def rise_quantiles(rise: float, slope: float, degrees: float) -> tuple[float, float]:
+    r"""5 and 95 % quantiles of the rise of the retained loss by one draw s d, to second order.
+
+    s g.d is N(0, s^2 |(B + tau I)^-p g|^2), with g the gradient of the retained loss where noise is
+    added, which weight decay alone keeps from being 0 at a minimum. s^2/2 d.B d is a weighted sum
+    of chi-squares, and is taken as one with its mean and variance (Satterthwaite 1946). Both are
+    uncorrelated, an odd and an even function of d, and are taken as independent.
+
+    Args:
+        rise: Expected rise, nats: the mean of the quadratic part.
+        slope: Standard deviation of the linear part, s |(B + tau I)^-p g|, nats.
+        degrees: Degrees of freedom of the quadratic part.
+
+    Returns:
+        NaN where weights overflow.
+    """
+    if not math.isfinite(rise + slope):
+        return math.nan, math.nan
+    rng = np.random.default_rng(0)
+    quadratic = np.full(SIMULATED, rise)
+    if math.isfinite(degrees):
+        quadratic *= rng.chisquare(degrees, SIMULATED) / degrees
+    low, high = np.quantile(quadratic + slope * rng.standard_normal(SIMULATED), (0.05, 0.95))
+    return float(low), float(high)
 
 
 class _Harm:
-    """What noise along common directions does to retained samples.
+    """What noise along common directions, and against them, does to retained samples.
 
     Args:
         objective: Losses and scores.
@@ -194,10 +228,11 @@ class _Harm:
         self.loss, self._score = self._means(at)
 
     def __call__(self, scale: float) -> tuple[float, float]:
-        """(rise of the mean loss, drop of the mean score), means over the directions."""
+        """(rise of the mean loss, drop of the mean score), means over all directions, both ways."""
         if scale not in self._known:
             try:
-                noisy = [self._means(P.add(self._at, d, scale)) for d in self._directions]
+                signed = [(d, s) for d in self._directions for s in (scale, -scale)]
+                noisy = [self._means(P.add(self._at, d, s)) for d, s in signed]
                 loss, score = np.mean(noisy, axis=0).tolist()
                 drop = self._objective.likelihood.score.loss(score, self._score)
                 self._known[scale] = loss - self.loss, drop
@@ -277,7 +312,8 @@ def noise_step(
     noise: float | Literal["auto"] | NoiseTarget = "auto",
     exponent: float = EXPONENT,
     seed: int = 0,
-) -> NoiseDraw:
+    generator: torch.Generator | None = None,
+) -> tuple[Params, NoiseDraw]:
     """Calibrate (unless `noise` is a number) and draw, at the weights of a Newton step.
 
     Args:
@@ -285,11 +321,48 @@ def noise_step(
         newton: The step; its damping and error are those of the noise.
         noise: The scale s, what it is to achieve, or "auto" for the default target.
         exponent: p.
-        seed: Of draw and calibration, which use different streams.
+        seed: Of the calibration, which is public; no noise depends on it.
+        generator: As for `draw_noise`.
+
+    Returns:
+        The noise, and what may be said of it.
     """
+    check_generator(generator)
     damped, tau = noise_curvature(problem.curvature, newton, problem.weight_decay)
+    found = scale_of_noise(problem, newton, damped, noise=noise, exponent=exponent, seed=seed)
+    drawn = draw_noise(damped, newton.params, found.scale, generator, exponent)
+    spread = damped.power_trace(-2 * exponent, seed=seed)
+    return drawn, NoiseDraw(
+        **vars(found),
+        exponent=exponent,
+        damping=tau,
+        norm=found.scale * math.sqrt(spread),
+        secret=generator is None,
+    )
+
+
+@isolated()
+def scale_of_noise(
+    problem: Problem,
+    newton: NewtonStep,
+    damped: Curvature,
+    *,
+    noise: float | Literal["auto"] | NoiseTarget = "auto",
+    exponent: float = EXPONENT,
+    seed: int = 0,
+) -> Calibration:
+    """The scale of the noise, searched unless it is given; nothing is drawn that is released.
+
+    Args:
+        problem: Losses.
+        newton: The step whose weights get the noise.
+        damped: What `noise_curvature` returned.
+        noise: As for `noise_step`.
+        exponent: p.
+        seed: Of the calibration.
+    """
     if isinstance(noise, NoiseTarget) or noise == "auto":
-        calibration = calibrate_noise(
+        return calibrate_noise(
             problem.objective,
             problem.split,
             damped,
@@ -297,18 +370,11 @@ def noise_step(
             target=noise if isinstance(noise, NoiseTarget) else None,
             error=newton.error,
             exponent=exponent,
-            seed=seed + 1,
+            seed=seed,
         )
-    else:
-        known = math.isfinite(newton.error)
-        precision = damped.power_trace(2 * exponent, seed=seed + 1) if known else math.nan
-        bound = information(float(noise), newton.error, precision)
-        calibration = Calibration(float(noise), math.nan, math.nan, bound, newton.error, None)
-    generator = seeded(seed)
-    params = draw_noise(damped, newton.params, calibration.scale, generator, exponent)
-    return NoiseDraw(
-        **vars(calibration), params=params, exponent=exponent, damping=tau, norm=P.norm(params)
-    )
+    precision = damped.power_trace(2 * exponent, seed=seed)
+    bound = information(float(noise), newton.error, precision)
+    return Calibration(scale=float(noise), information=bound, error=newton.error)
 
 
 def noise_curvature(

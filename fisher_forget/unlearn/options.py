@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self, TypedDict, cast
 
 import numpy as np
+import torch
 
 from fisher_forget._util.checks import check_names, is_number, is_whole
 from fisher_forget.curvature.estimate import CurvatureKeywords
@@ -50,7 +51,7 @@ class ForgetOptions:
             2,000 where it only preconditions and shapes the noise, and all where it is inverted
             itself (solver="direct").
         subset: Shell patterns of the parameters that may move ("head.*"); `None` for all trainable.
-        seed: Of every random choice.
+        seed: Of every random choice but the noise, which no seed gives away.
         steps: Newton sub-steps: "auto" follows the flow, see `newton_step`; 1 is the textbook step.
         damping: tau of each step, nats per squared unit of weight; "auto" takes the times of the
             flow, or with a given number of steps the smallest of 13 values whose first step stays
@@ -211,6 +212,12 @@ class ForgetKeywords(TypedDict, total=False):
     noise: float | Literal["auto"] | NoiseTarget | None
     exponent: float
     batch_norm: BatchNorm
+
+
+class RequestKeywords(ForgetKeywords, total=False):
+    """The same, and what belongs to one call alone and to no stored options."""
+
+    generator: torch.Generator | None
 
 
 def merged(options: ForgetOptions | None, changes: ForgetKeywords) -> ForgetOptions:

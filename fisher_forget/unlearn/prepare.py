@@ -17,6 +17,7 @@ from time import perf_counter
 from typing import Any, Unpack, cast
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -33,6 +34,7 @@ from fisher_forget.data.split import Indices, Split, check_scored, resolve_split
 from fisher_forget.errors import ConfigError, StorageError
 from fisher_forget.unlearn.data_sums import DataSums, load_data_sums, save_data_sums, take_data_sums
 from fisher_forget.unlearn.forget import scrub
+from fisher_forget.unlearn.noise_draw import check_generator
 from fisher_forget.unlearn.objective import Objective
 from fisher_forget.unlearn.options import ForgetKeywords, ForgetOptions, merged
 from fisher_forget.unlearn.problem import Problem, curvature_of, objective_of, with_solver
@@ -97,6 +99,7 @@ class Prepared:
         self,
         forget_idx: Sequence[int] | Indices | Tensor | range,
         *,
+        generator: torch.Generator | None = None,
         progress: bool = False,
         **changes: Unpack[ForgetKeywords],
     ) -> ForgetResult:
@@ -107,6 +110,7 @@ class Prepared:
 
         Args:
             forget_idx: Distinct indices into the training data set.
+            generator: As for `forget`: without one, every request has a noise of its own.
             progress: Show progress bars.
             **changes: Options of this request: `steps`, `damping`, `solver`, `drift`, `budget`,
                 `noise`, `exponent` and `batch_norm` of `ForgetOptions`.
@@ -120,6 +124,7 @@ class Prepared:
             got = f"the options {fixed} of a request"
             fix = "Leave them out, or prepare the model anew."
             raise ConfigError(got, "those of prepare(), which the stored sums were made with", fix)
+        check_generator(generator)
         with isolated():
             options = merged(self.options, changes)
             split = self.split.forgetting(forget_idx)
@@ -128,7 +133,7 @@ class Prepared:
             curvature = self._without(split)
             seconds = {"curvature": perf_counter() - begun}
             problem = Problem(self.objective, split, curvature, self.sums, options.decay, seconds)
-            result = scrub(self.model, problem, options, progress=progress)
+            result = scrub(self.model, problem, options, generator=generator, progress=progress)
         requests = [*self.requests, np.setdiff1d(split.forget, self.split.forget).tolist()]
         if self.log is not None:
             self.log.record(requests)

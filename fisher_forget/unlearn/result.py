@@ -16,14 +16,16 @@ from torch.utils.data import Dataset
 
 from fisher_forget import params as P
 from fisher_forget._util.copies import copy_model
-from fisher_forget._util.isolation import isolated, seeded
+from fisher_forget._util.isolation import isolated
 from fisher_forget.curvature.operator import Curvature
 from fisher_forget.data.split import Split
 from fisher_forget.errors import DataError
 from fisher_forget.likelihood import named, resolve_likelihood
+from fisher_forget.params import Params
 from fisher_forget.unlearn.batch_norm import refresh_statistics
 from fisher_forget.unlearn.newton.step import NewtonStep
-from fisher_forget.unlearn.noise import NoiseDraw, draw_noise, information, noise_curvature
+from fisher_forget.unlearn.noise import NoiseDraw, information, noise_curvature
+from fisher_forget.unlearn.noise_draw import draw_noise
 from fisher_forget.unlearn.noise_target import EXPONENT
 from fisher_forget.unlearn.options import ForgetOptions
 from fisher_forget.unlearn.weight_decay import WeightDecay, by_name
@@ -70,9 +72,10 @@ class NormStatistics:
 class ForgetResult:
     """A scrubbed model and everything that was done to get it.
 
-    It can be pickled, and saved by `torch.save`, without the training data: what needs them
-    (`with_noise` where there is BatchNorm, a matrix-free curvature's products) raises an error
-    then. A deep copy shares them.
+    It can be pickled, and saved by `torch.save`, without the training data, and, where noise was
+    added, without the weights before it, whose difference from the model's is the noise. What needs
+    either (`with_noise`, a matrix-free curvature's products) raises an error then. A deep copy has
+    both.
 
     Attributes:
         model: Scrubbed copy, in eval mode, on the given model's device.
@@ -80,7 +83,7 @@ class ForgetResult:
         options: Of the call.
         curvature: Of the retained loss at the given weights, without damping.
         newton: The Newton correction.
-        noise: The noise drawn, or `None`.
+        noise: What may be said of the noise, or `None` where none was added.
         losses: Mean loss in nats, of 2,000 samples of each part at most: retain_before,
             retain_after, forget_before, forget_after.
         statistics: Which layers' running statistics were recomputed on the retained data.
@@ -102,7 +105,10 @@ class ForgetResult:
     def __getstate__(self) -> dict[str, Any]:
         split = self.split
         stored = Split(NotStored(len(split.base)), split.retain, split.forget, split.batch_size)  # type: ignore[arg-type]
-        return vars(self) | {"split": stored}
+        newton = self.newton
+        if self.noise is not None:
+            newton = replace(newton, params=P.outline(newton.params))
+        return vars(self) | {"split": stored, "newton": newton}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """All that someone might change; split, curvature and their data are shared."""
@@ -110,7 +116,6 @@ class ForgetResult:
             self,
             model=copy_model(self.model),
             newton=copy.deepcopy(self.newton, memo),
-            noise=copy.deepcopy(self.noise, memo),
             losses=dict(self.losses),
             seconds=dict(self.seconds),
         )
@@ -142,8 +147,22 @@ class ForgetResult:
         return self.options.decay
 
     @property
+    def corrected(self) -> Params:
+        """The weights before noise, which are to stay with whoever adds it.
+
+        Raises:
+            DataError: If the result was loaded from a file, which has none of them.
+        """
+        if any(p.is_meta for p in self.newton.params.values()):
+            got = "a result with noise that was loaded from a file"
+            expected = "the weights before noise, which no file of it holds: they tell the noise"
+            fix = "Do it before the result is stored, or store one of forget(..., noise=None)."
+            raise DataError(got, expected, fix)
+        return self.newton.params
+
+    @property
     def seed(self) -> int:
-        """Of every random choice."""
+        """Of every random choice but the noise."""
         return self.options.seed
 
     def noise_curvature(self) -> Curvature:
@@ -152,16 +171,27 @@ class ForgetResult:
         return noise_curvature(self.curvature, self.newton, decay)[0]
 
     @isolated()
-    def with_noise(self, scale: float, *, seed: int = 0, exponent: float = EXPONENT) -> nn.Module:
+    def with_noise(
+        self,
+        scale: float,
+        *,
+        generator: torch.Generator | None = None,
+        exponent: float = EXPONENT,
+    ) -> nn.Module:
         """The Newton-corrected model with another noise draw, from the same curvature.
+
+        Whoever sees several draws around the same weights can average them.
 
         Args:
             scale: s; 0 gives the model without noise.
-            seed: Of the draw.
+            generator: As for `forget`.
             exponent: p.
+
+        Raises:
+            ConfigError: If the scale is negative, or the generator is none of torch's.
+            DataError: If the result was loaded from a file that does not hold what is needed.
         """
-        generator = seeded(seed)
-        at = self.newton.params
+        at = self.corrected
         drawn = draw_noise(self.noise_curvature(), at, scale, generator, exponent)
         scrubbed = P.load(self.model, P.add(at, drawn)).eval()
         if self.statistics.refreshed:
@@ -177,8 +207,7 @@ class ForgetResult:
         Args:
             scale: s.
             exponent: p.
-            error: sigma_h, in units of the weights; by default `NewtonStep.error`, NaN where no
-                step was taken.
+            error: sigma_h, in units of the weights; by default `NewtonStep.error`.
         """
         sigma = self.newton.error if error is None else error
         return information(scale, sigma, self.noise_curvature().power_trace(2 * exponent))
@@ -256,7 +285,7 @@ class ForgetResult:
             return
         yield (
             f"  noise      {z.scale:.2e} (B + (wd + tau) I)^-{z.exponent:g}, tau {z.damping:.1e}, "
-            f"|noise| {z.norm:.3g}"
+            f"|noise| {z.norm:.3g}{'' if z.secret else ', not secret'}"
         )
         reached = []
         if z.target is not None:
@@ -267,6 +296,9 @@ class ForgetResult:
             reached.append(f"bound {z.information:.2g} nats")
         if reached:
             yield f"  reached    {', '.join(reached)}"
+        if not math.isnan(z.rise):
+            low, high = z.rise_range
+            yield f"             nine draws in ten: loss {low:+.1e} to {high:+.1e}"
 
     def summary(self) -> dict[str, Any]:
         """Plain numbers for a JSON file."""
@@ -306,7 +338,18 @@ NEWTON_NUMBERS = (
     "held_out",
     "budget",
 )
-NOISE_NUMBERS = ("scale", "exponent", "damping", "norm", "rise", "drop", "information", "error")
+NOISE_NUMBERS = (
+    "scale",
+    "exponent",
+    "damping",
+    "norm",
+    "secret",
+    "rise",
+    "rise_range",
+    "drop",
+    "information",
+    "error",
+)
 
 
 def versions() -> dict[str, str]:

@@ -26,7 +26,7 @@ from fisher_forget.curvature.solvers import flat, matrix
 from fisher_forget.curvature.structures.spec import StructureSpec
 from fisher_forget.curvature.tape import Tape
 from fisher_forget.errors import CurvatureError
-from fisher_forget.params import Params, expanded, flatten, size, unflatten
+from fisher_forget.params import Params, expanded, flatten, size, unflatten, zeros_like
 
 LARGEST = 20_000  # parameters; the eigendecomposition holds three such matrices
 KEY = "all"
@@ -152,7 +152,7 @@ class DenseSum(Accumulator):
     """
 
     def __init__(self, tape: Tape) -> None:
-        self.like = {name: p.detach() for name, p in tape.params.items()}
+        self.like = zeros_like(tape.params)
         d = check_size(self.like)
         first = next(iter(self.like.values()))
         self.sums = torch.zeros(d, d, dtype=first.dtype, device=first.device)

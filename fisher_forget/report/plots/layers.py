@@ -124,20 +124,22 @@ def plot_steps(result: ForgetResult, original: nn.Module, ax: Axes | None = None
         ax: Where to draw.
 
     Raises:
-        DataError: If the original has other parameters.
+        DataError: If the original has other parameters, or the result was loaded from a file,
+            which has no weights before noise.
     """
     before = trainable(original)
     if missing := [name for name in result.newton.params if name not in before]:
         got = f"an original without {missing[:3]}"
         raise DataError(got, "the model given to `forget`", "Pass that one.")
-    names = list(result.newton.params)
+    corrected, names = result.corrected, list(result.newton.params)
     size = [max(_rms(before[name]), TINY) for name in names]
-    steps = {name: result.newton.params[name] - before[name] for name in names}
+    steps = {name: corrected[name] - before[name] for name in names}
     look: dict[str, Any] = {"color": GREEN, "marker": "D", **EDGE}
     series = [("Newton step", steps, look)]
     if result.noise is not None:
         look = {"color": ORANGE, "marker": "o", "fillstyle": "none"}
-        series.append(("noise", dict(result.noise.params), look))
+        after = trainable(result.model)
+        series.append(("noise", {name: after[name] - corrected[name] for name in names}, look))
     ax, rows, shown = axes_or_new(ax, _tall(len(names))), np.arange(len(names)), []
     for label, moves, look in series:
         lengths = [_rms(moves[name]) / s for name, s in zip(names, size, strict=True)]

@@ -116,6 +116,18 @@ class Flow:
             product, b, lambda r: held.power(r, -1), iterations=iterations, tolerance=tolerance
         )
 
+    def still_to_go(self, tau: float) -> Params:
+        """(B + (wd + tau) I)^-1 (grad L + wd w - drift) at the current weights, B as estimated.
+
+        Where the loss is quadratic with this B, and tau is 0, the way to its minimum.
+
+        Raises:
+            CurvatureError: If the curvature is a Hessian that needs more damping.
+        """
+        self._linear = self._linear or self.linearise()
+        held = decayed(self.problem.curvature, self.problem.weight_decay, tau)
+        return held.power(self._linear[0], -1)
+
     def linearise(self) -> tuple[Params, GgnProduct | None, float]:
         """The flow at the current weights, to first order.
 

@@ -13,6 +13,7 @@ STATIONARY = 0.5
 # Times of the sub-steps. One of 1,000 and more can diverge alone, and 125 first is what the classes
 # of digits and MNIST need before the curvature has changed.
 TIMES = (125.0, 250.0, 500.0, 1000.0, 1000.0, 1000.0)
+HORIZON = sum(TIMES)  # of the whole flow
 DRIFTING = (60.0, 250.0, 500.0)  # where the drift is subtracted
 STRICT = 0.002  # budget, nats, of a model that is still being trained: its loss need not rise
 

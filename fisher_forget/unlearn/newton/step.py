@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Unpack
 
 import numpy as np
@@ -36,7 +36,7 @@ from fisher_forget.unlearn.newton.drift import AHEAD, drift_of, drift_prevails
 from fisher_forget.unlearn.newton.flow import Flow, LinearSolver
 from fisher_forget.unlearn.newton.guard import Guard, HeldOut
 from fisher_forget.unlearn.newton.path import Path, SubStep
-from fisher_forget.unlearn.newton.policy import STATIONARY, Signs, decide, stationarity
+from fisher_forget.unlearn.newton.policy import HORIZON, STATIONARY, Signs, decide, stationarity
 from fisher_forget.unlearn.newton.two_solves import TwoSolves
 from fisher_forget.unlearn.options import ForgetKeywords, ForgetOptions, merged
 from fisher_forget.unlearn.problem import Problem, with_solver
@@ -52,7 +52,17 @@ class NewtonStep:
     """The whole correction.
 
     Attributes:
-        params: The corrected parameters.
+        params: The corrected parameters. Where noise is added to them, they are a secret: with
+            them the noise is known, too.
+        error: sigma_h, root-mean-square distance of a weight to where the flow still leads, by one
+            more step over its whole horizon T = `HORIZON` from where it ended,
+
+                sigma_h = |(B + (wd + 1/T) I)^-1 force| / sqrt(d),
+
+            with the estimated curvature B. Where the loss is quadratic, and B is its matrix, this
+            is the distance to the retrained weights, at most a factor 1 + 1 / (T wd) too small, and
+            falls with every correction. Elsewhere it is an estimate, and no bound (docs/noise.md
+            has measurements). NaN where the curvature has no such inverse.
         norm: |w_new - w|.
         gradient_norm: |grad L_r(w) + wd w| at the start.
         stationarity: |grad L_D + wd w|^2 over the sampling variance of the mean gradient, as
@@ -70,7 +80,8 @@ class NewtonStep:
         seconds: Wall time.
     """
 
-    params: Params
+    params: Params = field(repr=False)
+    error: float
     norm: float
     gradient_norm: float
     stationarity: float
@@ -97,17 +108,6 @@ class NewtonStep:
     def noise_damping(self) -> float:
         """tau of the noise: the last sub-step's (1 without); wide where the step was blind."""
         return self.damping if self.accepted else 1.0
-
-    @property
-    def error(self) -> float:
-        """sigma_h, by which the step misses per weight, root mean square: |last sub-step| / sqrt d.
-
-        A rough guess from above of what the flow still had to go, as its sub-steps get shorter; NaN
-        where none was taken.
-        """
-        if not self.accepted:
-            return math.nan
-        return self.accepted[-1].norm / math.sqrt(P.size(self.params))
 
 
 @isolated()
@@ -173,6 +173,7 @@ def newton_step(
     force = P.add(problem.retained.mean(), problem.objective.start, problem.weight_decay)
     return NewtonStep(
         params=path.at,
+        error=_error(flow),
         norm=P.norm(P.add(path.at, problem.objective.start, -1)),
         gradient_norm=P.norm(force),
         stationarity=signs.stationarity,
@@ -185,6 +186,15 @@ def newton_step(
         budget=path.guard.budget,
         seconds=time.perf_counter() - begun,
     )
+
+
+def _error(flow: Flow) -> float:
+    """sigma_h of `NewtonStep` where the flow has ended."""
+    try:
+        ahead = flow.still_to_go(1 / HORIZON)
+    except (CurvatureError, NumericalError):
+        return math.nan
+    return P.norm(ahead) / math.sqrt(P.size(ahead))
 
 
 def _linear_solver(problem: Problem, options: ForgetOptions, working_set: int) -> LinearSolver:

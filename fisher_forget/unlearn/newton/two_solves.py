@@ -50,6 +50,9 @@ class TwoSolves(Flow):
         residual, iterations = max(mine.residual, whole.residual), mine.iterations
         return Solution(P.add(mine.x, whole.x, -1), iterations + whole.iterations, residual)
 
+    def still_to_go(self, tau: float) -> Params:
+        return P.add(super().still_to_go(tau), self._whole.still_to_go(tau), -1)
+
     def move(self, at: Params) -> None:
         """Go on from there: each flow from where its own step has led."""
         mine, whole = self._taken
