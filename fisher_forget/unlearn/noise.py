@@ -177,7 +177,7 @@ def degrees_of_freedom(curvature: Curvature, directions: list[Params], exponent:
             |(B + tau I)^-p B d|^2 = |A xi|^2 is tr(A^2).
         exponent: p.
     """
-    curved = [P.add(curvature.power(d, 1.0), d, -curvature.tau) for d in directions]
+    curved = [curvature.undamped_product(d) for d in directions]
     trace = math.fsum(P.dot(d, bd) for d, bd in zip(directions, curved, strict=True))
     squares = math.fsum(P.norm(curvature.power(bd, -exponent)) ** 2 for bd in curved)
     return max(1.0, trace * trace / (len(directions) * squares)) if squares > 0 else math.inf
