@@ -142,7 +142,7 @@ def test_its_cost_grows_with_the_forget_set_only(
     for few in ([3, 4], [10, 11, 12, 13]):
         Counting.reads = 0
         prepared.forget(few, steps=1, damping=0.1, solver="direct", **QUIET)
-        assert Counting.reads <= 7 * len(prepared.forgotten) + 8 * shown
+        assert Counting.reads <= 7 * len(prepared.forgotten) + 9 * shown
 
 
 class TestOnDisk:
