@@ -9,12 +9,11 @@ Of K originals, each scrubbed, and M retrained models r_i:
 A ratio of means, not a mean of ratios: where the gap of one original is small, its own ratio can be
 anything. Its interval is Fieller's (1954): all shares rho at which the numerator less rho times the
 denominator is not told from zero. The covariance of both is that of a jackknife over the retrained
-models, since all KLs share them and the floor is a U-statistic of their pairs, and, for K > 1, that
-of the originals. Each counts with its own degrees of freedom (Cochran & Cox 1957). With one
-original it is the interval for this original.
+models, since all KLs share them and the floor is a U-statistic of their pairs. It is the interval
+for these originals: how much others would differ is their spread.
 
-The share is defined only where there is a gap: where the original is told apart from a retrained
-model at 5 %, and the interval has two ends.
+The share is defined only where there is a gap: where the originals are told apart from retrained
+models at 5 %, and the interval has two ends.
 """
 
 from __future__ import annotations
@@ -80,19 +79,16 @@ def gap_closed(
     """
     if not p_value(original, to_each, from_each) <= ALARM or not np.isfinite(scrubbed).all():
         return None
-    runs, models = original.shape
-    # [2, K]: numerator and denominator of each original; [2, M]: their means without retrained i
-    parts = np.stack([(original - scrubbed).mean(1), original.mean(1) - to_each.mean()])
+    models = len(to_each)
+    above, below = (original - scrubbed).mean(), original.mean() - to_each.mean()
+    # [2, M]: both without retrained model i
     rest = [
         _without_each((original - scrubbed).mean(0)),
         _without_each(original.mean(0))
         - (models * to_each.mean() - to_each - from_each) / (models - 2),
     ]
     jackknife = (models - 1) ** 2 / models * np.cov(np.stack(rest))
-    spread = _quantile(models - 1, level) ** 2 * jackknife
-    if runs > 1:
-        spread = spread + _quantile(runs - 1, level) ** 2 * np.cov(parts) / runs
-    above, below = parts.mean(1)
+    spread = float(special.stdtrit(models - 1, (1 + level) / 2)) ** 2 * jackknife
     # (above - rho below)^2 <= spread_00 - 2 rho spread_01 + rho^2 spread_11
     a, b, c = below**2 - spread[1, 1], above * below - spread[0, 1], above**2 - spread[0, 0]
     if not (below > 0 and a > 0):
@@ -102,10 +98,11 @@ def gap_closed(
 
 
 def p_value(kl: Array, to_each: Array, from_each: Array) -> float:
-    """Probability that retrained models are as far from the others as these K models; one-sided.
+    """Probability that retrained models differ from the others as much as these K models, which are
+    farther away; 1 where they are not.
 
-    Student's test of the mean logarithms of KL_k against those of the retrained models, with the
-    spread of the retrained models alone, whose mean KL to the others is taken for that to all M
+    As in `verdict`: Student's test of the mean logarithm of KL_k against those of the retrained
+    models, with the spread of these alone, whose mean KL to the others is taken for that to all M
     (`round_robin`). NaN for fewer than three retrained models, or where a KL is not finite.
 
     Args:
@@ -118,17 +115,14 @@ def p_value(kl: Array, to_each: Array, from_each: Array) -> float:
         return math.nan
     x, rows, columns = (LOG.forward(v) for v in (kl.mean(1), to_each, from_each))
     z = round_robin(rows, columns)
-    error = Yardstick(float(z.mean()), float(z.std(ddof=1)), models).error(len(x))
-    off = float(x.mean() - z.mean())
-    if error <= ROUNDING:  # all retrained models alike
-        return float(off <= ROUNDING)
-    return float(special.stdtr(models - 1, -off / error))
+    rod = Yardstick(float(z.mean()), float(z.std(ddof=1)), models)
+    off = float(x.mean()) - rod.mean
+    if off <= ROUNDING:
+        return 1.0
+    # without a spread whatever is farther is apart
+    return rod.p_value(off, len(x)) if rod.std > ROUNDING else 0.0
 
 
 def _without_each(values: Array) -> Array:
     """Means [M] without one of the values each."""
     return np.asarray((values.sum() - values) / (len(values) - 1))
-
-
-def _quantile(df: int, level: float) -> float:
-    return float(special.stdtrit(df, (1 + level) / 2))
