@@ -495,6 +495,17 @@ class TestTable:
         worse = Made().add("a", [1.0], 90).add("b", [2.0], 89)
         assert [r["pareto"] for r in rows(worse.table(), {}, 1.0)] == [True, False]
 
+    def test_other_numbers_of_models_than_the_first_are_not_paired(self) -> None:
+        pair = Made().add("a", [1.0, 1.1], 90).add("b", [1.2, 1.5], 90)
+        alone = rows(pair.table(), {}, 1.0)[0]["smallest_ratio"]
+        with_third = rows(pair.add("c", [2.0, 2.1, 2.3], 90).table(), {}, 1.0)
+        assert with_third[0]["smallest_ratio"] == alone
+        assert math.isnan(with_third[2]["ratio_low"])
+
+    def test_one_original_tells_no_ratio(self) -> None:
+        found = rows(Made().add("a", [1.0], 90).add("b", [2.0], 90).table(), {}, 1.0)
+        assert "nan" not in overview({"x": found}).to_string()
+
     def test_how_far_below_counts_as_equal_follows_the_retrained_models(self) -> None:
         # one more of five models of standard deviation 2 lies 6.1 below their mean at most, in 97.5
         # % of cases

@@ -26,8 +26,8 @@ from fisher_forget.evaluate.ensemble import Members, RetrainedEnsemble
 from fisher_forget.evaluate.evaluation import CONTROL, Evaluation, evaluate
 from fisher_forget.evaluate.metric import Context, Subject
 from fisher_forget.evaluate.metrics import METRICS
-from fisher_forget.evaluate.scoring import EvaluationRow, permutation_test
-from fisher_forget.evaluate.verdict import DIFFERENT, holm, round_robin
+from fisher_forget.evaluate.scoring import EvaluationRow, permutation_test, score_metric
+from fisher_forget.evaluate.verdict import AS_RETRAINED, DIFFERENT, holm, round_robin
 from fisher_forget.experiments.training import TrainSettings, train
 from fisher_forget.likelihood import Bernoulli, Categorical, Gaussian
 from fisher_forget.report.pages.evaluation import distance, plot_scores, wide, write_page
@@ -584,6 +584,57 @@ class TestDocs:
             )
             assert metric.definition in row
             assert metric.source in row
+
+
+def test_a_loss_that_some_models_have_below_zero_is_no_logarithm() -> None:
+    # the loss of a density has no lower end, and an original's may be negative where none of the
+    # retrained models' is
+    metric = dataclasses.replace(METRICS["loss"], solo=lambda a, *_: a.model)
+    context = Context(Gaussian(), Gaussian(), {"forget": torch.zeros(4, 1)})
+    losses = {"original": [-0.3, -0.2, -0.25], "scrubbed": [0.45, 0.5, -0.01]}
+    groups = {
+        name: [Subject({}, value, None) for value in values] for name, values in losses.items()
+    }
+    retrained = [0.5, 0.6, 0.4, 0.55, 0.7]
+    found = score_metric(
+        metric, "forget", groups, [Subject({}, r, None) for r in retrained], context
+    )
+    for row in found:
+        by_hand = stats.ttest_1samp(row.values, 0.0).confidence_interval()
+        assert (row.low, row.high) == pytest.approx(tuple(by_hand))
+    half = stats.t.ppf(0.975, 4) * np.std(retrained, ddof=1) * math.sqrt(1 + 1 / 5)
+    assert found[0].target_high == pytest.approx(0.55 + half)
+
+
+def test_against_equal_retrained_models_an_original_fails_and_their_equal_passes() -> None:
+    targets = torch.arange(40) % 3
+    draw = torch.Generator().manual_seed(0)
+    retrained, original = (
+        Subject(
+            {part: torch.randn(40, 3, generator=draw) for part in PARTS}, seeded(small_net), None
+        )
+        for _ in range(2)
+    )
+    context = Context(Categorical(), Categorical(), dict.fromkeys(PARTS, targets))
+    groups = {"original": [original], "scrubbed": [retrained]}
+    found = Evaluation(
+        tuple(
+            row
+            for name in ("kl", "loss")
+            for row in score_metric(METRICS[name], "forget", groups, [retrained] * 4, context)
+        ),
+        retrained=4,
+        left_out={},
+    )
+    assert found.conclusion("original").label in DIFFERENT
+    assert found.conclusion("original").p_value == 0
+    assert found.conclusion("scrubbed").label == AS_RETRAINED
+    assert found.get("kl").target_low == found.get("kl").target_high == 0
+
+
+def test_several_models_of_one_original_are_refused(ensemble) -> None:
+    with pytest.raises(DataError, match="2 models of a method, made from 3 original"):
+        evaluate(ensemble.originals.models[:2], ensemble, PARTS)
 
 
 def test_the_range_in_a_table_is_that_of_a_method_where_the_originals_is_undefined():

@@ -35,6 +35,11 @@ def test_whatever_is_taken_back_is_possible(z: float) -> None:
     assert 0 <= logit(60).score(z) <= 100
 
 
+def test_nothing_comes_back_as_nothing_and_too_much_as_infinite() -> None:
+    assert LOG.score(float(LOG.forward(np.array(0.0)))) == 0
+    assert LOG.score(1e4) == np.inf
+
+
 def test_the_empirical_logit() -> None:
     # 3 of 10: ln(3.5 / 7.5); none and all have a place, the same distance from the middle
     forward = logit(10).forward

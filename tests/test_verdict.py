@@ -304,11 +304,17 @@ class TestWithoutSpread:
         assert found.p_value == 1
         assert "All retrained models score the same" in found.reason
 
-    def test_only_a_margin_can_judge(self) -> None:
+    def test_whatever_is_off_is_different(self) -> None:
+        # as for a spread that vanishes
+        for x, original, far in ((0.99, 2.0, None), (1.5, 2.0, None), (1.5, 1.2, "high")):
+            nearly = verdict(x, [1.0, 1.0, 1 + 1e-9], original=original, far=far)
+            found = verdict(x, [1.0, 1.0, 1.0], original=original, far=far)
+            assert found.label == nearly.label
+            assert found.p_value == 0
+            assert abs(found.distance) > 1
+
+    def test_a_margin_judges(self) -> None:
         same = [1.0, 1.0, 1.0]
-        unknown = verdict(0.99, same, original=2.0)
-        assert unknown.label == UNDECIDED
-        assert math.isnan(unknown.p_value)
         assert verdict(0.99, same, original=2.0, margin=0.02).label == AS_RETRAINED
         assert verdict(0.9, same, original=2.0, margin=0.02).label == OVER_FORGOTTEN
         far = verdict(1.5, same, original=2.0, margin=0.02)

@@ -49,7 +49,7 @@ def conclude(rows: Sequence[EvaluationRow], original: Sequence[EvaluationRow]) -
         rows: Those that decide; none of them undefined.
         original: The same of the original.
     """
-    together = holm([1.0 if math.isnan(row.p_value) else row.p_value for row in rows])
+    together = holm([row.p_value for row in rows])
     ranked = sorted(zip(together, rows, strict=True), key=lambda pair: pair[0])
     wrong = tuple(row for p, row in ranked if p < ALARM)
     visible = [a for a, b in zip(rows, original, strict=True) if b.label in DIFFERENT]

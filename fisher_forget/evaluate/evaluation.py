@@ -19,6 +19,7 @@ from fisher_forget._util.checks import check_names
 from fisher_forget._util.copies import unwrapped
 from fisher_forget._util.isolation import isolated
 from fisher_forget._util.markdown import markdown_table
+from fisher_forget._util.numbers import MISSING
 from fisher_forget.data import batches
 from fisher_forget.data.split import Split
 from fisher_forget.errors import ConfigError, DataError, NumericalError
@@ -129,7 +130,8 @@ class Evaluation:
             # the original's row may be undefined, and says nothing of the retrained models then
             first = min(row.values(), key=lambda s: not math.isfinite(s.target))
             unit = f", {first.unit}" if first.unit else ""
-            target = f"{first.target:.3g} {expected(first, '({} ... {})')}".strip()
+            mean = f"{first.target:.3g}" if math.isfinite(first.target) else MISSING
+            target = f"{mean} {expected(first, '({} ... {})')}".strip()
             cells = [shown(row[m]) if m in row else "" for m in methods]
             name = f"{metric}{unit}" + " *" * first.primary
             rows.append([name, part, target, *cells])
@@ -327,6 +329,10 @@ def _models(given: Scrubbed | Sequence[Scrubbed], ensemble: RetrainedEnsemble) -
             got = f"a result that forgot {len(result.split.forget)} samples"
             expected = "the forget set of the ensemble"
             raise DataError(got, expected, "Retrain the ensemble without these samples.")
+    if len(results) not in (1, originals := len(ensemble.originals.models)):
+        got = f"{len(results)} models of a method, made from {originals} original(s)"
+        expected = "one, or one of each original: models of one original are not independent"
+        raise DataError(got, expected, "Evaluate them one by one, or train as many originals.")
     return [r.model if isinstance(r, ForgetResult) else unwrapped(r) for r in results]
 
 

@@ -1,13 +1,14 @@
 """Scales on which scores of models are roughly normal, so that no interval leaves what is possible.
 
     linear   z = x
-    log      z = ln x                                        what is positive: KL, losses, distances
+    log      z = ln max(x, 1e-12)                            what is positive: KL, losses, distances
     count    z = ln(x + 1/2)                                 epochs and steps, which may be 0
     logit    z = ln((x + h) / (100 - x + h)), h = 50 / N     shares in % of N samples
 
 The logit is the empirical one, with half a sample at either end (Cox & Snell 1989, Analysis of
 Binary Data, sec. 2.1.6), so that 0 and 100 % have a place. An interval is made of z and taken back:
-a KL cannot come out negative, nor a share above 100 %.
+a KL cannot come out negative, nor a share above 100 %. On the logarithmic scale all numbers up to
+1e-12 are rounding, and come back as 0.
 """
 
 from __future__ import annotations
@@ -37,12 +38,16 @@ class Scale:
     back: Callable[[Array], Array]
 
     def score(self, z: float) -> float:
-        """One number taken back."""
-        return float(self.back(np.array(z)))
+        """One number taken back; infinite where it is too large."""
+        with np.errstate(over="ignore"):
+            return float(self.back(np.array(z)))
 
 
 LINEAR = Scale(np.asarray, np.asarray)
-LOG = Scale(lambda x: np.log(np.maximum(x, LEAST)), np.exp)
+LOG = Scale(
+    lambda x: np.log(np.maximum(x, LEAST)),
+    lambda z: np.where(z > np.log(LEAST) + 1e-9, np.exp(z), 0.0),
+)
 COUNT = Scale(lambda x: np.log(np.add(x, 0.5)), lambda z: np.maximum(np.exp(z) - 0.5, 0.0))
 
 

@@ -116,10 +116,14 @@ def score_metric(
     original: list[float] | None = None
     scale = metric.scale_in(context, part)
     targets, alike = _targets(metric, retrained, part, context, scale)
-    if scale is LOG and min(targets) < 0:  # the loss of a density has no lower end
+    scores = {
+        method: [_value(metric, a, retrained, part, context) for a in group]
+        for method, group in groups.items()
+    }
+    # the loss of a density has no lower end
+    if scale is LOG and any(x < 0 for x in itertools.chain(targets, *scores.values())):
         scale, alike = LINEAR, targets
-    for method, group in groups.items():
-        values = [_value(metric, a, retrained, part, context) for a in group]
+    for method, values in scores.items():
         if original is None:
             original = [v for v in values if math.isfinite(v)]
         key = method, metric.name, part, metric.unit_in(context)

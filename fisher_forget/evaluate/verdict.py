@@ -55,6 +55,7 @@ DIFFERENT = (NOT_FORGOTTEN, OVER_FORGOTTEN, FARTHER)
 
 REMAINDER = 0.5  # of the original's distance, which has to be ruled out
 POWER = 0.8
+EXACT = 1e-12  # relative, up to which scores are equal
 ROUNDING = 1e-6  # relative, by which a model may seem farther away that has not moved
 NOTHING = "Nothing to forget is visible in this score."
 
@@ -72,8 +73,8 @@ class Verdict:
             `level`; it depends on the retrained models alone.
         high: Its upper end.
         p_value: Probability that retrained models differ as much; of a distance, that they are as
-            far. Where all retrained models score the same it is 0 or 1, by the margin, and NaN
-            without one.
+            far. Where all retrained models score the same it is 0 or 1, by the margin, and without
+            one by rounding.
         distance: (xbar - rbar) on the scale over the least one that is different: beyond ±1 it is.
         detectable: Score, on the original's side, that is told apart with a power of 80 %; NaN
             where the retrained models do not differ at all.
@@ -181,7 +182,7 @@ def verdict(
     _check(r, margin, level)
     z = scale.forward(r)
     std = float(z.std(ddof=1))
-    if std <= 1e-12 * max(1.0, float(np.abs(z).max())):  # rounding of equal numbers leaves a trace
+    if std <= EXACT * max(1.0, float(np.abs(z).max())):  # rounding of equal numbers leaves a trace
         return _without_spread(x, r, o, margin, far)
     rod = Yardstick(float(z.mean()), std, len(r), level)
     gap, before = (float(scale.forward(v).mean()) - rod.mean for v in (x, o))
@@ -308,25 +309,22 @@ def _noncentrality(df: int, level: float) -> float:
 
 
 def _without_spread(x: Array, r: Array, o: Array, margin: float | None, far: Far | None) -> Verdict:
-    """All retrained models score the same: without a spread there is no test, only a margin if one
-    was given."""
+    """All retrained models score the same: whatever is off by more than the margin is different,
+    and without a margin whatever is off by more than rounding."""
     value, target = float(x.mean()), float(r.mean())
-    tolerance = 1e-12 * abs(target) if margin is None else margin
+    tolerance = EXACT * max(1.0, abs(target)) if margin is None else margin
     gap, before = value - target, float(o.mean()) - target
-    reason = "All retrained models score the same, so only a margin can judge."
-    within = abs(gap) <= tolerance or not _is_far(gap, far)
-    p, distance = (1.0, gap / tolerance if tolerance else 0.0) if within else (0.0, math.inf)
-    if within:
-        label = AS_RETRAINED
-    elif margin is None:
-        label, p, distance = UNDECIDED, math.nan, math.nan
-        reason += " Give one in the unit of the score."
-    else:
-        distance = gap / margin
+    reason = "All retrained models score the same, and no spread but a margin can judge."
+    if margin is None:
+        reason = "All retrained models score the same."
+    p, label = 1.0, AS_RETRAINED
+    if abs(gap) > tolerance and _is_far(gap, far):
+        p = 0.0
         label, side = different(gap, before if abs(before) > tolerance else 0.0, far)
         reason = f"{side} {reason}"
     if abs(before) <= tolerance:
         reason += f" {NOTHING}"
+    distance = gap / tolerance
     return Verdict(label, value, target, target, target, p, distance, math.nan, reason)
 
 

@@ -81,10 +81,12 @@ def _smallest(kls: Sequence[Sequence[float]]) -> float:
     its own, and would make all others look tied.
 
     Args:
-        kls: KL of every original, for each method that is as accurate as retrained models.
+        kls: KL of every original, for each method that is as accurate as retrained models. Those
+            with another number of models than the first are not paired with it.
     """
     models = len(kls[0]) if kls else 0
-    paired = [log_ratios(other, kls[0]) for other in kls[1:]] if models > 1 else []
+    alike = [other for other in kls[1:] if len(other) == models > 1]
+    paired = [log_ratios(other, kls[0]) for other in alike]
     spreads = [np.std(x, ddof=1) for x in paired if np.isfinite(x).all()]
     return smallest_ratio(float(np.median(spreads)), models) if spreads else math.nan
 

@@ -14,6 +14,7 @@ import pandas as pd
 
 from fisher_forget._util.files import ensure_folder
 from fisher_forget._util.markdown import markdown_table
+from fisher_forget._util.numbers import MISSING
 from fisher_forget.evaluate.evaluation import MARKS, MARKS_LEGEND
 from fisher_forget.report.pages.html import Figure, render_template, write_html
 from fisher_forget.report.pages.svg import inline
@@ -102,7 +103,8 @@ def _interval(row: Row, name: str) -> str:
 def _times(row: Row) -> str:
     """The ratio to the first, with its interval."""
     interval = _interval(row, "ratio")
-    return f"{row['ratio']:.3g}" + (f" ({interval})" if interval else "")
+    ratio = MISSING if math.isnan(row["ratio"]) else f"{row['ratio']:.3g}"
+    return ratio + (f" ({interval})" if interval else "")
 
 
 def to_markdown(table_rows: Sequence[Row]) -> str:
@@ -149,7 +151,8 @@ def overview(cases: Mapping[str, Sequence[Row]], refused: Iterable[str] = ()) ->
     table = [row for *_, row in sorted(shown, key=lambda entry: entry[:2])]
     firsts = {case: table_rows[0] for case, table_rows in cases.items()}
     targets = {case: f"{r['floor']:.2g} ({r['target']:.1f} %)" for case, r in firsts.items()}
-    told = {case: f"{r['smallest_ratio']:.2g}" for case, r in firsts.items()}
+    ratios = {case: r["smallest_ratio"] for case, r in firsts.items()}
+    told = {case: f"{r:.2g}" if math.isfinite(r) else MISSING for case, r in ratios.items()}
     last = [
         {"method": name} | cells | {"retrainings": ""}
         for name, cells in (("retrained, among themselves", targets), (SMALLEST, told))
@@ -301,4 +304,4 @@ def _scores(evaluation: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def _short(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
+    return MISSING if value is None else f"{value:.3g}"
