@@ -606,6 +606,29 @@ def test_a_loss_that_some_models_have_below_zero_is_no_logarithm() -> None:
     assert found[0].target_high == pytest.approx(0.55 + half)
 
 
+@pytest.mark.parametrize(
+    ("name", "least", "most"),
+    [
+        ("step_cosine", -1, 1),
+        ("jensen_shannon", 0, 1),
+        ("total_variation", 0, 100),
+        ("activation_distance", 0, 2),
+        ("zrf", 0, 1),
+        ("tug_of_war", 0, 1),
+        ("average_gap", 0, 100),
+        ("membership_features", 0, 100),
+    ],
+)
+def test_no_range_holds_what_is_impossible(name: str, least: float, most: float) -> None:
+    plain = {"pair": None, "solo": lambda a, *_: a.model, "needs": frozenset()}
+    metric = dataclasses.replace(METRICS[name], **plain)
+    context = Context(Categorical(), Categorical(), {"forget": torch.zeros(50)})
+    scores = [Subject({}, least + share * (most - least), None) for share in (0.05, 0.5, 0.97)]
+    row = score_metric(metric, "forget", {"original": scores}, scores, context)[0]
+    assert least <= row.target_low < row.target < row.target_high <= most
+    assert least <= row.low <= row.high <= most
+
+
 def test_against_equal_retrained_models_an_original_fails_and_their_equal_passes() -> None:
     targets = torch.arange(40) % 3
     draw = torch.Generator().manual_seed(0)

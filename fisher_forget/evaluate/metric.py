@@ -21,7 +21,7 @@ from fisher_forget._util.isolation import seeded
 from fisher_forget.data.split import Split
 from fisher_forget.evaluate import klom
 from fisher_forget.evaluate.intervals import Interval
-from fisher_forget.evaluate.scale import COUNT, LINEAR, LOG, Scale, logit
+from fisher_forget.evaluate.scale import COSINE, COUNT, LINEAR, LOG, Scale, logit
 from fisher_forget.evaluate.verdict import Far
 from fisher_forget.likelihood import Categorical, Likelihood
 
@@ -72,7 +72,7 @@ class Context:
 Solo = Callable[[Subject, str, Context], float]
 Pair = Callable[[Subject, Subject, str, Context], float]
 Group = Callable[[Tensor, Tensor], float]
-Kind = Literal["linear", "log", "count", "logit"]
+Kind = Literal["linear", "log", "count", "cosine", "logit"]
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ class Metric:
             ones, of `LEAST` each at least.
         bounds: The same and its 95 % interval over samples, where it has one.
         parts: Parts of the data it is computed on; empty for all.
+        most: Largest value that is possible, of numbers from 0 on.
         cap: Where counting ends: the true number may be larger.
         samples: Of each part, that it takes at least.
         needs: Besides outputs: "categorical", "membership", "split", "teacher" (see `missing`), or
@@ -110,6 +111,7 @@ class Metric:
     group: Group | None = None
     bounds: Callable[[Tensor, Tensor], Interval] | None = None
     parts: tuple[str, ...] = ()
+    most: float = math.inf
     cap: float = math.inf
     samples: int = 1
     needs: frozenset[str] = field(default_factory=frozenset)
@@ -127,7 +129,9 @@ class Metric:
         share = self.name == "score" and self.unit_in(context) == "%"
         if self.scale == "logit" or share:
             return logit(context.samples(part))
-        return {"linear": LINEAR, "log": LOG, "count": COUNT}[self.scale]
+        scales = {"linear": LINEAR, "log": LOG, "count": COUNT, "cosine": COSINE}
+        scale = scales[self.scale]
+        return scale if math.isinf(self.most) else scale.up_to(self.most)
 
     def grouped(self, models: Sequence[Subject], part: str, context: Context) -> Tensor:
         """Margins [M, N] of models, of the same `GROUP_SAMPLES` samples at most."""

@@ -164,12 +164,12 @@ TABLE = (
     Metric(
         "jensen_shannon", "bits", "symmetric divergence between 0 and 1",
         "mean_n JS_2(p(x_n), p_retrained(x_n))", "Lin 1991, doi:10.1109/18.61115",
-        pair=_mean(divergence.jensen_shannon), needs=CLASSES, far="high",
+        pair=_mean(divergence.jensen_shannon), needs=CLASSES, far="high", most=1.0,
     ),
     Metric(
         "total_variation", "%", "largest difference in the probability of any event",
         "mean_n |p(x_n) - p_retrained(x_n)|_1 / 2", "textbook",
-        pair=_mean(divergence.total_variation, 100.0), needs=CLASSES, far="high",
+        pair=_mean(divergence.total_variation, 100.0), needs=CLASSES, far="high", most=100.0,
     ),
     Metric(
         "agreement", "%", "samples on which both predict the same class",
@@ -179,7 +179,7 @@ TABLE = (
     Metric(
         "activation_distance", "", "distance of the predicted probabilities",
         "mean_n |p(x_n) - p_retrained(x_n)|_1", GOLATKAR,
-        pair=_mean(divergence.total_variation, 2.0), needs=CLASSES, far="high",
+        pair=_mean(divergence.total_variation, 2.0), needs=CLASSES, far="high", most=2.0,
     ),
     Metric(
         "score", "%", "accuracy, or squared error for regression",
@@ -239,7 +239,7 @@ TABLE = (
     Metric(
         "zrf", "", "zero retrain forgetting: likeness to a model that has learned nothing",
         "1 - mean_n JS_2(p(x_n), p_random(x_n))", "Chundawat et al. 2023, arXiv:2205.08096",
-        solo=_zrf, parts=FORGET, needs=CLASSES | {"teacher"}, scale="linear",
+        solo=_zrf, parts=FORGET, needs=CLASSES | {"teacher"}, scale="linear", most=1.0,
     ),
     Metric(
         "weight_distance", "", "distance of the weights to a retrained model's",
@@ -251,7 +251,7 @@ TABLE = (
         "step_cosine", "", "direction of the step against the retrained model's",
         "cos(w - w_original, w_retrained - w_original)", GOLATKAR,
         pair=lambda a, b, *_: weights.step_cosine(a.original, a.model, [b.model]),
-        parts=FORGET, needs=WEIGHTS, far="low", scale="linear",
+        parts=FORGET, needs=WEIGHTS, far="low", scale="cosine",
     ),
     Metric(
         "efficacy", "squared weight / nats",
@@ -284,12 +284,13 @@ TABLE = (
         "tug_of_war", "", "three accuracies against a retrained model's, in one number",
         "prod_parts (1 - |A(w) - A(w_retrained)|)", "Zhao et al. 2024, arXiv:2406.01257",
         pair=_tug_of_war, parts=FORGET, needs=ATTACK, by_name=True, far="low", scale="linear",
+        most=1.0,
     ),
     Metric(
         "average_gap", "%", "the same, with the members that an attack on the confidence calls",
         "mean of |A(w) - A(w_retrained)| over the parts and of |MIA(w) - MIA(w_retrained)|",
         "Fan et al. 2024, arXiv:2310.12508", pair=_average_gap, parts=FORGET, needs=ATTACK,
-        by_name=True, far="high",
+        by_name=True, far="high", most=100.0,
     ),
 )  # fmt: skip
 METRICS: dict[str, Metric] = {m.name: m for m in TABLE}

@@ -3,6 +3,7 @@
     linear   z = x
     log      z = ln max(x, 1e-12)                            what is positive: KL, losses, distances
     count    z = ln(x + 1/2)                                 epochs and steps, which may be 0
+    cosine   z = artanh x                                    cosines (Fisher 1915)
     logit    z = ln((x + h) / (100 - x + h)), h = 50 / N     shares in % of N samples
 
 The logit is the empirical one, with half a sample at either end (Cox & Snell 1989, Analysis of
@@ -42,6 +43,10 @@ class Scale:
         with np.errstate(over="ignore"):
             return float(self.back(np.array(z)))
 
+    def up_to(self, most: float) -> Scale:
+        """The same for scores from 0 to `most`."""
+        return Scale(self.forward, lambda z: np.clip(self.back(z), 0.0, most))
+
 
 LINEAR = Scale(np.asarray, np.asarray)
 LOG = Scale(
@@ -49,6 +54,7 @@ LOG = Scale(
     lambda z: np.where(z > np.log(LEAST) + 1e-9, np.exp(z), 0.0),
 )
 COUNT = Scale(lambda x: np.log(np.add(x, 0.5)), lambda z: np.maximum(np.exp(z) - 0.5, 0.0))
+COSINE = Scale(lambda x: np.arctanh(np.clip(x, LEAST - 1, 1 - LEAST)), np.tanh)
 
 
 def logit(samples: int) -> Scale:
