@@ -206,3 +206,11 @@ def test_curvatures_can_be_pickled_alone() -> None:
     assert all(torch.equal(stored.diagonal()[name], x) for name, x in kept.items())
     with pytest.raises(CurvatureError, match="no file of it holds"):
         stored.power(kept, 1)
+
+
+def test_a_shallow_copy_shares_all_that_the_result_holds() -> None:
+    result = forget(seeded(small_net), DATA, [0, 5], noise=0.01, **PLAIN)
+    twin = copy.copy(result)
+    assert twin is not result
+    assert twin.split is result.split
+    assert twin.corrected is result.corrected

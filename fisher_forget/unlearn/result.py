@@ -74,8 +74,7 @@ class ForgetResult:
 
     It can be pickled, and saved by `torch.save`, without the training data, and, where noise was
     added, without the weights before it, whose difference from the model's is the noise. What needs
-    either (`with_noise`, a matrix-free curvature's products) raises an error then. A deep copy has
-    both.
+    either (`with_noise`, a matrix-free curvature's products) raises an error then. A copy has both.
 
     Attributes:
         model: Scrubbed copy, in eval mode, on the given model's device.
@@ -109,6 +108,10 @@ class ForgetResult:
         if self.noise is not None:
             newton = replace(newton, params=P.outline(newton.params))
         return vars(self) | {"split": stored, "newton": newton}
+
+    def __copy__(self) -> Self:
+        """All that it holds, which pickle's way of copying would leave out."""
+        return replace(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """All that someone might change; split, curvature and their data are shared."""
