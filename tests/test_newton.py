@@ -433,8 +433,11 @@ def test_variance_reduction_is_exact_when_every_sample_is_in_the_working_set() -
 
     def weights(working_set: int) -> Tensor:
         problem = problem_of(model, split, curvature, weight_decay=DECAY)
-        options = ForgetOptions(steps=3, damping=1.0, drift=True)
-        return flatten(newton_step(problem, options, working_set=working_set).params)
+        solver = LinearSolver(working_set=working_set)
+        flow = Flow(problem, split.retain, problem.retained, solver)
+        for _ in range(3):
+            flow.move(P.add(flow.at, flow.solve(1.0).x))
+        return flatten(flow.at)
 
     all_samples, many, few = weights(170), weights(169), weights(20)
     start = flatten(oracle.start(model))
@@ -452,8 +455,9 @@ def test_the_curvature_stands_for_samples_outside_the_working_set() -> None:
     model = ridge(x, y, DECAY)
     curvature = estimate_curvature(model, split, Gaussian(), structure="dense")
     problem = problem_of(model, split, curvature, Gaussian(), DECAY)
-    options = ForgetOptions(steps=2, damping=0.05, solver="cg", drift=False)
-    step = newton_step(problem, options, working_set=50)
+    flow = Flow(problem, split.retain, problem.retained, LinearSolver(working_set=50))
+    for _ in range(2):
+        flow.move(P.add(flow.at, flow.solve(0.05).x))
 
     ones = torch.cat([x[:100], torch.ones(100, 1, dtype=x.dtype)], 1)
     b = ones.T @ ones / 100 + DECAY * torch.eye(6, dtype=x.dtype)
@@ -463,7 +467,7 @@ def test_the_curvature_stands_for_samples_outside_the_working_set() -> None:
             b + 0.05 * torch.eye(6, dtype=x.dtype), b @ w - ones.T @ y[:100] / 100
         )
     torch.testing.assert_close(
-        torch.cat([step.params["weight"].T, step.params["bias"][None]]), w, rtol=0, atol=1e-7
+        torch.cat([flow.at["weight"].T, flow.at["bias"][None]]), w, rtol=0, atol=1e-7
     )
 
 

@@ -87,6 +87,18 @@ def test_the_difference_of_two_newton_steps(solver: str, tau: float) -> None:
         assert relative(flatten(found.params) - retrained, start - trained) < 1e-7
 
 
+@pytest.mark.parametrize("drift", [True, False])
+def test_the_textbook_step_is_of_all_samples(drift: bool) -> None:
+    """However few the working set takes, and however rough the estimated curvature is."""
+    problem, options = problem_and_options(GONE, "diagonal", solver="cg", damping=0.1, drift=drift)
+    model, data = away_from_the_minimum()
+    step = -solved(model, data, KEPT, 0.1)
+    if drift:
+        step = step + solved(model, data, np.arange(N), 0.1)
+    found = newton_step(problem, options, working_set=10)
+    assert relative(flatten(found.params) - flatten(oracle.start(model)), step) < 1e-7
+
+
 @pytest.mark.parametrize("solver", ["cg", "direct"])
 @pytest.mark.parametrize("structure", STRUCTURED, ids=str)
 def test_nobody_forgotten_is_exactly_zero(structure: object, solver: str) -> None:

@@ -130,6 +130,15 @@ def summed(chunks: Iterable[Chunk], v: Mapping[str, Tensor], count: float) -> Pa
     return P.scale(total, 1 / count)
 
 
+def ggn_chunk(model: nn.Module, live: Params, likelihood: Likelihood, batch: Batch) -> GgnChunk:
+    """The GGN of a batch, at the weights that the model has now."""
+    out = P.call(model, {}, batch.args, batch.kwargs)
+    likelihood.check(out.detach(), batch.targets)
+    return GgnChunk(
+        out, live, partial(likelihood.hessian_product, out.detach(), targets=batch.targets)
+    )
+
+
 class DataProduct:
     """v -> B v over a data set: graphs are kept where all fit the memory, else rebuilt by chunk.
 
@@ -141,6 +150,7 @@ class DataProduct:
         samples: How many samples `batches` yields.
         memory: Bytes that graphs may take at a time.
         keep: Overrides the choice.
+        at: The weights that the products are for, where the model is at others.
 
     Attributes:
         count: Scored positions that the mean is over.
@@ -158,8 +168,10 @@ class DataProduct:
         samples: int,
         memory: int,
         keep: bool | None = None,
+        at: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._model, self._batches, self._build = model, batches, build
+        self._within = partial(twice_differentiable, model, at)
         self.sample_bytes = self._measure(next(batches()))
         self._step = max(1, memory // self.sample_bytes)
         self.kept = samples <= self._step if keep is None else keep
@@ -171,13 +183,13 @@ class DataProduct:
     def __call__(self, v: Mapping[str, Tensor]) -> Params:
         """B v."""
         chunks = self._built() if self._chunks is None else self._chunks
-        with twice_differentiable(self._model):
+        with self._within():
             return summed(chunks, v, self.count)
 
     def _built(self) -> Iterator[Chunk]:
         for batch in self._batches():
             for piece in batch.chunks(self._step):
-                with twice_differentiable(self._model):
+                with self._within():
                     chunk = self._build(piece)
                 yield chunk
 
@@ -196,7 +208,7 @@ class DataProduct:
 
         single = next(batch.chunks(1))
         saving = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
-        with twice_differentiable(self._model), saving:
+        with self._within(), saving:
             self._build(single)
         return max(sum(saved.values()), 1)
 
@@ -227,10 +239,7 @@ class GgnProduct:
         self._chunks: list[Chunk] = []
         for batch in batches:
             with self._within():
-                out = P.call(model, {}, batch.args, batch.kwargs)
-                likelihood.check(out.detach(), batch.targets)
-                weight = partial(likelihood.hessian_product, out.detach(), targets=batch.targets)
-                self._chunks.append(GgnChunk(out, live, weight))
+                self._chunks.append(ggn_chunk(model, live, likelihood, batch))
 
     def __call__(self, v: Mapping[str, Tensor]) -> Params:
         """B v."""

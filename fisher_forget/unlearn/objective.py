@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 
 from fisher_forget import params as P
 from fisher_forget.curvature.double_backward import hidden_from_products
-from fisher_forget.curvature.products import GgnProduct
+from fisher_forget.curvature.passes import default_memory
+from fisher_forget.curvature.products import DataProduct, GgnProduct, ggn_chunk
 from fisher_forget.curvature.tape import Tape
 from fisher_forget.data.batches import Batch
-from fisher_forget.data.split import Split
+from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import ConfigError, NumericalError, StorageError
 from fisher_forget.likelihood import Likelihood
 from fisher_forget.params import Params
@@ -160,6 +162,23 @@ class Objective:
         """The GGN of the given samples at given parameters, as products; `count` divides."""
         on = (batch.on(self.model) for batch in batches)
         return GgnProduct(self.model, at, self.tape.params, self.likelihood, on, count)
+
+    def whole_ggn(self, split: Split, samples: Indices, at: Mapping[str, Tensor]) -> DataProduct:
+        """The GGN of the mean loss of all given samples, as products in bounded memory."""
+
+        def batches() -> Iterator[Batch]:
+            return (batch.on(self.model) for batch in split.batches(samples))
+
+        memory = default_memory(next(iter(self.start.values())).device)
+        return DataProduct(
+            self.model,
+            batches,
+            partial(ggn_chunk, self.model, self.tape.params, self.likelihood),
+            self.likelihood,
+            samples=len(samples),
+            memory=memory,
+            at=at,
+        )
 
 
 def _move(model: nn.Module, device: torch.device | str) -> None:

@@ -8,19 +8,19 @@ Only samples with output curvature contribute to the GGN, so products run over t
 samples with the largest tr H_n, re-chosen at every step, and the estimated curvature stands for the
 others in proportion to their share of tr H_n, which is next to nothing in a converged network. The
 gradient is computed in full once and then updated by its change on the working set (variance
-reduction) and, again, by what the curvature says of the others.
+reduction) and, again, by what the curvature says of the others. Where the number of steps and the
+damping are given, both are of all samples: who asks for the textbook step gets that one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from fisher_forget import params as P
-from fisher_forget.curvature.products import GgnProduct
 from fisher_forget.curvature.solvers import Solution, conjugate_gradient
 from fisher_forget.data.split import Indices
 from fisher_forget.params import Params
@@ -34,14 +34,18 @@ POOL = 4000  # candidates among which the working set is re-chosen
 QUICK, EXACT = (10, 0.05), (200, 1e-9)
 
 
+Products = Callable[[Params], Params]
+
+
 @dataclass(frozen=True)
 class LinearSolver:
     """How the linear systems are solved.
 
     Attributes:
         direct: Invert the estimated curvature itself.
-        literal: Solve to the end: number of steps and damping were given.
-        working_set: Samples that enter the products.
+        literal: Solve to the end, with products of all samples: number of steps and damping were
+            given.
+        working_set: Samples that enter the products otherwise.
     """
 
     direct: bool = False
@@ -83,7 +87,7 @@ class Flow:
         self._sums, self._base = sums, dict(problem.objective.start)
         self.at = self._base if start is None else start
         self._rebase = start is not None
-        self._linear: tuple[Params, GgnProduct | None, float] | None = None
+        self._linear: tuple[Params, Products | None, float] | None = None
 
     def move(self, at: Params) -> None:
         """Go on from there."""
@@ -128,22 +132,23 @@ class Flow:
         held = decayed(self.problem.curvature, self.problem.weight_decay, tau)
         return held.power(self._linear[0], -1)
 
-    def linearise(self) -> tuple[Params, GgnProduct | None, float]:
+    def linearise(self) -> tuple[Params, Products | None, float]:
         """The flow at the current weights, to first order.
 
         Returns:
-            The force grad L(w) + wd w - drift; products with the GGN of the working set, `None`
-            where the curvature itself is inverted; the share of tr H_n that is left to it.
+            The force grad L(w) + wd w - drift; products with the GGN of the working set, of all
+            samples in a literal step, `None` where the curvature itself is inverted; the share of
+            tr H_n that is left to it.
         """
         objective = self.problem.objective
-        few = self.solver.working_set
-        working = self.most_curved() if len(self._pool) > few else self._pool
+        few, literal = self.solver.working_set, self.solver.literal
+        working = self._pool if literal or len(self._pool) <= few else self.most_curved()
         if self._rebase:  # the pool tells how far the gradient at the start of the flow has changed
             self._sums = self._sums + self._change(self._pool, self.at)
             self._base, self._rebase = self.at, False
         if self.at is self._base:
             gradient = self._sums.mean()
-        elif len(self.samples) <= few:
+        elif literal or len(self.samples) <= few:
             gradient = objective.gradient(self._batches(self.samples), self.at).mean()
         else:  # variance reduction: only the working set's gradient is computed again
             gradient = (self._sums + self._change(working, self.at)).mean()
@@ -152,6 +157,8 @@ class Flow:
             force = P.add(force, self.drift, -1)
         if self.solver.direct:
             return force, None, 0.0
+        if literal:
+            return force, objective.whole_ggn(self.problem.split, self.samples, self.at), 0.0
         ggn = objective.ggn(self._batches(working), self.at, self._sums.count)
         return force, ggn, self._rest(working)
 

@@ -132,7 +132,8 @@ def newton_step(
         problem: Model, data, curvature and gradient; its `weight_decay` is that of the objective.
         options: `steps`, `damping`, `solver`, `drift`, `budget` and `seed` count here.
         *unexpected: None; a split and a curvature were arguments of version 0.1.
-        working_set: Retained samples that enter the products and the gradient's change one by one.
+        working_set: Retained samples that enter the products and the gradient's change one by one;
+            where steps and damping are given, all do.
         progress: Show progress bars.
         **changes: Fields of `ForgetOptions` by name, over those of `options`.
 
