@@ -549,8 +549,8 @@ class TestLikelihoods:
     @pytest.mark.parametrize("drift", [False, True])
     @pytest.mark.parametrize("likelihood", TARGETS)
     def test_textbook_newton_step_of_a_linear_model(self, likelihood, drift):
-        """w - (H_r + (wd + tau) I)^-1 (grad L_r + wd w - g), g = grad L_D + wd w where the drift is
-        subtracted.
+        """w - d_r, or w - (d_r - d_D) where the drift is subtracted, with d = (H + (wd + tau) I)^-1
+        (grad L + wd w) of the retained samples and of all.
 
         Of a linear model the GGN is autograd's Hessian.
         """
@@ -565,14 +565,14 @@ class TestLikelihoods:
                 + 0.05 / 2 * w.square().sum()
             )
 
-        def gradient(rows):
-            return torch.autograd.functional.jacobian(lambda w: objective(w, rows), start)
+        def newton(rows):
+            def mine(w):
+                return objective(w, rows)
 
-        hessian = torch.autograd.functional.hessian(lambda w: objective(w, keep), start)
-        force = gradient(keep) - gradient(range(60)) if drift else gradient(keep)
-        truth = start - torch.linalg.solve(
-            hessian + 0.2 * torch.eye(15, dtype=torch.float64), force
-        )
+            damped = torch.autograd.functional.hessian(mine, start) + 0.2 * torch.eye(15).double()
+            return torch.linalg.solve(damped, torch.autograd.functional.jacobian(mine, start))
+
+        truth = start - newton(keep) + (newton(range(60)) if drift else 0.0)
         options = PLAIN | {
             "structure": "dense",
             "drift": drift,
