@@ -742,8 +742,9 @@ class TestModelsOfTransformers:
     def test_evaluation_and_sweeps(self) -> None:
         torch.manual_seed(0)
         model, members = gpt2().eval(), tuple(gpt2().eval() for _ in range(4))
-        data, options = Texts(IDS), {"drift": True, "max_samples": 20, "progress": False}
-        result = forget(model, data, range(3), noise=None, **options)
+        data = Texts(IDS)
+        options = {"drift": True, "max_samples": 20, "noise": None, "progress": False}
+        result = forget(model, data, range(3), **options)
         ensemble = RetrainedEnsemble(
             Members((model,), (0,), (0.0,)),
             Members(members, (1, 2, 3, 4), (0.0,) * 4),

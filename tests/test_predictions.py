@@ -79,8 +79,10 @@ class TestPaddedByBatch:
             Reference(models[0], models[1:3], {"test": loader}).closeness(models[3])
             for loader in loaders
         ]
-        for name, value in of[1].parts["test"].__dict__.items():
-            assert getattr(of[0].parts["test"], name) == pytest.approx(value, rel=1e-6)
+        found, expected = (vars(closeness.parts["test"]) for closeness in of)
+        for name, value in expected.items():
+            if name != "gap":  # too few retrained models for one
+                assert found[name] == pytest.approx(value, rel=1e-6)
 
     def test_forget(self, loaders):
         options = PLAIN | {"structure": "dense", "kind": "exact"}
