@@ -238,7 +238,8 @@ def measured(
         return float(nn.functional.cross_entropy(outputs, batch.targets)), float(hit)
 
     loss, score = means(objective.start)
-    draws = [draw_noise(operator, objective.start, scale, generator) for _ in range(noise.PAIRS)]
+    count = noise.pairs(P.size(objective.start))
+    draws = [draw_noise(operator, objective.start, scale, generator) for _ in range(count)]
     noisy = [means(add(objective.start, d, sign)) for d in draws for sign in (1, -1)]
     return np.mean([x for x, _ in noisy]) - loss, score - np.mean([y for _, y in noisy])
 
@@ -352,7 +353,7 @@ class TestCalibration:
             objective, split, operator, objective.start, target=target, exponent=exponent
         )
         expected = found.scale**2 / 2 * float(shape.trace())
-        spread = found.scale**2 * float((shape @ shape).trace() / 2 / noise.PAIRS) ** 0.5
+        spread = found.scale**2 * float((shape @ shape).trace() / 2 / noise.pairs(10)) ** 0.5
         assert 0.0096 < found.rise <= 0.01
         assert abs(expected - found.rise) < 5 * spread
         assert found.drop == pytest.approx(
@@ -489,8 +490,8 @@ class TestTheLinearPart:
 
     @pytest.mark.parametrize("seed", range(6))
     def test_the_expected_rise_meets_the_target(self, seed: int) -> None:
-        """The expectation has a closed form, s^2/2 tr(A). Four pairs know it to the relative
-        standard deviation (2 tr(A^2) / 4)^1/2 / tr(A); within four of these, two-sided 6e-5."""
+        """The expectation has a closed form, s^2/2 tr(A). n pairs know it to the relative
+        standard deviation (2 tr(A^2) / n)^1/2 / tr(A); within four of these, two-sided 6e-5."""
         objective, split, operator = self.sloped()
         target = NoiseTarget(loss=2e-3)
         found = calibrate_noise(
@@ -499,7 +500,7 @@ class TestTheLinearPart:
         plain = dense(operator, objective.start, 1.0) - 0.02 * torch.eye(10).double()
         a = plain @ dense(operator, objective.start, -0.5)
         expected = found.scale**2 / 2 * float(a.trace())
-        spread = float((2 * (a @ a).trace() / noise.PAIRS) ** 0.5 / a.trace())
+        spread = float((2 * (a @ a).trace() / noise.pairs(10)) ** 0.5 / a.trace())
         assert abs(expected / 2e-3 - 1) < 4 * spread + 0.05  # the search ends up to 5 % below
         # four unpaired draws would miss by the slope, which is larger than the target
         slope = objective.gradient(split.batches("retain"), objective.start).mean()
@@ -507,7 +508,7 @@ class TestTheLinearPart:
 
     @pytest.mark.parametrize("loss", [1e-4, 2e-3, 0.05])
     def test_nine_draws_in_ten_are_in_the_range(self, loss: float) -> None:
-        """Over calibrations with six seeds, which know the expectation to a quarter each; the share
+        """Over calibrations with six seeds, which know the expectation to a tenth each; the share
         of 12,000 draws itself has a standard deviation of .003."""
         objective, split, operator = self.sloped()
         target, inside = NoiseTarget(loss=loss), []
@@ -518,6 +519,9 @@ class TestTheLinearPart:
             rises, (low, high) = self.draws(found.scale), found.rise_range
             inside.append(np.mean((low <= rises) & (rises <= high)))
         assert np.mean(inside) == pytest.approx(0.9, abs=0.06)
+
+    def test_few_weights_take_more_pairs(self) -> None:
+        assert [noise.pairs(weights) for weights in (1, 7, 14, 100, 10**6)] == [64, 58, 29, 4, 4]
 
     def test_at_a_minimum_no_draw_lowers_the_loss(self) -> None:
         objective, split, operator = ridge()

@@ -38,7 +38,8 @@ from fisher_forget.unlearn.problem import Problem
 from fisher_forget.unlearn.weight_decay import WeightDecay, decayed, least_of
 
 SAMPLES = 1000  # retained samples, at most, that the loss is measured on while a scale is searched
-PAIRS = 4  # common draws, each with its negative, that it is averaged over
+PAIRS, MOST_PAIRS = 4, 64  # common draws, each with its negative, that it is averaged over
+DEGREES = 400  # weights times pairs, at least (see `pairs`)
 SIMULATED = 100_000  # draws of a rise that its quantiles are read off
 DECADES = 6.0  # how far from the quadratic guess the scale may lie, either way
 STEP, RESOLUTION = 0.5, 0.01  # of log10 s: on the way to the target, and when it is close enough
@@ -102,7 +103,7 @@ def calibrate_noise(
 ) -> Calibration:
     r"""The scale s that reaches a target.
 
-    Rise and drop are measured, as means over `PAIRS` common pairs of draws d and -d on at most
+    Rise and drop are measured, as means over a few common `pairs` of draws d and -d on at most
     `SAMPLES` retained samples: the linear part of the loss, which most of one draw's rise is, has
     the expectation 0, and cancels in a pair. A target of either is met from below by the largest s,
     to 2 %, searched around where the quadratic model puts it. Information and trade-off have a
@@ -131,7 +132,8 @@ def calibrate_noise(
         fix = "Pass NoiseTarget(..., error=...)."
         raise ConfigError(got, "sigma_h, the root-mean-square error of the step per weight", fix)
     generator = seeded(seed)
-    directions = [draw_noise(curvature, at, 1.0, generator, exponent) for _ in range(PAIRS)]
+    count = pairs(P.size(at))
+    directions = [draw_noise(curvature, at, 1.0, generator, exponent) for _ in range(count)]
     batches = list(split.batches(some(split.retain, SAMPLES, seed)))
     harm = _Harm(objective, batches, at, directions)
     precision = curvature.power_trace(2 * exponent, seed=seed)
@@ -165,6 +167,15 @@ def calibrate_noise(
         error=error,
         target=target,
     )
+
+
+def pairs(weights: int) -> int:
+    """Pairs of draws that a rise is averaged over.
+
+    The mean over n pairs varies by (2 / (n k))^1/2 of itself, with at most as many degrees of
+    freedom k as there are weights: a model of few takes more pairs.
+    """
+    return max(PAIRS, min(MOST_PAIRS, math.ceil(DEGREES / max(weights, 1))))
 
 
 def degrees_of_freedom(curvature: Curvature, directions: list[Params], exponent: float) -> float:
