@@ -159,14 +159,21 @@ def test_recipes_of_the_documentation_are_all_there_are():
 
 
 def test_every_method_has_a_row_with_what_a_comparison_may_choose():
-    rows = [line.split(" | ") for line in (ROOT / "docs" / "methods.md").read_text().splitlines()]
-    table = {row[0].strip("| `"): row[2] for row in rows if len(row) == 4}
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    methods, deviations = (
+        [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("| ")]
+        for part in page.split("## Deviations")
+    )
+    table = {row[0].strip("`"): row[2] for row in methods}
     for name, method in METHODS.items():
         choices = "; ".join(
             f"{key}: {values if isinstance(values, Range) else ', '.join(map(str, values))}"
             for key, values in method.grid.items()
         )
         assert table[name] == (choices or "nothing to choose")
+    # what differs is no choice: the two tables have columns of their own
+    assert all(len(row) == 4 for row in deviations)
+    assert not {row[2] for row in methods[1:]} & {row[2] for row in deviations}
 
 
 @pytest.fixture(scope="module")
