@@ -576,7 +576,7 @@ def test_forget_adds_exactly_the_noise_it_reports() -> None:
     )
     assert result.noise.scale == 0.05
     assert not result.noise.secret
-    assert "not secret" in str(result)
+    assert "NOT secret" in str(result)
 
 
 @pytest.mark.parametrize(
@@ -609,7 +609,10 @@ def test_forget_reports_what_its_noise_does(target: dict[str, float] | None) -> 
     lines = str(result).splitlines()
     line = next(line for line in lines if line.startswith("  reached"))
     reached = f"drop {z.drop:.1e}" if z.target.accuracy else f"loss {z.rise:+.1e}"
-    assert f" {z.target.kind} {getattr(z.target, z.target.kind):.2g}: {reached}, bound " in line
+    target = f"{z.target.kind} {getattr(z.target, z.target.kind):.2g}"
+    assert line.endswith(f" {target}: {reached} expected, by the noise alone")
+    promise = "below 1" if z.information < 1 else "1 or more: promises little"
+    assert f"  bound      {z.information:.2g} nats ({promise}" in str(result)
     low, high = z.rise_range
     assert low < z.rise < high
     assert f"nine draws in ten: loss {low:+.1e} to {high:+.1e}" in str(result)
@@ -627,7 +630,7 @@ def test_a_given_scale_has_no_target() -> None:
     assert z.target is None
     assert np.isnan(z.rise)
     assert z.information == pytest.approx(result.information(0.05))
-    assert f"bound {z.information:.2g} nats" in str(result)
+    assert f"bound      {z.information:.2g} nats" in str(result)
 
 
 @pytest.mark.parametrize("kind", ["information", "trade_off"])

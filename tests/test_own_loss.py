@@ -531,7 +531,7 @@ class TestForget:
         before = float((full.weight - retrained.weight).norm())
         assert float((result.model.weight - retrained.weight).norm()) < 1e-4 * before
         assert result.likelihood == "mse"
-        assert "  likelihood mse\n" in str(result)
+        assert "  objective  mse, weight decay 0.1\n" in str(result)
         assert result.summary()["likelihood"] == "mse"
 
     def test_the_warning_names_it(self) -> None:

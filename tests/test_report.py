@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+import statistics
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,51 @@ def test_the_verdict_follows_from_the_numbers(scrubbed, kept, word, said):
         lost is None
         or "6.9 points below the retrained models on the test, retained classes" in lost
     )
+
+
+def test_it_is_worse_only_where_the_rise_is_told_from_none(case):
+    """Student's paired interval, by hand; without a gap the rise alone decides."""
+    case["summary"]["forget"]["gap"] |= {"closed": None, "p_original": 0.09, "p_scrubbed": 0.03}
+    before = [0.021, 0.018, 0.025, 0.02, 0.016]
+    for rises, word in (
+        ([1e-3, 9e-4, 1.1e-3, 1e-3, 8e-4], "worse"),
+        ([1e-3, -9e-4, 1.1e-3, 1e-3, -8e-4], "no clear gap"),
+        ([-1e-3, -9e-4, -1.1e-3, -1e-3, -8e-4], "no clear gap"),
+    ):
+        for run in case["runs"]:
+            run["evaluation"]["parts"]["forget"] |= {
+                "original_each": before,
+                "scrubbed_each": [x + y for x, y in zip(before, rises, strict=True)],
+            }
+        found = tables.growth(case, "forget")
+        mean, std = statistics.mean(rises), statistics.stdev(rises)
+        half = 2.7764 * std / math.sqrt(5)  # Student's, 4 degrees of freedom
+        assert (found.low, found.high) == pytest.approx((mean - half, mean + half), rel=1e-4)
+        assert tables.conclusion(case).word == word
+        console = " ".join(tables.console({"cases": [case]}).split())
+        assert ("95 % interval 8.2e-04 to 0.0011" in console) == (word == "worse")
+
+
+def test_both_answers_are_beside_each_other(case):
+    told = case["summary"]["forget"]["gap"]
+    for p, said in ((0.004, "can still be told from"), (0.4, "cannot be told from")):
+        told["p_scrubbed"] = p
+        sentence = f"The scrubbed models {said} retrained ones (KL 2.18 times the floor, p = "
+        assert str(tables.likeness(case)).startswith(sentence)
+        assert sentence in " ".join(tables.console({"cases": [case]}).split())
+    told["p_scrubbed"] = None
+    assert tables.likeness(case) is None
+
+
+def test_rounding_errors_match_retraining(case):
+    """The floor of a convex problem is smaller still."""
+    case["summary"]["forget"]["kl_scrubbed"]["mean"] = 2.4e-10
+    case["summary"]["forget"]["floor"]["mean"] = 1e-13
+    closed = {"value": 1 - 1e-8, "low": 1 - 2e-8, "high": 1 - 1e-9}
+    case["summary"]["forget"]["gap"] |= {"closed": closed, "p_scrubbed": 0.0}
+    assert tables.conclusion(case).word == "matches retraining"
+    assert "below 1e-09 nats" in str(tables.likeness(case))
+    assert "> 99.9 % of the gap is closed" in tables.sentence(case)
 
 
 def test_a_squared_error_is_not_a_percentage_and_small_is_good():

@@ -70,7 +70,7 @@ class TestRun:
         for a, b in zip(first["cases"], second["cases"], strict=True):
             assert a["summary"] == b["summary"]
             assert not any(run["forget"]["noise"]["secret"] for run in a["runs"])
-            assert all("not secret" in text for text in self.printed(tmp_path))
+            assert all("NOT secret" in text for text in self.printed(tmp_path))
 
     def test_its_noise_is_secret_and_fresh(self, tmp_path: Path) -> None:
         weights = []

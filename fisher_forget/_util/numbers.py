@@ -44,9 +44,11 @@ def percent(share: float) -> str:
     """A share in whole %, without the unit; never rounded up to a whole that was not reached.
 
     Example:
-        >>> percent(0.943), percent(0.9982), percent(-0.4)
-        ('94', '99', '-40')
+        >>> percent(0.943), percent(0.9982), percent(0.99999), percent(-0.4)
+        ('94', '99', '> 99.9', '-40')
     """
+    if 0.999 < share < 1:
+        return "> 99.9"
     return str(math.floor(100 * share) if 0.99 <= share < 1 else round(100 * share))
 
 

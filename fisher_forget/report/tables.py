@@ -14,12 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from fisher_forget._util.numbers import MISSING, number, percent, plus_minus, share
 from fisher_forget.errors import DataError
 from fisher_forget.evaluate.gap import ALARM, FEWEST, Gap
-from fisher_forget.evaluate.intervals import Interval
+from fisher_forget.evaluate.intervals import Interval, t_interval
 from fisher_forget.likelihood import Score
 
 Case = Mapping[str, Any]
@@ -28,6 +29,7 @@ Tone = Literal["good", "fair", "poor", "none"]
 UNDEFINED = "undefined: no clear gap"
 CAVEAT = "An estimate, not a certificate."
 CLOSE, PARTLY = 0.9, 0.5  # shares of the gap from which a case is called close, and partly closed
+SAME = 1e-9  # nats: a KL of rounding errors, whatever the floor
 WIDTH = 100  # columns of a terminal
 PART_LABELS = {"forget": "forgotten data", "retain": "retained data", "test": "test data"}
 # spreads over the retrained models, which are a property of the target and not of the method
@@ -53,9 +55,9 @@ class Conclusion:
     """What a case comes to.
 
     Attributes:
-        word: "matches retraining" (not told apart, and `CLOSE` of the gap is closed with 95 %),
-            "close", "partly closed", "hardly closed", "worse", "costly" (quality lost on data that
-            should be kept), "no clear gap" or "not measured".
+        word: "matches retraining" (not told apart, or a KL below `SAME`; and `CLOSE` of the gap is
+            closed with 95 %), "close", "partly closed", "hardly closed", "worse", "costly" (quality
+            lost on data that should be kept), "no clear gap" or "not measured".
         tone: How good that is.
         reason: What the word means, in one sentence.
     """
@@ -140,6 +142,40 @@ def closed_share(case: Case, part: str) -> str:
     return UNDEFINED if closed is None else share(closed.value, closed.low, closed.high)
 
 
+def growth(case: Case, part: str) -> Interval:
+    """KL scrubbed - KL original and its 95 % interval over the retrained models, nats.
+
+    Paired, model by model: the mean over the seeds of KL(r_i || scrubbed) - KL(r_i || original).
+    Student's interval of these differences is that of a jackknife over the models.
+
+    Raises:
+        DataError: If the case lacks the KLs to each model.
+    """
+    try:
+        runs = [run["evaluation"]["parts"][part] for run in case["runs"]]
+        each = [np.subtract(run["scrubbed_each"], run["original_each"]) for run in runs]
+    except KeyError as error:
+        got = f"a case without {error} in its runs"
+        fix = "Run the configuration again: trained models are kept, and metrics.json is new."
+        raise DataError(got, "one that metrics.schema.json accepts", fix) from error
+    return t_interval(np.mean(each, axis=0))
+
+
+def likeness(case: Case) -> str | None:
+    """Whether the scrubbed models are told apart from retrained ones, in one sentence; `None` where
+    too few are retrained to tell."""
+    p, after = gap(case, "forget").p_scrubbed, estimate(case, "forget", "kl_scrubbed").mean
+    floor = estimate(case, "forget", "floor").mean
+    if not all(map(math.isfinite, (p, after, floor))):
+        return None
+    models = "models" if len(case["runs"]) > 1 else "model"
+    if after <= SAME:
+        return f"The KL of the scrubbed {models} is one of rounding errors: below {SAME:.0e} nats."
+    can = "can still be told" if p <= ALARM else "cannot be told"
+    ratio = f"KL {number(after / floor)} times the floor, " if floor > 0 else ""
+    return f"The scrubbed {models} {can} from retrained ones ({ratio}p = {number(p)})."
+
+
 def sentence(case: Case) -> str:
     """The result on the forgotten data, in one plain sentence."""
     before, after = estimate(case, "forget", "kl_original"), estimate(case, "forget", "kl_scrubbed")
@@ -192,19 +228,23 @@ def cost(case: Case) -> str | None:
 def conclusion(case: Case) -> Conclusion:
     """One word for a case, by fixed thresholds (`CLOSE`, `PARTLY`, `Score.allowed_loss`) and the
     test of `Gap`."""
-    before, after = estimate(case, "forget", "kl_original"), estimate(case, "forget", "kl_scrubbed")
-    floor, found = estimate(case, "forget", "floor"), gap(case, "forget")
+    after, floor = estimate(case, "forget", "kl_scrubbed"), estimate(case, "forget", "floor")
+    found = gap(case, "forget")
     if not (math.isfinite(after.mean) and math.isfinite(floor.mean)):
         return Conclusion("not measured", "none", "A KL is missing or not finite.")
-    farther = after.mean > before.mean and (found.closed is None or found.closed.high < 0)
-    if farther and found.scrubbed_told_apart:
-        return Conclusion("worse", "poor", "Farther from the retrained models than before.")
+    if found.scrubbed_told_apart and (grown := growth(case, "forget")).low > 0:
+        size = f"{number(grown.value)} nats (95 % interval {number(grown.low)} to"
+        why = f"Told apart, and farther from the retrained models than before by {size}"
+        return Conclusion("worse", "poor", f"{why} {number(grown.high)}).")
     lost = cost(case)
     if lost is not None:
         return Conclusion("costly", "poor", lost)
     if found.closed is None:
         return Conclusion("no clear gap", "none", _why_no_gap(case))
     close, partly = f"{100 * CLOSE:.0f} %", f"{100 * PARTLY:.0f}"
+    if after.mean <= SAME:
+        why = f"The KL is one of rounding errors, below {SAME:.0e} nats."
+        return Conclusion("matches retraining", "good", why)
     if found.closed.low >= CLOSE and not found.scrubbed_told_apart:
         why = f"Not told apart from retrained models, and more than {close} of the gap is closed."
         return Conclusion("matches retraining", "good", why)
@@ -284,14 +324,15 @@ def console(metrics: Mapping[str, Any]) -> str:
 
 
 def _console_case(case: Case) -> str:
-    seeds, members = len(case["runs"]), case["members"]
+    seeds, members, word = len(case["runs"]), case["members"], conclusion(case)
     title = (
-        f"{case['name']}: {conclusion(case).word}. "
+        f"{case['name']}: {word.word}. "
         f"{case['forgotten']:,} samples forgotten, {case['retained']:,} retained; "
         f"{seeds} seed{'s' * (seeds > 1)} against {members} retrained models."
     )
     lines = textwrap.wrap(title, WIDTH, subsequent_indent="  ")
-    for text in filter(None, (sentence(case), cost(case), timing(case))):
+    worse = word.reason if word.word == "worse" else None
+    for text in filter(None, (sentence(case), likeness(case), worse, cost(case), timing(case))):
         lines += textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="  ")
     return "\n".join(lines + [f"  {line}" for line in _console_table(case, WIDTH - 2)])
 

@@ -213,10 +213,9 @@ def _warn_of_drift(newton: NewtonStep, likelihood: Likelihood) -> None:
     elif newton.drift_removed:
         moves = "only what forgetting adds to its gradient moves it"
     warnings.warn(
-        "The model is not at a minimum of its training objective (stationarity "
-        f"{newton.stationarity:.2g}, 0.5 expected at most, or training on would lower its loss), "
-        f"so {moves}. Train it to the end, or check that weight_decay and the loss are those of "
-        f"the training: loss_fn= compares the loss{hint}.",
+        f"The model is not at a minimum of its training objective ({newton.unsettled}), so "
+        f"{moves}. Train it to the end, or check that weight_decay and the loss are those of the "
+        f"training: loss_fn= compares the loss{hint}.",
         FisherForgetWarning,
         stacklevel=4,
     )

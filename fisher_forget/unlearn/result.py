@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any, Self
@@ -216,13 +216,13 @@ class ForgetResult:
         return information(scale, sigma, self.noise_curvature().power_trace(2 * exponent))
 
     def __str__(self) -> str:
-        loss, loss_of = self.losses, self.likelihood
+        loss = self.losses
         lines = [
             f"Forgot {len(self.split.forget):,} samples, retained {len(self.split.retain):,}, "
-            f"in {sum(self.seconds.values()):.1f} s (seed {self.seed})",
-            f"  curvature  {self.structure}, {self.kind} kind, of the retained data; "
-            f"{self.seconds['curvature']:.1f} s",
-            *([] if loss_of == "categorical" else [f"  likelihood {loss_of}"]),
+            f"in {sum(self.seconds.values()):.1f} s",
+            f"  objective  {self.likelihood}, weight decay {self._decay()}",
+            f"  curvature  {self.structure}, {self.kind} kind, of the retained data, "
+            f"seed {self.seed}; {self.seconds['curvature']:.1f} s",
             *self._newton_lines(),
             *self._noise_lines(),
         ]
@@ -239,6 +239,12 @@ class ForgetResult:
         )
 
     __repr__ = __str__  # its fields hold whole models
+
+    def _decay(self) -> str:
+        decay = self.weight_decay
+        if not isinstance(decay, Mapping):
+            return f"{decay:g}"
+        return ", ".join(f"{rate:g} ({pattern})" for pattern, rate in decay.items())
 
     def _buffers(self) -> str:
         refreshed, kept = len(self.statistics.refreshed), len(self.statistics.kept)
@@ -277,9 +283,8 @@ class ForgetResult:
                 done = "no step follows"
             elif n.drift_removed:
                 done = "only what forgetting adds to the gradient acts"
-            ratio = f"stationarity {n.stationarity:.2g}"
-            yield f"  note       not at a minimum of the objective ({ratio}):"
-            yield f"             {done}"
+            yield f"  note       not at a minimum of the objective, so {done}:"
+            yield f"             {n.unsettled}"
 
     def _noise_lines(self) -> Iterator[str]:
         z = self.noise
@@ -288,20 +293,21 @@ class ForgetResult:
             return
         yield (
             f"  noise      {z.scale:.2e} (B + (wd + tau) I)^-{z.exponent:g}, tau {z.damping:.1e}, "
-            f"|noise| {z.norm:.3g}{'' if z.secret else ', not secret'}"
+            f"|noise| {z.norm:.3g}"
         )
-        reached = []
+        drawn = "secret, drawn by the operating system" if z.secret else "NOT secret, a generator's"
+        yield f"             {drawn}"
         if z.target is not None:
             by_score = z.target.kind == "accuracy"
             harm = f"drop {z.drop:.1e}" if by_score else f"loss {z.rise:+.1e}"
-            reached.append(f"{z.target}: {harm}")
-        if not math.isnan(z.information):
-            reached.append(f"bound {z.information:.2g} nats")
-        if reached:
-            yield f"  reached    {', '.join(reached)}"
+            yield f"  reached    {z.target}: {harm} expected, by the noise alone"
         if not math.isnan(z.rise):
             low, high = z.rise_range
             yield f"             nine draws in ten: loss {low:+.1e} to {high:+.1e}"
+        if not math.isnan(z.information):
+            strong = "below 1: strong, where its assumptions hold"
+            says = strong if z.information < 1 else "1 or more: promises little"
+            yield f"  bound      {z.information:.2g} nats ({says})"
 
     def summary(self) -> dict[str, Any]:
         """Plain numbers for a JSON file."""

@@ -96,6 +96,7 @@ def render(metrics: Mapping[str, Any], figures: Mapping[str, Path]) -> str:
         error_loss=ERROR_LOSS,
         cases=[_case(case, placed.get(i, [])) for i, case in enumerate(metrics["cases"])],
         figures=placed.get(None, []),
+        repeated=metrics["config"].get("noise_seed") is not None,
         settings=list(flat(metrics["config"])),
         caveat=tables.CAVEAT,
     )
@@ -145,6 +146,7 @@ def _case(case: Case, figures: list[Figure]) -> dict[str, Any]:
         "members": case["members"],
         "conclusion": tables.conclusion(case),
         "sentence": tables.sentence(case),
+        "likeness": tables.likeness(case),
         "cost": tables.cost(case),
         "timing": tables.timing(case),
         "numbers": _numbers(case),

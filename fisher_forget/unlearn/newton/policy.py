@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from fisher_forget import params as P
@@ -24,13 +25,29 @@ class Signs:
 
     Attributes:
         stationarity: |grad L_D + wd w|^2 over the sampling variance of the mean gradient.
-        trains_on: Whether a step of the flow over all samples lowers the loss beyond the budget.
+        gain: By how much a step of the flow over all samples lowers the retained loss, nats; 0
+            where that is not asked for, infinite where such a step cannot be computed.
+        allowed: How much of that is nothing to speak of, nats.
         drift_prevails: Whether more of the force is drift than is owed to the forget set.
     """
 
     stationarity: float
-    trains_on: bool
+    gain: float
+    allowed: float
     drift_prevails: bool
+
+    @property
+    def unsettled(self) -> str:
+        """Why the model is not near a minimum, in words; empty where it is."""
+        ratio = f"stationarity {self.stationarity:.2g}"
+        if not self.stationarity < STATIONARY:
+            return f"{ratio}, {STATIONARY} expected at most"
+        if self.gain <= self.allowed:
+            return ""
+        if math.isinf(self.gain):
+            return f"a step of training on cannot be computed; {ratio} is fine"
+        lower = f"training on would lower the retained loss by {self.gain:.2g} nats"
+        return f"{lower}, {self.allowed:.2g} expected at most; {ratio} is fine"
 
 
 @dataclass(frozen=True)
@@ -38,14 +55,19 @@ class Policy:
     """How to follow the flow.
 
     Attributes:
-        at_minimum: Whether the model is near a minimum of its training objective.
+        unsettled: Why the model is not near a minimum of its training objective; empty if it is.
         remove_drift: Whether only the force that is owed to the forget set acts.
         budget: Allowed rise of the held-out loss, nats; `None` for a share of it.
     """
 
-    at_minimum: bool
+    unsettled: str
     remove_drift: bool
     budget: float | None
+
+    @property
+    def at_minimum(self) -> bool:
+        """Whether the model is near a minimum of its training objective."""
+        return not self.unsettled
 
     def times(self, cleared: bool) -> tuple[float, ...]:
         """Times of the sub-steps of steps="auto".
@@ -61,7 +83,7 @@ class Policy:
 
 def decide(signs: Signs, options: ForgetOptions) -> Policy:
     """The policy for a model with these signs; an option that is given decides itself."""
-    at_minimum = signs.stationarity < STATIONARY and not signs.trains_on
+    at_minimum = not signs.unsettled
     if options.drift == "auto":
         remove_drift = not at_minimum and signs.drift_prevails
     else:
@@ -69,7 +91,7 @@ def decide(signs: Signs, options: ForgetOptions) -> Policy:
     budget = options.budget
     if budget is None and (remove_drift or not at_minimum):
         budget = STRICT
-    return Policy(at_minimum, remove_drift, budget)
+    return Policy(signs.unsettled, remove_drift, budget)
 
 
 def stationarity(problem: Problem) -> float:

@@ -67,9 +67,9 @@ class NewtonStep:
         gradient_norm: |grad L_r(w) + wd w| at the start.
         stationarity: |grad L_D + wd w|^2 over the sampling variance of the mean gradient, as
             retained samples have it; below 0.5 at a minimum.
-        at_minimum: Whether the given model was near a minimum of its training objective: such a
-            gradient, and (if steps="auto") a step of the flow over all samples that does not lower
-            the retained loss beyond the budget.
+        unsettled: Why the given model was not near a minimum of its training objective, in words:
+            its gradient, or (if steps="auto") a step of the flow over all samples that lowers the
+            retained loss beyond the budget. Empty where it was.
         drift_removed: Whether the force that is not owed to the forget set was subtracted.
         absent: Classes that no retained sample is labelled with, whose output rows start at 0.
         path: Every sub-step tried, in order.
@@ -85,7 +85,7 @@ class NewtonStep:
     norm: float
     gradient_norm: float
     stationarity: float
-    at_minimum: bool
+    unsettled: str
     drift_removed: bool
     absent: tuple[int, ...]
     path: tuple[SubStep, ...]
@@ -93,6 +93,11 @@ class NewtonStep:
     loss_before: float
     budget: float
     seconds: float
+
+    @property
+    def at_minimum(self) -> bool:
+        """Whether the given model was near a minimum of its training objective."""
+        return not self.unsettled
 
     @property
     def accepted(self) -> tuple[SubStep, ...]:
@@ -178,7 +183,7 @@ def newton_step(
         norm=P.norm(P.add(path.at, problem.objective.start, -1)),
         gradient_norm=P.norm(force),
         stationarity=signs.stationarity,
-        at_minimum=policy.at_minimum,
+        unsettled=policy.unsettled,
         drift_removed=remove_drift,
         absent=absent,
         path=tuple(path.steps),
@@ -224,27 +229,29 @@ def _signs(problem: Problem, everyone: Flow, guard: Guard, options: ForgetOption
     judge = options.steps == "auto" and ratio < STATIONARY
     return Signs(
         stationarity=ratio,
-        trains_on=judge and _trains_on(problem, everyone, guard.budget, options.seed),
+        gain=_gain(problem, everyone, guard.budget, options.seed) if judge else 0.0,
+        allowed=guard.budget,
         drift_prevails=drift_prevails(problem),
     )
 
 
-def _trains_on(problem: Problem, everyone: Flow, budget: float, seed: int) -> bool:
-    """Whether a step of the flow over all samples, nobody forgotten, lowers the retained loss.
+def _gain(problem: Problem, everyone: Flow, budget: float, seed: int) -> float:
+    """By how much a step of the flow over all samples, nobody forgotten, lowers the retained loss.
 
-    The gradient alone does not tell where the loss is still high: its sampling variance is, too.
+    Nats; 0 where that loss is below the budget, infinite where there is no such step. The gradient
+    alone does not tell where the loss is still high: its sampling variance is, too.
     """
     objective, split = problem.objective, problem.split
     samples = some(split.retain, JUDGED, seed)
     before = objective.mean_loss(split.batches(samples), objective.start)
     if not before > budget:
-        return False
+        return 0.0
     try:
         ahead = P.add(objective.start, everyone.solve(1 / AHEAD).x)
         after = objective.mean_loss(split.batches(samples), ahead)
     except (CurvatureError, NumericalError):
-        return True
-    return not after >= before - budget
+        return math.inf
+    return before - after if math.isfinite(after) else math.inf
 
 
 def _cleared(
