@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fisher_forget.evaluate.paired import geometric, ratio, smallest_ratio
+from fisher_forget.evaluate.paired import geometric, ratio, smallest_ratio, told
 from fisher_forget.evaluate.scale import LEAST
 
 
@@ -75,3 +75,13 @@ def test_nothing_is_told_by_one_or_by_what_is_not_finite() -> None:
     assert math.isnan(smallest_ratio(math.nan, 5))
     assert smallest_ratio(0.0, 5) == 1.0
     assert smallest_ratio(1e4, 2) == math.inf
+
+
+def test_what_could_have_been_told_goes_by_the_paired_spread() -> None:
+    hard = np.exp(np.random.default_rng(0).normal(0, 3, 4))  # common to both: it cancels
+    other = hard * np.exp([0.1, 0.3, -0.2, 0.4])
+    spread = float(np.std([0.1, 0.3, -0.2, 0.4], ddof=1))
+    assert told(other, hard) == pytest.approx(smallest_ratio(spread, 4))
+    assert told([1.0, 2.0], [0.5, 1.0]) == 1.0
+    for values, reference in (([1.0], [2.0]), ([1.0, 2.0], [1.0]), ([math.inf, 1.0], [1.0, 1.0])):
+        assert math.isnan(told(values, reference))

@@ -274,8 +274,6 @@ def make_methods(count: int, seed: int = 0) -> pd.DataFrame:
         accuracy_high=accuracy + 0.4,
     )
     frame["cost"] = np.exp(rng.uniform(np.log(0.01), np.log(3), count))
-    worse = (kl[:, None] >= kl) & (accuracy[:, None] <= accuracy)
-    frame["pareto"] = worse.sum(1) == 1  # by itself alone
     frame["ours"] = frame["method"] == "fisher-forget"
     marks = {
         "method": ["original", "retrained"],
@@ -283,9 +281,32 @@ def make_methods(count: int, seed: int = 0) -> pd.DataFrame:
         "accuracy": [97.8, 97.6],
         "cost": [0.0, 1.0],
     }
-    return pd.concat(
-        [frame, pd.DataFrame(marks).assign(pareto=False, ours=False)], ignore_index=True
+    return pd.concat([frame, pd.DataFrame(marks).assign(ours=False)], ignore_index=True)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("plot", "column"),
+    [(plots.plot_methods, "accuracy"), (plots.plot_cost, "cost")],
+    ids=["accuracy", "cost"],
+)
+def test_the_front_of_each_figure_is_marked_and_joined(plot, column, seed):
+    """Against a loop: a diamond for each method that no other beats, and the line through them
+    alone."""
+    ax, methods = plot(frame := make_methods(24, seed)), frame.iloc[:24]
+    sign = -1 if column == "accuracy" else 1
+    points = list(zip(methods[column], methods["kl"], methods["ours"], strict=True))
+    front = {
+        (x, y): ours
+        for x, y, ours in points
+        if not any(sign * a <= sign * x and b <= y and (a, b) != (x, y) for a, b, _ in points)
+    }
+    diamonds = next(line for line in ax.lines if line.get_marker() == "d")
+    assert {tuple(p) for p in diamonds.get_xydata()} == {p for p, ours in front.items() if not ours}
+    stair = next(
+        line for line in ax.lines if line.get_linestyle() == ":" and line.get_color() == "black"
     )
+    assert {tuple(p) for p in stair.get_xydata()[::2]} == set(front)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -299,7 +320,10 @@ def test_each_of_many_methods_is_drawn_and_can_be_told(plot, column, seed):
     ax = plot(frame)
     rows = frame.iloc[:24]
     assert {(x, y) for x, y in zip(rows[column], rows["kl"], strict=True)} <= _points(ax)
-    direct = rows["pareto"] | rows["ours"]
+    x = rows[column].to_numpy() * (-1 if column == "accuracy" else 1)
+    kl = rows["kl"].to_numpy()
+    worse = (kl[:, None] >= kl) & (x[:, None] >= x)
+    direct = rows["ours"] | (worse.sum(1) == 1)  # by itself alone
     texts = [text.get_text() for text in ax.texts]
     numbered = (~direct).sum()
     assert sorted(texts) == sorted([*rows[direct]["method"], *map(str, range(1, numbered + 1))])
@@ -317,17 +341,52 @@ def test_the_kinds_of_methods_differ_in_shape_and_fill():
     ax = plots.plot_methods(make_methods(12))
     looks = {
         label: ax.get_legend_handles_labels()[1].index(label)
-        for label in ("other methods", "fisher_forget")
+        for label in ("other methods", "fisher-forget")
     }
     handles = ax.get_legend_handles_labels()[0]
     fills = {label: handles[i].get_markerfacecolor() for label, i in looks.items()}
-    assert fills["other methods"] == "white" != fills["fisher_forget"]
+    assert fills["other methods"] == "white" != fills["fisher-forget"]
     shapes = [
         h.get_marker()
         for h, label in zip(*ax.get_legend_handles_labels(), strict=True)
-        if label in ("on the Pareto front", "fisher_forget", "original", "retrained: target")
+        if label in ("on the Pareto front", "fisher-forget", "original", "retrained: target")
     ]
     assert len(set(shapes)) == len(shapes) == 4
+
+
+@pytest.mark.parametrize("plot", [plots.plot_methods, plots.plot_cost])
+@pytest.mark.parametrize("equal", [["accuracy"], ["accuracy", "kl", "cost"]])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("rounding", [0.0, 1e-14])
+def test_methods_that_agree_have_an_axis_with_ticks(tmp_path, plot, equal, count, rounding):
+    frame = make_methods(12).iloc[[*range(count), 12, 13]].copy()
+    steps = 1 + rounding * np.arange(len(frame))
+    for column in equal:
+        value = 100 * 172 / 180 if column == "accuracy" else 0.02
+        for name in [c for c in frame if c.startswith(column)]:
+            frame[name] = value * steps
+    ax = plot(frame)
+    _, svg = plots.save_figure(ax.figure, tmp_path / "equal")  # explains every point
+    assert "method" in svg.read_text() or count == 1
+    for axis, limits in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
+        ticks = axis.get_majorticklocs()
+        assert ((limits[0] <= ticks) & (ticks <= limits[1])).sum() >= 2
+
+
+def test_few_methods_are_all_named():
+    frame = make_methods(12).iloc[[0, 1, 4, 12, 13]]
+    for plot in (plots.plot_methods, plots.plot_cost):
+        ax = plot(frame)
+        assert sorted(t.get_text() for t in ax.texts) == ["fisher-forget", "method-1", "method-4"]
+        assert "interval, 95 %" in [t.get_text() for t in ax.get_legend().get_texts()]
+
+
+def test_a_method_on_the_mark_of_the_original_is_seen():
+    ax = plots.plot_methods(make_methods(12))
+    by_label = {line.get_label(): line for line in ax.lines}
+    original = by_label["original"]
+    assert by_label["other methods"].get_zorder() > original.get_zorder()
+    assert by_label["other methods"].get_markersize() < original.get_markersize()
 
 
 def test_intervals_of_methods():

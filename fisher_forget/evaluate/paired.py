@@ -48,6 +48,21 @@ def ratio(values: Values, reference: Values) -> Interval:
     return _exp(log_ratios(values, reference))
 
 
+def told(values: Values, reference: Values) -> float:
+    """The smallest ratio that these originals would have told, by the spread of their own paired
+    differences; NaN where the two cannot be paired, or a KL is not finite.
+
+    Args:
+        values: [K] nats, one an original.
+        reference: [K] nats, in the same order.
+    """
+    if np.size(values) != np.size(reference) or np.size(values) < 2:
+        return math.nan
+    logs = log_ratios(values, reference)
+    spread = float(np.std(logs, ddof=1)) if np.isfinite(logs).all() else math.nan
+    return smallest_ratio(spread, len(logs))
+
+
 def smallest_ratio(spread: float, models: int) -> float:
     r"""The smallest ratio above 1 that a paired t-test at 5 % finds in 80 % of cases.
 

@@ -13,12 +13,13 @@ from scipy.stats import t as student
 from fisher_forget._util.files import read_json
 from fisher_forget.evaluate.evaluation import CONTROL, MARKS, Evaluation
 from fisher_forget.evaluate.intervals import Interval
-from fisher_forget.evaluate.paired import geometric, log_ratios, ratio, smallest_ratio
+from fisher_forget.evaluate.paired import geometric, ratio, told
 from fisher_forget.likelihood.base import SHARE_LOSS
 from fisher_forget.report.pages.evaluation import defined, within
 
 REFERENCES = ("original", CONTROL, "retrain")  # rows to read the others against
 MAY_LOSE = 100 * SHARE_LOSS  # percentage points below retrained, whatever these do themselves
+TELLS = 2.0  # ratio to the first that must have been told, or "not told apart" says little
 KEPT = ("test, retained classes", "test")  # where accuracy is read: the first that there is
 Row = dict[str, Any]
 
@@ -37,14 +38,15 @@ def rows(table: Evaluation, seconds: Mapping[str, Sequence[float]], retraining: 
     Returns:
         Rows with: method; models; kl, kl_low, kl_high (nats, forgotten samples, geometric mean over
         models and its 95 % interval); ratio, ratio_low, ratio_high (KL over that of the first,
-        paired over the originals, 95 % interval); smallest_ratio (see `_smallest`, the same in all
-        rows); floor (what retrained models have among themselves); kl_retain (nats); accuracy,
-        accuracy_low, accuracy_high (%, test data of what is retained); target (%, of retrained
-        models); accurate (not below what 97.5 % of retrained models reach, or at most `MAY_LOSE`
-        below the target); cost (seconds over those of retraining); mark (verdict of the KL); inside
-        and scored (how many scores a retrained model could have, and how many are defined); tied
-        (not told apart from the first: the interval of the ratio holds 1, and the ratio is at most
-        the smallest); pareto (no method has both less KL and more accuracy).
+        paired over the originals, 95 % interval); smallest_ratio (to the first, that its own spread
+        would have told, see `told`); floor (what retrained models have among themselves);
+        kl_retain (nats); accuracy, accuracy_low, accuracy_high (%, test data of what is retained);
+        target (%, of retrained models); accurate (not below what 97.5 % of retrained models reach,
+        or at most `MAY_LOSE` below the target); cost (seconds over those of retraining); mark
+        (verdict of the KL); inside and scored (how many scores are not told apart from retrained
+        models', and how many are defined); tied (the first, or as close: the interval of the ratio
+        holds 1, and a ratio of `TELLS` would have been told); undecided (neither tied nor told to
+        be farther; both False for a less accurate method).
     """
     parts = {s.part for s in table.scores}
     kept = next(part for part in KEPT if part in parts)
@@ -61,34 +63,17 @@ def rows(table: Evaluation, seconds: Mapping[str, Sequence[float]], retraining: 
     rivals = [r for r in ranked if r["method"] not in REFERENCES]
     kls = {row["method"]: table.get("kl", "forget", row["method"]).values for row in ranked}
     first = kls[rivals[0]["method"]] if rivals else ()
-    smallest = _smallest([kls[r["method"]] for r in rivals if r["accurate"]])
     for row in ranked:
-        ranks = row["method"] not in REFERENCES
-        found = ratio(kls[row["method"]], first) if first else Interval(*[math.nan] * 3)
+        own, leads = kls[row["method"]], bool(rivals) and row is rivals[0]
+        ranks = row["accurate"] and row["method"] not in REFERENCES
+        found = ratio(own, first) if first else Interval(*[math.nan] * 3)
         row |= {"ratio": found.value, "ratio_low": found.low, "ratio_high": found.high}
-        row["smallest_ratio"] = smallest
-        within_reach = found.value <= smallest and found.low <= 1 <= found.high
-        row["tied"] = ranks and row["accurate"] and (row is rivals[0] or within_reach)
-        row["pareto"] = ranks and not any(_better(other, row) for other in rivals)
+        row["smallest_ratio"] = math.nan if leads or not first else told(own, first)
+        as_close = found.low <= 1 <= found.high and row["smallest_ratio"] <= TELLS
+        row["tied"] = ranks and (leads or as_close)
+        farther = found.low > 1 or found.value == math.inf
+        row["undecided"] = ranks and not (row["tied"] or farther)
     return ranked
-
-
-def _smallest(kls: Sequence[Sequence[float]]) -> float:
-    """The smallest ratio to the first that could have been told: with 80 % power at 5 %, for the
-    median over the other methods of the spread of the paired differences of ln KL.
-
-    The median, since a method that does well on some originals and badly on others has a spread of
-    its own, and would make all others look tied.
-
-    Args:
-        kls: KL of every original, for each method that is as accurate as retrained models. Those
-            with another number of models than the first are not paired with it.
-    """
-    models = len(kls[0]) if kls else 0
-    alike = [other for other in kls[1:] if len(other) == models > 1]
-    paired = [log_ratios(other, kls[0]) for other in alike]
-    spreads = [np.std(x, ddof=1) for x in paired if np.isfinite(x).all()]
-    return smallest_ratio(float(np.median(spreads)), models) if spreads else math.nan
 
 
 def read_rows(path: Path) -> dict[str, list[Row]]:
@@ -137,8 +122,3 @@ def _row(
 def _usual(std: float, models: int) -> float:
     """How far below the mean of retrained models one more of them may be, in 97.5 % of cases."""
     return float(student.ppf(0.975, models - 1)) * std * math.sqrt(1 + 1 / models)
-
-
-def _better(row: Row, other: Row) -> bool:
-    as_good = row["kl"] <= other["kl"] and row["accuracy"] >= other["accuracy"]
-    return bool(as_good and (row["kl"] < other["kl"] or row["accuracy"] > other["accuracy"]))

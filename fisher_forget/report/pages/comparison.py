@@ -16,29 +16,35 @@ from fisher_forget._util.files import ensure_folder
 from fisher_forget._util.markdown import markdown_table
 from fisher_forget._util.numbers import MISSING
 from fisher_forget.evaluate.evaluation import MARKS, MARKS_LEGEND
+from fisher_forget.evaluate.verdict import DIFFERENT
 from fisher_forget.report.pages.html import Figure, render_template, write_html
 from fisher_forget.report.pages.svg import inline
 from fisher_forget.report.plots import plot_cost, plot_methods, save_figure
-from fisher_forget.report.ranking import MAY_LOSE, REFERENCES, Row
+from fisher_forget.report.ranking import MAY_LOSE, REFERENCES, TELLS, Row
 
 OURS = "fisher-forget"
 RUINED = 10.0  # points of accuracy below retrained from which on a figure leaves a method out
-SMALLEST = "smallest ratio told from the first"  # the last row of the overview
+TOLD_APART = [MARKS[label] for label in DIFFERENT]
+NOTHING = (
+    "Nothing to forget is visible by KL, since the original is not told apart from retrained "
+    "models either; the order means little. "
+)
 
 
 def answer(table_rows: Sequence[Row]) -> str:
-    """Who is first, who is tied with it, what could have been told, and where fisher-forget
-    stands."""
+    """Whether there is anything to forget, who is first, who is as close, what could have been
+    told, and where fisher-forget stands."""
     rivals = [r for r in table_rows if r["method"] not in REFERENCES]
     if not rivals or not rivals[0]["accurate"]:
         return "No method keeps the accuracy of retrained models."
     first, *others = rivals
-    text = (
+    original = next((r for r in table_rows if r["method"] == "original"), None)
+    text = (NOTHING if original is not None and original["mark"] not in TOLD_APART else "") + (
         f"Closest to retrained at equal accuracy: {first['method']}, {_nats(first)} "
         f"(floor {first['floor']:.2g}); {_told(first, [r for r in others if r['accurate']])}."
     )
     ours = next((r for r in others if r["method"] == OURS), None)
-    if ours is not None and not (ours["tied"] or _undecided(ours)):
+    if ours is not None and not (ours["tied"] or ours["undecided"]):
         text += f" {OURS} is {'behind' if ours['accurate'] else 'less accurate'}: {_nats(ours)}."
     return text
 
@@ -47,32 +53,30 @@ def _told(first: Row, others: Sequence[Row]) -> str:
     """Which of the others, all as accurate, are told apart from the first, in words."""
     if not others:
         return "every other is less accurate"
-    if not math.isfinite(first["smallest_ratio"]):
-        return f"{first['models']} original(s) tell no difference to the others"
+    if first["models"] < 2:
+        return "one original tells no difference to the others"
     found = [
         f"{what}: {', '.join(names)}"
         for what, names in (
-            ("not told apart from it", [r["method"] for r in others if r["tied"]]),
-            ("undecided", [r["method"] for r in others if _undecided(r)]),
+            ("as close", [r["method"] for r in others if r["tied"]]),
+            ("undecided", [r["method"] for r in others if r["undecided"]]),
         )
         if names
     ]
-    return (
-        f"{'; '.join(found) or 'every other is farther away'}; {first['models']} originals tell a "
-        f"ratio of {first['smallest_ratio']:.3g} in 80 % of cases"
-    )
-
-
-def _undecided(row: Row) -> bool:
-    """Whether the ratio to the first may be 1 and is yet too large to pass for equal."""
-    return bool(row["accurate"] and not row["tied"] and not row["ratio_low"] > 1)
+    text = "; ".join(found) or "every other is farther away"
+    ratios = [r["smallest_ratio"] for r in others if math.isfinite(r["smallest_ratio"])]
+    if not ratios:
+        return text
+    ends = [f"{r:.2g}" for r in (min(ratios), max(ratios))]
+    span = ends[0] if len(ratios) == 1 else f"{' to '.join(ends)}, by method"
+    return f"{text}; with {first['models']} originals the smallest ratio told is {span}"
 
 
 def _nats(row: Row) -> str:
     cost = row["cost"]
-    return f"{row['kl']:.2g} nats for " + (
-        f"{cost:.1f} retrainings" if cost >= 1 else f"{100 * cost:.2g} % of one"
-    )
+    share = f"{100 * cost:.2g} %" if cost < 0.995 else f"{cost:.2g} times"
+    share = "" if share == "1 times" else f"{share} of "
+    return f"{row['kl']:.2g} nats at {share}the time of a retraining"
 
 
 def frame(table_rows: Sequence[Row]) -> pd.DataFrame:
@@ -81,13 +85,14 @@ def frame(table_rows: Sequence[Row]) -> pd.DataFrame:
     for row in table_rows:
         shown.append(
             {
-                "method": row["method"] + (" *" if row["tied"] else ""),
+                "method": row["method"] + _sign(row),
                 "KL forgotten (nats)": f"{row['kl']:.3g} {row['mark']}".strip(),
                 "95 %": _interval(row, "kl"),
                 "times the first": _times(row),
+                "smallest told": _ratio(row["smallest_ratio"]),
                 "KL retained": f"{row['kl_retain']:.2g}",
                 "test accuracy of what is retained (%)": f"{row['accuracy']:.1f}",
-                "scores as retrained": f"{row['inside']} of {row['scored']}",
+                "scores not told apart": f"{row['inside']} of {row['scored']}",
                 "cost (retrainings)": f"{row['cost']:.2g}" if row["cost"] else "",
                 "equally accurate": "yes" if row["accurate"] else "no",
             }
@@ -103,8 +108,18 @@ def _interval(row: Row, name: str) -> str:
 def _times(row: Row) -> str:
     """The ratio to the first, with its interval."""
     interval = _interval(row, "ratio")
-    ratio = MISSING if math.isnan(row["ratio"]) else f"{row['ratio']:.3g}"
-    return ratio + (f" ({interval})" if interval else "")
+    return _ratio(row["ratio"]) + (f" ({interval})" if interval else "")
+
+
+def _ratio(ratio: float) -> str:
+    return MISSING if math.isnan(ratio) else f"{ratio:.3g}"
+
+
+def _sign(row: Row) -> str:
+    """How a method stands beside the first, as the legends say."""
+    if row["method"] in REFERENCES:
+        return ""
+    return " *" if row["tied"] else " ?" if row["undecided"] else "" if row["accurate"] else " †"
 
 
 def to_markdown(table_rows: Sequence[Row]) -> str:
@@ -142,8 +157,7 @@ def overview(cases: Mapping[str, Sequence[Row]], refused: Iterable[str] = ()) ->
                 cells[case] = "–"
                 continue
             row = table_rows[place]
-            mark = " *" if row["tied"] else "" if row["accurate"] or name in REFERENCES else " †"
-            cells[case] = f"{row['kl']:.2g}{mark} ({row['accuracy']:.1f} %)"
+            cells[case] = f"{row['kl']:.2g}{_sign(row)} ({row['accuracy']:.1f} %)"
             costs.append(row["cost"])
         cost = f"{np.median(costs):.2g}" if costs and name != "original" else ""
         row = {"method": name} | cells | {"retrainings": cost}
@@ -151,13 +165,9 @@ def overview(cases: Mapping[str, Sequence[Row]], refused: Iterable[str] = ()) ->
     table = [row for *_, row in sorted(shown, key=lambda entry: entry[:2])]
     firsts = {case: table_rows[0] for case, table_rows in cases.items()}
     targets = {case: f"{r['floor']:.2g} ({r['target']:.1f} %)" for case, r in firsts.items()}
-    ratios = {case: r["smallest_ratio"] for case, r in firsts.items()}
-    told = {case: f"{r:.2g}" if math.isfinite(r) else MISSING for case, r in ratios.items()}
-    last = [
-        {"method": name} | cells | {"retrainings": ""}
-        for name, cells in (("retrained, among themselves", targets), (SMALLEST, told))
-    ]
-    return pd.DataFrame([*table, *last])
+    return pd.DataFrame(
+        [*table, {"method": "retrained, among themselves"} | targets | {"retrainings": ""}]
+    )
 
 
 def overview_markdown(report: Mapping[str, Any]) -> str:
@@ -173,17 +183,23 @@ def _overview(report: Mapping[str, Any]) -> pd.DataFrame:
     return overview({name: case["rows"] for name, case in report["cases"].items()}, refused)
 
 
+JOINED = "Diamonds on the dotted line: no other method is better in both. Bars: 95 %."
 LEFT_OUT = f"Methods that lose more than {RUINED:g} points of accuracy are left out."
+SIGNS = (
+    "* first, or as close: not told apart from the first, though a KL "
+    f"{TELLS:g} times the first's would have been; ? undecided: not told apart, and "
+    f"{TELLS:g} times might not have been either; † less accurate than retrained models"
+)
 OVERVIEW = (
     "KL on the forgotten samples in nats, geometric mean over the originals (test accuracy of what "
-    "is retained); * first, or not told apart from the first; † less accurate than retrained "
-    "models; – no result; retrainings: median wall time over that of one retraining. Sorted by "
-    f"mean place. {SMALLEST[0].upper()}{SMALLEST[1:]}: with 80 % power in a paired test at 5 %."
+    f"is retained); {SIGNS}; – no result; retrainings: median wall time over that of one "
+    "retraining. Sorted by mean place."
 )
 LEGEND = (
-    "KL: geometric mean over the originals. * not told apart from the first: the interval of the "
-    "ratio holds 1 (paired over the originals, 95 %, each row by itself), and the ratio is at most "
-    f"the smallest that could have been told; {MARKS_LEGEND}. "
+    f"KL: geometric mean over the originals. {SIGNS}. Times the first: the ratio of KL, paired "
+    "over the originals, with its 95 % interval; each row by itself. Smallest told: the ratio that "
+    "this test finds in 80 % of cases, by the spread of this row's own differences from the "
+    f"first. Behind the KL: {MARKS_LEGEND}. Scores not told apart: from those of retrained models. "
     "Equally accurate: not below what 97.5 % of retrained models reach, or at most "
     f"{MAY_LOSE:g} point below their mean."
 )
@@ -206,7 +222,7 @@ def plotted(table_rows: Sequence[Row]) -> pd.DataFrame:
     target = {"method": "retrained", "kl": first["floor"], "accuracy": first["target"], "cost": 1.0}
     names = ["kl", "accuracy"]
     target |= {f"{name}_{end}": target[name] for name in names for end in ("low", "high")}
-    retrained = pd.DataFrame([target | {"pareto": False, "ours": False}])
+    retrained = pd.DataFrame([target | {"ours": False}])
     return pd.concat([table, retrained], ignore_index=True)
 
 
@@ -240,9 +256,9 @@ def _figures(table_rows: Sequence[Row], index: int, folder: Path) -> list[Figure
     figures = []
     for kind, plot, what in (
         ("tradeoff", plot_methods, "test accuracy of what is retained"),
-        ("cost", plot_cost, "wall time, as a share of one retraining"),
+        ("cost", plot_cost, "wall time, in retrainings"),
     ):
-        caption = f"KL on the forgotten samples against {what}. {LEFT_OUT}"
+        caption = f"KL on the forgotten samples against {what}. {JOINED} {LEFT_OUT}"
         _, svg = save_figure(plot(plotted(table_rows)).figure, folder / f"{kind}-{index}")
         plt.close("all")
         figures.append(Figure(caption, inline(svg, f"{kind[0]}{index}-", caption)))

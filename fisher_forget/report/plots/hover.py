@@ -95,9 +95,8 @@ def _coordinate(axis: Axis, value: float) -> str:
     """ "accuracy (%): 98.2", or the name beside the nearest tick where the axis has names."""
     places = np.asarray(axis.get_majorticklocs(), dtype=float)
     names = axis.get_major_formatter().format_ticks(list(places))
-    if isinstance(axis.get_major_locator(), FixedLocator) and not any(
-        re.search(r"\d", name) for name in names
-    ):
+    worded = names and not any(re.search(r"\d", name) for name in names)
+    if worded and isinstance(axis.get_major_locator(), FixedLocator):
         return " ".join(names[int(np.argmin(np.abs(places - value)))].split())
     label = " ".join(axis.get_label_text().split())
     return f"{label}: {value:.3g}" if label else f"{value:.3g}"

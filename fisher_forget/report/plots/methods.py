@@ -2,20 +2,20 @@
 
 Both figures take one row a method, with the columns method; kl, kl_low, kl_high (nats, 95 %
 interval); accuracy, accuracy_low, accuracy_high (%, on retained test data); cost (wall time over
-that of retraining); pareto and ours (whether no other method beats it in KL and accuracy, and
-whether it is this package's). The rows "original" and "retrained" are reference marks; the KL of
-"retrained" is the floor.
+that of retraining); ours (whether it is this package's). The rows "original" and "retrained" are
+reference marks; the KL of "retrained" is the floor. Each figure marks and joins its own Pareto
+front: the methods than which no other has both less KL and more accuracy, or less time.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from numpy.typing import NDArray
 
 from fisher_forget.errors import DataError
 from fisher_forget.report.plots.annotate import Array, Obstacles, Point, along, annotate, ends_first
@@ -35,13 +35,16 @@ from fisher_forget.report.plots.style import (
     score_limits,
 )
 
+Flags = NDArray[np.bool_]
 MARKS = ("original", "retrained")
 METHODS_SIZE = (7.4, 5.2)  # inches: up to 26 methods, numbered, and their key below
 KEY_COLUMNS = 4
+FEW = 8  # methods that are all named beside their points
+LIGHT = "#c4c4c4"  # of error bars
 SHARDS = ("shards", "slices", "accuracy")
 COLUMNS = (
     *("method", "kl", "kl_low", "kl_high", "accuracy", "accuracy_low", "accuracy_high"),
-    *("cost", "pareto", "ours"),
+    *("cost", "ours"),
 )
 
 
@@ -50,7 +53,7 @@ def plot_methods(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     % intervals.
 
     Methods on the Pareto front (filled diamonds) and this package's (filled circles) are named
-    beside their points, the others are numbered, and the key stands below.
+    beside their points, and so are a few others; many are numbered, and the key stands below.
 
     Args:
         frame: One row a method, see the module.
@@ -66,17 +69,20 @@ def plot_methods(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     left, right = _ends(rows, "accuracy")
     low, high = _ends(rows, "kl")
     xerr, yerr = np.abs([x - left, right - x]), np.abs([y - low, high - y])
-    ax.errorbar(x, y, xerr=xerr, yerr=yerr, fmt="none", ecolor="#9a9a9a", elinewidth=0.8, zorder=2)
+    _bars(ax, x, y, xerr=xerr, yerr=yerr)
     busy = along(left, y, right, y) + along(x, low, x, high)
     points = {name: (marks["accuracy"][name], marks["kl"][name]) for name in MARKS}
-    busy += _stair(ax, rows, "accuracy", -1)
-    _symbols(ax, rows, x, y)
+    front = _front(rows, "accuracy", -1)
+    busy += _stair(ax, x[front], y[front])
+    _symbols(ax, rows, x, y, front)
     for name, at in points.items():
         _mark(ax, name, at)
     log_limits(ax, "y", [*y, *low, *(at[1] for at in points.values())])
     score_limits(ax, [*x, *(at[0] for at in points.values())], "%", margin=0.12, stretch=True)
     ax.set_xlabel("accuracy on retained test data (%)")
-    _label(ax, rows, list(zip(x, y, strict=True)), list(points.values()), busy)
+    busy += _across(ax, marks["kl"]["retrained"])
+    places = list(zip(x, y, strict=True))
+    _label(ax, rows, places, front, Obstacles(list(points.values()), busy))
     return ax
 
 
@@ -84,8 +90,7 @@ def plot_cost(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """KL on the forgotten data against wall time, as a share of that of retraining: what closeness
     costs.
 
-    Methods on the front of KL and time are joined by a stair; symbols, names and key are those of
-    `plot_methods`.
+    Symbols, names and key are those of `plot_methods`.
 
     Args:
         frame: One row a method, see the module.
@@ -104,15 +109,17 @@ def plot_cost(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     look = {"color": STYLES["original"]["color"], "linewidth": 1.4, "linestyle": "-."}
     ax.axhline(original, label=LABELS["original"], zorder=1, **look)
     yerr = np.abs([y - low, high - y])
-    ax.errorbar(x, y, yerr=yerr, fmt="none", ecolor="#9a9a9a", elinewidth=0.8, zorder=2)
+    _bars(ax, x, y, yerr=yerr)
     at = (1.0, marks["kl"]["retrained"])
-    busy = along(x, low, x, high) + _stair(ax, rows, "cost", 1)
-    _symbols(ax, rows, x, y)
+    front = _front(rows, "cost", 1)
+    busy = along(x, low, x, high) + _stair(ax, x[front], y[front])
+    _symbols(ax, rows, x, y, front)
     _mark(ax, "retrained", at)
     log_limits(ax, "x", [*x, 1.0])
     log_limits(ax, "y", [*y, *low, original, at[1]])
-    ax.set_xlabel("wall time, as a share of retraining (no unit)")
-    _label(ax, rows, list(zip(x, y, strict=True)), [at], busy)
+    ax.set_xlabel("wall time (retrainings)")
+    busy += _across(ax, original) + _across(ax, at[1])
+    _label(ax, rows, list(zip(x, y, strict=True)), front, Obstacles([at], busy))
     return ax
 
 
@@ -181,15 +188,30 @@ def _floor(ax: Axes, marks: Mapping[str, Mapping[str, float]]) -> None:
     ax.axhline(marks["kl"]["retrained"], label="floor", **look)
 
 
-def _symbols(ax: Axes, rows: pd.DataFrame, x: Array, y: Array) -> None:
+def _bars(ax: Axes, x: Array, y: Array, **errors: Any) -> None:
+    """Error bars below all else, and their line of the legend in its place: Matplotlib would have
+    it last."""
+    look: dict[str, Any] = {"fmt": "none", "ecolor": LIGHT, "elinewidth": 0.8, "capsize": 2}
+    ax.errorbar(x, y, **errors, zorder=2, **look)
+    ax.plot([], [], color=LIGHT, label="interval, 95 %")
+
+
+def _across(ax: Axes, y: float) -> list[Point]:
+    """Points along a horizontal line, equally far apart on the page."""
+    steps = np.linspace(0.0, 1.0, 120)
+    pixels = ax.transAxes.transform(np.stack([steps, 0 * steps], axis=1))
+    return [(float(x), y) for x, _ in ax.transData.inverted().transform(pixels)]
+
+
+def _symbols(ax: Axes, rows: pd.DataFrame, x: Array, y: Array, front: Flags) -> None:
     """Shape and fill say what colour says."""
-    ours, front = rows["ours"].to_numpy(dtype=bool), rows["pareto"].to_numpy(dtype=bool)
+    ours = rows["ours"].to_numpy(dtype=bool)
     hollow = {"markerfacecolor": "white"}
     look: dict[str, Any]
     looks: tuple[tuple[str, Any, str, int, str, dict[str, Any]], ...] = (
         ("other methods", ~ours & ~front, "o", 6, GREY, hollow),
         ("on the Pareto front", ~ours & front, "d", 8, "black", EDGE),
-        ("fisher_forget", ours, "o", 9, BLUE, EDGE),
+        ("fisher-forget", ours, "o", 9, BLUE, EDGE),
     )
     for label, chosen, marker, size, color, fill in looks:
         if chosen.any():
@@ -208,32 +230,38 @@ def _describe(row: pd.Series[Any]) -> str:
 
 def _mark(ax: Axes, name: str, at: Point) -> None:
     style = {"markeredgecolor": "black", "markersize": 9, **STYLES[name]}
-    ax.plot(at[0], at[1], linestyle="none", label=LABELS[name], zorder=5, **style)
+    ax.plot(at[0], at[1], linestyle="none", label=LABELS[name], zorder=3, **style)
 
 
-def _stair(ax: Axes, rows: pd.DataFrame, column: str, sign: int) -> list[Point]:
-    """The edge of what is reached: small KL together with a small (sign 1) or large (-1) value of
-    the column.
+def _front(rows: pd.DataFrame, column: str, sign: int) -> Flags:
+    """Which rows no other beats in both: small KL together with a small (sign 1) or large (-1)
+    value of the column."""
+    x, y = sign * rows[column].to_numpy(dtype=float), rows["kl"].to_numpy(dtype=float)
+    as_good = (x[:, None] <= x) & (y[:, None] <= y)
+    better = as_good & ((x[:, None] < x) | (y[:, None] < y))
+    return np.asarray(~better.any(axis=0), dtype=bool)
+
+
+def _stair(ax: Axes, x: Array, y: Array) -> list[Point]:
+    """The edge of what is reached, through the points of a front.
 
     Returns:
         Points along it.
     """
-    ordered = rows.assign(by=sign * rows[column]).sort_values(["by", "kl"])
-    front = ordered[ordered["kl"] < ordered["kl"].cummin().shift(fill_value=math.inf)]
-    x, y = (front[name].to_numpy(dtype=float) for name in (column, "kl"))
+    order = np.argsort(-y, kind="stable")
     # from each as far as the next, then down to it
-    corners_x, corners_y = np.repeat(x, 2)[1:], np.repeat(y, 2)[:-1]
+    corners_x, corners_y = np.repeat(x[order], 2)[1:], np.repeat(y[order], 2)[:-1]
     ax.plot(corners_x, corners_y, color="black", linestyle=":", linewidth=1.2, zorder=1.5)
     return along(corners_x[:-1], corners_y[:-1], corners_x[1:], corners_y[1:])
 
 
 def _label(
-    ax: Axes, rows: pd.DataFrame, points: list[Point], marks: list[Point], busy: list[Point]
+    ax: Axes, rows: pd.DataFrame, points: list[Point], front: Flags, obstacles: Obstacles
 ) -> None:
-    """Names beside the points that matter, numbers beside the others, and their key below the
-    legend."""
+    """Names beside the points that matter, and beside all where they are few; numbers beside the
+    others, and their key below the legend."""
     ax.set_ylabel("KL(retrained ‖ scrubbed)\non forgotten data (nats)")
-    named = (rows["pareto"] | rows["ours"]).to_numpy(dtype=bool)
+    named = front | rows["ours"].to_numpy(dtype=bool) | (len(rows) <= FEW)
     numbers = np.cumsum(~named)
     texts = [
         m if direct else str(n) for m, direct, n in zip(rows["method"], named, numbers, strict=True)
@@ -245,5 +273,4 @@ def _label(
     order = [i for i in ends_first(len(points)) if named[i]] + [
         i for i in ends_first(len(points)) if not named[i]
     ]
-    obstacles = Obstacles(marks, busy)
     annotate(ax, points, texts, obstacles, limit=len(points), everything=True, order=order)

@@ -36,6 +36,7 @@ LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 SIZE = (4.9, 3.8)  # inches: two fit side by side on a desktop page, one stays legible on a phone
 DPI = 150
 PAST, WIDE = 101.0, 15.0  # %, of accuracies that are stretched: see `score_limits`
+LEAST_SPAN = 0.5  # %, of an axis of accuracies
 EDGE: dict[str, Any] = {"markeredgecolor": "white", "markeredgewidth": 0.8}
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -135,7 +136,8 @@ def score_limits(
     accuracies differ much.
 
     There the distance to 101 % is drawn logarithmically: a method that destroys the model must not
-    press all others into one line.
+    press all others into one line. Values that agree, or differ by rounding alone, still get an
+    axis that is wide enough for ticks.
     """
     shown = [v for v in values if math.isfinite(v)] or [0.0, 1.0]
     low, high = min(shown), max(shown)
@@ -149,7 +151,8 @@ def score_limits(
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         return
-    pad = margin * (high - low) if high > low else max(1.0 if unit else 0.1 * abs(high), 1e-3)
+    least = LEAST_SPAN if unit == "%" else max(0.05 * abs(high), 1e-3)
+    pad = max(margin * (high - low), (least - (high - low)) / 2)
     ax.set_xlim(low - pad, high + pad)
     if unit == "%":  # no tick at an accuracy that cannot be
         ax.set_xticks(
