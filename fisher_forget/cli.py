@@ -14,7 +14,7 @@ from pathlib import Path
 
 import shtab
 
-from fisher_forget.errors import FisherForgetError
+from fisher_forget.errors import ConfigError, FisherForgetError
 from fisher_forget.experiments.config import CompareConfig, RunConfig, SweepConfig
 from fisher_forget.experiments.config_file import load_config, option_names
 from fisher_forget.experiments.data_sources import ROOT_VARIABLE
@@ -169,6 +169,9 @@ def _config(command: str, path: Path, overrides: list[str]) -> RunConfig:
     # a sweep's schema reads the files of runs, too
     kind = {"run": RunConfig, "compare": CompareConfig}.get(command, SweepConfig)
     if path.is_dir():
+        if command != "compare" and (path / "comparison.json").exists():
+            fix = f"See {path}/comparison.html, or pass the folder of a run."
+            raise ConfigError(f"{path}, the folder of a comparison", "that of a run", fix)
         place = ["--out", str(path.resolve().parent), "--name", path.resolve().name]
         path, overrides = path / "config.yaml", [*place, *overrides]
     return load_config(path, overrides, kind)

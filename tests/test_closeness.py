@@ -62,6 +62,17 @@ class TestEvaluate:
         assert gap.closed == Interval(0.0, 0.0, 0.0)
         assert gap.p_original == gap.p_scrubbed < 0.05
 
+    def test_it_is_printed_as_a_short_table(self) -> None:
+        y = torch.zeros(6, dtype=torch.long)
+        members = [{"a": outputs(s)} for s in range(2, 8)]
+        far = {"a": outputs(0) * 8}
+        found = closeness(Categorical(), {"a": y}, far, far, members)
+        kl = f"{found.parts['a'].kl_original:.3g}"
+        last = str(found).splitlines()[2]
+        assert last.count(kl) == 2
+        assert "0 (0 to 0)" in last
+        assert len(str(found)) < 400
+
     def test_the_gap_of_two_retrained_models_is_unknown(self) -> None:
         y = torch.zeros(6, dtype=torch.long)
         members = [{"a": outputs(s)} for s in (2, 3)]

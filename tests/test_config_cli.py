@@ -453,6 +453,15 @@ class TestExitCodes:
         assert captured.out == ""
         assert captured.err.startswith("fisher-forget: Got the unknown key 'nope'")
 
+    @pytest.mark.parametrize("command", ["evaluate", "plot"])
+    def test_the_folder_of_a_comparison_is_named_as_such(self, command, tmp_path, capsys):
+        (tmp_path / "comparison.json").write_text("{}")
+        (tmp_path / "config.yaml").write_text("methods: [finetune]")
+        assert cli.main([command, str(tmp_path)]) == cli.EXIT_ERROR
+        error = capsys.readouterr().err
+        assert "the folder of a comparison" in error
+        assert f"{tmp_path}/comparison.html" in error
+
     def test_interrupted(self, monkeypatch, written, capsys):
         def interrupt(config):
             raise KeyboardInterrupt

@@ -22,12 +22,13 @@ from torch.utils.data import ConcatDataset, TensorDataset
 from fisher_forget import ConfigError, DataError, NumericalError, forget
 from fisher_forget.data.split import resolve_split
 from fisher_forget.evaluate import klom
+from fisher_forget.evaluate.conclusion import conclude
 from fisher_forget.evaluate.ensemble import Members, RetrainedEnsemble
 from fisher_forget.evaluate.evaluation import CONTROL, Evaluation, evaluate
 from fisher_forget.evaluate.metric import Context, Subject
 from fisher_forget.evaluate.metrics import METRICS
 from fisher_forget.evaluate.scoring import EvaluationRow, permutation_test, score_metric
-from fisher_forget.evaluate.verdict import AS_RETRAINED, DIFFERENT, holm, round_robin
+from fisher_forget.evaluate.verdict import AS_RETRAINED, DIFFERENT, UNDECIDED, holm, round_robin
 from fisher_forget.experiments.training import TrainSettings, train
 from fisher_forget.likelihood import Bernoulli, Categorical, Gaussian
 from fisher_forget.report.pages.evaluation import distance, plot_scores, wide, write_page
@@ -153,7 +154,7 @@ class TestTable:
             part = METRICS[name].parts[0] if METRICS[name].parts else "retain"
             row = table.get(name, part, "scrubbed")
             assert row.label == "farther than the original", name
-            assert "scrubbing led away" in row.reason
+            assert "and than the original is" in row.reason
         labels = {row.label for row in table.scores if row.method == "scrubbed"}
         assert "over-forgotten" not in labels
         assert "×" in table.to_markdown()
@@ -671,3 +672,59 @@ def test_the_range_in_a_table_is_that_of_a_method_where_the_originals_is_undefin
     text = Evaluation((row, ours), retrained=4, left_out={}).to_markdown()
     assert "0.5 (0.25 ... 0.75)" in text
     assert "nan" not in text
+
+
+def made_up(method: str, **judged: tuple[str, float]) -> list[EvaluationRow]:
+    """Rows that decide: their metrics on forget, each with its label and p-value."""
+    return [
+        EvaluationRow(
+            *(method, metric, "forget", "", 1.0, 3, 0.0, 2.0, 1.0, 0.0, 2.0, label, ""),
+            p_value=p,
+            primary=True,
+        )
+        for metric, (label, p) in judged.items()
+    ]
+
+
+class TestConclusion:
+    def test_every_row_is_under_its_own_label(self):
+        original = made_up("original", a=("not forgotten", 1e-6), b=("not forgotten", 1e-6))
+        found = conclude(
+            made_up("m", a=("farther than the original", 1e-5), b=("not forgotten", 1e-4)),
+            original,
+        )
+        assert found.word == "not as retrained"
+        text = "farther than the original in a on forget; not forgotten in b on forget"
+        assert str(found) == f"{text} (smallest p of a difference 2e-05 after Holm)"
+        half = conclude(made_up("m", a=("as retrained", 0.9), b=("undecided", 0.6)), original)
+        assert (half.label, half.blind) == (UNDECIDED, False)
+        assert str(half).startswith(
+            "undecided in b on forget; as retrained in a on forget (no differ"
+        )
+        both = conclude(made_up("m", a=("as retrained", 0.9), b=("as retrained", 0.6)), original)
+        assert (both.label, both.word) == (AS_RETRAINED, AS_RETRAINED)
+
+    def test_where_nothing_to_forget_is_visible_it_says_so(self):
+        # told apart by itself, and not together with the other
+        original = made_up("original", a=("not forgotten", 0.03), b=("undecided", 0.5))
+        rows = original + made_up("m", a=("as retrained", 0.8), b=("undecided", 0.4))
+        table = Evaluation(tuple(rows), retrained=5, left_out={})
+        for method in table.methods:
+            found = table.conclusion(method)
+            assert (found.label, found.blind, found.visible) == (UNDECIDED, True, False)
+            assert "Nothing to forget is visible" in str(found)
+        assert "not forgotten (by itself only) in a on forget" in str(table.conclusion("original"))
+        assert table.to_markdown().count("othing to forget is visible here") == 1
+        jsonschema.validate(json.loads(json.dumps(table.to_dict())), evaluation_schema())
+
+    def test_metrics_left_out_for_one_reason_are_named_together(self):
+        table = Evaluation((), 4, {"a": "it is hard", "b": "it is hard", "c": "it is new"})
+        said = ["Left out: a, b, since it is hard.", "Left out: c, since it is new."]
+        assert table.omitted() == said
+
+
+def test_what_is_printed_is_short(ensemble, table):
+    assert str(table) == table.to_markdown()
+    assert "original 3" in str(table)
+    assert len(str(ensemble)) < 200
+    assert f"retrained without {len(IDX)} samples" in str(ensemble)

@@ -233,6 +233,10 @@ class TestLabels:
             assert moved.label == OVER_FORGOTTEN
             assert "Nothing to forget is visible" in moved.reason
         assert "Nothing" not in verdict(0.2, WIDE, original=10.0).reason
+        # just outside, where the original is just inside: it has not moved
+        limit = Yardstick(0.0, 1.0, 20).limit(1)
+        near = verdict(1.001 * limit, WIDE, original=0.999 * limit)
+        assert (near.label, near.p_value < 0.05) == (NOT_FORGOTTEN, True)
         assert verdict(0.2, WIDE, original=0.5, margin=1.5).label == AS_RETRAINED
 
     def test_a_stricter_level_rejects_less(self) -> None:
@@ -266,8 +270,8 @@ class TestDistance:
         assert distance(0.3) == AS_RETRAINED
         assert distance(4.0) == NOT_FORGOTTEN
         assert distance(10.0) == NOT_FORGOTTEN  # untouched
-        assert distance(10.0 * (1 + 1e-9)) == NOT_FORGOTTEN
-        for wrecked in (10.1, 12.0, 1e6):
+        assert distance(10.09) == NOT_FORGOTTEN  # as far as the original, but for 1 %
+        for wrecked in (10.2, 12.0, 1e6):
             assert distance(wrecked) == FARTHER
 
     def test_closer_than_retrained_models_is_no_failure(self) -> None:
@@ -282,13 +286,23 @@ class TestDistance:
     ) -> None:
         label = distance(x, original)
         assert label != OVER_FORGOTTEN
-        if x > original + 1e-3 and x > 0:
+        if x > original + 0.011 * abs(original) and x > 0:
             assert label != NOT_FORGOTTEN
         if x <= original:
             assert label != FARTHER or original <= 3
 
     def test_an_original_like_the_retrained(self) -> None:
         assert distance(4.0, original=0.5) == FARTHER
+
+    def test_farther_than_the_originals_by_chance_is_not_farther(self) -> None:
+        originals, moved = np.array([9.0, 10.0, 11.0]), np.array([-0.5, 0.3, 0.9])
+        assert stats.ttest_1samp(moved, 0, alternative="greater").pvalue > 0.05
+        for shift, label in ((0.0, NOT_FORGOTTEN), (1.5, FARTHER)):
+            x = originals + moved + shift
+            assert x.mean() > 1.01 * originals.mean()
+            assert verdict(x, WIDE, original=originals, far="high").label == label
+            far = stats.ttest_rel(x, originals, alternative="greater").pvalue < 0.05
+            assert far == (label == FARTHER)
 
     def test_without_a_spread(self) -> None:
         same, options = [1.0, 1.0, 1.0], {"far": "high", "margin": 0.02}
@@ -317,6 +331,11 @@ class TestWithoutSpread:
         same = [1.0, 1.0, 1.0]
         assert verdict(0.99, same, original=2.0, margin=0.02).label == AS_RETRAINED
         assert verdict(0.9, same, original=2.0, margin=0.02).label == OVER_FORGOTTEN
+        # an original within the margin has nothing to lose
+        for x in (1.0, 1.01):
+            blind = verdict(x, same, original=1.01, margin=0.02)
+            assert blind.label == UNDECIDED
+            assert "beyond 0.02. Nothing to forget is visible" in blind.reason
         far = verdict(1.5, same, original=2.0, margin=0.02)
         assert (far.label, far.p_value) == (NOT_FORGOTTEN, 0)
         assert far.distance == pytest.approx(25)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fisher_forget._util.isolation import isolated
+from fisher_forget._util.markdown import markdown_table
 from fisher_forget.data.batches import Unpack
 from fisher_forget.errors import DataError, NumericalError
 from fisher_forget.evaluate.gap import Gap
@@ -94,6 +95,14 @@ class Closeness:
     parts: dict[str, PartScores]
     members: int
     score: Score
+
+    def __str__(self) -> str:
+        rows = [
+            [name, *(f"{x:.3g}" for x in (p.kl_original, p.kl_scrubbed, p.floor)), _closed(p.gap)]
+            for name, p in self.parts.items()
+        ]
+        header = ["KL(retrained || .), nats", "original", "scrubbed", "floor", "gap closed"]
+        return f"{markdown_table(header, rows)}\n\n{self.members} retrained models."
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers for a JSON file."""
@@ -283,6 +292,13 @@ def closeness(
             from_each=tuple(bar.from_each.tolist()),
         )
     return Closeness(parts, len(retrained), likelihood.score)
+
+
+def _closed(gap: Gap) -> str:
+    """The share that is closed, with its interval."""
+    if gap.closed is None:
+        return "no clear gap"
+    return f"{gap.closed.value:.3g} ({gap.closed.low:.3g} to {gap.closed.high:.3g})"
 
 
 def _score(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> float:

@@ -92,6 +92,13 @@ class RetrainedEnsemble:
     folder: Path | None = None
     fingerprint: str = ""
 
+    def __str__(self) -> str:
+        kept = "not stored" if self.folder is None else f"in {self.folder}"
+        return (
+            f"{len(self.retrained.models)} models retrained without {len(self.forget)} samples, "
+            f"{len(self.originals.models)} trained on everything, {kept}"
+        )
+
     @classmethod
     def fit(
         cls,

@@ -23,7 +23,7 @@ from fisher_forget._util.numbers import MISSING
 from fisher_forget.data import batches
 from fisher_forget.data.split import Split
 from fisher_forget.errors import ConfigError, DataError, NumericalError
-from fisher_forget.evaluate.conclusion import Conclusion, conclude
+from fisher_forget.evaluate.conclusion import BLIND, Conclusion, conclude
 from fisher_forget.evaluate.ensemble import RetrainedEnsemble
 from fisher_forget.evaluate.metric import LEAST, Context, Metric, Subject
 from fisher_forget.evaluate.metrics import METRICS
@@ -63,7 +63,8 @@ MARKS = {
 MARKS_LEGEND = (
     f"{MARKS[AS_RETRAINED]} as retrained: not told apart, and most of the original's distance "
     f"is gone; {MARKS[UNDECIDED]} undecided: not told apart; "
-    f"{MARKS[NOT_FORGOTTEN]} not forgotten; {MARKS[OVER_FORGOTTEN]} over-forgotten; "
+    f"{MARKS[NOT_FORGOTTEN]} not forgotten; {MARKS[OVER_FORGOTTEN]} over-forgotten (on parts other "
+    f"than forget: off on the original's side; off on the other side); "
     f"{MARKS[FARTHER]} farther from retrained than the original"
 )
 READING = (
@@ -85,6 +86,9 @@ class Evaluation:
     scores: tuple[EvaluationRow, ...]
     retrained: int
     left_out: dict[str, str]
+
+    def __str__(self) -> str:
+        return self.to_markdown()
 
     @property
     def methods(self) -> list[str]:
@@ -115,6 +119,26 @@ class Evaluation:
         rows = [s for s in self.scores if s.primary and s.method == method and s.label != UNDEFINED]
         return conclude(rows, [self.get(row.metric, row.part, "original") for row in rows])
 
+    def conclusions(self) -> list[str]:
+        """A sentence for each method, and one where there is nothing to forget that can be seen."""
+        found = {method: self.conclusion(method) for method in self.methods}
+        lines = [f"{method}: {conclusion.findings}." for method, conclusion in found.items()]
+        blind = any(conclusion.blind for conclusion in found.values())
+        return [*lines, f"{BLIND}."] if blind else lines
+
+    def counted(self) -> str:
+        """How many models each column is of."""
+        of = {m: max(s.models for s in self.scores if s.method == m) for m in self.methods}
+        means = ", ".join(f"{method} {count}" for method, count in of.items())
+        return f"Targets are of {self.retrained} retrained models; values are means over: {means}"
+
+    def omitted(self) -> list[str]:
+        """Metrics that could not be computed, a sentence for each reason."""
+        names: dict[str, list[str]] = {}
+        for name, why in self.left_out.items():
+            names.setdefault(why, []).append(name)
+        return [f"Left out: {', '.join(group)}, since {why}." for why, group in names.items()]
+
     def to_pandas(self) -> pd.DataFrame:
         """One row a score, with the columns of `EvaluationRow`."""
         return pd.DataFrame(
@@ -138,13 +162,13 @@ class Evaluation:
         lines = [
             markdown_table(["metric", "part", "retrained (95 % of new ones)", *methods], rows),
             "",
-            "; ".join(f"{mark or '–'} {label}" for label, mark in MARKS.items())
-            + f"; {self.retrained} retrained models. {READING}",
+            f"{MARKS_LEGEND}; – undefined. {READING}",
             "",
-            "; ".join(f"{method}: {self.conclusion(method)}" for method in methods) + ".",
+            f"{self.counted()}. Reasons of each row: the column `reason` of `to_pandas()`.",
+            "",
+            *(f"- {line}" for line in self.conclusions()),
         ]
-        lines += [f"Left out: {name}, since {why}." for name, why in self.left_out.items()]
-        return "\n".join(lines)
+        return "\n".join(lines + [""] * bool(self.left_out) + self.omitted())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a JSON file, see `report/evaluation.schema.json`; NaN is null."""

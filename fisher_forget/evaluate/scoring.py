@@ -14,13 +14,21 @@ from torch import Tensor
 from fisher_forget.evaluate.intervals import Interval, t_interval
 from fisher_forget.evaluate.metric import LEAST, Context, Metric, Subject
 from fisher_forget.evaluate.scale import LINEAR, LOG, Scale
-from fisher_forget.evaluate.verdict import UNDECIDED, Verdict, different, round_robin, verdict
+from fisher_forget.evaluate.verdict import (
+    ALIKE,
+    UNDECIDED,
+    Verdict,
+    different,
+    round_robin,
+    verdict,
+)
 
 ALARM = 0.05  # of a row by itself: that models which are retrained ones differ
 RELABELLINGS = 99  # drawn at most for a permutation test
 UNDEFINED = "undefined"
 TOO_FEW = (
-    f"it takes {LEAST} models of a method and {LEAST} retrained ones beside as many for the target"
+    f"it takes {LEAST} models of a method and, the control aside, {LEAST} more retrained ones than "
+    "these"
 )
 # a difference that counts where all retrained models score the same; in %, 1.5 samples at least
 ENOUGH = {"%": 1.0, "epochs": 1.0, "steps": 1.0}
@@ -211,10 +219,13 @@ def _group_rows(
             rows.append(_undefined(key, metric, [value], "A value is not finite."))
             continue
         test = permutation_test(metric.group, ours, members, context.seed)
-        before = value if first is None else first.value if first.p_value <= ALARM else target
+        before, visible = value - target, test.p_value <= ALARM
+        if first is not None:
+            before, visible = first.value - target, first.p_value <= ALARM
         label, reason = UNDECIDED, "A difference is not shown."
         if test.p_value <= ALARM:
-            label, reason = different(value - target, before - target, "high")
+            alike = ALIKE * abs(before)
+            label, reason = different(value - target, before, "high", visible, alike)
         reason += f" Rank of {test.relabellings} relabellings of all models."
         nan = math.nan
         over = metric.bounds(ours, members[:rest]) if metric.bounds else Interval(value, nan, nan)

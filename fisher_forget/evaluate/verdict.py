@@ -24,8 +24,8 @@ independent originals. All is computed on a scale on which the r_i are roughly N
    made are not judged. Where the original is not different itself, there is nothing to show.
 
 A *distance* to retrained models (KL, of the weights) has no other side. It is different only where
-it is larger than theirs to each other: not all was forgotten, or, where it is larger than the
-original's, too, the scrub led away. Likenesses (agreement) are the same upside down.
+it is larger than theirs to each other: not all was forgotten, or, where it is shown to be larger
+than the original's, too, the scrub led away. Likenesses (agreement) are the same upside down.
 
 Of 20 scores one rejects a perfect scrub. Those few that decide are judged together by `holm`.
 """
@@ -56,7 +56,7 @@ DIFFERENT = (NOT_FORGOTTEN, OVER_FORGOTTEN, FARTHER)
 REMAINDER = 0.5  # of the original's distance, which has to be ruled out
 POWER = 0.8
 EXACT = 1e-12  # relative, up to which scores are equal
-ROUNDING = 1e-6  # relative, by which a model may seem farther away that has not moved
+ALIKE = 0.01  # of the original's distance, by which a model has not moved
 NOTHING = "Nothing to forget is visible in this score."
 
 
@@ -156,9 +156,14 @@ def verdict(
     forgotten". Different, on the side away from the original: "over-forgotten". Not different, and
     what is left of the original's distance shown to be less than a half: "as retrained". Neither:
     "undecided". Where the original itself is no different there was nothing to forget that this
-    score can see; a scrubbed model that is different is then "over-forgotten", since the scrub
-    alone moved it. A distance that is different is "farther than the original" where it is larger
-    than the original's, and else "not forgotten".
+    score can see, and nothing is "as retrained" but by a given margin; a scrubbed model that is
+    different is then "over-forgotten", since the scrub alone moved it, unless it lies where the
+    original does: "not forgotten". A distance that is different is "farther than the original"
+    where it is larger than the original's, and else "not forgotten".
+
+    Larger than the original's is what exceeds it by more than 1 % of its distance from the
+    retrained models, on the scale, and, where the original is different, too, and there are as many
+    models as originals (K >= 2, in the same order), is so in a one-sided paired t-test at 5 %.
 
     Args:
         values: The score of the scrubbed model, or of K scrubbed models of independent originals
@@ -188,7 +193,9 @@ def verdict(
     gap, before = (float(scale.forward(v).mean()) - rod.mean for v in (x, o))
     visible = _is_far(before, far) and abs(before) > rod.limit(len(o))
     if _is_far(gap, far) and abs(gap) > rod.limit(len(x)):
-        label, reason = different(gap, before if visible else 0.0, far)
+        moved = scale.forward(x), scale.forward(o)
+        tolerance = _tolerance(*moved, before, visible)
+        label, reason = different(gap, before, far, visible, tolerance)
     elif (visible or margin is not None) and _same(gap, before, rod, scale, far, margin):
         left = "half of the original's distance" if margin is None else "the margin"
         label, reason = AS_RETRAINED, f"A difference of {left} is ruled out."
@@ -256,21 +263,39 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return together
 
 
-def different(gap: float, before: float, far: Far | None) -> tuple[str, str]:
-    """Label and reason of a score that is `gap` off the retrained ones; `before` is the original's,
-    0 where it is not off."""
+def different(
+    gap: float, before: float, far: Far | None, visible: bool, tolerance: float
+) -> tuple[str, str]:
+    """Label and reason of a score that is different.
+
+    Args:
+        gap: How far it is off the retrained ones, on the scale.
+        before: How far the original is.
+        far: As for `verdict`.
+        visible: Whether the original is different itself.
+        tolerance: By how much more than the original's a distance may be and still count as that.
+    """
+    side = math.copysign(1.0, gap) if far is None else 1.0 if far == "high" else -1.0
+    beyond = side * (gap - before) > tolerance
     if far is not None:
-        sign = 1 if far == "high" else -1
         reason = "Farther from the retrained models than these are from each other,"
-        if sign * gap > sign * before * (1 + ROUNDING):
-            return FARTHER, f"{reason} and than the original is: scrubbing led away."
-        return NOT_FORGOTTEN, f"{reason} as the original is."
-    reason = "No retrained model scores like this,"
-    if gap * before > 0:
-        return NOT_FORGOTTEN, f"{reason} and the original lies on the same side."
-    if before:
-        return OVER_FORGOTTEN, f"{reason} and the original lies on the other side."
-    return OVER_FORGOTTEN, f"{reason} but the original does: scrubbing led away."
+        if beyond:
+            return FARTHER, f"{reason} and than the original is."
+        return NOT_FORGOTTEN, f"{reason} and not shown to be farther than the original is."
+    if side * before < 0:
+        return OVER_FORGOTTEN, "Off the retrained models, on the side away from the original."
+    if beyond and not visible:
+        return OVER_FORGOTTEN, "Off the retrained models, which the original is not."
+    return NOT_FORGOTTEN, "Off the retrained models, on the side of the original."
+
+
+def _tolerance(x: Array, o: Array, before: float, visible: bool) -> float:
+    """By how much more than the original's a distance may be without being shown to be larger."""
+    least = ALIKE * abs(before)
+    if not visible or len(x) != len(o) or len(x) < 2:
+        return least
+    error = float((x - o).std(ddof=1)) / math.sqrt(len(x))
+    return max(least, float(special.stdtrit(len(x) - 1, 0.95)) * error)
 
 
 def _is_far(gap: float, far: Far | None) -> bool:
@@ -310,19 +335,21 @@ def _noncentrality(df: int, level: float) -> float:
 
 def _without_spread(x: Array, r: Array, o: Array, margin: float | None, far: Far | None) -> Verdict:
     """All retrained models score the same: whatever is off by more than the margin is different,
-    and without a margin whatever is off by more than rounding."""
+    and without a margin whatever is off by more than rounding. Nothing is as retrained where the
+    original is not different."""
     value, target = float(x.mean()), float(r.mean())
     tolerance = EXACT * max(1.0, abs(target)) if margin is None else margin
     gap, before = value - target, float(o.mean()) - target
-    reason = "All retrained models score the same, and no spread but a margin can judge."
-    if margin is None:
-        reason = "All retrained models score the same."
-    p, label = 1.0, AS_RETRAINED
+    visible = abs(before) > tolerance and _is_far(before, far)
+    same = "All retrained models score the same"
+    reason = f"{same}." if margin is None else f"{same}: a difference counts beyond {margin:.3g}."
+    p, label = 1.0, AS_RETRAINED if visible else UNDECIDED
     if abs(gap) > tolerance and _is_far(gap, far):
         p = 0.0
-        label, side = different(gap, before if abs(before) > tolerance else 0.0, far)
+        least = _tolerance(x, o, before, visible)
+        label, side = different(gap, before, far, visible, least)
         reason = f"{side} {reason}"
-    if abs(before) <= tolerance:
+    if not visible:
         reason += f" {NOTHING}"
     distance = gap / tolerance
     return Verdict(label, value, target, target, target, p, distance, math.nan, reason)

@@ -22,7 +22,7 @@ FINE_TUNING = 0.1  # of the epochs of a training
 
 def evaluate_run(config: RunConfig) -> Path:
     """Evaluate every forget set of a finished run: its scrubbed models, and fine-tuning beside
-    them.
+    them. Prints what each case concludes.
 
     Returns:
         The page's path; beside it lies evaluation.json, and a Markdown table in every forget set's
@@ -43,6 +43,7 @@ def evaluate_run(config: RunConfig) -> Path:
         }
         table = evaluate_case(config, case, methods)
         (case.folder / "evaluation.md").write_text(table.to_markdown() + "\n")
+        print("\n".join([settings.name, *(f"  {line}" for line in table.conclusions()), ""]))
         tables[settings.name] = table
     scores = {name: table.to_dict() for name, table in tables.items()}
     files.write_json(folder / "evaluation.json", scores)

@@ -85,17 +85,18 @@ def _case(name: str, table: Evaluation, figure: Figure) -> dict[str, Any]:
     conclusion = table.conclusion(main_method(table))
     return {
         "name": name,
-        "word": conclusion.label,
+        "word": "nothing visible" if conclusion.blind else conclusion.word,
         "tone": TONES.get(conclusion.label, "poor"),
         "numbers": numbers(table),
         "sentence": sentence(table),
         "counts": counts(table),
-        "retrained": table.retrained,
+        "counted": table.counted(),
         "control": CONTROL in table.methods,
         "figures": [figure],
         "table": wide(table),
         "reasons": table.to_pandas()[["metric", "part", "method", "label", "p_value", "reason"]],
-        "left_out": "; ".join(f"{key} ({why})" for key, why in table.left_out.items()),
+        "conclusions": table.conclusions(),
+        "left_out": " ".join(table.omitted()),
     }
 
 
@@ -149,7 +150,7 @@ def sentence(table: Evaluation) -> str:
     others = [row for row in defined(table, method) if not row.primary]
     wrong, usual = sum(row in outside(table) for row in others), math.ceil(ALARM * len(others))
     return (
-        f"{method} is {table.conclusion(method)}. Of its {len(others)} other scores {wrong} are "
+        f"{method}: {table.conclusion(method)}. Of its {len(others)} other scores {wrong} are "
         f"told apart, each by itself; of a retrained model about {usual} would be."
     )
 
