@@ -61,6 +61,8 @@ def share(value: float, low: float, high: float) -> str:
     """
     if not all(map(math.isfinite, (value, low, high))):
         return MISSING
+    if low > 0.999 and high < 1:  # all three read alike
+        return f"{percent(value)} %"
     return f"{percent(value)} % ({percent(low)} to {percent(high)})"
 
 

@@ -146,19 +146,24 @@ def growth(case: Case, part: str) -> Interval:
     """KL scrubbed - KL original and its 95 % interval over the retrained models, nats.
 
     Paired, model by model: the mean over the seeds of KL(r_i || scrubbed) - KL(r_i || original).
-    Student's interval of these differences is that of a jackknife over the models.
+    Student's interval of these differences is that of a jackknife over the models. NaN where a KL
+    is not finite.
 
     Raises:
         DataError: If the case lacks the KLs to each model.
     """
     try:
         runs = [run["evaluation"]["parts"][part] for run in case["runs"]]
-        each = [np.subtract(run["scrubbed_each"], run["original_each"]) for run in runs]
+        after, before = (
+            np.array([run[f"{model}_each"] for run in runs], float).mean(0)
+            for model in ("scrubbed", "original")
+        )
     except KeyError as error:
         got = f"a case without {error} in its runs"
         fix = "Run the configuration again: trained models are kept, and metrics.json is new."
         raise DataError(got, "one that metrics.schema.json accepts", fix) from error
-    return t_interval(np.mean(each, axis=0))
+    finite = np.isfinite([after, before]).all()
+    return t_interval(after - before) if finite else Interval(math.nan, math.nan, math.nan)
 
 
 def likeness(case: Case) -> str | None:
@@ -189,7 +194,11 @@ def sentence(case: Case) -> str:
         f"two retrained models differ by {number(floor.mean)}"
     )
     if closed is None:
-        return f"{text}. {_why_no_gap(case)}"
+        grown = growth(case, "forget")
+        ends = f"95 % interval {number(grown.low)} to {number(grown.high)}"
+        return f"{text}; the change is {number(grown.value)} ({ends}). {_why_no_gap(case)}"
+    if closed.low > 0.999 and closed.high < 1:
+        return f"{text}: {percent(closed.low)} % of the gap is closed."
     done, ends = f"{percent(closed.value)} % of the gap is closed", (closed.low, closed.high)
     if closed.value < 0:
         done, ends = f"the gap grew by {percent(-closed.value)} %", (-closed.high, -closed.low)
