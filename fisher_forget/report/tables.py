@@ -195,8 +195,8 @@ def sentence(case: Case) -> str:
     )
     if closed is None:
         grown = growth(case, "forget")
-        ends = f"95 % interval {number(grown.low)} to {number(grown.high)}"
-        return f"{text}; the change is {number(grown.value)} ({ends}). {_why_no_gap(case)}"
+        span = f"95 % interval {number(grown.low)} to {number(grown.high)}"
+        return f"{text}; the change is {number(grown.value)} ({span}). {_why_no_gap(case)}"
     if closed.low > 0.999 and closed.high < 1:
         return f"{text}: {percent(closed.low)} % of the gap is closed."
     done, ends = f"{percent(closed.value)} % of the gap is closed", (closed.low, closed.high)
