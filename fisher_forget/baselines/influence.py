@@ -152,7 +152,7 @@ class Lissa(DirectMethod):
         hidden = hidden_from_products(*probe)
         if not hidden and self.curvature == "hessian":
             hidden = hidden_from_hessian(*probe, likelihood)
-        refuse_hidden(hidden, "Use 'influence-woodfisher', whose gradients are enough.")
+        refuse_hidden(hidden, "Use 'influence', whose gradients are enough.")
         v = forgotten_pull(objective, split)
         series = [self._series(objective, split, v, repeat) for repeat in range(self.repeats)]
         x = P.map_params(lambda *terms: torch.stack(terms).mean(0), series[0], *series[1:])
