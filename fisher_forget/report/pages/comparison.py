@@ -74,8 +74,8 @@ def _told(first: Row, others: Sequence[Row]) -> str:
 
 def _nats(row: Row) -> str:
     cost = row["cost"]
-    share = f"{100 * cost:.2g} %" if cost < 0.995 else f"{cost:.2g} times"
-    share = "" if share == "1 times" else f"{share} of "
+    share = f"{100 * cost:.2g} % of " if cost < 0.995 else f"{cost:.2g} times "
+    share = "" if share == "1 times " else share
     return f"{row['kl']:.2g} nats at {share}the time of a retraining"
 
 
