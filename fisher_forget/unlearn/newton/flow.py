@@ -128,9 +128,9 @@ class Flow:
         Raises:
             CurvatureError: If the curvature is a Hessian that needs more damping.
         """
-        self._linear = self._linear or self.linearise()
-        held = decayed(self.problem.curvature, self.problem.weight_decay, tau)
-        return held.power(self._linear[0], -1)
+        # an estimate: in a literal step, too, the working set's gradient is enough
+        force = self._linear[0] if self._linear else self._force(self._working())
+        return decayed(self.problem.curvature, self.problem.weight_decay, tau).power(force, -1)
 
     def linearise(self) -> tuple[Params, Products | None, float]:
         """The flow at the current weights, to first order.
@@ -140,27 +140,35 @@ class Flow:
             samples in a literal step, `None` where the curvature itself is inverted; the share of
             tr H_n that is left to it.
         """
-        objective = self.problem.objective
-        few, literal = self.solver.working_set, self.solver.literal
-        working = self._pool if literal or len(self._pool) <= few else self.most_curved()
-        if self._rebase:  # the pool tells how far the gradient at the start of the flow has changed
-            self._sums = self._sums + self._change(self._pool, self.at)
-            self._base, self._rebase = self.at, False
-        if self.at is self._base:
-            gradient = self._sums.mean()
-        elif literal or len(self.samples) <= few:
-            gradient = objective.gradient(self._batches(self.samples), self.at).mean()
-        else:  # variance reduction: only the working set's gradient is computed again
-            gradient = (self._sums + self._change(working, self.at)).mean()
-        force = P.add(gradient, self.at, self.problem.weight_decay)
-        if self.drift is not None:
-            force = P.add(force, self.drift, -1)
+        objective, literal = self.problem.objective, self.solver.literal
+        working = self._pool if literal else self._working()
+        force = self._force(working, whole=literal)
         if self.solver.direct:
             return force, None, 0.0
         if literal:
             return force, objective.whole_ggn(self.problem.split, self.samples, self.at), 0.0
         ggn = objective.ggn(self._batches(working), self.at, self._sums.count)
         return force, ggn, self._rest(working)
+
+    def _force(self, working: Indices, *, whole: bool = False) -> Params:
+        """grad L(w) + wd w - drift; its change by the working set alone, or `whole`."""
+        if self._rebase:  # the pool tells how far the gradient at the start of the flow has changed
+            self._sums = self._sums + self._change(self._pool, self.at)
+            self._base, self._rebase = self.at, False
+        if self.at is self._base:
+            gradient = self._sums.mean()
+        elif whole or len(self.samples) <= self.solver.working_set:
+            samples = self._batches(self.samples)
+            gradient = self.problem.objective.gradient(samples, self.at).mean()
+        else:  # variance reduction: only the working set's gradient is computed again
+            gradient = (self._sums + self._change(working, self.at)).mean()
+        force = P.add(gradient, self.at, self.problem.weight_decay)
+        return force if self.drift is None else P.add(force, self.drift, -1)
+
+    def _working(self) -> Indices:
+        """The samples that enter products and the gradient's change."""
+        few = len(self._pool) <= self.solver.working_set
+        return self._pool if few else self.most_curved()
 
     def most_curved(self) -> Indices:
         """The pool's samples with the largest output curvature at the current weights."""
