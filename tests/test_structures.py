@@ -499,7 +499,7 @@ class TestMixed:
         ("structure", "message"),
         [
             ({"conv*": "diagonal", "*": "ekfac"}, r"'conv\*' in structure=, of nothing"),
-            ({"*": "diagonal", "0.*": "ekfac"}, "all taken by earlier ones"),
+            ({"*": "diagonal", "0.*": "ekfac"}, "all taken by earlier ones.*no name is left"),
             ({"0.*": "diagonal"}, r"no pattern in structure= for \['2.weight', '2.bias'\]"),
             ({"*": "cubic"}, "structure='cubic'"),
             ({}, "an empty structure="),

@@ -48,7 +48,8 @@ def _takes_nothing(
     got, expected = f"the pattern {pattern!r} in {where}=", "patterns that each match some of "
     if any(fnmatchcase(name, pattern) for name in names):
         fix = "The first match wins: put special patterns before general ones."
-        return error(f"{got}, all taken by earlier ones", f"{expected}{list(left)}", fix)
+        rest = f"{expected}{list(left)}" if left else "fewer patterns: no name is left for it"
+        return error(f"{got}, all taken by earlier ones", rest, fix)
     near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5)
     fix = f"Did you mean {' or '.join(map(repr, near))}?" if near else "Correct the pattern."
     return error(f"{got}, of nothing", f"{expected}{list(left or names)}", fix)

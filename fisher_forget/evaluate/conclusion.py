@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fisher_forget.evaluate.scoring import ALARM, EvaluationRow
-from fisher_forget.evaluate.verdict import AS_RETRAINED, DIFFERENT, UNDECIDED, holm
+from fisher_forget.evaluate.scoring import EvaluationRow
+from fisher_forget.evaluate.verdict import ALARM, AS_RETRAINED, DIFFERENT, UNDECIDED, holm
 
 BLIND = (
     "Nothing to forget is visible here: the original is not told apart from retrained models "

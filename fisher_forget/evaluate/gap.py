@@ -26,9 +26,8 @@ from scipy import special
 
 from fisher_forget.evaluate.intervals import Array, Interval
 from fisher_forget.evaluate.scale import LOG
-from fisher_forget.evaluate.verdict import Yardstick, round_robin
+from fisher_forget.evaluate.verdict import ALARM, Yardstick, round_robin
 
-ALARM = 0.05  # chance that a retrained model is told apart from the others
 FEWEST = 3  # retrained models: the floor without one of them still needs a pair
 ROUNDING = 1e-12  # of a logarithm
 

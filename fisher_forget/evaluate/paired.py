@@ -17,8 +17,8 @@ from scipy import optimize, special, stats
 
 from fisher_forget.evaluate.intervals import Array, Interval, Values, as_array, t_interval
 from fisher_forget.evaluate.scale import LOG
+from fisher_forget.evaluate.verdict import ALARM, POWER
 
-LEVEL, POWER = 0.05, 0.8
 NODES = 1000  # of an integral over quantiles
 
 
@@ -79,7 +79,7 @@ def smallest_ratio(spread: float, models: int) -> float:
     df = models - 1
     # quantiles of C, since the library's noncentral t is NaN far out
     quantiles = stats.chi2.ppf((np.arange(NODES) + 0.5) / NODES, df)
-    limits = special.stdtrit(df, 1 - LEVEL / 2) * np.sqrt(quantiles / df)
+    limits = special.stdtrit(df, 1 - ALARM / 2) * np.sqrt(quantiles / df)
 
     def missing(shift: float) -> float:
         return POWER - float(np.mean(special.ndtr(shift - limits) + special.ndtr(-shift - limits)))

@@ -15,6 +15,7 @@ from fisher_forget.evaluate.intervals import Interval, t_interval
 from fisher_forget.evaluate.metric import LEAST, Context, Metric, Subject
 from fisher_forget.evaluate.scale import LINEAR, LOG, Scale
 from fisher_forget.evaluate.verdict import (
+    ALARM,
     ALIKE,
     UNDECIDED,
     Verdict,
@@ -23,7 +24,6 @@ from fisher_forget.evaluate.verdict import (
     verdict,
 )
 
-ALARM = 0.05  # of a row by itself: that models which are retrained ones differ
 RELABELLINGS = 99  # drawn at most for a permutation test
 UNDEFINED = "undefined"
 TOO_FEW = (

@@ -54,7 +54,8 @@ UNDECIDED = "undecided"
 DIFFERENT = (NOT_FORGOTTEN, OVER_FORGOTTEN, FARTHER)
 
 REMAINDER = 0.5  # of the original's distance, which has to be ruled out
-POWER = 0.8
+ALARM = 0.05  # chance that models which are retrained ones are told apart
+POWER = 0.8  # of the differences that are said to be told
 EXACT = 1e-12  # relative, up to which scores are equal
 ALIKE = 0.01  # of the original's distance, by which a model has not moved
 NOTHING = "Nothing to forget is visible in this score."

@@ -233,8 +233,9 @@ def _times(config: RunConfig, command: str, needs: list[Need], cost: Cost) -> It
             f"{len(config.seeds)} originals each, about {most} at most; mostly much less"
         )
     elif command != "evaluate":
+        calls = len(config.seeds) * sets
         yield (
-            f"forgetting: {len(config.seeds) * sets} times, each "
+            f"forgetting: {calls} call{'s' * (calls > 1)}, each "
             f"{_seconds(cost.curvature.seconds)} for the curvature, and mostly up to twice as long "
             "again for the Newton steps and the noise"
         )

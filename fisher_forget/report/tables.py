@@ -19,8 +19,9 @@ import pandas as pd
 
 from fisher_forget._util.numbers import MISSING, number, percent, plus_minus, share
 from fisher_forget.errors import DataError
-from fisher_forget.evaluate.gap import ALARM, FEWEST, Gap
+from fisher_forget.evaluate.gap import FEWEST, Gap
 from fisher_forget.evaluate.intervals import Interval, t_interval
+from fisher_forget.evaluate.verdict import ALARM
 from fisher_forget.likelihood import Score
 
 Case = Mapping[str, Any]

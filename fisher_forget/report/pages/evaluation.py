@@ -24,8 +24,8 @@ from fisher_forget.evaluate.evaluation import (
     expected,
 )
 from fisher_forget.evaluate.metrics import METRICS
-from fisher_forget.evaluate.scoring import ALARM, UNDEFINED, EvaluationRow
-from fisher_forget.evaluate.verdict import AS_RETRAINED, DIFFERENT, UNDECIDED
+from fisher_forget.evaluate.scoring import UNDEFINED, EvaluationRow
+from fisher_forget.evaluate.verdict import ALARM, AS_RETRAINED, DIFFERENT, UNDECIDED
 from fisher_forget.report.pages.html import Figure, Number, flat, render_template, write_html
 from fisher_forget.report.pages.svg import inline
 from fisher_forget.report.plots import BLUE, GREEN, GREY, ORANGE, VERMILLION, save_figure
