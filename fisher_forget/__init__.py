@@ -41,6 +41,7 @@ from fisher_forget.unlearn.options import ForgetOptions
 from fisher_forget.unlearn.prepare import Prepared, prepare
 from fisher_forget.unlearn.problem import Problem
 from fisher_forget.unlearn.result import ForgetResult
+from fisher_forget.unlearn.training_time import TrainingTime, logged_rates
 
 moved.announce()
 
@@ -75,6 +76,7 @@ __all__ = [
     "StorageError",
     "SweepTable",
     "TrainSettings",
+    "TrainingTime",
     "Unlearned",
     "Unlearner",
     "build_model",
@@ -84,6 +86,7 @@ __all__ = [
     "evaluate",
     "forget",
     "load_dataset",
+    "logged_rates",
     "newton_step",
     "plot_tradeoff",
     "plots",

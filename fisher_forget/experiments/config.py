@@ -105,8 +105,8 @@ class RunConfig:
         training: Of the original and the retrained models.
         likelihood: "categorical", "next_token", "bernoulli", "bce", "gaussian" or "mse".
         forget_sets: What to forget, one after the other.
-        forget: Options of the method; likelihood and seed are the run's, and so is its weight decay
-            unless another is given.
+        forget: Options of the method; likelihood and seed are the run's, and so are its weight
+            decay and training unless others are given.
         seeds: One original model, scrubbed once, for each.
         noise_seed: Of the noise of all scrubbed models, for an experiment that is to be repeated
             number by number: such noise is not secret. By default the operating system gives it.
@@ -151,13 +151,21 @@ class RunConfig:
         )
         self.forget_options(self.seeds[0])  # refuses what does not go with the likelihood
 
-    def forget_options(self, seed: int) -> ForgetOptions:
-        """The options of `forget` for the model of one seed."""
+    def forget_options(self, seed: int, samples: int | None = None) -> ForgetOptions:
+        """The options of `forget` for the model of one seed.
+
+        Args:
+            seed: Of all random choices.
+            samples: That it was trained on, which says how long the training was.
+        """
         decay = self.forget.weight_decay
         if decay is None:
             decay = self.training.weight_decay
+        training = self.forget.training
+        if training is None and samples is not None:
+            training = self.training.training_time(samples)
         changes = {"likelihood": self.likelihood, "seed": seed, "weight_decay": decay}
-        return self.forget.changed(changes)
+        return self.forget.changed(changes | {"training": training})
 
 
 @dataclass(frozen=True)

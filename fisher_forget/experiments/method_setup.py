@@ -21,6 +21,7 @@ from fisher_forget.experiments.cases import Case, trained, untrained
 from fisher_forget.experiments.config import CompareConfig
 from fisher_forget.experiments.import_path import find, is_own
 from fisher_forget.experiments.search import needs_optuna, to_choose
+from fisher_forget.unlearn.options import ForgetOptions
 
 FRESH = 50_000  # added to seeds of fresh weights: none is an original's or a retrained model's
 
@@ -79,7 +80,8 @@ def configured(
 
     A field of one of these names gets what the experiment knows, unless it is in the method's grid:
     `likelihood`, `weight_decay` and `seed`; `train` and `init`, which train and build as the
-    experiment does; `initial`, the original before its training; `training`, how it is trained.
+    experiment does; `initial`, the original before its training; `training`, how it is trained, or
+    for how long.
     """
 
     def fresh() -> nn.Module:
@@ -88,6 +90,7 @@ def configured(
     def fitted(model: nn.Module, _data: Dataset[Any], rows: Indices, seed: int) -> nn.Module:
         return trained(config, case.data, model, rows, seed)
 
+    time = config.training.training_time(len(case.data.train))
     known: dict[str, Callable[[], Any]] = {
         "likelihood": lambda: config.likelihood,
         "weight_decay": lambda: config.training.weight_decay,
@@ -95,7 +98,7 @@ def configured(
         "train": lambda: fitted,
         "init": lambda: fresh,
         "initial": lambda: untrained(config, case.data, seed),
-        "training": lambda: config.training,
+        "training": lambda: time if issubclass(method, ForgetOptions) else config.training,
     }
     names = [name for name in settings_of(method) if name in known and name not in method.grid]
     given = {name: known[name]() for name in names}

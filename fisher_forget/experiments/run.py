@@ -92,7 +92,7 @@ def _scrub(
 ) -> tuple[ForgetResult, Closeness]:
     """Forget by one original model; the scrubbed one is stored."""
     seed, original = config.seeds[index], case.originals.models[index]
-    options = config.forget_options(seed)
+    options = config.forget_options(seed, len(case.data.train))
     call: Any = {"generator": generator, "progress": config.progress}
     result = forget(original, case.data.train, case.forget, options, **call)
     closeness = case.references[index].closeness(result.model)
@@ -106,7 +106,7 @@ def _scrub(
 def _sweep(config: SweepConfig, case: Case) -> SweepTable:
     """A sweep from the first original model; its table is written as sweep.parquet and, to be read,
     as sweep.csv."""
-    options = config.forget_options(config.seeds[0])
+    options = config.forget_options(config.seeds[0], len(case.data.train))
     decay = options.weight_decay
     # of all methods, of which others take one number only
     fixed: Any = {} if isinstance(decay, Mapping) else {"weight_decay": decay}

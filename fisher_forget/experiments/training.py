@@ -25,6 +25,7 @@ from fisher_forget.errors import ConfigError, DataError, NumericalError
 from fisher_forget.likelihood import Likelihood
 from fisher_forget.params import finite, first_call, trainable
 from fisher_forget.unlearn.batch_norm import frozen_statistics, train_mode
+from fisher_forget.unlearn.training_time import TrainingTime
 
 MAX_SHIFT = 4  # pixels, for 32-pixel images (He et al. 2016, section 4.2)
 
@@ -87,6 +88,20 @@ class TrainSettings:
             if not good:
                 got = f"{name}={getattr(self, name)!r}"
                 raise ConfigError(got, expected, "Correct the training settings.")
+
+    def training_time(self, samples: int) -> TrainingTime:
+        """What `train` with these settings is in units of gradient flow.
+
+        Args:
+            samples: That it trains on.
+        """
+        decay, steps = self.weight_decay, self.epochs * _steps(samples, self)
+        if self.optimizer == "adam" or not steps:
+            told = f"{self.optimizer}, {steps:,} steps, which are no time of gradient flow"
+            return TrainingTime(None, decay, told)
+        schedule = SCHEDULES[self.schedule]
+        rates = [self.lr * schedule(step / steps) for step in range(steps)]
+        return TrainingTime.of_rates(rates, momentum=self.momentum, weight_decay=decay)
 
 
 def train(

@@ -20,6 +20,7 @@ from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import ConfigError
 from fisher_forget.likelihood import Likelihood, named, resolve_likelihood
 from fisher_forget.unlearn.noise_target import EXPONENT, NoiseTarget
+from fisher_forget.unlearn.training_time import TrainingTime
 from fisher_forget.unlearn.weight_decay import WeightDecay, is_weight_decay
 
 Solver = Literal["auto", "cg", "direct"]
@@ -42,6 +43,9 @@ class ForgetOptions:
             SGD). Or numbers by shell pattern of parameter names, first match wins, 0 where none
             matches: {"*.weight": 5e-4}. `None` is what a recipe trains with, and 0 where no
             training is known.
+        training: How long and with which weight decay the model was trained, where that is known
+            (`TrainingTime.of(optimizer, ...)`). `None` is a recipe's own training; else it is read
+            off the model.
         structure: Curvature structure, see `estimate_curvature`.
         kind: Curvature kind, see `estimate_curvature`; where max_samples="auto" leaves samples out,
             "auto" is one sketched column a sample, since the curvature is an estimate for a
@@ -80,6 +84,7 @@ class ForgetOptions:
 
     likelihood: Likelihood | str = "categorical"
     weight_decay: WeightDecay | None = None
+    training: TrainingTime | None = None
     structure: Structure = "ekfac"
     kind: Kind = "auto"
     draws: int = 1
@@ -98,6 +103,7 @@ class ForgetOptions:
     def __post_init__(self) -> None:
         likelihood = resolve_likelihood(self.likelihood)
         good_decay = self.weight_decay is None or is_weight_decay(self.weight_decay)
+        good_training = self.training is None or isinstance(self.training, TrainingTime)
         steps, damping, noise = self.steps, self.damping, self.noise
         whole_samples = self.max_samples in ("auto", None) or is_whole(self.max_samples, 1)
         # the flow goes on for the time 1 / tau
@@ -108,6 +114,7 @@ class ForgetOptions:
         good_budget = self.budget is None or self.budget == math.inf or is_number(self.budget)
         for name, good, expected in (
             ("weight_decay", good_decay, f"{NUMBER}, or such numbers by pattern of names"),
+            ("training", good_training, "a TrainingTime, or None"),
             ("draws", is_whole(self.draws, 1), f"{WHOLE} 1"),
             ("max_samples", whole_samples, f"{WHOLE} 1, 'auto' or None"),
             ("steps", steps == "auto" or is_whole(steps, 1), f"{WHOLE} 1, or 'auto'"),
@@ -198,6 +205,7 @@ class ForgetKeywords(TypedDict, total=False):
 
     likelihood: Likelihood | str
     weight_decay: WeightDecay | None
+    training: TrainingTime | None
     structure: Structure
     kind: Kind
     draws: int
