@@ -31,6 +31,14 @@ from fisher_forget.experiments.training import TrainSettings, train
 from fisher_forget.likelihood import Bernoulli, Categorical, Gaussian, Likelihood
 from fisher_forget.report import plots
 from fisher_forget.report.plots import plot_tradeoff
+from fisher_forget.rewind import (
+    CheckpointKeeper,
+    RewindResult,
+    lightning_callback,
+    list_checkpoints,
+    rewind,
+    trainer_callback,
+)
 from fisher_forget.sweep import SweepTable, sweep
 from fisher_forget.unlearn.forget import forget
 from fisher_forget.unlearn.newton.step import NewtonStep, newton_step
@@ -50,6 +58,7 @@ __all__ = [
     "SISA",
     "Bernoulli",
     "Categorical",
+    "CheckpointKeeper",
     "Closeness",
     "ConfigError",
     "Curvature",
@@ -71,6 +80,7 @@ __all__ = [
     "Problem",
     "Reference",
     "RetrainedEnsemble",
+    "RewindResult",
     "Split",
     "SplitError",
     "StorageError",
@@ -85,6 +95,8 @@ __all__ = [
     "estimate_curvature",
     "evaluate",
     "forget",
+    "lightning_callback",
+    "list_checkpoints",
     "load_dataset",
     "logged_rates",
     "newton_step",
@@ -93,6 +105,8 @@ __all__ = [
     "prepare",
     "read_samples",
     "resolve_split",
+    "rewind",
     "sweep",
     "train",
+    "trainer_callback",
 ]

@@ -164,7 +164,7 @@ class TestTraining:
 
     def test_progress_bar_shows_the_loss(self, blobs, capsys, monkeypatch):
         monkeypatch.setattr(training, "tqdm", partial(training.tqdm, mininterval=0))
-        train(dropout_net(), blobs, FAST, seed=0, description="oracle")
+        train(dropout_net(), blobs, FAST, seed=0, progress="oracle")
         shown = capsys.readouterr().err
         assert "oracle" in shown
         assert "loss" in shown

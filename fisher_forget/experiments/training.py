@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 from tqdm.auto import tqdm
 
+from fisher_forget._util.checks import is_number
 from fisher_forget._util.copies import copy_model
 from fisher_forget._util.isolation import seeded, seeded_rng
 from fisher_forget.data.batches import Batch, make_batch
@@ -26,6 +27,9 @@ from fisher_forget.likelihood import Likelihood
 from fisher_forget.params import finite, first_call, trainable
 from fisher_forget.unlearn.batch_norm import frozen_statistics, train_mode
 from fisher_forget.unlearn.training_time import TrainingTime
+
+Rows = Sequence[int] | NDArray[np.int64] | Tensor
+AfterStep = Callable[[nn.Module], object]
 
 MAX_SHIFT = 4  # pixels, for 32-pixel images (He et al. 2016, section 4.2)
 
@@ -89,13 +93,21 @@ class TrainSettings:
                 got = f"{name}={getattr(self, name)!r}"
                 raise ConfigError(got, expected, "Correct the training settings.")
 
+    def steps(self, samples: int) -> int:
+        """Steps of an epoch over so many samples."""
+        return -(-samples // self.batch_size)
+
+    def total_steps(self, samples: int) -> int:
+        """Steps of the whole training on so many samples."""
+        return self.epochs * self.steps(samples)
+
     def training_time(self, samples: int) -> TrainingTime:
         """What `train` with these settings is in units of gradient flow.
 
         Args:
             samples: That it trains on.
         """
-        decay, steps = self.weight_decay, self.epochs * _steps(samples, self)
+        decay, steps = self.weight_decay, self.total_steps(samples)
         if self.optimizer == "adam" or not steps:
             told = f"{self.optimizer}, {steps:,} steps, which are no time of gradient flow"
             return TrainingTime(None, decay, told)
@@ -110,10 +122,10 @@ def train(
     settings: TrainSettings,
     *,
     seed: int,
-    indices: Sequence[int] | NDArray[np.int64] | Tensor | None = None,
+    indices: Rows | None = None,
     likelihood: Likelihood | str = "categorical",
-    progress: bool = True,
-    description: str = "train",
+    progress: bool | str = True,
+    after_step: AfterStep | None = None,
 ) -> nn.Module:
     """Train a copy of `model`, from the weights it has, and return the copy in eval mode.
 
@@ -130,8 +142,9 @@ def train(
             occurs.
         likelihood: Name or instance; the loss is its sum over the batch divided by its sum of
             counts, in nats. A name gives way to the loss that a model which takes `labels` has.
-        progress: Show a progress bar with the loss.
-        description: Text of the progress bar.
+        progress: Show a progress bar with the loss; a text stands before it.
+        after_step: Called with the model after each step, to be left as it is:
+            `CheckpointKeeper.step`.
 
     Raises:
         DataError: If `data` or `indices` cannot be used, or the targets do not fit the outputs.
@@ -139,38 +152,118 @@ def train(
         NumericalError: If the loss or the weights leave the finite numbers.
         ConfigError: If augmentation is asked for inputs that are not images [N, C, H, W].
     """
-    rows = _rows(indices, len(data))
-    _check_inputs(data, settings)
-    samples = Split(data, np.unique(rows.numpy()), np.zeros(0, np.int64), settings.batch_size)
-    kind = trained_likelihood(model, samples, likelihood)
-    twin = train_mode(copy_model(model), frozen_statistics(model, samples))
-    if settings.channels_last:
-        twin = _laid_out(twin, torch.channels_last)
-    weights = list(trainable(twin).values())
-    optimizer, schedule = _optimizer(weights, settings), SCHEDULES[settings.schedule]
-    total = settings.epochs * _steps(len(rows), settings)
-    look: dict[str, Any] = {"unit": "step", "leave": False, "dynamic_ncols": True}
-    bar = tqdm(total=total, desc=description, disable=not progress, **look)
-    with seeded_rng(seed), bar:  # dropout draws from the global generators
-        for step, batch in enumerate(_batches(data, rows, settings, seed)):
-            batch = batch.on(twin)
-            for group in optimizer.param_groups:
-                group["lr"] = settings.lr * schedule(step / total)
-            outputs = first_call(twin, batch.args, batch.kwargs)
-            if step == 0:
-                kind.check(outputs, batch.targets)
-            loss = kind.mean_loss(outputs, batch.targets)
-            if not math.isfinite(value := loss.item()):
-                raise _diverged(f"the loss {value} at step {step + 1} of {total}")
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            bar.set_postfix_str(f"loss {value:.4f}", refresh=False)
-            bar.update()
-    if not finite(dict(twin.named_parameters())):
-        raise _diverged("NaN or infinite weights after training")
-    twin.zero_grad(set_to_none=True)
-    return (_laid_out(twin, torch.contiguous_format) if settings.channels_last else twin).eval()
+    run = _Run(model, data, settings, seed, _rows(indices, len(data)), likelihood)
+    return run(0, progress, after_step or (lambda model: None))
+
+
+def resume(
+    model: nn.Module,
+    data: TensorDataset,
+    settings: TrainSettings,
+    point: float,
+    *,
+    seed: int,
+    indices: Rows | None = None,
+    likelihood: Likelihood | str = "categorical",
+    progress: bool | str = True,
+) -> nn.Module:
+    """The rest of a training by `train`, from a point of it on; the optimizer begins anew.
+
+    The learning rate goes on where it was. With the same seed and samples, no momentum and nothing
+    random but the order of the samples, this ends where an uninterrupted training does.
+
+    Args:
+        model: With the weights of that point.
+        data: See `train`.
+        settings: Of the whole training.
+        point: Share of its steps that are done, in [0, 1].
+        seed: See `train`.
+        indices: See `train`.
+        likelihood: See `train`.
+        progress: See `train`.
+
+    Raises:
+        ConfigError: If the point is no such share.
+        DataError, ModelError, NumericalError: As `train`.
+    """
+    if not is_number(point) or point > 1:
+        fix = "Pass the share of the training's steps that are done."
+        raise ConfigError(f"point={point!r}", "a number from 0 to 1", fix)
+    run = _Run(model, data, settings, seed, _rows(indices, len(data)), likelihood)
+    return run(round(point * run.total), progress, lambda model: None)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One training, and where it takes place."""
+
+    model: nn.Module
+    data: TensorDataset
+    settings: TrainSettings
+    seed: int
+    rows: Tensor
+    likelihood: Likelihood | str
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole training."""
+        return self.settings.total_steps(len(self.rows))
+
+    def __call__(self, done: int, progress: bool | str, after_step: AfterStep) -> nn.Module:
+        """The copy of the model after all steps but the first `done`."""
+        settings = self.settings
+        _check_inputs(self.data, settings)
+        twin, kind = self._begun()
+        optimizer = _optimizer(list(trainable(twin).values()), settings)
+        schedule = SCHEDULES[settings.schedule]
+        title = progress if isinstance(progress, str) else "train"
+        look: dict[str, Any] = {"unit": "step", "leave": False, "dynamic_ncols": True}
+        bar = tqdm(total=self.total - done, desc=title, disable=not progress, **look)
+        with seeded_rng(self.seed), bar:  # dropout draws from the global generators
+            for step, batch in enumerate(self._batches(done), done):
+                batch = batch.on(twin)
+                for group in optimizer.param_groups:
+                    group["lr"] = settings.lr * schedule(step / self.total)
+                outputs = first_call(twin, batch.args, batch.kwargs)
+                if step == done:
+                    kind.check(outputs, batch.targets)
+                loss = kind.mean_loss(outputs, batch.targets)
+                if not math.isfinite(value := loss.item()):
+                    raise _diverged(f"the loss {value} at step {step + 1} of {self.total}")
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                after_step(twin)
+                bar.set_postfix_str(f"loss {value:.4f}", refresh=False)
+                bar.update()
+        if not finite(dict(twin.named_parameters())):
+            raise _diverged("NaN or infinite weights after training")
+        twin.zero_grad(set_to_none=True)
+        return (_laid_out(twin, torch.contiguous_format) if settings.channels_last else twin).eval()
+
+    def _begun(self) -> tuple[nn.Module, Likelihood]:
+        """The copy to be trained, in train mode, and whose loss it has."""
+        seen, none = np.unique(self.rows.numpy()), np.zeros(0, np.int64)
+        samples = Split(self.data, seen, none, self.settings.batch_size)
+        kind = trained_likelihood(self.model, samples, self.likelihood)
+        twin = train_mode(copy_model(self.model), frozen_statistics(self.model, samples))
+        return (_laid_out(twin, torch.channels_last) if self.settings.channels_last else twin), kind
+
+    def _batches(self, done: int) -> Iterator[Batch]:
+        """The batches of all epochs but the first `done`, in an order and with an augmentation that
+        the seed decides."""
+        settings, generator, rows = self.settings, seeded(self.seed), self.rows
+        for epoch in range(settings.epochs):
+            order = rows[torch.randperm(len(rows), generator=generator)]
+            # equal batches rather than a small last one: BatchNorm cannot train on a single sample
+            parts = order.tensor_split(settings.steps(len(rows)))
+            for members in parts[max(0, done - epoch * len(parts)) :]:
+                inputs, targets = self.data[members][:2]
+                if settings.augment:
+                    inputs = augmented(inputs, generator)
+                if settings.channels_last:
+                    inputs = inputs.contiguous(memory_format=torch.channels_last)
+                yield make_batch((inputs, targets))
 
 
 def _check_inputs(data: TensorDataset, settings: TrainSettings) -> None:
@@ -182,28 +275,6 @@ def _check_inputs(data: TensorDataset, settings: TrainSettings) -> None:
         if getattr(settings, name) and not images:
             got = f"{name}=True for inputs {tuple(data.tensors[0].shape)}"
             raise ConfigError(got, "images [N, C, H, W]", f"Unset {name}.")
-
-
-def _steps(samples: int, settings: TrainSettings) -> int:
-    """Steps of an epoch."""
-    return -(-samples // settings.batch_size)
-
-
-def _batches(
-    data: TensorDataset, rows: Tensor, settings: TrainSettings, seed: int
-) -> Iterator[Batch]:
-    """The batches of all epochs, in an order and with an augmentation that the seed decides."""
-    generator = seeded(seed)
-    for _ in range(settings.epochs):
-        order = rows[torch.randperm(len(rows), generator=generator)]
-        # equal batches rather than a small last one: BatchNorm cannot train on a single sample
-        for members in order.tensor_split(_steps(len(rows), settings)):
-            inputs, targets = data[members][:2]
-            if settings.augment:
-                inputs = augmented(inputs, generator)
-            if settings.channels_last:
-                inputs = inputs.contiguous(memory_format=torch.channels_last)
-            yield make_batch((inputs, targets))
 
 
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -247,7 +318,7 @@ def _optimizer(weights: list[Tensor], settings: TrainSettings) -> torch.optim.Op
     )
 
 
-def _rows(indices: Sequence[int] | NDArray[np.int64] | Tensor | None, total: int) -> Tensor:
+def _rows(indices: Rows | None, total: int) -> Tensor:
     if isinstance(indices, Tensor):
         indices = indices.detach().cpu().numpy()
     rows = np.arange(total) if indices is None else np.asarray(indices)
