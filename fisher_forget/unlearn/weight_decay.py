@@ -1,13 +1,16 @@
-"""Weight decay: one number, or one for each parameter by shell patterns of names."""
+"""Weight decay: one number, or one for each parameter by shell patterns of names; and what a
+trained model says of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 from torch import Tensor, nn
 
+from fisher_forget import params as P
 from fisher_forget._util import patterns
 from fisher_forget._util.checks import is_number
 from fisher_forget._util.copies import unwrapped
@@ -17,6 +20,7 @@ from fisher_forget.params import Params
 
 WeightDecay = float | Mapping[str, float]
 """wd of the objective, mean loss + (1/2) sum_i wd_i w_i^2: of all weights, or by patterns."""
+FACTOR = 1.5  # between two weight decays that contradict each other
 
 
 def is_weight_decay(value: Any) -> bool:
@@ -74,6 +78,94 @@ def total_damping(weight_decay: WeightDecay, tau: float) -> WeightDecay:
     if isinstance(weight_decay, Mapping):
         return {name: rate + tau for name, rate in weight_decay.items()}
     return weight_decay + tau
+
+
+@dataclass(frozen=True)
+class ReadOff:
+    r"""Which weight decay a trained model acts like, and how long it was trained.
+
+    Training that follows dw/dt = -(grad L + wd w) changes the length of the weights as
+
+        d ln|w| / dt = wd_hat - wd,    wd_hat = -<grad L, w> / <w, w>,
+
+    so that at a minimum wd_hat is the weight decay of the training; before, it is what grows the
+    weights as well, about 0.1 over the training's time: finite training regularises like a decay.
+    Of all wd it is the one that leaves the least force |grad L + wd w|.
+
+    Attributes:
+        value: wd_hat, nats per squared weight; 0 where the weights shrink without any decay.
+        layers: The same of each module alone, of either sign; 0 where normalisation makes the loss
+            blind to the length of its weights, and nothing can be read off.
+        time: L / |grad L + wd_hat w|^2, squared weight per nat: the training's own time where the
+            loss falls as 1/t, infinite at a minimum.
+        squares: |w|^2 of each parameter.
+    """
+
+    value: float
+    layers: dict[str, float]
+    time: float
+    squares: dict[str, float]
+
+    def mean_of(self, weight_decay: WeightDecay) -> float:
+        """The one decay under which |w| shrinks as under decays by parameter name."""
+        if not isinstance(weight_decay, Mapping):
+            return weight_decay
+        shrunk = math.fsum(weight_decay.get(n, 0.0) * s for n, s in self.squares.items())
+        return shrunk / (math.fsum(self.squares.values()) or 1.0)
+
+
+def read_off(gradient: Mapping[str, Tensor], at: Mapping[str, Tensor], loss: float) -> ReadOff:
+    """The weight decay and the time of a training, from where it ended.
+
+    Args:
+        gradient: grad L, of the mean loss of the training data without decay.
+        at: w, the trained weights, by the same names.
+        loss: L there, nats.
+    """
+    pulls = {n: -P.dot({n: gradient[n]}, {n: w}) for n, w in at.items()}
+    squares = {n: P.dot({n: w}, {n: w}) for n, w in at.items()}
+    value = max(_ratio(pulls.values(), squares.values()), 0.0)
+    modules: dict[str, list[str]] = {}
+    for name in at:
+        modules.setdefault(name.rpartition(".")[0], []).append(name)
+    layers = {
+        module: _ratio((pulls[n] for n in names), (squares[n] for n in names))
+        for module, names in modules.items()
+    }
+    left = P.norm(P.add(gradient, at, value)) ** 2
+    return ReadOff(value, layers, loss / left if left else math.inf, squares)
+
+
+def _ratio(pulls: Iterable[float], squares: Iterable[float]) -> float:
+    return math.fsum(pulls) / (math.fsum(squares) or 1.0)
+
+
+def contradiction(given: WeightDecay, found: ReadOff, training_time: float | None = None) -> str:
+    """By how much a given weight decay contradicts the model, in words; empty where it does not.
+
+    With the decay wd the length of the weights would be changing at the rate wd_hat - wd. That
+    cannot be where it makes a factor e within the time of the training: in networks trained by
+    SGD, Adam and AdamW rate times time was below 0.5. What differs by less than half is no
+    contradiction: gradients of batches leave that much.
+
+    Args:
+        given: A number, or numbers by parameter name (`by_name`).
+        found: Of the model.
+        training_time: T, where it is known.
+    """
+    wd = found.mean_of(given)
+    low, high = sorted((found.value, wd))
+    time = min(found.time, math.inf if training_time is None else training_time)
+    if high <= FACTOR * low or not (high - low) * time > 1:
+        return ""
+    less, turn = ("less", "shrinking") if wd == high else ("more", "growing")
+    times = f"{high / low:.2g} times {less}" if low else less
+    lasted = f"its training lasted about {time:.3g}" if math.isfinite(time) else "it is at rest"
+    return (
+        f"the model acts like a weight decay of {found.value:.2g}, {times} than the given "
+        f"{wd:.2g}, with which its weights would be {turn} by a factor e in a time of "
+        f"{1 / (high - low):.3g}, where {lasted}"
+    )
 
 
 @dataclass(frozen=True)
