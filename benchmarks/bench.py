@@ -1,5 +1,5 @@
 """Time, memory and error of the curvature estimators beside other libraries' on the same model,
-data and batches.
+data and batches; and the time of whole calls beside that of a retraining.
 
     python -m benchmarks.bench [--quick] [--only CASE ...] [--rows ROW ...] [--threads N] [--json
     FILE] [--scaling]
@@ -21,6 +21,7 @@ from typing import Any
 
 # Nothing here imports torch: only the measuring processes do, so that a child starts small.
 CASES = ("mlp", "all_cnn", "resnet18", "gpt2")
+RECIPES = ("digits", "mnist", "cifar10")  # of whole calls
 ROWS = (
     "sketch",
     "exact",
@@ -45,6 +46,11 @@ no eigh  the ratio without the eigendecompositions
 samples  that the row, and the plain passes beside it, were timed on; seconds are for these
 memory   peak resident set (VmHWM; CUDA: peak allocation) above that of the plain passes, MiB
 error    |d - d*| / |d*| of the diagonal, untrained weights, d* exact in float64 on {error_on}"""
+
+CALLS = """
+Whole calls, of networks trained by configs/<recipe>.yaml, each in % of a retraining on the same
+machine, whose seconds are its epochs times those of one: forget without 100 random samples; and
+once prepared (what is not part of a request), requests of so many random samples"""
 
 
 def ask(timeout: float, **request: Any) -> dict[str, Any]:
@@ -80,6 +86,22 @@ def line(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+def call(recipe: str, found: dict[str, Any]) -> str:
+    """What whole calls of a recipe take."""
+    if "fails" in found:
+        return f"{recipe}: fails: {found['fails'][:120]}"
+
+    def share(seconds: float) -> str:
+        return f"{100 * seconds / found['retraining_s']:.3g} %"
+
+    requests = ", ".join(f"{size}: {share(s)}" for size, s in found["prepared_s"].items())
+    return (
+        f"{recipe}, {found['samples']:,} samples, {found['epochs']} epochs of training in "
+        f"{found['retraining_s']:.3g} s: forget {share(found['forget_s'])}; prepared in "
+        f"{share(found['prepare_s'])}, requests of {requests}"
+    )
+
+
 def aligned(cells: tuple[str, ...]) -> str:
     """Cells in columns of a fixed width, so that a row can be printed as soon as it is there."""
     first, *numbers, note = cells
@@ -92,8 +114,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="a quarter of the samples")
+    known = CASES + RECIPES
     parser.add_argument(
-        "--only", nargs="+", choices=CASES, default=CASES, metavar="CASE", help=", ".join(CASES)
+        "--only", nargs="+", choices=known, default=known, metavar="CASE", help=", ".join(known)
     )
     parser.add_argument(
         "--rows", nargs="+", choices=ROWS, default=ROWS, metavar="ROW", help=", ".join(ROWS)
@@ -120,10 +143,17 @@ def main() -> None:
             )
         print(f"seconds ~ samples^{found['exponent']:.2f}")
     else:
-        result["cases"] = {}
+        result["cases"], result["calls"] = {}, {}
         with tempfile.TemporaryDirectory() as folder:
-            for case in args.only:
+            for case in (c for c in CASES if c in args.only):
                 result["cases"][case] = _case(case, args, common, Path(folder) / f"{case}.pt")
+        recipes = [r for r in RECIPES if r in args.only]
+        if recipes:
+            print(CALLS, flush=True)
+        for recipe in recipes:
+            found = ask(args.timeout, task="calls", recipe=recipe, **common)
+            result["calls"][recipe] = found
+            print(call(recipe, found), flush=True)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import calls
 from benchmarks.cases import CASES, Case, mnist, plain
 from benchmarks.estimators import (
     ESTIMATORS,
@@ -224,6 +225,8 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     if request["task"] == "scaling":
         return scaling(tuple(n for n in SIZES if n <= 16_000 or not request["quick"]))
     try:
+        if request["task"] == "calls":
+            return calls.measure(request["recipe"], quick=request["quick"])
         return measure(
             CASES[request["case"]],
             request["row"],

@@ -12,32 +12,22 @@ be compared.
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from benchmarks.calls import timed
 from fisher_forget import ForgetOptions, ForgetResult, forget, prepare
 from fisher_forget import params as P
 from fisher_forget._util.markdown import markdown_table
 from fisher_forget.experiments.cases import Case, prepare_case
 from fisher_forget.experiments.config_file import load_config
 
-T = TypeVar("T")
 STRUCTURES = ("diagonal", "ekfac")
 DAMPING = 1e-2
-
-
-def timed(function: Callable[..., T], *args: Any, **options: Any) -> tuple[T, float]:
-    """What a call returns, and its seconds."""
-    begun = time.perf_counter()
-    result = function(*args, **options)
-    return result, time.perf_counter() - begun
 
 
 def distance(a: ForgetResult, b: ForgetResult, start: nn.Module) -> float:

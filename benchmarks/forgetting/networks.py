@@ -43,7 +43,7 @@ def train(setup: Setup, data: Data, rows: Tensor, seed: int, epochs: int) -> nn.
     """Train for some epochs of the setup's schedule, which is that of all of them."""
     model, training = _new(setup, data, seed).train(), setup.training
     optimizer = _optimizer(model, training)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed + 1)  # the weights have been drawn by the other
     steps = math.ceil(len(rows) / training.batch)
     for epoch in range(epochs):
         order = rows[torch.randperm(len(rows), generator=generator)]

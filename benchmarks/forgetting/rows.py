@@ -99,7 +99,7 @@ def _setup(title: str, data: str, model: dict[str, Any], *training: Any, **more:
 
 
 _CNN: dict[str, Any] = {"model": "cnn", "options": {"width": 8}}
-_ALL_CNN: dict[str, Any] = {"model": "all_cnn", "options": {"width": 0.125}}
+_ALL_CNN: dict[str, Any] = {"model": "all_cnn", "options": {"width": 0.25}}
 _NORMED: dict[str, Any] = {"model": "all_cnn", "options": {"width": 0.125, "batch_norm": True}}
 _BAG: dict[str, Any] = {
     "model": "benchmarks.forgetting.docstrings:BagOfWords",
@@ -120,9 +120,9 @@ _DCNN = _setup("digits, CNN", "digits", _CNN, "adam", 3e-3, 1e-4, 20, 64)
 _DCNN_E = _setup("digits, CNN", "digits", _CNN, "adamw", 1e-3, 1e-2, 5, 64, "constant", **EARLY)
 _DCNN_W = _setup("digits, CNN", "digits", _CNN, "momentum", 0.05, 5e-4, 60, 32, wrong=60)
 _MNIST = _setup("MNIST, 6,000, CNN", "mnist", _CNN, "momentum", 0.1, 5e-4, 15)
-_MNIST_E = _setup("MNIST, 6,000, CNN", "mnist", _CNN, "momentum", 0.1, 5e-4, 3, **EARLY)
+_MNIST_E = _setup("MNIST, 6,000, CNN", "mnist", _CNN, "adam", 1e-3, 1e-4, 2, 64, **EARLY)
 _MNIST_S = _setup("MNIST, 6,000, CNN", "mnist", _CNN, "sgd", 0.2, 0.0, 15, 64)
-_CIFAR = _setup("CIFAR-10, 5,000, All-CNN", "cifar10", _ALL_CNN, "adam", 2e-3, 0.0, 12, 32)
+_CIFAR = _setup("CIFAR-10, 5,000, All-CNN", "cifar10", _ALL_CNN, "momentum", 0.05, 5e-4, 12)
 _CIFAR_N = _setup(
     "CIFAR-10, 5,000, All-CNN, BatchNorm", "cifar10", _NORMED, "momentum", 0.1, 5e-4, 10, 64
 )
@@ -154,6 +154,7 @@ _LOOKED_AT = (
     Row("mnist-250", _MNIST, "samples", 5, 250),
     Row("mnist-random", _MNIST, "random", None, 300),
     Row("cifar10-200", _CIFAR, "samples", 5, 200),
+    Row("cifar10-class", _CIFAR, "class", 3),
     Row("docstrings-module", _TEXT, "module", "scipy.signal"),
 )
 _HELD_OUT = (
@@ -165,7 +166,6 @@ _HELD_OUT = (
     Row("wrong-labels-cnn", _DCNN_W, "wrong", held_out=True),
     Row("mnist-250-early", _MNIST_E, "samples", 7, 250, held_out=True),
     Row("mnist-random-sgd", _MNIST_S, "random", None, 300, held_out=True),
-    Row("cifar10-class", _CIFAR, "class", 3, held_out=True),
     Row("cifar10-class-norm", _CIFAR_N, "class", 1, held_out=True),
     Row("cifar10-200-norm-early", _CIFAR_E, "samples", 6, 200, held_out=True),
     Row("docstrings-60-adam", _TEXT_A, "samples", 4, 60, held_out=True),
