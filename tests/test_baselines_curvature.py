@@ -33,6 +33,7 @@ from fisher_forget.baselines.influence import Lissa, WoodFisher
 from fisher_forget.baselines.meter import metered
 from fisher_forget.baselines.ntk import Ntk, NtkFisher, stretch
 from fisher_forget.baselines.protocol import Unlearner
+from fisher_forget.baselines.rewind_to_delete import RewindToDelete
 from fisher_forget.baselines.ssd import Ssd
 from fisher_forget.baselines.variational import START, Variational
 from fisher_forget.data.split import Split, resolve_split, some
@@ -92,6 +93,7 @@ CASES: list[Any] = [
     Lissa(steps=20, repeats=2, scale=20.0, batch_size=6),
     Variational(epochs=2, batch_size=8),
     DeltaGrad(burn_in=3),
+    RewindToDelete(steps=2),
     FisherForget(drift=True),
     GolatkarPaper(),
     GolatkarCode(),

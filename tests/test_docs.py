@@ -286,7 +286,7 @@ class TestOneSource:
         published = METHODS.keys() - {"fisher-forget", "retrain", "sisa"}
         ones = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
         count = {20 + i: f"twenty-{word}" for i, word in enumerate(ones, 1)}[len(published)]
-        assert f"Beside {count} published methods and SISA" in self.text("README.md")
+        assert f"holds {count} published methods and SISA" in self.text("README.md")
 
 
 def test_the_table_of_error_rates_is_that_of_the_stored_numbers():

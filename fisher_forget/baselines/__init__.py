@@ -19,6 +19,7 @@ from fisher_forget.baselines.ntk import Ntk, NtkFisher
 from fisher_forget.baselines.protocol import Range, Unlearned, Unlearner
 from fisher_forget.baselines.random_labels import Amnesiac, RandomLabels
 from fisher_forget.baselines.retrain import Retrain
+from fisher_forget.baselines.rewind_to_delete import RewindToDelete
 from fisher_forget.baselines.salun import SalUn, SalUn2023
 from fisher_forget.baselines.scrub import Scrub
 from fisher_forget.baselines.sisa.ensemble import SISA
@@ -52,6 +53,7 @@ METHODS: dict[str, type[Unlearner]] = {
         Unsir,
         Variational,
         DeltaGrad,
+        RewindToDelete,
         Sharded,
         GolatkarPaper,
         GolatkarCode,
