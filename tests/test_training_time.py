@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import lr_scheduler as schedules
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import SWALR
 
 from fisher_forget import ConfigError, ForgetOptions, TrainingTime, TrainSettings, logged_rates
 from fisher_forget.experiments.config import RunConfig
@@ -60,6 +62,12 @@ def chained(sgd: Optimizer) -> LRScheduler:
     )
 
 
+def nested(sgd: Optimizer) -> LRScheduler:
+    inner = [schedules.ConstantLR(sgd, 0.5, 3), schedules.ExponentialLR(sgd, 0.9)]
+    parts = [schedules.SequentialLR(sgd, inner, [4]), schedules.CosineAnnealingLR(sgd, 50)]
+    return schedules.SequentialLR(sgd, parts, [10])
+
+
 SCHEDULERS: dict[str, Callable[[Optimizer], LRScheduler]] = {
     "step": lambda sgd: schedules.StepLR(sgd, 7, 0.5),
     "milestones": lambda sgd: schedules.MultiStepLR(sgd, [3, 11], 0.3),
@@ -74,6 +82,8 @@ SCHEDULERS: dict[str, Callable[[Optimizer], LRScheduler]] = {
     "warmed": warmed,
     "restarted": restarted,
     "chained": chained,
+    "nested": nested,
+    "averaged": lambda sgd: SWALR(sgd, 0.01, anneal_epochs=10),
     "own": Wavy,
 }
 
@@ -84,7 +94,9 @@ def trained(
     """An optimizer and its scheduler after STEPS steps, and the sum of lr / (1 - momentum)."""
     weight = nn.Parameter(torch.ones(3))
     sgd = SGD([weight], **{"lr": 0.1, "momentum": 0.9} | options)
-    scheduler = make(sgd)
+    with warnings.catch_warnings():  # torch's own, at one sequence within another
+        warnings.simplefilter("ignore")
+        scheduler = make(sgd)
     time = 0.0
     for step in range(STEPS):
         (group,) = sgd.param_groups

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, SequentialLR
+from torch.optim.lr_scheduler import ChainedScheduler, LambdaLR, LRScheduler, SequentialLR
 
 from fisher_forget._util.checks import is_number, is_whole
 from fisher_forget._util.copies import unwrapped
@@ -239,7 +239,8 @@ def _replayed(optimizer: Optimizer, scheduler: LRScheduler) -> list[list[float]]
         kept = {k: v for k, v in group.items() if k not in ("params", "param_names")}
         groups.append(copy.deepcopy(kept) | {"params": [torch.zeros(())]})
     stand_in = torch.optim.SGD(groups, lr=0.0)
-    _reset(stand_in)
+    LambdaLR(stand_in, lambda _: 1.0)  # back to the initial rates
+    stand_in.step()  # or torch warns that it takes none
     twin = copy.deepcopy(scheduler, {id(scheduler.optimizer): stand_in})
     _restart(twin)
     ticks = [_speeds(stand_in)]
@@ -252,11 +253,6 @@ def _replayed(optimizer: Optimizer, scheduler: LRScheduler) -> list[list[float]]
     return ticks[:-1] or ticks  # the last has not been used
 
 
-def _reset(optimizer: Optimizer) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = float(group["initial_lr"])
-
-
 def _steps_of(scheduler: LRScheduler) -> int:
     """How often a scheduler was stepped; a chain of several does not count itself."""
     if isinstance(scheduler, ChainedScheduler):
@@ -266,18 +262,15 @@ def _steps_of(scheduler: LRScheduler) -> int:
 
 def _restart(scheduler: Any) -> None:
     """Take a scheduler, and the rates of its optimizer, to where its constructor left them."""
-    if isinstance(scheduler, ChainedScheduler):
+    if isinstance(scheduler, ChainedScheduler | SequentialLR):
         for part in scheduler._schedulers:
             _restart(part)
-    elif isinstance(scheduler, SequentialLR):
-        for part in reversed(scheduler._schedulers):  # it starts with the first one's rates
-            _reset(scheduler.optimizer)
-            _restart(part)
-        scheduler.last_epoch = 0
+        if isinstance(scheduler, SequentialLR):
+            parts = scheduler._schedulers, scheduler._milestones
+            SequentialLR.__init__(scheduler, scheduler.optimizer, *parts)
     else:
         scheduler.last_epoch = -1
         scheduler._initial_step()
-        scheduler._step_count = 2  # or torch warns that the stand-in takes no steps
 
 
 def _weight_decay(
