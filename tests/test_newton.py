@@ -28,7 +28,7 @@ from fisher_forget import (
     newton_step,
 )
 from fisher_forget import params as P
-from fisher_forget.curvature.products import GgnProduct
+from fisher_forget.curvature.products import DataProduct
 from fisher_forget.curvature.solvers import conjugate_gradient
 from fisher_forget.curvature.structures.diagonal import Diagonal
 from fisher_forget.data.split import resolve_split, some
@@ -369,7 +369,7 @@ class TestControls:
             newton_step(problem, options)
 
 
-class TestGgnProduct:
+class TestGgn:
     @pytest.mark.parametrize("size", [2, 64])
     def test_equals_the_dense_ggn(self, size: int) -> None:
         from small_models import prepared
@@ -382,10 +382,10 @@ class TestGgnProduct:
                 torch.utils.data.DataLoader(data, batch_size=size), [], allow_empty=True
             )
             count = float(Categorical().counts(data.tensors[1]).sum())
-            product = objective.ggn(split.batches("all"), objective.start, count)
+            product = objective.ggn(split, split.indices("all"), objective.start, count)
             v = randn_like(objective.start, torch.Generator().manual_seed(0))
             assert torch.allclose(flatten(product(v)), truth @ flatten(v), rtol=1e-8, atol=1e-10)
-            assert isinstance(product, GgnProduct)
+            assert isinstance(product, DataProduct)
 
 
 class TestConjugateGradient:

@@ -31,7 +31,7 @@ from fisher_forget import (
 from fisher_forget import params as P
 from fisher_forget.baselines.influence import Lissa
 from fisher_forget.curvature.kernels import TwiceDifferentiable
-from fisher_forget.curvature.products import GgnProduct
+from fisher_forget.curvature.products import DataProduct
 from fisher_forget.curvature.structures.diagonal import Diagonal
 from fisher_forget.data.split import resolve_split
 from fisher_forget.evaluate.information import NoiseLaw, information_in_outputs
@@ -274,8 +274,8 @@ def check(model: nn.Module, likelihood: Likelihood, tolerance: float) -> None:
     buffers = {n: b.clone() for n, b in objective.model.named_buffers()}
     twin, at = moved(model)
     elsewhere, gradient = by_hand(twin, data, likelihood)
-    product = objective.ggn(split.batches("all"), at, SAMPLES)
-    assert isinstance(product, GgnProduct)
+    product = objective.ggn(split, split.indices("all"), at, SAMPLES)
+    assert isinstance(product, DataProduct)
     for _ in range(2):
         found = objective.gradient(split.batches("all"), at)
         agree(found.mean(), gradient, tolerance)

@@ -74,7 +74,7 @@ ELSEWHERE = {
     "curvature.layers": {"LinearRule": "curvature.rules.linear", "Rule": "curvature.rules.base"},
     "curvature.matrix_free": {
         "conjugate_gradient": "curvature.solvers",
-        "GgnProduct": "curvature.products",
+        "GgnProduct": "curvature.products (DataProduct)",
     },
     "data.datasets": {"read_idx": "experiments.data_sources"},
     "newton": {"newton_step(objective, split, ...)": "newton_step(Problem.of(...), options)"},

@@ -91,8 +91,8 @@ def of_products(walk: Walk, products: int, bytes_result: int, vectors: int = 0) 
         vectors: Vectors of the parameters' size that are orthogonalised against each other.
     """
     samples = len(walk.samples)
-    each = walk.first(1).product(keep=False).sample_bytes
-    kept = samples * each <= max(walk.memory, each)
+    each = _sample_bytes(walk)
+    kept = samples * each <= walk.memory
     v = randn_like(walk.tape.params, torch.Generator().manual_seed(0))
 
     def build(n: int) -> float:
@@ -117,8 +117,13 @@ def of_products(walk: Walk, products: int, bytes_result: int, vectors: int = 0) 
 
 def kept_bytes(walk: Walk) -> int:
     """Bytes of the graphs that a product over the walk keeps."""
-    each, samples = walk.first(1).product(keep=False).sample_bytes, len(walk.samples)
-    return each * samples if samples <= max(1, walk.memory // each) else 0
+    needed = _sample_bytes(walk) * len(walk.samples)
+    return needed if needed <= walk.memory else 0
+
+
+def _sample_bytes(walk: Walk) -> int:
+    """Bytes of the graph of one sample."""
+    return walk.first(1).product(keep=True).nbytes
 
 
 def eigh_seconds(walk: Walk, side: int) -> float:

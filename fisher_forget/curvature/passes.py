@@ -22,6 +22,7 @@ from fisher_forget.curvature.double_backward import (
 from fisher_forget.curvature.kinds import Kind
 from fisher_forget.curvature.operator import Curvature, Info
 from fisher_forget.curvature.options import CurvatureOptions
+from fisher_forget.curvature.pieces import OUTPUTS
 from fisher_forget.curvature.products import (
     Chunk,
     DataProduct,
@@ -191,7 +192,6 @@ class Walk:
             self.batches,
             build,
             self.likelihood,
-            samples=len(self.samples),
             memory=self.memory,
             keep=keep,
         )
@@ -208,7 +208,7 @@ class Walk:
 
     def recorded_bytes(self, batch: Batch) -> int:
         """Bytes that one sample's recorded tensors take: inputs, outputs, gradients, graph; stray
-        parameters' rows.
+        parameters' rows; the model's outputs and columns.
 
         Where several columns follow each other, also what layers keep for all of them.
         """
@@ -221,7 +221,8 @@ class Walk:
                 recorded += 0 if shared is None else shared.numel() * shared.element_size()
         # rows of stray parameters: the gradient and its square
         stray = size({name: self.tape.params[name] for name in self.tape.stray})
-        return max(recorded + stray * 8, 1)
+        outputs = probe.outputs.numel() * probe.outputs.element_size()
+        return max(recorded + stray * 8 + OUTPUTS * outputs, 1)
 
     def _records(self, batch: Batch, steps: dict[tuple[torch.Size, ...], int]) -> Iterator[Record]:
         """Forward passes over chunks that fit the memory; `steps` has sizes by sample shape."""

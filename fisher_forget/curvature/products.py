@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fisher_forget import params as P
 from fisher_forget.curvature.kernels import TwiceDifferentiable
+from fisher_forget.curvature.pieces import Pieces
 from fisher_forget.data.batches import Batch
 from fisher_forget.likelihood import Likelihood
 from fisher_forget.params import Params
@@ -123,9 +124,9 @@ def twice_differentiable(
 def summed(chunks: Iterable[Chunk], v: Mapping[str, Tensor], count: float) -> Params:
     """(1/count) sum over the chunks of what they make of v."""
     total = {name: torch.zeros_like(x) for name, x in v.items()}
-    for chunk in chunks:
+    for part in map(lambda chunk: chunk(v), chunks):  # which holds no chunk while the next is built
         # parameters that a chunk does not use add nothing
-        for name, value in chunk(v).items():
+        for name, value in part.items():
             total[name] += value
     return P.scale(total, 1 / count)
 
@@ -140,44 +141,47 @@ def ggn_chunk(model: nn.Module, live: Params, likelihood: Likelihood, batch: Bat
 
 
 class DataProduct:
-    """v -> B v over a data set: graphs are kept where all fit the memory, else rebuilt by chunk.
+    """v -> B v over a data set: graphs are kept where all fit the memory, else rebuilt piece by
+    piece.
 
     Args:
         model: A private copy, at the weights that the products are for whenever they are used.
         batches: The same samples at every call, on the model's device.
         build: Makes the chunk of some samples, the same each time.
         likelihood: Counts the scored positions.
-        samples: How many samples `batches` yields.
         memory: Bytes that graphs may take at a time.
         keep: Overrides the choice.
         at: The weights that the products are for, where the model is at others.
+        count: Divisor, where the samples are a part of those that the mean is over.
 
     Attributes:
         count: Scored positions that the mean is over.
         kept: Whether all graphs are kept.
-        nbytes: Bytes of the kept graphs, as measured on one sample.
+        nbytes: Bytes of the kept graphs, as measured on one sample of each shape.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        batches: Callable[[], Iterator[Batch]],
+        batches: Callable[[], Iterable[Batch]],
         build: Callable[[Batch], Chunk],
         likelihood: Likelihood,
         *,
-        samples: int,
         memory: int,
         keep: bool | None = None,
         at: Mapping[str, Tensor] | None = None,
+        count: float | None = None,
     ) -> None:
-        self._model, self._batches, self._build = model, batches, build
+        self._batches, self._build, self._memory = batches, build, memory
         self._within = partial(twice_differentiable, model, at)
-        self.sample_bytes = self._measure(next(batches()))
-        self._step = max(1, memory // self.sample_bytes)
-        self.kept = samples <= self._step if keep is None else keep
-        self.nbytes = self.sample_bytes * samples if self.kept else 0
-        counts = (float(likelihood.counts(batch.targets).double().sum()) for batch in batches())
-        self.count = math.fsum(counts) or 1.0
+        self._pieces = Pieces(model, self._chunk, at)
+        counts, sizes = [], []
+        for batch in batches():
+            counts.append(float(likelihood.counts(batch.targets).double().sum()))
+            sizes.append(len(batch) * self._pieces.sample_bytes(batch))
+        self.count, needed = count or math.fsum(counts) or 1.0, sum(sizes)
+        self.kept = needed <= memory if keep is None else keep
+        self.nbytes = needed if self.kept else 0
         self._chunks = list(self._built()) if self.kept else None
 
     def __call__(self, v: Mapping[str, Tensor]) -> Params:
@@ -186,62 +190,15 @@ class DataProduct:
         with self._within():
             return summed(chunks, v, self.count)
 
+    def release(self) -> None:
+        """Give the graphs up: products rebuild them from now on."""
+        self.kept, self.nbytes, self._chunks = False, 0, None
+
     def _built(self) -> Iterator[Chunk]:
         for batch in self._batches():
-            for piece in batch.chunks(self._step):
-                with self._within():
-                    chunk = self._build(piece)
-                yield chunk
+            # nothing here holds a chunk while the next one is built
+            yield from map(self._chunk, self._pieces(batch, self._memory))
 
-    def _measure(self, batch: Batch) -> int:
-        """Bytes that autograd saves for one sample, without parameters and buffers themselves."""
-        held = (*self._model.parameters(), *self._model.buffers())
-        weights = {x.untyped_storage().data_ptr() for x in held}
-        saved: dict[int, int] = {}
-
-        def pack(x: Tensor) -> Tensor:
-            storage = x.untyped_storage()
-            if storage.data_ptr() not in weights:
-                at = storage.data_ptr()
-                saved[at] = max(saved.get(at, 0), x.numel() * x.element_size())
-            return x
-
-        single = next(batch.chunks(1))
-        saving = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
-        with self._within(), saving:
-            self._build(single)
-        return max(sum(saved.values()), 1)
-
-
-class GgnProduct:
-    r"""v -> (1/count) sum_n J_n^T H_n J_n v, exact, with the graphs of all given samples kept.
-
-    Args:
-        model: A private copy.
-        at: The weights of the point of expansion.
-        live: The parameters of the model that the products are for.
-        likelihood: Gives H_n.
-        batches: The samples.
-        count: Divisor: the scored positions of *all* retained data, even for some samples.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        at: Mapping[str, Tensor],
-        live: Params,
-        likelihood: Likelihood,
-        batches: Iterable[Batch],
-        count: float,
-    ) -> None:
-        self.count = count
-        self._within = partial(twice_differentiable, model, dict(at))
-        self._chunks: list[Chunk] = []
-        for batch in batches:
-            with self._within():
-                self._chunks.append(ggn_chunk(model, live, likelihood, batch))
-
-    def __call__(self, v: Mapping[str, Tensor]) -> Params:
-        """B v."""
+    def _chunk(self, piece: Batch) -> Chunk:
         with self._within():
-            return summed(self._chunks, v, self.count)
+            return self._build(piece)

@@ -48,6 +48,12 @@ class Batch:
     def __len__(self) -> int:
         return len(self.targets)
 
+    @property
+    def nbytes(self) -> int:
+        """Of all its tensors."""
+        leaves = pytree.tree_leaves((self.args, self.kwargs, self.targets))
+        return sum(x.numel() * x.element_size() for x in leaves if isinstance(x, Tensor))
+
     def map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
         """Apply `fn`, which keeps the samples in their place, to every tensor."""
         args, kwargs, targets = pytree.tree_map_only(

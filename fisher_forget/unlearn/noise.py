@@ -15,13 +15,14 @@ information (their Prop. 4). The public code of that paper draws p = 1/2 instead
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fisher_forget import params as P
 from fisher_forget._util.isolation import isolated, seeded
@@ -134,8 +135,8 @@ def calibrate_noise(
     generator = seeded(seed)
     count = pairs(P.size(at))
     directions = [draw_noise(curvature, at, 1.0, generator, exponent) for _ in range(count)]
-    batches = list(split.batches(some(split.retain, SAMPLES, seed)))
-    harm = _Harm(objective, batches, at, directions)
+    read = objective.reader(split, some(split.retain, SAMPLES, seed))
+    harm = _Harm(objective, read, at, directions)
     precision = curvature.power_trace(2 * exponent, seed=seed)
     if target.information is not None:
         scale = _scale_of_information(target.information, error, precision)
@@ -156,7 +157,7 @@ def calibrate_noise(
         scale = largest_scale(lambda s: harm(s)[which], allowed, guess, target)
     rise, drop = harm(scale)
     # the rise of one draw s d is to second order s g.d + s^2/2 d.B d
-    slope = curvature.power(objective.gradient(batches, at).mean(), -exponent)
+    slope = curvature.power(objective.gradient(read(), at).mean(), -exponent)
     degrees = degrees_of_freedom(curvature, directions, exponent)
     return Calibration(
         scale=scale,
@@ -225,15 +226,19 @@ class _Harm:
 
     Args:
         objective: Losses and scores.
-        batches: Of the samples.
+        read: Gives their batches.
         at: Weights without noise.
         directions: Draws at scale 1.
     """
 
     def __init__(
-        self, objective: Objective, batches: list[Batch], at: Params, directions: list[Params]
+        self,
+        objective: Objective,
+        read: Callable[[], Iterable[Batch]],
+        at: Params,
+        directions: list[Params],
     ) -> None:
-        self._objective, self._batches, self._at = objective, batches, at
+        self._objective, self._read, self._at = objective, read, at
         self._directions = directions
         self._known = {0.0: (0.0, 0.0)}
         self.loss, self._score = self._means(at)
@@ -253,11 +258,15 @@ class _Harm:
 
     def _means(self, at: Params) -> tuple[float, float]:
         """Mean loss, nats a scored position, and mean score a sample."""
-        likelihood = self._objective.likelihood
-        pairs = list(self._objective.forward(self._batches, at))
-        loss, positions = likelihood.loss_totals(pairs)
-        scores = torch.cat([likelihood.scores(f, y) for f, y in pairs])
-        return loss / positions, float(scores.mean())
+        likelihood, scores = self._objective.likelihood, []
+
+        def seen() -> Iterator[tuple[Tensor, Tensor]]:
+            for outputs, targets in self._objective.forward(self._read(), at):
+                scores.append(likelihood.scores(outputs, targets))
+                yield outputs, targets
+
+        loss, positions = likelihood.loss_totals(seen())
+        return loss / positions, float(torch.cat(scores).mean())
 
 
 def information(scale: float, error: float, precision: float) -> float:

@@ -7,7 +7,8 @@ positions.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,14 +18,17 @@ from torch import Tensor, nn
 
 from fisher_forget import params as P
 from fisher_forget.curvature.double_backward import hidden_from_products
-from fisher_forget.curvature.passes import default_memory
-from fisher_forget.curvature.products import DataProduct, GgnProduct, ggn_chunk
+from fisher_forget.curvature.pieces import Pieces
+from fisher_forget.curvature.products import DataProduct, ggn_chunk
 from fisher_forget.curvature.tape import Tape
 from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import ConfigError, NumericalError, StorageError
 from fisher_forget.likelihood import Likelihood
 from fisher_forget.params import Params
+
+MEMORY = 2**30  # bytes that graphs and outputs may take at a time: 1 GiB
+HELD = 16  # of them, one part in so many for the data of samples that are looked at repeatedly
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ class Objective:
         likelihood: Gives the loss of outputs.
         subset: Name patterns of the parameters that move; the others stay.
         device: Where the copy lies; by default where the model does.
+        memory: Bytes that graphs and outputs may take at a time: half for the graphs that products
+            keep, half for the piece of a batch that is at work. A piece has one sample at least.
 
     Attributes:
         tape: The copy, which curvature estimates share.
@@ -78,14 +84,17 @@ class Objective:
         likelihood: Likelihood,
         subset: str | tuple[str, ...] | None = None,
         device: torch.device | str | None = None,
+        memory: int = MEMORY,
     ) -> None:
-        self.likelihood = likelihood
+        self.likelihood, self.memory = likelihood, memory
         self.tape = Tape(model, subset)
         self.model = P.channels_last(self.tape.model)
         if device is not None:
             _move(self.model, device)
         self.start = P.detached(self.tape.params)
         self._hidden: str | None = None
+        self._pieces = Pieces(self.model, self._traced)
+        self._keeps_graphs: Callable[[], DataProduct | None] = lambda: None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         got, expected = "a copy or pickle of an Objective or a Problem", "its result"
@@ -98,6 +107,26 @@ class Objective:
         self.likelihood.check(out.detach(), batch.targets)
         return out
 
+    @torch.enable_grad()
+    def _traced(self, batch: Batch) -> Tensor:
+        """Outputs with their graph."""
+        return P.call(self.model, {}, batch.args, batch.kwargs)
+
+    def pieces(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches on the model's device, cut into pieces that fit half of the memory."""
+        for batch in batches:
+            yield from self._pieces(batch.on(self.model), self.memory // 2)
+
+    def reader(self, split: Split, samples: Indices) -> Callable[[], Iterable[Batch]]:
+        """The batches of some samples at every call: held where they are few, else read again."""
+        held, room = [], self.memory // HELD
+        for batch in split.batches(samples):
+            room -= batch.nbytes
+            if room < 0:
+                return partial(split.batches, samples)
+            held.append(batch)
+        return lambda: held
+
     def gradient(
         self,
         batches: Iterable[Batch],
@@ -108,8 +137,7 @@ class Objective:
         the list, if given."""
         total, loss, count = P.zeros_like(at), 0.0, 0.0
         classes = torch.zeros((), dtype=torch.float64)
-        for batch in batches:
-            batch = batch.on(self.model)
+        for batch in self.pieces(batches):
             outputs, batch_loss, grads = self._pulled(batch, at)
             for name, g in grads.items():
                 total[name] += g
@@ -135,15 +163,32 @@ class Objective:
         return outputs.detach(), float(loss.detach()), grads
 
     @torch.no_grad()
+    def _outputs_at(self, batch: Batch, at: Mapping[str, Tensor]) -> Tensor:
+        with P.attached(self.model, at):
+            return self.outputs(batch)
+
     def forward(
         self, batches: Iterable[Batch], at: Mapping[str, Tensor]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """(outputs, targets) of each batch, without a graph."""
-        for batch in batches:
-            batch = batch.on(self.model)
-            with P.attached(self.model, at):
-                outputs = self.outputs(batch)
-            yield outputs, batch.targets
+        """(outputs, targets) piece by piece, without a graph; who keeps them all keeps all."""
+        for piece in self.pieces(batches):
+            yield self._outputs_at(piece, at), piece.targets
+
+    def losses(self, batches: Iterable[Batch], at: Mapping[str, Tensor]) -> Tensor:
+        """Loss of every sample, summed over its positions, nats: [samples], float64, on the CPU."""
+        found = [self.likelihood.losses(f, y).double().cpu() for f, y in self.forward(batches, at)]
+        return _joined(found)
+
+    def divergence(
+        self, batches: Iterable[Batch], at: Mapping[str, Tensor], to: Mapping[str, Tensor]
+    ) -> Tensor:
+        """KL(p(at) || p(to)) of every sample's predictions, nats a scored position: [samples],
+        float64, on the CPU."""
+        found = []
+        for piece in self.pieces(batches):
+            before, after = (self._outputs_at(piece, weights) for weights in (at, to))
+            found.append(self.likelihood.kl(before, after, piece.targets).cpu())
+        return _joined(found)
 
     def mean_loss(self, batches: Iterable[Batch], at: Mapping[str, Tensor]) -> float:
         """Mean loss in nats; NaN without samples."""
@@ -158,27 +203,41 @@ class Objective:
             self._hidden = hidden_from_products(self.model, self.tape.params, few)
         return self._hidden
 
-    def ggn(self, batches: Iterable[Batch], at: Mapping[str, Tensor], count: float) -> GgnProduct:
-        """The GGN of the given samples at given parameters, as products; `count` divides."""
-        on = (batch.on(self.model) for batch in batches)
-        return GgnProduct(self.model, at, self.tape.params, self.likelihood, on, count)
+    def ggn(
+        self,
+        split: Split,
+        samples: Indices,
+        at: Mapping[str, Tensor],
+        count: float | None = None,
+    ) -> DataProduct:
+        """The GGN of the given samples at given parameters, as products in bounded memory.
 
-    def whole_ggn(self, split: Split, samples: Indices, at: Mapping[str, Tensor]) -> DataProduct:
-        """The GGN of the mean loss of all given samples, as products in bounded memory."""
+        Graphs are kept of one product at a time: earlier ones rebuild theirs from then on.
 
-        def batches() -> Iterator[Batch]:
-            return (batch.on(self.model) for batch in split.batches(samples))
-
-        memory = default_memory(next(iter(self.start.values())).device)
-        return DataProduct(
+        Args:
+            split: The data.
+            samples: Indices of the samples.
+            at: The parameters.
+            count: Divisor, by default the scored positions of these samples.
+        """
+        if (earlier := self._keeps_graphs()) is not None:
+            earlier.release()
+        read = self.reader(split, samples)
+        product = DataProduct(
             self.model,
-            batches,
+            lambda: (batch.on(self.model) for batch in read()),
             partial(ggn_chunk, self.model, self.tape.params, self.likelihood),
             self.likelihood,
-            samples=len(samples),
-            memory=memory,
+            memory=self.memory // 2,
             at=at,
+            count=count,
         )
+        self._keeps_graphs = weakref.ref(product)
+        return product
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
 
 def _move(model: nn.Module, device: torch.device | str) -> None:

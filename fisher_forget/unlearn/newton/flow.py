@@ -146,8 +146,8 @@ class Flow:
         if self.solver.direct:
             return force, None, 0.0
         if literal:
-            return force, objective.whole_ggn(self.problem.split, self.samples, self.at), 0.0
-        ggn = objective.ggn(self._batches(working), self.at, self._sums.count)
+            return force, objective.ggn(self.problem.split, self.samples, self.at), 0.0
+        ggn = objective.ggn(self.problem.split, working, self.at, self._sums.count)
         return force, ggn, self._rest(working)
 
     def _force(self, working: Indices, *, whole: bool = False) -> Params:
