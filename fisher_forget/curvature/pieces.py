@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from fisher_forget import params as P
 from fisher_forget.data.batches import Batch
 
+MEMORY = 2**30  # bytes that activations may take at a time where nothing else is said: 1 GiB
+PIECE = 4  # of them, one part in so many for a pass over the data
 # Copies of the outputs that are alive at a time, at most: a KL divergence has two of float32 and
 # five of float64. With a vocabulary of 50,000 they are most of what a sample takes.
 OUTPUTS = 12

@@ -124,7 +124,8 @@ def twice_differentiable(
 def summed(chunks: Iterable[Chunk], v: Mapping[str, Tensor], count: float) -> Params:
     """(1/count) sum over the chunks of what they make of v."""
     total = {name: torch.zeros_like(x) for name, x in v.items()}
-    for part in map(lambda chunk: chunk(v), chunks):  # which holds no chunk while the next is built
+    # unlike a loop or a generator, `map` holds no chunk while the next one is built
+    for part in map(lambda chunk: chunk(v), chunks):  # noqa: C417
         # parameters that a chunk does not use add nothing
         for name, value in part.items():
             total[name] += value

@@ -21,7 +21,7 @@ SHARED = "likelihood"  # by all cells: the reference's
 DRAW = ("noise", "exponent", "seed")  # need neither another curvature nor another Newton step
 # Need another Newton step, and no other curvature. Of every further option it is assumed that the
 # curvature depends on it.
-NEWTON = ("weight_decay", "training", "steps", "damping", "drift", "budget", "batch_norm")
+NEWTON = ("weight_decay", "training", "steps", "damping", "drift", "budget", "batch_norm", "memory")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 from fisher_forget._util import files
 from fisher_forget._util.progress import bar
 from fisher_forget.curvature.passes import squared_gradient_norms
+from fisher_forget.curvature.pieces import PIECE
 from fisher_forget.data.split import Indices, Split, some
 from fisher_forget.errors import StorageError
 from fisher_forget.unlearn.batch_norm import foreign_statistics
@@ -82,7 +83,8 @@ def take_data_sums(
     batches = bar(split.batches(samples), split.steps(samples), "gradient", progress)
     total = objective.gradient(batches, objective.start, spread)
     few = some(samples, NORM_SAMPLES, seed)
-    norms = squared_gradient_norms(objective.tape, split, few, objective.likelihood)
+    memory = objective.memory // PIECE
+    norms = squared_gradient_norms(objective.tape, split, few, objective.likelihood, memory=memory)
     foreign = foreign_statistics(objective.model, split, private=True)
     return DataSums(total, samples, torch.cat(spread), few, norms, foreign)
 

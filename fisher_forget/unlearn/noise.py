@@ -15,26 +15,24 @@ information (their Prop. 4). The public code of that paper draws p = 1/2 instead
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fisher_forget import params as P
 from fisher_forget._util.isolation import isolated, seeded
 from fisher_forget.curvature.operator import Curvature
-from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Split, some
 from fisher_forget.errors import ConfigError, NumericalError
 from fisher_forget.params import Params
 from fisher_forget.unlearn.newton.step import NewtonStep
 from fisher_forget.unlearn.noise_draw import check_generator, draw_noise
 from fisher_forget.unlearn.noise_target import EXPONENT, NoiseTarget
-from fisher_forget.unlearn.objective import Objective
+from fisher_forget.unlearn.objective import Batches, Objective
 from fisher_forget.unlearn.problem import Problem
 from fisher_forget.unlearn.weight_decay import WeightDecay, decayed, least_of
 
@@ -232,11 +230,7 @@ class _Harm:
     """
 
     def __init__(
-        self,
-        objective: Objective,
-        read: Callable[[], Iterable[Batch]],
-        at: Params,
-        directions: list[Params],
+        self, objective: Objective, read: Batches, at: Params, directions: list[Params]
     ) -> None:
         self._objective, self._read, self._at = objective, read, at
         self._directions = directions
@@ -258,14 +252,11 @@ class _Harm:
 
     def _means(self, at: Params) -> tuple[float, float]:
         """Mean loss, nats a scored position, and mean score a sample."""
-        likelihood, scores = self._objective.likelihood, []
-
-        def seen() -> Iterator[tuple[Tensor, Tensor]]:
-            for outputs, targets in self._objective.forward(self._read(), at):
-                scores.append(likelihood.scores(outputs, targets))
-                yield outputs, targets
-
-        loss, positions = likelihood.loss_totals(seen())
+        likelihood, totals, scores = self._objective.likelihood, [], []
+        for pair in self._objective.forward(self._read(), at):
+            totals.append(likelihood.loss_totals([pair]))
+            scores.append(likelihood.scores(*pair))
+        loss, positions = map(math.fsum, zip(*totals, strict=True))
         return loss / positions, float(torch.cat(scores).mean())
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fisher_forget import params as P
 from fisher_forget.curvature.double_backward import hidden_from_products
-from fisher_forget.curvature.pieces import Pieces
+from fisher_forget.curvature.pieces import MEMORY, PIECE, Pieces
 from fisher_forget.curvature.products import DataProduct, ggn_chunk
 from fisher_forget.curvature.tape import Tape
 from fisher_forget.data.batches import Batch
@@ -27,8 +27,8 @@ from fisher_forget.errors import ConfigError, NumericalError, StorageError
 from fisher_forget.likelihood import Likelihood
 from fisher_forget.params import Params
 
-MEMORY = 2**30  # bytes that graphs and outputs may take at a time: 1 GiB
-HELD = 16  # of them, one part in so many for the data of samples that are looked at repeatedly
+HELD = 16  # of the memory, one part in so many for the data of samples that are looked at often
+Batches = Callable[[], Iterable[Batch]]  # of the same samples at every call
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,9 @@ class Objective:
         likelihood: Gives the loss of outputs.
         subset: Name patterns of the parameters that move; the others stay.
         device: Where the copy lies; by default where the model does.
-        memory: Bytes that graphs and outputs may take at a time: half for the graphs that products
-            keep, half for the piece of a batch that is at work. A piece has one sample at least.
+        memory: Bytes that graphs and outputs may take at a time: half for the graphs of products, a
+            quarter for the piece of a batch that is at work, a quarter for the data of samples that
+            are looked at often and the products of a curvature. A piece has one sample at least.
 
     Attributes:
         tape: The copy, which curvature estimates share.
@@ -113,11 +114,11 @@ class Objective:
         return P.call(self.model, {}, batch.args, batch.kwargs)
 
     def pieces(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches on the model's device, cut into pieces that fit half of the memory."""
+        """The batches on the model's device, cut into pieces that fit."""
         for batch in batches:
-            yield from self._pieces(batch.on(self.model), self.memory // 2)
+            yield from self._pieces(batch.on(self.model), self.memory // PIECE)
 
-    def reader(self, split: Split, samples: Indices) -> Callable[[], Iterable[Batch]]:
+    def reader(self, split: Split, samples: Indices) -> Batches:
         """The batches of some samples at every call: held where they are few, else read again."""
         held, room = [], self.memory // HELD
         for batch in split.batches(samples):

@@ -13,6 +13,7 @@ import torch
 from fisher_forget._util.checks import check_names, is_number, is_whole
 from fisher_forget.curvature.estimate import CurvatureKeywords
 from fisher_forget.curvature.kinds import Kind
+from fisher_forget.curvature.pieces import MEMORY, PIECE
 from fisher_forget.curvature.structures import STRUCTURES, Structure
 from fisher_forget.curvature.structures.spec import StructureSpec
 from fisher_forget.data.own_loss import LossFn
@@ -25,6 +26,7 @@ from fisher_forget.unlearn.weight_decay import WeightDecay, is_weight_decay
 
 Solver = Literal["auto", "cg", "direct"]
 BatchNorm = Literal["auto", "refresh", "keep"]
+LEAST_MEMORY = 2**20  # below this a number is meant in other units than bytes
 PRECONDITIONER_SAMPLES = 2000  # that a curvature is estimated on which only preconditions
 
 NUMBER = "a finite number of at least 0"
@@ -77,6 +79,10 @@ class ForgetOptions:
         batch_norm: Running statistics of BatchNorm layers: "refresh" recomputes them on the
             retained data, "keep" leaves them as given; "auto" recomputes those that this data set,
             and keeps the others (those of a frozen backbone).
+        memory: Bytes that activations may take at a time: graphs, recorded layer inputs, outputs.
+            The model, copies of its weights, the curvature and the data come on top; and a single
+            sample (four where layers and products are verified) is taken whole. What fits is not
+            computed again: a larger bound is faster where it does not.
 
     Raises:
         ConfigError: For the first option that is out of range or of a wrong type.
@@ -99,6 +105,7 @@ class ForgetOptions:
     noise: float | Literal["auto"] | NoiseTarget | None = "auto"
     exponent: float = EXPONENT
     batch_norm: BatchNorm = "auto"
+    memory: int = MEMORY
 
     def __post_init__(self) -> None:
         likelihood = resolve_likelihood(self.likelihood)
@@ -127,6 +134,7 @@ class ForgetOptions:
             ("exponent", is_number(self.exponent), NUMBER),
             ("batch_norm", self.batch_norm in norms, "'auto', 'refresh' or 'keep'"),
             ("seed", is_whole(self.seed, 0), f"{WHOLE} 0"),
+            ("memory", is_whole(self.memory, LEAST_MEMORY), f"{WHOLE} {LEAST_MEMORY:,} bytes"),
         ):
             if not good:
                 got = f"{name}={getattr(self, name)!r}"
@@ -136,7 +144,8 @@ class ForgetOptions:
         if isinstance(self.weight_decay, Mapping):  # a copy, of numbers that are stored as JSON
             decay = {pattern: float(rate) for pattern, rate in self.weight_decay.items()}
             object.__setattr__(self, "weight_decay", decay)
-        object.__setattr__(self, "seed", int(self.seed))  # NumPy's integers are not stored as JSON
+        for name in ("seed", "memory"):  # NumPy's integers are not stored as JSON
+            object.__setattr__(self, name, int(getattr(self, name)))
 
     def changed(self, changes: Mapping[str, Any]) -> Self:
         """The same options with other values for some.
@@ -197,6 +206,7 @@ class ForgetOptions:
             "draws": self.draws,
             "part": part,
             "seed": self.seed,
+            "memory": self.memory // PIECE,
         }
 
 
@@ -220,6 +230,7 @@ class ForgetKeywords(TypedDict, total=False):
     noise: float | Literal["auto"] | NoiseTarget | None
     exponent: float
     batch_norm: BatchNorm
+    memory: int
 
 
 class RequestKeywords(ForgetKeywords, total=False):

@@ -113,7 +113,7 @@ class Prepared:
             generator: As for `forget`: without one, every request has a noise of its own.
             progress: Show progress bars.
             **changes: Options of this request: `steps`, `damping`, `solver`, `drift`, `budget`,
-                `noise`, `exponent` and `batch_norm` of `ForgetOptions`.
+                `noise`, `exponent`, `batch_norm` and `memory` of `ForgetOptions`.
 
         Raises:
             SplitError: If the indices are out of range, or nothing would be left.
@@ -127,6 +127,7 @@ class Prepared:
         check_generator(generator)
         with isolated():
             options = merged(self.options, changes)
+            self.objective.memory = options.memory
             split = self.split.forgetting(forget_idx)
             check_scored(split, self.objective.likelihood)
             begun = perf_counter()
@@ -176,7 +177,7 @@ def prepare(
         model: As for `forget`.
         train_loader: Loader over all training data.
         options: As for `forget`; `steps`, `damping`, `solver`, `drift`, `budget`, `noise`,
-            `exponent` and `batch_norm` are the defaults of the requests.
+            `exponent`, `batch_norm` and `memory` are the defaults of the requests.
         unpack: Function from a batch to (inputs, targets).
         loss_fn: What the model was trained with, as for `forget`.
         folder: Keep everything here: made at the first call; a later call with the same model, data
