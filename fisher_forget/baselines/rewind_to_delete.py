@@ -4,8 +4,7 @@ r"""Rewind-to-delete: go K steps of gradient descent back, and the same number f
 
 Mu and Klabjan 2024 (arXiv:2409.09778). Backwards is their proximal point iteration, the inverse of
 a step of gradient descent on all of D, for models without a checkpoint of the training. From a
-checkpoint, which they train on like the original in their code, the method is `rewind` of this
-package with newton=False.
+checkpoint, which their code trains on as the original was, the method is `rewind` of this package.
 
 Their Gaussian noise, which an (epsilon, delta) certificate needs, is not part of it here: its size
 follows from Lipschitz constants of the loss, which nobody knows of a network.
@@ -47,7 +46,7 @@ class RewindToDelete(DirectMethod):
     """
 
     name = "rewind-to-delete"
-    grid: ClassVar[Grid] = {"lr": Range(1e-3, 0.1), "steps": Range(1, 30, whole=True)}
+    grid: ClassVar[Grid] = {"lr": Range(1e-3, 0.03), "steps": Range(1, 30, whole=True)}
 
     steps: int = 10
     lr: float = 0.01

@@ -2,9 +2,10 @@ r"""rewind(): start from a checkpoint of the training, and train the rest on the
 
     w(p) -> w(p) + delta -> the last 1 - p of the training on D_r
 
-w(p) is the checkpoint at the point p; delta is the Newton correction of `forget` there, which takes
-away what the forget set has left in the weights until then. What comes after p never sees the
-forget set. docs/how-to/checkpoints.md has measurements.
+w(p) is the checkpoint at the point p. The rest of the training never sees the forget set: the
+rewinding of Mu and Klabjan 2024 (arXiv:2409.09778), without their noise. What the forget set has
+left in w(p) the Newton correction delta of `forget` takes away, if it is asked for.
+docs/how-to/checkpoints.md has measurements.
 """
 
 from __future__ import annotations
@@ -37,7 +38,6 @@ from fisher_forget.unlearn.result import versions
 # (model at the checkpoint, retained samples, point) -> the trained model, or None for the given one
 Rest = Callable[[nn.Module, Dataset[Any], float], nn.Module | None]
 Checkpoints = str | Path | Sequence[Checkpoint] | Mapping[float, State | str | Path]
-NEWTON_UP_TO = 0.3  # of a training: where more is trained again, that alone comes closer
 
 
 def rewind(
@@ -48,7 +48,7 @@ def rewind(
     checkpoints: Checkpoints,
     rest: TrainSettings | Rest,
     share: float = 0.25,
-    newton: bool | None = None,
+    newton: bool = False,
     progress: bool = True,
     **changes: Unpack[ForgetKeywords],
 ) -> RewindResult:
@@ -71,8 +71,8 @@ def rewind(
             it.
         share: How much of a training may be trained again: the earliest checkpoint whose rest costs
             no more is taken.
-        newton: Whether to take the Newton step of `forget` at the checkpoint first; by default
-            where no more than 30 % are trained again.
+        newton: Take the Newton step of `forget` at the checkpoint first, at its cost. It pays where
+            that is little beside a training, and no more than a quarter is trained again.
         progress: Show progress bars.
         **changes: Fields of `ForgetOptions` by name, for the Newton step: `weight_decay=5e-4`;
             `likelihood` and `seed` count for the training, too.
@@ -109,7 +109,7 @@ def rewind(
 
         clock = time.perf_counter()
         start, step = chosen.model(model), None
-        if newton or (newton is None and chosen.rest <= NEWTON_UP_TO):
+        if newton:
             start, step = _corrected(start, split, options, progress)
         corrected = time.perf_counter()
         if isinstance(rest, TrainSettings):
