@@ -58,6 +58,18 @@ def test_a_cell_holds_what_the_plain_call_comes_to(tmp_path, monkeypatch):
     assert found["retraining"] > 0
 
 
+def test_retrained_networks_never_saw_the_forgotten_samples(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(cells, "network", lambda *call: asked.append(call))
+    found = cells.Networks.of(ROW, 7, tmp_path)
+    _, _, rows, seeds, _ = zip(*asked, strict=True)
+    assert rows[0].tolist() == list(range(142))
+    for each in rows[1:]:
+        assert sorted([*each.tolist(), *found.forget.tolist()]) == list(range(142))
+    assert seeds[0] == 7
+    assert len(set(seeds)) == 1 + cells.MODELS
+
+
 def test_networks_are_trained_once(tmp_path, monkeypatch):
     first = cells.Networks.of(ROW, 0, tmp_path)
     assert len(list(tmp_path.iterdir())) == 1 + cells.MODELS
