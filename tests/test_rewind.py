@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from fisher_forget import (
     CheckpointKeeper,
     ConfigError,
+    NumericalError,
     StorageError,
     TrainSettings,
     build_model,
@@ -257,6 +261,31 @@ class TestOwnLoop:
                 progress=False,
             )
 
+    @pytest.mark.parametrize("change", [copy.deepcopy, torch.compile])
+    def test_it_may_return_another_model(self, change):
+        """BatchNorm among it, whose mode its training must not fix for good."""
+        model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)).eval()
+        data = TensorDataset(torch.randn(50, 4), torch.arange(50) % 3)
+        result = rewind(
+            model,
+            data,
+            [0],
+            checkpoints={0.9: model.state_dict()},
+            rest=lambda begun, *_: change(begun),
+            progress=False,
+        )
+        assert not any(m.training for m in result.model.modules())
+        assert all(m.training for m in result.model.train().modules())
+        assert distance(result.model, model) == 0
+
+    def test_weights_that_are_no_numbers(self, blobs, trained):
+        def rest(begun, *_):
+            nn.init.constant_(begun.get_parameter("1.bias"), float("nan"))
+
+        _, model, folder = trained
+        with pytest.raises(NumericalError, match="from rest"):
+            rewind(model, blobs, FORGET, checkpoints=folder, rest=rest, progress=False)
+
 
 class TestChoice:
     @pytest.mark.parametrize(("share", "rest"), [(0.1, 0.1), (0.2, 0.1), (0.25, 0.25), (1, 0.5)])
@@ -298,6 +327,22 @@ class TestChoice:
         assert "sub-steps" in text
         assert result.summary()["point"] == 0.75
         assert len(result.summary()["holding"]) == 3
+
+    def test_a_stored_result_holds_nothing_forgotten(self, blobs, trained):
+        start, model, _ = trained
+        kept = {0.5: {name: torch.full_like(x, 0.123) for name, x in start.state_dict().items()}}
+
+        def rest(begun, *_):
+            begun.load_state_dict(start.state_dict())
+
+        result = rewind(
+            model, blobs, FORGET, checkpoints=kept, rest=rest, share=0.5, progress=False
+        )
+        stored = pickle.dumps(result)
+        assert kept[0.5]["1.bias"].numpy().tobytes() not in stored
+        assert blobs.tensors[0][:4].numpy().tobytes() not in stored
+        assert str(pickle.loads(stored)) == str(result)
+        assert distance(pickle.loads(stored).model, start) == 0
 
     def test_checkpoints_of_another_model(self, blobs, trained):
         _, _, folder = trained

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,10 @@ class Checkpoint:
     def where(self) -> str:
         """Where it lies, in words."""
         return str(self.source) if isinstance(self.source, Path) else "in memory"
+
+    def without_weights(self) -> Checkpoint:
+        """The same, without the weights that it has in memory."""
+        return self if isinstance(self.source, Path) else replace(self, source={})
 
     def model(self, like: nn.Module) -> nn.Module:
         """A copy of the model, in eval mode, with the weights and buffers of the checkpoint.

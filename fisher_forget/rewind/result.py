@@ -11,11 +11,15 @@ from fisher_forget._util.numbers import percent
 from fisher_forget.data.split import Split
 from fisher_forget.rewind.checkpoints import Checkpoint
 from fisher_forget.unlearn.newton.step import NewtonStep
+from fisher_forget.unlearn.result import NotStored
 
 
 @dataclass(frozen=True, repr=False)
 class RewindResult:
     """A model whose training went on from a checkpoint without the forgotten samples.
+
+    It can be pickled without the training data, and without checkpoints that lie in memory, which
+    hold the forgotten samples.
 
     Attributes:
         model: In eval mode, on the given model's device.
@@ -37,6 +41,13 @@ class RewindResult:
     holding: tuple[Checkpoint, ...]
     seconds: dict[str, float]
     versions: dict[str, str]
+
+    def __getstate__(self) -> dict[str, Any]:
+        split = self.split
+        stored = Split(NotStored(len(split.base)), split.retain, split.forget, split.batch_size)  # type: ignore[arg-type]
+        holding = tuple(one.without_weights() for one in self.holding)
+        bare = {"checkpoint": self.checkpoint.without_weights(), "holding": holding}
+        return vars(self) | {"split": stored} | bare
 
     @property
     def share(self) -> float:

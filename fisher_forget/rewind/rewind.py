@@ -20,14 +20,15 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from fisher_forget import params as P
 from fisher_forget._util.checks import check_model, is_number
+from fisher_forget._util.copies import unwrapped
 from fisher_forget._util.isolation import isolated, seeded_rng
 from fisher_forget.data.samples import read_samples
 from fisher_forget.data.split import Indices, Split, resolve_split, some
-from fisher_forget.errors import ConfigError
+from fisher_forget.errors import ConfigError, NumericalError
 from fisher_forget.experiments.training import TrainSettings, resume
 from fisher_forget.rewind.checkpoints import Checkpoint, State, checkpoints_of
 from fisher_forget.rewind.result import RewindResult
-from fisher_forget.unlearn.batch_norm import frozen_statistics, pinned
+from fisher_forget.unlearn.batch_norm import frozen_statistics, norm_layers, pinned
 from fisher_forget.unlearn.forget import LOSS_SAMPLES, PARTS
 from fisher_forget.unlearn.newton.step import NewtonStep, newton_step
 from fisher_forget.unlearn.objective import Objective
@@ -197,6 +198,12 @@ def _by_function(start: nn.Module, split: Split, rest: Rest, point: float, seed:
     if not isinstance(ended, nn.Module):
         got = f"rest to return {type(ended).__name__}"
         raise ConfigError(got, "the trained model", "Return the model at the end of it.")
+    ended = unwrapped(ended)
+    for layer in norm_layers(ended).values():
+        vars(layer).pop("train", None)  # of a copy, see `pinned`
+    if not P.finite(dict(ended.named_parameters())):
+        fix = "Lower its learning rate, and clear what it keeps of the training before."
+        raise NumericalError("NaN or infinite weights from rest", "finite weights", fix)
     ended.zero_grad(set_to_none=True)
     return ended.eval()
 
