@@ -10,11 +10,13 @@ from live_memory import LiveMemory
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fisher_forget import ForgetOptions, Split, resolve_split
+from fisher_forget import ForgetOptions, Split, estimate_curvature, forget, resolve_split
 from fisher_forget import params as P
-from fisher_forget.curvature.pieces import OUTPUTS, Pieces
+from fisher_forget.curvature.cost import CostEstimate
 from fisher_forget.data.batches import Batch, make_batch
+from fisher_forget.data.pieces import OUTPUTS, Pieces
 from fisher_forget.errors import ConfigError
+from fisher_forget.experiments.dry_run import COPIES, forget_bytes
 from fisher_forget.likelihood import Categorical, Gaussian, Likelihood
 from fisher_forget.unlearn.objective import Objective
 
@@ -33,16 +35,15 @@ def mlp(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 class Words(nn.Module):
-    """Few weights, and outputs of 32 KB a sample: 19 MiB of graphs, 5 MiB of outputs in all."""
+    """34 kB of weights, 32 kB of outputs a sample."""
 
     def __init__(self) -> None:
         super().__init__()
         self.table = nn.Embedding(WORDS, 8)
-        self.mix = nn.GRU(8, 8, batch_first=True)
         self.head = nn.Linear(8, WORDS)
 
     def forward(self, ids: Tensor) -> Tensor:
-        out: Tensor = self.head(self.mix(self.table(ids))[0])
+        out: Tensor = self.head(self.table(ids))
         return out
 
 
@@ -198,6 +199,43 @@ class TestPeak:
         run, bound = OPERATIONS[name], 4 * MIB
         assert self.peak(run, bound) <= bound
         assert self.peak(run, 2**30) > 2 * bound  # what it takes otherwise
+
+
+class TestWholeCall:
+    BOUND = 4 * MIB
+
+    def problem(self) -> tuple[nn.Module, Split]:
+        g = torch.Generator().manual_seed(0)
+        ids = torch.randint(WORDS, (64, LENGTH), generator=g)
+        ids[:3] = ids[3:6]  # whose words others have, too
+        data = TensorDataset(ids, ids.roll(-1, 1))
+        return seeded(Words), resolve_split(DataLoader(data, batch_size=64), [0, 1, 2])
+
+    @pytest.mark.filterwarnings("ignore::fisher_forget.FisherForgetWarning")  # never trained
+    def test_it_stays_within_the_bound_and_foresees_what_it_takes(self) -> None:
+        model, split = self.problem()
+        results, peaks = [], []
+        for memory in (self.BOUND, 2**30):
+            options = ForgetOptions(structure="diagonal", memory=memory, weight_decay=0.1)
+            with LiveMemory() as live:
+                results.append(forget(model, split, split.forget, options, progress=False))
+            peaks.append(live.peak)
+            objective = Objective(model, Categorical(), memory=memory)
+            cost = estimate_curvature(
+                objective.tape,
+                split,
+                objective.likelihood,
+                dry_run=True,
+                **options.curvature_keywords(*options.curvature_plan(split)),
+            )
+            assert isinstance(cost, CostEstimate)
+            predicted = forget_bytes(objective, split, cost, direct=False)
+            assert live.peak / 1.5 < predicted < 4 * live.peak
+        weights = 4 * P.size(P.trainable(model))
+        assert peaks[0] <= self.BOUND + COPIES * weights
+        assert peaks[1] > 2 * peaks[0]
+        few, many = (result.newton.params for result in results)
+        torch.testing.assert_close(few, many, rtol=1e-3, atol=1e-5)
 
 
 class TestOption:

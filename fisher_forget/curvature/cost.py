@@ -123,7 +123,7 @@ def kept_bytes(walk: Walk) -> int:
 
 def _sample_bytes(walk: Walk) -> int:
     """Bytes of the graph of one sample."""
-    return walk.first(1).product(keep=True).nbytes
+    return walk.first(1).product(keep=False).needed
 
 
 def eigh_seconds(walk: Walk, side: int) -> float:

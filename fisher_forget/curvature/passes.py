@@ -22,7 +22,6 @@ from fisher_forget.curvature.double_backward import (
 from fisher_forget.curvature.kinds import Kind
 from fisher_forget.curvature.operator import Curvature, Info
 from fisher_forget.curvature.options import CurvatureOptions
-from fisher_forget.curvature.pieces import OUTPUTS
 from fisher_forget.curvature.products import (
     Chunk,
     DataProduct,
@@ -32,6 +31,7 @@ from fisher_forget.curvature.products import (
 from fisher_forget.curvature.record import Grads, Record
 from fisher_forget.curvature.tape import Tape
 from fisher_forget.data.batches import Batch
+from fisher_forget.data.pieces import OUTPUTS
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.likelihood import Likelihood
 from fisher_forget.params import Params, call, size, zeros_like

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fisher_forget import params as P
 from fisher_forget.curvature.kernels import TwiceDifferentiable
-from fisher_forget.curvature.pieces import Pieces
 from fisher_forget.data.batches import Batch
+from fisher_forget.data.pieces import Pieces
 from fisher_forget.likelihood import Likelihood
 from fisher_forget.params import Params
 
@@ -158,7 +158,7 @@ class DataProduct:
     Attributes:
         count: Scored positions that the mean is over.
         kept: Whether all graphs are kept.
-        nbytes: Bytes of the kept graphs, as measured on one sample of each shape.
+        needed: Bytes of all graphs, as measured on one sample of each shape.
     """
 
     def __init__(
@@ -180,10 +180,14 @@ class DataProduct:
         for batch in batches():
             counts.append(float(likelihood.counts(batch.targets).double().sum()))
             sizes.append(len(batch) * self._pieces.sample_bytes(batch))
-        self.count, needed = count or math.fsum(counts) or 1.0, sum(sizes)
-        self.kept = needed <= memory if keep is None else keep
-        self.nbytes = needed if self.kept else 0
+        self.count, self.needed = count or math.fsum(counts) or 1.0, sum(sizes)
+        self.kept = self.needed <= memory if keep is None else keep
         self._chunks = list(self._built()) if self.kept else None
+
+    @property
+    def nbytes(self) -> int:
+        """Of the graphs that are kept."""
+        return self.needed if self.kept else 0
 
     def __call__(self, v: Mapping[str, Tensor]) -> Params:
         """B v."""
@@ -193,7 +197,7 @@ class DataProduct:
 
     def release(self) -> None:
         """Give the graphs up: products rebuild them from now on."""
-        self.kept, self.nbytes, self._chunks = False, 0, None
+        self.kept, self._chunks = False, None
 
     def _built(self) -> Iterator[Chunk]:
         for batch in self._batches():

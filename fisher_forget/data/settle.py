@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fisher_forget import params as P
 from fisher_forget._util.copies import private_copy
 from fisher_forget._util.isolation import isolated
 from fisher_forget.data.batches import Batch
@@ -30,6 +31,7 @@ from fisher_forget.data.own_loss import (
     mean_loss,
     values_of,
 )
+from fisher_forget.data.pieces import MEMORY, OUTPUTS, PIECE
 from fisher_forget.data.split import Split
 from fisher_forget.errors import ConfigError, FisherForgetWarning, ModelError
 from fisher_forget.likelihood import (
@@ -51,6 +53,8 @@ def settled_likelihood(
     split: Split,
     likelihood: Likelihood | str,
     loss_fn: LossFn | None = None,
+    *,
+    memory: int = MEMORY,
 ) -> Likelihood:
     """The likelihood whose mean loss is the user's own loss.
 
@@ -60,6 +64,7 @@ def settled_likelihood(
         likelihood: What was asked for: a name may give way to another likelihood, an instance not.
         loss_fn: What the model was trained with, (outputs, targets) -> a mean loss, or losses by
             sample or position; `None` asks the model itself, where it can tell.
+        memory: Bytes that outputs may take; fewer samples are looked at where they are large.
 
     Raises:
         ConfigError: No likelihood has this loss, or another one than the instance that was given.
@@ -68,7 +73,8 @@ def settled_likelihood(
     """
     given = resolve_likelihood(likelihood)
     with isolated(), torch.no_grad():
-        looks = [look_at(model, batch, loss_fn, given) for batch in _two_batches(split, model)]
+        batches = _two_batches(split, model, memory // PIECE)
+        looks = [look_at(model, batch, loss_fn, given) for batch in batches]
         if not all(look.own for look in looks):
             _check_range(given, looks)
             _warn_of_shift(given, looks)
@@ -98,9 +104,13 @@ def trained_likelihood(model: nn.Module, split: Split, likelihood: Likelihood | 
     return settled_likelihood(private_copy(model), split, likelihood)
 
 
-def _two_batches(split: Split, model: nn.Module) -> Iterator[Batch]:
+def _two_batches(split: Split, model: nn.Module, memory: int) -> Iterator[Batch]:
     """Samples from all over the data, in two batches of different sizes where there are three."""
     count = min(SAMPLES, split.batch_size + max(1, split.batch_size // 2), len(split.retain))
+    few = split.few("retain").on(model)
+    outputs = P.first_call(model, few.args, few.kwargs)
+    one = OUTPUTS * outputs.numel() * outputs.element_size() // len(few)
+    count = min(count, max(3, memory // max(one, 1)))
     # sorted data have all of their classes in it
     spread = split.retain[np.unique(np.linspace(0, len(split.retain) - 1, count).astype(int))]
     third = np.arange(len(spread)) % 3 == 1

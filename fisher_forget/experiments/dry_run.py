@@ -24,7 +24,8 @@ from fisher_forget.baselines import METHODS
 from fisher_forget.curvature.cost import CostEstimate
 from fisher_forget.curvature.estimate import estimate_curvature
 from fisher_forget.data.batches import make_batch
-from fisher_forget.data.split import Indices, resolve_split
+from fisher_forget.data.pieces import PIECE
+from fisher_forget.data.split import Indices, Split, resolve_split
 from fisher_forget.evaluate.ensemble import stored_seeds
 from fisher_forget.experiments import forget_sets
 from fisher_forget.experiments.cases import TrainingTask, case_tasks, subsets_task, untrained
@@ -39,11 +40,14 @@ from fisher_forget.experiments.datasets import DataBundle
 from fisher_forget.experiments.training import train
 from fisher_forget.likelihood import resolve_likelihood
 from fisher_forget.params import first_call
+from fisher_forget.unlearn.newton.flow import LinearSolver
 from fisher_forget.unlearn.objective import Objective
+from fisher_forget.unlearn.options import ForgetOptions
 from fisher_forget.unlearn.problem import with_solver
 
 STEPS = 6  # of training, that are timed
 GRADIENTS = {"sgd": 2, "adam": 3}  # tensors of the weights' size that training holds beside them
+COPIES = 20  # tensors of the weights' size that `forget` holds: gradients, steps, solver, draws
 
 
 @dataclass(frozen=True)
@@ -56,12 +60,14 @@ class Cost:
             activations of a batch.
         weights: Bytes of the weights.
         curvature: Predicted for the first forget set.
+        forgetting: Bytes that `forget` holds, `forget_bytes`.
     """
 
     epoch: float
     training: int
     weights: int
     curvature: CostEstimate
+    forgetting: int
 
 
 @dataclass(frozen=True)
@@ -181,19 +187,44 @@ def predicted_cost(config: RunConfig, data: DataBundle, model: nn.Module, forget
     weights = sum(x.numel() * x.element_size() for x in model.state_dict().values())
     kept = activation_bytes(model, data, rows[:size])
     held = weights * (1 + GRADIENTS[config.training.optimizer]) + kept
-    return Cost(epoch, held, weights, _curvature_cost(config, data, model, forget))
-
-
-def _curvature_cost(
-    config: RunConfig, data: DataBundle, model: nn.Module, forget: Indices
-) -> CostEstimate:
     split = resolve_split(data.train, forget)
-    options = config.forget_options(config.seeds[0])
-    objective = Objective(model.eval(), resolve_likelihood(config.likelihood), options.subset)
-    options = with_solver(options, objective, split)
+    asked = config.forget_options(config.seeds[0])
+    likelihood = resolve_likelihood(config.likelihood)
+    objective = Objective(model.eval(), likelihood, asked.subset, memory=asked.memory)
+    asked = with_solver(asked, objective, split)
+    curvature = _curvature_cost(objective, split, asked)
+    forgetting = forget_bytes(objective, split, curvature, direct=asked.inverts)
+    return Cost(epoch, held, weights, curvature, forgetting)
+
+
+def _curvature_cost(objective: Objective, split: Split, options: ForgetOptions) -> CostEstimate:
     keywords = options.curvature_keywords(*options.curvature_plan(split))
     likelihood = objective.likelihood
     return estimate_curvature(objective.tape, split, likelihood, dry_run=True, **keywords)
+
+
+def forget_bytes(
+    objective: Objective, split: Split, curvature: CostEstimate, *, direct: bool
+) -> int:
+    """Bytes that `forget` holds at its worst moment: copies of the weights, the curvature, and
+    graphs and outputs as far as its memory allows.
+
+    Args:
+        objective: Of the model.
+        split: The data.
+        curvature: Predicted.
+        direct: No products are made.
+    """
+    samples, memory = split.retain, objective.memory
+    batch = min(split.batch_size, len(samples))
+    one = objective.sample_bytes(split.few("retain"))
+    held = min(batch * one, max(memory // PIECE, one))
+    if not direct:
+        graph = objective.ggn(split, samples[:1], objective.start).needed
+        working = min(LinearSolver().working_set, len(samples))
+        held += min(working * graph, max(memory // 2, graph))
+    weights = sum(x.numel() * x.element_size() for x in objective.start.values())
+    return max(curvature.bytes_peak, COPIES * weights + curvature.bytes_result + held)
 
 
 def activation_bytes(model: nn.Module, data: DataBundle, rows: Indices) -> int:
@@ -248,10 +279,9 @@ def _memory(config: RunConfig, data: DataBundle, needs: list[Need], cost: Cost) 
     tensors = (*data.train.tensors, *data.test.tensors)
     held = sum(x.numel() * x.element_size() for x in tensors)
     models = sum(len(need.task.seeds) for need in needs) * cost.weights
-    curvature = cost.curvature.bytes_peak
-    peak = held + models + max(cost.training, curvature)
+    peak = held + models + max(cost.training, cost.forgetting)
     text = f"{_bytes(peak)}: data {_bytes(held)}, models {_bytes(models)}, "
-    text += f"curvature {_bytes(curvature)}"
+    text += f"forgetting {_bytes(cost.forgetting)}"
     if config.jobs > 1:
         text += f"; {config.jobs} training processes of {_bytes(held + cost.training)}"
     return text + "; beside Python and its libraries"

@@ -17,7 +17,7 @@ from torch import Tensor
 from fisher_forget._util import files
 from fisher_forget._util.progress import bar
 from fisher_forget.curvature.passes import squared_gradient_norms
-from fisher_forget.curvature.pieces import PIECE
+from fisher_forget.data.pieces import PIECE
 from fisher_forget.data.split import Indices, Split, some
 from fisher_forget.errors import StorageError
 from fisher_forget.unlearn.batch_norm import foreign_statistics

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from fisher_forget import params as P
 from fisher_forget.curvature.double_backward import hidden_from_products
-from fisher_forget.curvature.pieces import MEMORY, PIECE, Pieces
 from fisher_forget.curvature.products import DataProduct, ggn_chunk
 from fisher_forget.curvature.tape import Tape
 from fisher_forget.data.batches import Batch
+from fisher_forget.data.pieces import MEMORY, PIECE, Pieces
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import ConfigError, NumericalError, StorageError
 from fisher_forget.likelihood import Likelihood
@@ -117,6 +117,10 @@ class Objective:
         """The batches on the model's device, cut into pieces that fit."""
         for batch in batches:
             yield from self._pieces(batch.on(self.model), self.memory // PIECE)
+
+    def sample_bytes(self, batch: Batch) -> int:
+        """Bytes that a sample of the batch takes in a pass: its graph, copies of its outputs."""
+        return self._pieces.sample_bytes(batch.on(self.model))
 
     def reader(self, split: Split, samples: Indices) -> Batches:
         """The batches of some samples at every call: held where they are few, else read again."""

@@ -13,10 +13,10 @@ import torch
 from fisher_forget._util.checks import check_names, is_number, is_whole
 from fisher_forget.curvature.estimate import CurvatureKeywords
 from fisher_forget.curvature.kinds import Kind
-from fisher_forget.curvature.pieces import MEMORY, PIECE
 from fisher_forget.curvature.structures import STRUCTURES, Structure
 from fisher_forget.curvature.structures.spec import StructureSpec
 from fisher_forget.data.own_loss import LossFn
+from fisher_forget.data.pieces import MEMORY, PIECE
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import ConfigError
 from fisher_forget.likelihood import Likelihood, named, resolve_likelihood

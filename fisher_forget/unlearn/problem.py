@@ -115,7 +115,9 @@ def objective_of(
     """The objective of a private copy of the model, whose likelihood has the user's own loss."""
     likelihood = resolve_likelihood(options.likelihood)
     objective = Objective(model, likelihood, options.subset, device, options.memory)
-    objective.likelihood = settled_likelihood(objective.model, split, options.likelihood, loss_fn)
+    objective.likelihood = settled_likelihood(
+        objective.model, split, options.likelihood, loss_fn, memory=options.memory
+    )
     return objective
 
 
