@@ -91,6 +91,13 @@ def _first_weights(found):
     return [next(m.parameters()) for m in (found.original, *found.retrained)]
 
 
+def test_a_network_that_learnt_nothing_is_refused(tmp_path):
+    still = replace(SETUP, training=replace(SETUP.training, lr=1e-9))
+    with pytest.raises(NumericalError, match="after training on 3 classes"):
+        cells.Networks.of(replace(ROW, setup=still), 0, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_killed_run_goes_on(tmp_path, monkeypatch):
     """And makes only what is missing, what was of another row, and what is asked for again."""
     stored, made = tmp_path / "numbers.json", []

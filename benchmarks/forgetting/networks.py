@@ -13,10 +13,12 @@ from torch.nn import functional as F
 from benchmarks.forgetting.data import Data
 from benchmarks.forgetting.rows import Setup, Training
 from fisher_forget._util.files import ensure_folder, fingerprint, load_model, save_model
+from fisher_forget.errors import NumericalError
 from fisher_forget.experiments.models import build_model
 from fisher_forget.experiments.training import SCHEDULES
 
 MOMENTUM = 0.9
+CHECKED, LEARNT = 1000, 0.9  # samples; loss of a network that has learnt, over that of a guess
 RETRAINED = 1000  # the first of the retrained networks' seeds: no original has it
 
 
@@ -29,12 +31,16 @@ def network(setup: Setup, data: Data, rows: Tensor, seed: int, folder: Path) -> 
         rows: Samples to train on.
         seed: Of weights and order.
         folder: Holds a file for each network, named by all that decides it.
+
+    Raises:
+        NumericalError: If the network has learnt nothing, of which there is nothing to forget.
     """
     what = (setup.model, setup.options, setup.training, data.x, data.y, rows, seed)
     path = ensure_folder(folder) / f"{fingerprint(*what)}.safetensors"
     if path.exists():
         return load_model(path, _new(setup, data, seed))
     model = train(setup, data, rows, seed, setup.training.epochs)
+    _check_learnt(model, data, rows)
     save_model(path, model, {"setup": setup.title, "seed": str(seed)})
     return model
 
@@ -65,6 +71,16 @@ def training_seconds(setup: Setup, data: Data, rows: Tensor) -> float:
     begun = time.process_time()
     train(setup, data, rows, 0, 1)
     return (time.process_time() - begun) * setup.training.epochs
+
+
+@torch.no_grad()
+def _check_learnt(model: nn.Module, data: Data, rows: Tensor) -> None:
+    some = rows[:CHECKED]
+    loss = float(F.cross_entropy(model(data.x[some]), data.y[some]))
+    if not loss < LEARNT * math.log(data.classes):
+        got = f"a loss of {loss:.3g} nats after training on {data.classes} classes"
+        expected = f"less than {LEARNT:g} of the logarithm of the classes"
+        raise NumericalError(got, expected, "Lower the setup's lr.")
 
 
 def _new(setup: Setup, data: Data, seed: int) -> nn.Module:
