@@ -276,8 +276,8 @@ class Categorical(Likelihood):
 
     def class_mass(self, outputs: Tensor, targets: Tensor) -> Tensor:
         rows, labels = self.aligned(outputs, targets)
-        if labels.is_floating_point() or self.label_smoothing or self.weight is not None:
-            return self._target(rows, labels).flatten(0, -2).sum(0, dtype=torch.float64).cpu()
+        if labels.is_floating_point():
+            return labels.flatten(0, -2).sum(0, dtype=torch.float64).cpu()
         scored = labels[labels != self.ignore_index]
         return scored.bincount(minlength=rows.shape[-1]).double().cpu()
 

@@ -15,7 +15,7 @@ from fisher_forget import params as P
 from fisher_forget._util.isolation import isolated
 from fisher_forget.data import batches
 from fisher_forget.data.own_loss import LossFn
-from fisher_forget.data.split import Indices, Part, Split, some
+from fisher_forget.data.split import Indices, Part, Split, resolve_split
 from fisher_forget.errors import FisherForgetWarning
 from fisher_forget.likelihood import Likelihood
 from fisher_forget.likelihood.independent import IndependentOutputs
@@ -27,11 +27,8 @@ from fisher_forget.unlearn.noise_draw import check_generator
 from fisher_forget.unlearn.options import ForgetOptions, RequestKeywords, merged
 from fisher_forget.unlearn.problem import Problem, with_solver
 from fisher_forget.unlearn.result import ForgetResult, NormStatistics, versions
+from fisher_forget.unlearn.self_check import RISE, RISE_SHARE, Answers, self_check
 
-LOSS_SAMPLES = 2000  # of each part, for the losses before and after
-# Rise of the retained loss by recomputed statistics, nats and share, above which a warning says so:
-# the budget of a Newton step
-RISE, RISE_SHARE = 0.01, 0.1
 PARTS: tuple[Part, ...] = ("retain", "forget")
 
 
@@ -70,8 +67,10 @@ def forget(
         device: Where to compute; by default where the model is.
         progress: Show progress bars.
         **changes: Fields of `ForgetOptions` by name, over those of `options`: `weight_decay=5e-4`;
-            and for experiments `generator`, a `torch.Generator` that the noise is drawn from. Such
-            noise is not secret, and `ForgetResult.noise` says so.
+            `held_out`, a loader or data set of samples that the model was not trained on, which
+            tell the self-check what unseen samples look like (`ForgetResult.check`); and for
+            experiments `generator`, a `torch.Generator` that the noise is drawn from. Such noise is
+            not secret, and `ForgetResult.noise` says so.
 
     Returns:
         A `ForgetResult`; print it.
@@ -91,8 +90,9 @@ def forget(
         37
     """
     with isolated():
-        generator = changes.pop("generator", None)
+        generator, held_out = changes.pop("generator", None), changes.pop("held_out", None)
         check_generator(generator)
+        unseen = held_out_split(held_out, unpack)
         options = merged(options, changes)
         problem = Problem.of(
             model,
@@ -105,7 +105,20 @@ def forget(
             progress=progress,
         )
         options = options.with_loss(problem.objective.likelihood, loss_fn)
-        return scrub(model, problem, options, generator=generator, progress=progress)
+        result = scrub(
+            model, problem, options, generator=generator, held_out=unseen, progress=progress
+        )
+    result.check.warn(stacklevel=2)
+    return result
+
+
+def held_out_split(
+    source: DataLoader[Any] | Dataset[Any] | Split | None, unpack: batches.Unpack | None = None
+) -> Split | None:
+    """Samples that the model was not trained on, for the self-check."""
+    if source is None:
+        return None
+    return resolve_split(source, [], unpack=unpack, allow_empty=True)
 
 
 def scrub(
@@ -114,15 +127,17 @@ def scrub(
     options: ForgetOptions,
     *,
     generator: torch.Generator | None = None,
+    held_out: Split | None = None,
     progress: bool = False,
 ) -> ForgetResult:
-    """Newton correction, noise, buffers and losses, once curvature and gradient are known.
+    """Newton correction, noise, buffers and self-check, once curvature and gradient are known.
 
     Args:
         model: Original; untouched.
         problem: Of that model.
         options: As for `forget`.
         generator: As for `forget`.
+        held_out: Samples that the model was not trained on, all of them retained ones of the split.
         progress: Show progress bars.
     """
     objective, split = problem.objective, problem.split
@@ -148,7 +163,18 @@ def scrub(
     scrubbed = P.load(model, final).eval()
     home = next(scrubbed.parameters()).device
     scrubbed.to(next(iter(objective.start.values())).device)
-    statistics, losses = _refresh(problem, scrubbed, options)
+    before = _answers(problem, objective.start, options.seed)
+    statistics, after = _refresh(problem, scrubbed, options)
+    check = self_check(
+        problem,
+        before,
+        after,
+        _weights(scrubbed),
+        moved=newton.norm,
+        allowed=(0.0, 0.0) if about is None else about.asked,
+        held_out=held_out,
+        seed=options.seed,
+    )
     return ForgetResult(
         model=scrubbed.to(home),
         split=split,
@@ -156,7 +182,12 @@ def scrub(
         curvature=problem.curvature,
         newton=newton,
         noise=about,
-        losses=losses,
+        losses={
+            f"{part}_{when}": answers[part].loss
+            for part in PARTS
+            for when, answers in (("before", before), ("after", after))
+        },
+        check=check,
         statistics=statistics,
         seconds=problem.seconds
         | {"newton": newton.seconds, "noise": noised - clock}
@@ -167,40 +198,31 @@ def scrub(
 
 def _refresh(
     problem: Problem, scrubbed: nn.Module, options: ForgetOptions
-) -> tuple[NormStatistics, dict[str, float]]:
-    """Recompute running statistics of the scrubbed model as the options say, in place; and the
-    losses after that."""
+) -> tuple[NormStatistics, dict[Part, Answers]]:
+    """Recompute running statistics of the scrubbed model as the options say, in place; and its
+    answers after that."""
     layers = tuple(norm_layers(scrubbed))
     kept = {"auto": problem.sums.foreign, "refresh": (), "keep": layers}[options.batch_norm]
+    given = _answers(problem, _weights(scrubbed), options.seed)
     if set(kept) >= set(layers):
-        return NormStatistics(kept=layers), _losses(problem, scrubbed, options.seed)
-    given = _loss(problem, "retain", scrubbed, options.seed)
+        return NormStatistics(kept=layers), given
     refreshed = refresh_statistics(scrubbed, problem.split, kept)
-    losses = _losses(problem, scrubbed, options.seed)
+    after = _answers(problem, _weights(scrubbed), options.seed)
     others = tuple(name for name in layers if name not in refreshed)
-    statistics = NormStatistics(refreshed, others, losses["retain_after"] - given)
-    if statistics.rise > max(RISE, RISE_SHARE * given):
-        _warn_of_rise(statistics, losses["retain_after"])
-    return statistics, losses
+    rise = after["retain"].loss - given["retain"].loss
+    if rise > max(RISE, RISE_SHARE * given["retain"].loss):
+        _warn_of_rise(len(refreshed), rise, after["retain"].loss)
+    return NormStatistics(refreshed, others, rise), after
 
 
-def _losses(problem: Problem, scrubbed: nn.Module, seed: int) -> dict[str, float]:
-    """Mean loss of samples of each part, before and after, nats."""
-    losses = {}
-    for part in PARTS:
-        losses[f"{part}_before"] = _loss(problem, part, None, seed)
-        losses[f"{part}_after"] = _loss(problem, part, scrubbed, seed)
-    return losses
-
-
-def _loss(problem: Problem, part: Part, scrubbed: nn.Module | None, seed: int) -> float:
-    """Mean loss of samples of a part, nats, of the scrubbed model or the original."""
+def _answers(problem: Problem, at: Params, seed: int) -> dict[Part, Answers]:
+    """Of samples of each part, at some weights and buffers."""
     objective, split = problem.objective, problem.split
-    at: Params = objective.start
-    if scrubbed is not None:
-        at = dict(scrubbed.named_parameters()) | dict(scrubbed.named_buffers())
-    samples = some(split.indices(part), LOSS_SAMPLES, seed)
-    return objective.mean_loss(split.batches(samples), at)
+    return {part: Answers.of(objective, split, part, at, seed) for part in PARTS}
+
+
+def _weights(scrubbed: nn.Module) -> Params:
+    return dict(scrubbed.named_parameters()) | dict(scrubbed.named_buffers())
 
 
 def _warn_of_drift(newton: NewtonStep, likelihood: Likelihood) -> None:
@@ -221,10 +243,10 @@ def _warn_of_drift(newton: NewtonStep, likelihood: Likelihood) -> None:
     )
 
 
-def _warn_of_rise(statistics: NormStatistics, loss: float) -> None:
+def _warn_of_rise(layers: int, rise: float, loss: float) -> None:
     warnings.warn(
-        f"Recomputing the statistics of {len(statistics.refreshed)} BatchNorm layers on the "
-        f"retained data raised the retained loss by {statistics.rise:.3g} nats, to {loss:.3g}. "
+        f"Recomputing the statistics of {layers} BatchNorm layers on the "
+        f"retained data raised the retained loss by {rise:.3g} nats, to {loss:.3g}. "
         "batch_norm='keep' leaves them as given, which is right where this data did not set them "
         "(a frozen backbone); statistics that it set hold the forgotten samples, too.",
         FisherForgetWarning,

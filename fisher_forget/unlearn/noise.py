@@ -69,6 +69,14 @@ class Calibration:
     error: float
     target: NoiseTarget | None = None
 
+    @property
+    def asked(self) -> tuple[float, float]:
+        """Rise of the retained loss and loss of its score that the target asks for; nine draws in
+        ten cost less."""
+        if self.target is None or self.target.kind not in ("loss", "accuracy"):
+            return 0.0, 0.0
+        return self.rise_range[1], self.target.accuracy or 0.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseDraw(Calibration):

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self, TypedDict, cast
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from fisher_forget._util.checks import check_names, is_number, is_whole
 from fisher_forget.curvature.estimate import CurvatureKeywords
@@ -237,6 +238,7 @@ class RequestKeywords(ForgetKeywords, total=False):
     """The same, and what belongs to one call alone and to no stored options."""
 
     generator: torch.Generator | None
+    held_out: DataLoader[Any] | Dataset[Any] | Split | None
 
 
 def merged(options: ForgetOptions | None, changes: ForgetKeywords) -> ForgetOptions:

@@ -33,7 +33,7 @@ from fisher_forget.data.own_loss import LossFn
 from fisher_forget.data.split import Indices, Split, check_scored, resolve_split
 from fisher_forget.errors import ConfigError, StorageError
 from fisher_forget.unlearn.data_sums import DataSums, load_data_sums, save_data_sums, take_data_sums
-from fisher_forget.unlearn.forget import scrub
+from fisher_forget.unlearn.forget import held_out_split, scrub
 from fisher_forget.unlearn.noise_draw import check_generator
 from fisher_forget.unlearn.objective import Objective
 from fisher_forget.unlearn.options import ForgetKeywords, ForgetOptions, merged
@@ -100,6 +100,7 @@ class Prepared:
         forget_idx: Sequence[int] | Indices | Tensor | range,
         *,
         generator: torch.Generator | None = None,
+        held_out: DataLoader[Any] | Dataset[Any] | Split | None = None,
         progress: bool = False,
         **changes: Unpack[ForgetKeywords],
     ) -> ForgetResult:
@@ -111,6 +112,7 @@ class Prepared:
         Args:
             forget_idx: Distinct indices into the training data set.
             generator: As for `forget`: without one, every request has a noise of its own.
+            held_out: As for `forget`, read as the training data are.
             progress: Show progress bars.
             **changes: Options of this request: `steps`, `damping`, `solver`, `drift`, `budget`,
                 `noise`, `exponent`, `batch_norm` and `memory` of `ForgetOptions`.
@@ -134,11 +136,20 @@ class Prepared:
             curvature = self._without(split)
             seconds = {"curvature": perf_counter() - begun}
             problem = Problem(self.objective, split, curvature, self.sums, options.decay, seconds)
-            result = scrub(self.model, problem, options, generator=generator, progress=progress)
+            unseen = held_out_split(held_out, split.reader.unpack)
+            result = scrub(
+                self.model,
+                problem,
+                options,
+                generator=generator,
+                held_out=unseen,
+                progress=progress,
+            )
         requests = [*self.requests, np.setdiff1d(split.forget, self.split.forget).tolist()]
         if self.log is not None:
             self.log.record(requests)
         self.split, self.requests = split, requests
+        result.check.warn(stacklevel=2)
         return result
 
     def _without(self, split: Split) -> Curvature:

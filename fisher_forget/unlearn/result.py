@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import platform
+import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -28,6 +29,7 @@ from fisher_forget.unlearn.noise import NoiseDraw, information, noise_curvature
 from fisher_forget.unlearn.noise_draw import draw_noise
 from fisher_forget.unlearn.noise_target import EXPONENT
 from fisher_forget.unlearn.options import ForgetOptions
+from fisher_forget.unlearn.self_check import SelfCheck
 from fisher_forget.unlearn.weight_decay import WeightDecay, by_name
 
 
@@ -85,6 +87,7 @@ class ForgetResult:
         noise: What may be said of the noise, or `None` where none was added.
         losses: Mean loss in nats, of 2,000 samples of each part at most: retain_before,
             retain_after, forget_before, forget_after.
+        check: What the result can say of itself without retrained models.
         statistics: Which layers' running statistics were recomputed on the retained data.
         seconds: Wall time of each stage.
         versions: Of this package, torch and Python.
@@ -97,6 +100,7 @@ class ForgetResult:
     newton: NewtonStep
     noise: NoiseDraw | None
     losses: dict[str, float]
+    check: SelfCheck
     statistics: NormStatistics
     seconds: dict[str, float]
     versions: dict[str, str]
@@ -233,6 +237,7 @@ class ForgetResult:
                 *lines,
                 f"  loss       retain {loss['retain_before']:.4g} -> {loss['retain_after']:.4g} "
                 f"nats, forget {loss['forget_before']:.4g} -> {loss['forget_after']:.4g} nats",
+                *self._check_lines(),
                 "  An estimate, not a certificate: compare with retrained models to see how close "
                 "it came.",
             ]
@@ -309,6 +314,12 @@ class ForgetResult:
             says = strong if z.information < 1 else "1 or more: promises little"
             yield f"  bound      {z.information:.2g} nats ({says})"
 
+    def _check_lines(self) -> Iterator[str]:
+        for finding in self.check.findings:
+            first, *others = textwrap.wrap(finding.says, 100)
+            yield f"  {MARKS[finding.verdict]:10} {first}"
+            yield from (f"{'':13}{line}" for line in others)
+
     def summary(self) -> dict[str, Any]:
         """Plain numbers for a JSON file."""
         n, z = self.newton, self.noise
@@ -329,6 +340,7 @@ class ForgetResult:
             "noise": noise,
             "likelihood": self.likelihood,
             "losses": self.losses,
+            "check": self.check.summary(),
             "buffers_refreshed": self.buffers_refreshed,
             "batch_norm": asdict(self.statistics),
             "seconds": self.seconds,
@@ -337,6 +349,7 @@ class ForgetResult:
         }
 
 
+MARKS = {"fine": "check", "wrong": "check: NO", "unknown": "check: ?"}
 NEWTON_NUMBERS = (
     "damping",
     "norm",
