@@ -158,14 +158,11 @@ class RunConfig:
             seed: Of all random choices.
             samples: That it was trained on, which says how long the training was.
         """
-        decay = self.forget.weight_decay
-        if decay is None:
-            decay = self.training.weight_decay
         training = self.forget.training
         if training is None and samples is not None:
             training = self.training.training_time(samples)
-        changes = {"likelihood": self.likelihood, "seed": seed, "weight_decay": decay}
-        return self.forget.changed(changes | {"training": training})
+        changes = {"likelihood": self.likelihood, "seed": seed, "training": training}
+        return self.forget.changed(changes)
 
 
 @dataclass(frozen=True)

@@ -91,14 +91,16 @@ def configured(
         return trained(config, case.data, model, rows, seed)
 
     time = config.training.training_time(len(case.data.train))
+    unasked = issubclass(method, ForgetOptions)
     known: dict[str, Callable[[], Any]] = {
         "likelihood": lambda: config.likelihood,
-        "weight_decay": lambda: config.training.weight_decay,
+        # forget() reads it off the model, as in a call without options
+        "weight_decay": lambda: "auto" if unasked else config.training.weight_decay,
         "seed": lambda: seed,
         "train": lambda: fitted,
         "init": lambda: fresh,
         "initial": lambda: untrained(config, case.data, seed),
-        "training": lambda: time if issubclass(method, ForgetOptions) else config.training,
+        "training": lambda: time if unasked else config.training,
     }
     names = [name for name in settings_of(method) if name in known and name not in method.grid]
     given = {name: known[name]() for name in names}

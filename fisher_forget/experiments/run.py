@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -107,9 +106,8 @@ def _sweep(config: SweepConfig, case: Case) -> SweepTable:
     """A sweep from the first original model; its table is written as sweep.parquet and, to be read,
     as sweep.csv."""
     options = config.forget_options(config.seeds[0], len(case.data.train))
-    decay = options.weight_decay
-    # of all methods, of which others take one number only
-    fixed: Any = {} if isinstance(decay, Mapping) else {"weight_decay": decay}
+    # of other methods, which read nothing off the model
+    fixed: Any = {"weight_decay": config.training.weight_decay}
     table = sweep(
         case.originals.models[0],
         case.data.train,

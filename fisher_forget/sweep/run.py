@@ -204,7 +204,9 @@ class _Work:
         """Newton step of a cell."""
         options = self.options(cell)
         with isolated():
-            return scrub(self.model, replace(problem, weight_decay=options.decay), options)
+            decay, lasted = options.weight_decay, options.training_time
+            problem = replace(problem, weight_decay=decay, training_time=lasted)
+            return scrub(self.model, problem, options)
 
     def draw(self, problem: Problem, result: ForgetResult, cell: Cell, unit: float) -> Row:
         """Scores after one noise draw; `unit` is the local forgetting bound of noise of scale 1."""

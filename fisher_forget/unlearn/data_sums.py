@@ -16,77 +16,63 @@ from torch import Tensor
 
 from fisher_forget._util import files
 from fisher_forget._util.progress import bar
-from fisher_forget.curvature.passes import squared_gradient_norms
-from fisher_forget.data.pieces import PIECE
 from fisher_forget.data.split import Indices, Split, some
 from fisher_forget.errors import StorageError
 from fisher_forget.unlearn.batch_norm import foreign_statistics
 from fisher_forget.unlearn.objective import Gradient, Objective
 
-FORMAT = "5"
-NORM_SAMPLES = 1000  # whose gradient norms give the sampling variance of the mean gradient
+FORMAT = "6"
 
 
 @dataclass(frozen=True)
 class DataSums:
-    """Sums at the original weights over all samples, retained and forgotten.
+    """Sums at the original weights over samples, retained and forgotten: all, or some by chance.
 
     Attributes:
-        total: Gradient, loss, count and targets of each class of all samples, without weight decay.
+        total: Gradient, loss, count and targets of each class of these samples, without weight
+            decay.
         samples: Their indices, sorted.
         spread: tr H_n of each, in that order: where the output curvature is.
-        norm_samples: Indices of some of them, drawn at random, sorted.
-        squared_norms: |grad l_n|^2 of those, in that order: [len(norm_samples)].
         foreign: Norm layers whose running statistics these samples did not set.
     """
 
     total: Gradient
     samples: Indices
     spread: Tensor
-    norm_samples: Indices
-    squared_norms: Tensor
     foreign: tuple[str, ...] = ()
 
     def spread_of(self, indices: Indices) -> Tensor:
         """tr H_n of some of the samples: [len(indices)]."""
         return self.spread[torch.from_numpy(np.searchsorted(self.samples, indices))]
 
-    def variance_of_mean(self, retain: Indices) -> float:
-        """Sampling variance of the mean gradient of all samples, as retained ones have it.
-
-        The mean gradient is the sum over N samples by P scored positions, so its variance is
-        N mean |grad l_n|^2 / P^2. The mean is over those of `norm_samples` that are retained: the
-        forgotten ones may be outliers, such as wrong labels, whose large gradients would make any
-        model look as if it were at a minimum.
-        """
-        kept = np.isin(self.norm_samples, retain)
-        norms = self.squared_norms[torch.from_numpy(kept if kept.any() else ~kept)]
-        return float(norms.mean()) * len(self.samples) / (self.total.count or 1.0) ** 2
-
 
 def take_data_sums(
-    objective: Objective, split: Split, *, seed: int = 0, progress: bool = False
+    objective: Objective,
+    split: Split,
+    most: int | None = None,
+    *,
+    seed: int = 0,
+    progress: bool = False,
 ) -> DataSums:
     """One pass over the data, forward and backward, and a short one for running statistics.
 
     Args:
         objective: Losses at the original parameters.
         split: All of its samples count.
-        seed: Of the samples whose gradient norms are kept.
+        most: Take this many of them, drawn at random; `None` takes all.
+        seed: Of which these are.
         progress: Show a progress bar.
 
     Raises:
         NumericalError: If a loss or gradient is not finite.
     """
     samples = split.indices("all")
+    samples = samples if most is None else some(samples, most, seed)
     spread: list[Tensor] = []
     batches = bar(split.batches(samples), split.steps(samples), "gradient", progress)
     total = objective.gradient(batches, objective.start, spread)
-    few = some(samples, NORM_SAMPLES, seed)
-    memory = objective.memory // PIECE
-    norms = squared_gradient_norms(objective.tape, split, few, objective.likelihood, memory=memory)
     foreign = foreign_statistics(objective.model, split, private=True)
-    return DataSums(total, samples, torch.cat(spread), few, norms, foreign)
+    return DataSums(total, samples, torch.cat(spread), foreign)
 
 
 def save_data_sums(path: str | Path, sums: DataSums, fingerprint: str) -> None:
@@ -100,8 +86,6 @@ def save_data_sums(path: str | Path, sums: DataSums, fingerprint: str) -> None:
         "classes": sums.total.classes,
         "samples": torch.from_numpy(sums.samples),
         "spread": sums.spread,
-        "norm_samples": torch.from_numpy(sums.norm_samples),
-        "squared_norms": sums.squared_norms,
     }
     numbers = {"loss": sums.total.loss, "count": sums.total.count, "foreign": sums.foreign}
     notes = {"format": FORMAT, "fingerprint": fingerprint, "numbers": json.dumps(numbers)}
@@ -126,7 +110,5 @@ def load_data_sums(path: str | Path, objective: Objective, fingerprint: str) -> 
         total=Gradient(gradient, numbers["loss"], numbers["count"], tensors["classes"]),
         samples=tensors["samples"].numpy(),
         spread=tensors["spread"],
-        norm_samples=tensors["norm_samples"].numpy(),
-        squared_norms=tensors["squared_norms"],
         foreign=tuple(numbers["foreign"]),
     )

@@ -21,7 +21,7 @@ from fisher_forget.likelihood import Likelihood
 from fisher_forget.likelihood.independent import IndependentOutputs
 from fisher_forget.params import Params
 from fisher_forget.unlearn.batch_norm import norm_layers, refresh_statistics
-from fisher_forget.unlearn.newton.step import NewtonStep, newton_step
+from fisher_forget.unlearn.newton.step import newton_step
 from fisher_forget.unlearn.noise import noise_step
 from fisher_forget.unlearn.noise_draw import check_generator
 from fisher_forget.unlearn.options import ForgetOptions, RequestKeywords, merged
@@ -29,6 +29,7 @@ from fisher_forget.unlearn.problem import Problem, with_solver
 from fisher_forget.unlearn.result import ForgetResult, NormStatistics, versions
 from fisher_forget.unlearn.self_check import RISE, RISE_SHARE, Answers, self_check
 
+LOSS_SAMPLES = 2000
 PARTS: tuple[Part, ...] = ("retain", "forget")
 
 
@@ -143,8 +144,8 @@ def scrub(
     objective, split = problem.objective, problem.split
     options = with_solver(options, objective, split)
     newton = newton_step(problem, options, progress=progress)
-    if not newton.at_minimum and options.drift == "auto":
-        _warn_of_drift(newton, objective.likelihood)
+    if newton.contradiction:
+        _warn_of_decay(newton.contradiction, objective.likelihood)
 
     clock = time.perf_counter()
     final, about = newton.params, None
@@ -225,19 +226,13 @@ def _weights(scrubbed: nn.Module) -> Params:
     return dict(scrubbed.named_parameters()) | dict(scrubbed.named_buffers())
 
 
-def _warn_of_drift(newton: NewtonStep, likelihood: Likelihood) -> None:
+def _warn_of_decay(contradiction: str, likelihood: Likelihood) -> None:
     hint = ""
     if isinstance(likelihood, IndependentOutputs) and likelihood.reduction == "sum":
         hint = "; nn.MSELoss() is likelihood='mse', nn.BCEWithLogitsLoss() is 'bce'"
-    moves = "what is retained moves it, within a strict budget"
-    if newton.absent:
-        moves = "only an absent class's output row moves"
-    elif newton.drift_removed:
-        moves = "only what forgetting adds to its gradient moves it"
     warnings.warn(
-        f"The model is not at a minimum of its training objective ({newton.unsettled}), so "
-        f"{moves}. Train it to the end, or check that weight_decay and the loss are those of the "
-        f"training: loss_fn= compares the loss{hint}.",
+        f"The given weight_decay is not that of this model: {contradiction}. Leave it out, or "
+        f"check that it and the loss are those of the training: loss_fn= compares the loss{hint}.",
         FisherForgetWarning,
         stacklevel=4,
     )

@@ -347,7 +347,7 @@ def noise_step(
         The noise, and what may be said of it.
     """
     check_generator(generator)
-    damped, tau = noise_curvature(problem.curvature, newton, problem.weight_decay)
+    damped, tau = noise_curvature(problem.curvature, newton, problem.decay)
     found = scale_of_noise(problem, newton, damped, noise=noise, exponent=exponent, seed=seed)
     drawn = draw_noise(damped, newton.params, found.scale, generator, exponent)
     spread = damped.power_trace(-2 * exponent, seed=seed)

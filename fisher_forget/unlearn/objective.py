@@ -184,6 +184,23 @@ class Objective:
         found = [self.likelihood.losses(f, y).double().cpu() for f, y in self.forward(batches, at)]
         return _joined(found)
 
+    def losses_and_counts(
+        self, batches: Iterable[Batch], at: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """`losses`, and how many scored positions each sample has: [samples] both."""
+        likelihood, losses, counts = self.likelihood, [], []
+        for f, y in self.forward(batches, at):
+            losses.append(likelihood.losses(f, y).double().cpu())
+            counts.append(likelihood.counts(y).double().cpu())
+        return _joined(losses), _joined(counts)
+
+    def class_mass(self, batches: Iterable[Batch], at: Mapping[str, Tensor]) -> Tensor:
+        """Targets of each class over the samples: [C], or a scalar 0 without classes."""
+        mass = torch.zeros((), dtype=torch.float64)
+        for f, y in self.forward(batches, at):
+            mass = mass + self.likelihood.class_mass(f, y)
+        return mass
+
     def divergence(
         self, batches: Iterable[Batch], at: Mapping[str, Tensor], to: Mapping[str, Tensor]
     ) -> Tensor:

@@ -44,11 +44,10 @@ class ForgetOptions:
             `loss_fn`, or a model that takes `labels` itself, is found to have.
         weight_decay: wd of the training objective, mean loss + (wd/2)|w|^2 (the `weight_decay` of
             SGD). Or numbers by shell pattern of parameter names, first match wins, 0 where none
-            matches: {"*.weight": 5e-4}. `None` is what a recipe trains with, and 0 where no
-            training is known.
+            matches: {"*.weight": 5e-4}. "auto" is what the model acts like (`ReadOff`): the
+            training's own at a minimum, and before, how strongly its finite length regularises.
         training: How long and with which weight decay the model was trained, where that is known
-            (`TrainingTime.of(optimizer, ...)`). `None` is a recipe's own training; else it is read
-            off the model.
+            (`TrainingTime.of(optimizer, ...)`); by default it is read off the model.
         structure: Curvature structure, see `estimate_curvature`.
         kind: Curvature kind, see `estimate_curvature`; where max_samples="auto" leaves samples out,
             "auto" is one sketched column a sample, since the curvature is an estimate for a
@@ -60,19 +59,17 @@ class ForgetOptions:
         subset: Shell patterns of the parameters that may move ("head.*"); `None` for all trainable.
         seed: Of every random choice but the noise, which no seed gives away.
         steps: Newton sub-steps: "auto" follows the flow, see `newton_step`; 1 is the textbook step.
-        damping: tau of each step, nats per squared unit of weight; "auto" takes the times of the
-            flow, or with a given number of steps the smallest of 13 values whose first step stays
+        damping: tau of each step, nats per squared unit of weight; "auto" takes the time that the
+            model tells, or with a given number of steps the smallest of 13 values whose first step stays
             within the budget.
         solver: "cg" on exact GGN products, "direct" inverse of the curvature, which stays that of
             the start at every sub-step; "auto" is direct for a dense curvature, else cg.
-        drift: Subtract the force that is not owed to the forget set; "auto" where the model is not
-            at a minimum, and that force outweighs what is owed. With a given number of steps and a
-            given damping: the Newton step of all samples is subtracted.
+        drift: Subtract the force that is not owed to the forget set, under which training would go
+            on; "auto" does, except with a given number of steps and a given damping. True does so
+            there, too: the Newton step of all samples is subtracted.
         budget: How far the mean loss on held-out retained samples may rise above the lowest on the
             way, plus how far the predictions of those move whose own loss rises (`SubStep.shift`),
-            nats. By default max(0.01, 10 % of the loss); 0.002 where the model is not at a minimum
-            or the drift is subtracted; after the rows of absent classes were cleared the mean loss
-            may not rise at all, and moves are not counted.
+            nats; by default 0.1, a mere safety.
         noise: Scale s of the noise s (B + (wd + tau) I)^-p xi; or a `NoiseTarget` that it is to
             reach, which is by default ("auto") that the retained loss rises by max(0.0002 nats,
             0.2 % of it); `None` adds none.
@@ -90,7 +87,7 @@ class ForgetOptions:
     """
 
     likelihood: Likelihood | str = "categorical"
-    weight_decay: WeightDecay | None = None
+    weight_decay: WeightDecay | Literal["auto"] = "auto"
     training: TrainingTime | None = None
     structure: Structure = "ekfac"
     kind: Kind = "auto"
@@ -110,7 +107,7 @@ class ForgetOptions:
 
     def __post_init__(self) -> None:
         likelihood = resolve_likelihood(self.likelihood)
-        good_decay = self.weight_decay is None or is_weight_decay(self.weight_decay)
+        good_decay = self.weight_decay == "auto" or is_weight_decay(self.weight_decay)
         good_training = self.training is None or isinstance(self.training, TrainingTime)
         steps, damping, noise = self.steps, self.damping, self.noise
         whole_samples = self.max_samples in ("auto", None) or is_whole(self.max_samples, 1)
@@ -121,7 +118,7 @@ class ForgetOptions:
         norms = ("auto", "refresh", "keep")
         good_budget = self.budget is None or self.budget == math.inf or is_number(self.budget)
         for name, good, expected in (
-            ("weight_decay", good_decay, f"{NUMBER}, or such numbers by pattern of names"),
+            ("weight_decay", good_decay, f"{NUMBER}, such numbers by pattern of names, or 'auto'"),
             ("training", good_training, "a TrainingTime, or None"),
             ("draws", is_whole(self.draws, 1), f"{WHOLE} 1"),
             ("max_samples", whole_samples, f"{WHOLE} 1, 'auto' or None"),
@@ -166,9 +163,15 @@ class ForgetOptions:
         return self if same else replace(self, likelihood=named(likelihood))
 
     @property
-    def decay(self) -> WeightDecay:
-        """wd, 0 where it is not given."""
-        return self.weight_decay or 0.0
+    def training_time(self) -> float | None:
+        """T of the training, where it is known."""
+        return None if self.training is None else self.training.time
+
+    @property
+    def whole(self) -> bool:
+        """Whether the gradient of all samples is a force itself, and no mean that some tell."""
+        literal = self.steps != "auto" and self.damping != "auto"
+        return literal or self.drift is False
 
     @property
     def spec(self) -> StructureSpec | None:
@@ -215,7 +218,7 @@ class ForgetKeywords(TypedDict, total=False):
     """The fields of `ForgetOptions` as keywords of a call."""
 
     likelihood: Likelihood | str
-    weight_decay: WeightDecay | None
+    weight_decay: WeightDecay | Literal["auto"]
     training: TrainingTime | None
     structure: Structure
     kind: Kind

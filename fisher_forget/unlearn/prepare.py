@@ -135,7 +135,15 @@ class Prepared:
             begun = perf_counter()
             curvature = self._without(split)
             seconds = {"curvature": perf_counter() - begun}
-            problem = Problem(self.objective, split, curvature, self.sums, options.decay, seconds)
+            problem = Problem(
+                self.objective,
+                split,
+                curvature,
+                self.sums,
+                options.weight_decay,
+                options.training_time,
+                seconds,
+            )
             unseen = held_out_split(held_out, split.reader.unpack)
             result = scrub(
                 self.model,
@@ -220,7 +228,8 @@ def prepare(
         objective = objective_of(model, split, options, loss_fn)
         options = options.with_loss(objective.likelihood, loss_fn)
         check_scored(split, objective.likelihood)
-        by_name(options.decay, objective.model, list(objective.start))  # refuses wrong patterns
+        if options.weight_decay != "auto":  # refuses wrong patterns
+            by_name(options.weight_decay, objective.model, list(objective.start))
         options = with_solver(options, objective, split, warn=True)
         log = None
         if folder is not None:
@@ -228,9 +237,9 @@ def prepare(
             likelihood: Any = objective.likelihood
             if is_dataclass(likelihood):
                 likelihood = asdict(likelihood)  # type: ignore[arg-type]
-            fixed |= {"likelihood": likelihood, "weight_decay": options.decay}
-            if isinstance(options.decay, Mapping):  # whose order counts
-                fixed["weight_decay"] = list(options.decay.items())
+            fixed |= {"likelihood": likelihood, "weight_decay": options.weight_decay}
+            if isinstance(options.weight_decay, Mapping):  # whose order counts
+                fixed["weight_decay"] = list(options.weight_decay.items())
             if options.inverts != options.changed({"solver": "auto"}).inverts:
                 fixed["solver"] = options.solver  # which samples the curvature is of depends on it
             mark = files.fingerprint(fixed, dict(model.state_dict()), split.fingerprint())

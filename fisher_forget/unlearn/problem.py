@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import torch
@@ -29,7 +29,10 @@ from fisher_forget.likelihood import resolve_likelihood
 from fisher_forget.unlearn.data_sums import DataSums, take_data_sums
 from fisher_forget.unlearn.objective import Gradient, Objective
 from fisher_forget.unlearn.options import ForgetKeywords, ForgetOptions, merged
-from fisher_forget.unlearn.weight_decay import WeightDecay, by_name
+from fisher_forget.unlearn.weight_decay import ReadOff, WeightDecay, by_name, read_off
+
+TRACE = 1e-9  # of a class's target mass: what subtracting soft labels leaves
+GRADIENT_SAMPLES = 5000  # whose mean gradient stands for that of all, where it is no force itself
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class Problem:
         curvature: Of the mean retained loss at the original weights, without damping.
         sums: Of all samples, retained and forgotten, at the original weights.
         weight_decay: wd of the training objective, mean loss + (1/2) sum_i wd_i w_i^2: a number for
-            all parameters, or one by shell pattern of names, which becomes one by name.
+            all parameters, or one by shell pattern of names; "auto" is what the model acts like.
+        training_time: T of the training, where it is known (`TrainingTime`).
         seconds: Wall time of what was computed for it.
 
     Raises:
@@ -54,15 +58,15 @@ class Problem:
     split: Split
     curvature: Curvature
     sums: DataSums
-    weight_decay: WeightDecay = 0.0
+    weight_decay: WeightDecay | Literal["auto"] = "auto"
+    training_time: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not np.array_equal(self.sums.samples, self.split.indices("all")):
+        if not np.isin(self.sums.samples, self.split.indices("all")).all():
             got = f"sums over {len(self.sums.samples):,} samples for {self.split}"
-            raise StorageError(got, "sums over the same samples", "Take them anew.")
-        decay = by_name(self.weight_decay, self.objective.model, list(self.objective.start))
-        object.__setattr__(self, "weight_decay", decay)
+            raise StorageError(got, "sums over samples of it", "Take them anew.")
+        _ = self.decay  # refuses wrong patterns
 
     @classmethod
     @isolated()
@@ -87,21 +91,71 @@ class Problem:
         objective = objective_of(model, split, options, loss_fn, device)
         options = options.with_loss(objective.likelihood, loss_fn)
         check_scored(split, objective.likelihood)
-        decay = by_name(options.decay, objective.model, list(objective.start))
+        if options.weight_decay != "auto":  # wrong patterns are refused before any work
+            by_name(options.weight_decay, objective.model, list(objective.start))
         options = with_solver(options, objective, split, warn=True)
         clock = time.perf_counter()
         part, kind = options.curvature_plan(split)
         curvature = curvature_of(objective, split, options, part, kind, progress=progress)
         estimated = time.perf_counter()
-        sums = take_data_sums(objective, split, seed=options.seed, progress=progress)
+        most = None if options.whole else GRADIENT_SAMPLES
+        sums = take_data_sums(objective, split, most, seed=options.seed, progress=progress)
         seconds = {"curvature": estimated - clock, "gradient": time.perf_counter() - estimated}
-        return cls(objective, split, curvature, sums, decay, seconds)
+        decay, lasted = options.weight_decay, options.training_time
+        return cls(objective, split, curvature, sums, decay, lasted, seconds)
+
+    @cached_property
+    def found(self) -> ReadOff:
+        """Which weight decay the model acts like, and how long it was trained."""
+        total = self.sums.total
+        return read_off(total.mean(), self.objective.start, total.loss / (total.count or 1.0))
+
+    @cached_property
+    def decay(self) -> WeightDecay:
+        """wd: a number, or one by parameter name."""
+        if self.weight_decay == "auto":
+            return self.found.value
+        return by_name(self.weight_decay, self.objective.model, list(self.objective.start))
+
+    @property
+    def positions(self) -> float:
+        """Scored positions of all samples; estimated where the sums are of some of them."""
+        return self.sums.total.count * len(self.split.indices("all")) / len(self.sums.samples)
+
+    @property
+    def known(self) -> Indices:
+        """Retained samples that the sums are of."""
+        return np.intersect1d(self.sums.samples, self.split.retain)
+
+    @cached_property
+    def absent(self) -> tuple[int, ...]:
+        """Classes that some forgotten sample is labelled with, but no retained one; none without
+        classes."""
+        objective, split, at = self.objective, self.split, self.objective.start
+        mass, kept = objective.class_mass(split.batches("forget"), at), self.retained.classes
+        if not mass.dim():
+            return ()
+        total = self.sums.total.classes
+        none_left = kept <= TRACE * total if kept.dim() else torch.ones_like(mass, dtype=torch.bool)
+        absent = ((mass > 0) & none_left).nonzero().flatten()
+        if len(absent) and len(self.known) < len(split.retain):
+            # the sums are of some samples: the others may have the class
+            for batch in split.batches("retain"):
+                if batch.targets.is_floating_point():
+                    here = objective.class_mass([batch], at)[absent] > 0
+                else:
+                    here = torch.isin(absent, batch.targets.cpu())
+                absent = absent[~here]
+                if not len(absent):
+                    break
+        return tuple(absent.tolist())
 
     @cached_property
     @isolated()
     def retained(self) -> Gradient:
-        """Sums over the retained samples: all samples' less the forget set's."""
-        forgotten = self.objective.gradient(self.split.batches("forget"), self.objective.start)
+        """Sums over the `known` samples: those of all less the forget set's among them."""
+        gone = np.intersect1d(self.sums.samples, self.split.forget)
+        forgotten = self.objective.gradient(self.split.batches(gone), self.objective.start)
         return self.sums.total - forgotten
 
 

@@ -30,7 +30,7 @@ from fisher_forget.unlearn.noise_draw import draw_noise
 from fisher_forget.unlearn.noise_target import EXPONENT
 from fisher_forget.unlearn.options import ForgetOptions
 from fisher_forget.unlearn.self_check import SelfCheck
-from fisher_forget.unlearn.weight_decay import WeightDecay, by_name
+from fisher_forget.unlearn.weight_decay import WeightDecay
 
 
 class NotStored(Dataset[Any]):
@@ -150,8 +150,8 @@ class ForgetResult:
 
     @property
     def weight_decay(self) -> WeightDecay:
-        """wd of the training objective, as it was given."""
-        return self.options.decay
+        """wd of the training objective, as given or read off; by name where it differs."""
+        return self.newton.weight_decay
 
     @property
     def corrected(self) -> Params:
@@ -174,8 +174,7 @@ class ForgetResult:
 
     def noise_curvature(self) -> Curvature:
         """B + (wd + tau) I, which shapes noise of any scale, with the Newton step's damping."""
-        decay = by_name(self.weight_decay, self.model, list(self.newton.params))
-        return noise_curvature(self.curvature, self.newton, decay)[0]
+        return noise_curvature(self.curvature, self.newton, self.weight_decay)[0]
 
     @isolated()
     def with_noise(
@@ -246,7 +245,9 @@ class ForgetResult:
     __repr__ = __str__  # its fields hold whole models
 
     def _decay(self) -> str:
-        decay = self.weight_decay
+        decay = self.options.weight_decay
+        if decay == "auto":
+            return f"unknown (acts like {self.newton.acts_like:.2g})"
         if not isinstance(decay, Mapping):
             return f"{decay:g}"
         return ", ".join(f"{rate:g} ({pattern})" for pattern, rate in decay.items())
@@ -266,9 +267,6 @@ class ForgetResult:
     def _newton_lines(self) -> Iterator[str]:
         n = self.newton
         taken = n.accepted
-        if n.absent:
-            classes = ", ".join(map(str, n.absent))
-            yield f"  absent     no retained sample of class {classes}: its row starts at zero"
         if taken:
             rejected = f", {len(n.path) - len(taken)} rejected" if len(n.path) > len(taken) else ""
             shortened = f", the last shortened to {taken[-1].share:.2g}"
@@ -279,17 +277,8 @@ class ForgetResult:
             )
             dampings = dict.fromkeys(f"{step.damping:.1e}" for step in (taken[0], taken[-1]))
             yield f"  damping    tau {' to '.join(dampings)} nats per squared weight"
-        elif n.path or not n.absent:
-            unchanged = "" if n.absent else ": the weights are unchanged"
-            yield f"  newton     no step stayed within the budget{unchanged}"
-        if not n.at_minimum:
-            done = "the step also trains on"
-            if not n.path:
-                done = "no step follows"
-            elif n.drift_removed:
-                done = "only what forgetting adds to the gradient acts"
-            yield f"  note       not at a minimum of the objective, so {done}:"
-            yield f"             {n.unsettled}"
+        else:
+            yield "  newton     no step was taken: the weights are unchanged"
 
     def _noise_lines(self) -> Iterator[str]:
         z = self.noise
@@ -334,7 +323,6 @@ class ForgetResult:
             "newton": {
                 "substeps": len(n.accepted),
                 "rejected": len(n.path) - len(n.accepted),
-                "absent": list(n.absent),
                 **newton,
             },
             "noise": noise,
@@ -354,8 +342,8 @@ NEWTON_NUMBERS = (
     "damping",
     "norm",
     "gradient_norm",
-    "stationarity",
-    "at_minimum",
+    "acts_like",
+    "horizon",
     "drift_removed",
     "held_out",
     "budget",

@@ -36,12 +36,11 @@ from fisher_forget.data.split import Part, Split, some
 from fisher_forget.errors import FisherForgetWarning
 from fisher_forget.likelihood import Categorical, Likelihood
 from fisher_forget.params import Params
-from fisher_forget.unlearn.objective import Gradient, Objective
+from fisher_forget.unlearn.objective import Objective
 from fisher_forget.unlearn.problem import Problem
 
 ANSWERS = 2000  # samples of each part, at most, that a result is judged by
 RECOGNISED = 0.05  # share of an absent class's targets still predicted, above which it is known
-TRACE = 1e-9  # of a class's target mass: what subtracting soft labels leaves
 LEVEL = 0.01  # false-alarm rate of a test, both sides together
 RELABELLINGS = 1999  # drawn for a test, beside the observed labels
 RISE, RISE_SHARE = 0.01, 0.1  # of the retained loss: nats, or a share of it, that count as none
@@ -162,12 +161,6 @@ def _labels(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> Tensor:
     return labels[:, 0].double().round()
 
 
-def classes_without_samples(total: Gradient, retained: Gradient) -> tuple[int, ...]:
-    """Classes that some sample is labelled with, but no retained one; none without classes."""
-    gone = (total.classes > 0) & (retained.classes <= TRACE * total.classes)
-    return tuple(gone.flatten().nonzero().flatten().tolist()) if gone.dim() else ()
-
-
 def still_recognised(
     objective: Objective, batches: Iterable[Batch], at: Params, classes: Iterable[int]
 ) -> float:
@@ -221,7 +214,7 @@ def self_check(
         if moved == 0:
             says = "No step was taken: the forgotten samples are as well known as before."
             findings.append(Finding("step", 0.0, math.nan, "wrong", says))
-        absent = classes_without_samples(problem.sums.total, problem.retained)
+        absent = problem.absent
         if absent:
             batches = problem.split.batches(some(problem.split.forget, ANSWERS, seed))
             share = still_recognised(problem.objective, batches, at, absent)

@@ -96,13 +96,15 @@ class ReadOff:
         value: wd_hat, nats per squared weight; 0 where the weights shrink without any decay.
         layers: The same of each module alone, of either sign; 0 where normalisation makes the loss
             blind to the length of its weights, and nothing can be read off.
-        time: L / |grad L + wd_hat w|^2, squared weight per nat: the training's own time where the
+        left: |grad L + wd_hat w|^2: of the gradient, what no such decay balances.
+        time: L / left, squared weight per nat: the training's own time where the
             loss falls as 1/t, infinite at a minimum.
         squares: |w|^2 of each parameter.
     """
 
     value: float
     layers: dict[str, float]
+    left: float
     time: float
     squares: dict[str, float]
 
@@ -133,7 +135,7 @@ def read_off(gradient: Mapping[str, Tensor], at: Mapping[str, Tensor], loss: flo
         for module, names in modules.items()
     }
     left = P.norm(P.add(gradient, at, value)) ** 2
-    return ReadOff(value, layers, loss / left if left else math.inf, squares)
+    return ReadOff(value, layers, left, loss / left if left else math.inf, squares)
 
 
 def _ratio(pulls: Iterable[float], squares: Iterable[float]) -> float:

@@ -28,10 +28,10 @@ from fisher_forget.unlearn.objective import Gradient
 from fisher_forget.unlearn.problem import Problem
 from fisher_forget.unlearn.weight_decay import decayed, total_damping
 
-POOL = 4000  # candidates among which the working set is re-chosen
+POOL = 1000  # candidates among which the working set is re-chosen
 # Conjugate-gradient products and tolerance. Along the flow a rough solution is enough: the next
 # step starts with a new gradient. A given damping asks for the solution itself.
-QUICK, EXACT = (10, 0.05), (200, 1e-9)
+QUICK, EXACT = (5, 0.05), (200, 1e-9)
 
 
 Products = Callable[[Params], Params]
@@ -50,7 +50,7 @@ class LinearSolver:
 
     direct: bool = False
     literal: bool = False
-    working_set: int = 600
+    working_set: int = 200
 
 
 class Flow:
@@ -62,7 +62,6 @@ class Flow:
         sums: Their gradient sums at the original weights.
         solver: How the linear systems are solved.
         drift: Subtracted from the force.
-        start: Where the flow begins; by default at the original weights.
 
     Attributes:
         at: Where it is.
@@ -76,7 +75,6 @@ class Flow:
         solver: LinearSolver,
         *,
         drift: Params | None = None,
-        start: Params | None = None,
     ) -> None:
         self.problem, self.samples, self.solver, self.drift = problem, samples, solver, drift
         self._batches = problem.split.batches
@@ -85,13 +83,16 @@ class Flow:
         self._pool = samples[most_curved[: max(POOL, solver.working_set)]]
         # `_sums` are the gradient sums at `_base`, from which later gradients are reckoned
         self._sums, self._base = sums, dict(problem.objective.start)
-        self.at = self._base if start is None else start
-        self._rebase = start is not None
+        self.at = self._base
         self._linear: tuple[Params, Products | None, float] | None = None
 
     def move(self, at: Params) -> None:
         """Go on from there."""
         self.at, self._linear = at, None
+
+    def subtract(self, drift: Params) -> None:
+        """Subtract this from the force from now on."""
+        self.drift, self._linear = drift, None
 
     def solve(self, tau: float) -> Solution:
         """delta of (B + (wd + tau) I) delta = -(grad L + wd w - drift).
@@ -102,7 +103,7 @@ class Flow:
         """
         self._linear = self._linear or self.linearise()
         force, ggn, rest = self._linear
-        curvature, decay = self.problem.curvature, self.problem.weight_decay
+        curvature, decay = self.problem.curvature, self.problem.decay
         held, b = decayed(curvature, decay, tau), P.scale(force, -1)
         if ggn is None and not isinstance(decay, Mapping):
             return Solution(held.power(b, -1), 0, 0.0)
@@ -130,7 +131,7 @@ class Flow:
         """
         # an estimate: in a literal step, too, the working set's gradient is enough
         force = self._linear[0] if self._linear else self._force(self._working())
-        return decayed(self.problem.curvature, self.problem.weight_decay, tau).power(force, -1)
+        return decayed(self.problem.curvature, self.problem.decay, tau).power(force, -1)
 
     def linearise(self) -> tuple[Params, Products | None, float]:
         """The flow at the current weights, to first order.
@@ -152,9 +153,6 @@ class Flow:
 
     def _force(self, working: Indices, *, whole: bool = False) -> Params:
         """grad L(w) + wd w - drift; its change by the working set alone, or `whole`."""
-        if self._rebase:  # the pool tells how far the gradient at the start of the flow has changed
-            self._sums = self._sums + self._change(self._pool, self.at)
-            self._base, self._rebase = self.at, False
         if self.at is self._base:
             gradient = self._sums.mean()
         elif whole or len(self.samples) <= self.solver.working_set:
@@ -162,7 +160,7 @@ class Flow:
             gradient = self.problem.objective.gradient(samples, self.at).mean()
         else:  # variance reduction: only the working set's gradient is computed again
             gradient = (self._sums + self._change(working, self.at)).mean()
-        force = P.add(gradient, self.at, self.problem.weight_decay)
+        force = P.add(gradient, self.at, self.problem.decay)
         return force if self.drift is None else P.add(force, self.drift, -1)
 
     def _working(self) -> Indices:

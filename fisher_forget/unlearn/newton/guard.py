@@ -1,8 +1,9 @@
-"""The guard: weights must keep the loss and the predictions of held-out retained samples."""
+"""The guard: weights must keep held-out retained samples, and end where the flow led down."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -10,32 +11,31 @@ import torch
 from torch import Tensor
 
 from fisher_forget import params as P
+from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import NumericalError
 from fisher_forget.params import Params
 from fisher_forget.unlearn.objective import Objective
+from fisher_forget.unlearn.weight_decay import WeightDecay
 
-SHARE = 0.1  # of the held-out loss by which it may rise, if no budget is given
-HALVINGS = 7  # of a step that leaves the budget, at most
-LEAST = 0.01  # nats by which it may rise in any case
+BUDGET = 0.1  # nats by which the held-out loss may rise: a mere safety
+HALVINGS = 7  # of a step that is not to be taken whole, at most
 
 
 @dataclass(frozen=True)
 class Look:
-    """Held-out loss and outputs at candidate weights.
+    """Held-out losses at candidate weights.
 
     Attributes:
         at: The weights.
         share: Of the step that led there.
         loss: Mean loss, nats; NaN where numbers overflow, or nobody is held out.
-        outputs: Of the held-out samples, batch by batch.
-        losses: Of each of them, nats.
+        losses: Of each sample, nats: [held out].
     """
 
     at: Params
     share: float
     loss: float
-    outputs: list[Tensor] = field(default_factory=list, repr=False)
     losses: Tensor = field(default_factory=lambda: torch.zeros(0), repr=False)
 
 
@@ -54,56 +54,87 @@ class HeldOut:
     samples: Indices
 
     def look(self, at: Params, share: float = 1.0) -> Look:
-        """Loss and outputs at some weights."""
+        """Losses at some weights."""
         unknown = Look(at, share, math.nan)
         if not len(self.samples) or not P.finite(at):
             return unknown
         try:
-            pairs = list(self.objective.forward(self.split.batches(self.samples), at))
+            losses, counts = self.objective.losses_and_counts(self.batches(), at)
         except NumericalError:
             return unknown
-        likelihood = self.objective.likelihood
-        losses = torch.cat([likelihood.losses(f, y).double() for f, y in pairs])
-        positions = sum(float(likelihood.counts(y).double().sum()) for _, y in pairs)
-        return Look(at, share, float(losses.sum()) / positions, [f for f, _ in pairs], losses)
+        return Look(at, share, float(losses.sum() / counts.sum()), losses)
+
+    def batches(self) -> Iterable[Batch]:
+        """Their batches."""
+        return self.split.batches(self.samples)
+
+
+@dataclass(frozen=True)
+class Descent:
+    r"""What the flow descends, up to a constant and as held-out samples see it.
+
+    With a drift subtracted that is phi(w) = L_r(w) + (wd/2) |w|^2 - drift^T w. With the mean loss
+    L_h of held-out samples for L_r, and what their gradient at w_0 differs from that of all taken
+    away, its change from w_0 to w_0 + delta is
+
+        L_h(w_0 + delta) - L_h(w_0) + (force - grad L_h(w_0) + (wd/2) delta)^T delta.
+
+    Attributes:
+        start: Held-out losses at w_0.
+        slope: force - grad L_h(w_0), with force = grad L_r(w_0) + wd w_0 - drift.
+        weight_decay: wd.
+    """
+
+    start: Look
+    slope: Params
+    weight_decay: WeightDecay
+
+    def change(self, there: Look) -> float:
+        """Of phi from the start, nats; NaN where nobody is held out."""
+        delta = P.add(there.at, self.start.at, -1)
+        half = P.scale(delta, 0.5)
+        return (
+            there.loss - self.start.loss + P.dot(P.add(self.slope, half, self.weight_decay), delta)
+        )
 
 
 @dataclass(frozen=True)
 class Guard:
-    """What the weights may cost the held-out samples.
+    """Whether the weights may go somewhere.
 
     Attributes:
         held_out: The samples.
         best: The place with the lowest held-out loss on the way.
         budget: Allowed rise of the loss above that, moves to the worse added, nats.
-        count_moves: Whether moves to the worse count: a loss that falls on most samples hides what
-            the others lose, such as a class that is pushed down as a whole.
     """
 
     held_out: HeldOut
     best: Look
     budget: float
-    count_moves: bool = True
 
     @classmethod
     def at(cls, held_out: HeldOut, start: Params, budget: float | None) -> Self:
-        """The guard at the start; its budget is max(0.01, 10 % of the loss) if none is given."""
+        """The guard at the start."""
         look = held_out.look(start)
-        return cls(held_out, look, max(LEAST, SHARE * look.loss) if budget is None else budget)
+        return cls(held_out, look, BUDGET if budget is None else budget)
 
     def shift(self, look: Look) -> float:
-        """KL(best || there) of predictions whose own loss is higher there, mean over all, nats."""
+        """KL(best || there) of predictions whose own loss is higher there, mean over all, nats: a
+        loss that falls on most samples hides what the others lose, such as a class that is pushed
+        down as a whole."""
         if math.isnan(look.loss):
             return math.nan
-        moved = divergences(self.held_out.objective, self.best.outputs, look.outputs)
+        objective, batches = self.held_out.objective, self.held_out.batches()
+        moved = objective.divergence(batches, self.best.at, look.at)
         return float((moved * (look.losses > self.best.losses)).mean())
 
     def fits(self, look: Look) -> bool:
         """Whether the weights may go there."""
         if not len(self.held_out.samples):
             return P.finite(look.at)
-        shift = self.shift(look) if self.count_moves else 0.0
-        return look.loss + shift <= self.best.loss + self.budget
+        if not look.loss <= self.best.loss + self.budget:  # NaN does not
+            return False
+        return look.loss + self.shift(look) <= self.best.loss + self.budget
 
     def passed(self, look: Look) -> Self:
         """The guard after the weights have gone there."""
@@ -125,9 +156,3 @@ class Guard:
                 look = further if self.fits(further) else look
             break
         return look
-
-
-def divergences(objective: Objective, before: list[Tensor], after: list[Tensor]) -> Tensor:
-    """KL(before || after) of every sample of two lists of outputs, nats: [samples]."""
-    pairs = zip(before, after, strict=True)
-    return torch.cat([objective.likelihood.kl(p, q) for p, q in pairs])

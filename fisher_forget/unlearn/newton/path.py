@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-from torch import Tensor
 
 from fisher_forget import params as P
 from fisher_forget._util.progress import bar
@@ -14,11 +12,10 @@ from fisher_forget.data.split import Indices
 from fisher_forget.errors import CurvatureError, NumericalError
 from fisher_forget.params import Params
 from fisher_forget.unlearn.newton.flow import Flow
-from fisher_forget.unlearn.newton.guard import HALVINGS, Guard, divergences
+from fisher_forget.unlearn.newton.guard import HALVINGS, Descent, Guard
 from fisher_forget.unlearn.options import ForgetOptions
 from fisher_forget.unlearn.problem import Problem
 
-STILL = 0.02  # of the whole motion of the forget set's predictions: a sub-step below ends the flow
 DAMPINGS = tuple(10.0 ** (-k / 2) for k in range(13))  # 1 ... 1e-6, for damping="auto" with steps
 
 
@@ -57,43 +54,50 @@ class Path:
         problem: Losses and data.
         flow: Of the retained objective.
         guard: What a step may cost.
-        start: Where the way begins.
+        descent: What the flow descends; `None` where a number of steps was given.
         shown: Forget samples whose predictions are looked at.
+
+    Attributes:
+        at: Where the weights are.
     """
 
     def __init__(
-        self, problem: Problem, flow: Flow, guard: Guard, start: Params, shown: Indices
+        self,
+        problem: Problem,
+        flow: Flow,
+        guard: Guard,
+        shown: Indices,
+        descent: Descent | None = None,
     ) -> None:
-        self.flow, self.guard, self.at = flow, guard, start
+        self.flow, self.guard, self.at = flow, guard, flow.at
+        self._descent, self._level, self._lowest = descent, 0.0, (0.0, flow.at)
         self.steps: list[SubStep] = []
         self._objective = problem.objective
-        self._shown = list(problem.split.batches(shown))
-        self._first = self._last = self._outputs(start)
+        self._shown = problem.objective.reader(problem.split, shown)
 
-    def follow(self, times: tuple[float, ...], options: ForgetOptions, progress: bool) -> None:
-        """All sub-steps that the options ask for, over these times where they leave it open.
+    def follow(self, times: Sequence[float], drifts: Sequence[Params], progress: bool) -> None:
+        """Sub-steps over these times, with each of these drifts subtracted from the force."""
+        for time_step, drift in bar(
+            zip(times, drifts, strict=True), len(times), "Newton", progress
+        ):
+            self.flow.subtract(drift)
+            self.advance(1 / time_step, HALVINGS)
+
+    def end(self) -> Params:
+        """Where the weights end: where they are, if what the flow descends is not above what it was
+        at the start; else at the lowest place on the way."""
+        return self._lowest[1] if self._level > 0 else self.at
+
+    def repeat(self, options: ForgetOptions, progress: bool) -> None:
+        """A given number of sub-steps, at one damping.
 
         Raises:
             NumericalError: If a given damping leads to values that are not finite.
         """
-        if options.steps != "auto":
-            self._repeat(options.steps, options.damping, progress)
-            return
-        if options.damping != "auto":
-            times = (1 / options.damping,) * len(times)
-        for turn, time_step in enumerate(bar(times, len(times), "Newton", progress), 1):
-            taken = self.advance(1 / time_step, HALVINGS)
-            if not taken or self.steps[-1].share < 1:
-                return  # a step that was shortened is the last: the next would be, too
-            whole = self._moved(self._first, self._last)
-            if turn >= 3 and self.steps[-1].moved <= STILL * whole:
-                return  # the forget set's predictions stand still
-
-    def _repeat(self, steps: int, damping: float | Literal["auto"], progress: bool) -> None:
-        """A given number of sub-steps, at one damping."""
-        tau = self.smallest_damping(progress) if damping == "auto" else float(damping)
-        for _ in range(0 if tau is None else steps):
-            if not self.advance(tau or 0.0) and damping != "auto":
+        tau = self.smallest_damping(progress) if options.damping == "auto" else options.damping
+        assert options.steps != "auto"
+        for _ in range(0 if tau is None else options.steps):
+            if not self.advance(tau or 0.0) and options.damping != "auto":
                 got = f"a Newton step at damping {tau:g} that left the finite numbers"
                 fix = "Use a larger damping, or damping='auto'."
                 raise NumericalError(got, "finite weights and losses", fix)
@@ -115,8 +119,7 @@ class Path:
         look = self.guard.longest(self.at, solution.x, halvings)
         fits, moved = self.guard.fits(look), nan
         try:
-            outputs = self._outputs(look.at)
-            moved = self._moved(self._last, outputs)
+            moved = self._moved(look.at)
         except NumericalError:
             fits = False
         self.steps.append(
@@ -133,8 +136,11 @@ class Path:
             )
         )
         if fits and not trial:
-            self.at, self._last, self.guard = look.at, outputs, self.guard.passed(look)
+            self.at, self.guard = look.at, self.guard.passed(look)
             self.flow.move(self.at)
+            if self._descent is not None:
+                self._level = self._descent.change(look)
+                self._lowest = min(self._lowest, (self._level, self.at), key=lambda place: place[0])
         return fits
 
     def smallest_damping(self, progress: bool) -> float | None:
@@ -147,9 +153,7 @@ class Path:
                 break
         return best
 
-    def _outputs(self, at: Params) -> list[Tensor]:
-        return [f for f, _ in self._objective.forward(self._shown, at)]
-
-    def _moved(self, before: list[Tensor], after: list[Tensor]) -> float:
-        """Mean KL(before || after) of the forget set's predictions, nats."""
-        return float(divergences(self._objective, before, after).mean()) if before else 0.0
+    def _moved(self, to: Params) -> float:
+        """Mean KL(here || there) of the forget set's predictions, nats."""
+        moved = self._objective.divergence(self._shown(), self.at, to)
+        return float(moved.mean()) if len(moved) else 0.0

@@ -1,0 +1,112 @@
+r"""How far the flow is followed, and since when each forgotten sample has been pushing.
+
+Late in training on D the loss falls as a power of time, and so do the residuals and the curvature
+that go with it. In the logarithm of time, s = ln t, the difference between training with and
+without D_f then obeys an equation whose coefficients stand still,
+
+    d delta / d s = -T (B delta + force),
+
+with B and the force as they are at the end of the training, the time T. So what retraining would
+have done is done from the given weights by the same flow, T for every e-folding of the training's
+history: from the past, when the residuals came down, to the present.
+
+*How long an e-folding is.* Training until T acts like a weight decay wd_hat (`ReadOff`), and a flow
+along a direction without curvature goes as far in the time 1/(k wd_hat), k layers deep, as all its
+history went. What of the gradient is not -wd_hat w, the share rho^2 of |grad L_D|^2, tells whether
+that decay is real: at a minimum nothing is left, and the flow is followed to its end,
+
+    time = min(1 / (4 rho^2 wd_hat), 10 / wd_hat),  in eight sub-steps.
+
+*Since when.* A sample with the loss l had the loss L_0 of a guess before it was learnt,
+1 + ln(L_0 / l) e-foldings ago. A forgotten sample's force acts that long: one that was hardly ever
+learnt only at the end, one that has been known for long from the start.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fisher_forget import params as P
+from fisher_forget.params import Params
+from fisher_forget.unlearn.problem import Problem
+
+STEPS = 8  # sub-steps; e-foldings of a history that ended before its minimum
+DEPTH = 4  # k: of four layers, as the networks that this was looked at with
+SETTLED = 10.0  # times 1/wd, after which e^-10 of the way is left
+LONGEST = 1e6  # time, where nothing holds the weights
+PARTS = 4  # of a sub-step, to which it is told since when a sample pushes
+TINY = 1e-30
+OF_TRAINING = 1 / 2  # of a known training's time, whose rate fell to zero, is an e-folding
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """How far the flow is followed.
+
+    Attributes:
+        e_fold: Time of the flow that stands for one e-folding of the training's history.
+        time: Of the whole flow, in `STEPS` equal sub-steps.
+    """
+
+    e_fold: float
+    time: float
+
+    @classmethod
+    def of(cls, problem: Problem) -> Horizon:
+        """As the model tells it, or a training whose time is known."""
+        found, known = problem.found, problem.training_time
+        wd = found.value
+        if known is not None:
+            e_fold = OF_TRAINING * known
+        elif wd > 0:
+            left = found.left / (found.left + wd**2 * math.fsum(found.squares.values()))
+            e_fold = 1 / (STEPS * DEPTH * left * wd) if left else math.inf
+        else:  # the weights would grow without end, or stand still: the loss alone tells the time
+            e_fold = found.time / 2
+        end = min(SETTLED / wd, LONGEST) if wd > 0 else LONGEST
+        return cls(e_fold, min(STEPS * e_fold, end))
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """Of the sub-steps."""
+        return (self.time / STEPS,) * STEPS
+
+    def active(self, problem: Problem, losses: Tensor) -> Tensor:
+        """In how many of the last sub-steps samples of these losses push: [N], 1 to `STEPS`.
+
+        All, where the loss of a guess is not known: only classes have one.
+        """
+        masses = problem.sums.total.classes
+        if masses.dim() == 0:
+            return torch.full_like(losses, STEPS)
+        shares = masses[masses > 0] / masses.sum()
+        guess = float(-(shares * shares.log()).sum())
+        ago = 1 + (math.log(max(guess, TINY)) - losses.clamp(min=TINY).log()).clamp(min=0)
+        return (ago * self.e_fold * STEPS / self.time).clamp(1, STEPS)
+
+
+def owed(problem: Problem, horizon: Horizon) -> list[Params]:
+    """The force of each sub-step at the given weights: what the forget set has there.
+
+    Of the samples A that push, (1/n_r) (|A| grad L_D - sum over A of grad l_n): of all of them,
+    grad L_r - grad L_D. Zero if nobody is forgotten. One pass over the forget set.
+    """
+    objective, split = problem.objective, problem.split
+    at, mean = objective.start, problem.sums.total.mean()
+    losses, counts = objective.losses_and_counts(split.batches("forget"), at)
+    active = horizon.active(problem, losses / counts.clamp(min=1.0))
+    active = (active * PARTS).round() / PARTS  # few groups, each with one gradient
+    forces = [P.zeros_like(at) for _ in range(STEPS)]
+    retained = problem.positions - float(counts.sum())
+    for since in active.unique().tolist():
+        group = objective.gradient(split.batches(split.forget[(active == since).numpy()]), at)
+        pull = P.add(P.scale(mean, group.count), group.sums, -1)
+        for step in range(STEPS):
+            # the part of this sub-step in which the group pushes
+            part = min(max(since - (STEPS - 1 - step), 0.0), 1.0)
+            forces[step] = P.add(forces[step], pull, part / retained)
+    return forces
