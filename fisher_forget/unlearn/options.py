@@ -60,8 +60,8 @@ class ForgetOptions:
         seed: Of every random choice but the noise, which no seed gives away.
         steps: Newton sub-steps: "auto" follows the flow, see `newton_step`; 1 is the textbook step.
         damping: tau of each step, nats per squared unit of weight; "auto" takes the time that the
-            model tells, or with a given number of steps the smallest of 13 values whose first step stays
-            within the budget.
+            model tells, or with a given number of steps the smallest of 13 values whose first step
+            stays within the budget.
         solver: "cg" on exact GGN products, "direct" inverse of the curvature, which stays that of
             the start at every sub-step; "auto" is direct for a dense curvature, else cg.
         drift: Subtract the force that is not owed to the forget set, under which training would go
