@@ -36,7 +36,7 @@ from fisher_forget.unlearn.objective import Batches, Objective
 from fisher_forget.unlearn.problem import Problem
 from fisher_forget.unlearn.weight_decay import WeightDecay, decayed, least_of
 
-SAMPLES = 1000  # retained samples, at most, that the loss is measured on while a scale is searched
+SAMPLES = 500  # retained samples, at most, that the loss is measured on while a scale is searched
 PAIRS, MOST_PAIRS = 4, 64  # common draws, each with its negative, that it is averaged over
 DEGREES = 400  # weights times pairs, at least (see `pairs`)
 SIMULATED = 100_000  # draws of a rise that its quantiles are read off

@@ -39,7 +39,7 @@ from fisher_forget.params import Params
 from fisher_forget.unlearn.objective import Objective
 from fisher_forget.unlearn.problem import Problem
 
-ANSWERS = 2000  # samples of each part, at most, that a result is judged by
+ANSWERS = 1000  # samples of each part, at most, that a result is judged by
 RECOGNISED = 0.05  # share of an absent class's targets still predicted, above which it is known
 LEVEL = 0.01  # false-alarm rate of a test, both sides together
 RELABELLINGS = 1999  # drawn for a test, beside the observed labels

@@ -30,13 +30,15 @@ class Look:
         at: The weights.
         share: Of the step that led there.
         loss: Mean loss, nats; NaN where numbers overflow, or nobody is held out.
-        losses: Of each sample, nats: [held out].
+        losses: Of each sample, summed over its positions, nats: [held out].
+        positions: Scored positions of all.
     """
 
     at: Params
     share: float
     loss: float
     losses: Tensor = field(default_factory=lambda: torch.zeros(0), repr=False)
+    positions: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ class HeldOut:
             losses, counts = self.objective.losses_and_counts(self.batches(), at)
         except NumericalError:
             return unknown
-        return Look(at, share, float(losses.sum() / counts.sum()), losses)
+        positions = float(counts.sum())
+        return Look(at, share, float(losses.sum()) / positions, losses, positions)
 
     def batches(self) -> Iterable[Batch]:
         """Their batches."""
@@ -119,21 +122,17 @@ class Guard:
         return cls(held_out, look, BUDGET if budget is None else budget)
 
     def shift(self, look: Look) -> float:
-        """KL(best || there) of predictions whose own loss is higher there, mean over all, nats: a
-        loss that falls on most samples hides what the others lose, such as a class that is pushed
-        down as a whole."""
+        """By how much the losses rise that rise, mean over all, nats: a loss that falls on most
+        samples hides what the others lose, such as a class that is pushed down as a whole."""
         if math.isnan(look.loss):
             return math.nan
-        objective, batches = self.held_out.objective, self.held_out.batches()
-        moved = objective.divergence(batches, self.best.at, look.at)
-        return float((moved * (look.losses > self.best.losses)).mean())
+        rises = (look.losses - self.best.losses).clamp(min=0)
+        return float(rises.sum()) / self.best.positions
 
     def fits(self, look: Look) -> bool:
         """Whether the weights may go there."""
         if not len(self.held_out.samples):
             return P.finite(look.at)
-        if not look.loss <= self.best.loss + self.budget:  # NaN does not
-            return False
         return look.loss + self.shift(look) <= self.best.loss + self.budget
 
     def passed(self, look: Look) -> Self:

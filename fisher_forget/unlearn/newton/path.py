@@ -30,8 +30,8 @@ class SubStep:
         share: How much of the solution was taken: less than 1 where all of it left the budget.
         norm: Length of what was taken.
         loss: Mean loss on the held-out retained samples afterwards, nats (NaN where none are).
-        shift: Mean of KL(best || after) of their predictions, where their loss rose, and 0
-            elsewhere, nats; best is the place with the lowest loss on the way here.
+        shift: By how much the losses have risen that rose, mean over all held-out samples, nats,
+            above the place with the lowest mean loss on the way here.
         moved: KL(before || after) of the forget set's predictions, nats.
         accepted: Whether it stayed within the budget.
     """
@@ -75,13 +75,19 @@ class Path:
         self._objective = problem.objective
         self._shown = problem.objective.reader(problem.split, shown)
 
-    def follow(self, times: Sequence[float], drifts: Sequence[Params], progress: bool) -> None:
-        """Sub-steps over these times, with each of these drifts subtracted from the force."""
+    def follow(self, times: Sequence[float], drifts: Sequence[Params], progress: bool) -> bool:
+        """Sub-steps over these times, with each of these drifts subtracted from the force.
+
+        Returns:
+            Whether all were taken whole.
+        """
         for time_step, drift in bar(
             zip(times, drifts, strict=True), len(times), "Newton", progress
         ):
             self.flow.subtract(drift)
-            self.advance(1 / time_step, HALVINGS)
+            if not self.advance(1 / time_step, HALVINGS) or self.steps[-1].share < 1:
+                return False  # the next would leave the budget, too
+        return True
 
     def end(self) -> Params:
         """Where the weights end: where they are, if what the flow descends is not above what it was

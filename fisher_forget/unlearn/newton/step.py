@@ -39,7 +39,7 @@ from fisher_forget.unlearn.self_check import RECOGNISED, still_recognised
 from fisher_forget.unlearn.weight_decay import WeightDecay, contradiction
 
 HELD_OUT = 500  # retained samples that guard the steps, at most
-SHOWN = 200  # forget samples whose predictions are watched
+SHOWN = 100  # forget samples whose predictions are watched
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def newton_step(
 
     With steps="auto" there are eight sub-steps over a `Horizon`, in which more and more of the
     forgotten samples push; and eight more at most where a class of which no sample is retained is
-    still recognised. A step that leaves the budget is halved until it does not. Where
+    still recognised. A step that leaves the budget is halved until it does not, and is the last. Where
     the flow ends above what it began with of what it descends, the lowest place on the way is
     returned.
 
@@ -168,9 +168,9 @@ def newton_step(
         times = horizon.times
         if options.damping != "auto":
             times = (1 / options.damping,) * STEPS
-        path.follow(times, drifts, progress)
-        while len(path.steps) < 2 * STEPS and _known(problem, shown, path.at):
-            path.follow(times[-1:], drifts[-1:], progress)
+        went = path.follow(times, drifts, progress)
+        while went and len(path.steps) < 2 * STEPS and _known(problem, shown, path.at):
+            went = path.follow(times[-1:], drifts[-1:], progress)
     else:
         if not solver.literal:
             flow.subtract(drifts[-1])
