@@ -66,7 +66,7 @@ def problem_and_options(
     objective = objective_of(model, split, options, None)
     curvature = curvature_of(objective, split, options, *options.curvature_plan(split))
     sums = take_data_sums(objective, split)
-    return Problem(objective, split, curvature, sums, options.decay), options
+    return Problem(objective, split, curvature, sums, options.weight_decay), options
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.1, 10.0])

@@ -11,7 +11,6 @@ from typing import Any
 
 PACKAGE = "fisher_forget"
 MOVED = {
-    "absent": "unlearn.newton.absent_classes",
     "assess": "experiments.evaluate_run",
     "checks": "_util.checks",
     "compare": "experiments.compare",

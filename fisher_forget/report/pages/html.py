@@ -155,7 +155,6 @@ def _case(case: Case, figures: list[Figure]) -> dict[str, Any]:
         "table": tables.case_table(case),
         "spread": tables.spread_note(case),
         "runs": tables.runs_table(case),
-        "moving": sum(not run["forget"]["newton"]["at_minimum"] for run in runs),
         "refreshed": any(run["forget"]["buffers_refreshed"] for run in runs),
     }
 
