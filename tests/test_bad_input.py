@@ -421,12 +421,6 @@ class TestWarnings:
     def test_drop_last_that_drops_nothing(self, net):
         forget(net, DataLoader(TensorDataset(X, Y), batch_size=6, drop_last=True), [0, 5], **PLAIN)
 
-    def test_not_at_a_minimum(self, net, untouched):
-        with untouched(net), pytest.warns(FisherForgetWarning, match="not at a minimum"):
-            result = forget(net, TensorDataset(X, Y), [0, 5], **(PLAIN | {"drift": "auto"}))
-        assert result.newton.drift_removed
-        assert "not at a minimum" in str(result)
-
 
 class Interrupted(Dataset):
     """Draws from every global generator, and gives up after `reads` reads."""

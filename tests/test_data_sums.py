@@ -1,48 +1,43 @@
-"""Sums over the data: the sampling variance of the mean gradient."""
+"""Sums over the data: all of them, or some that stand for all."""
 
 from __future__ import annotations
 
-import pytest
+import numpy as np
 import torch
+from conftest import seeded
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from fisher_forget import Problem
-from fisher_forget.unlearn.newton.policy import stationarity
+from fisher_forget import Categorical
+from fisher_forget.data.split import resolve_split
+from fisher_forget.unlearn.data_sums import take_data_sums
+from fisher_forget.unlearn.objective import Objective
 
 G = torch.Generator().manual_seed(0)
-X, Y = torch.randn(200, 5, generator=G).double(), torch.randint(0, 3, (200,), generator=G)
+X, Y = torch.randn(50, 4, 5, generator=G).double(), torch.randint(0, 3, (50, 4), generator=G)
+Y[::3, -1] = -100  # padding is not scored
 
 
-def linear() -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return nn.Linear(5, 3).double().eval()
-
-
-@pytest.mark.parametrize("positions", [1, 4, 10])
-def test_variance_of_the_mean_gradient_with_several_positions_a_sample(positions: int) -> None:
-    """Sum_n |g_n|^2 / P^2 over the samples, g_n the gradient of a sample's summed loss."""
-    model, n = linear(), 200 // positions
-    x, y = X.view(n, positions, 5), Y.view(n, positions).clone()
-    if positions > 1:
-        y[::3, -1] = -100  # padding is not scored
-    else:
-        x, y = x[:, 0], y[:, 0]
-    squares = []
-    for i in range(n):
-        loss = F.cross_entropy(model(x[i]).view(-1, 3), y[i].view(-1), reduction="sum")
+def test_of_all_and_of_some_samples() -> None:
+    """Gradient, loss, count and targets of each class, by autograd over the same samples."""
+    model = seeded(lambda: nn.Linear(5, 3).double())
+    objective = Objective(model, Categorical())
+    split = resolve_split(TensorDataset(X, Y), [0, 7])
+    for most in (None, 60, 20):
+        sums = take_data_sums(objective, split, most, seed=3)
+        rows = sums.samples
+        assert len(rows) == min(most or 50, 50)
+        assert np.array_equal(rows, np.unique(rows))
+        y = Y[rows].flatten()
+        loss = F.cross_entropy(model(X[rows]).flatten(0, 1), y, reduction="sum")
         grads = torch.autograd.grad(loss, list(model.parameters()))
-        squares.append(sum(float(g.square().sum()) for g in grads))
-    problem = Problem.of(model, TensorDataset(x, y), [0])
-    expected = n * sum(squares[1:]) / (n - 1) / float((y != -100).sum()) ** 2
-    assert problem.sums.variance_of_mean(problem.split.retain) == pytest.approx(expected)
-
-
-def test_rows_cut_into_sequences_are_as_far_from_a_minimum_as_before() -> None:
-    """The rows are independent, so that cutting them otherwise changes no variance but by chance:
-    a ratio of two estimates from 20 and 200 terms, within a factor of 2 (seeded)."""
-    flat = stationarity(Problem.of(linear(), TensorDataset(X, Y), [0]))
-    cut = TensorDataset(X.view(20, 10, 5), Y.view(20, 10))
-    assert 0.5 < stationarity(Problem.of(linear(), cut, [0])) / flat < 2
+        for found, truth in zip(sums.total.sums.values(), grads, strict=True):
+            torch.testing.assert_close(found, truth, rtol=1e-10, atol=1e-10)
+        assert sums.total.count == float((y != -100).sum())
+        assert sums.total.classes.tolist() == [int((y == c).sum()) for c in range(3)]
+        p = model(X).softmax(-1).detach()
+        spread = ((1 - p.square().sum(-1)) * (Y != -100)).sum(-1)  # tr(diag p - p p^T), summed
+        torch.testing.assert_close(sums.spread_of(rows).double(), spread[rows], rtol=1e-5, atol=0)
+    others = take_data_sums(objective, split, 20, seed=4)
+    assert not np.array_equal(others.samples, sums.samples)

@@ -286,9 +286,8 @@ class TestResult:
             "forget_before",
             "forget_after",
         }
-        assert automatic.newton.at_minimum
         assert automatic.newton.accepted
-        assert not automatic.newton.drift_removed
+        assert automatic.newton.drift_removed
         assert automatic.weight_decay == WEIGHT_DECAY
         assert not automatic.model.training
 
@@ -611,7 +610,6 @@ class TestLikelihoods:
         }
         data = TensorDataset(X, targets)
         result = forget(model_of(ridge(everyone)), data, IDX, likelihood=Gaussian(sigma), **options)
-        assert result.newton.at_minimum
         truth = ridge(keep)
         torch.testing.assert_close(
             result.model.weight.detach(), truth[:, :4], rtol=1e-9, atol=1e-11

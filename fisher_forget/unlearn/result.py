@@ -305,7 +305,7 @@ class ForgetResult:
 
     def _check_lines(self) -> Iterator[str]:
         for finding in self.check.findings:
-            first, *others = textwrap.wrap(finding.says, 100)
+            first, *others = textwrap.wrap(finding.says, WIDTH)
             yield f"  {MARKS[finding.verdict]:10} {first}"
             yield from (f"{'':13}{line}" for line in others)
 
@@ -337,6 +337,7 @@ class ForgetResult:
         }
 
 
+WIDTH = 87  # of a finding, behind its mark: lines of 100
 MARKS = {"fine": "check", "wrong": "check: NO", "unknown": "check: ?"}
 NEWTON_NUMBERS = (
     "damping",
