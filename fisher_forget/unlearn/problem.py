@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Sequence
@@ -121,6 +122,18 @@ class Problem:
     def positions(self) -> float:
         """Scored positions of all samples; estimated where the sums are of some of them."""
         return self.sums.total.count * len(self.split.indices("all")) / len(self.sums.samples)
+
+    @cached_property
+    def retained_positions(self) -> float:
+        """Scored positions of the retained samples."""
+        counts = self.objective.likelihood.counts
+        forgotten = (float(counts(b.targets).sum()) for b in self.split.batches("forget"))
+        return self.positions - math.fsum(forgotten)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the sums are of all samples."""
+        return len(self.sums.samples) == len(self.split.indices("all"))
 
     @property
     def known(self) -> Indices:

@@ -61,10 +61,10 @@ class Flow:
         samples: Indices of the samples that the mean is over, sorted.
         sums: Their gradient sums at the original weights.
         solver: How the linear systems are solved.
-        drift: Subtracted from the force.
 
     Attributes:
         at: Where it is.
+        drift: Subtracted from the force.
     """
 
     def __init__(
@@ -73,10 +73,9 @@ class Flow:
         samples: Indices,
         sums: Gradient,
         solver: LinearSolver,
-        *,
-        drift: Params | None = None,
     ) -> None:
-        self.problem, self.samples, self.solver, self.drift = problem, samples, solver, drift
+        self.problem, self.samples, self.solver = problem, samples, solver
+        self.drift: Params | None = None
         self._batches = problem.split.batches
         self._spread = problem.sums.spread_of(samples).double().numpy()
         most_curved = np.argsort(-self._spread, kind="stable")
@@ -90,9 +89,10 @@ class Flow:
         """Go on from there."""
         self.at, self._linear = at, None
 
-    def subtract(self, drift: Params) -> None:
-        """Subtract this from the force from now on."""
-        self.drift, self._linear = drift, None
+    def owe(self, force: Params) -> None:
+        """From now on the force at the original weights is this one: what exceeds it is drift."""
+        plain = P.add(self._sums.mean(), self._base, self.problem.decay)
+        self.drift, self._linear = P.add(plain, force, -1), None
 
     def solve(self, tau: float) -> Solution:
         """delta of (B + (wd + tau) I) delta = -(grad L + wd w - drift).

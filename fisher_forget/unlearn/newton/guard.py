@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -76,29 +76,26 @@ class HeldOut:
 class Descent:
     r"""What the flow descends, up to a constant and as held-out samples see it.
 
-    With a drift subtracted that is phi(w) = L_r(w) + (wd/2) |w|^2 - drift^T w. With the mean loss
-    L_h of held-out samples for L_r, and what their gradient at w_0 differs from that of all taken
-    away, its change from w_0 to w_0 + delta is
+    Where the force at w_0 is F that is phi(w) = L_r(w) + (wd/2) |w - w_0|^2 + (F - grad L_r(w_0))^T
+    w. With the mean loss L_h of held-out samples for L_r, its change from w_0 to w_0 + delta is
 
-        L_h(w_0 + delta) - L_h(w_0) + (force - grad L_h(w_0) + (wd/2) delta)^T delta.
+        L_h(w_0 + delta) - L_h(w_0) + (F - grad L_h(w_0) + (wd/2) delta)^T delta.
 
     Attributes:
         start: Held-out losses at w_0.
-        slope: force - grad L_h(w_0), with force = grad L_r(w_0) + wd w_0 - drift.
+        gradient: grad L_h(w_0).
         weight_decay: wd.
     """
 
     start: Look
-    slope: Params
+    gradient: Params
     weight_decay: WeightDecay
 
-    def change(self, there: Look) -> float:
-        """Of phi from the start, nats; NaN where nobody is held out."""
+    def change(self, there: Look, force: Params) -> float:
+        """Of phi from the start, nats."""
         delta = P.add(there.at, self.start.at, -1)
-        half = P.scale(delta, 0.5)
-        return (
-            there.loss - self.start.loss + P.dot(P.add(self.slope, half, self.weight_decay), delta)
-        )
+        slope = P.add(P.add(force, self.gradient, -1), P.scale(delta, 0.5), self.weight_decay)
+        return there.loss - self.start.loss + P.dot(slope, delta)
 
 
 @dataclass(frozen=True)
@@ -139,19 +136,22 @@ class Guard:
         """The guard after the weights have gone there."""
         return replace(self, best=look) if look.loss < self.best.loss else self
 
-    def longest(self, start: Params, delta: Params, halvings: int) -> Look:
-        """The largest share of a step that fits, to a quarter of itself.
 
-        2^-halvings, which does not fit, if there is none.
-        """
-        for k in range(halvings + 1):
-            look = self.held_out.look(P.add(start, delta, 0.5**k), 0.5**k)
-            if not self.fits(look):
-                continue
-            # between this share, which fits, and its double, which does not
-            for more in (0.5, 0.25) if k else ():
-                share = look.share + more * 0.5**k
-                further = self.held_out.look(P.add(start, delta, share), share)
-                look = further if self.fits(further) else look
-            break
-        return look
+def longest(
+    held_out: HeldOut, fits: Callable[[Look], bool], start: Params, delta: Params, halvings: int
+) -> Look:
+    """The largest share of a step that fits, to a quarter of itself.
+
+    2^-halvings, which does not fit, if there is none.
+    """
+    for k in range(halvings + 1):
+        look = held_out.look(P.add(start, delta, 0.5**k), 0.5**k)
+        if not fits(look):
+            continue
+        # between this share, which fits, and its double, which does not
+        for more in (0.5, 0.25) if k else ():
+            share = look.share + more * 0.5**k
+            further = held_out.look(P.add(start, delta, share), share)
+            look = further if fits(further) else look
+        break
+    return look

@@ -25,12 +25,15 @@ learnt only at the end, one that has been known for long from the start.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fisher_forget import params as P
+from fisher_forget.data.split import Indices
 from fisher_forget.params import Params
 from fisher_forget.unlearn.problem import Problem
 
@@ -89,24 +92,44 @@ class Horizon:
         return (ago * self.e_fold * STEPS / self.time).clamp(1, STEPS)
 
 
-def owed(problem: Problem, horizon: Horizon) -> list[Params]:
-    """The force of each sub-step at the given weights: what the forget set has there.
+@dataclass(frozen=True)
+class Owed:
+    r"""The force that is owed to the forget set, at the given weights.
 
-    Of the samples A that push, (1/n_r) (|A| grad L_D - sum over A of grad l_n): of all of them,
-    grad L_r - grad L_D. Zero if nobody is forgotten. One pass over the forget set.
+    Of samples A it is (1/n_r) (|A| grad L_D - sum over A of grad l_n): of all of them
+    grad L_r - grad L_D. Zero if nobody is forgotten.
+
+    Attributes:
+        problem: Losses and data.
+        horizon: Says in how many of the last sub-steps a sample pushes.
     """
-    objective, split = problem.objective, problem.split
-    at, mean = objective.start, problem.sums.total.mean()
-    losses, counts = objective.losses_and_counts(split.batches("forget"), at)
-    active = horizon.active(problem, losses / counts.clamp(min=1.0))
-    active = (active * PARTS).round() / PARTS  # few groups, each with one gradient
-    forces = [P.zeros_like(at) for _ in range(STEPS)]
-    retained = problem.positions - float(counts.sum())
-    for since in active.unique().tolist():
-        group = objective.gradient(split.batches(split.forget[(active == since).numpy()]), at)
-        pull = P.add(P.scale(mean, group.count), group.sums, -1)
-        for step in range(STEPS):
-            # the part of this sub-step in which the group pushes
-            part = min(max(since - (STEPS - 1 - step), 0.0), 1.0)
-            forces[step] = P.add(forces[step], pull, part / retained)
-    return forces
+
+    problem: Problem
+    horizon: Horizon
+
+    def of(self, samples: Indices) -> Params:
+        """Of some forgotten samples."""
+        problem, at = self.problem, self.problem.objective.start
+        some = problem.objective.gradient(problem.split.batches(samples), at)
+        pull = P.add(P.scale(problem.sums.total.mean(), some.count), some.sums, -1)
+        return P.scale(pull, 1 / problem.retained_positions)
+
+    def all(self) -> Params:
+        """Of all forgotten samples."""
+        return self.of(self.problem.split.forget)
+
+    def steps(self) -> Iterator[Params]:
+        """Of those that push in each sub-step; one pass over the forget set, group by group."""
+        problem, at = self.problem, self.problem.objective.start
+        forget = problem.split.forget
+        losses, counts = problem.objective.losses_and_counts(problem.split.batches(forget), at)
+        since = self.horizon.active(problem, losses / counts.clamp(min=1.0))
+        active = (since * PARTS).round().numpy() / PARTS  # few groups, each with one gradient
+        force = P.zeros_like(at)
+        for left in range(STEPS - 1, -1, -1):  # sub-steps that follow
+            now = force
+            for joins in np.unique(active[(active > left) & (active <= left + 1)]):
+                pull = self.of(forget[active == joins])
+                # the part of this sub-step in which the group pushes
+                now, force = P.add(now, pull, float(joins) - left), P.add(force, pull)
+            yield now

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fisher_forget import params as P
@@ -12,10 +12,11 @@ from fisher_forget.data.split import Indices
 from fisher_forget.errors import CurvatureError, NumericalError
 from fisher_forget.params import Params
 from fisher_forget.unlearn.newton.flow import Flow
-from fisher_forget.unlearn.newton.guard import HALVINGS, Descent, Guard
+from fisher_forget.unlearn.newton.guard import HALVINGS, Descent, Guard, Look, longest
 from fisher_forget.unlearn.options import ForgetOptions
 from fisher_forget.unlearn.problem import Problem
 
+ROUNDING = 1e-6  # of the loss, by which rounding may raise what is descended
 DAMPINGS = tuple(10.0 ** (-k / 2) for k in range(13))  # 1 ... 1e-6, for damping="auto" with steps
 
 
@@ -52,13 +53,15 @@ class Path:
 
     Args:
         problem: Losses and data.
-        flow: Of the retained objective.
+        flow: Of the retained objective, at its start.
         guard: What a step may cost.
-        descent: What the flow descends; `None` where a number of steps was given.
         shown: Forget samples whose predictions are looked at.
+        descent: What the flow descends; `None` where nobody is held out.
+        searching: Halve every sub-step until it lowers that.
 
     Attributes:
         at: Where the weights are.
+        steps: Every sub-step tried.
     """
 
     def __init__(
@@ -68,31 +71,45 @@ class Path:
         guard: Guard,
         shown: Indices,
         descent: Descent | None = None,
+        *,
+        searching: bool = False,
     ) -> None:
         self.flow, self.guard, self.at = flow, guard, flow.at
-        self._descent, self._level, self._lowest = descent, 0.0, (0.0, flow.at)
         self.steps: list[SubStep] = []
+        self._descent, self._searching = descent, searching
+        self._here, self._force = guard.best, P.zeros_like(flow.at)
         self._objective = problem.objective
         self._shown = problem.objective.reader(problem.split, shown)
 
-    def follow(self, times: Sequence[float], drifts: Sequence[Params], progress: bool) -> bool:
-        """Sub-steps over these times, with each of these drifts subtracted from the force.
+    def follow(self, times: Sequence[float], forces: Iterable[Params], progress: bool) -> bool:
+        """Sub-steps over these times, each with its force at the original weights.
 
         Returns:
-            Whether all were taken whole.
+            Whether all were taken whole, or a search found how much of them.
         """
-        for time_step, drift in bar(
-            zip(times, drifts, strict=True), len(times), "Newton", progress
+        for time_step, force in zip(
+            bar(times, len(times), "Newton", progress), forces, strict=True
         ):
-            self.flow.subtract(drift)
-            if not self.advance(1 / time_step, HALVINGS) or self.steps[-1].share < 1:
+            self._force = force
+            self.flow.owe(force)
+            whole = self.advance(1 / time_step, HALVINGS) and self.steps[-1].share == 1
+            if not whole and not self._searching:
                 return False  # the next would leave the budget, too
         return True
 
-    def end(self) -> Params:
-        """Where the weights end: where they are, if what the flow descends is not above what it was
-        at the start; else at the lowest place on the way."""
-        return self._lowest[1] if self._level > 0 else self.at
+    @property
+    def level(self) -> float:
+        """By how much what the flow descends is above its start, nats."""
+        return self._level(self._here)
+
+    def _level(self, look: Look) -> float:
+        return 0.0 if self._descent is None else self._descent.change(look, self._force)
+
+    def _fits(self, look: Look) -> bool:
+        if not self._searching:
+            return self.guard.fits(look)
+        lowers = self._level(look) <= self.level + ROUNDING * self._here.loss
+        return self.guard.fits(look) and lowers
 
     def repeat(self, options: ForgetOptions, progress: bool) -> None:
         """A given number of sub-steps, at one damping.
@@ -122,8 +139,8 @@ class Path:
                 raise
             self.steps.append(SubStep(tau, 0, math.inf, 0.0, nan, nan, nan, nan, accepted=False))
             return False
-        look = self.guard.longest(self.at, solution.x, halvings)
-        fits, moved = self.guard.fits(look), nan
+        look = longest(self.guard.held_out, self._fits, self.at, solution.x, halvings)
+        fits, moved = self._fits(look), nan
         try:
             moved = self._moved(look.at)
         except NumericalError:
@@ -142,11 +159,8 @@ class Path:
             )
         )
         if fits and not trial:
-            self.at, self.guard = look.at, self.guard.passed(look)
+            self.at, self.guard, self._here = look.at, self.guard.passed(look), look
             self.flow.move(self.at)
-            if self._descent is not None:
-                self._level = self._descent.change(look)
-                self._lowest = min(self._lowest, (self._level, self.at), key=lambda place: place[0])
         return fits
 
     def smallest_damping(self, progress: bool) -> float | None:

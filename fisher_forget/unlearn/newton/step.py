@@ -30,7 +30,7 @@ from fisher_forget.errors import ConfigError, CurvatureError, NumericalError
 from fisher_forget.params import Params
 from fisher_forget.unlearn.newton.flow import Flow, LinearSolver
 from fisher_forget.unlearn.newton.guard import Descent, Guard, HeldOut
-from fisher_forget.unlearn.newton.horizon import STEPS, Horizon, owed
+from fisher_forget.unlearn.newton.horizon import STEPS, Horizon, Owed
 from fisher_forget.unlearn.newton.path import Path, SubStep
 from fisher_forget.unlearn.newton.two_solves import TwoSolves
 from fisher_forget.unlearn.options import ForgetKeywords, ForgetOptions, merged
@@ -119,9 +119,9 @@ def newton_step(
 
     With steps="auto" there are eight sub-steps over a `Horizon`, in which more and more of the
     forgotten samples push; and eight more at most where a class of which no sample is retained is
-    still recognised. A step that leaves the budget is halved until it does not, and is the last. Where
-    the flow ends above what it began with of what it descends, the lowest place on the way is
-    returned.
+    still recognised. A step that leaves the budget is halved until it does not, and is the last.
+    Where the flow ends above its start of what it descends, it is followed once more, and every
+    sub-step is halved until it leads down.
 
     Args:
         problem: Model, data, curvature and gradient; its `weight_decay` is that of the objective.
@@ -140,6 +140,10 @@ def newton_step(
         got = f"newton_step of {type(problem).__name__}"
         expected = "a Problem: objective, split, curvature, data sums and weight decay"
         raise ConfigError(got, expected, "Pass Problem.of(model, loader, forget_idx, options).")
+    if merged(options, changes).whole and not problem.whole:
+        got = f"a gradient over {len(problem.sums.samples):,} samples"
+        fix = "Pass the same options to Problem.of()."
+        raise ConfigError(got, "over all, which is the force of this step", fix)
     begun = time.perf_counter()
     options = with_solver(merged(options, changes), problem.objective, problem.split)
     solver = _linear_solver(problem, options, working_set)
@@ -154,37 +158,39 @@ def newton_step(
     else:
         flow = Flow(problem, problem.known, problem.retained, solver)
     force = P.add(problem.retained.mean(), start, decay)
-    drifts = [P.zeros_like(force)] * STEPS
-    if tilted and not solver.literal:
-        forces = owed(problem, horizon)
-        drifts = [P.add(force, of_step, -1) for of_step in forces]
-        force = forces[-1]
-    descent = None
-    if options.steps == "auto" and len(held_out.samples):
-        own = problem.objective.gradient(held_out.batches(), start)
-        descent = Descent(guard.best, P.add(force, own.mean(), -1), decay)
-    path = Path(problem, flow, guard, shown, descent)
+    owed = Owed(problem, horizon) if tilted and not solver.literal else None
+    if owed is not None:
+        force = owed.all()
+
     if options.steps == "auto":
-        times = horizon.times
-        if options.damping != "auto":
-            times = (1 / options.damping,) * STEPS
-        went = path.follow(times, drifts, progress)
-        while went and len(path.steps) < 2 * STEPS and _known(problem, shown, path.at):
-            went = path.follow(times[-1:], drifts[-1:], progress)
+        times = horizon.times if options.damping == "auto" else (1 / options.damping,) * STEPS
+        descent = None
+        if len(held_out.samples):
+            own = problem.objective.gradient(held_out.batches(), start)
+            descent = Descent(guard.best, own.mean(), decay)
+        for searching in (False, True):
+            flow.move(start)
+            path = Path(problem, flow, guard, shown, descent, searching=searching)
+            forces = [force] * STEPS if owed is None else owed.steps()
+            went = path.follow(times, forces, progress)
+            while went and len(path.steps) < 2 * STEPS and _known(problem, shown, path.at):
+                went = path.follow(times[-1:], [force], progress)
+            if path.level <= 0:  # it led down; else once more, with a search along every sub-step
+                break
     else:
-        if not solver.literal:
-            flow.subtract(drifts[-1])
+        path = Path(problem, flow, guard, shown)
+        if owed is not None:
+            flow.owe(force)
         path.repeat(options, progress)
-    end = path.end()
     given = options.weight_decay != "auto"
     return NewtonStep(
-        params=end,
+        params=path.at,
         weight_decay=decay,
         acts_like=problem.found.value,
         contradiction=contradiction(decay, problem.found, problem.training_time) if given else "",
         horizon=horizon.time,
         error=_error(flow, horizon),
-        norm=P.norm(P.add(end, start, -1)),
+        norm=P.norm(P.add(path.at, start, -1)),
         gradient_norm=P.norm(force),
         drift_removed=tilted,
         path=tuple(path.steps),

@@ -33,7 +33,7 @@ class TwoSolves(Flow):
     """
 
     def __init__(self, problem: Problem, solver: LinearSolver, options: ForgetOptions) -> None:
-        super().__init__(problem, problem.split.retain, problem.retained, solver)
+        super().__init__(problem, problem.known, problem.retained, solver)
         if solver.direct:  # else A comes by exact products
             problem = replace(problem, curvature=curvature_of_all(problem, options))
         self._whole = Flow(problem, problem.sums.samples, problem.sums.total, solver)
