@@ -28,7 +28,7 @@ from fisher_forget.unlearn.weight_decay import WeightDecay, is_weight_decay
 Solver = Literal["auto", "cg", "direct"]
 BatchNorm = Literal["auto", "refresh", "keep"]
 LEAST_MEMORY = 2**20  # below this a number is meant in other units than bytes
-PRECONDITIONER_SAMPLES = 2000  # that a curvature is estimated on which only preconditions
+PRECONDITIONER_SAMPLES = 1000  # that a curvature is estimated on which only preconditions
 
 NUMBER = "a finite number of at least 0"
 WHOLE = "a whole number of at least"

@@ -28,7 +28,7 @@ from fisher_forget.unlearn.objective import Gradient
 from fisher_forget.unlearn.problem import Problem
 from fisher_forget.unlearn.weight_decay import decayed, total_damping
 
-POOL = 1000  # candidates among which the working set is re-chosen
+POOL = 500  # candidates among which the working set is re-chosen
 # Conjugate-gradient products and tolerance. Along the flow a rough solution is enough: the next
 # step starts with a new gradient. A given damping asks for the solution itself.
 QUICK, EXACT = (5, 0.05), (200, 1e-9)
@@ -50,7 +50,7 @@ class LinearSolver:
 
     direct: bool = False
     literal: bool = False
-    working_set: int = 200
+    working_set: int = 100
 
 
 class Flow:

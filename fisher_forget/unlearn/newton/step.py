@@ -109,7 +109,7 @@ def newton_step(
     problem: Problem,
     options: ForgetOptions | None = None,
     *unexpected: object,
-    working_set: int = 200,
+    working_set: int = 100,
     progress: bool = False,
     **changes: Unpack[ForgetKeywords],
 ) -> NewtonStep:
