@@ -9,8 +9,7 @@ import oracle
 import pytest
 import torch
 from conftest import blobs_data, small_net
-from problems import problem_of
-from scipy.optimize import minimize
+from problems import problem_of, regression, ridge, softmax_minimiser
 from sklearn.linear_model import LogisticRegression, Ridge
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -32,60 +31,13 @@ from fisher_forget.curvature.solvers import conjugate_gradient
 from fisher_forget.curvature.structures.diagonal import Diagonal
 from fisher_forget.data.split import resolve_split, some
 from fisher_forget.experiments.datasets import load_dataset
-from fisher_forget.params import add, flatten, norm, randn_like, unflatten
+from fisher_forget.params import add, flatten, norm, randn_like
 from fisher_forget.unlearn.newton.flow import Flow, LinearSolver
 from fisher_forget.unlearn.newton.guard import Guard, HeldOut
 from fisher_forget.unlearn.objective import Objective
 
 DECAY = 0.01
 FEW = 5  # held-out samples, whose loss is another than that of all
-
-
-def ridge(x: Tensor, y: Tensor, decay: float) -> nn.Linear:
-    """Closed-form minimiser of (1/n) sum |y - Wx - b|^2 / 2 + (decay/2) |(W, b)|^2."""
-    ones = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
-    w = torch.linalg.solve(
-        ones.T @ ones / len(x) + decay * torch.eye(ones.shape[1], dtype=x.dtype),
-        ones.T @ y / len(x),
-    )
-    model = nn.Linear(x.shape[1], y.shape[1]).double()
-    with torch.no_grad():
-        model.weight.copy_(w[:-1].T)
-        model.bias.copy_(w[-1])
-    return model.eval()
-
-
-def regression() -> tuple[Tensor, Tensor]:
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(60, 5, generator=g, dtype=torch.float64)
-    return x, x @ torch.randn(5, 2, generator=g, dtype=torch.float64) + 0.3 * torch.randn(
-        60, 2, generator=g
-    ).double()
-
-
-def softmax_minimiser(model: nn.Module, x: Tensor, y: Tensor, decay: float) -> nn.Module:
-    """SciPy's minimiser of the mean cross-entropy + (decay/2)|w|^2, to a gradient of 1e-10."""
-    like = oracle.start(model)
-
-    def value(w: np.ndarray) -> tuple[float, np.ndarray]:
-        flat = torch.from_numpy(w).requires_grad_()
-        out = torch.func.functional_call(model, unflatten(flat, like), (x,))
-        loss = Categorical().losses(out, y).mean() + decay / 2 * flat.square().sum()
-        return float(loss), torch.autograd.grad(loss, flat)[0].numpy()
-
-    found = minimize(
-        value,
-        flatten(like).numpy(),
-        jac=True,
-        method="BFGS",
-        options={"gtol": 1e-10, "maxiter": 2000},
-    )
-    with torch.no_grad():
-        for p, v in zip(
-            model.parameters(), unflatten(torch.from_numpy(found.x), like).values(), strict=True
-        ):
-            p.copy_(v)
-    return model
 
 
 class TestRidge:
@@ -204,15 +156,15 @@ class TestControls:
         step = self.flow(model, data, list(range(20)), budget=0.0, seed=1)
         assert step.norm == 0.0
         assert not step.accepted
-        assert {s.share for s in step.path} == {2.0**-7}  # each was shortened before giving up
+        assert [s.share for s in step.path] == [2.0**-7]  # it was shortened before giving up
 
     @pytest.mark.usefixtures("few_held_out")
-    def test_a_step_that_leaves_the_budget_is_halved(self) -> None:
+    def test_a_step_that_leaves_the_budget_is_halved_and_the_last(self) -> None:
         model, data = self.data()
         model, forgotten = softmax_minimiser(model, *data.tensors, DECAY), list(range(20))
         whole = self.flow(model, data, forgotten, budget=10.0, seed=1)
         budget = 0.3 * (whole.path[0].loss + whole.path[0].shift - whole.loss_before)
-        first = self.flow(model, data, forgotten, budget=budget, seed=1).path[0]
+        (first,) = self.flow(model, data, forgotten, budget=budget, seed=1).path
         assert budget > 0
         assert first.accepted
         assert first.share < 1
@@ -233,7 +185,7 @@ class TestControls:
         ((after, _),) = objective.forward(split.batches(held), there)
         gains = likelihood.losses(before, y) - likelihood.losses(after, y)
         assert 0 < (gains < 0).sum() < FEW
-        shift = float((likelihood.kl(before, after) * (gains < 0)).mean())
+        shift = float((-gains).clamp(min=0).mean())
         needed = shift - float(gains.mean())
         held_out = HeldOut(objective, split, held)
         for budget, fits in ((needed - 1e-9, False), (needed + 1e-9, True)):
@@ -243,8 +195,8 @@ class TestControls:
     @pytest.mark.usefixtures("few_held_out")
     def test_the_held_out_loss_stays_within_the_budget(self) -> None:
         model, data = self.data()
-        for budget in (1e-4, 1e-2):
-            step = self.flow(model, data, list(range(20)), drift=False, budget=budget)
+        for budget in (0.02, 0.1):
+            step = self.flow(model, data, list(range(20)), drift=False, budget=budget, seed=1)
             losses = [step.loss_before, *(s.loss for s in step.accepted)]
             assert len(losses) > 2
             assert (
@@ -263,16 +215,17 @@ class TestControls:
             list(range(20)),
         )
         split = resolve_split(data, forgotten)
-        held = some(split.retain, FEW, np.random.default_rng(0))
+        held = some(split.retain, FEW, np.random.default_rng(1))
         one, two = (
-            self.flow(model, data, forgotten, steps=k, drift=False, budget=0.5) for k in (1, 2)
+            self.flow(model, data, forgotten, steps=k, drift=False, budget=0.5, seed=1)
+            for k in (1, 2)
         )
         assert two.accepted[0] == one.accepted[0]
         assert one.accepted[0].loss < one.loss_before
         ((best, y),) = objective.forward(split.batches(held), one.params)
         ((after, _),) = objective.forward(split.batches(held), two.params)
-        worse = likelihood.losses(after, y) > likelihood.losses(best, y)
-        shift = float((likelihood.kl(best, after) * worse).mean())
+        rises = likelihood.losses(after, y) - likelihood.losses(best, y)
+        shift = float(rises.clamp(min=0).mean())
         assert shift > 0
         assert two.accepted[1].shift == pytest.approx(shift)
 
