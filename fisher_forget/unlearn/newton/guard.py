@@ -97,6 +97,13 @@ class Descent:
         slope = P.add(P.add(force, self.gradient, -1), P.scale(delta, 0.5), self.weight_decay)
         return there.loss - self.start.loss + P.dot(slope, delta)
 
+    def error(self, there: Look) -> float:
+        """Standard error of the change of the mean loss, by the choice of held-out samples, nats."""
+        change = there.losses - self.start.losses
+        return (
+            float(change.std()) * len(change) ** 0.5 / there.positions if len(change) > 1 else 0.0
+        )
+
 
 @dataclass(frozen=True)
 class Guard:

@@ -17,6 +17,7 @@ from fisher_forget.unlearn.options import ForgetOptions
 from fisher_forget.unlearn.problem import Problem
 
 ROUNDING = 1e-6  # of the loss, by which rounding may raise what is descended
+ERRORS = 2.0  # standard errors that are no doubt
 DAMPINGS = tuple(10.0 ** (-k / 2) for k in range(13))  # 1 ... 1e-6, for damping="auto" with steps
 
 
@@ -98,9 +99,11 @@ class Path:
         return True
 
     @property
-    def level(self) -> float:
-        """By how much what the flow descends is above its start, nats."""
-        return self._level(self._here)
+    def rose(self) -> bool:
+        """Whether what the flow descends is above its start, beyond doubt."""
+        if self._descent is None:
+            return False
+        return self._level(self._here) > ERRORS * self._descent.error(self._here)
 
     def _level(self, look: Look) -> float:
         return 0.0 if self._descent is None else self._descent.change(look, self._force)
@@ -108,7 +111,7 @@ class Path:
     def _fits(self, look: Look) -> bool:
         if not self._searching:
             return self.guard.fits(look)
-        lowers = self._level(look) <= self.level + ROUNDING * self._here.loss
+        lowers = self._level(look) <= self._level(self._here) + ROUNDING * self._here.loss
         return self.guard.fits(look) and lowers
 
     def repeat(self, options: ForgetOptions, progress: bool) -> None:

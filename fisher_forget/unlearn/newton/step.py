@@ -175,7 +175,7 @@ def newton_step(
             went = path.follow(times, forces, progress)
             while went and len(path.steps) < 2 * STEPS and _known(problem, shown, path.at):
                 went = path.follow(times[-1:], [force], progress)
-            if path.level <= 0:  # it led down; else once more, with a search along every sub-step
+            if not path.rose:  # else once more, with a search along every sub-step
                 break
     else:
         path = Path(problem, flow, guard, shown)
