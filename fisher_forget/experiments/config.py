@@ -151,18 +151,10 @@ class RunConfig:
         )
         self.forget_options(self.seeds[0])  # refuses what does not go with the likelihood
 
-    def forget_options(self, seed: int, samples: int | None = None) -> ForgetOptions:
-        """The options of `forget` for the model of one seed.
-
-        Args:
-            seed: Of all random choices.
-            samples: That it was trained on, which says how long the training was.
-        """
-        training = self.forget.training
-        if training is None and samples is not None:
-            training = self.training.training_time(samples)
-        changes = {"likelihood": self.likelihood, "seed": seed, "training": training}
-        return self.forget.changed(changes)
+    def forget_options(self, seed: int) -> ForgetOptions:
+        """The options of `forget` for the model of one seed; what the training was is read off the
+        model, as in a call."""
+        return self.forget.changed({"likelihood": self.likelihood, "seed": seed})
 
 
 @dataclass(frozen=True)

@@ -90,17 +90,16 @@ def configured(
     def fitted(model: nn.Module, _data: Dataset[Any], rows: Indices, seed: int) -> nn.Module:
         return trained(config, case.data, model, rows, seed)
 
-    time = config.training.training_time(len(case.data.train))
-    unasked = issubclass(method, ForgetOptions)
+    # forget() reads both off the model, as in a call without options
+    reads = issubclass(method, ForgetOptions)
     known: dict[str, Callable[[], Any]] = {
         "likelihood": lambda: config.likelihood,
-        # forget() reads it off the model, as in a call without options
-        "weight_decay": lambda: "auto" if unasked else config.training.weight_decay,
+        "weight_decay": lambda: "auto" if reads else config.training.weight_decay,
         "seed": lambda: seed,
         "train": lambda: fitted,
         "init": lambda: fresh,
         "initial": lambda: untrained(config, case.data, seed),
-        "training": lambda: time if unasked else config.training,
+        "training": lambda: None if reads else config.training,
     }
     names = [name for name in settings_of(method) if name in known and name not in method.grid]
     given = {name: known[name]() for name in names}

@@ -91,7 +91,7 @@ def _scrub(
 ) -> tuple[ForgetResult, Closeness]:
     """Forget by one original model; the scrubbed one is stored."""
     seed, original = config.seeds[index], case.originals.models[index]
-    options = config.forget_options(seed, len(case.data.train))
+    options = config.forget_options(seed)
     call: Any = {"generator": generator, "progress": config.progress}
     result = forget(original, case.data.train, case.forget, options, **call)
     closeness = case.references[index].closeness(result.model)
@@ -105,7 +105,7 @@ def _scrub(
 def _sweep(config: SweepConfig, case: Case) -> SweepTable:
     """A sweep from the first original model; its table is written as sweep.parquet and, to be read,
     as sweep.csv."""
-    options = config.forget_options(config.seeds[0], len(case.data.train))
+    options = config.forget_options(config.seeds[0])
     # of other methods, which read nothing off the model
     fixed: Any = {"weight_decay": config.training.weight_decay}
     table = sweep(
