@@ -391,10 +391,9 @@ class TestRecipe:
         path.write_text(RECIPE)
         config = load_config(path)
         assert isinstance(config, RunConfig)
-        assert config.forget_options(0).training is None  # nobody said how many samples
-        assert config.forget_options(0, 640).training == config.training.training_time(640)
+        assert config.forget_options(0).training is None  # read off the model, as in a call
         path.write_text(RECIPE + "forget: {training: {time: 26.0}}\n")
-        given = load_config(path).forget_options(0, 640).training
+        given = load_config(path).forget_options(0).training
         assert given == TrainingTime(26.0)
         by_flag = load_config(path, ["--forget.training.time", "9"])
-        assert by_flag.forget_options(0, 640).training == TrainingTime(9.0)
+        assert by_flag.forget_options(0).training == TrainingTime(9.0)
