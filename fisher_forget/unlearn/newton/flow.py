@@ -7,9 +7,11 @@ is the estimated curvature itself.
 Only samples with output curvature contribute to the GGN, so products run over the working set of
 samples with the largest tr H_n, re-chosen at every step, and the estimated curvature stands for the
 others in proportion to their share of tr H_n, which is next to nothing in a converged network. The
-gradient is computed in full once and then updated by its change on the working set (variance
-reduction) and, again, by what the curvature says of the others. Where the number of steps and the
-damping are given, both are of all samples: who asks for the textbook step gets that one.
+gradient is computed in full once and then updated by its change on the pool that the working set is
+chosen from (variance reduction) and, again, by what the curvature says of the others: where the
+pool is all samples, the flow ends where its force vanishes, however few enter the products. Where
+the number of steps and the damping are given, both are of all samples: who asks for the textbook
+step gets that one.
 """
 
 from __future__ import annotations
@@ -130,7 +132,7 @@ class Flow:
             CurvatureError: If the curvature is a Hessian that needs more damping.
         """
         # an estimate: in a literal step, too, the working set's gradient is enough
-        force = self._linear[0] if self._linear else self._force(self._working())
+        force = self._linear[0] if self._linear else self._force()
         return decayed(self.problem.curvature, self.problem.decay, tau).power(force, -1)
 
     def linearise(self) -> tuple[Params, Products | None, float]:
@@ -142,24 +144,24 @@ class Flow:
             tr H_n that is left to it.
         """
         objective, literal = self.problem.objective, self.solver.literal
-        working = self._pool if literal else self._working()
-        force = self._force(working, whole=literal)
+        force = self._force(whole=literal)
         if self.solver.direct:
             return force, None, 0.0
         if literal:
             return force, objective.ggn(self.problem.split, self.samples, self.at), 0.0
+        working = self._working()
         ggn = objective.ggn(self.problem.split, working, self.at, self._sums.count)
         return force, ggn, self._rest(working)
 
-    def _force(self, working: Indices, *, whole: bool = False) -> Params:
-        """grad L(w) + wd w - drift; its change by the working set alone, or `whole`."""
+    def _force(self, *, whole: bool = False) -> Params:
+        """grad L(w) + wd w - drift; its change by the pool, or `whole`."""
         if self.at is self._base:
             gradient = self._sums.mean()
-        elif whole or len(self.samples) <= self.solver.working_set:
+        elif whole or len(self.samples) <= len(self._pool):
             samples = self._batches(self.samples)
             gradient = self.problem.objective.gradient(samples, self.at).mean()
-        else:  # variance reduction: only the working set's gradient is computed again
-            gradient = (self._sums + self._change(working, self.at)).mean()
+        else:  # variance reduction: only the pool's gradient is computed again
+            gradient = (self._sums + self._change(self._pool, self.at)).mean()
         force = P.add(gradient, self.at, self.problem.decay)
         return force if self.drift is None else P.add(force, self.drift, -1)
 
