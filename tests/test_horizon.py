@@ -3,6 +3,8 @@ closed forms and independent minimisers."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,10 +27,11 @@ from fisher_forget import (
     forget,
     newton_step,
 )
+from fisher_forget.curvature.structures.diagonal import Diagonal
 from fisher_forget.data.split import resolve_split
 from fisher_forget.params import flatten
 from fisher_forget.unlearn.newton.guard import Descent, HeldOut
-from fisher_forget.unlearn.newton.horizon import DEPTH, OF_TRAINING, STEPS, Horizon, owed
+from fisher_forget.unlearn.newton.horizon import DEPTH, OF_TRAINING, STEPS, Horizon, Owed
 
 N, GONE = 60, np.arange(10)
 LEFT = np.arange(10, N)
@@ -95,11 +98,10 @@ class TestQuadratic:
         wd = 0.01
         model, data = linear_regression(wd, 0.3)
         problem = Problem.of(model, data, GONE, likelihood="gaussian", weight_decay=wd)
-        force = owed(problem, Horizon.of(problem))[-1]
+        force = Owed(problem, Horizon.of(problem)).all()
         held_out = HeldOut(problem.objective, problem.split, LEFT)
         own = problem.objective.gradient(held_out.batches(), problem.objective.start).mean()
-        slope = {name: force[name] - own[name] for name in force}
-        descent = Descent(held_out.look(problem.objective.start), slope, wd)
+        descent = Descent(held_out.look(problem.objective.start), own, wd)
         there = {name: 1.5 * w for name, w in problem.objective.start.items()}
         (a_r, b_r), (a_d, b_d) = quadratic(data, LEFT), quadratic(data, np.arange(N))
         w0, w1 = matrix(problem.objective.start), matrix(there)
@@ -109,7 +111,7 @@ class TestQuadratic:
             loss = (w * (a_r @ w)).sum() / 2 - (w * b_r).sum()
             return float(loss + wd / 2 * w.square().sum() - (drift * w).sum())
 
-        assert descent.change(held_out.look(there)) == pytest.approx(phi(w1) - phi(w0))
+        assert descent.change(held_out.look(there), force) == pytest.approx(phi(w1) - phi(w0))
 
 
 @pytest.mark.parametrize("wd", [0.01, 0.003])
@@ -134,7 +136,7 @@ def test_logistic_regression_is_retrained(gone: str, wd: float) -> None:
     result = forget(model, TensorDataset(x, y), forgotten, noise=None, progress=False)
     before, after = model.weight.detach(), result.model.weight.detach()
     assert result.newton.acts_like == pytest.approx(wd, rel=1e-3)
-    assert float((after - truth).norm()) < 2e-3 * float((before - truth).norm())
+    assert float((after - truth).norm()) < 5e-3 * float((before - truth).norm())
     assert objective(truth) <= objective(after) < objective(before)
     assert objective(after) - objective(truth) < 1e-5 * (objective(before) - objective(truth))
 
@@ -160,7 +162,7 @@ class TestHorizon:
             wd = -float(g @ w / (w @ w))
             rho2 = 1 - float((g @ w) ** 2 / ((w @ w) * (g @ g)))
             found = Horizon.of(Problem.of(model, data, [0]))
-            beside = 1 / (DEPTH * rho2 * wd)
+            beside = 1 / (DEPTH * max(rho2, 1e-12) * wd)  # 0 but for rounding at the minimum
             assert found.time == pytest.approx(min(beside, 10 / wd), rel=1e-4)
             assert (found.time < 9.9 / wd) == (shift > 0.1)
             assert found.times == (found.time / STEPS,) * STEPS
@@ -230,7 +232,7 @@ class TestForces:
         problem = Problem.of(trained, data, gone)
         losses, grads = self.each(trained, data)
         horizon = Horizon(e_fold=12.0, time=60.0)
-        forces = owed(problem, horizon)
+        forces = list(Owed(problem, horizon).steps())
         masses = torch.bincount(data.tensors[1]) / 60
         guess = -(masses * masses.log()).sum()
         ago = 12.0 * (1 + (guess / losses[gone]).log().clamp(min=0))
@@ -244,7 +246,8 @@ class TestForces:
             torch.testing.assert_close(flatten(force), truth, rtol=1e-4, atol=1e-7)
         kept = np.setdiff1d(np.arange(60), gone)
         last = grads[kept].mean(0) - grads.mean(0)
-        torch.testing.assert_close(flatten(forces[-1]), last, rtol=1e-4, atol=1e-7)
+        for force in (forces[-1], Owed(problem, horizon).all()):
+            torch.testing.assert_close(flatten(force), last, rtol=1e-4, atol=1e-7)
 
     def test_nobody_is_owed_nothing(self, net: nn.Module) -> None:
         """And a call that forgets nobody moves nothing, far from a minimum, by any solver."""
@@ -255,30 +258,33 @@ class TestForces:
             problem = problem_of(net, split, estimate_curvature(net, split), weight_decay="auto")
             step = newton_step(problem, given)
             assert step.norm == 0
-            assert not any(flatten(f).any() for f in owed(problem, Horizon(10.0, 60.0)))
+            assert not any(flatten(f).any() for f in Owed(problem, Horizon(10.0, 60.0)).steps())
 
     def test_all_samples_of_a_regression_push_from_the_start(self) -> None:
         model, data = linear_regression(0.1, 0.1)
         problem = Problem.of(model, data, GONE, likelihood="gaussian")
-        first, *others = owed(problem, Horizon(e_fold=1.0, time=8.0))
+        first, *others = Owed(problem, Horizon(e_fold=1.0, time=8.0)).steps()
         for force in others:
             torch.testing.assert_close(force, first)
 
 
-def test_the_lowest_place_is_returned_where_the_end_is_above_the_start(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    problem = Problem.of(*linear_regression(0.1, 0.1), GONE, likelihood="gaussian")
-    levels = iter([-0.1, -0.3, -0.2, 0.1, 0.2, 0.3, 0.1, 0.1])
-    places: list[Any] = []
+def test_a_flow_that_ends_above_its_start_is_followed_with_a_search() -> None:
+    """A curvature that is far too small makes every sub-step too long: whole ones diverge, but
+    their directions lead down."""
+    wd = 0.1
+    model, data = linear_regression(wd, 0.0)
+    problem = Problem.of(model, data, GONE, likelihood="gaussian", weight_decay=wd)
+    tiny = {name: torch.full_like(w, 0.05) for name, w in problem.objective.start.items()}
+    problem = replace(problem, curvature=Diagonal(eigenvalues=tiny))
+    step = newton_step(problem, solver="direct", budget=math.inf)
+    (a, b), retrained = quadratic(data, LEFT), ridge(*(t[10:] for t in data.tensors), wd)
 
-    def change(_: Descent, look: Any) -> float:
-        places.append(look.at)
-        return next(levels)
+    def objective(w: Tensor) -> float:
+        return float((w * (a @ w)).sum() / 2 - (w * b).sum() + wd / 2 * w.square().sum())
 
-    monkeypatch.setattr(Descent, "change", change)
-    step = newton_step(problem)
-    assert len(places) == STEPS
-    assert torch.equal(flatten(step.params), flatten(places[1]))
-    levels = iter([0.1] * (STEPS - 1) + [0.0])
-    assert torch.equal(flatten(newton_step(problem).params), flatten(places[-1]))
+    truth = matrix(dict(retrained.named_parameters()))
+    before, after = matrix(problem.objective.start), matrix(step.params)
+    assert min(s.share for s in step.path) < 1
+    assert all(s.accepted for s in step.path)
+    assert objective(truth) < objective(after) < objective(before)
+    assert float((after - truth).norm()) < 0.25 * float((before - truth).norm())

@@ -147,7 +147,7 @@ class TestControls:
         model, data = self.data()
         model = softmax_minimiser(model, *data.tensors, DECAY)
         assert self.flow(model, data, []).norm == 0.0
-        assert self.flow(model, data, [], drift=False).norm < 1e-6
+        assert self.flow(model, data, [], drift=False).norm < 1e-5
 
     @pytest.mark.usefixtures("few_held_out")
     def test_a_step_outside_the_budget_is_never_returned(self) -> None:
