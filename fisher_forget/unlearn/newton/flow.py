@@ -85,6 +85,7 @@ class Flow:
         # `_sums` are the gradient sums at `_base`, from which later gradients are reckoned
         self._sums, self._base = sums, dict(problem.objective.start)
         self.at = self._base
+        self._before: Gradient | None = None  # of the pool, at the base
         self._linear: tuple[Params, Products | None, float] | None = None
 
     def move(self, at: Params) -> None:
@@ -161,7 +162,7 @@ class Flow:
             samples = self._batches(self.samples)
             gradient = self.problem.objective.gradient(samples, self.at).mean()
         else:  # variance reduction: only the pool's gradient is computed again
-            gradient = (self._sums + self._change(self._pool, self.at)).mean()
+            gradient = (self._sums + self._change(self.at)).mean()
         force = P.add(gradient, self.at, self.problem.decay)
         return force if self.drift is None else P.add(force, self.drift, -1)
 
@@ -178,12 +179,13 @@ class Flow:
         order = np.argsort(-spread, kind="stable")
         return np.sort(self._pool[order[: self.solver.working_set]])
 
-    def _change(self, working: Indices, at: Params) -> Gradient:
-        """Sums of some samples after less those at the base; of the others what B says."""
+    def _change(self, at: Params) -> Gradient:
+        """Sums of the pool after less those at the base; of the others what B says."""
         gradient = self.problem.objective.gradient
-        after, before = (gradient(self._batches(working), w) for w in (at, self._base))
-        change, rest = after - before, self._rest(working)
-        if rest:
+        if self._before is None:
+            self._before = gradient(self._batches(self._pool), self._base)
+        change = gradient(self._batches(self._pool), at) - self._before
+        if rest := self._rest(self._pool):
             curved = self.problem.curvature.power(P.add(at, self._base, -1), 1)
             change = replace(change, sums=P.add(change.sums, curved, rest * self._sums.count))
         return change

@@ -98,7 +98,7 @@ class Descent:
         return there.loss - self.start.loss + P.dot(slope, delta)
 
     def error(self, there: Look) -> float:
-        """Standard error of the change of the mean loss, by the choice of held-out samples, nats."""
+        """Standard error of the change of the mean loss, by who is held out, nats."""
         change = there.losses - self.start.losses
         return (
             float(change.std()) * len(change) ** 0.5 / there.positions if len(change) > 1 else 0.0
