@@ -35,11 +35,12 @@ from fisher_forget.unlearn.newton.path import Path, SubStep
 from fisher_forget.unlearn.newton.two_solves import TwoSolves
 from fisher_forget.unlearn.options import ForgetKeywords, ForgetOptions, merged
 from fisher_forget.unlearn.problem import Problem, with_solver
-from fisher_forget.unlearn.self_check import RECOGNISED, still_recognised
+from fisher_forget.unlearn.self_check import still_recognised
 from fisher_forget.unlearn.weight_decay import WeightDecay, contradiction
 
 HELD_OUT = 500  # retained samples that guard the steps, at most
 SHOWN = 100  # forget samples whose predictions are watched
+KNOWN = 0.01  # share of an absent class that is predicted, above which the flow goes on
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ def _known(problem: Problem, shown: Indices, at: Params) -> bool:
     if not problem.absent:
         return False
     batches = problem.split.batches(shown)
-    return still_recognised(problem.objective, batches, at, problem.absent) > RECOGNISED
+    return still_recognised(problem.objective, batches, at, problem.absent) > KNOWN
 
 
 def _error(flow: Flow, horizon: Horizon) -> float:
