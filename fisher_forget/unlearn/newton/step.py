@@ -40,7 +40,6 @@ from fisher_forget.unlearn.weight_decay import WeightDecay, contradiction
 
 HELD_OUT = 500  # retained samples that guard the steps, at most
 SHOWN = 100  # forget samples whose predictions are watched
-KNOWN = 0.01  # share of an absent class that is predicted, above which the flow goes on
 
 
 @dataclass(frozen=True)
@@ -207,7 +206,7 @@ def _known(problem: Problem, shown: Indices, at: Params) -> bool:
     if not problem.absent:
         return False
     batches = problem.split.batches(shown)
-    return still_recognised(problem.objective, batches, at, problem.absent) > KNOWN
+    return still_recognised(problem.objective, batches, at, problem.absent) > 0
 
 
 def _error(flow: Flow, horizon: Horizon) -> float:
