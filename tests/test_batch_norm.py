@@ -163,6 +163,7 @@ class TestForget:
         assert not same(result.model, case.model)
         assert result.summary()["batch_norm"]["refreshed"] == tuple(norm_layers(case.model))
 
+    @pytest.mark.filterwarnings("ignore:Retained samples suffered")
     def test_by_hand(self, kind):
         case = trained(kind, foreign=True)
         with pytest.warns(FisherForgetWarning, match=r"raised the retained loss by .*'keep'"):
