@@ -3,6 +3,7 @@ closed forms and independent minimisers."""
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from typing import Any
@@ -167,6 +168,23 @@ class TestHorizon:
             assert (found.time < 9.9 / wd) == (shift > 0.1)
             assert found.times == (found.time / STEPS,) * STEPS
 
+    def test_weights_that_were_hardly_trained_do_not_count(self, trained: nn.Module) -> None:
+        """A large layer drawn at random, which the outputs hardly use, changes no time."""
+        data = blobs_data()
+
+        class Wide(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner, self.table = copy.deepcopy(trained), nn.Linear(4, 3000, bias=False)
+                nn.init.normal_(self.table.weight)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return self.inner(x) + 1e-7 * self.table(x)[:, :3]
+
+        plain = Horizon.of(Problem.of(trained, data, GONE))
+        wide = Horizon.of(Problem.of(Wide().eval(), data, GONE))
+        assert plain.time / 2 < wide.time < 2 * plain.time
+
     @pytest.mark.parametrize("structure", ["ekfac", "diagonal"])
     @pytest.mark.parametrize("units", [0.25, 4.0])
     def test_units_do_not_matter(self, units: float, structure: Any) -> None:
@@ -192,8 +210,9 @@ class TestHorizon:
         """Half its time is an e-folding; the end stays that of the decay."""
         for time in (3.0, 1e9):
             options = ForgetOptions(training=TrainingTime(time=time))
-            step = newton_step(Problem.of(trained, blobs_data(), GONE, options), options)
-            longest = 10 / step.acts_like
+            problem = Problem.of(trained, blobs_data(), GONE, options)
+            step = newton_step(problem, options)
+            longest = 10 / problem.found.typical
             assert step.horizon == pytest.approx(min(STEPS * OF_TRAINING * time, longest))
 
     def test_without_any_decay(self) -> None:

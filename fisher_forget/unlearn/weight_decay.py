@@ -4,6 +4,7 @@ trained model says of its own."""
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -107,6 +108,12 @@ class ReadOff:
     left: float
     time: float
     squares: dict[str, float]
+
+    @property
+    def typical(self) -> float:
+        """Median of `layers`: what half of the layers act like at least, however large the weights
+        are that training hardly moved (an embedding's that were drawn at random); 0 at least."""
+        return max(statistics.median(self.layers.values()), 0.0) if self.layers else 0.0
 
     def mean_of(self, weight_decay: WeightDecay) -> float:
         """The one decay under which |w| shrinks as under decays by parameter name."""

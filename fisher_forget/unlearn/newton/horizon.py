@@ -12,8 +12,10 @@ history: from the past, when the residuals came down, to the present.
 
 *How long an e-folding is.* Training until T acts like a weight decay wd_hat (`ReadOff`), and a flow
 along a direction without curvature goes as far in the time 1/(k wd_hat), k layers deep, as all its
-history went. What of the gradient is not -wd_hat w, the share rho^2 of |grad L_D|^2, tells whether
-that decay is real: at a minimum nothing is left, and the flow is followed to its end,
+history went. It is the median of the layers, so that weights that were drawn at random and hardly
+trained, such as a large embedding's, do not count. What of the gradient is not -wd_hat w, the share
+rho^2 of |grad L_D|^2, tells whether that decay is real: at a minimum nothing is left, and the flow
+is followed to its end,
 
     time = min(1 / (4 rho^2 wd_hat), 10 / wd_hat),  in eight sub-steps.
 
@@ -62,11 +64,11 @@ class Horizon:
     def of(cls, problem: Problem) -> Horizon:
         """As the model tells it, or a training whose time is known."""
         found, known = problem.found, problem.training_time
-        wd = found.value
+        wd = found.typical or found.value
         if known is not None:
             e_fold = OF_TRAINING * known
         elif wd > 0:
-            left = found.left / (found.left + wd**2 * math.fsum(found.squares.values()))
+            left = found.left / (found.left + found.value**2 * math.fsum(found.squares.values()))
             e_fold = 1 / (STEPS * DEPTH * left * wd) if left else math.inf
         else:  # the weights would grow without end, or stand still: the loss alone tells the time
             e_fold = found.time / 2
