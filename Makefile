@@ -19,7 +19,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
 
-demo: install ## Forget handwritten digits and compare with retrained models (about a minute)
+demo: install ## Two deletion requests beside a training (a minute), then a report of digits forgotten (about a minute)
+	$(VENV)/bin/fisher-forget demo
 	$(VENV)/bin/fisher-forget run configs/digits.yaml
 
 test: install ## Run the whole test suite in two processes

@@ -76,6 +76,13 @@ COMMANDS = {
         "fisher-forget plot runs/digits",
         plans=False,
     ),
+    "demo": Command(
+        START,
+        "train a small network, and see what two deletion requests cost beside that",
+        "fisher-forget demo --retrain",
+        "Needs no data and writes nothing.",
+        configured=False,
+    ),
     "init": Command(
         START,
         "write a commented configuration for a model and data of your own",
@@ -177,6 +184,15 @@ def _config(command: str, path: Path, overrides: list[str]) -> RunConfig:
     return load_config(path, overrides, kind)
 
 
+def _demo(given: argparse.Namespace) -> None:
+    from fisher_forget._util.threads import torch_threads
+    from fisher_forget.experiments.demo import Demo
+
+    with torch_threads(1):  # more hardly help a network this small, and wait for each other
+        for line in Demo(retrain=given.retrain).run():
+            print(line, flush=True)
+
+
 def _print_data(given: argparse.Namespace) -> None:
     print(catalogue(given.root))
 
@@ -190,7 +206,12 @@ def _write_template(given: argparse.Namespace) -> None:
     print(f"{path} is written. Name your functions in it, then: fisher-forget run {path} --dry-run")
 
 
-_START = {"init": _write_template, "data": _print_data, "completion": _print_completion}
+_START = {
+    "demo": _demo,
+    "init": _write_template,
+    "data": _print_data,
+    "completion": _print_completion,
+}
 
 
 class _Grouped(argparse.RawDescriptionHelpFormatter):
@@ -244,6 +265,11 @@ def _add_config(command: argparse.ArgumentParser, about: Command) -> None:
         command.add_argument("--dry-run", action="store_true", help=what)
 
 
+def _add_demo(command: argparse.ArgumentParser) -> None:
+    what = "also retrain twice without the forgotten images, and compare"
+    command.add_argument("--retrain", action="store_true", help=what)
+
+
 def _add_init(command: argparse.ArgumentParser) -> None:
     where = "default %(default)s"
     _file(command.add_argument("path", nargs="?", default="config.yaml", help=where))
@@ -261,7 +287,12 @@ def _add_completion(command: argparse.ArgumentParser) -> None:
     command.add_argument("shell", choices=SHELLS)
 
 
-_ARGUMENTS = {"init": _add_init, "data": _add_data, "completion": _add_completion}
+_ARGUMENTS = {
+    "demo": _add_demo,
+    "init": _add_init,
+    "data": _add_data,
+    "completion": _add_completion,
+}
 
 
 def _add_keys(command: argparse.ArgumentParser, name: str) -> None:
