@@ -7,7 +7,7 @@ every scan of scikit-learn's digits is there in fixed variants, which are forgot
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from textwrap import indent
 
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fisher_forget._util.isolation import seeded
 from fisher_forget._util.numbers import number
+from fisher_forget.data.samples import take
 from fisher_forget.data.split import Indices
 from fisher_forget.evaluate.closeness import Reference
 from fisher_forget.experiments.datasets import load_dataset
@@ -27,7 +28,6 @@ from fisher_forget.experiments.training import TrainSettings, train
 from fisher_forget.unlearn.prepare import prepare
 from fisher_forget.unlearn.result import ForgetResult
 
-DIGIT = 3  # what the first request is about
 # Of a variant: rotation in radians, relative size, and shift in halves of the image's side.
 TURN, SIZE, SHIFT = 0.25, 0.15, 0.25
 RETRAINED = 2  # the least that have a KL between them
@@ -41,7 +41,7 @@ class Demo:
         scans: Training scans.
         variants: Images of each.
         epochs: Of the training.
-        second: Scans that the second request names; the first names every scan of one digit.
+        request: Scans that each of the two requests names, with all their variants.
         retrain: Also retrain without them, and compare.
         progress: Show progress bars.
     """
@@ -49,7 +49,7 @@ class Demo:
     scans: int = 1437
     variants: int = 20
     epochs: int = 20
-    second: int = 10
+    request: int = 10
     retrain: bool = False
     progress: bool = True
 
@@ -68,29 +68,23 @@ class Demo:
         loader = DataLoader(data, batch_size=256)
         prepared = prepare(model, loader, progress=self.progress)
         yield _row("prepare(), once", time.perf_counter() - clock)
-        labels = data.tensors[1].numpy()
-        some = np.flatnonzero(labels != DIGIT)[: self.second * self.variants]
-        models = [model]
-        for what, request in (
-            (f"first request: every {DIGIT}", np.flatnonzero(labels == DIGIT)),
-            (f"second request: {self.second} scans of others", some),
-        ):
+        images, models = self.request * self.variants, [model]
+        for word, begin in (("first", 0), ("second", images)):
             clock = time.perf_counter()
-            result = prepared.forget(request, progress=self.progress)
+            result = prepared.forget(range(begin, begin + images), progress=self.progress)
             seconds = time.perf_counter() - clock
-            named = f"{what}, {len(request):,} images"
-            yield _row(named, seconds, f"1/{training / seconds:.0f} of the training")
+            what = f"{word} request: {self.request} scans, {images:,} images"
+            yield _row(what, seconds, f"1/{training / seconds:.0f} of the training")
             models.append(result.model)
 
-        yield "\nrecognised among test scans         before   first  second"
-        its = digits.test.tensors[1] == DIGIT
-        for name, rows in ((f"every {DIGIT}", its), ("the other digits", ~its)):
-            part = TensorDataset(*digits.test[rows])
+        yield "\naccuracy                           before   first  second"
+        parts = {"forgotten images": take(data, result.split.forget), "test scans": digits.test}
+        for name, part in parts.items():
             shown = "".join(f"{100 * _accuracy(one, part):6.1f} %" for one in models)
             yield f"  {name:32}{shown}"
         yield f"\nwhat the result says of itself\n{indent(str(result.check), '  ')}"
         if self.retrain:
-            yield from self._compared(data, digits.test, model, result)
+            yield from self._compared(data, parts, model, result)
 
     def _trained(self, data: TensorDataset, rows: Indices, seed: int) -> tuple[nn.Module, float]:
         """A model trained on some rows, and the seconds that it took."""
@@ -103,14 +97,16 @@ class Demo:
         return model, time.perf_counter() - clock
 
     def _compared(
-        self, data: TensorDataset, test: TensorDataset, original: nn.Module, result: ForgetResult
+        self,
+        data: TensorDataset,
+        parts: Mapping[str, TensorDataset],
+        original: nn.Module,
+        result: ForgetResult,
     ) -> Iterator[str]:
         """How close the result came to models trained without the forgotten images."""
-        split = result.split
-        trained = [self._trained(data, split.retain, seed) for seed in range(1, RETRAINED + 1)]
+        retained = result.split.retain
+        trained = [self._trained(data, retained, seed) for seed in range(1, RETRAINED + 1)]
         yield "\n" + _row("retraining without them", sum(s for _, s in trained) / RETRAINED)
-        others = TensorDataset(*test[test.tensors[1] != DIGIT])
-        parts = {"forgotten images": TensorDataset(*data[split.forget]), "other test scans": others}
         close = Reference(original, [model for model, _ in trained], parts).closeness(result.model)
         yield "KL from retrained models, nats      before   after   between two of them"
         for name, part in close.parts.items():
