@@ -60,16 +60,16 @@ def measure(case: Case, row: str, *, quick: bool, cache: Path) -> dict[str, Any]
     times: dict[str, list[float]] = {"plain": [], "estimator": [], "eigh": []}
     peaks: list[int] = []
     for repeat in range(ROUNDS):
-        _reset_peak()
+        reset_peak()
         times["plain"].append(_seconds(lambda: plain(model, data)))
         if repeat == 0:
-            peaks.append(_peak())
-            _reset_peak()
+            peaks.append(peak())
+            reset_peak()
         with eigendecompositions() as spent:
             times["estimator"].append(_seconds(lambda: run(data)))
         times["eigh"].append(math.fsum(spent))
         if repeat == 0:
-            peaks.append(_peak())
+            peaks.append(peak())
     factor = 1.0
     if estimator.complete is not None:
         factor = data.y.numel() * case.classes / REFERENCE_BACKWARDS
@@ -99,20 +99,21 @@ def _seconds(work: Any) -> float:
     return perf_counter() - start
 
 
-def _reset_peak() -> None:
+def reset_peak() -> None:
+    """Begin anew, where that is possible."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif CLEAR_REFS.exists():
         CLEAR_REFS.write_text("5")  # resets VmHWM, the peak resident set (Linux, proc(5))
 
 
-def _peak() -> int:
-    """Bytes since `_reset_peak`; where that is not possible, since the start of the process."""
+def peak() -> int:
+    """Bytes since `reset_peak`; where that is not possible, since the start of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     if CLEAR_REFS.exists():
-        peak = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(peak.split()[1]) * 1024
+        lines = STATUS.read_text().splitlines()
+        return int(next(x for x in lines if x.startswith("VmHWM")).split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == "darwin" else 1024
     )
