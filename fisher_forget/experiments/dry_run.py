@@ -47,7 +47,7 @@ from fisher_forget.unlearn.problem import with_solver
 
 STEPS = 6  # of training, that are timed
 GRADIENTS = {"sgd": 2, "adam": 3}  # tensors of the weights' size that training holds beside them
-COPIES = 20  # tensors of the weights' size that `forget` holds: gradients, steps, solver, draws
+COPIES = 30  # tensors of the weights' size that `forget` holds: gradients, steps, solver, draws
 
 
 @dataclass(frozen=True)
