@@ -204,7 +204,7 @@ class _Work:
         """Newton step of a cell."""
         options = self.options(cell)
         with isolated():
-            decay, lasted = options.weight_decay, options.training_time
+            decay, lasted = options.known_decay, options.training_time
             problem = replace(problem, weight_decay=decay, training_time=lasted)
             return scrub(self.model, problem, options)
 

@@ -59,20 +59,29 @@ def take_data_sums(
     Args:
         objective: Losses at the original parameters.
         split: All of its samples count.
-        most: Take this many of them, drawn at random; `None` takes all.
+        most: Take this many of them, drawn at random, if each has as many scored positions, so
+            that these tell how many all have; `None` takes all.
         seed: Of which these are.
         progress: Show a progress bar.
 
     Raises:
         NumericalError: If a loss or gradient is not finite.
     """
-    samples = split.indices("all")
-    samples = samples if most is None else some(samples, most, seed)
+    every = split.indices("all")
+    samples = every if most is None else some(every, most, seed)
+    if len(samples) < len(every) and not _even(objective, split, samples):
+        samples = every
     spread: list[Tensor] = []
     batches = bar(split.batches(samples), split.steps(samples), "gradient", progress)
     total = objective.gradient(batches, objective.start, spread)
     foreign = foreign_statistics(objective.model, split, private=True)
     return DataSums(total, samples, torch.cat(spread), foreign)
+
+
+def _even(objective: Objective, split: Split, samples: Indices) -> bool:
+    """Whether each of the samples has as many scored positions."""
+    counts = [objective.likelihood.counts(batch.targets) for batch in split.batches(samples)]
+    return len(torch.cat(counts).unique()) == 1
 
 
 def save_data_sums(path: str | Path, sums: DataSums, fingerprint: str) -> None:

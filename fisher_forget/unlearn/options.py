@@ -163,6 +163,12 @@ class ForgetOptions:
         return self if same else replace(self, likelihood=named(likelihood))
 
     @property
+    def known_decay(self) -> WeightDecay | Literal["auto"]:
+        """wd as it is given, or as the known training has it; else "auto"."""
+        known = None if self.training is None else self.training.weight_decay
+        return known if self.weight_decay == "auto" and known is not None else self.weight_decay
+
+    @property
     def training_time(self) -> float | None:
         """T of the training, where it is known."""
         return None if self.training is None else self.training.time

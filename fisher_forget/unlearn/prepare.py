@@ -140,7 +140,7 @@ class Prepared:
                 split,
                 curvature,
                 self.sums,
-                options.weight_decay,
+                options.known_decay,
                 options.training_time,
                 seconds,
             )
@@ -228,8 +228,8 @@ def prepare(
         objective = objective_of(model, split, options, loss_fn)
         options = options.with_loss(objective.likelihood, loss_fn)
         check_scored(split, objective.likelihood)
-        if options.weight_decay != "auto":  # refuses wrong patterns
-            by_name(options.weight_decay, objective.model, list(objective.start))
+        if options.known_decay != "auto":  # refuses wrong patterns
+            by_name(options.known_decay, objective.model, list(objective.start))
         options = with_solver(options, objective, split, warn=True)
         log = None
         if folder is not None:
@@ -237,9 +237,9 @@ def prepare(
             likelihood: Any = objective.likelihood
             if is_dataclass(likelihood):
                 likelihood = asdict(likelihood)  # type: ignore[arg-type]
-            fixed |= {"likelihood": likelihood, "weight_decay": options.weight_decay}
-            if isinstance(options.weight_decay, Mapping):  # whose order counts
-                fixed["weight_decay"] = list(options.weight_decay.items())
+            fixed |= {"likelihood": likelihood, "weight_decay": options.known_decay}
+            if isinstance(options.known_decay, Mapping):  # whose order counts
+                fixed["weight_decay"] = list(options.known_decay.items())
             if options.inverts != options.changed({"solver": "auto"}).inverts:
                 fixed["solver"] = options.solver  # which samples the curvature is of depends on it
             mark = files.fingerprint(fixed, dict(model.state_dict()), split.fingerprint())

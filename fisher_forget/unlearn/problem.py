@@ -33,6 +33,7 @@ from fisher_forget.unlearn.options import ForgetKeywords, ForgetOptions, merged
 from fisher_forget.unlearn.weight_decay import ReadOff, WeightDecay, by_name, read_off
 
 TRACE = 1e-9  # of a class's target mass: what subtracting soft labels leaves
+TENFOLD = 10  # samples whose mean gradient is taken, for each that is forgotten
 GRADIENT_SAMPLES = 5000  # whose mean gradient stands for that of all, where it is no force itself
 
 
@@ -92,17 +93,18 @@ class Problem:
         objective = objective_of(model, split, options, loss_fn, device)
         options = options.with_loss(objective.likelihood, loss_fn)
         check_scored(split, objective.likelihood)
-        if options.weight_decay != "auto":  # wrong patterns are refused before any work
-            by_name(options.weight_decay, objective.model, list(objective.start))
+        if options.known_decay != "auto":  # wrong patterns are refused before any work
+            by_name(options.known_decay, objective.model, list(objective.start))
         options = with_solver(options, objective, split, warn=True)
         clock = time.perf_counter()
         part, kind = options.curvature_plan(split)
         curvature = curvature_of(objective, split, options, part, kind, progress=progress)
         estimated = time.perf_counter()
-        most = None if options.whole else GRADIENT_SAMPLES
+        # the mean's error enters the force by m / n_r: who forgets many reads them all anyway
+        most = None if options.whole else max(GRADIENT_SAMPLES, TENFOLD * len(split.forget))
         sums = take_data_sums(objective, split, most, seed=options.seed, progress=progress)
         seconds = {"curvature": estimated - clock, "gradient": time.perf_counter() - estimated}
-        decay, lasted = options.weight_decay, options.training_time
+        decay, lasted = options.known_decay, options.training_time
         return cls(objective, split, curvature, sums, decay, lasted, seconds)
 
     @cached_property

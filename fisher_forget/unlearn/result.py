@@ -245,7 +245,7 @@ class ForgetResult:
     __repr__ = __str__  # its fields hold whole models
 
     def _decay(self) -> str:
-        decay = self.options.weight_decay
+        decay = self.options.known_decay
         if decay == "auto":
             return f"unknown (acts like {self.newton.acts_like:.2g})"
         if not isinstance(decay, Mapping):

@@ -20,6 +20,8 @@ from fisher_forget.unlearn.weight_decay import WeightDecay
 
 BUDGET = 0.1  # nats by which the held-out loss may rise: a mere safety
 HALVINGS = 7  # of a step that is not to be taken whole, at most
+ROUNDING = 1e-6  # of the loss, by which rounding may raise what is descended
+ERRORS = 2.0  # standard errors that are no doubt
 
 
 @dataclass(frozen=True)
@@ -74,35 +76,43 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Descent:
-    r"""What the flow descends, up to a constant and as held-out samples see it.
+    r"""What the flow descends, up to a constant, as some retained samples see it.
 
     Where the force at w_0 is F that is phi(w) = L_r(w) + (wd/2) |w - w_0|^2 + (F - grad L_r(w_0))^T
-    w. With the mean loss L_h of held-out samples for L_r, its change from w_0 to w_0 + delta is
+    w. With the mean loss L_s of the samples for L_r, its change from w_0 to w_0 + delta is
 
-        L_h(w_0 + delta) - L_h(w_0) + (F - grad L_h(w_0) + (wd/2) delta)^T delta.
+        L_s(w_0 + delta) - L_s(w_0) + (F - grad L_s(w_0) + (wd/2) delta)^T delta.
 
     Attributes:
-        start: Held-out losses at w_0.
-        gradient: grad L_h(w_0).
+        samples: The samples, and the model on them.
+        start: Their losses at w_0.
+        gradient: grad L_s(w_0).
+        force: F.
         weight_decay: wd.
+        all: Whether these are all that L_r is of.
     """
 
+    samples: HeldOut
     start: Look
     gradient: Params
+    force: Params
     weight_decay: WeightDecay
+    all: bool
 
-    def change(self, there: Look, force: Params) -> float:
-        """Of phi from the start, nats."""
+    def change(self, there: Look) -> float:
+        """Of phi from the start, nats; NaN where numbers overflow."""
         delta = P.add(there.at, self.start.at, -1)
-        slope = P.add(P.add(force, self.gradient, -1), P.scale(delta, 0.5), self.weight_decay)
+        slope = P.add(P.add(self.force, self.gradient, -1), P.scale(delta, 0.5), self.weight_decay)
         return there.loss - self.start.loss + P.dot(slope, delta)
 
-    def error(self, there: Look) -> float:
-        """Standard error of the change of the mean loss, by who is held out, nats."""
+    def rose(self, at: Params) -> bool:
+        """Whether phi is above its start; by more than who was chosen may make it, if some were."""
+        there = self.samples.look(at)
         change = there.losses - self.start.losses
-        return (
-            float(change.std()) * len(change) ** 0.5 / there.positions if len(change) > 1 else 0.0
-        )
+        doubt = ROUNDING * self.start.loss
+        if not self.all and len(change) > 1:
+            doubt += ERRORS * float(change.std()) * len(change) ** 0.5 / there.positions
+        return not self.change(there) <= doubt
 
 
 @dataclass(frozen=True)

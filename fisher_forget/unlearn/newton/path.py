@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fisher_forget import params as P
 from fisher_forget._util.progress import bar
@@ -12,12 +12,10 @@ from fisher_forget.data.split import Indices
 from fisher_forget.errors import CurvatureError, NumericalError
 from fisher_forget.params import Params
 from fisher_forget.unlearn.newton.flow import Flow
-from fisher_forget.unlearn.newton.guard import HALVINGS, Descent, Guard, Look, longest
+from fisher_forget.unlearn.newton.guard import HALVINGS, Guard, longest
 from fisher_forget.unlearn.options import ForgetOptions
 from fisher_forget.unlearn.problem import Problem
 
-ROUNDING = 1e-6  # of the loss, by which rounding may raise what is descended
-ERRORS = 2.0  # standard errors that are no doubt
 DAMPINGS = tuple(10.0 ** (-k / 2) for k in range(13))  # 1 ... 1e-6, for damping="auto" with steps
 
 
@@ -57,28 +55,15 @@ class Path:
         flow: Of the retained objective, at its start.
         guard: What a step may cost.
         shown: Forget samples whose predictions are looked at.
-        descent: What the flow descends; `None` where nobody is held out.
-        searching: Halve every sub-step until it lowers that.
 
     Attributes:
         at: Where the weights are.
         steps: Every sub-step tried.
     """
 
-    def __init__(
-        self,
-        problem: Problem,
-        flow: Flow,
-        guard: Guard,
-        shown: Indices,
-        descent: Descent | None = None,
-        *,
-        searching: bool = False,
-    ) -> None:
+    def __init__(self, problem: Problem, flow: Flow, guard: Guard, shown: Indices) -> None:
         self.flow, self.guard, self.at = flow, guard, flow.at
         self.steps: list[SubStep] = []
-        self._descent, self._searching = descent, searching
-        self._here, self._force = guard.best, P.zeros_like(flow.at)
         self._objective = problem.objective
         self._shown = problem.objective.reader(problem.split, shown)
 
@@ -86,33 +71,21 @@ class Path:
         """Sub-steps over these times, each with its force at the original weights.
 
         Returns:
-            Whether all were taken whole, or a search found how much of them.
+            Whether all were taken whole.
         """
         for time_step, force in zip(
             bar(times, len(times), "Newton", progress), forces, strict=True
         ):
-            self._force = force
             self.flow.owe(force)
-            whole = self.advance(1 / time_step, HALVINGS) and self.steps[-1].share == 1
-            if not whole and not self._searching:
+            if not self.advance(1 / time_step, HALVINGS) or self.steps[-1].share < 1:
                 return False  # the next would leave the budget, too
         return True
 
-    @property
-    def rose(self) -> bool:
-        """Whether what the flow descends is above its start, beyond doubt."""
-        if self._descent is None:
-            return False
-        return self._level(self._here) > ERRORS * self._descent.error(self._here)
-
-    def _level(self, look: Look) -> float:
-        return 0.0 if self._descent is None else self._descent.change(look, self._force)
-
-    def _fits(self, look: Look) -> bool:
-        if not self._searching:
-            return self.guard.fits(look)
-        lowers = self._level(look) <= self._level(self._here) + ROUNDING * self._here.loss
-        return self.guard.fits(look) and lowers
+    def back(self, start: Params) -> None:
+        """Back to the start: none of the sub-steps is taken."""
+        self.at = start
+        self.flow.move(start)
+        self.steps = [replace(step, accepted=False) for step in self.steps]
 
     def repeat(self, options: ForgetOptions, progress: bool) -> None:
         """A given number of sub-steps, at one damping.
@@ -142,8 +115,8 @@ class Path:
                 raise
             self.steps.append(SubStep(tau, 0, math.inf, 0.0, nan, nan, nan, nan, accepted=False))
             return False
-        look = longest(self.guard.held_out, self._fits, self.at, solution.x, halvings)
-        fits, moved = self._fits(look), nan
+        look = longest(self.guard.held_out, self.guard.fits, self.at, solution.x, halvings)
+        fits, moved = self.guard.fits(look), nan
         try:
             moved = self._moved(look.at)
         except NumericalError:
@@ -162,7 +135,7 @@ class Path:
             )
         )
         if fits and not trial:
-            self.at, self.guard, self._here = look.at, self.guard.passed(look), look
+            self.at, self.guard = look.at, self.guard.passed(look)
             self.flow.move(self.at)
         return fits
 

@@ -29,12 +29,12 @@ from fisher_forget.data.split import Indices, some
 from fisher_forget.errors import ConfigError, CurvatureError, NumericalError
 from fisher_forget.params import Params
 from fisher_forget.unlearn.newton.flow import Flow, LinearSolver
-from fisher_forget.unlearn.newton.guard import Descent, Guard, HeldOut
+from fisher_forget.unlearn.newton.guard import HALVINGS, Descent, Guard, HeldOut
 from fisher_forget.unlearn.newton.horizon import STEPS, Horizon, Owed
 from fisher_forget.unlearn.newton.path import Path, SubStep
 from fisher_forget.unlearn.newton.two_solves import TwoSolves
 from fisher_forget.unlearn.options import ForgetKeywords, ForgetOptions, merged
-from fisher_forget.unlearn.problem import Problem, with_solver
+from fisher_forget.unlearn.problem import GRADIENT_SAMPLES, Problem, with_solver
 from fisher_forget.unlearn.self_check import still_recognised
 from fisher_forget.unlearn.weight_decay import WeightDecay, contradiction
 
@@ -120,8 +120,8 @@ def newton_step(
     With steps="auto" there are eight sub-steps over a `Horizon`, in which more and more of the
     forgotten samples push; and eight more at most where a class of which no sample is retained is
     still recognised. A step that leaves the budget is halved until it does not, and is the last.
-    Where the flow ends above its start of what it descends, it is followed once more, and every
-    sub-step is halved until it leads down.
+    Where the flow ends above its start of what it descends, it is followed again for half the time;
+    nowhere, if it always does.
 
     Args:
         problem: Model, data, curvature and gradient; its `weight_decay` is that of the objective.
@@ -163,26 +163,27 @@ def newton_step(
         force = owed.all()
 
     if options.steps == "auto":
-        times = horizon.times if options.damping == "auto" else (1 / options.damping,) * STEPS
-        descent = None
-        if len(held_out.samples):
-            own = problem.objective.gradient(held_out.batches(), start)
-            descent = Descent(guard.best, own.mean(), decay)
-        for searching in (False, True):
+        descent = _descent(problem, held_out, force)
+        for _ in range(HALVINGS + 1):
             flow.move(start)
-            path = Path(problem, flow, guard, shown, descent, searching=searching)
-            forces = [force] * STEPS if owed is None else owed.steps()
+            path = Path(problem, flow, guard, shown)
+            times = horizon.times if options.damping == "auto" else (1 / options.damping,) * STEPS
+            forces = [force] * STEPS if owed is None else Owed(problem, horizon).steps()
             went = path.follow(times, forces, progress)
             while went and len(path.steps) < 2 * STEPS and _known(problem, shown, path.at):
                 went = path.follow(times[-1:], [force], progress)
-            if not path.rose:  # else once more, with a search along every sub-step
+            if descent is None or not descent.rose(path.at):
                 break
+            path.back(start)
+            if options.damping != "auto":
+                break
+            horizon = horizon.half()  # B has changed too much on the way
     else:
         path = Path(problem, flow, guard, shown)
         if owed is not None:
             flow.owe(force)
         path.repeat(options, progress)
-    given = options.weight_decay != "auto"
+    given = options.known_decay != "auto"
     return NewtonStep(
         params=path.at,
         weight_decay=decay,
@@ -199,6 +200,19 @@ def newton_step(
         budget=guard.budget,
         seconds=time.perf_counter() - begun,
     )
+
+
+def _descent(problem: Problem, held_out: HeldOut, force: Params) -> Descent | None:
+    """What the flow descends: as all known samples see it, where these are few."""
+    if not len(held_out.samples):
+        return None
+    start, known = problem.objective.start, problem.known
+    whole = len(known) <= GRADIENT_SAMPLES
+    judges = HeldOut(problem.objective, problem.split, known) if whole else held_out
+    own = problem.retained
+    if not whole:
+        own = problem.objective.gradient(judges.batches(), start)
+    return Descent(judges, judges.look(start), own.mean(), force, problem.decay, whole)
 
 
 def _known(problem: Problem, shown: Indices, at: Params) -> bool:
