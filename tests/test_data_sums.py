@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from conftest import seeded
 from torch import nn
@@ -19,17 +20,20 @@ X, Y = torch.randn(50, 4, 5, generator=G).double(), torch.randint(0, 3, (50, 4),
 Y[::3, -1] = -100  # padding is not scored
 
 
-def test_of_all_and_of_some_samples() -> None:
-    """Gradient, loss, count and targets of each class, by autograd over the same samples."""
+@pytest.mark.parametrize("padded", [False, True])
+def test_of_all_and_of_some_samples(padded: bool) -> None:
+    """Gradient, loss, count and targets of each class, by autograd over the same samples; all of
+    them where some have fewer scored positions."""
+    targets = Y if padded else Y.clamp(min=0)
     model = seeded(lambda: nn.Linear(5, 3).double())
     objective = Objective(model, Categorical())
-    split = resolve_split(TensorDataset(X, Y), [0, 7])
+    split = resolve_split(TensorDataset(X, targets), [0, 7])
     for most in (None, 60, 20):
         sums = take_data_sums(objective, split, most, seed=3)
         rows = sums.samples
-        assert len(rows) == min(most or 50, 50)
+        assert len(rows) == (50 if padded else min(most or 50, 50))
         assert np.array_equal(rows, np.unique(rows))
-        y = Y[rows].flatten()
+        y = targets[rows].flatten()
         loss = F.cross_entropy(model(X[rows]).flatten(0, 1), y, reduction="sum")
         grads = torch.autograd.grad(loss, list(model.parameters()))
         for found, truth in zip(sums.total.sums.values(), grads, strict=True):
@@ -37,7 +41,9 @@ def test_of_all_and_of_some_samples() -> None:
         assert sums.total.count == float((y != -100).sum())
         assert sums.total.classes.tolist() == [int((y == c).sum()) for c in range(3)]
         p = model(X).softmax(-1).detach()
-        spread = ((1 - p.square().sum(-1)) * (Y != -100)).sum(-1)  # tr(diag p - p p^T), summed
+        spread = ((1 - p.square().sum(-1)) * (targets != -100)).sum(
+            -1
+        )  # tr(diag p - p p^T), summed
         torch.testing.assert_close(sums.spread_of(rows).double(), spread[rows], rtol=1e-5, atol=0)
     others = take_data_sums(objective, split, 20, seed=4)
-    assert not np.array_equal(others.samples, sums.samples)
+    assert np.array_equal(others.samples, sums.samples) == padded

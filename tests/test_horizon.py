@@ -102,7 +102,8 @@ class TestQuadratic:
         force = Owed(problem, Horizon.of(problem)).all()
         held_out = HeldOut(problem.objective, problem.split, LEFT)
         own = problem.objective.gradient(held_out.batches(), problem.objective.start).mean()
-        descent = Descent(held_out.look(problem.objective.start), own, wd)
+        start = held_out.look(problem.objective.start)
+        descent = Descent(held_out, start, own, force, wd, all=True)
         there = {name: 1.5 * w for name, w in problem.objective.start.items()}
         (a_r, b_r), (a_d, b_d) = quadratic(data, LEFT), quadratic(data, np.arange(N))
         w0, w1 = matrix(problem.objective.start), matrix(there)
@@ -112,7 +113,7 @@ class TestQuadratic:
             loss = (w * (a_r @ w)).sum() / 2 - (w * b_r).sum()
             return float(loss + wd / 2 * w.square().sum() - (drift * w).sum())
 
-        assert descent.change(held_out.look(there), force) == pytest.approx(phi(w1) - phi(w0))
+        assert descent.change(held_out.look(there)) == pytest.approx(phi(w1) - phi(w0))
 
 
 @pytest.mark.parametrize("wd", [0.01, 0.003])
@@ -211,9 +212,10 @@ class TestHorizon:
         for time in (3.0, 1e9):
             options = ForgetOptions(training=TrainingTime(time=time))
             problem = Problem.of(trained, blobs_data(), GONE, options)
-            step = newton_step(problem, options)
             longest = 10 / problem.found.typical
-            assert step.horizon == pytest.approx(min(STEPS * OF_TRAINING * time, longest))
+            assert Horizon.of(problem).time == pytest.approx(
+                min(STEPS * OF_TRAINING * time, longest)
+            )
 
     def test_without_any_decay(self) -> None:
         """Weights that shrink by themselves hold to nothing: the loss's own time is an end."""
@@ -287,9 +289,9 @@ class TestForces:
             torch.testing.assert_close(force, first)
 
 
-def test_a_flow_that_ends_above_its_start_is_followed_with_a_search() -> None:
-    """A curvature that is far too small makes every sub-step too long: whole ones diverge, but
-    their directions lead down."""
+def test_a_flow_that_ends_above_its_start_is_followed_for_half_the_time() -> None:
+    """A curvature that is far too small makes every sub-step too long: whole ones diverge, shorter
+    ones lead down."""
     wd = 0.1
     model, data = linear_regression(wd, 0.0)
     problem = Problem.of(model, data, GONE, likelihood="gaussian", weight_decay=wd)
@@ -303,7 +305,7 @@ def test_a_flow_that_ends_above_its_start_is_followed_with_a_search() -> None:
 
     truth = matrix(dict(retrained.named_parameters()))
     before, after = matrix(problem.objective.start), matrix(step.params)
-    assert min(s.share for s in step.path) < 1
+    assert step.horizon < Horizon.of(problem).time / 1.9
     assert all(s.accepted for s in step.path)
     assert objective(truth) < objective(after) < objective(before)
-    assert float((after - truth).norm()) < 0.25 * float((before - truth).norm())
+    assert float((after - truth).norm()) < float((before - truth).norm())

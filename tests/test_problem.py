@@ -18,6 +18,7 @@ from fisher_forget.params import flatten
 G = torch.Generator().manual_seed(0)
 X, Y = torch.randn(30, 4, generator=G), torch.arange(30) % 3
 SOME = "fisher_forget.unlearn.problem.GRADIENT_SAMPLES"
+TENFOLD = "fisher_forget.unlearn.problem.TENFOLD"
 
 
 def gone(targets: Tensor, idx: Any, likelihood: Any = None, outputs: int = 3) -> tuple[int, ...]:
@@ -101,6 +102,7 @@ class TestSomeSamples:
         data, idx = blobs_data(), list(range(0, 60, 6))
         whole = Problem.of(trained, data, idx)
         monkeypatch.setattr(SOME, 40)
+        monkeypatch.setattr(TENFOLD, 1)
         some = Problem.of(trained, data, idx)
         assert len(some.sums.samples) == 40
         assert np.isin(some.known, some.sums.samples).all()
@@ -115,6 +117,7 @@ class TestSomeSamples:
         self, trained: nn.Module, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(SOME, 40)
+        monkeypatch.setattr(TENFOLD, 1)
         for options in ({"drift": False}, {"steps": 1, "damping": 0.1}):
             problem = Problem.of(trained, blobs_data(), [0], **options)
             assert len(problem.sums.samples) == 60
@@ -123,6 +126,7 @@ class TestSomeSamples:
         self, net: nn.Module, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(SOME, 40)
+        monkeypatch.setattr(TENFOLD, 1)
         problem = Problem.of(net, blobs_data(), [0])
         split = problem.split
         nobody = type(split)(split.base, np.arange(60), np.arange(0), split.batch_size)

@@ -110,6 +110,16 @@ class ReadOff:
     squares: dict[str, float]
 
     @property
+    def beside(self) -> float:
+        """rho^2: the share of |grad L|^2 that no decay of any layer balances; 0 at a minimum."""
+        whole = self.left + self.value**2 * math.fsum(self.squares.values())
+        of_layers = dict.fromkeys(self.layers, 0.0)
+        for name, square in self.squares.items():
+            of_layers[name.rpartition(".")[0]] += square
+        held = math.fsum(max(self.layers[m], 0.0) ** 2 * square for m, square in of_layers.items())
+        return max(1 - held / whole, 0.0) if whole else 0.0
+
+    @property
     def typical(self) -> float:
         """Median of `layers`: what half of the layers act like at least, however large the weights
         are that training hardly moved (an embedding's that were drawn at random); 0 at least."""

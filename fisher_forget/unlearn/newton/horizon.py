@@ -68,8 +68,8 @@ class Horizon:
         if known is not None:
             e_fold = OF_TRAINING * known
         elif wd > 0:
-            left = found.left / (found.left + found.value**2 * math.fsum(found.squares.values()))
-            e_fold = 1 / (STEPS * DEPTH * left * wd) if left else math.inf
+            beside = found.beside
+            e_fold = 1 / (STEPS * DEPTH * beside * wd) if beside else math.inf
         else:  # the weights would grow without end, or stand still: the loss alone tells the time
             e_fold = found.time / 2
         end = min(SETTLED / wd, LONGEST) if wd > 0 else LONGEST
