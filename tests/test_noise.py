@@ -12,6 +12,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from conftest import seeded
 from scipy import stats
 from scipy.optimize import minimize_scalar
 from small_models import prepared
@@ -22,6 +23,7 @@ from fisher_forget import (
     Categorical,
     ConfigError,
     Curvature,
+    FisherForgetWarning,
     Gaussian,
     NoiseTarget,
     NumericalError,
@@ -301,18 +303,29 @@ class TestCalibration:
                 objective, split, operator, objective.start, target=NoiseTarget(accuracy=0.99)
             )
 
+    @pytest.mark.parametrize("scale", [0.0, 1e-12])
+    def test_a_default_that_no_noise_reaches(self, scale: float) -> None:
+        """Outputs that no weight changes, or hardly: nobody asked for a rise of the loss."""
+
+        class Mute(nn.Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                return scale * super().forward(x)
+
+        x = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+        data, net = TensorDataset(x, torch.arange(30) % 3), seeded(lambda: Mute(4, 3))
+        with pytest.warns(FisherForgetWarning, match=r"No noise was added: no scale"):
+            result = forget(net, data, [1], progress=False)
+        assert result.noise is not None
+        assert result.noise.scale == result.noise.norm == 0
+        assert "noise      none: no scale reaches loss 0.0022" in str(result)
+        with pytest.raises(ConfigError, match="within which noise of any scale stays"):
+            forget(net, data, [1], noise=NoiseTarget(loss=0.01), progress=False)
+
     def test_the_search_ends_below_from_either_side(self) -> None:
-        assert noise.largest_scale(lambda s: math.inf, 1.0, 1.0, NoiseTarget()) == 0.0
-        assert (
-            0.97
-            < noise.largest_scale(lambda s: 0.0 if s <= 1.0 else math.inf, 1.0, 1e4, NoiseTarget())
-            <= 1.0
-        )
-        assert (
-            0.97
-            < noise.largest_scale(lambda s: 0.0 if s <= 1.0 else math.inf, 1.0, 1e-4, NoiseTarget())
-            <= 1.0
-        )
+        assert noise.largest_scale(lambda s: math.inf, 1.0, 1.0) == 0.0
+        assert noise.largest_scale(lambda s: 1.0, 1.0, 1.0) == math.inf
+        assert 0.97 < noise.largest_scale(lambda s: 0.0 if s <= 1.0 else math.inf, 1.0, 1e4) <= 1.0
+        assert 0.97 < noise.largest_scale(lambda s: 0.0 if s <= 1.0 else math.inf, 1.0, 1e-4) <= 1.0
 
     @pytest.mark.parametrize("first", [1e-3, 0.1, 1.0, 20.0, 1e3])
     def test_quadratic_harm_is_found_in_a_few_looks(self, first: float) -> None:
@@ -322,7 +335,7 @@ class TestCalibration:
             looks.append(scale)
             return 3 * scale**2 + scale**4
 
-        found = noise.largest_scale(harm, 0.7, first, NoiseTarget())
+        found = noise.largest_scale(harm, 0.7, first)
         assert found <= math.sqrt((math.sqrt(9 + 2.8) - 3) / 2) < 1.024 * found
         assert len(looks) <= 12  # bisection would take up to 21
 

@@ -484,6 +484,7 @@ class TestHidden:
         head = estimate_curvature(model, data, structure="matrix_free", subset="last*")
         assert head.trace() == pytest.approx(float(truth.diag()[-15:].sum()), abs=math_slack(truth))
 
+    @pytest.mark.filterwarnings("ignore:Retained samples suffered")  # nothing was trained
     def test_forget_goes_on_by_the_direct_solver(
         self, function: Callable[[Tensor], Tensor]
     ) -> None:
@@ -502,6 +503,7 @@ class TestHidden:
         with pytest.raises(CurvatureError, match="solver='direct'"):
             forget(model, data, [1], solver="cg", progress=False)
 
+    @pytest.mark.filterwarnings("ignore:Retained samples suffered")
     def test_prepared(self, function: Callable[[Tensor], Tensor]) -> None:
         model, data = self.model(function), samples(Categorical())
         with pytest.warns(FisherForgetWarning, match="solver='direct'"):

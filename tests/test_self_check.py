@@ -151,7 +151,7 @@ def check_of(
         {part: Answers.of(objective, split, part, w, 0) for part in ("retain", "forget")}
         for w in (objective.start, at)
     )
-    return self_check(problem, before, after, at, **options)  # type: ignore[arg-type]
+    return self_check(problem, (before, after), at, **options)  # type: ignore[arg-type]
 
 
 def named(check: SelfCheck, name: str) -> Finding:
@@ -261,7 +261,7 @@ class TestVerdicts:
         finding = named(check_of(trained, at, blobs, range(6)), "retained samples")
         assert finding.verdict == verdict
         assert (finding.value > finding.expected) is (verdict == "wrong")
-        asked = check_of(trained, at, blobs, range(6), allowed=(1e9, 1.0))
+        asked = check_of(trained, at, blobs, range(6), allowed=1e9)
         assert not asked.wrong
 
 

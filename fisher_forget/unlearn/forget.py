@@ -27,7 +27,7 @@ from fisher_forget.unlearn.noise_draw import check_generator
 from fisher_forget.unlearn.options import ForgetOptions, RequestKeywords, merged
 from fisher_forget.unlearn.problem import Problem, with_solver
 from fisher_forget.unlearn.result import ForgetResult, NormStatistics, versions
-from fisher_forget.unlearn.self_check import RISE, RISE_SHARE, Answers, self_check
+from fisher_forget.unlearn.self_check import RISE, Answers, self_check
 
 LOSS_SAMPLES = 2000
 PARTS: tuple[Part, ...] = ("retain", "forget")
@@ -168,11 +168,11 @@ def scrub(
     statistics, after = _refresh(problem, scrubbed, options)
     check = self_check(
         problem,
-        before,
-        after,
+        (before, after),
         _weights(scrubbed),
         moved=newton.norm,
-        allowed=(0.0, 0.0) if about is None else about.asked,
+        allowed=0.0 if about is None else about.asked,
+        cause=_of_statistics(statistics),
         held_out=held_out,
         seed=options.seed,
     )
@@ -210,10 +210,7 @@ def _refresh(
     refreshed = refresh_statistics(scrubbed, problem.split, kept)
     after = _answers(problem, _weights(scrubbed), options.seed)
     others = tuple(name for name in layers if name not in refreshed)
-    rise = after["retain"].loss - given["retain"].loss
-    if rise > max(RISE, RISE_SHARE * given["retain"].loss):
-        _warn_of_rise(len(refreshed), rise, after["retain"].loss)
-    return NormStatistics(refreshed, others, rise), after
+    return NormStatistics(refreshed, others, after["retain"].loss - given["retain"].loss), after
 
 
 def _answers(problem: Problem, at: Params, seed: int) -> dict[Part, Answers]:
@@ -238,12 +235,13 @@ def _warn_of_decay(contradiction: str, likelihood: Likelihood) -> None:
     )
 
 
-def _warn_of_rise(layers: int, rise: float, loss: float) -> None:
-    warnings.warn(
-        f"Recomputing the statistics of {layers} BatchNorm layers on the "
-        f"retained data raised the retained loss by {rise:.3g} nats, to {loss:.3g}. "
+def _of_statistics(statistics: NormStatistics) -> str:
+    """What recomputed statistics did to the retained loss, where they raised it."""
+    if statistics.rise <= RISE:
+        return ""
+    return (
+        f"Recomputing the statistics of {len(statistics.refreshed)} BatchNorm layers on the "
+        f"retained data raised the retained loss by {statistics.rise:.3g} nats. "
         "batch_norm='keep' leaves them as given, which is right where this data did not set them "
-        "(a frozen backbone); statistics that it set hold the forgotten samples, too.",
-        FisherForgetWarning,
-        stacklevel=5,
+        "(a frozen backbone); statistics that it set hold the forgotten samples, too."
     )

@@ -85,7 +85,7 @@ class ForgetResult:
         curvature: Of the retained loss at the given weights, without damping.
         newton: The Newton correction.
         noise: What may be said of the noise, or `None` where none was added.
-        losses: Mean loss in nats, of 2,000 samples of each part at most: retain_before,
+        losses: Mean loss in nats, of 1,000 samples of each part at most: retain_before,
             retain_after, forget_before, forget_after.
         check: What the result can say of itself without retrained models.
         statistics: Which layers' running statistics were recomputed on the retained data.
@@ -284,6 +284,9 @@ class ForgetResult:
         z = self.noise
         if z is None:
             yield "  noise      none"
+            return
+        if z.scale == 0 and z.target is not None:
+            yield f"  noise      none: no scale reaches {z.target}"
             return
         yield (
             f"  noise      {z.scale:.2e} (B + (wd + tau) I)^-{z.exponent:g}, tau {z.damping:.1e}, "
