@@ -289,6 +289,15 @@ class TestForget:
             result = prepare(trained, blobs, **QUIET).forget(idx, steps=1, damping=100.0)
         assert result.check.wrong
 
+    def test_a_model_destroyed_by_a_given_damping_warns(
+        self, blobs: TensorDataset, trained: nn.Module
+    ) -> None:
+        with pytest.warns(FisherForgetWarning, match=r"Retained samples suffered: loss .* -> "):
+            result = forget(
+                trained, blobs, range(50), steps=3, damping=1e-9, solver="direct", **QUIET
+            )
+        assert result.losses["retain_after"] > 2 * result.losses["retain_before"]
+
     def test_regression(self) -> None:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(80, 3, generator=generator)

@@ -226,7 +226,8 @@ def self_check(
             if held_out is not None:
                 unseen = Answers.of(problem.objective, held_out, "retain", at, seed)
             findings.append(_unseen(before, forget, unseen, stays, seed))
-    findings.append(_retained(before["retain"], after["retain"], allowed, cause))
+    seen = len(before["retain"].losses) / len(problem.split.retain)
+    findings.append(_retained(before["retain"], after["retain"], seen, allowed, cause))
     return SelfCheck(tuple(findings))
 
 
@@ -283,12 +284,14 @@ def _unseen(
     return Finding("unseen samples", found.ours, found.others, verdict, says)
 
 
-def _retained(before: Answers, after: Answers, allowed: float, cause: str) -> Finding:
-    """Whether retained samples lose as little as before: the same samples, in pairs."""
+def _retained(before: Answers, after: Answers, seen: float, allowed: float, cause: str) -> Finding:
+    """Whether retained samples lose as little as before: the same samples, in pairs, which are a
+    given share of all."""
     score = before.likelihood.score
     limit = max(RISE, RISE_SHARE * before.loss) + allowed
     rises = (after.losses - before.losses) * before.positions / before.positions.mean()
-    error = float(rises.std()) / math.sqrt(len(rises)) if len(rises) > 1 else 0.0
+    # of a mean over samples drawn without replacement: none where all are seen
+    error = float(rises.std()) * math.sqrt((1 - seen) / len(rises)) if seen < 1 else 0.0
     harmed = not float(rises.mean()) - ERRORS * error <= limit  # NaN is harm, too
     says = (
         f"Retained samples {'suffered' if harmed else 'did not suffer'}: "

@@ -95,11 +95,18 @@ class Path:
         """
         tau = self.smallest_damping(progress) if options.damping == "auto" else options.damping
         assert options.steps != "auto"
-        for _ in range(0 if tau is None else options.steps):
-            if not self.advance(tau or 0.0) and options.damping != "auto":
-                got = f"a Newton step at damping {tau:g} that left the finite numbers"
-                fix = "Use a larger damping, or damping='auto'."
-                raise NumericalError(got, "finite weights and losses", fix)
+        got = f"a Newton step at damping {tau} that left the finite numbers"
+        fix = "Use a larger damping, or damping='auto'."
+        overflow = NumericalError(got, "finite weights and losses", fix)
+        for step in range(0 if tau is None else options.steps):
+            try:
+                fits = self.advance(tau or 0.0)
+            except NumericalError as error:
+                if not step:  # at the given weights, so that no step is to blame
+                    raise
+                raise overflow from error
+            if not fits and options.damping != "auto":
+                raise overflow
 
     def advance(self, tau: float, halvings: int = 0, *, trial: bool = False) -> bool:
         """One sub-step from the current weights; they move only if it fits, and is no trial.
