@@ -128,7 +128,7 @@ def test_its_cost_grows_with_the_forget_set_only(
     shown = 8
     monkeypatch.setattr(self_check, "ANSWERS", shown)
     # the working set tells the gradient where the step has led
-    monkeypatch.setattr(flow, "POOL", 2 * shown)
+    monkeypatch.setattr(flow, "POOL", 2)
     monkeypatch.setattr(FORGET, "newton_step", partial(newton_step, working_set=shown))
     prepared = prepare(
         model,

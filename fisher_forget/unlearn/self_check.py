@@ -43,9 +43,9 @@ ANSWERS = 1000  # samples of each part, at most, that a result is judged by
 # Share of an absent class's targets that are predicted: models that never saw it predict it here
 # and there, small ones on up to a quarter of its samples.
 RARE, KNOWN = 0.05, 0.3
+RISE, RISE_SHARE = 0.01, 0.1  # of the retained loss: nats, or a share of it, that count as none
 LEVEL = 0.01  # false-alarm rate of a test, both sides together
 RELABELLINGS = 1999  # drawn for a test, beside the observed labels
-RISE, RISE_SHARE = 0.01, 0.1  # of the retained loss: nats, or a share of it, that count as none
 ERRORS = 2.0  # standard errors by which it must have risen, beyond what is allowed
 
 Verdict = Literal["fine", "wrong", "unknown"]

@@ -30,10 +30,12 @@ from fisher_forget.unlearn.objective import Gradient
 from fisher_forget.unlearn.problem import Problem
 from fisher_forget.unlearn.weight_decay import decayed, total_damping
 
-POOL = 500  # candidates among which the working set is re-chosen
+CARRIED = 0.9  # of tr H_n by the working set, if that takes no more samples than its least and most
+LEAST, MOST = 100, 400
+POOL = 5  # candidates among which it is re-chosen, for each of its samples
 # Conjugate-gradient products and tolerance. Along the flow a rough solution is enough: the next
 # step starts with a new gradient. A given damping asks for the solution itself.
-QUICK, EXACT = (5, 0.05), (200, 1e-9)
+QUICK, EXACT = (10, 0.05), (200, 1e-9)
 
 
 Products = Callable[[Params], Params]
@@ -52,7 +54,7 @@ class LinearSolver:
 
     direct: bool = False
     literal: bool = False
-    working_set: int = 100
+    working_set: int | None = None
 
 
 class Flow:
@@ -81,7 +83,10 @@ class Flow:
         self._batches = problem.split.batches
         self._spread = problem.sums.spread_of(samples).double().numpy()
         most_curved = np.argsort(-self._spread, kind="stable")
-        self._pool = samples[most_curved[: max(POOL, solver.working_set)]]
+        carried = np.cumsum(self._spread[most_curved])
+        enough = np.searchsorted(carried, CARRIED * carried[-1]) + 1 if len(carried) else LEAST
+        self._few = solver.working_set or int(min(max(enough, LEAST), MOST))
+        self._pool = samples[most_curved[: POOL * self._few]]
         # `_sums` are the gradient sums at `_base`, from which later gradients are reckoned
         self._sums, self._base = sums, dict(problem.objective.start)
         self.at = self._base
@@ -168,7 +173,7 @@ class Flow:
 
     def _working(self) -> Indices:
         """The samples that enter products and the gradient's change."""
-        few = len(self._pool) <= self.solver.working_set
+        few = len(self._pool) <= self._few
         return self._pool if few else self.most_curved()
 
     def most_curved(self) -> Indices:
@@ -177,7 +182,7 @@ class Flow:
         pairs = self.problem.objective.forward(self._batches(self._pool), self.at)
         spread = torch.cat([likelihood.output_curvature(f, y).cpu() for f, y in pairs]).numpy()
         order = np.argsort(-spread, kind="stable")
-        return np.sort(self._pool[order[: self.solver.working_set]])
+        return np.sort(self._pool[order[: self._few]])
 
     def _change(self, at: Params) -> Gradient:
         """Sums of the pool after less those at the base; of the others what B says."""

@@ -16,6 +16,7 @@ from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import NumericalError
 from fisher_forget.params import Params
 from fisher_forget.unlearn.objective import Objective
+from fisher_forget.unlearn.self_check import RISE, RISE_SHARE
 from fisher_forget.unlearn.weight_decay import WeightDecay
 
 BUDGET = 0.1  # nats by which the held-out loss may rise: a mere safety
@@ -105,14 +106,17 @@ class Descent:
         slope = P.add(P.add(self.force, self.gradient, -1), P.scale(delta, 0.5), self.weight_decay)
         return there.loss - self.start.loss + P.dot(slope, delta)
 
-    def rose(self, at: Params) -> bool:
-        """Whether phi is above its start; by more than who was chosen may make it, if some were."""
+    def failed(self, at: Params, *, settled: bool) -> bool:
+        """Whether the samples lose more than max(`RISE` nats, `RISE_SHARE` of their loss), or phi
+        is above its start where the model was at a minimum; beyond doubt, if they are some only."""
         there = self.samples.look(at)
         change = there.losses - self.start.losses
         doubt = ROUNDING * self.start.loss
         if not self.all and len(change) > 1:
             doubt += ERRORS * float(change.std()) * len(change) ** 0.5 / there.positions
-        return not self.change(there) <= doubt
+        allowed = max(RISE, RISE_SHARE * self.start.loss)
+        lost = not there.loss - self.start.loss <= allowed + doubt  # NaN is
+        return lost or (settled and not self.change(there) <= doubt)
 
 
 @dataclass(frozen=True)

@@ -55,10 +55,13 @@ class Horizon:
     Attributes:
         e_fold: Time of the flow that stands for one e-folding of the training's history.
         time: Of the whole flow, in `STEPS` equal sub-steps.
+        settled: Whether the flow is followed to its end, since the model was at a minimum. What the
+            flow descends is what retraining minimises then; else it is tilted.
     """
 
     e_fold: float
     time: float
+    settled: bool = False
 
     @classmethod
     def of(cls, problem: Problem) -> Horizon:
@@ -73,11 +76,11 @@ class Horizon:
         else:  # the weights would grow without end, or stand still: the loss alone tells the time
             e_fold = found.time / 2
         end = min(SETTLED / wd, LONGEST) if wd > 0 else LONGEST
-        return cls(e_fold, min(STEPS * e_fold, end))
+        return cls(e_fold, min(STEPS * e_fold, end), STEPS * e_fold >= end)
 
     def half(self) -> Horizon:
         """Half as far, with the same share of the history in each sub-step."""
-        return Horizon(self.e_fold / 2, self.time / 2)
+        return Horizon(self.e_fold / 2, self.time / 2, self.settled)
 
     @property
     def times(self) -> tuple[float, ...]:

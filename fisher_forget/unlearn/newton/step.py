@@ -39,6 +39,7 @@ from fisher_forget.unlearn.self_check import still_recognised
 from fisher_forget.unlearn.weight_decay import WeightDecay, contradiction
 
 HELD_OUT = 500  # retained samples that guard the steps, at most
+GROWTH = 1.5  # of the sub-steps that follow while a class is known
 SHOWN = 100  # forget samples whose predictions are watched
 
 
@@ -109,7 +110,7 @@ def newton_step(
     problem: Problem,
     options: ForgetOptions | None = None,
     *unexpected: object,
-    working_set: int = 100,
+    working_set: int | None = None,
     progress: bool = False,
     **changes: Unpack[ForgetKeywords],
 ) -> NewtonStep:
@@ -118,10 +119,11 @@ def newton_step(
     A sub-step solves (B(w) + (wd + tau) I) delta = -(grad L_r(w) + wd w) at the current w.
 
     With steps="auto" there are eight sub-steps over a `Horizon`, in which more and more of the
-    forgotten samples push; and eight more at most where a class of which no sample is retained is
-    still recognised. A step that leaves the budget is halved until it does not, and is the last.
-    Where the flow ends above its start of what it descends, it is followed again for half the time;
-    nowhere, if it always does.
+    forgotten samples push; and eight more at most, each longer than the last, where a class of
+    which no sample is retained is still recognised. A step that leaves the budget is halved until
+    it does not, and is the last. Where retained samples lose more than max(0.01 nats, 10 % of their
+    loss), or the retained objective ends above its start at a minimum (`Horizon.settled`), the flow
+    is followed again for half the time; nowhere, if it always does.
 
     Args:
         problem: Model, data, curvature and gradient; its `weight_decay` is that of the objective.
@@ -163,7 +165,7 @@ def newton_step(
         force = owed.all()
 
     if options.steps == "auto":
-        descent = _descent(problem, held_out, force)
+        descent = _descent(problem, held_out)
         for _ in range(HALVINGS + 1):
             flow.move(start)
             path = Path(problem, flow, guard, shown)
@@ -171,8 +173,9 @@ def newton_step(
             forces = [force] * STEPS if owed is None else Owed(problem, horizon).steps()
             went = path.follow(times, forces, progress)
             while went and len(path.steps) < 2 * STEPS and _known(problem, shown, path.at):
-                went = path.follow(times[-1:], [force], progress)
-            if descent is None or not descent.rose(path.at):
+                longer = times[-1] * GROWTH ** (len(path.steps) - STEPS + 1)
+                went = path.follow([longer], [force], progress)
+            if descent is None or not descent.failed(path.at, settled=horizon.settled):
                 break
             path.back(start)
             if options.damping != "auto":
@@ -202,8 +205,8 @@ def newton_step(
     )
 
 
-def _descent(problem: Problem, held_out: HeldOut, force: Params) -> Descent | None:
-    """What the flow descends: as all known samples see it, where these are few."""
+def _descent(problem: Problem, held_out: HeldOut) -> Descent | None:
+    """The retained objective, as all known samples see it where these are few."""
     if not len(held_out.samples):
         return None
     start, known = problem.objective.start, problem.known
@@ -212,6 +215,7 @@ def _descent(problem: Problem, held_out: HeldOut, force: Params) -> Descent | No
     own = problem.retained
     if not whole:
         own = problem.objective.gradient(judges.batches(), start)
+    force = P.add(problem.retained.mean(), start, problem.decay)
     return Descent(judges, judges.look(start), own.mean(), force, problem.decay, whole)
 
 
@@ -232,7 +236,9 @@ def _error(flow: Flow, horizon: Horizon) -> float:
     return P.norm(ahead) / math.sqrt(P.size(ahead))
 
 
-def _linear_solver(problem: Problem, options: ForgetOptions, working_set: int) -> LinearSolver:
+def _linear_solver(
+    problem: Problem, options: ForgetOptions, working_set: int | None
+) -> LinearSolver:
     whole = options.solver == "auto" and problem.curvature.whole
     direct = whole or options.solver == "direct"
     literal = options.steps != "auto" and options.damping != "auto"
