@@ -40,7 +40,7 @@ from fisher_forget.experiments.datasets import DataBundle
 from fisher_forget.experiments.training import train
 from fisher_forget.likelihood import resolve_likelihood
 from fisher_forget.params import first_call
-from fisher_forget.unlearn.newton.flow import LinearSolver
+from fisher_forget.unlearn.newton.flow import MOST
 from fisher_forget.unlearn.objective import Objective
 from fisher_forget.unlearn.options import ForgetOptions
 from fisher_forget.unlearn.problem import with_solver
@@ -221,7 +221,7 @@ def forget_bytes(
     held = min(batch * one, max(memory // PIECE, one))
     if not direct:
         graph = objective.ggn(split, samples[:1], objective.start).needed
-        working = min(LinearSolver().working_set, len(samples))
+        working = min(MOST, len(samples))
         held += min(working * graph, max(memory // 2, graph))
     weights = sum(x.numel() * x.element_size() for x in objective.start.values())
     return max(curvature.bytes_peak, COPIES * weights + curvature.bytes_result + held)
