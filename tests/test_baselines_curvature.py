@@ -779,6 +779,7 @@ class TestFisher:
         found = method.unlearn(net(), split_of()).model
         assert torch.equal(vector(found), vector(method.draws(net(), split_of()).model()))
 
+    @pytest.mark.filterwarnings("ignore:Retained samples suffered")
     def test_buffers_follow(self) -> None:
         model = seeded(
             lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))

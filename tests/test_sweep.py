@@ -80,7 +80,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return calls
 
 
-@pytest.mark.filterwarnings("ignore:The model is not at a minimum")
+@pytest.mark.filterwarnings("ignore:The given weight_decay")
 def test_weight_decay_by_patterns_is_an_axis(
     swept: Callable[..., SweepTable], tmp_path: Path
 ) -> None:

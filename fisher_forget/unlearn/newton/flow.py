@@ -30,7 +30,9 @@ from fisher_forget.unlearn.objective import Gradient
 from fisher_forget.unlearn.problem import Problem
 from fisher_forget.unlearn.weight_decay import decayed, total_damping
 
-CARRIED = 0.9  # of tr H_n by the working set, if that takes no more samples than its least and most
+CARRIED = (
+    0.95  # of tr H_n by the working set, if that takes no more samples than its least and most
+)
 LEAST, MOST = 100, 400
 POOL = 5  # candidates among which it is re-chosen, for each of its samples
 # Conjugate-gradient products and tolerance. Along the flow a rough solution is enough: the next
@@ -85,7 +87,8 @@ class Flow:
         most_curved = np.argsort(-self._spread, kind="stable")
         carried = np.cumsum(self._spread[most_curved])
         enough = np.searchsorted(carried, CARRIED * carried[-1]) + 1 if len(carried) else LEAST
-        self._few = solver.working_set or int(min(max(enough, LEAST), MOST))
+        few = len(samples) if len(samples) <= MOST else int(min(max(enough, LEAST), MOST))
+        self._few = solver.working_set or few
         self._pool = samples[most_curved[: POOL * self._few]]
         # `_sums` are the gradient sums at `_base`, from which later gradients are reckoned
         self._sums, self._base = sums, dict(problem.objective.start)
