@@ -49,9 +49,9 @@ def model() -> nn.Module:
     return seeded(wide_net)
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:Retained samples suffered")  # by the noise
 # R^2 of independent directions in d = 1,603 dimensions is about a Beta(1/2, (d - 1)/2): above .02
 # with probability 1e-8.
-pytestmark = pytest.mark.filterwarnings("ignore:Retained samples suffered")  # by the noise
 CHANCE = 0.02
 
 
