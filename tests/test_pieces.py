@@ -124,7 +124,7 @@ class TestResults:
                 [
                     P.flatten(gradient.sums),
                     torch.tensor([gradient.loss, gradient.count]).double(),
-                    objective.losses(split.batches(samples), to),
+                    objective.losses_and_counts(split.batches(samples), to)[0],
                     objective.divergence(split.batches(samples), objective.start, to),
                     P.flatten(product(v)),
                 ]
@@ -148,13 +148,13 @@ class TestResults:
         batches = list(split.batches("all"))
         torch.testing.assert_close(objective.divergence(batches, objective.start, to), kl)
         loss = nn.CrossEntropyLoss(reduction="none")(after, y)
-        torch.testing.assert_close(objective.losses(batches, to), loss)
+        torch.testing.assert_close(objective.losses_and_counts(batches, to)[0], loss)
 
     def test_nobody_has_no_losses(self) -> None:
         model, split = numbers(Categorical())
         objective = Objective(model, Categorical())
         nobody = split.batches(split.forget[:0])
-        assert objective.losses(nobody, objective.start).shape == (0,)
+        assert objective.losses_and_counts(nobody, objective.start)[0].shape == (0,)
         assert objective.divergence([], objective.start, objective.start).shape == (0,)
 
     def test_one_product_keeps_its_graphs_and_earlier_ones_stay_right(self) -> None:
@@ -180,7 +180,7 @@ class TestResults:
 
 OPERATIONS: dict[str, Callable[[Objective, Split], object]] = {
     "gradient": lambda o, s: o.gradient(s.batches("all"), o.start),
-    "losses": lambda o, s: o.losses(s.batches("all"), o.start),
+    "losses": lambda o, s: o.losses_and_counts(s.batches("all"), o.start)[0],
     "divergence": lambda o, s: o.divergence(s.batches("all"), o.start, o.start),
     "product": lambda o, s: o.ggn(s, s.indices("all"), o.start)(o.start),
 }

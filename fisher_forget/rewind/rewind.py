@@ -29,12 +29,13 @@ from fisher_forget.experiments.training import TrainSettings, resume
 from fisher_forget.rewind.checkpoints import Checkpoint, State, checkpoints_of
 from fisher_forget.rewind.result import RewindResult
 from fisher_forget.unlearn.batch_norm import frozen_statistics, norm_layers, pinned
-from fisher_forget.unlearn.forget import LOSS_SAMPLES, PARTS
+from fisher_forget.unlearn.forget import PARTS
 from fisher_forget.unlearn.newton.step import NewtonStep, newton_step
 from fisher_forget.unlearn.objective import Objective
 from fisher_forget.unlearn.options import ForgetKeywords, ForgetOptions, merged
 from fisher_forget.unlearn.problem import Problem, objective_of
 from fisher_forget.unlearn.result import versions
+from fisher_forget.unlearn.self_check import ANSWERS
 
 # (model at the checkpoint, retained samples, point) -> the trained model, or None for the given one
 Rest = Callable[[nn.Module, Dataset[Any], float], nn.Module | None]
@@ -213,7 +214,7 @@ def _losses(objective: Objective, ended: nn.Module, split: Split, seed: int) -> 
     losses = {}
     after = dict(ended.named_parameters()) | dict(ended.named_buffers())
     for part in PARTS:
-        batches = list(split.batches(some(split.indices(part), LOSS_SAMPLES, seed)))
+        batches = list(split.batches(some(split.indices(part), ANSWERS, seed)))
         losses[f"{part}_before"] = objective.mean_loss(batches, objective.start)
         losses[f"{part}_after"] = objective.mean_loss(batches, after)
     return losses

@@ -29,7 +29,6 @@ from fisher_forget.unlearn.problem import Problem, with_solver
 from fisher_forget.unlearn.result import ForgetResult, NormStatistics, versions
 from fisher_forget.unlearn.self_check import RISE, Answers, self_check
 
-LOSS_SAMPLES = 2000
 PARTS: tuple[Part, ...] = ("retain", "forget")
 
 

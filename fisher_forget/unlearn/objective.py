@@ -179,15 +179,11 @@ class Objective:
         for piece in self.pieces(batches):
             yield self._outputs_at(piece, at), piece.targets
 
-    def losses(self, batches: Iterable[Batch], at: Mapping[str, Tensor]) -> Tensor:
-        """Loss of every sample, summed over its positions, nats: [samples], float64, on the CPU."""
-        found = [self.likelihood.losses(f, y).double().cpu() for f, y in self.forward(batches, at)]
-        return _joined(found)
-
     def losses_and_counts(
         self, batches: Iterable[Batch], at: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """`losses`, and how many scored positions each sample has: [samples] both."""
+        """Loss of every sample, summed over its scored positions, nats, and how many these are:
+        [samples] both, float64, on the CPU."""
         likelihood, losses, counts = self.likelihood, [], []
         for f, y in self.forward(batches, at):
             losses.append(likelihood.losses(f, y).double().cpu())

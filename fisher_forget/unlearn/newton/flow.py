@@ -30,10 +30,8 @@ from fisher_forget.unlearn.objective import Gradient
 from fisher_forget.unlearn.problem import Problem
 from fisher_forget.unlearn.weight_decay import decayed, total_damping
 
-CARRIED = (
-    0.95  # of tr H_n by the working set, if that takes no more samples than its least and most
-)
-LEAST, MOST = 100, 400
+CARRIED = 0.95  # of tr H_n by the working set, which has
+LEAST, MOST = 100, 400  # samples, or all that there are
 POOL = 5  # candidates among which it is re-chosen, for each of its samples
 # Conjugate-gradient products and tolerance. Along the flow a rough solution is enough: the next
 # step starts with a new gradient. A given damping asks for the solution itself.
@@ -51,7 +49,8 @@ class LinearSolver:
         direct: Invert the estimated curvature itself.
         literal: Solve to the end, with products of all samples: number of steps and damping were
             given.
-        working_set: Samples that enter the products otherwise.
+        working_set: Samples that enter the products otherwise; by default as many as have
+            `CARRIED` of tr H_n.
     """
 
     direct: bool = False
@@ -60,7 +59,7 @@ class LinearSolver:
 
 
 class Flow:
-    """The flow of the mean loss of some samples, with weight decay, from a point on.
+    """The flow of the mean loss of some samples, with weight decay, from the original weights on.
 
     Args:
         problem: Losses, curvature and weight decay.
@@ -74,11 +73,7 @@ class Flow:
     """
 
     def __init__(
-        self,
-        problem: Problem,
-        samples: Indices,
-        sums: Gradient,
-        solver: LinearSolver,
+        self, problem: Problem, samples: Indices, sums: Gradient, solver: LinearSolver
     ) -> None:
         self.problem, self.samples, self.solver = problem, samples, solver
         self.drift: Params | None = None
@@ -87,8 +82,9 @@ class Flow:
         most_curved = np.argsort(-self._spread, kind="stable")
         carried = np.cumsum(self._spread[most_curved])
         enough = np.searchsorted(carried, CARRIED * carried[-1]) + 1 if len(carried) else LEAST
-        few = len(samples) if len(samples) <= MOST else int(min(max(enough, LEAST), MOST))
-        self._few = solver.working_set or few
+        if len(samples) <= MOST:
+            enough = MOST
+        self._few = solver.working_set or int(min(max(enough, LEAST), MOST))
         self._pool = samples[most_curved[: POOL * self._few]]
         # `_sums` are the gradient sums at `_base`, from which later gradients are reckoned
         self._sums, self._base = sums, dict(problem.objective.start)
@@ -140,7 +136,7 @@ class Flow:
         Raises:
             CurvatureError: If the curvature is a Hessian that needs more damping.
         """
-        # an estimate: in a literal step, too, the working set's gradient is enough
+        # an estimate: in a literal step, too, the pool's gradient is enough
         force = self._linear[0] if self._linear else self._force()
         return decayed(self.problem.curvature, self.problem.decay, tau).power(force, -1)
 
@@ -175,12 +171,10 @@ class Flow:
         return force if self.drift is None else P.add(force, self.drift, -1)
 
     def _working(self) -> Indices:
-        """The samples that enter products and the gradient's change."""
-        few = len(self._pool) <= self._few
-        return self._pool if few else self.most_curved()
-
-    def most_curved(self) -> Indices:
-        """The pool's samples with the largest output curvature at the current weights."""
+        """The samples that enter products: the pool's with the largest output curvature at the
+        current weights."""
+        if len(self._pool) <= self._few:
+            return self._pool
         likelihood = self.problem.objective.likelihood
         pairs = self.problem.objective.forward(self._batches(self._pool), self.at)
         spread = torch.cat([likelihood.output_curvature(f, y).cpu() for f, y in pairs]).numpy()

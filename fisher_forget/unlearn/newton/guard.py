@@ -1,9 +1,9 @@
-"""The guard: weights must keep held-out retained samples, and end where the flow led down."""
+"""The guard: what the weights may cost the retained samples, on the way and at its end."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -157,22 +157,19 @@ class Guard:
         """The guard after the weights have gone there."""
         return replace(self, best=look) if look.loss < self.best.loss else self
 
+    def longest(self, start: Params, delta: Params, halvings: int) -> Look:
+        """The largest share of a step that fits, to a quarter of itself.
 
-def longest(
-    held_out: HeldOut, fits: Callable[[Look], bool], start: Params, delta: Params, halvings: int
-) -> Look:
-    """The largest share of a step that fits, to a quarter of itself.
-
-    2^-halvings, which does not fit, if there is none.
-    """
-    for k in range(halvings + 1):
-        look = held_out.look(P.add(start, delta, 0.5**k), 0.5**k)
-        if not fits(look):
-            continue
-        # between this share, which fits, and its double, which does not
-        for more in (0.5, 0.25) if k else ():
-            share = look.share + more * 0.5**k
-            further = held_out.look(P.add(start, delta, share), share)
-            look = further if fits(further) else look
-        break
-    return look
+        2^-halvings, which does not fit, if there is none.
+        """
+        for k in range(halvings + 1):
+            look = self.held_out.look(P.add(start, delta, 0.5**k), 0.5**k)
+            if not self.fits(look):
+                continue
+            # between this share, which fits, and its double, which does not
+            for more in (0.5, 0.25) if k else ():
+                share = look.share + more * 0.5**k
+                further = self.held_out.look(P.add(start, delta, share), share)
+                look = further if self.fits(further) else look
+            break
+        return look

@@ -12,7 +12,7 @@ from fisher_forget.data.split import Indices
 from fisher_forget.errors import CurvatureError, NumericalError
 from fisher_forget.params import Params
 from fisher_forget.unlearn.newton.flow import Flow
-from fisher_forget.unlearn.newton.guard import HALVINGS, Guard, longest
+from fisher_forget.unlearn.newton.guard import HALVINGS, Guard
 from fisher_forget.unlearn.options import ForgetOptions
 from fisher_forget.unlearn.problem import Problem
 
@@ -122,7 +122,7 @@ class Path:
                 raise
             self.steps.append(SubStep(tau, 0, math.inf, 0.0, nan, nan, nan, nan, accepted=False))
             return False
-        look = longest(self.guard.held_out, self.guard.fits, self.at, solution.x, halvings)
+        look = self.guard.longest(self.at, solution.x, halvings)
         fits, moved = self.guard.fits(look), nan
         try:
             moved = self._moved(look.at)

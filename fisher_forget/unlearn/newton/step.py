@@ -129,13 +129,14 @@ def newton_step(
         problem: Model, data, curvature and gradient; its `weight_decay` is that of the objective.
         options: `steps`, `damping`, `solver`, `drift`, `budget` and `seed` count here.
         *unexpected: None; a split and a curvature were arguments of version 0.1.
-        working_set: Retained samples that enter the products and the gradient's change one by one;
-            where steps and damping are given, all do.
+        working_set: Retained samples that enter the products one by one, by default as many as
+            have most of the output curvature; where steps and damping are given, all do.
         progress: Show progress bars.
         **changes: Fields of `ForgetOptions` by name, over those of `options`.
 
     Raises:
-        ConfigError: If the first argument is no `Problem`.
+        ConfigError: If the first argument is no `Problem`, or its gradient is over some samples
+            where that of all is the force.
         NumericalError: If a given damping leads to values that are not finite.
     """
     if not isinstance(problem, Problem) or unexpected:
@@ -170,7 +171,7 @@ def newton_step(
             flow.move(start)
             path = Path(problem, flow, guard, shown)
             times = horizon.times if options.damping == "auto" else (1 / options.damping,) * STEPS
-            forces = [force] * STEPS if owed is None else Owed(problem, horizon).steps()
+            forces = [force] * STEPS if owed is None else owed.steps()  # the same for half the time
             went = path.follow(times, forces, progress)
             while went and len(path.steps) < 2 * STEPS and _known(problem, shown, path.at):
                 longer = times[-1] * GROWTH ** (len(path.steps) - STEPS + 1)
