@@ -319,7 +319,8 @@ def test_variance_reduction_is_exact_when_every_sample_is_in_the_working_set() -
         solver = LinearSolver(working_set=working_set)
         flow = Flow(problem, split.retain, problem.retained, solver)
         for _ in range(3):
-            flow.move(P.add(flow.at, flow.solve(1.0).x))
+            flow.solve(1.0)
+            flow.go()
         return flatten(flow.at)
 
     all_samples, many, few = weights(170), weights(169), weights(20)
@@ -340,7 +341,8 @@ def test_the_curvature_stands_for_samples_outside_the_working_set() -> None:
     problem = problem_of(model, split, curvature, Gaussian(), DECAY)
     flow = Flow(problem, split.retain, problem.retained, LinearSolver(working_set=50))
     for _ in range(2):
-        flow.move(P.add(flow.at, flow.solve(0.05).x))
+        flow.solve(0.05)
+        flow.go()
 
     ones = torch.cat([x[:100], torch.ones(100, 1, dtype=x.dtype)], 1)
     b = ones.T @ ones / 100 + DECAY * torch.eye(6, dtype=x.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -156,11 +156,53 @@ class Solution:
         x: The solution.
         iterations: Products used.
         residual: |b - A x| relative to |b|, both in the norm of the preconditioner.
+        left: b - A x; empty where nobody asks.
     """
 
     x: Params
     iterations: int
     residual: float
+    left: Params = field(default_factory=dict, repr=False)
+
+
+class Directions:
+    """Directions p_i, conjugate in one A (p_i^T A p_j = 0), and A p_i: each answers, without
+    another product, for its part of every system with that A.
+
+    Args:
+        room: How many are kept, at most: two vectors each.
+    """
+
+    def __init__(self, room: int = 0) -> None:
+        self.room = room
+        self._kept: list[tuple[Tensor, Tensor, float]] = []
+
+    def keep(self, p: Params, ap: Params, curvature: float) -> bool:
+        """Keep p, A p and p^T A p; whether there was room."""
+        if len(self._kept) >= self.room:
+            return False
+        self._kept.append((flatten(p), flatten(ap), curvature))
+        return True
+
+    def conjugate(self, z: Params) -> Params:
+        """z less its part along them: p_i^T A z = 0."""
+        if not self._kept:
+            return z
+        rest = flatten(z)
+        for p, ap, curvature in self._kept:
+            rest = torch.add(rest, p, alpha=-float(ap @ rest) / curvature)
+        return unflatten(rest, z)
+
+    def solve(self, b: Params) -> tuple[Params, Params]:
+        """x in their span, the nearest to the solution in the norm of A; and b - A x."""
+        if not self._kept:
+            return P.zeros_like(b), b
+        left = flatten(b)
+        x = torch.zeros_like(left)
+        for p, ap, curvature in self._kept:
+            alpha = float(p @ left) / curvature
+            x, left = torch.add(x, p, alpha=alpha), torch.add(left, ap, alpha=-alpha)
+        return unflatten(x, b), unflatten(left, b)
 
 
 def conjugate_gradient(
@@ -170,6 +212,7 @@ def conjugate_gradient(
     *,
     iterations: int = 10,
     tolerance: float = 0.05,
+    known: Directions | None = None,
 ) -> Solution:
     """Solve A x = b for a symmetric positive definite A by preconditioned conjugate gradients.
 
@@ -179,31 +222,31 @@ def conjugate_gradient(
         precondition: r -> M^-1 r with M close to A.
         iterations: Most products.
         tolerance: Stop at this relative residual in the M^-1 norm.
+        known: Directions of earlier systems with this A; new ones are added.
 
     Raises:
         NumericalError: If A is not positive definite along a search direction.
     """
-    # from x = 0 the residual r = b - A x is b; z = M^-1 r, and p are conjugate directions
-    x, r = P.zeros_like(b), dict(b)
-    z = precondition(r)
-    p, rz = z, P.dot(r, z)
-    start = rz
+    known = known or Directions()
+    start = P.dot(b, precondition(b))
     if start <= 0:
-        return Solution(x, 0, 0.0)
-    iteration = 0
-    while iteration < iterations:
+        return Solution(P.zeros_like(b), 0, 0.0, b)
+    # r = b - A x is the residual, z = M^-1 r, and the directions p are conjugate
+    x, r = known.solve(b)
+    z = precondition(r)
+    rz, p, iteration = P.dot(r, z), known.conjugate(z), 0
+    # r^T M^-1 r is the squared residual in the norm of M^-1
+    while iteration < iterations and rz > tolerance**2 * start:
         iteration += 1
         ap = product(p)
         curvature = P.dot(p, ap)
         if not curvature > 0:
             got = f"curvature {curvature:g} along a search direction"
             raise NumericalError(got, "a positive definite operator", "Use more damping.")
-        alpha = rz / curvature  # the minimum of 1/2 x^T A x - b^T x along p
+        alpha = P.dot(p, r) / curvature  # the minimum of 1/2 x^T A x - b^T x along p
         x, r = P.add(x, p, alpha), P.add(r, ap, -alpha)
         z = precondition(r)
         rz, before = P.dot(r, z), rz
-        # r^T M^-1 r is the squared residual in the norm of M^-1
-        if rz <= tolerance**2 * start:
-            break
-        p = P.add(z, p, rz / before)
-    return Solution(x, iteration, math.sqrt(max(rz, 0.0) / start))
+        kept = known.keep(p, ap, curvature)
+        p = known.conjugate(z) if kept else P.add(known.conjugate(z), p, rz / before)
+    return Solution(x, iteration, math.sqrt(max(rz, 0.0) / start), r)

@@ -161,15 +161,16 @@ class Prepared:
         return result
 
     def _without(self, split: Split) -> Curvature:
-        """The curvature of who is left: by subtraction where it is a sum, else estimated again."""
+        """The curvature of who is left: by subtraction where it is a sum and most of its samples
+        are left, else estimated again."""
         gone = np.intersect1d(self.sampled, split.forget)
         if not len(gone):
             return self.curvature
         assert self.curvature.info is not None
         kind, objective = cast(Kind, self.curvature.info.kind), self.objective
         spec = self.options.spec
-        if spec is None or not spec.additive:
-            left = np.setdiff1d(self.sampled, gone)
+        if spec is None or not spec.additive or 2 * len(gone) > len(self.sampled):
+            left, kind = self.options.curvature_plan(split)
             return curvature_of(objective, split, self.options, left, kind)
         basis = self.curvature if spec.takes_basis else None
         part = curvature_of(objective, split, self.options, gone, kind, basis=basis)

@@ -1,29 +1,34 @@
 r"""The gradient flow of a mean loss, followed by backward-Euler steps over times 1/tau.
 
-A step solves (B + (wd + tau) I) delta = -(grad L + wd w - drift). Its curvature B is the exact GGN,
-and the system is solved by conjugate gradients with the estimated curvature as preconditioner; or B
-is the estimated curvature itself.
+A step solves (B + (wd + tau) I) delta = -force, the force being what is owed at the original
+weights and the change of grad L + wd w since. Its curvature B is the exact GGN, and the system is
+solved by conjugate gradients with the estimated curvature as preconditioner; or B is the estimated
+curvature itself.
 
 Only samples with output curvature contribute to the GGN, so products run over the working set of
-samples with the largest tr H_n, re-chosen at every step, and the estimated curvature stands for the
-others in proportion to their share of tr H_n, which is next to nothing in a converged network. The
-gradient is computed in full once and then updated by its change on the pool that the working set is
-chosen from (variance reduction) and, again, by what the curvature says of the others: where the
-pool is all samples, the flow ends where its force vanishes, however few enter the products. Where
-the number of steps and the damping are given, both are of all samples: who asks for the textbook
-step gets that one.
+samples with the largest tr H_n, and the estimated curvature stands for the others in proportion to
+their share of tr H_n, which is next to nothing in a converged network. As long as the predictions
+of the working set have hardly moved the flow is linear: the force changes by B times the way, and
+directions that were searched once answer for their part of every further system. Where they have
+moved, the working set is chosen again, and the gradient by its change on the pool that the working
+set is chosen from (variance reduction) and, again, by what the curvature says of the others: where
+the pool is all samples, the flow ends where its force vanishes, however few enter the products.
+Where the number of steps and the damping are given, both are of all samples: who asks for the
+textbook step gets that one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from fisher_forget import params as P
-from fisher_forget.curvature.solvers import Solution, conjugate_gradient
+from fisher_forget.curvature.solvers import Directions, Solution, conjugate_gradient
 from fisher_forget.data.split import Indices
 from fisher_forget.params import Params
 from fisher_forget.unlearn.objective import Gradient
@@ -32,10 +37,13 @@ from fisher_forget.unlearn.weight_decay import decayed, total_damping
 
 CARRIED = 0.95  # of tr H_n by the working set, which has
 LEAST, MOST = 100, 400  # samples, or all that there are
+EACH = 10  # of them for a forgotten sample, at most: a small request needs no more
+STRAIGHT = 0.1  # root-mean-square move of a logit, within which the flow is linear
+KEPT = 1 / 4  # of the memory, for directions
 POOL = 5  # candidates among which it is re-chosen, for each of its samples
 # Conjugate-gradient products and tolerance. Along the flow a rough solution is enough: the next
 # step starts with a new gradient. A given damping asks for the solution itself.
-QUICK, EXACT = (10, 0.05), (200, 1e-9)
+QUICK, EXACT = (10, 0.1), (200, 1e-9)
 
 
 Products = Callable[[Params], Params]
@@ -58,6 +66,29 @@ class LinearSolver:
     working_set: int | None = None
 
 
+@dataclass
+class Linear:
+    """The flow near some weights, to first order.
+
+    Attributes:
+        origin: The weights.
+        products: v -> B v; `None` where the estimated curvature itself is inverted.
+        samples: The working set.
+        curved: Their tr H_n at the origin, summed.
+        change: What grad L + wd w has changed by since the original weights, where the flow is.
+        directions: Conjugate in B + wd + tau.
+        tau: Theirs.
+    """
+
+    origin: Params
+    products: Products | None
+    samples: Indices
+    curved: float
+    change: Params
+    directions: Directions
+    tau: float = math.nan
+
+
 class Flow:
     """The flow of the mean loss of some samples, with weight decay, from the original weights on.
 
@@ -69,67 +100,80 @@ class Flow:
 
     Attributes:
         at: Where it is.
-        drift: Subtracted from the force.
+        owed: The force at the original weights, grad L + wd w unless told otherwise: the rest of
+            that is drift.
     """
 
     def __init__(
         self, problem: Problem, samples: Indices, sums: Gradient, solver: LinearSolver
     ) -> None:
         self.problem, self.samples, self.solver = problem, samples, solver
-        self.drift: Params | None = None
         self._batches = problem.split.batches
         self._spread = problem.sums.spread_of(samples).double().numpy()
         most_curved = np.argsort(-self._spread, kind="stable")
-        carried = np.cumsum(self._spread[most_curved])
-        enough = np.searchsorted(carried, CARRIED * carried[-1]) + 1 if len(carried) else LEAST
-        if len(samples) <= MOST:
-            enough = MOST
-        self._few = solver.working_set or int(min(max(enough, LEAST), MOST))
+        self._few = solver.working_set or self._enough(self._spread[most_curved])
         self._pool = samples[most_curved[: POOL * self._few]]
-        # `_sums` are the gradient sums at `_base`, from which later gradients are reckoned
         self._sums, self._base = sums, dict(problem.objective.start)
+        self._before: Gradient | None = None  # of the pool, at the original weights
+        self.owed = P.add(sums.mean(), self._base, problem.decay)
+        self.restart()
+
+    def _enough(self, spread: np.ndarray) -> int:
+        """Samples of a working set, of all with these tr H_n, descending."""
+        if len(spread) <= MOST:
+            return MOST
+        carry = int(np.searchsorted(np.cumsum(spread), CARRIED * spread.sum())) + 1
+        most = min(MOST, EACH * len(self.problem.split.forget))
+        return max(LEAST, min(carry, most))
+
+    def restart(self) -> None:
+        """Back to the original weights."""
         self.at = self._base
-        self._before: Gradient | None = None  # of the pool, at the base
-        self._linear: tuple[Params, Products | None, float] | None = None
+        self._near: Linear | None = None
+        self._next: tuple[Params, Params] | None = None  # the last solution x, and (B + wd) x
 
-    def move(self, at: Params) -> None:
-        """Go on from there."""
-        self.at, self._linear = at, None
-
-    def owe(self, force: Params) -> None:
-        """From now on the force at the original weights is this one: what exceeds it is drift."""
-        plain = P.add(self._sums.mean(), self._base, self.problem.decay)
-        self.drift, self._linear = P.add(plain, force, -1), None
+    def go(self, share: float = 1.0) -> None:
+        """Go that share of the last solution."""
+        assert self._near is not None
+        assert self._next is not None
+        x, curved = self._next
+        self.at = P.add(self.at, x, share)
+        self._near.change = P.add(self._near.change, curved, share)
 
     def solve(self, tau: float) -> Solution:
-        """delta of (B + (wd + tau) I) delta = -(grad L + wd w - drift).
+        """delta of (B + (wd + tau) I) delta = -force.
 
         Raises:
             CurvatureError: If the curvature is a Hessian that needs more damping.
             NumericalError: If numbers overflow.
         """
-        self._linear = self._linear or self.linearise()
-        force, ggn, rest = self._linear
-        curvature, decay = self.problem.curvature, self.problem.decay
-        held, b = decayed(curvature, decay, tau), P.scale(force, -1)
-        if ggn is None and not isinstance(decay, Mapping):
-            return Solution(held.power(b, -1), 0, 0.0)
-        total = total_damping(decay, tau)
-
-        def product(v: Params) -> Params:
-            out = curvature.power(v, 1) if ggn is None else ggn(v)
-            out = P.add(out, v, total)
-            return P.add(out, curvature.power(v, 1), rest) if rest else out
-
-        # a structure that cannot hold the decays preconditions only: the solution is exact
-        precise = self.solver.literal or ggn is None
-        iterations, tolerance = EXACT if precise else QUICK
-        return conjugate_gradient(
-            product, b, lambda r: held.power(r, -1), iterations=iterations, tolerance=tolerance
-        )
+        if self._near is None or self._bent(self._near):
+            self._near = self._linearised()
+        near, curvature, decay = self._near, self.problem.curvature, self.problem.decay
+        held, b = decayed(curvature, decay, tau), P.scale(P.add(self.owed, near.change), -1)
+        if near.products is None and not isinstance(decay, Mapping):
+            solution = Solution(held.power(b, -1), 0, 0.0, P.zeros_like(b))
+        else:
+            products, total = near.products, total_damping(decay, tau)
+            if near.tau != tau:
+                near.tau, near.directions = tau, Directions(near.directions.room)
+            # a structure that cannot hold the decays preconditions only: the solution is exact
+            precise = self.solver.literal or products is None
+            iterations, tolerance = EXACT if precise else QUICK
+            solution = conjugate_gradient(
+                lambda v: P.add(products(v) if products else curvature.power(v, 1), v, total),
+                b,
+                lambda r: held.power(r, -1),
+                iterations=iterations,
+                tolerance=tolerance,
+                known=near.directions,
+            )
+        # (B + wd + tau) x = b - left
+        self._next = solution.x, P.add(P.add(b, solution.left, -1), solution.x, -tau)
+        return solution
 
     def still_to_go(self, tau: float) -> Params:
-        """(B + (wd + tau) I)^-1 (grad L + wd w - drift) at the current weights, B as estimated.
+        """(B + (wd + tau) I)^-1 force at the current weights, B as estimated.
 
         Where the loss is quadratic with this B, and tau is 0, the way to its minimum.
 
@@ -137,60 +181,67 @@ class Flow:
             CurvatureError: If the curvature is a Hessian that needs more damping.
         """
         # an estimate: in a literal step, too, the pool's gradient is enough
-        force = self._linear[0] if self._linear else self._force()
-        return decayed(self.problem.curvature, self.problem.decay, tau).power(force, -1)
+        known = self._near is not None and not self._bent(self._near)
+        change = self._near.change if self._near and known else self._change()
+        held = decayed(self.problem.curvature, self.problem.decay, tau)
+        return held.power(P.add(self.owed, change), -1)
 
-    def linearise(self) -> tuple[Params, Products | None, float]:
-        """The flow at the current weights, to first order.
+    def _bent(self, near: Linear) -> bool:
+        """Whether the working set's predictions have moved too far for the flow to be linear: their
+        divergence is half the squared move, weighted by the curvature."""
+        if self.at is near.origin:
+            return False
+        if self.solver.literal:
+            return True
+        objective, read = self.problem.objective, partial(self._batches, near.samples)
+        moved = objective.divergence(read(), near.origin, self.at)
+        counts = torch.cat([objective.likelihood.counts(b.targets).cpu() for b in read()])
+        return not 2 * float(moved @ counts.to(moved)) <= STRAIGHT**2 * near.curved
 
-        Returns:
-            The force grad L(w) + wd w - drift; products with the GGN of the working set, of all
-            samples in a literal step, `None` where the curvature itself is inverted; the share of
-            tr H_n that is left to it.
-        """
-        objective, literal = self.problem.objective, self.solver.literal
-        force = self._force(whole=literal)
-        if self.solver.direct:
-            return force, None, 0.0
-        if literal:
-            return force, objective.ggn(self.problem.split, self.samples, self.at), 0.0
-        working = self._working()
-        ggn = objective.ggn(self.problem.split, working, self.at, self._sums.count)
-        return force, ggn, self._rest(working)
+    def _linearised(self) -> Linear:
+        """The flow to first order here: the working set of the samples with the largest output
+        curvature, of the pool; all samples in a literal step."""
+        problem, literal = self.problem, self.solver.literal
+        objective, curvature = problem.objective, problem.curvature
+        samples, curved = self.samples, 0.0
+        if not literal:
+            pairs = objective.forward(self._batches(self._pool), self.at)
+            spread = torch.cat(
+                [objective.likelihood.output_curvature(f, y).cpu().double() for f, y in pairs]
+            )
+            most = spread.argsort(descending=True, stable=True)[: self._few]
+            samples, curved = np.sort(self._pool[most.numpy()]), float(spread[most].sum())
+        products: Products | None = None
+        if not self.solver.direct:
+            count = None if literal else self._sums.count
+            exact = objective.ggn(problem.split, samples, self.at, count)
+            rest = 0.0 if literal else self._rest(samples)
 
-    def _force(self, *, whole: bool = False) -> Params:
-        """grad L(w) + wd w - drift; its change by the pool, or `whole`."""
+            def products(v: Params) -> Params:
+                return P.add(exact(v), curvature.power(v, 1), rest) if rest else exact(v)
+
+        pair = 2 * sum(x.numel() * x.element_size() for x in self.at.values())
+        room = 0 if literal else int(KEPT * objective.memory / pair)
+        change = self._change(whole=literal)
+        return Linear(self.at, products, samples, curved, change, Directions(room))
+
+    def _change(self, *, whole: bool = False) -> Params:
+        """What grad L + wd w has changed by since the original weights: by its change on the pool,
+        and of the others by what B says; or of the `whole`."""
+        away, gradient = P.add(self.at, self._base, -1), self.problem.objective.gradient
         if self.at is self._base:
-            gradient = self._sums.mean()
-        elif whole or len(self.samples) <= len(self._pool):
-            samples = self._batches(self.samples)
-            gradient = self.problem.objective.gradient(samples, self.at).mean()
-        else:  # variance reduction: only the pool's gradient is computed again
-            gradient = (self._sums + self._change(self.at)).mean()
-        force = P.add(gradient, self.at, self.problem.decay)
-        return force if self.drift is None else P.add(force, self.drift, -1)
-
-    def _working(self) -> Indices:
-        """The samples that enter products: the pool's with the largest output curvature at the
-        current weights."""
-        if len(self._pool) <= self._few:
-            return self._pool
-        likelihood = self.problem.objective.likelihood
-        pairs = self.problem.objective.forward(self._batches(self._pool), self.at)
-        spread = torch.cat([likelihood.output_curvature(f, y).cpu() for f, y in pairs]).numpy()
-        order = np.argsort(-spread, kind="stable")
-        return np.sort(self._pool[order[: self._few]])
-
-    def _change(self, at: Params) -> Gradient:
-        """Sums of the pool after less those at the base; of the others what B says."""
-        gradient = self.problem.objective.gradient
-        if self._before is None:
-            self._before = gradient(self._batches(self._pool), self._base)
-        change = gradient(self._batches(self._pool), at) - self._before
-        if rest := self._rest(self._pool):
-            curved = self.problem.curvature.power(P.add(at, self._base, -1), 1)
-            change = replace(change, sums=P.add(change.sums, curved, rest * self._sums.count))
-        return change
+            return away
+        if whole or len(self.samples) <= len(self._pool):
+            there = gradient(self._batches(self.samples), self.at).mean()
+            change = P.add(there, self._sums.mean(), -1)
+        else:
+            pool = partial(self._batches, self._pool)
+            self._before = self._before or gradient(pool(), self._base)
+            moved = gradient(pool(), self.at) - self._before
+            change = P.scale(moved.sums, 1 / self._sums.count)
+            if rest := self._rest(self._pool):
+                change = P.add(change, self.problem.curvature.power(away, 1), rest)
+        return P.add(change, away, self.problem.decay)
 
     def _rest(self, working: Indices) -> float:
         """Share of tr H_n at the start that samples outside the working set have."""

@@ -76,7 +76,7 @@ class Path:
         for time_step, force in zip(
             bar(times, len(times), "Newton", progress), forces, strict=True
         ):
-            self.flow.owe(force)
+            self.flow.owed = force
             if not self.advance(1 / time_step, HALVINGS) or self.steps[-1].share < 1:
                 return False  # the next would leave the budget, too
         return True
@@ -84,7 +84,7 @@ class Path:
     def back(self, start: Params) -> None:
         """Back to the start: none of the sub-steps is taken."""
         self.at = start
-        self.flow.move(start)
+        self.flow.restart()
         self.steps = [replace(step, accepted=False) for step in self.steps]
 
     def repeat(self, options: ForgetOptions, progress: bool) -> None:
@@ -143,7 +143,7 @@ class Path:
         )
         if fits and not trial:
             self.at, self.guard = look.at, self.guard.passed(look)
-            self.flow.move(self.at)
+            self.flow.go(look.share)
         return fits
 
     def smallest_damping(self, progress: bool) -> float | None:

@@ -168,7 +168,7 @@ def newton_step(
     if options.steps == "auto":
         descent = _descent(problem, held_out)
         for _ in range(HALVINGS + 1):
-            flow.move(start)
+            flow.restart()
             path = Path(problem, flow, guard, shown)
             times = horizon.times if options.damping == "auto" else (1 / options.damping,) * STEPS
             forces = [force] * STEPS if owed is None else owed.steps()  # the same for half the time
@@ -185,7 +185,7 @@ def newton_step(
     else:
         path = Path(problem, flow, guard, shown)
         if owed is not None:
-            flow.owe(force)
+            flow.owed = force
         path.repeat(options, progress)
     given = options.known_decay != "auto"
     return NewtonStep(

@@ -37,7 +37,6 @@ class TwoSolves(Flow):
         if solver.direct:  # else A comes by exact products
             problem = replace(problem, curvature=curvature_of_all(problem, options))
         self._whole = Flow(problem, problem.sums.samples, problem.sums.total, solver)
-        self._taken: tuple[Params, ...] = ()
 
     def solve(self, tau: float) -> Solution:
         """d_D - d_r.
@@ -46,18 +45,16 @@ class TwoSolves(Flow):
             CurvatureError, NumericalError: As for `Flow`.
         """
         mine, whole = super().solve(tau), self._whole.solve(tau)
-        self._taken = mine.x, whole.x
         residual, iterations = max(mine.residual, whole.residual), mine.iterations
         return Solution(P.add(mine.x, whole.x, -1), iterations + whole.iterations, residual)
 
     def still_to_go(self, tau: float) -> Params:
         return P.add(super().still_to_go(tau), self._whole.still_to_go(tau), -1)
 
-    def move(self, at: Params) -> None:
-        """Go on from there: each flow from where its own step has led."""
-        mine, whole = self._taken
-        super().move(P.add(self.at, mine))
-        self._whole.move(P.add(self._whole.at, whole))
+    def go(self, share: float = 1.0) -> None:
+        """Each flow goes from where its own step has led."""
+        super().go(share)
+        self._whole.go(share)
 
 
 def curvature_of_all(problem: Problem, options: ForgetOptions) -> Curvature:
