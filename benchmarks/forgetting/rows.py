@@ -119,9 +119,9 @@ _WRONG = _setup("digits, MLP", "digits", _mlp(64, 64), "momentum", 0.1, 1e-4, 12
 _DCNN = _setup("digits, CNN", "digits", _CNN, "adam", 3e-3, 1e-4, 20, 64)
 _DCNN_E = _setup("digits, CNN", "digits", _CNN, "adamw", 1e-3, 1e-2, 5, 64, "constant", **EARLY)
 _DCNN_W = _setup("digits, CNN", "digits", _CNN, "momentum", 0.05, 5e-4, 60, 32, wrong=60)
-_MNIST = _setup("MNIST, 6,000, CNN", "mnist", _CNN, "momentum", 0.05, 5e-4, 15)
+_MNIST = _setup("MNIST, 6,000, CNN", "mnist", _CNN, "momentum", 0.03, 5e-4, 15)
 _MNIST_E = _setup("MNIST, 6,000, CNN", "mnist", _CNN, "adam", 1e-3, 1e-4, 2, 64, **EARLY)
-_MNIST_S = _setup("MNIST, 6,000, CNN", "mnist", _CNN, "sgd", 0.2, 0.0, 15, 64)
+_MNIST_S = _setup("MNIST, 6,000, CNN", "mnist", _CNN, "sgd", 0.1, 0.0, 15, 64)
 _CIFAR = _setup("CIFAR-10, 5,000, All-CNN", "cifar10", _ALL_CNN, "momentum", 0.05, 5e-4, 12)
 _CIFAR_N = _setup(
     "CIFAR-10, 5,000, All-CNN, BatchNorm", "cifar10", _NORMED, "momentum", 0.1, 5e-4, 10, 64

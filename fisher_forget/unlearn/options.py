@@ -174,10 +174,19 @@ class ForgetOptions:
         return None if self.training is None else self.training.time
 
     @property
+    def literal(self) -> bool:
+        """Whether it is the textbook step: number of steps and damping are given."""
+        return self.steps != "auto" and self.damping != "auto"
+
+    @property
+    def tilted(self) -> bool:
+        """Whether the force that is not owed to the forget set is subtracted."""
+        return not self.literal if self.drift == "auto" else self.drift
+
+    @property
     def whole(self) -> bool:
         """Whether the gradient of all samples is a force itself, and no mean that some tell."""
-        literal = self.steps != "auto" and self.damping != "auto"
-        return literal or self.drift is False
+        return self.literal or self.drift is False
 
     @property
     def spec(self) -> StructureSpec | None:

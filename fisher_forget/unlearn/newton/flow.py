@@ -38,7 +38,9 @@ from fisher_forget.unlearn.weight_decay import decayed, total_damping
 CARRIED = 0.95  # of tr H_n by the working set, which has
 LEAST, MOST = 100, 400  # samples, or all that there are
 EACH = 10  # of them for a forgotten sample, at most: a small request needs no more
-STRAIGHT = 0.1  # root-mean-square move of a logit, within which the flow is linear
+# Root-mean-square move of a logit, within which the flow is taken as linear: of a tilted one, which
+# means the curvature at its start, and of one that is to end where L_r is lowest.
+STRAIGHT, EXACTLY = 0.1, 0.002
 KEPT = 1 / 4  # of the memory, for directions
 POOL = 5  # candidates among which it is re-chosen, for each of its samples
 # Conjugate-gradient products and tolerance. Along the flow a rough solution is enough: the next
@@ -59,11 +61,13 @@ class LinearSolver:
             given.
         working_set: Samples that enter the products otherwise; by default as many as have
             `CARRIED` of tr H_n.
+        straight: Root-mean-square move of a logit, within which the flow is taken as linear.
     """
 
     direct: bool = False
     literal: bool = False
     working_set: int | None = None
+    straight: float = EXACTLY
 
 
 @dataclass
@@ -196,7 +200,7 @@ class Flow:
         objective, read = self.problem.objective, partial(self._batches, near.samples)
         moved = objective.divergence(read(), near.origin, self.at)
         counts = torch.cat([objective.likelihood.counts(b.targets).cpu() for b in read()])
-        return not 2 * float(moved @ counts.to(moved)) <= STRAIGHT**2 * near.curved
+        return not 2 * float(moved @ counts.to(moved)) <= self.solver.straight**2 * near.curved
 
     def _linearised(self) -> Linear:
         """The flow to first order here: the working set of the samples with the largest output

@@ -28,7 +28,7 @@ from fisher_forget._util.isolation import isolated
 from fisher_forget.data.split import Indices, some
 from fisher_forget.errors import ConfigError, CurvatureError, NumericalError
 from fisher_forget.params import Params
-from fisher_forget.unlearn.newton.flow import Flow, LinearSolver
+from fisher_forget.unlearn.newton.flow import EXACTLY, STRAIGHT, Flow, LinearSolver
 from fisher_forget.unlearn.newton.guard import HALVINGS, Descent, Guard, HeldOut
 from fisher_forget.unlearn.newton.horizon import STEPS, Horizon, Owed
 from fisher_forget.unlearn.newton.path import Path, SubStep
@@ -149,19 +149,19 @@ def newton_step(
         raise ConfigError(got, "over all, which is the force of this step", fix)
     begun = time.perf_counter()
     options = with_solver(merged(options, changes), problem.objective, problem.split)
-    solver = _linear_solver(problem, options, working_set)
+    horizon = Horizon.of(problem)
+    solver = _linear_solver(problem, options, working_set, horizon)
     held_out, shown = _samples(problem, options, guarded=not solver.literal)
     start, decay = problem.objective.start, problem.decay
 
     guard = Guard.at(held_out, start, options.budget)
-    loss_before, horizon = guard.best.loss, Horizon.of(problem)
-    tilted = not solver.literal if options.drift == "auto" else options.drift
-    if tilted and solver.literal:
+    loss_before = guard.best.loss
+    if options.tilted and solver.literal:
         flow: Flow = TwoSolves(problem, solver, options)
     else:
         flow = Flow(problem, problem.known, problem.retained, solver)
     force = P.add(problem.retained.mean(), start, decay)
-    owed = Owed(problem, horizon) if tilted and not solver.literal else None
+    owed = Owed(problem, horizon) if options.tilted and not solver.literal else None
     if owed is not None:
         force = owed.all()
 
@@ -197,7 +197,7 @@ def newton_step(
         error=_error(flow, horizon),
         norm=P.norm(P.add(path.at, start, -1)),
         gradient_norm=P.norm(force),
-        drift_removed=tilted,
+        drift_removed=options.tilted,
         path=tuple(path.steps),
         held_out=len(held_out.samples),
         loss_before=loss_before,
@@ -238,12 +238,12 @@ def _error(flow: Flow, horizon: Horizon) -> float:
 
 
 def _linear_solver(
-    problem: Problem, options: ForgetOptions, working_set: int | None
+    problem: Problem, options: ForgetOptions, working_set: int | None, horizon: Horizon
 ) -> LinearSolver:
     whole = options.solver == "auto" and problem.curvature.whole
     direct = whole or options.solver == "direct"
-    literal = options.steps != "auto" and options.damping != "auto"
-    return LinearSolver(direct, literal, working_set)
+    straight = STRAIGHT if options.tilted and not horizon.settled else EXACTLY
+    return LinearSolver(direct, options.literal, working_set, straight)
 
 
 def _samples(problem: Problem, options: ForgetOptions, *, guarded: bool) -> tuple[HeldOut, Indices]:
