@@ -41,7 +41,7 @@ EACH = 10  # of them for a forgotten sample, at most: a small request needs no m
 # Root-mean-square move of a logit, within which the flow is taken as linear: of a tilted one, which
 # means the curvature at its start, and of one that is to end where L_r is lowest.
 STRAIGHT, EXACTLY = 0.1, 0.002
-KEPT = 1 / 4  # of the memory, for directions
+KEPT = 1 / 8  # of the memory, for directions
 POOL = 5  # candidates among which it is re-chosen, for each of its samples
 # Conjugate-gradient products and tolerance. Along the flow a rough solution is enough: the next
 # step starts with a new gradient. A given damping asks for the solution itself.
