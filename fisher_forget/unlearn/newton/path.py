@@ -87,6 +87,14 @@ class Path:
         self.flow.restart()
         self.steps = [replace(step, accepted=False) for step in self.steps]
 
+    def undo(self) -> None:
+        """Take the last sub-step back."""
+        step = self.steps[-1]
+        if step.accepted:
+            self.flow.go(-step.share)
+            self.at = self.flow.at
+            self.steps[-1] = replace(step, accepted=False)
+
     def repeat(self, options: ForgetOptions, progress: bool) -> None:
         """A given number of sub-steps, at one damping.
 

@@ -173,15 +173,19 @@ def newton_step(
             times = horizon.times if options.damping == "auto" else (1 / options.damping,) * STEPS
             forces = [force] * STEPS if owed is None else owed.steps()  # the same for half the time
             went = path.follow(times, forces, progress)
-            while went and len(path.steps) < 2 * STEPS and _known(problem, shown, path.at):
-                longer = times[-1] * GROWTH ** (len(path.steps) - STEPS + 1)
-                went = path.follow([longer], [force], progress)
             if descent is None or not descent.failed(path.at, settled=horizon.settled):
                 break
             path.back(start)
+            went = False
             if options.damping != "auto":
                 break
             horizon = horizon.half()  # B has changed too much on the way
+        while went and len(path.steps) < 2 * STEPS and _known(problem, shown, path.at):
+            longer = times[-1] * GROWTH ** (len(path.steps) - STEPS + 1)
+            went = path.follow([longer], [force], progress)
+            if descent is not None and descent.failed(path.at, settled=horizon.settled):
+                path.undo()
+                break
     else:
         path = Path(problem, flow, guard, shown)
         if owed is not None:
