@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import oracle
@@ -27,13 +28,15 @@ from fisher_forget import (
 )
 from fisher_forget import params as P
 from fisher_forget.curvature.products import DataProduct
-from fisher_forget.curvature.solvers import conjugate_gradient
+from fisher_forget.curvature.solvers import Directions, conjugate_gradient
 from fisher_forget.curvature.structures.diagonal import Diagonal
 from fisher_forget.data.split import resolve_split, some
 from fisher_forget.experiments.datasets import load_dataset
 from fisher_forget.params import add, flatten, norm, randn_like
+from fisher_forget.unlearn.newton import flow as flow_module
 from fisher_forget.unlearn.newton.flow import Flow, LinearSolver
 from fisher_forget.unlearn.newton.guard import Guard, HeldOut
+from fisher_forget.unlearn.newton.path import Path
 from fisher_forget.unlearn.objective import Objective
 
 DECAY = 0.01
@@ -297,6 +300,48 @@ class TestConjugateGradient:
         )
         assert found.iterations == 1
 
+    @pytest.mark.parametrize("room", [0, 5, 12])
+    def test_directions_answer_for_their_part_of_the_next_system(self, room: int) -> None:
+        """What is in their span needs no product; the rest is solved all the same."""
+        a, b = self.system()
+        other = {"x": torch.randn(12, generator=torch.Generator().manual_seed(1)).double()}
+        known, products = Directions(room), []
+
+        def product(v: dict[str, Tensor]) -> dict[str, Tensor]:
+            products.append(v)
+            return {"x": a @ v["x"]}
+
+        solve = partial(conjugate_gradient, product, precondition=dict, iterations=60, known=known)
+        for right in (b, other):
+            found = solve(right, tolerance=1e-12)
+            truth = torch.linalg.solve(a, right["x"])
+            torch.testing.assert_close(found.x["x"], truth, rtol=1e-7, atol=1e-9)
+            torch.testing.assert_close(
+                found.left["x"], right["x"] - a @ found.x["x"], rtol=0, atol=1e-9
+            )
+        products.clear()
+        solve(b, tolerance=1e-8)
+        assert (len(products) == 0) == (room == 12)
+
+    def test_what_directions_leave_is_conjugate_to_them(self) -> None:
+        a, b = self.system()
+        known = Directions(4)
+        conjugate_gradient(
+            lambda v: {"x": a @ v["x"]}, b, dict, iterations=4, tolerance=0.0, known=known
+        )
+        z = {"x": torch.randn(12, generator=torch.Generator().manual_seed(2)).double()}
+        left = a @ known.conjugate(z)["x"]
+        x, r = known.solve(b)
+        # the residual is orthogonal to the span, which the Krylov space of b is
+        span, v = [], b["x"]
+        for _ in range(4):
+            span.append(v / v.norm())
+            v = a @ v
+        for v in span:
+            assert abs(float(v @ r["x"])) < 1e-8 * float(b["x"].norm())
+            assert abs(float(v @ left)) < 1e-8 * float((a @ z["x"]).norm())
+        torch.testing.assert_close(r["x"], b["x"] - a @ x["x"])
+
     def test_an_indefinite_operator_is_refused(self) -> None:
         _, b = self.system()
         with pytest.raises(NumericalError, match="positive definite"):
@@ -354,6 +399,79 @@ def test_the_curvature_stands_for_samples_outside_the_working_set() -> None:
     torch.testing.assert_close(
         torch.cat([flow.at["weight"].T, flow.at["bias"][None]]), w, rtol=0, atol=1e-7
     )
+
+
+class TestLinear:
+    """A flow is followed to first order as long as predictions stand still."""
+
+    def flow(self, model: nn.Module, data: TensorDataset, straight: float, **more: object) -> Flow:
+        split = resolve_split(data, range(10))
+        likelihood = more.get("likelihood") or Categorical()
+        curvature = estimate_curvature(model, split, likelihood, structure="dense")
+        problem = problem_of(model, split, curvature, likelihood, DECAY)
+        return Flow(problem, split.retain, problem.retained, LinearSolver(straight=straight))
+
+    def follow(self, flow: Flow, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+        """Where four sub-steps lead, the first of which is half of one."""
+        monkeypatch.setattr(flow_module, "QUICK", (200, 1e-12))
+        places = []
+        for share in (0.5, 1.0, 1.0, 1.0):
+            flow.solve(0.05)
+            flow.go(share)
+            places.append(flatten(flow.at))
+        return places
+
+    def test_it_is_the_flow_where_the_loss_is_quadratic(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        x, y = regression()
+        data, model = TensorDataset(x, y), ridge(x, y, DECAY)
+        anew = self.flow(model, data, 0.0, likelihood=Gaussian())
+        kept = self.flow(model, data, math.inf, likelihood=Gaussian())
+        for one, other in zip(
+            self.follow(anew, monkeypatch), self.follow(kept, monkeypatch), strict=True
+        ):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+    def test_it_is_taken_anew_where_predictions_have_moved(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """By as much as the bound says, measured by hand on the working set."""
+        model, data = TestControls().data()
+        moves = []
+        for bound in (0.2, 0.3):
+            flow = self.flow(model, data, bound)
+            monkeypatch.setattr(flow_module, "QUICK", (200, 1e-12))
+            flow.solve(0.5)
+            flow.go()
+            near, objective = flow._near, flow.problem.objective
+            (before, _), (after, _) = (
+                next(objective.forward(flow.problem.split.batches(near.samples), at))
+                for at in (near.origin, flow.at)
+            )
+            p = before.softmax(1)
+            kl = (p * (before.log_softmax(1) - after.log_softmax(1))).sum()
+            curved = (1 - (p * p).sum(1)).sum()
+            moves.append(float((2 * kl / curved) ** 0.5))
+            assert flow._bent(near) == (moves[-1] > bound)
+        assert 0.2 < moves[0] < 0.3  # both sides were seen
+
+    def test_a_last_sub_step_that_fails_is_taken_back(self) -> None:
+        model, data = TestControls().data()
+        flow = self.flow(model, data, math.inf)
+        nobody = HeldOut(flow.problem.objective, flow.problem.split, flow.samples[:0])
+        guard = Guard.at(nobody, flow.at, None)
+        path = Path(flow.problem, flow, guard, flow.problem.split.forget)
+        assert path.follow([1.0], [flow.owed], progress=False)
+        there = flatten(path.at)
+        bad = iter([False, True])
+        path.outlast([1.0, 1.0, 1.0], flow.owed, known=lambda at: True, failed=lambda at: next(bad))
+        assert [step.accepted for step in path.steps] == [True, True, False]
+        assert float((flatten(path.at) - there).norm()) == pytest.approx(
+            path.steps[1].norm, rel=1e-9
+        )
+        torch.testing.assert_close(flatten(flow.at), flatten(path.at), rtol=0, atol=1e-12)
+        assert next(bad, None) is None  # the third was not tried
 
 
 def test_an_indefinite_hessian_is_damped_or_refused() -> None:

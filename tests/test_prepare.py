@@ -221,6 +221,24 @@ class TestOnDisk:
             load_data_sums(path, prepared.objective, prepared.log.mark)
 
 
+@pytest.mark.parametrize("structure", ["ekfac", "diagonal", "low_rank"])
+def test_all_samples_that_the_curvature_is_of_may_go(structure: str) -> None:
+    """It is estimated anew of who is left, where most of its samples are gone."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(PRECONDITIONER_SAMPLES + 60, 3, generator=g)
+    data = TensorDataset(x, (x[:, 0] > 0).long())
+    net = nn.Linear(3, 2).eval()
+    prepared = prepare(net, data, weight_decay=WD, structure=structure, progress=False)
+    gone = prepared.sampled[:-3]
+    result = prepared.forget(gone, noise=None)
+    assert result.curvature.info.count == len(x) - len(gone)
+    direct = forget(
+        net, data, gone, weight_decay=WD, structure=structure, noise=None, progress=False
+    )
+    assert distance(result.model, direct.model, net) < 1e-3
+    prepared.forget(prepared.sampled[-3:], noise=None)
+
+
 def test_bad_requests(model: nn.Module, data: TensorDataset) -> None:
     prepared = prepare(model, data, structure="diagonal", weight_decay=WD, progress=False)
     for bad, match in (

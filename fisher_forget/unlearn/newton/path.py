@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from fisher_forget import params as P
@@ -87,13 +87,28 @@ class Path:
         self.flow.restart()
         self.steps = [replace(step, accepted=False) for step in self.steps]
 
-    def undo(self) -> None:
-        """Take the last sub-step back."""
-        step = self.steps[-1]
-        if step.accepted:
-            self.flow.go(-step.share)
-            self.at = self.flow.at
-            self.steps[-1] = replace(step, accepted=False)
+    def outlast(
+        self,
+        times: Iterable[float],
+        force: Params,
+        *,
+        known: Callable[[Params], bool],
+        failed: Callable[[Params], bool],
+    ) -> None:
+        """More sub-steps over these times, as long as a class is known; one that fails is taken
+        back, and the last."""
+        for time_step in times:
+            if not known(self.at):
+                return
+            went = self.follow([time_step], [force], progress=False)
+            step = self.steps[-1]
+            if step.accepted and failed(self.at):
+                self.flow.go(-step.share)
+                self.at = self.flow.at
+                self.steps[-1] = replace(step, accepted=False)
+                return
+            if not went:
+                return
 
     def repeat(self, options: ForgetOptions, progress: bool) -> None:
         """A given number of sub-steps, at one damping.

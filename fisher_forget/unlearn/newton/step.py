@@ -173,19 +173,20 @@ def newton_step(
             times = horizon.times if options.damping == "auto" else (1 / options.damping,) * STEPS
             forces = [force] * STEPS if owed is None else owed.steps()  # the same for half the time
             went = path.follow(times, forces, progress)
-            if descent is None or not descent.failed(path.at, settled=horizon.settled):
+            if not _failed(descent, path.at, horizon):
                 break
             path.back(start)
             went = False
             if options.damping != "auto":
                 break
             horizon = horizon.half()  # B has changed too much on the way
-        while went and len(path.steps) < 2 * STEPS and _known(problem, shown, path.at):
-            longer = times[-1] * GROWTH ** (len(path.steps) - STEPS + 1)
-            went = path.follow([longer], [force], progress)
-            if descent is not None and descent.failed(path.at, settled=horizon.settled):
-                path.undo()
-                break
+        if went:
+            path.outlast(
+                (times[-1] * GROWTH**k for k in range(1, STEPS + 1)),
+                force,
+                known=lambda at: _known(problem, shown, at),
+                failed=lambda at: _failed(descent, at, horizon),
+            )
     else:
         path = Path(problem, flow, guard, shown)
         if owed is not None:
@@ -222,6 +223,11 @@ def _descent(problem: Problem, held_out: HeldOut) -> Descent | None:
         own = problem.objective.gradient(judges.batches(), start)
     force = P.add(problem.retained.mean(), start, problem.decay)
     return Descent(judges, judges.look(start), own.mean(), force, problem.decay, whole)
+
+
+def _failed(descent: Descent | None, at: Params, horizon: Horizon) -> bool:
+    """Whether the weights may not stay there; all may, where nothing is guarded."""
+    return descent is not None and descent.failed(at, settled=horizon.settled)
 
 
 def _known(problem: Problem, shown: Indices, at: Params) -> bool:
