@@ -274,7 +274,7 @@ class TestOneSource:
             return {
                 re.sub(r"^digits, | \(.*\)$", "", row[0]): row[1:5]
                 for row in cells
-                if len(row) > 5 and row[0].startswith(first)
+                if len(row) > 5 and row[0].startswith(first) and ": " not in row[0]
             }
 
         results = rows("docs/results.md", "digits, ")
