@@ -211,37 +211,39 @@ class TestControls:
                 s.loss + s.shift <= min(losses[:k]) + budget for k, s in enumerate(step.accepted, 1)
             )
 
-    @pytest.mark.usefixtures("few_held_out")
     def test_moves_to_the_worse_are_counted_from_the_lowest_loss_on_the_way(self) -> None:
         model, data = self.data()
-        objective, likelihood, forgotten = (
-            Objective(model, Categorical()),
-            Categorical(),
-            list(range(20)),
-        )
-        split = resolve_split(data, forgotten)
+        objective, likelihood = Objective(model, Categorical()), Categorical()
+        split = resolve_split(data, range(20))
+        problem = problem_of(model, split, estimate_curvature(model, split), weight_decay=DECAY)
+        flow = Flow(problem, split.retain, problem.retained, LinearSolver())
         held = some(split.retain, FEW, np.random.default_rng(1))
-        one, two = (
-            self.flow(model, data, forgotten, steps=k, drift=False, budget=0.5, seed=1)
-            for k in (1, 2)
+        guard = Guard.at(HeldOut(objective, split, held), flow.at, 0.5)
+        path, places = Path(problem, flow, guard, split.forget), []
+        for _ in range(2):
+            assert path.follow([5.0], [flow.owed], progress=False)
+            places.append(path.at)
+        one, two = path.steps
+        assert one.loss < guard.best.loss
+        ((best, y),), ((after, _),) = (
+            list(objective.forward(split.batches(held), at)) for at in places
         )
-        assert two.accepted[0] == one.accepted[0]
-        assert one.accepted[0].loss < one.loss_before
-        ((best, y),) = objective.forward(split.batches(held), one.params)
-        ((after, _),) = objective.forward(split.batches(held), two.params)
         rises = likelihood.losses(after, y) - likelihood.losses(best, y)
         shift = float(rises.clamp(min=0).mean())
         assert shift > 0
-        assert two.accepted[1].shift == pytest.approx(shift)
+        assert two.shift == pytest.approx(shift)
 
-    def test_single_step_takes_the_smallest_damping_within_the_budget(self) -> None:
+    @pytest.mark.parametrize("steps", [4, 8])
+    def test_a_given_number_of_steps_shares_the_same_time(self, steps: int) -> None:
         model, data = self.data()
         model = softmax_minimiser(model, *data.tensors, DECAY)
-        step = self.flow(model, data, list(range(20)), steps=1)
-        trials = [s for s in step.path if not s.accepted]
-        good = [s.damping for s in trials if s.loss <= step.loss_before + step.budget]
-        assert step.damping == min(good)
-        assert len(step.accepted) == 1
+        step = self.flow(model, data, list(range(20)), steps=steps, budget=math.inf)
+        assert len(step.accepted) == steps
+        assert [s.damping for s in step.path] == pytest.approx([steps / step.horizon] * steps)
+        auto = self.flow(model, data, list(range(20)), budget=math.inf)
+        assert step.horizon == auto.horizon
+        if steps == len(auto.path):
+            torch.testing.assert_close(flatten(step.params), flatten(auto.params))
 
     def test_a_given_damping_that_explodes_is_an_error(self) -> None:
         _, data = self.data()
@@ -475,8 +477,8 @@ class TestLinear:
 
 
 def test_an_indefinite_hessian_is_damped_or_refused() -> None:
-    """Away from a minimum a Hessian curves downwards: "auto" finds a damping that is enough, a
-    given one may not be."""
+    """Away from a minimum a Hessian curves downwards: the flow finds a time that is short enough, a
+    given damping may not be enough."""
     x, y = regression()
     with torch.random.fork_rng():
         torch.manual_seed(0)

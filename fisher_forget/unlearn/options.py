@@ -58,10 +58,10 @@ class ForgetOptions:
             itself (solver="direct").
         subset: Shell patterns of the parameters that may move ("head.*"); `None` for all trainable.
         seed: Of every random choice but the noise, which no seed gives away.
-        steps: Newton sub-steps: "auto" follows the flow, see `newton_step`; 1 is the textbook step.
-        damping: tau of each step, nats per squared unit of weight; "auto" takes the time that the
-            model tells, or with a given number of steps the smallest of 13 values whose first step
-            stays within the budget.
+        steps: Newton sub-steps along the flow (`newton_step`), eight and more by default; with a
+            given damping, too, it is the textbook step, taken that often.
+        damping: tau of each step, nats per squared unit of weight; "auto" shares the time that the
+            model tells (`Horizon`) among the steps.
         solver: "cg" on exact GGN products, "direct" inverse of the curvature, which stays that of
             the start at every sub-step; "auto" is direct for a dense curvature, else cg.
         drift: Subtract the force that is not owed to the forget set, under which training would go

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ from fisher_forget.data.split import Indices
 from fisher_forget.params import Params
 from fisher_forget.unlearn.problem import Problem
 
-STEPS = 8  # sub-steps; e-foldings of a history that ended before its minimum
+STEPS = 8  # sub-steps unless their number is given; e-foldings of a history that ended early
 DEPTH = 4  # k: of four layers, as the networks that this was looked at with
 SETTLED = 10.0  # times 1/wd, after which e^-10 of the way is left
 LONGEST = 1e6  # time, where nothing holds the weights
@@ -54,17 +54,19 @@ class Horizon:
 
     Attributes:
         e_fold: Time of the flow that stands for one e-folding of the training's history.
-        time: Of the whole flow, in `STEPS` equal sub-steps.
+        time: Of the whole flow, in equal sub-steps.
         settled: Whether the flow is followed to its end, since the model was at a minimum. What the
             flow descends is what retraining minimises then; else it is tilted.
+        steps: Number of sub-steps.
     """
 
     e_fold: float
     time: float
     settled: bool = False
+    steps: int = STEPS
 
     @classmethod
-    def of(cls, problem: Problem) -> Horizon:
+    def of(cls, problem: Problem, steps: int = STEPS) -> Horizon:
         """As the model tells it, or a training whose time is known."""
         found, known = problem.found, problem.training_time
         wd = found.typical or found.value
@@ -76,29 +78,29 @@ class Horizon:
         else:  # the weights would grow without end, or stand still: the loss alone tells the time
             e_fold = found.time / 2
         end = min(SETTLED / wd, LONGEST) if wd > 0 else LONGEST
-        return cls(e_fold, min(STEPS * e_fold, end), STEPS * e_fold >= end)
+        return cls(e_fold, min(STEPS * e_fold, end), STEPS * e_fold >= end, steps)
 
     def half(self) -> Horizon:
         """Half as far, with the same share of the history in each sub-step."""
-        return Horizon(self.e_fold / 2, self.time / 2, self.settled)
+        return replace(self, e_fold=self.e_fold / 2, time=self.time / 2)
 
     @property
     def times(self) -> tuple[float, ...]:
         """Of the sub-steps."""
-        return (self.time / STEPS,) * STEPS
+        return (self.time / self.steps,) * self.steps
 
     def active(self, problem: Problem, losses: Tensor) -> Tensor:
-        """In how many of the last sub-steps samples of these losses push: [N], 1 to `STEPS`.
+        """In how many of the last sub-steps samples of these losses push: [N], 1 to `steps`.
 
         All, where the loss of a guess is not known: only classes have one.
         """
         masses = problem.sums.total.classes
         if masses.dim() == 0:
-            return torch.full_like(losses, STEPS)
+            return torch.full_like(losses, self.steps)
         shares = masses[masses > 0] / masses.sum()
         guess = float(-(shares * shares.log()).sum())
         ago = 1 + (math.log(max(guess, TINY)) - losses.clamp(min=TINY).log()).clamp(min=0)
-        return (ago * self.e_fold * STEPS / self.time).clamp(1, STEPS)
+        return (ago * self.e_fold * self.steps / self.time).clamp(1, self.steps)
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ class Owed:
         since = self.horizon.active(problem, losses / counts.clamp(min=1.0))
         active = (since * PARTS).round().numpy() / PARTS  # few groups, each with one gradient
         force = P.zeros_like(at)
-        for left in range(STEPS - 1, -1, -1):  # sub-steps that follow
+        for left in range(self.horizon.steps - 1, -1, -1):  # sub-steps that follow
             now = force
             for joins in np.unique(active[(active > left) & (active <= left + 1)]):
                 pull = self.of(forget[active == joins])

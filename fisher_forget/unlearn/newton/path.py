@@ -16,8 +16,6 @@ from fisher_forget.unlearn.newton.guard import HALVINGS, Guard
 from fisher_forget.unlearn.options import ForgetOptions
 from fisher_forget.unlearn.problem import Problem
 
-DAMPINGS = tuple(10.0 ** (-k / 2) for k in range(13))  # 1 ... 1e-6, for damping="auto" with steps
-
 
 @dataclass(frozen=True)
 class SubStep:
@@ -67,6 +65,11 @@ class Path:
         self._objective = problem.objective
         self._shown = problem.objective.reader(problem.split, shown)
 
+    @property
+    def solved(self) -> bool:
+        """Whether the first system had a solution: a Hessian may be indefinite over a long time."""
+        return not math.isnan(self.steps[0].norm)
+
     def follow(self, times: Sequence[float], forces: Iterable[Params], progress: bool) -> bool:
         """Sub-steps over these times, each with its force at the original weights.
 
@@ -110,29 +113,29 @@ class Path:
             if not went:
                 return
 
-    def repeat(self, options: ForgetOptions, progress: bool) -> None:
-        """A given number of sub-steps, at one damping.
+    def repeat(self, options: ForgetOptions) -> None:
+        """The textbook step, as often as asked for: a given number of sub-steps at one damping.
 
         Raises:
-            NumericalError: If a given damping leads to values that are not finite.
+            NumericalError: If it leads to values that are not finite.
         """
-        tau = self.smallest_damping(progress) if options.damping == "auto" else options.damping
         assert options.steps != "auto"
-        got = f"a Newton step at damping {tau} that left the finite numbers"
+        assert options.damping != "auto"
+        got = f"a Newton step at damping {options.damping} that left the finite numbers"
         fix = "Use a larger damping, or damping='auto'."
         overflow = NumericalError(got, "finite weights and losses", fix)
-        for step in range(0 if tau is None else options.steps):
+        for step in range(options.steps):
             try:
-                fits = self.advance(tau or 0.0)
+                fits = self.advance(options.damping)
             except NumericalError as error:
                 if not step:  # at the given weights, so that no step is to blame
                     raise
                 raise overflow from error
-            if not fits and options.damping != "auto":
+            if not fits:
                 raise overflow
 
-    def advance(self, tau: float, halvings: int = 0, *, trial: bool = False) -> bool:
-        """One sub-step from the current weights; they move only if it fits, and is no trial.
+    def advance(self, tau: float, halvings: int = 0) -> bool:
+        """One sub-step from the current weights; they move only if it fits.
 
         Returns:
             Whether it fits.
@@ -161,23 +164,13 @@ class Path:
                 loss=look.loss,
                 shift=self.guard.shift(look),
                 moved=moved,
-                accepted=fits and not trial,
+                accepted=fits,
             )
         )
-        if fits and not trial:
+        if fits:
             self.at, self.guard = look.at, self.guard.passed(look)
             self.flow.go(look.share)
         return fits
-
-    def smallest_damping(self, progress: bool) -> float | None:
-        """The smallest of `DAMPINGS`, on the way down, whose step fits; `None` if there is none."""
-        best = None
-        for tau in bar(DAMPINGS, len(DAMPINGS), "damping", progress):
-            if self.advance(tau, trial=True):
-                best = tau
-            elif best is not None or not math.isnan(self.steps[-1].norm):
-                break
-        return best
 
     def _moved(self, to: Params) -> float:
         """Mean KL(here || there) of the forget set's predictions, nats."""

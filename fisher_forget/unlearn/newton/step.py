@@ -118,12 +118,12 @@ def newton_step(
 
     A sub-step solves (B(w) + (wd + tau) I) delta = -(grad L_r(w) + wd w) at the current w.
 
-    With steps="auto" there are eight sub-steps over a `Horizon`, in which more and more of the
-    forgotten samples push; and eight more at most, each longer than the last, where a class of
-    which no sample is retained is still recognised. A step that leaves the budget is halved until
-    it does not, and is the last. Where retained samples lose more than max(0.01 nats, 10 % of their
-    loss), or the retained objective ends above its start at a minimum (`Horizon.settled`), the flow
-    is followed again for half the time; nowhere, if it always does.
+    There are eight sub-steps over a `Horizon`, or as many as are given, in which more and more of
+    the forgotten samples push; with steps="auto" eight more at most, each longer than the last,
+    where a class of which no sample is retained is still recognised. A step that leaves the budget
+    is halved until it does not, and is the last. Where retained samples lose more than max(0.01
+    nats, 10 % of their loss), or the retained objective ends above its start at a minimum
+    (`Horizon.settled`), the flow is followed again for half the time; nowhere, if it always does.
 
     Args:
         problem: Model, data, curvature and gradient; its `weight_decay` is that of the objective.
@@ -149,7 +149,7 @@ def newton_step(
         raise ConfigError(got, "over all, which is the force of this step", fix)
     begun = time.perf_counter()
     options = with_solver(merged(options, changes), problem.objective, problem.split)
-    horizon = Horizon.of(problem)
+    horizon = Horizon.of(problem, STEPS if options.steps == "auto" else options.steps)
     solver = _linear_solver(problem, options, working_set, horizon)
     held_out, shown = _samples(problem, options, guarded=not solver.literal)
     start, decay = problem.objective.start, problem.decay
@@ -165,22 +165,25 @@ def newton_step(
     if owed is not None:
         force = owed.all()
 
-    if options.steps == "auto":
+    if not solver.literal:
         descent = _descent(problem, held_out)
         for _ in range(HALVINGS + 1):
             flow.restart()
             path = Path(problem, flow, guard, shown)
-            times = horizon.times if options.damping == "auto" else (1 / options.damping,) * STEPS
-            forces = [force] * STEPS if owed is None else owed.steps()  # the same for half the time
+            times = horizon.times
+            if options.damping != "auto":
+                times = (1 / options.damping,) * len(times)
+            # the same for half the time
+            forces = [force] * len(times) if owed is None else owed.steps()
             went = path.follow(times, forces, progress)
-            if not _failed(descent, path.at, horizon):
+            if path.solved and not _failed(descent, path.at, horizon):
                 break
             path.back(start)
             went = False
             if options.damping != "auto":
                 break
             horizon = horizon.half()  # B has changed too much on the way
-        if went:
+        if went and options.steps == "auto":
             path.outlast(
                 (times[-1] * GROWTH**k for k in range(1, STEPS + 1)),
                 force,
@@ -189,9 +192,7 @@ def newton_step(
             )
     else:
         path = Path(problem, flow, guard, shown)
-        if owed is not None:
-            flow.owed = force
-        path.repeat(options, progress)
+        path.repeat(options)
     given = options.known_decay != "auto"
     return NewtonStep(
         params=path.at,
