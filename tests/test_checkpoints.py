@@ -11,7 +11,7 @@ from torch import nn
 
 from fisher_forget import CheckpointKeeper, ConfigError, StorageError, list_checkpoints
 from fisher_forget._util import files
-from fisher_forget.rewind.checkpoints import Checkpoint, checkpoints_of
+from fisher_forget.rewind.checkpoints import POINTS, Checkpoint, checkpoints_of
 
 
 def net(seed: int = 0) -> nn.Module:
@@ -58,6 +58,14 @@ class TestKeeping:
     def test_short_trainings(self, tmp_path, steps, points):
         run(tmp_path, steps, net())
         assert [one.point for one in list_checkpoints(tmp_path)] == pytest.approx(points)
+
+    def test_no_more_is_left_than_the_points_say(self, tmp_path):
+        """So that rewinding by .1, .25 or .5 finds its checkpoint, whatever the number of steps."""
+        for total in (*range(2, 40), 101, 150, 1175):
+            marks = CheckpointKeeper(tmp_path / str(total), total)._marks
+            for point in POINTS:
+                mark = min(m for m in marks if m >= point * total - 1e-6 or m == total - 1)
+                assert mark - point * total < 1
 
     def test_goes_on_after_an_interruption(self, tmp_path):
         model = net()

@@ -18,6 +18,7 @@ from torch.utils.data import TensorDataset
 
 from fisher_forget import (
     Categorical,
+    ConfigError,
     FisherForgetWarning,
     ForgetOptions,
     Gaussian,
@@ -37,6 +38,7 @@ from fisher_forget.unlearn.self_check import (
     Answers,
     Finding,
     SelfCheck,
+    _retained,
     compared,
     self_check,
     still_recognised,
@@ -265,6 +267,24 @@ class TestVerdicts:
         assert not asked.wrong
 
 
+@pytest.mark.parametrize(
+    ("spread", "verdict", "says"),
+    [(0.01, "wrong", "suffered"), (2.0, "unknown", "may have suffered")],
+)
+def test_a_rise_within_the_error_of_a_sample_is_not_called_none(
+    spread: float, verdict: str, says: str
+) -> None:
+    rises = spread * np.random.default_rng(0).standard_normal(1000)
+    rises += 0.03 - rises.mean()
+    before = answers(np.full(1000, 0.1))
+    found = _retained(before, answers(before.losses + torch.from_numpy(rises)), 0.1, 0.0)
+    assert found.verdict == verdict
+    assert found.says.startswith(f"Retained samples {says}:")
+    assert found.value == pytest.approx(0.03)
+    whole = _retained(before, answers(before.losses + torch.from_numpy(rises)), 1.0, 0.0)
+    assert whole.verdict == "wrong"  # all were looked at: no sample, no error
+
+
 class TestForget:
     def test_result_and_print_out(self, blobs: TensorDataset, trained: nn.Module) -> None:
         result = forget(trained, blobs, range(6), held_out=blobs_data(60, seed=0), **QUIET)
@@ -288,6 +308,16 @@ class TestForget:
         with pytest.warns(FisherForgetWarning, match="still recognised: not forgotten"):
             result = prepare(trained, blobs, **QUIET).forget(idx, steps=1, damping=100.0)
         assert result.check.wrong
+
+    def test_a_budget_that_cut_it_short_is_named(self, crowded: TensorDataset) -> None:
+        idx = np.flatnonzero(crowded.tensors[1] == 1)
+        model = overfitted(crowded, idx)
+        with pytest.warns(FisherForgetWarning, match=r"would have lost 0 nats: a larger budget="):
+            forget(model, crowded, idx, budget=0.0, noise=None, progress=False)
+
+    def test_held_out_samples_that_are_none(self, blobs: TensorDataset, trained: nn.Module) -> None:
+        with pytest.raises(ConfigError, match="held_out=3; expected a loader or data set"):
+            forget(trained, blobs, range(6), held_out=3, **QUIET)
 
     def test_a_model_destroyed_by_a_given_damping_warns(
         self, blobs: TensorDataset, trained: nn.Module

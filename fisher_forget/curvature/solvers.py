@@ -225,10 +225,13 @@ def conjugate_gradient(
         known: Directions of earlier systems with this A; new ones are added.
 
     Raises:
-        NumericalError: If A is not positive definite along a search direction.
+        NumericalError: If A is not positive definite along a search direction, or numbers overflow.
     """
     known = known or Directions()
     start = P.dot(b, precondition(b))
+    if not math.isfinite(start):
+        got = f"a right-hand side of squared length {start:g} in the preconditioner's norm"
+        raise NumericalError(got, "a finite one", "Use more damping.")
     if start <= 0:
         return Solution(P.zeros_like(b), 0, 0.0, b)
     # r = b - A x is the residual, z = M^-1 r, and the directions p are conjugate

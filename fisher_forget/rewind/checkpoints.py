@@ -6,6 +6,7 @@ quarters. What follows a point costs 1 - point of a training.
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -114,7 +115,8 @@ class CheckpointKeeper:
             got, expected = f"points={points!r}", "at least one, each above 0 and below 1"
             raise ConfigError(got, expected, "Pass points=(0.5, 0.75, 0.9), say.")
         self.folder, self.total_steps = ensure_folder(folder), int(total_steps)
-        self._marks = {min(max(1, round(p * total_steps)), total_steps - 1) for p in points}
+        # up, so that no more than 1 - p is left to train; .9 * 10 is a little more than 9
+        self._marks = {min(math.ceil(p * total_steps - 1e-9), total_steps - 1) for p in points}
         self._done: int | None = None
 
     def step(self, model: nn.Module, done: int | None = None) -> None:

@@ -16,12 +16,12 @@ from fisher_forget._util.isolation import isolated
 from fisher_forget.data import batches
 from fisher_forget.data.own_loss import LossFn
 from fisher_forget.data.split import Indices, Part, Split, resolve_split
-from fisher_forget.errors import FisherForgetWarning
+from fisher_forget.errors import ConfigError, FisherForgetWarning
 from fisher_forget.likelihood import Likelihood
 from fisher_forget.likelihood.independent import IndependentOutputs
 from fisher_forget.params import Params
 from fisher_forget.unlearn.batch_norm import norm_layers, refresh_statistics
-from fisher_forget.unlearn.newton.step import newton_step
+from fisher_forget.unlearn.newton.step import NewtonStep, newton_step
 from fisher_forget.unlearn.noise import noise_step
 from fisher_forget.unlearn.noise_draw import check_generator
 from fisher_forget.unlearn.options import ForgetOptions, RequestKeywords, merged
@@ -118,6 +118,9 @@ def held_out_split(
     """Samples that the model was not trained on, for the self-check."""
     if source is None:
         return None
+    if not isinstance(source, DataLoader | Split) and not hasattr(source, "__getitem__"):
+        got, expected = f"held_out={source!r}", "a loader or data set, or None"
+        raise ConfigError(got, expected, "Pass samples that the model was not trained on.")
     return resolve_split(source, [], unpack=unpack, allow_empty=True)
 
 
@@ -171,7 +174,11 @@ def scrub(
         _weights(scrubbed),
         moved=newton.norm,
         allowed=0.0 if about is None else about.asked,
-        cause=_of_statistics(statistics),
+        causes={
+            "step": _of_budget(newton),
+            "absent classes": _of_budget(newton),
+            "retained samples": _of_statistics(statistics),
+        },
         held_out=held_out,
         seed=options.seed,
     )
@@ -231,6 +238,16 @@ def _warn_of_decay(contradiction: str, likelihood: Likelihood) -> None:
         f"check that it and the loss are those of the training: loss_fn= compares the loss{hint}.",
         FisherForgetWarning,
         stacklevel=4,
+    )
+
+
+def _of_budget(newton: NewtonStep) -> str:
+    """That the budget ended the correction, where it did."""
+    if not newton.path or newton.path[-1].share == 1:
+        return ""
+    return (
+        f"The correction was cut short where retained samples would have lost {newton.budget:g} "
+        "nats: a larger budget= lets it go on."
     )
 
 

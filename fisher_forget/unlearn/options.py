@@ -79,7 +79,7 @@ class ForgetOptions:
             and keeps the others (those of a frozen backbone).
         memory: Bytes that activations may take at a time: graphs, recorded layer inputs, outputs.
             The model, copies of its weights, the curvature and the data come on top; and a single
-            sample (four where layers and products are verified) is taken whole. What fits is not
+            sample (eight where layers and products are verified) is taken whole. What fits is not
             computed again: a larger bound is faster where it does not.
 
     Raises:

@@ -24,7 +24,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -47,6 +48,8 @@ RISE, RISE_SHARE = 0.01, 0.1  # of the retained loss: nats, or a share of it, th
 LEVEL = 0.01  # false-alarm rate of a test, both sides together
 RELABELLINGS = 1999  # drawn for a test, beside the observed labels
 ERRORS = 2.0  # standard errors by which it must have risen, beyond what is allowed
+
+NONE_KNOWN: Mapping[str, str] = MappingProxyType({})
 
 Verdict = Literal["fine", "wrong", "unknown"]
 
@@ -194,7 +197,7 @@ def self_check(
     *,
     moved: float = math.inf,
     allowed: float = 0.0,
-    cause: str = "",
+    causes: Mapping[str, str] = NONE_KNOWN,
     held_out: Split | None = None,
     seed: int = 0,
 ) -> SelfCheck:
@@ -206,7 +209,8 @@ def self_check(
         at: The result's weights and buffers.
         moved: Length of the correction; 0 where the weights are as given.
         allowed: Rise of the retained loss that was asked for, nats, beyond what counts as none.
-        cause: What is known to have raised it, a sentence, which is said where it rose.
+        causes: What is known to be the reason where something is wrong, a sentence by the name of
+            the finding.
         held_out: Samples that the model was not trained on, its retained ones.
         seed: Of the samples and the relabellings.
     """
@@ -229,8 +233,14 @@ def self_check(
                 unseen = Answers.of(problem.objective, held_out, "retain", at, seed)
             findings.append(_unseen(before, forget, unseen, stays, seed))
     seen = len(before["retain"].losses) / len(problem.split.retain)
-    findings.append(_retained(before["retain"], after["retain"], seen, allowed, cause))
-    return SelfCheck(tuple(findings))
+    findings.append(_retained(before["retain"], after["retain"], seen, allowed))
+    return SelfCheck(tuple(_reasoned(finding, causes) for finding in findings))
+
+
+def _reasoned(finding: Finding, causes: Mapping[str, str]) -> Finding:
+    """With what is known to be the reason, where something is wrong."""
+    reason = causes.get(finding.name, "") if finding.verdict == "wrong" else ""
+    return replace(finding, says=f"{finding.says} {reason}") if reason else finding
 
 
 def _absent(absent: tuple[int, ...], recognised: float) -> Finding:
@@ -288,7 +298,7 @@ def _unseen(
     return Finding("unseen samples", found.ours, found.others, verdict, says)
 
 
-def _retained(before: Answers, after: Answers, seen: float, allowed: float, cause: str) -> Finding:
+def _retained(before: Answers, after: Answers, seen: float, allowed: float) -> Finding:
     """Whether retained samples lose as little as before: the same samples, in pairs, which are a
     given share of all."""
     score = before.likelihood.score
@@ -296,15 +306,16 @@ def _retained(before: Answers, after: Answers, seen: float, allowed: float, caus
     rises = (after.losses - before.losses) * before.positions / before.positions.mean()
     # of a mean over samples drawn without replacement: none where all are seen
     error = float(rises.std()) * math.sqrt((1 - seen) / len(rises)) if seen < 1 else 0.0
-    harmed = not float(rises.mean()) - ERRORS * error <= limit  # NaN is harm, too
+    rise = float(rises.mean())
+    harmed = not rise - ERRORS * error <= limit  # NaN is harm, too
+    verdict: Verdict = "wrong" if harmed else "unknown" if rise > limit else "fine"
+    did = {"wrong": "suffered", "unknown": "may have suffered", "fine": "did not suffer"}
     says = (
-        f"Retained samples {'suffered' if harmed else 'did not suffer'}: "
+        f"Retained samples {did[verdict]}: "
         f"loss {before.loss:.3g} -> {after.loss:.3g} nats, {score.name} "
         f"{score.format(before.score)} -> {score.format(after.score)}."
-        f"{f' {cause}' if harmed and cause else ''}"
     )
-    verdict: Verdict = "wrong" if harmed else "fine"
-    return Finding("retained samples", after.loss - before.loss, limit, verdict, says)
+    return Finding("retained samples", rise, limit, verdict, says)
 
 
 @dataclass(frozen=True)

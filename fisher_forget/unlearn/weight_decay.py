@@ -179,7 +179,7 @@ def contradiction(given: WeightDecay, found: ReadOff, training_time: float | Non
         return ""
     less, turn = ("less", "shrinking") if wd == high else ("more", "growing")
     times = f"{high / low:.2g} times {less}" if low else less
-    lasted = f"its training lasted about {time:.3g}" if math.isfinite(time) else "it is at rest"
+    lasted = f"its training lasted some {time:.1g}" if math.isfinite(time) else "it is at rest"
     return (
         f"the model acts like a weight decay of {found.value:.2g}, {times} than the given "
         f"{wd:.2g}, with which its weights would be {turn} by a factor e in a time of "

@@ -38,14 +38,12 @@ from fisher_forget.unlearn.weight_decay import decayed, total_damping
 CARRIED = 0.95  # of tr H_n by the working set, which has
 LEAST, MOST = 100, 400  # samples, or all that there are
 EACH = 10  # of them for a forgotten sample, at most: a small request needs no more
-# Root-mean-square move of a logit, within which the flow is taken as linear: of a tilted one, which
-# means the curvature at its start, and of one that is to end where L_r is lowest.
-STRAIGHT, EXACTLY = 0.1, 0.002
+STRAIGHT = 0.1  # root-mean-square move of a logit, within which a tilted flow is linear
 KEPT = 1 / 8  # of the memory, for directions
 POOL = 5  # candidates among which it is re-chosen, for each of its samples
-# Conjugate-gradient products and tolerance. Along the flow a rough solution is enough: the next
-# step starts with a new gradient. A given damping asks for the solution itself.
-QUICK, EXACT = (10, 0.1), (200, 1e-9)
+# Conjugate-gradient products and tolerance: of a tilted flow; of one that is to end where L_r is
+# lowest, and takes a new gradient for each step; where a given damping asks for the solution.
+ROUGH, CLOSE, EXACT = (10, 0.1), (10, 0.05), (200, 1e-9)
 
 
 Products = Callable[[Params], Params]
@@ -61,13 +59,14 @@ class LinearSolver:
             given.
         working_set: Samples that enter the products otherwise; by default as many as have
             `CARRIED` of tr H_n.
-        straight: Root-mean-square move of a logit, within which the flow is taken as linear.
+        straight: Root-mean-square move of a logit, within which the flow is taken as linear: 0
+            where it is to end where L_r is lowest, which only its gradient knows.
     """
 
     direct: bool = False
     literal: bool = False
     working_set: int | None = None
-    straight: float = EXACTLY
+    straight: float = 0.0
 
 
 @dataclass
@@ -127,22 +126,30 @@ class Flow:
         if len(spread) <= MOST:
             return MOST
         carry = int(np.searchsorted(np.cumsum(spread), CARRIED * spread.sum())) + 1
-        most = min(MOST, EACH * len(self.problem.split.forget))
-        return max(LEAST, min(carry, most))
+        most = EACH * len(self.problem.split.forget) if self.solver.straight else MOST
+        return max(LEAST, min(carry, most, MOST))
 
     def restart(self) -> None:
         """Back to the original weights."""
         self.at = self._base
         self._near: Linear | None = None
         self._next: tuple[Params, Params] | None = None  # the last solution x, and (B + wd) x
+        self._last: tuple[Params, Params] | None = None  # where it was before, and the change there
 
     def go(self, share: float = 1.0) -> None:
         """Go that share of the last solution."""
         assert self._near is not None
         assert self._next is not None
         x, curved = self._next
+        self._last = self.at, self._near.change
         self.at = P.add(self.at, x, share)
         self._near.change = P.add(self._near.change, curved, share)
+
+    def undo(self) -> None:
+        """Back to before the last `go`."""
+        assert self._near is not None
+        assert self._last is not None
+        self.at, self._near.change = self._last
 
     def solve(self, tau: float) -> Solution:
         """delta of (B + (wd + tau) I) delta = -force.
@@ -163,7 +170,8 @@ class Flow:
                 near.tau, near.directions = tau, Directions(near.directions.room)
             # a structure that cannot hold the decays preconditions only: the solution is exact
             precise = self.solver.literal or products is None
-            iterations, tolerance = EXACT if precise else QUICK
+            along = ROUGH if self.solver.straight else CLOSE
+            iterations, tolerance = EXACT if precise else along
             solution = conjugate_gradient(
                 lambda v: P.add(products(v) if products else curvature.power(v, 1), v, total),
                 b,
@@ -184,18 +192,16 @@ class Flow:
         Raises:
             CurvatureError: If the curvature is a Hessian that needs more damping.
         """
-        # an estimate: in a literal step, too, the pool's gradient is enough
-        known = self._near is not None and not self._bent(self._near)
-        change = self._near.change if self._near and known else self._change()
         held = decayed(self.problem.curvature, self.problem.decay, tau)
-        return held.power(P.add(self.owed, change), -1)
+        # in a literal step, too, the pool's gradient is enough for an estimate
+        return held.power(P.add(self.owed, self._change()), -1)
 
     def _bent(self, near: Linear) -> bool:
         """Whether the working set's predictions have moved too far for the flow to be linear: their
         divergence is half the squared move, weighted by the curvature."""
         if self.at is near.origin:
             return False
-        if self.solver.literal:
+        if not self.solver.straight:
             return True
         objective, read = self.problem.objective, partial(self._batches, near.samples)
         moved = objective.divergence(read(), near.origin, self.at)

@@ -78,7 +78,8 @@ class Horizon:
         else:  # the weights would grow without end, or stand still: the loss alone tells the time
             e_fold = found.time / 2
         end = min(SETTLED / wd, LONGEST) if wd > 0 else LONGEST
-        return cls(e_fold, min(STEPS * e_fold, end), STEPS * e_fold >= end, steps)
+        time = max(min(STEPS * e_fold, end), TINY)  # a loss of 0 tells none
+        return cls(e_fold, time, STEPS * e_fold >= end, steps)
 
     def half(self) -> Horizon:
         """Half as far, with the same share of the history in each sub-step."""

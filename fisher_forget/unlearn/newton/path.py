@@ -103,12 +103,12 @@ class Path:
         for time_step in times:
             if not known(self.at):
                 return
+            before = self.at, self.guard
             went = self.follow([time_step], [force], progress=False)
-            step = self.steps[-1]
-            if step.accepted and failed(self.at):
-                self.flow.go(-step.share)
-                self.at = self.flow.at
-                self.steps[-1] = replace(step, accepted=False)
+            if self.steps[-1].accepted and failed(self.at):
+                self.at, self.guard = before
+                self.flow.undo()
+                self.steps[-1] = replace(self.steps[-1], accepted=False)
                 return
             if not went:
                 return

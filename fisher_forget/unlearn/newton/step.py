@@ -28,7 +28,7 @@ from fisher_forget._util.isolation import isolated
 from fisher_forget.data.split import Indices, some
 from fisher_forget.errors import ConfigError, CurvatureError, NumericalError
 from fisher_forget.params import Params
-from fisher_forget.unlearn.newton.flow import EXACTLY, STRAIGHT, Flow, LinearSolver
+from fisher_forget.unlearn.newton.flow import STRAIGHT, Flow, LinearSolver
 from fisher_forget.unlearn.newton.guard import HALVINGS, Descent, Guard, HeldOut
 from fisher_forget.unlearn.newton.horizon import STEPS, Horizon, Owed
 from fisher_forget.unlearn.newton.path import Path, SubStep
@@ -253,7 +253,7 @@ def _linear_solver(
 ) -> LinearSolver:
     whole = options.solver == "auto" and problem.curvature.whole
     direct = whole or options.solver == "direct"
-    straight = STRAIGHT if options.tilted and not horizon.settled else EXACTLY
+    straight = STRAIGHT if options.tilted and not (options.literal or horizon.settled) else 0.0
     return LinearSolver(direct, options.literal, working_set, straight)
 
 
