@@ -228,13 +228,11 @@ def test_all_samples_that_the_curvature_is_of_may_go(structure: str) -> None:
     x = torch.randn(PRECONDITIONER_SAMPLES + 60, 3, generator=g)
     data = TensorDataset(x, (x[:, 0] > 0).long())
     net = nn.Linear(3, 2).eval()
-    prepared = prepare(net, data, weight_decay=WD, structure=structure, progress=False)
+    prepared = prepare(net, data, structure=structure, progress=False)
     gone = prepared.sampled[:-3]
     result = prepared.forget(gone, noise=None)
     assert result.curvature.info.count == len(x) - len(gone)
-    direct = forget(
-        net, data, gone, weight_decay=WD, structure=structure, noise=None, progress=False
-    )
+    direct = forget(net, data, gone, structure=structure, noise=None, progress=False)
     assert distance(result.model, direct.model, net) < 1e-3
     prepared.forget(prepared.sampled[-3:], noise=None)
 
