@@ -3,8 +3,8 @@
     python -m benchmarks.forgetting [--only ROW ...] [--seeds N ...] [--label before --code FOLDER]
 
 Every row is a network, a way to train it and a set of samples to forget, with five networks
-retrained without them. Rows marked * were held out: they, and the originals of seeds 3 to 5 of the
-others, were first looked at when everything was chosen. Networks are kept in runs/forgetting.
+retrained without them. Originals of seeds 3 to 5, which the table shows, had no part in any choice,
+and rows marked * in one only (docs/results.md). Networks are kept in runs/forgetting.
 Numbers are stored in benchmarks/forgetting.json after every call, so that a killed run goes on, and
 written to docs/results.md.
 
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="ROW", help="see --list; or development, held-out"
     )
-    parser.add_argument("--seeds", nargs="+", type=int, help="of originals; by default 0-2 or 3-5")
+    parser.add_argument("--seeds", nargs="+", type=int, help="of originals; by default 3 to 5")
     parser.add_argument("--label", choices=LABELS, default="after", help="whose column is filled")
     parser.add_argument("--code", type=Path, help="folder of the package that is asked")
     parser.add_argument("--again", action="store_true", help="make stored numbers anew")

@@ -12,7 +12,7 @@ import torch
 
 import fisher_forget
 from benchmarks.forgetting.cells import Networks, cell, key
-from benchmarks.forgetting.rows import ROWS, Row
+from benchmarks.forgetting.rows import ROWS, SEEDS, Row
 from benchmarks.forgetting.table import table
 from fisher_forget._util.files import read_json, write_json
 from fisher_forget._util.markdown import markdown_table
@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> None:
     """List, train, or forget and write the table."""
     torch.set_num_threads(1)
     stored = options.out or STORED
-    asked = [(row, seed) for row in named(options.only) for seed in options.seeds or row.seeds]
+    asked = [(row, seed) for row in named(options.only) for seed in options.seeds or SEEDS]
     if options.list:
         print(listing(read(stored)))
         return
@@ -102,7 +102,7 @@ def listing(report: Mapping[str, Any]) -> str:
             row.setup.training.optimizer,
             "early" if row.setup.early else "to the end",
             "held out" if row.held_out else "",
-            " ".join(map(str, row.seeds)),
+            " ".join(map(str, SEEDS)),
             seeds(row, "before"),
             seeds(row, "after"),
         ]

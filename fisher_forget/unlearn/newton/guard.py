@@ -19,7 +19,7 @@ from fisher_forget.unlearn.objective import Objective
 from fisher_forget.unlearn.self_check import RISE, RISE_SHARE
 from fisher_forget.unlearn.weight_decay import WeightDecay
 
-BUDGET = 0.5  # nats by which the held-out loss may rise on the way: a mere safety
+BUDGET = 0.1  # nats by which the held-out loss may rise on the way: a mere safety
 HALVINGS = 7  # of a step that is not to be taken whole, at most
 ROUNDING = 1e-6  # of the loss, by which rounding may raise what is descended
 ERRORS = 2.0  # standard errors that are no doubt

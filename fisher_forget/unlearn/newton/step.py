@@ -167,7 +167,7 @@ def newton_step(
 
     if not solver.literal:
         descent = _descent(problem, held_out)
-        for _ in range(HALVINGS + 1):
+        for tries in range(HALVINGS, -1, -1):  # that are left
             flow.restart()
             path = Path(problem, flow, guard, shown)
             times = horizon.times
@@ -176,7 +176,8 @@ def newton_step(
             # the same for half the time
             forces = [force] * len(times) if owed is None else owed.steps()
             went = path.follow(times, forces, progress)
-            if path.solved and not _failed(descent, path.at, horizon):
+            fits = path.solved and (went or not tries)
+            if fits and not _failed(descent, path.at, horizon):
                 break
             path.back(start)
             went = False
