@@ -225,7 +225,7 @@ class TestHorizon:
                 p *= 10
         g, w = self.gradient(model, data)
         assert float(g @ w) > 0
-        step = newton_step(Problem.of(model, data, GONE))
+        step = newton_step(Problem.of(model, data, GONE), budget=math.inf)
         loss = float(F.cross_entropy(model(data.tensors[0]), data.tensors[1]).detach())
         assert step.acts_like == 0
         assert step.horizon == pytest.approx(STEPS * loss / float(g @ g) / 2, rel=1e-4)

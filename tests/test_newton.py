@@ -233,6 +233,24 @@ class TestControls:
         assert shift > 0
         assert two.shift == pytest.approx(shift)
 
+    @pytest.mark.usefixtures("few_held_out")
+    def test_a_flow_that_leaves_the_budget_is_followed_for_half_the_time(self) -> None:
+        model, data = self.data()
+        model = softmax_minimiser(model, *data.tensors, DECAY)
+        free, bound = (
+            self.flow(model, data, list(range(20)), budget=budget, seed=1)
+            for budget in (math.inf, 0.1)
+        )
+        assert max(s.loss + s.shift for s in free.path) > free.loss_before + 0.1
+        halvings = math.log2(free.horizon / bound.horizon)
+        assert halvings == pytest.approx(round(halvings), abs=1e-6)
+        assert 1 <= halvings < 7
+        assert all(s.accepted and s.share == 1 for s in bound.path)
+        lowest = bound.loss_before
+        for s in bound.path:
+            assert s.loss + s.shift <= lowest + 0.1
+            lowest = min(lowest, s.loss)
+
     @pytest.mark.parametrize("steps", [4, 8])
     def test_a_given_number_of_steps_shares_the_same_time(self, steps: int) -> None:
         model, data = self.data()

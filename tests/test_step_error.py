@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 from fisher_forget import ForgetOptions, NewtonStep, Problem, newton_step
 from fisher_forget.params import flatten, size
-from fisher_forget.unlearn.newton.horizon import SETTLED
+from fisher_forget.unlearn.newton.horizon import SETTLED, Horizon
 
 GONE = np.arange(20)
 LEFT = np.arange(20, 200)
@@ -38,8 +38,16 @@ def ridge(wd: float) -> tuple[nn.Module, TensorDataset, Tensor, Tensor]:
 
 
 def stepped(model: nn.Module, data: TensorDataset, wd: float, **options: Any) -> NewtonStep:
+    return with_time(model, data, wd, **options)[0]
+
+
+def with_time(
+    model: nn.Module, data: TensorDataset, wd: float, **options: Any
+) -> tuple[NewtonStep, float]:
+    """The step, and the time that the model tells."""
     found = ForgetOptions(weight_decay=wd, **options)
-    return newton_step(Problem.of(model, data, GONE, found), found)
+    problem = Problem.of(model, data, GONE, found)
+    return newton_step(problem, found), Horizon.of(problem).time
 
 
 STEPS: list[dict[str, Any]] = [
@@ -62,9 +70,10 @@ class TestRidge:
         model, data, retrained, matrix = ridge(wd)
         pairs = []
         for options in STEPS:
-            step = stepped(model, data, wd, likelihood="gaussian", structure="dense", **options)
+            options = {"likelihood": "gaussian", "structure": "dense"} | options
+            step, time = with_time(model, data, wd, **options)
             ahead = flatten(step.params) - retrained.flatten()
-            horizon = torch.eye(8).double() / step.horizon
+            horizon = torch.eye(8).double() / time
             shorter = torch.linalg.solve(matrix + horizon, matrix @ ahead)
             claimed = step.error * math.sqrt(size(step.params))
             assert claimed == pytest.approx(float(shorter.norm()), rel=1e-6, abs=1e-12)

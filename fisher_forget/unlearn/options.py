@@ -68,7 +68,7 @@ class ForgetOptions:
             on; "auto" does, except with a given number of steps and a given damping. True does so
             there, too: the Newton step of all samples is subtracted.
         budget: How far the mean loss on held-out retained samples may rise above the lowest on the
-            way, plus how far those losses rise that do (`SubStep.shift`), nats; by default 0.5, a
+            way, plus how far those losses rise that do (`SubStep.shift`), nats; by default 0.1, a
             mere safety.
         noise: Scale s of the noise s (B + (wd + tau) I)^-p xi; or a `NoiseTarget` that it is to
             reach, which is by default ("auto") that the retained loss rises by max(0.0002 nats,

@@ -55,7 +55,7 @@ class NewtonStep:
         contradiction: By how much a given weight decay contradicts that, in words; or empty.
         horizon: Time T that the flow is followed for.
         error: sigma_h, root-mean-square distance of a weight to where the flow still leads, by one
-            more step over the whole horizon T from where it ended,
+            more step over the whole T that the model tells (`Horizon.of`) from where it ended,
 
                 sigma_h = |(B + (wd + 1/T) I)^-1 force| / sqrt(d),
 
@@ -120,10 +120,12 @@ def newton_step(
 
     There are eight sub-steps over a `Horizon`, or as many as are given, in which more and more of
     the forgotten samples push; with steps="auto" eight more at most, each longer than the last,
-    where a class of which no sample is retained is still recognised. A step that leaves the budget
-    is halved until it does not, and is the last. Where retained samples lose more than max(0.01
-    nats, 10 % of their loss), or the retained objective ends above its start at a minimum
-    (`Horizon.settled`), the flow is followed again for half the time; nowhere, if it always does.
+    where a class of which no sample is retained is still recognised. A flow that leaves the budget,
+    under which retained samples lose more than max(0.01 nats, 10 % of their loss), or after which
+    the retained objective is above its start at a minimum (`Horizon.settled`), is followed again
+    for half the time. Where that has not helped seven times, or the time is given, the step that
+    leaves the budget is halved until it does not, and is the last; none is taken, if the samples
+    lose too much even so.
 
     Args:
         problem: Model, data, curvature and gradient; its `weight_decay` is that of the objective.
@@ -149,8 +151,8 @@ def newton_step(
         raise ConfigError(got, "over all, which is the force of this step", fix)
     begun = time.perf_counter()
     options = with_solver(merged(options, changes), problem.objective, problem.split)
-    horizon = Horizon.of(problem, STEPS if options.steps == "auto" else options.steps)
-    solver = _linear_solver(problem, options, working_set, horizon)
+    whole = Horizon.of(problem, STEPS if options.steps == "auto" else options.steps)
+    horizon, solver = whole, _linear_solver(problem, options, working_set, whole)
     held_out, shown = _samples(problem, options, guarded=not solver.literal)
     start, decay = problem.objective.start, problem.decay
 
@@ -176,12 +178,12 @@ def newton_step(
             # the same for half the time
             forces = [force] * len(times) if owed is None else owed.steps()
             went = path.follow(times, forces, progress)
-            fits = path.solved and (went or not tries)
-            if fits and not _failed(descent, path.at, horizon):
+            last = not tries or options.damping != "auto"
+            if path.solved and (went or last) and not _failed(descent, path.at, horizon):
                 break
             path.back(start)
             went = False
-            if options.damping != "auto":
+            if last:
                 break
             horizon = horizon.half()  # B has changed too much on the way
         if went and options.steps == "auto":
@@ -201,7 +203,7 @@ def newton_step(
         acts_like=problem.found.value,
         contradiction=contradiction(decay, problem.found, problem.training_time) if given else "",
         horizon=horizon.time,
-        error=_error(flow, horizon),
+        error=_error(flow, whole),
         norm=P.norm(P.add(path.at, start, -1)),
         gradient_norm=P.norm(force),
         drift_removed=options.tilted,
