@@ -22,6 +22,16 @@ from fisher_forget.errors import FisherForgetError, FisherForgetWarning
 from fisher_forget.evaluate.closeness import Reference
 
 MODELS = 5  # retrained ones
+# Of each part, what is stored: KLs of each retrained model, and shares of right answers.
+KEPT = (
+    "original_each",
+    "scrubbed_each",
+    "to_each",
+    "from_each",
+    "score_original",
+    "score_retrained",
+    "score_scrubbed",
+)
 
 Cell = Mapping[str, Any]
 
@@ -103,6 +113,16 @@ def cell(row: Row, seed: int, folder: Path) -> Cell:
         str(w.message) for w in caught if issubclass(w.category, FisherForgetWarning)
     ]
     reference = networks.reference()
-    found["noised"] = reference.closeness(result.model).to_dict()
-    found["plain"] = reference.closeness(result.with_noise(0.0)).to_dict()
+    found["noised"] = kept(reference.closeness(result.model).to_dict())
+    found["plain"] = kept(reference.closeness(result.with_noise(0.0)).to_dict())
     return found
+
+
+def kept(closeness: Mapping[str, Any]) -> dict[str, Any]:
+    """What the table reads of a closeness, to six digits."""
+
+    def rounded(value: Any) -> Any:
+        return [rounded(v) for v in value] if isinstance(value, list) else float(f"{value:.6g}")
+
+    parts = closeness["parts"].items()
+    return {"parts": {part: {k: rounded(s[k]) for k in KEPT} for part, s in parts}}
