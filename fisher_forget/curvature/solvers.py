@@ -228,7 +228,8 @@ def conjugate_gradient(
         NumericalError: If A is not positive definite along a search direction, or numbers overflow.
     """
     known = known or Directions()
-    start = P.dot(b, precondition(b))
+    z = precondition(b)
+    start = P.dot(b, z)
     if not math.isfinite(start):
         got = f"a right-hand side of squared length {start:g} in the preconditioner's norm"
         raise NumericalError(got, "a finite one", "Use more damping.")
@@ -236,7 +237,7 @@ def conjugate_gradient(
         return Solution(P.zeros_like(b), 0, 0.0, b)
     # r = b - A x is the residual, z = M^-1 r, and the directions p are conjugate
     x, r = known.solve(b)
-    z = precondition(r)
+    z = z if r is b else precondition(r)
     rz, p, iteration = P.dot(r, z), known.conjugate(z), 0
     # r^T M^-1 r is the squared residual in the norm of M^-1
     while iteration < iterations and rz > tolerance**2 * start:

@@ -175,7 +175,6 @@ def scrub(
         moved=newton.norm,
         allowed=0.0 if about is None else about.asked,
         causes={
-            "step": _of_budget(newton),
             "absent classes": _of_budget(newton),
             "retained samples": _of_statistics(statistics),
         },
@@ -243,7 +242,8 @@ def _warn_of_decay(contradiction: str, likelihood: Likelihood) -> None:
 
 def _of_budget(newton: NewtonStep) -> str:
     """That the budget ended the correction, where it did."""
-    if not newton.path or newton.path[-1].share == 1:
+    # a share of 0 is that of a system without a solution
+    if not newton.accepted or not 0 < newton.path[-1].share < 1:
         return ""
     return (
         f"The correction was cut short where retained samples would have lost {newton.budget:g} "

@@ -151,8 +151,8 @@ def newton_step(
         raise ConfigError(got, "over all, which is the force of this step", fix)
     begun = time.perf_counter()
     options = with_solver(merged(options, changes), problem.objective, problem.split)
-    whole = Horizon.of(problem, STEPS if options.steps == "auto" else options.steps)
-    horizon, solver = whole, _linear_solver(problem, options, working_set, whole)
+    told = Horizon.of(problem, STEPS if options.steps == "auto" else options.steps)
+    horizon, solver = told, _linear_solver(problem, options, working_set, told)
     held_out, shown = _samples(problem, options, guarded=not solver.literal)
     start, decay = problem.objective.start, problem.decay
 
@@ -203,7 +203,7 @@ def newton_step(
         acts_like=problem.found.value,
         contradiction=contradiction(decay, problem.found, problem.training_time) if given else "",
         horizon=horizon.time,
-        error=_error(flow, whole),
+        error=_error(flow, told),
         norm=P.norm(P.add(path.at, start, -1)),
         gradient_norm=P.norm(force),
         drift_removed=options.tilted,
