@@ -231,8 +231,7 @@ class Flow:
                 return P.add(exact(v), curvature.power(v, 1), rest) if rest else exact(v)
 
         pair = 2 * sum(x.numel() * x.element_size() for x in self.at.values())
-        # of no use where every sub-step is linearised anew
-        room = int(KEPT * objective.memory / pair) if self.solver.straight else 0
+        room = 0 if literal else int(KEPT * objective.memory / pair)
         change = self._change(whole=literal)
         return Linear(self.at, products, samples, curved, change, Directions(room))
 
