@@ -1,4 +1,5 @@
-"""Seconds of `forget` and of prepared requests as shares of a retraining, all in one process."""
+"""Seconds of `forget` and of prepared requests as shares of a retraining, all in one process; on
+the GPU, where there is one."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from time import perf_counter
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from fisher_forget import forget, prepare
@@ -41,6 +43,7 @@ def measure(recipe: str, *, quick: bool = False) -> dict[str, Any]:
     data = TensorDataset(*(tensor[:count] for tensor in bundle.train.tensors))
     shape, outputs = tuple(data.tensors[0].shape[1:]), len(bundle.classes)
     model = build_model(config.model.name, shape, outputs, seed=0, **config.model.options)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     few = replace(config.training, epochs=TRAINED[recipe])
     look: dict[str, Any] = {"seed": 0, "progress": False}
     train(model, data, replace(few, epochs=1), **look)  # pays for what is done once

@@ -45,8 +45,9 @@ def problem(case: str, samples: int) -> tuple[nn.Module, Dataset[object]]:
 
 
 def measure(case: str, bound: int, samples: int) -> None:
-    """Print the peak resident set above that before the call, MiB, and the seconds, as JSON."""
+    """Print the peak above that before the call, MiB, and the seconds, as JSON; see `peak`."""
     model, data = problem(case, samples)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     options = ForgetOptions(memory=bound * MIB, structure="diagonal", weight_decay=5e-4)
     reset_peak()
     before, begun = peak(), perf_counter()

@@ -37,7 +37,7 @@ def save_curvature(path: str | Path, curvature: Curvature, model: nn.Module, dat
 
 
 def load_curvature(path: str | Path, model: nn.Module, data: Split) -> Curvature:
-    """Read a curvature back.
+    """Read a curvature back, to the device of the model.
 
     Raises:
         StorageError: If the file is damaged, of another format, or of another model or data.
@@ -47,6 +47,8 @@ def load_curvature(path: str | Path, model: nn.Module, data: Split) -> Curvature
         if metadata.get(key) != expected:
             got = f"{path} made for {key} {metadata.get(key)}"
             raise StorageError(got, f"{key} {expected}", "Estimate the curvature again.")
+    device = next(iter(model.parameters())).device
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     info = json.loads(metadata["info"])
     curvature = _read(json.loads(metadata["tree"]), "", tensors, model)
     return replace(curvature, info=None if info is None else Info(**info))
