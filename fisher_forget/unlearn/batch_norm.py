@@ -86,14 +86,48 @@ def refresh_statistics(
     Returns:
         Names of the layers refreshed: those that a batch of at least two values a channel reaches.
     """
-    layers = {name: layer for name, layer in norm_layers(model).items() if name not in kept}
-    done = _recomputed(model, layers, split, split.retain, SAMPLES)
-    refreshed = tuple(name for name in layers if done[name].rows)
+    done = _recomputed(model, _others(model, kept), split, split.retain, SAMPLES)
+    refreshed = tuple(name for name, layer in done.items() if layer.rows)
     with torch.no_grad():
         for name in refreshed:
-            for old, new in zip(_statistics(layers[name]), done[name].statistics, strict=True):
+            for old, new in zip(_statistics(done[name].layer), done[name].statistics, strict=True):
                 old.copy_(new)
     return refreshed
+
+
+def statistics_at(
+    model: nn.Module,
+    at: Mapping[str, Tensor],
+    split: Split,
+    samples: Indices,
+    kept: Collection[str],
+) -> P.Params:
+    """What `refresh_statistics` would set at some weights: statistics by their names as buffers.
+
+    Args:
+        model: A private copy, in eval mode.
+        at: Weights by name.
+        split: Data.
+        samples: Those that the statistics are of, in place of all retained ones.
+        kept: Names of layers that go on normalising by the statistics that they have.
+    """
+    layers = _others(model, kept)
+    if not layers:
+        return {}
+    names = {id(buffer): name for name, buffer in model.named_buffers()}
+    own = {name: [names[id(x)] for x in _statistics(layer)] for name, layer in layers.items()}
+    with P.attached(model, at):
+        done = _recomputed(model, layers, split, samples, SAMPLES)
+    return {
+        buffer: value
+        for name, layer in done.items()
+        if layer.rows
+        for buffer, value in zip(own[name], layer.statistics, strict=True)
+    }
+
+
+def _others(model: nn.Module, kept: Collection[str]) -> dict[str, _NormBase]:
+    return {name: layer for name, layer in norm_layers(model).items() if name not in kept}
 
 
 def train_mode(model: nn.Module, kept: Iterable[str]) -> nn.Module:

@@ -208,7 +208,7 @@ def _refresh(
     """Recompute running statistics of the scrubbed model as the options say, in place; and its
     answers after that."""
     layers = tuple(norm_layers(scrubbed))
-    kept = {"auto": problem.sums.foreign, "refresh": (), "keep": layers}[options.batch_norm]
+    kept = problem.kept_statistics(options.batch_norm)
     given = _answers(problem, _weights(scrubbed), options.seed)
     if set(kept) >= set(layers):
         return NormStatistics(kept=layers), given

@@ -27,9 +27,10 @@ from fisher_forget.data.settle import settled_likelihood
 from fisher_forget.data.split import Indices, Split, check_scored, resolve_split
 from fisher_forget.errors import FisherForgetWarning, StorageError
 from fisher_forget.likelihood import resolve_likelihood
+from fisher_forget.unlearn.batch_norm import norm_layers
 from fisher_forget.unlearn.data_sums import DataSums, take_data_sums
 from fisher_forget.unlearn.objective import Gradient, Objective
-from fisher_forget.unlearn.options import ForgetKeywords, ForgetOptions, merged
+from fisher_forget.unlearn.options import BatchNorm, ForgetKeywords, ForgetOptions, merged
 from fisher_forget.unlearn.weight_decay import ReadOff, WeightDecay, by_name, read_off
 
 TRACE = 1e-9  # of a class's target mass: what subtracting soft labels leaves
@@ -164,6 +165,11 @@ class Problem:
                 if not len(absent):
                     break
         return tuple(absent.tolist())
+
+    def kept_statistics(self, batch_norm: BatchNorm) -> tuple[str, ...]:
+        """Norm layers whose running statistics are not recomputed, by what the option says."""
+        layers = tuple(norm_layers(self.objective.model))
+        return {"auto": self.sums.foreign, "refresh": (), "keep": layers}[batch_norm]
 
     @cached_property
     @isolated()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -15,6 +15,7 @@ from fisher_forget.data.batches import Batch
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import NumericalError
 from fisher_forget.params import Params
+from fisher_forget.unlearn.batch_norm import statistics_at
 from fisher_forget.unlearn.objective import Objective
 from fisher_forget.unlearn.self_check import RISE, RISE_SHARE
 from fisher_forget.unlearn.weight_decay import WeightDecay
@@ -52,11 +53,14 @@ class HeldOut:
         objective: Losses.
         split: Data.
         samples: Their indices; none where a damping was given, and nothing is guarded.
+        kept: Norm layers that keep their running statistics. The others are looked at with those
+            that these samples have at the weights, as the result will have its own.
     """
 
     objective: Objective
     split: Split
     samples: Indices
+    kept: Sequence[str] = ()
 
     def look(self, at: Params, share: float = 1.0) -> Look:
         """Losses at some weights."""
@@ -64,11 +68,16 @@ class HeldOut:
         if not len(self.samples) or not P.finite(at):
             return unknown
         try:
-            losses, counts = self.objective.losses_and_counts(self.batches(), at)
+            losses, counts = self.objective.losses_and_counts(self.batches(), self.refreshed(at))
         except NumericalError:
             return unknown
         positions = float(counts.sum())
         return Look(at, share, float(losses.sum()) / positions, losses, positions)
+
+    def refreshed(self, at: Params) -> Params:
+        """The weights, and the running statistics that these samples have there."""
+        model = self.objective.model
+        return {**at, **statistics_at(model, at, self.split, self.samples, self.kept)}
 
     def batches(self) -> Iterable[Batch]:
         """Their batches."""

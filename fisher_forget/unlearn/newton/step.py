@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Unpack
 
 import numpy as np
@@ -190,7 +190,7 @@ def newton_step(
             path.outlast(
                 (times[-1] * GROWTH**k for k in range(1, STEPS + 1)),
                 force,
-                known=lambda at: _known(problem, shown, at),
+                known=lambda at: _known(problem, shown, held_out.refreshed(at)),
                 failed=lambda at: _failed(descent, at, horizon),
             )
     else:
@@ -221,7 +221,7 @@ def _descent(problem: Problem, held_out: HeldOut) -> Descent | None:
         return None
     start, known = problem.objective.start, problem.known
     whole = len(known) <= GRADIENT_SAMPLES
-    judges = HeldOut(problem.objective, problem.split, known) if whole else held_out
+    judges = replace(held_out, samples=known) if whole else held_out
     own = problem.retained
     if not whole:
         own = problem.objective.gradient(judges.batches(), start)
@@ -271,4 +271,7 @@ def _samples(problem: Problem, options: ForgetOptions, *, guarded: bool) -> tupl
     if curved.any() and not curved[np.searchsorted(known, chosen)].any():
         # few targets are scored, and none of these samples'
         chosen = some(known[curved], most, rng)
-    return HeldOut(problem.objective, split, chosen), some(split.forget, SHOWN, rng)
+    held_out = HeldOut(
+        problem.objective, split, chosen, problem.kept_statistics(options.batch_norm)
+    )
+    return held_out, some(split.forget, SHOWN, rng)
