@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ from fisher_forget.baselines import METHODS
 from fisher_forget.baselines.retrain import fresh
 from fisher_forget.baselines.sisa.method import Sharded
 from fisher_forget.errors import ConfigError, FisherForgetWarning
+from fisher_forget.likelihood import Categorical
 from fisher_forget.unlearn.batch_norm import (
     FAR,
     foreign_statistics,
@@ -26,6 +28,8 @@ from fisher_forget.unlearn.batch_norm import (
     refresh_statistics,
     train_mode,
 )
+from fisher_forget.unlearn.newton.guard import HeldOut
+from fisher_forget.unlearn.objective import Objective
 
 N, CLASSES = 240, 3
 IDX = range(10)
@@ -162,6 +166,31 @@ class TestForget:
                 torch.testing.assert_close(found.double(), truth, rtol=1e-4, atol=1e-5)
         assert not same(result.model, case.model)
         assert result.summary()["batch_norm"]["refreshed"] == tuple(norm_layers(case.model))
+
+    def test_the_guard_looks_at_the_model_that_comes_out(self, kind):
+        """Losses with the statistics of the moved weights, as torch's own train mode sets them."""
+        case = trained(kind, foreign=False)
+        split = resolve_split(loader(case), IDX)
+        objective = Objective(case.model.requires_grad_(True), Categorical())
+        names, rows = tuple(norm_layers(case.model)), split.retain
+        at = {name: 0.8 * w for name, w in objective.start.items()}
+        twin = copy.deepcopy(case.model)
+        with torch.no_grad():
+            for name, p in twin.named_parameters():
+                p.copy_(at[name])
+        stale = F.cross_entropy(twin(case.x[rows]), case.y[rows])
+        for layer in norm_layers(twin).values():
+            layer.reset_running_stats()
+            layer.momentum = 1.0  # of this one batch
+        with torch.no_grad():
+            twin.train()(case.x[rows])
+            new = F.cross_entropy(twin.eval()(case.x[rows]), case.y[rows])
+        assert abs(float(new - stale)) > 0.01
+        with_new = HeldOut(objective, replace(split, batch_size=len(rows)), rows)
+        assert with_new.look(at).loss == pytest.approx(float(new), rel=1e-4)
+        kept = HeldOut(objective, split, rows, names)
+        assert kept.look(at).loss == pytest.approx(float(stale), rel=1e-5)
+        assert not same(twin, case.model)  # and nothing of the model given was changed
 
     @pytest.mark.filterwarnings("ignore:Retained samples suffered")
     def test_by_hand(self, kind):
