@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import random
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import blobs_data, seeded, small_net
 from torch import nn
+from tqdm import TMonitor, tqdm
 
 from fisher_forget import (
     METHODS,
@@ -26,6 +31,7 @@ from fisher_forget.data.split import resolve_split
 from fisher_forget.errors import CurvatureError, ModelError
 from fisher_forget.evaluate.ensemble import Members, RetrainedEnsemble
 from fisher_forget.evaluate.predictions import predict
+from fisher_forget.experiments.training import TrainSettings, train
 
 DATA = blobs_data()
 PLAIN: dict[str, Any] = {"drift": True, "weight_decay": 0.01}
@@ -192,3 +198,109 @@ class TestErrorsOfTorch:
         with pytest.raises(type(error)) as caught, explained():
             raise error
         assert caught.value is error
+
+
+@contextmanager
+def drawing() -> Iterator[list[tuple[float, ...]]]:
+    """Another thread draws from the global streams, seeded with 3, all the time."""
+    draws: list[tuple[float, ...]] = []
+    over, begun = threading.Event(), threading.Event()
+
+    def draw() -> None:
+        while not over.is_set():
+            draws.append(drawn())
+            begun.set()
+
+    before = states()
+    reseed(3)
+    thread = threading.Thread(target=draw, daemon=True)
+    thread.start()
+    try:
+        begun.wait()
+        yield draws
+    finally:
+        over.set()
+        thread.join()
+        random.setstate(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002 - the global stream is meant
+        torch.set_rng_state(before[2])
+
+
+def drawn() -> tuple[float, ...]:
+    return float(torch.rand(())), float(np.random.rand()), random.random()  # noqa: NPY002
+
+
+def reseed(seed: int) -> None:
+    torch.manual_seed(seed), np.random.seed(seed), random.seed(seed)  # noqa: NPY002
+
+
+def states() -> tuple[Any, Any, torch.Tensor]:
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+
+
+def forgotten(model: nn.Module) -> dict[str, torch.Tensor]:
+    one = torch.Generator().manual_seed(0)
+    return numbers(forget(model, DATA, [0, 5], progress=False, generator=one).model)
+
+
+class Restless(torch.utils.data.Dataset[Any]):
+    """Draws at every read, as augmentation does, the same for all."""
+
+    def __len__(self) -> int:
+        return len(DATA)
+
+    def __getitem__(self, index: int) -> Any:
+        drawn()
+        return DATA[index]
+
+
+class TestThreads:
+    @pytest.mark.parametrize("name", ["forget", "prepare", "ekfac", "low_rank", "evaluate"])
+    def test_neither_thread_sees_the_other(self, name: str) -> None:
+        call = forgotten if name == "forget" else CALLS[name]
+        model = seeded(small_net)
+        alone = call(model)
+        with drawing() as draws:
+            found = call(model)
+        assert all(torch.equal(found[key], value) for key, value in alone.items())
+        with isolated():
+            reseed(3)
+            assert draws == [drawn() for _ in draws]
+
+    def test_trainings_are_those_of_one_after_the_other(self) -> None:
+        model = seeded(lambda: nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3)))
+
+        def trained(seed: int) -> dict[str, torch.Tensor]:
+            settings = TrainSettings(epochs=20, batch_size=8)
+            return numbers(train(model, DATA, settings, seed=seed, progress=False))
+
+        alone = [trained(seed) for seed in range(4)]
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(trained, range(4)))
+        for one, other in zip(alone, together, strict=True):
+            assert all(torch.equal(other[name], value) for name, value in one.items())
+        assert not torch.equal(alone[0]["0.weight"], alone[1]["0.weight"])
+
+    def test_what_user_code_draws_is_put_back_where_no_one_else_draws(self, untouched: Any) -> None:
+        model = seeded(small_net)
+        with untouched(model):
+            forget(model, Restless(), [0, 5], progress=False)
+        # a bar starts a thread that stays
+        monitor = TMonitor(tqdm, 1000)
+        try:
+            with untouched(model):
+                estimate_curvature(model, Restless())
+        finally:
+            monitor.exit()
+
+    def test_a_thread_that_user_code_starts_keeps_its_stream(self) -> None:
+        with ExitStack() as stack:
+            with isolated():
+                draws = stack.enter_context(drawing())
+            count = len(draws)
+            while len(draws) < count + 10:
+                pass
+            taken = draws[: count + 10]
+        with isolated():
+            reseed(3)
+            assert taken == [drawn() for _ in taken]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
@@ -17,6 +18,17 @@ from fisher_forget.errors import ConfigError
 
 SEEDS = 2**64  # so many a generator of torch takes
 AUTOCAST = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia")  # devices that autocast knows
+# Threads of these wait or pass things on for as long as the process lives, and draw nothing.
+SERVANTS = (
+    "IPython.core.history",
+    "ipykernel",
+    "joblib.externals.loky",
+    "multiprocessing.queues",
+    "torch.utils.data",
+    "tqdm",
+    "zmq",
+)
+_SEEDING = threading.RLock()  # the process has one set of global streams
 
 
 @contextmanager
@@ -33,16 +45,19 @@ def isolated() -> Iterator[None]:
     """Within, torch computes as at the start of a program, whatever contexts the caller is in:
     with gradients, without autocast, inference mode, compiled code or the default device "meta".
 
-    After it the global random states of Python, NumPy and torch are as before, whatever user code
-    draws within. Errors of torch whose reason is known become the package's own.
+    The package draws from generators of its own, so the global random states of Python, NumPy and
+    torch stay as they are. User code within may draw from them; where this thread is the only one
+    of the process, they are put back after it. Beside other threads they are never written to, or
+    another thread would draw the same numbers again: what user code has drawn is gone then, as in
+    any loop of its own.
+
+    Errors of torch whose reason is known become the package's own.
     """
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global state is what we protect
-    devices = list(range(torch.cuda.device_count()))
+    put_back = _global_streams() if _alone() else None
     try:
         with ExitStack() as stack:
             stack.enter_context(explained())
             stack.enter_context(one_call())
-            stack.enter_context(torch.random.fork_rng(devices))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(full_precision())
@@ -52,8 +67,8 @@ def isolated() -> Iterator[None]:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
+        if put_back is not None and _alone():  # user code may have started a thread
+            put_back()
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -70,14 +85,52 @@ def seeded(seed: int) -> torch.Generator:
 
 @contextmanager
 def seeded_rng(seed: int) -> Iterator[None]:
-    """Isolated, and the global states of Python, NumPy and torch start from a seed, for code that
-    draws from them (dropout, a user's function).
+    """Isolated, and the global states of Python, NumPy and torch start from a seed and are put back
+    at the end, for code that draws from them: initialisation, dropout, a user's function.
+
+    One such section at a time runs in a process; those of other threads wait. So trainings in
+    several threads give the numbers that they give one after the other. Threads that draw from the
+    global streams themselves meanwhile are no part of this: they draw from the seeded streams, and
+    move them. Dropout takes no generator, so nothing better can be had from torch; train in a
+    process of its own, as `jobs` does, beside such threads.
 
     Args:
         seed: At least 0.
     """
-    with isolated():
-        random.seed(int(seed))
-        np.random.seed(seed % 2**32)  # noqa: NPY002 - which takes no more bits
-        torch.manual_seed(int(seed) % SEEDS)
-        yield
+    with _SEEDING, isolated():
+        put_back = _global_streams()
+        try:
+            random.seed(int(seed))
+            np.random.seed(seed % 2**32)  # noqa: NPY002 - which takes no more bits
+            torch.manual_seed(int(seed) % SEEDS)
+            yield
+        finally:
+            put_back()
+
+
+def _global_streams() -> Callable[[], None]:
+    """Puts the global random states back to what they are now."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global state is what we protect
+    cpu = torch.get_rng_state()
+    cuda = [torch.cuda.get_rng_state(device) for device in range(torch.cuda.device_count())]
+
+    def put_back() -> None:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        torch.set_rng_state(cpu)
+        for device, state in enumerate(cuda):
+            torch.cuda.set_rng_state(state, device)
+
+    return put_back
+
+
+def _alone() -> bool:
+    """Whether no other thread could draw."""
+    me = threading.current_thread()
+    return all(thread is me or _serves(thread) for thread in threading.enumerate())
+
+
+def _serves(thread: threading.Thread) -> bool:
+    target = getattr(thread, "_target", None)  # of a thread that is no class of its own
+    place = getattr(target, "__module__", None) or type(thread).__module__
+    return f"{place}.".startswith(tuple(f"{name}." for name in SERVANTS))
