@@ -9,11 +9,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 import typing
 from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fisher_forget import ForgetOptions, NoiseTarget, cli
 from fisher_forget.baselines.fisher import FisherForget
@@ -23,6 +26,7 @@ from fisher_forget.experiments.config import (
     ForgetSet,
     RunConfig,
     SweepConfig,
+    folder_name,
     to_plain,
 )
 from fisher_forget.experiments.config_file import load_config, option_names
@@ -283,6 +287,83 @@ class TestFlags:
         assert capsys.readouterr().out == "Report: report.html\nReport: report.html\n"
 
 
+class TestLongLists:
+    """They are taken as they are, without a look of the parser at each entry."""
+
+    def test_many_indices_load_within_seconds(self, written):
+        entry = {"name": "some", "kind": "indices", "indices": list(range(50_000, 0, -1))}
+        path = written(
+            json.dumps(LEAST | {"forget_sets": [{**LEAST["forget_sets"][0], "name": "x"}, entry]})
+        )
+        begun = time.perf_counter()
+        config = load_config(path, ["--training.epochs", "3"])
+        assert time.perf_counter() - begun < 5
+        assert config.forget_sets[1].indices == entry["indices"]
+        assert config.training.epochs == 3
+
+    def test_the_same_as_short_ones(self, written):
+        content = {"scales": [i / 7 for i in range(1, 200)], "seeds": list(range(150))}
+        content["draws"], content["grid"] = 2, {"damping": list(range(1, 120))}
+        config = load_config(written(json.dumps(LEAST | content)), kind=SweepConfig)
+        assert config.grid == content["grid"]
+        assert (config.scales, config.seeds) == (content["scales"], content["seeds"])
+
+    def test_flags_win(self, written):
+        path = written(json.dumps(LEAST | {"seeds": list(range(150))}))
+        assert load_config(path, ["--seeds", "[0]"]).seeds == [0]
+        assert load_config(path, ["--seeds=[0, 3]"]).seeds == [0, 3]
+
+    @pytest.mark.parametrize("odd", [None, "x", 1.5, [1], {}])
+    @pytest.mark.parametrize("at", [0, 149])
+    def test_a_wrong_entry_is_found(self, written, odd, at):
+        seeds = list(range(150))
+        seeds[at] = odd
+        with pytest.raises(ConfigError, match="seeds"):
+            load_config(written(json.dumps(LEAST | {"seeds": seeds})))
+
+    def test_checks_see_all(self, written):
+        with pytest.raises(ConfigError, match="different"):
+            load_config(written(json.dumps(LEAST | {"seeds": [*range(150), 3]})))
+        with pytest.raises(ConfigError, match="seeds"):
+            load_config(written(json.dumps(LEAST | {"seeds": [i / 3 for i in range(150)]})))
+
+
+class TestFolders:
+    @given(st.text(min_size=1) | st.sampled_from(["---", ".", "..", "../..", "/etc", "\\", "a\0b"]))
+    def test_a_folder_of_its_own_in_its_parent(self, title):
+        name, parent = folder_name(title, keep=" _."), Path("/runs")
+        assert (parent / name).resolve().parent == parent
+        assert not name.startswith(".")
+        assert 0 < len(name.encode()) < 120
+
+    def test_titles_without_letters_differ(self):
+        titles = ["---", "...", "🎉", "🎊", " ", "-", "a" * 300, "a" * 299 + "b"]
+        assert len({folder_name(title) for title in titles}) == len(titles)
+        runs = [*titles, "a b", "a/b", "a-b", "a-b-", "🎉 a-b", "../a-b"]
+        assert len({folder_name(title, " _.", distinct=True) for title in runs}) == len(runs)
+        assert folder_name("digits_sweep 1.2", " _.", distinct=True) == "digits_sweep 1.2"
+
+    def test_what_letters_there_are_stay(self):
+        assert folder_name("Ähren 3 🎉") == folder_name("A\u0308hren 3") == "Ähren-3"
+        assert folder_name("digits_sweep", keep=" _.") == "digits_sweep"
+
+    @pytest.mark.parametrize("name", ["🎉", "日本", "a: b", "---", "\u202e"])
+    def test_any_title_is_read(self, written, name):
+        content = LEAST | {"name": name, "forget_sets": [LEAST["forget_sets"][0] | {"name": name}]}
+        for text in (content, yaml.safe_dump(content, allow_unicode=True)):
+            config = load_config(written(text))
+            assert (config.name, config.forget_sets[0].name) == (name, name)
+            assert config.folder.parent == Path("runs")
+        flags = ["--name", name] if not name.startswith("--") else []
+        assert load_config(written(content), flags).name == name
+
+    def test_titles_of_one_folder_are_refused(self, written):
+        entry = LEAST["forget_sets"][0]
+        sets = [entry | {"name": name} for name in ("a b", "A-b")]
+        with pytest.raises(ConfigError, match="in its letters and digits"):
+            load_config(written(LEAST | {"forget_sets": sets}))
+
+
 class TestUnknownKeys:
     """The message names the place and the nearest right name."""
 
@@ -348,8 +429,8 @@ class TestWrongValues:
             ({"forget_sets": [{"kind": "random"}]}, "name"),
             ({"forget_sets": LEAST["forget_sets"] * 2}, "different name"),
             ({"name": 3}, "name"),
-            ({"name": ".hidden"}, "folder name"),
-            ({"name": "a/b"}, "folder name"),
+            ({"name": ""}, "an empty name"),
+            ({"forget_sets": [{"name": "", "kind": "random", "count": 2}]}, "an empty name"),
             ({"retrained": 1}, "at least 2"),
             ({"forget": {"steps": 0}}, "steps=0"),
             ({"forget": {"damping": -1.0}}, "damping=-1.0"),
@@ -384,6 +465,32 @@ class TestWrongValues:
     def test_flags(self, written, flags, words):
         with pytest.raises(ConfigError, match=words):
             load_config(written(), flags)
+
+    @pytest.mark.parametrize(
+        ("text", "key", "lines"),
+        [
+            ("name: b", "'name'", "1 and 4"),
+            ("training: {epochs: 3, lr: 1, epochs: 3}", "'epochs'", "4 and 4"),
+            ("training:\n  epochs: 3\n\n  epochs: 4", "'epochs'", "5 and 7"),
+            (
+                "model:\n  options:\n    - b: 1\n      b: 2",
+                "'b'",
+                "6 and 7",
+            ),
+            ("model:\n  options: {1: a, '1': b}", "'1'", "5 and 5"),
+            ("model:\n  options: {1: a, true: b}", "True", "5 and 5"),
+        ],
+    )
+    def test_a_key_twice(self, written, text, key, lines):
+        path = written(f"name: a\nforget_sets:\n  - {{name: x, kind: random, count: 2}}\n{text}\n")
+        with pytest.raises(ConfigError) as caught:
+            load_config(path)
+        assert f"the key {key} twice, in lines {lines} of {path}" in str(caught.value)
+
+    def test_a_merged_key_may_be_written_over(self, written):
+        text = "model:\n  options:\n    <<: {width: 3, depth: 1}\n    width: 4\n"
+        options = load_config(written(yaml.safe_dump(LEAST) + text)).model.options
+        assert options == {"width": 4, "depth": 1}
 
     def test_nothing_in_a_file_is_executed(self, written, tmp_path):
         with pytest.raises(ConfigError, match="valid YAML"):

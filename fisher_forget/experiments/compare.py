@@ -26,7 +26,7 @@ from fisher_forget.errors import FisherForgetError, FisherForgetWarning
 from fisher_forget.evaluate.evaluation import Evaluation
 from fisher_forget.experiments import forget_sets, outcomes, tuning
 from fisher_forget.experiments.cases import Case, basis, evaluate_case, prepare_case
-from fisher_forget.experiments.config import CompareConfig, to_plain
+from fisher_forget.experiments.config import CompareConfig, folder_name, to_plain
 from fisher_forget.experiments.datasets import DataBundle
 from fisher_forget.experiments.method_setup import Scrubber, chosen_methods, configured
 from fisher_forget.experiments.outcomes import Outcome, Trial, model_path
@@ -54,7 +54,7 @@ def compare(config: CompareConfig) -> Path:
         ConfigError, DataError, StorageError: Before anything is trained.
     """
     methods = chosen_methods(config)
-    folder = files.ensure_folder(Path(config.out) / config.name)
+    folder = files.ensure_folder(config.folder)
     data, validation = _held_out(config.data.load(), config.validation)
     for settings in config.forget_sets:
         forget_sets.check(settings, data)
@@ -202,7 +202,7 @@ def _evaluated(
 
 
 def _place(case: Case, method: MethodClass) -> Path:
-    return case.folder / "methods" / method.name.replace("/", "-")
+    return case.folder / "methods" / folder_name(method.name, keep="_.")
 
 
 def _fingerprint(

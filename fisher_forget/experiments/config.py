@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import unicodedata
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
+from fisher_forget._util import files
 from fisher_forget.errors import ConfigError
 from fisher_forget.experiments.datasets import DataBundle, load_dataset
 from fisher_forget.experiments.training import TrainSettings
 from fisher_forget.sweep.cells import OURS, expand
 from fisher_forget.sweep.run import RUIN
 from fisher_forget.unlearn.options import ForgetOptions
+
+LONGEST = 100  # bytes of a folder's name
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ class ForgetSet:
     @property
     def slug(self) -> str:
         """Name of its folder."""
-        return "".join(c if c.isalnum() else "-" for c in self.name).strip("-")
+        return folder_name(self.name)
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ class RunConfig:
     """Train, forget, retrain, compare.
 
     Attributes:
-        name: Of the run; results go to <out>/<name>/.
+        name: Of the run; results go to `folder`.
         data: Data set.
         model: Architecture.
         training: Of the original and the retrained models.
@@ -135,21 +140,27 @@ class RunConfig:
     def __post_init__(self) -> None:
         counts = [s.retrained for s in self.forget_sets if s.retrained is not None]
         fewest = min([self.retrained, *counts])
-        names, slugs = [s.name for s in self.forget_sets], {s.slug for s in self.forget_sets}
+        names = [s.name for s in self.forget_sets]
+        slugs = {s.slug.casefold() for s in self.forget_sets}  # some file systems know no case
         seeds_differ = min(self.seeds, default=0) >= 0 and len(set(self.seeds)) == len(self.seeds)
-        is_folder = bool(self.name) and "/" not in self.name and not self.name.startswith(".")
         misplaced = self.forget.likelihood != "categorical" or self.forget.seed != 0
+        different = "a different name for each, in its letters and digits: they name folders"
         own = "the run's own likelihood and seeds, at the top of the configuration"
         _check(
             (f"retrained: {fewest}", fewest >= 2, "at least 2: the floor needs a pair"),
             ("no seeds or no forget_sets", self.seeds and names, "at least one of each"),
             (f"seeds: {self.seeds}", seeds_differ, "different numbers of at least 0"),
             (f"noise_seed: {self.noise_seed}", (self.noise_seed or 0) >= 0, "at least 0, or null"),
-            (f"forget_sets named {names}", len(slugs) == len(names), "a different name for each"),
+            (f"forget_sets named {names}", len(slugs) == len(names), different),
             ("likelihood or seed in the section forget", not misplaced, own),
-            (f"the name {self.name!r}", is_folder, "a folder name, of letters, digits and hyphens"),
+            ("an empty name", "" not in (self.name, *names), "a title"),
         )
         self.forget_options(self.seeds[0])  # refuses what does not go with the likelihood
+
+    @property
+    def folder(self) -> Path:
+        """Of the results."""
+        return Path(self.out) / folder_name(self.name, keep=" _.", distinct=True)
 
     def forget_options(self, seed: int) -> ForgetOptions:
         """The options of `forget` for the model of one seed; what the training was is read off the
@@ -218,6 +229,30 @@ class CompareConfig(RunConfig):
             (f"validation: {self.validation}", 0 < self.validation < 1, "between 0 and 1"),
             (f"likelihood: {likelihood}", likelihood == "categorical", "'categorical'"),
         )
+
+
+def folder_name(title: str, keep: str = "", distinct: bool = False) -> str:
+    """A title as the name of a folder that lies in its parent: its letters and digits of any
+    script, and hyphens.
+
+    A hash of the title takes the place of what it has beyond that, where nothing or too much is
+    left.
+
+    Args:
+        title: Any text.
+        keep: Further characters that stay, other than at the ends.
+        distinct: Add the hash wherever the name is not the title, so that no two share one.
+
+    Example:
+        >>> folder_name("class 3: \u00fcbrig"), folder_name("a/../b_1.2", keep="_.")
+        ('class-3--übrig', 'a-..-b_1.2')
+    """
+    title = unicodedata.normalize("NFC", title)
+    name = "".join(c if c.isalnum() or c in keep else "-" for c in title).strip("-. ")
+    short = name.encode()[:LONGEST].decode(errors="ignore")
+    if name and short in ([title] if distinct else [name]):
+        return short
+    return f"{short}-{files.fingerprint(title)[:8]}".lstrip("-")
 
 
 def _check(*checks: tuple[str, object, str]) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import json
 import typing
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import is_dataclass
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,8 @@ from fisher_forget.experiments.config import RunConfig
 
 KEY = "config"  # jsonargparse nests the schema under one argument
 NAMED = ("data", "model")  # sections that a plain name may stand for
+MERGE = "tag:yaml.org,2002:merge"  # the key <<
+LONG = 100  # numbers of a list, from which on they are not looked at one by one
 GONE = {
     "reference_variant": "compare has it: `fisher-forget compare --methods "
     "'[fisher-forget, golatkar-code]'`."
@@ -51,13 +53,20 @@ def load_config(
     for flag in flags:
         if flag.startswith("--"):
             _check_keys(_nested(flag[2:].split("=")[0]), kind, "the command line")
+    over = {flag[2:].split("=")[0].split(".")[0] for flag in flags}
+    # of what a flag changes, the parser must see all
+    long = dict(_shortened({key: value for key, value in content.items() if key not in over}))
     flags = [f"--{KEY}.{flag[2:]}" if flag.startswith("--") else flag for flag in flags]
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument(f"--{KEY}", type=kind)
     try:
         # the file first, then the flags over it
-        parsed = parser.parse_args([f"--{KEY}={json.dumps(content, default=str)}", *flags])
-        return typing.cast(RunConfig, parser.instantiate(parsed)[KEY])
+        text = json.dumps(content, default=str, ensure_ascii=False)  # YAML knows no surrogates
+        parsed = parser.parse_args([f"--{KEY}={text}", *flags])
+        config = parser.instantiate(parsed)[KEY]
+        for path_to, numbers in long.items():
+            config = _changed(config, path_to, numbers)
+        return typing.cast(RunConfig, config)
     except ConfigError:
         raise
     # the parser unpacks a section before it looks at its type
@@ -67,10 +76,62 @@ def load_config(
         raise ConfigError(f"{path}: {message}", expected, "Correct that key.") from error
 
 
+def _shortened(
+    value: Any, place: tuple[str | int, ...] = ()
+) -> Iterator[tuple[tuple[str | int, ...], list[Any]]]:
+    """(place, numbers) of every long list of numbers of one type, of which the first alone is left
+    in its place.
+
+    The parser, which copies the whole list for each of its entries, sees by that one whether the
+    type is right.
+    """
+    if isinstance(value, list) and len(value) > LONG and type(value[0]) in (int, float):
+        if len(set(map(type, value))) == 1:
+            yield place, value.copy()
+            del value[1:]
+    elif isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _shortened(inner, (*place, key))
+
+
+def _changed(value: Any, place: Sequence[str | int], new: list[Any]) -> Any:
+    """A copy of nested dataclasses, lists and dictionaries, with these numbers in a place."""
+    if not place:  # as the parser has taken the first
+        return [type(value[0])(number) for number in new]
+    key, *rest = place
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{str(key): _changed(getattr(value, str(key)), rest, new)})
+    twin = value.copy()
+    twin[key] = _changed(value[key], rest, new)
+    return twin
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Refuses a key that a mapping has twice; YAML's own readers take the last one."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[Any, int] = {}
+        for at, _ in getattr(node, "value", ()):
+            if at.tag == MERGE:  # what it brings stands behind the keys that are written out
+                continue
+            key, line = self.construct_object(at, deep=True), at.start_mark.line + 1
+            # 1 and true are one key to Python, 1 and "1" to JSON
+            names: set[Hashable] = {key if isinstance(key, str) else json.dumps(key, default=str)}
+            names |= {key} if isinstance(key, Hashable) else set()
+            before = [lines[name] for name in names if name in lines]
+            if before:
+                place = f"lines {before[0]} and {line} of {at.start_mark.name}"
+                got = f"the key {key!r} twice, in {place}"
+                raise ConfigError(got, "each key once", "Remove one of them.")
+            lines |= dict.fromkeys(names, line)
+        return typing.cast(dict[Any, Any], super().construct_mapping(node, deep))
+
+
 def _read(path: str | Path) -> dict[str, Any]:
     """The keys and values of a YAML file."""
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        with Path(path).open("rb") as file:
+            content = yaml.load(file, _Loader)
     except (OSError, UnicodeDecodeError) as error:
         got = f"{path}: {error}"
         raise ConfigError(got, "a readable YAML file", "Correct the path.") from error

@@ -105,7 +105,7 @@ def describe(config: RunConfig, command: str) -> str:
         ConfigError, DataError, ModelError, StorageError: What the command itself would raise before
             it trains.
     """
-    folder = Path(config.out) / config.name
+    folder = config.folder
     data = config.data.load()
     forget = {s.name: _forget_indices(s, data) for s in config.forget_sets}
     model = untrained(config, data, 0)

@@ -31,7 +31,7 @@ def evaluate_run(config: RunConfig) -> Path:
     Raises:
         StorageError: If the run has not finished.
     """
-    folder = Path(config.out) / config.name
+    folder = config.folder
     metrics = files.read_json(folder / "metrics.json")
     data = config.data.load()
     tables: dict[str, Evaluation] = {}

@@ -42,7 +42,7 @@ def run(config: RunConfig) -> Path:
     Raises:
         ConfigError, DataError, StorageError: Before anything is trained.
     """
-    folder = files.ensure_folder(Path(config.out) / config.name)
+    folder = files.ensure_folder(config.folder)
     data = config.data.load()
     for settings in config.forget_sets:  # all are checked before any work
         forget_sets.check(settings, data)
@@ -77,7 +77,7 @@ def redraw(config: RunConfig) -> list[Path]:
     Raises:
         StorageError: If the run has not finished.
     """
-    folder = Path(config.out) / config.name
+    folder = config.folder
     drawn: list[Path] = []
     for entry in files.read_json(folder / "metrics.json")["cases"]:
         place = folder / Path(entry["runs"][0]["folder"]).parent
