@@ -429,6 +429,7 @@ class TestWrongValues:
             ({"forget_sets": [{"kind": "random"}]}, "name"),
             ({"forget_sets": LEAST["forget_sets"] * 2}, "different name"),
             ({"name": 3}, "name"),
+            ({"name": "a/b"}, "folder name"),
             ({"name": ""}, "an empty name"),
             ({"forget_sets": [{"name": "", "kind": "random", "count": 2}]}, "an empty name"),
             ({"retrained": 1}, "at least 2"),

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import seeded
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.utils.data import (
     BatchSampler,
@@ -93,8 +93,56 @@ class TestSubsets:
         joined = ConcatDataset([Subset(BASE, [1, 2]), Doubled(BASE, [3])])
         assert members_of(joined)[0] is joined
 
-    def test_indices_from_the_end(self):
-        assert members_of(Subset(BASE, [-1, 0]))[1].tolist() == [0, N - 1]
+    @pytest.mark.parametrize(
+        ("part", "members"),
+        [
+            (Subset(BASE, [-1, 0]), [0, N - 1]),
+            (Subset(BASE, range(-3, 0)), [N - 3, N - 2, N - 1]),
+            (Subset(BASE, torch.tensor([-N, 4])), [0, 4]),
+            (Subset(Subset(BASE, [5, -2, 7]), [-2, -1]), [7, N - 2]),
+            (Subset(ConcatDataset([BASE, BASE]), [-1, -N]), [N, 2 * N - 1]),
+            (DataLoader(Subset(BASE, [-4, 5, -2]), sampler=[-1, 0]), [N - 4, N - 2]),
+            (DataLoader(BASE, batch_sampler=[[-1, 0], [3]]), [0, 3, N - 1]),
+            (Subset(BASE, []), []),
+        ],
+    )
+    def test_indices_from_the_end(self, part, members):
+        assert members_of(part)[1].tolist() == members
+
+    @pytest.mark.filterwarnings("ignore::fisher_forget.errors.FisherForgetWarning")
+    @given(st.lists(st.integers(-N, N - 1), min_size=5), st.data())
+    def test_who_is_forgotten_is_not_retained(self, outer, data):
+        inner = data.draw(st.lists(st.integers(-len(outer), len(outer) - 1), min_size=3))
+        part = Subset(Subset(BASE, outer), inner)
+        forgotten = int(part[0][1])
+        labels = {int(y) for _, y in DataLoader(part, batch_size=None)} - {forgotten}
+        assume(labels)
+        for source in (part, DataLoader(part)):
+            assert set(resolve_split(source, [forgotten]).retain.tolist()) == labels
+
+    @pytest.mark.parametrize(
+        ("indices", "words"),
+        [
+            ([N], f"the index {N} in Subset.indices"),
+            ([0, -N - 1], f"the index -{N + 1} in Subset.indices"),
+            ([True, False], "dtype bool"),
+            (torch.ones(N, dtype=torch.bool), "dtype bool"),
+            ([1, True], "mixes numbers and truth values"),
+            ([1.0, 2.0], "dtype float64"),
+            (["1"], "dtype <U1"),
+            ([[1], [2]], "shape (2, 1)"),
+            ([[1], [2, 3]], "Subset.indices of type list"),
+            ([2**70], "dtype object"),
+        ],
+    )
+    def test_what_is_no_index_is_refused(self, indices, words):
+        for part in (Subset(BASE, indices), Subset(Subset(BASE, range(N)), indices)):
+            with pytest.raises(SplitError, match=re.escape(words)):
+                resolve_split(DataLoader(part), [0])
+
+    def test_a_sampler_beyond_the_data_is_refused(self):
+        with pytest.raises(SplitError, match="the index 3 in the sampler's list"):
+            members_of(DataLoader(Subset(BASE, [1, 2, 3]), sampler=[3]))
 
     @pytest.mark.parametrize("kind", [Doubled, AtOnce])
     def test_the_curvature_is_of_what_the_loader_yields(self, kind):

@@ -35,8 +35,10 @@ def members_of(source: DataLoader[Any] | Dataset[Any]) -> tuple[Dataset[Any], In
     _check_indexed(data)
     base, members = _unnested(data)
     if loader is not None:
-        members = members[_positions(loader, len(members))]
-    distinct = np.unique(np.where(members < 0, members + len(base), members))
+        members = members[
+            _counted(_positions(loader, len(members)), len(members), "the sampler's list")
+        ]
+    distinct = np.unique(members)
     if len(distinct) < len(members):
         _warn(
             f"The loader holds {len(members):,} indices of {len(distinct):,} distinct samples: "
@@ -96,7 +98,9 @@ def forget_indices(forget_idx: Any, total: int, allow_empty: bool = False) -> In
     return values
 
 
-def _as_array(forget_idx: Any, where: str, fix: str) -> np.ndarray[Any, Any]:
+def _as_array(
+    forget_idx: Any, where: str, fix: str, name: str = "forget_idx"
+) -> np.ndarray[Any, Any]:
     try:
         if isinstance(forget_idx, Tensor):
             forget_idx = forget_idx.detach().cpu()
@@ -105,12 +109,12 @@ def _as_array(forget_idx: Any, where: str, fix: str) -> np.ndarray[Any, Any]:
         entries = list(forget_idx)
         raw: np.ndarray[Any, Any] = np.asarray(entries)
     except (TypeError, ValueError, RuntimeError) as error:  # a number, lists of different lengths
-        got = f"forget_idx of type {type(forget_idx).__name__} ({error})"
+        got = f"{name} of type {type(forget_idx).__name__} ({error})"
         if isinstance(forget_idx, Subset):
             got, fix = "a Subset as forget_idx", "Pass its indices: forget_idx=subset.indices."
         raise SplitError(got, where, fix) from error
     if raw.dtype.kind in "iu" and any(isinstance(entry, (bool, np.bool_)) for entry in entries):
-        raise SplitError("forget_idx that mixes numbers and truth values", where, fix)
+        raise SplitError(f"{name} that mixes numbers and truth values", where, fix)
     return raw
 
 
@@ -167,9 +171,26 @@ def _unnested(data: Any) -> tuple[Any, Indices]:
         getattr(type(data), name) is getattr(Subset, name)
         for name in ("__getitem__", "__getitems__", "__len__")
     ):
-        members = np.asarray(data.indices, dtype=np.int64)[members]
-        data = data.dataset
-    return data, members.astype(np.int64)
+        base: Any = data.dataset
+        held = _counted(data.indices, len(base), "Subset.indices")
+        members, data = held[members], base
+    return data, members
+
+
+def _counted(given: Any, total: int, owner: str) -> Indices:
+    """Indices below `total`, counted from the start: -1 is the last sample, as in a list."""
+    expected = f"indices of the {total:,} samples that it chooses from"
+    held = _as_array(given, expected, "Pass a flat list of int.", owner)
+    if held.size == 0:
+        return np.zeros(0, dtype=np.int64)
+    if held.ndim != 1 or held.dtype.kind not in "iu":
+        got = f"{owner} of dtype {held.dtype} and shape {held.shape}"
+        raise SplitError(got, expected, "Pass a flat list of int; of a mask, mask.nonzero().")
+    beyond = held[(held < -total) | (held >= total)]
+    if len(beyond):
+        fix = "Correct its indices: no sample has this one."
+        raise SplitError(f"the index {beyond[0]} in {owner}", expected, fix)
+    return np.where(held < 0, held + total, held).astype(np.int64)
 
 
 def _positions(loader: DataLoader[Any], total: int) -> Indices:
@@ -193,8 +214,8 @@ def _positions(loader: DataLoader[Any], total: int) -> Indices:
     sampler: Any = batches.sampler if type(batches) is BatchSampler else batches
     listed = sampler.indices if isinstance(sampler, IndexSampler) else sampler
     if isinstance(listed, (Sequence, np.ndarray, Tensor)):
-        parts = [np.atleast_1d(np.asarray(part, dtype=np.int64)) for part in listed]
-        return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
+        parts = [np.atleast_1d(np.asarray(part)) for part in listed]
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
     source = len(getattr(sampler, "data_source", ()))
     once = isinstance(sampler, RandomSampler) and not sampler.replacement
     if type(sampler) is SequentialSampler or (once and sampler.num_samples == source):

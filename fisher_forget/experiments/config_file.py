@@ -132,7 +132,7 @@ def _read(path: str | Path) -> dict[str, Any]:
     try:
         with Path(path).open("rb") as file:
             content = yaml.load(file, _Loader)
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, yaml.reader.ReaderError) as error:  # no such file, or no text
         got = f"{path}: {error}"
         raise ConfigError(got, "a readable YAML file", "Correct the path.") from error
     except yaml.YAMLError as error:
