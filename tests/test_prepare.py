@@ -17,6 +17,7 @@ from fisher_forget import (
     ConfigError,
     FisherForgetWarning,
     ForgetOptions,
+    NumericalError,
     SplitError,
     StorageError,
     forget,
@@ -182,7 +183,7 @@ class TestOnDisk:
         for name, value in whole.sums.total.sums.items():
             assert torch.equal(found.sums.total.sums[name], value)
 
-    def test_a_killed_request_has_forgotten_nothing(
+    def test_a_killed_request_is_not_lost(
         self, model: nn.Module, data: TensorDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def killed(*args: object, **kwargs: object) -> None:
@@ -193,10 +194,57 @@ class TestOnDisk:
             patched.setattr(PREPARE, "scrub", killed)
             with pytest.raises(KeyboardInterrupt):
                 prepared.forget([4], **QUIET)
-        assert not len(prepared.forgotten)
-        assert not len(
-            prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False).forgotten
+        assert prepared.pending == ["r-1"]
+        with pytest.warns(FisherForgetWarning, match=r"not done \(r-1\): a run was killed"):
+            again = prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
+        assert again.forgotten.tolist() == [4]
+        result = again.redeliver(**QUIET)
+        assert again.pending == []
+        once = prepare(model, data, weight_decay=WD, progress=False).forget([4], **QUIET)
+        assert distance(result.model, once.model, model) < 1e-5
+
+    def test_a_request_that_ends_in_an_error_is_withdrawn(
+        self, model: nn.Module, data: TensorDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        prepared = prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
+
+        def fails(*args: object, **kwargs: object) -> None:
+            raise NumericalError("nan", "numbers", "None.")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(PREPARE, "scrub", fails)
+            with pytest.raises(NumericalError):
+                prepared.forget([4], **QUIET)
+        again = prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
+        for owner in (prepared, again):
+            assert not len(owner.forgotten)
+            assert owner.pending == owner.requests == []
+        (request,) = again.log.ledger.requests.values()
+        assert request.state == "withdrawn"
+        assert "NumericalError" in request.evidence["reason"]
+
+    def test_two_owners_of_a_folder_know_each_others_requests(
+        self, model: nn.Module, data: TensorDataset, tmp_path: Path
+    ) -> None:
+        one, two = (
+            prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False) for _ in range(2)
         )
+        one.forget([4], **QUIET)
+        result = two.forget([7], **QUIET)
+        assert result.split.forget.tolist() == [4, 7]
+        assert one.redeliver(**QUIET).split.forget.tolist() == [4, 7]
+        assert one.requests == two.requests == [[4], [7]]
+
+    def test_without_its_ledger_a_folder_is_refused(
+        self, model: nn.Module, data: TensorDataset, tmp_path: Path
+    ) -> None:
+        prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False).forget([4], **QUIET)
+        (tmp_path / "ledger.jsonl").unlink()
+        with pytest.raises(StorageError, match=r"0 entries, where ledger.head tells of \d"):
+            prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
+        (tmp_path / "ledger.head").unlink()
+        with pytest.raises(StorageError, match="no ledger of who was forgotten"):
+            prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
 
     def test_another_model_data_or_option_is_refused(
         self, model: nn.Module, data: TensorDataset, tmp_path: Path

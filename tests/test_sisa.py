@@ -17,7 +17,7 @@ from conftest import blobs_data, seeded, small_net
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
-from fisher_forget._util.files import load_tensors, read_json, write_json
+from fisher_forget._util.files import load_tensors
 from fisher_forget.baselines.sisa import partition
 from fisher_forget.baselines.sisa.aggregate import Aggregate
 from fisher_forget.baselines.sisa.ensemble import SISA
@@ -497,11 +497,12 @@ class TestKill:
         assert members(sisa) == from_scratch(data, sisa, set())
 
     def test_between_recording_and_removing(self, data, tmp_path):
-        self.start(fit, tmp_path).fit(data)
-        content = read_json(tmp_path / "requests.json")
-        write_json(tmp_path / "requests.json", content | {"requests": [list(self.REQUEST)]})
+        sisa = self.start(fit, tmp_path)
+        sisa.fit(data)
+        sisa._state.log.ask(self.REQUEST)
         resumed = self.start(fit, tmp_path)
         resumed.fit(data)
+        assert resumed.requests == [list(self.REQUEST)]
         assert members(resumed) == from_scratch(data, resumed, set(self.REQUEST))
 
     def test_in_a_write(self, data, tmp_path):
@@ -928,10 +929,36 @@ class TestRefusals:
         with pytest.raises(StorageError, match="Name another folder"):
             make(untrained, folder=tmp_path, **options).fit(data)
 
-    def test_checkpoints_of_another_run_are_not_used_without_its_record(self, data, tmp_path):
-        make(untrained, folder=tmp_path, fingerprint="a").fit(data)
-        (tmp_path / "requests.json").unlink()
-        assert make(untrained, folder=tmp_path, fingerprint="b").fit(data).calls == 6
+    def test_checkpoints_without_a_record_of_who_was_forgotten_are_refused(self, data, tmp_path):
+        make(untrained, folder=tmp_path).fit(data)
+        (tmp_path / "ledger.jsonl").unlink()
+        (tmp_path / "ledger.head").unlink()
+        with pytest.raises(StorageError, match="no ledger of who was forgotten"):
+            make(untrained, folder=tmp_path).fit(data)
+
+    def test_files_of_others_stay(self, data, tmp_path):
+        from safetensors.torch import save_file
+
+        foreign = ["shard-00001-of-00002.safetensors", "shard-9-after-1.safetensors"]
+        for name in foreign:
+            save_file({"w": torch.ones(3)}, tmp_path / name, metadata={"format": "pt"})
+        sisa = make(fit)
+        twin = SISA(sisa.build, fit, shards=sisa.shards, slices=sisa.slices)
+        twin.fit(data)
+        for name in foreign:
+            save_file({"w": torch.ones(3)}, twin.checkpoints / name, metadata={"format": "pt"})
+        twin.forget([1, 5])
+        assert all((twin.checkpoints / name).exists() for name in foreign)
+
+    def test_two_owners_of_a_folder_know_each_others_requests(self, data, tmp_path):
+        one, two = (make(fit, folder=tmp_path) for _ in range(2))
+        one.fit(data)
+        two.fit(data)
+        one.forget([1])
+        two.forget([5])
+        one.fit(data)
+        assert one.forgotten.tolist() == two.forgotten.tolist() == [1, 5]
+        assert members(one) == members(two) == from_scratch(data, one, {1, 5})
 
     def test_a_folder_of_another_model(self, data, tmp_path):
         make(untrained, folder=tmp_path).fit(data)

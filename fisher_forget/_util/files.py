@@ -9,7 +9,7 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from fisher_forget._util.copies import copy_model
 from fisher_forget.errors import StorageError
 
-REQUESTS, REQUESTS_FORMAT = "requests.json", 1
-CHECKSUM = "sha256"  # the format itself does not notice a flipped bit
+CHECKSUM = "sha256-2"  # of tensors and metadata: the format does not notice a flipped bit
 AGAIN = "Remove it and compute it again."
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp|\.tmp\w{6}")
 
 
 def save_tensors(
@@ -43,12 +43,18 @@ def save_tensors(
         name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, t in tensors.items()
     }
-    notes = {**metadata, CHECKSUM: _hash(own)}
+    notes = {**metadata, CHECKSUM: _hash([own, dict(metadata)])}
     write_file(Path(path), lambda temporary: save_file(own, temporary, metadata=notes))
 
 
-def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def load_tensors(
+    path: str | Path, *, foreign: bool = False
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors on the CPU, metadata) of a file of `save_tensors`.
+
+    Args:
+        path: The file.
+        foreign: It may be one of another library, which has no checksum.
 
     Raises:
         StorageError: If there is no such file, or it is damaged.
@@ -56,10 +62,10 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with _reading(Path(path)) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         metadata = dict(file.metadata() or {})
-    expected = metadata.pop(CHECKSUM, None)
-    if expected is not None and expected != _hash(tensors):
+    written = metadata.pop(CHECKSUM, None)
+    if written != _hash([tensors, metadata]) and not (foreign and written is None):
         raise StorageError(
-            f"{path} with another checksum than it was written with", "an undamaged file", AGAIN
+            f"{path} with another checksum than that of its content", "an undamaged file", AGAIN
         )
     return tensors, metadata
 
@@ -140,7 +146,7 @@ def write_json(path: str | Path, obj: object) -> None:
     Raises:
         StorageError: If something else is in it, or the file cannot be written.
     """
-    text = json.dumps(_plain(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(plain(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_file(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
@@ -176,44 +182,6 @@ def ensure_folder(path: str | Path) -> Path:
             f"{folder} without permission to write", "a writable folder", "Name another folder."
         )
     return folder
-
-
-@dataclasses.dataclass(frozen=True)
-class RequestLog:
-    """The deletion requests so far, in a folder that belongs to one model, its data and options.
-
-    Attributes:
-        folder: Exists and is writable.
-        mark: Fingerprint of all that the folder's content depends on, apart from the requests.
-    """
-
-    folder: Path
-    mark: str
-
-    def requests(self) -> list[list[int]]:
-        """Those recorded so far; an empty folder becomes ours.
-
-        Raises:
-            StorageError: If the folder belongs to something else.
-        """
-        path = self.folder / REQUESTS
-        if not path.exists():
-            self.record([])
-            return []
-        content = read_json(path)
-        if content.get("format") != REQUESTS_FORMAT or content.get("mark") != self.mark:
-            got = f"{self.folder}, made for another model, other data or other options"
-            fix = "Name another folder, or delete this one if its requests are no longer needed."
-            raise StorageError(got, "the folder of this one, or an empty one", fix)
-        requests: list[list[int]] = content["requests"]
-        return requests
-
-    def record(self, requests: Sequence[Sequence[int]]) -> None:
-        """Write all requests so far."""
-        write_json(
-            self.folder / REQUESTS,
-            {"format": REQUESTS_FORMAT, "mark": self.mark, "requests": requests},
-        )
 
 
 def fingerprint(*parts: object) -> str:
@@ -286,22 +254,22 @@ def _text(part: object) -> str:
     return f"{type(part).__name__} {text}"
 
 
-def _plain(obj: object) -> Any:
+def plain(obj: object) -> Any:
     """What json can write."""
     if obj is None or isinstance(obj, (bool, int, str)):
         return obj
     if isinstance(obj, float):
         return float(obj) if math.isfinite(obj) else None
     if isinstance(obj, Tensor):
-        return _plain(obj.detach().cpu().tolist())
+        return plain(obj.detach().cpu().tolist())
     if isinstance(obj, (np.generic, np.ndarray)):
-        return _plain(obj.tolist())
+        return plain(obj.tolist())
     if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
-        return {field.name: _plain(getattr(obj, field.name)) for field in dataclasses.fields(obj)}
+        return {field.name: plain(getattr(obj, field.name)) for field in dataclasses.fields(obj)}
     if isinstance(obj, Mapping):
-        return {str(key): _plain(value) for key, value in obj.items()}
+        return {str(key): plain(value) for key, value in obj.items()}
     if isinstance(obj, (list, tuple, range)):
-        return [_plain(item) for item in obj]
+        return [plain(item) for item in obj]
     if isinstance(obj, os.PathLike):
         return str(os.fspath(obj))
     got = f"an object of type {type(obj).__name__}"
@@ -326,7 +294,8 @@ def _reading(path: Path) -> Iterator[Any]:
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside the path, and move it there.
 
-    A kill leaves the old file or the new one, because a rename within a folder is atomic.
+    A kill, or a machine that loses its power, leaves the old file or the new one: a rename within a
+    folder is atomic, and both are on the disk (fsync) when this returns.
 
     Raises:
         StorageError: If the file cannot be written.
@@ -334,7 +303,10 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
         raise StorageError(
             f"{path}: {error}", "a file that can be written", "Check the folder and its space."
@@ -342,3 +314,22 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk; where the system cannot say so, do nothing."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def sweep_temporary(folder: Path) -> None:
+    """Remove what killed writes left behind, in a folder that nobody else writes to now: files of
+    `write_file`, and those that safetensors writes within it."""
+    for path in folder.iterdir():
+        if TEMPORARY.fullmatch(path.name):
+            with suppress(OSError):
+                path.unlink()

@@ -219,7 +219,7 @@ def _kept_in(folder: Path) -> Iterator[tuple[Path, int, int]]:
 
 def _read(path: Path) -> State:
     if path.suffix == SUFFIX:
-        return load_tensors(path)[0]
+        return load_tensors(path, foreign=True)[0]
     if not path.is_file():
         raise StorageError(f"no file {path}", "a checkpoint", "Check the path.")
     try:

@@ -10,8 +10,12 @@ accumulate: forgetting A, then B, is forgetting A and B at once, in any order.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
+from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Unpack, cast
@@ -31,7 +35,8 @@ from fisher_forget.curvature.storage import load_curvature, save_curvature
 from fisher_forget.data import batches
 from fisher_forget.data.own_loss import LossFn
 from fisher_forget.data.split import Indices, Split, check_scored, resolve_split
-from fisher_forget.errors import ConfigError, StorageError
+from fisher_forget.errors import ConfigError, FisherForgetWarning, SplitError, StorageError
+from fisher_forget.ledger import RequestLog
 from fisher_forget.unlearn.data_sums import DataSums, load_data_sums, save_data_sums, take_data_sums
 from fisher_forget.unlearn.forget import held_out_split, scrub
 from fisher_forget.unlearn.noise_draw import check_generator
@@ -76,8 +81,9 @@ class Prepared:
     sums: DataSums
     options: ForgetOptions
     objective: Objective = field(repr=False)
-    log: files.RequestLog | None = field(default=None, repr=False)
+    log: RequestLog | None = field(default=None, repr=False)
     requests: list[list[int]] = field(default_factory=list)
+    _lock: Any = field(default_factory=threading.RLock, init=False, repr=False)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         got, expected = (
@@ -99,18 +105,22 @@ class Prepared:
         self,
         forget_idx: Sequence[int] | Indices | Tensor | range,
         *,
+        who: str = "",
         generator: torch.Generator | None = None,
         held_out: DataLoader[Any] | Dataset[Any] | Split | None = None,
         progress: bool = False,
         **changes: Unpack[ForgetKeywords],
     ) -> ForgetResult:
-        """Forget these samples, and all that were forgotten before.
+        """Forget these samples, and all that were forgotten before, by whichever owner of the
+        folder.
 
-        The request is recorded once its result is there: a run that was killed has forgotten
-        nothing.
+        Where there is a folder, the request is in its ledger before anything is computed. One that
+        ends in an exception is withdrawn; one that is killed is left pending, and its samples are
+        forgotten with the next, or by `redeliver`.
 
         Args:
             forget_idx: Distinct indices into the training data set.
+            who: Opaque reference of who asked, for the ledger.
             generator: As for `forget`: without one, every request has a noise of its own.
             held_out: As for `forget`, read as the training data are.
             progress: Show progress bars.
@@ -122,42 +132,101 @@ class Prepared:
             ConfigError: An option that was fixed by `prepare`.
             StorageError: If the request cannot be recorded.
         """
+        with self._alone():
+            split = self.split.forgetting(forget_idx)
+            return self._carry_out(split, who, generator, held_out, progress, changes)
+
+    def redeliver(
+        self,
+        *,
+        generator: torch.Generator | None = None,
+        held_out: DataLoader[Any] | Dataset[Any] | Split | None = None,
+        progress: bool = False,
+        **changes: Unpack[ForgetKeywords],
+    ) -> ForgetResult:
+        """The result without all samples that were asked for so far: after a kill, or where a
+        result was lost. Pending requests are done then. See `forget`.
+
+        The noise is drawn anew: of two results with the same samples publish one only, since the
+        mean of both has less of it.
+
+        Raises:
+            SplitError: If nothing has been asked for.
+        """
+        with self._alone():
+            if not len(self.split.forget):
+                got, fix = "no request so far", "Call forget() first."
+                raise SplitError(got, "requests to be delivered again", fix)
+            return self._carry_out(self.split, "", generator, held_out, progress, changes)
+
+    @property
+    def pending(self) -> list[str]:
+        """Names of requests that were asked for and are not done: a kill came between."""
+        return [] if self.log is None else [r.name for r in self.log.ledger.pending()]
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other thread or process forgets from this, and what others forgot is known."""
+        with self._lock, ExitStack() as stack:
+            if self.log is not None:
+                stack.enter_context(self.log.ledger.owned())
+                self.requests = self.log.requests()
+                known = np.array([i for r in self.requests for i in r], dtype=np.int64)
+                if len(new := np.setdiff1d(known, self.split.forget)):
+                    self.split = self.split.forgetting(new)
+            yield
+
+    def _carry_out(
+        self,
+        split: Split,
+        who: str,
+        generator: torch.Generator | None,
+        held_out: DataLoader[Any] | Dataset[Any] | Split | None,
+        progress: bool,
+        changes: ForgetKeywords,
+    ) -> ForgetResult:
+        """The result for a split, and its entries in the ledger."""
         if fixed := [name for name in changes if name in FIXED]:
             got = f"the options {fixed} of a request"
             fix = "Leave them out, or prepare the model anew."
             raise ConfigError(got, "those of prepare(), which the stored sums were made with", fix)
         check_generator(generator)
+        new = np.setdiff1d(split.forget, self.split.forget).tolist()
         with isolated():
             options = merged(self.options, changes)
             self.objective.memory = options.memory
-            split = self.split.forgetting(forget_idx)
             check_scored(split, self.objective.likelihood)
-            begun = perf_counter()
-            curvature = self._without(split)
-            seconds = {"curvature": perf_counter() - begun}
-            problem = Problem(
-                self.objective,
-                split,
-                curvature,
-                self.sums,
-                options.known_decay,
-                options.training_time,
-                seconds,
-            )
             unseen = held_out_split(held_out, split.reader.unpack)
-            result = scrub(
-                self.model,
-                problem,
-                options,
-                generator=generator,
-                held_out=unseen,
-                progress=progress,
-            )
-        requests = [*self.requests, np.setdiff1d(split.forget, self.split.forget).tolist()]
+            name = "" if self.log is None or split is self.split else self.log.ask(new, who)
+            try:
+                begun = perf_counter()
+                curvature = self._without(split)
+                problem = Problem(
+                    self.objective,
+                    split,
+                    curvature,
+                    self.sums,
+                    options.known_decay,
+                    options.training_time,
+                    {"curvature": perf_counter() - begun},
+                )
+                result = scrub(
+                    self.model,
+                    problem,
+                    options,
+                    generator=generator,
+                    held_out=unseen,
+                    progress=progress,
+                )
+            except Exception as error:
+                if name and self.log is not None:
+                    self.log.ledger.withdraw(name, f"{type(error).__name__}: {error}"[:500])
+                raise
         if self.log is not None:
-            self.log.record(requests)
-        self.split, self.requests = split, requests
-        result.check.warn(stacklevel=2)
+            self.log.done(**_evidence(self.model, result))
+        if split is not self.split:
+            self.split, self.requests = split, [*self.requests, new]
+        result.check.warn(stacklevel=3)
         return result
 
     def _without(self, split: Split) -> Curvature:
@@ -234,33 +303,84 @@ def prepare(
         options = with_solver(options, objective, split, warn=True)
         log = None
         if folder is not None:
-            fixed = {name: getattr(options, name) for name in FIXED}
-            likelihood: Any = objective.likelihood
-            if is_dataclass(likelihood):
-                likelihood = asdict(likelihood)  # type: ignore[arg-type]
-            fixed |= {"likelihood": likelihood, "weight_decay": options.known_decay}
-            if isinstance(options.known_decay, Mapping):  # whose order counts
-                fixed["weight_decay"] = list(options.known_decay.items())
-            if options.inverts != options.changed({"solver": "auto"}).inverts:
-                fixed["solver"] = options.solver  # which samples the curvature is of depends on it
-            mark = files.fingerprint(fixed, dict(model.state_dict()), split.fingerprint())
-            log = files.RequestLog(files.ensure_folder(folder), mark)
+            mark = files.fingerprint(
+                _fixed(options, objective), dict(model.state_dict()), split.fingerprint()
+            )
+            total = len(cast("Sized", split.base))
+            log = RequestLog.open(folder, mark, total, (CURVATURE, DATA_SUMS))
         requests = [] if log is None else log.requests()
         sampled, kind = options.curvature_plan(split)
-        curvature = None
-        if log is not None and (log.folder / CURVATURE).exists():
-            curvature = load_curvature(log.folder / CURVATURE, model, split)
-        if curvature is None:
-            curvature = curvature_of(objective, split, options, sampled, kind, progress=progress)
-            if log is not None and curvature.stored_as:
-                save_curvature(log.folder / CURVATURE, curvature, model, split)
-        sums = None
-        if log is not None and (log.folder / DATA_SUMS).exists():
-            sums = load_data_sums(log.folder / DATA_SUMS, objective, log.mark)
-        if sums is None:
-            sums = take_data_sums(objective, split, seed=options.seed, progress=progress)
-            if log is not None:
-                save_data_sums(log.folder / DATA_SUMS, sums, log.mark)
+        with ExitStack() as stack:
+            if log is not None:  # what is missing is made once, by one owner
+                stack.enter_context(log.ledger.owned())
+            place = None if log is None else log.ledger.folder
+            curvature = None
+            if place is not None and (place / CURVATURE).exists():
+                curvature = load_curvature(place / CURVATURE, model, split)
+            if curvature is None:
+                curvature = curvature_of(
+                    objective, split, options, sampled, kind, progress=progress
+                )
+                if place is not None and curvature.stored_as:
+                    save_curvature(place / CURVATURE, curvature, model, split)
+            sums = _sums(objective, split, options, log, progress=progress)
     done = [i for request in requests for i in request]
     split = split.forgetting(done) if done else split
-    return Prepared(model, split, curvature, sampled, sums, options, objective, log, requests)
+    prepared = Prepared(model, split, curvature, sampled, sums, options, objective, log, requests)
+    if prepared.pending:
+        warnings.warn(
+            f"{len(prepared.pending)} requests were asked for and not done "
+            f"({', '.join(prepared.pending[:5])}): a run was killed. Call redeliver(), which gives "
+            "the model without their samples.",
+            FisherForgetWarning,
+            stacklevel=2,
+        )
+    return prepared
+
+
+def _fixed(options: ForgetOptions, objective: Objective) -> dict[str, Any]:
+    """What the stored sums depend on, of the options."""
+    fixed = {name: getattr(options, name) for name in FIXED}
+    likelihood: Any = objective.likelihood
+    if is_dataclass(likelihood):
+        likelihood = asdict(likelihood)  # type: ignore[arg-type]
+    fixed |= {"likelihood": likelihood, "weight_decay": options.known_decay}
+    if isinstance(options.known_decay, Mapping):  # whose order counts
+        fixed["weight_decay"] = list(options.known_decay.items())
+    if options.inverts != options.changed({"solver": "auto"}).inverts:
+        fixed["solver"] = options.solver  # which samples the curvature is of depends on it
+    return fixed
+
+
+def _sums(
+    objective: Objective,
+    split: Split,
+    options: ForgetOptions,
+    log: RequestLog | None,
+    *,
+    progress: bool,
+) -> DataSums:
+    """The data sums, from the folder where there is one that has them."""
+    path = None if log is None else log.ledger.folder / DATA_SUMS
+    if log is not None and path is not None and path.exists():
+        sums = load_data_sums(path, objective, log.mark)
+        if sums is not None:
+            return sums
+    sums = take_data_sums(objective, split, seed=options.seed, progress=progress)
+    if log is not None and path is not None:
+        save_data_sums(path, sums, log.mark)
+    return sums
+
+
+def _evidence(model: nn.Module, result: ForgetResult) -> dict[str, Any]:
+    """What a ledger keeps of a result."""
+    return {
+        "method": "fisher-forget",
+        "version": version("fisher-forget"),
+        "model_before": files.fingerprint(dict(model.state_dict())),
+        "model_after": files.fingerprint(dict(result.model.state_dict())),
+        "retained": len(result.split.retain),
+        "forgotten": len(result.split.forget),
+        "noise": None if result.noise is None else result.noise.scale,
+        "self_check": result.check.summary(),
+    }

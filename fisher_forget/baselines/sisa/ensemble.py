@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,10 @@ from fisher_forget.baselines.sisa import partition
 from fisher_forget.baselines.sisa.aggregate import Aggregate, Aggregation
 from fisher_forget.baselines.sisa.partition import Cut
 from fisher_forget.baselines.sisa.shards import ShardTask, ShardTrainer, initial_model
-from fisher_forget.baselines.sisa.store import Store
+from fisher_forget.baselines.sisa.store import PATTERN, Store
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import ConfigError, ModelError, SplitError
+from fisher_forget.ledger import RequestLog
 
 
 @dataclass(frozen=True)
@@ -181,35 +183,50 @@ class SISA:
         initial = initial_model(self.build, self.seed, 0)
         # what else a checkpoint depends on: a folder of another run is refused
         mark = files.fingerprint(self.fingerprint, self.seed, cut, dict(initial.state_dict()))
-        store = Store(self._place(), mark)
-        requests = store.requests()
-        kept = self._kept(store, initial)
+        log = RequestLog.open(self._place(), mark, total, (PATTERN,))
+        store = Store(log.ledger.folder, mark)
         split = Split(dataset, np.arange(total), np.zeros(0, dtype=np.int64))
-        if requests:
-            split = split.forgetting(sorted({i for request in requests for i in request}))
-        self._state, self.requests = _State(split, cut, store, kept), requests
-        return self._update()
+        with log.ledger.owned():
+            self._state = _State(split, cut, store, log, self._kept(store, initial))
+            self._catch_up()
+            work = self._update()
+            log.done(method="sisa", version=version("fisher-forget"))
+        return work
 
-    def forget(self, indices: Sequence[int] | Indices | Tensor | range) -> Work:
+    def forget(self, indices: Sequence[int] | Indices | Tensor | range, *, who: str = "") -> Work:
         """Forget these samples, and all that were forgotten before; naming one again is no error.
 
         The request is recorded first. If training is interrupted, `fit` completes it.
 
         Args:
             indices: Distinct indices into the data set.
+            who: Opaque reference of who asked, for the ledger.
 
         Raises:
             SplitError: If the indices are out of range, repeated or none, or nothing would be left.
             ModelError: If `fit` has not been called.
             StorageError: If the request cannot be recorded.
         """
+        log = self._fitted().log
+        with log.ledger.owned():
+            state = self._catch_up()
+            split = state.split.forgetting(indices)
+            new = np.setdiff1d(split.forget, state.split.forget).tolist()
+            # before anything is removed or trained: a kill after this line is completed by `fit`
+            log.ask(new, who)
+            self._state, self.requests = replace(state, split=split), [*self.requests, new]
+            work = self._update()
+            log.done(method="sisa", version=version("fisher-forget"))
+        return work
+
+    def _catch_up(self) -> _State:
+        """The state with all requests so far, those of other owners of the folder included."""
         state = self._fitted()
-        split = state.split.forgetting(indices)
-        requests = [*self.requests, np.setdiff1d(split.forget, state.split.forget).tolist()]
-        # before anything is removed or trained: a kill after this line is completed by `fit`
-        state.store.record(requests)
-        self._state, self.requests = _State(split, state.cut, state.store, state.kept), requests
-        return self._update()
+        self.requests = state.log.requests()
+        known = np.array([i for request in self.requests for i in request], dtype=np.int64)
+        if len(new := np.setdiff1d(known, state.split.forget)):
+            state = self._state = replace(state, split=state.split.forgetting(new))
+        return state
 
     def module(self, *, aggregation: Aggregation = "mean", weighted: bool = False) -> Aggregate:
         """The ensemble as it is now, as one module in eval mode; later requests do not reach it.
@@ -342,6 +359,7 @@ class _State:
     split: Split
     cut: Cut
     store: Store
+    log: RequestLog
     kept: tuple[frozenset[int], ...]
 
     def parts(self) -> Cut:

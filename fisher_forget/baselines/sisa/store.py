@@ -1,4 +1,4 @@
-"""The folder of a SISA run: its requests, and a file a checkpoint that says what it has seen.
+"""The checkpoints of a SISA run: files that say what they have seen.
 
 A checkpoint's key is a hash chain over the slices that it has seen, with the samples that are
 retained in them:
@@ -12,6 +12,7 @@ was under way when a run was killed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,12 +24,21 @@ from fisher_forget._util import files
 from fisher_forget.baselines.sisa.partition import Shard
 from fisher_forget.errors import StorageError
 
-PATTERN = "shard-*.safetensors"
+PATTERN = "shard-*-after-*.safetensors"
+NAME = re.compile(r"shard-\d+-after-\d+\.safetensors")
 
 
 @dataclass(frozen=True)
-class Store(files.RequestLog):
-    """A folder that belongs to one run: its requests, and its checkpoints."""
+class Store:
+    """The checkpoints in the folder of one run.
+
+    Attributes:
+        folder: Exists and is writable.
+        mark: Fingerprint of all that a checkpoint depends on, apart from who is retained.
+    """
+
+    folder: Path
+    mark: str
 
     def keys(self, shard: int, parts: Shard) -> tuple[str, ...]:
         """key_0 ... key_R of a shard whose slices retain `parts`."""
@@ -43,7 +53,15 @@ class Store(files.RequestLog):
         return self.folder / f"shard-{shard}-after-{done}.safetensors"
 
     def save(self, shard: int, done: int, model: nn.Module, key: str) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint.
+
+        Raises:
+            StorageError: If a file of that name is there that is no checkpoint.
+        """
+        path = self.path(shard, done)
+        if path.exists() and _foreign(path):
+            got, fix = f"{path}, which is no checkpoint of SISA", "Name another folder."
+            raise StorageError(got, "a folder without other files of that name", fix)
         files.save_model(self.path(shard, done), model, {"key": key})
 
     def load(self, shard: int, done: int, template: nn.Module, key: str) -> nn.Module:
@@ -61,19 +79,29 @@ class Store(files.RequestLog):
     def keep_only(self, wanted: Mapping[Path, str]) -> None:
         """Remove checkpoints not wanted or of another key, and what killed writes left behind."""
         for path in self.folder.glob(PATTERN):
-            # what cannot be read has no key, and goes as well
+            if not NAME.fullmatch(path.name) or _foreign(path):
+                continue
+            # what is damaged has no key, and goes as well
             if path not in wanted or _key(path) != wanted[path]:
                 _remove(path)
-        for path in self.folder.glob(f".{PATTERN}.*.tmp"):
-            _remove(path)
+        files.sweep_temporary(self.folder)
 
     def size(self, model: nn.Module) -> int:
         """Bytes of one checkpoint; the same for all, because every key has the same length."""
         probe = self.path(0, 0)
-        self.save(0, 0, model, files.fingerprint(self.mark))
+        files.save_model(probe, model, {"key": files.fingerprint(self.mark)})
         size = probe.stat().st_size
         _remove(probe)
         return size
+
+
+def _foreign(path: Path) -> bool:
+    """Whether it is an undamaged file of another kind, such as a part of a model of another
+    library."""
+    try:
+        return "key" not in files.read_metadata(path)
+    except StorageError:
+        return False
 
 
 def _key(path: Path) -> str | None:

@@ -1,0 +1,98 @@
+"""Entries of a ledger: lines of JSON, each with the hash of the one before.
+
+The hash of an entry is
+
+    h_n = SHA-256(canonical JSON of number, time, event, request, details and s_(n-1)),
+
+its signature, where there is a key, is Ed25519 over h_n, and its seal s_n is the SHA-256 of its
+whole line, signature included; s_(-1) is 64 zeros. Canonical is
+the one way in which this JSON may be written: sorted keys, no spaces, ASCII. A line that says the
+same in other bytes is no entry.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from fisher_forget._util.files import plain
+from fisher_forget.errors import StorageError
+
+Event = Literal["opened", "asked", "under way", "done", "served", "withdrawn", "purged", "rebased"]
+FIRST = "0" * 64
+KEYS = ("before", "details", "event", "hash", "number", "request", "signature", "time")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One thing that happened.
+
+    Attributes:
+        number: Its place in the ledger, from 0.
+        time: When, UTC, in the form of ISO 8601.
+        event: What.
+        request: To which request; empty where it is of the ledger as a whole.
+        details: What else is to be known, as JSON can hold it.
+        before: Seal of the entry before.
+        signature: Of `hash`, in hexadecimal digits; empty without a key.
+    """
+
+    number: int
+    time: str
+    event: Event
+    request: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
+    before: str = FIRST
+    signature: str = ""
+
+    @property
+    def hash(self) -> str:
+        """h_n: 64 hexadecimal digits."""
+        return hashlib.sha256(canonical(self._content())).hexdigest()
+
+    @property
+    def seal(self) -> str:
+        """s_n: 64 hexadecimal digits."""
+        return hashlib.sha256(self.line()[:-1]).hexdigest()
+
+    def line(self) -> bytes:
+        """As it stands in the file, with its end of line."""
+        whole = self._content() | {"hash": self.hash, "signature": self.signature}
+        return canonical(whole) + b"\n"
+
+    def _content(self) -> dict[str, Any]:
+        names = ("number", "time", "event", "request", "details", "before")
+        return {name: getattr(self, name) for name in names}
+
+
+def canonical(content: object) -> bytes:
+    """The one way in which this is written as JSON."""
+    text = json.dumps(
+        plain(content), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    )
+    return text.encode("ascii")
+
+
+def parse(line: bytes) -> Entry:
+    """The entry of a line without its end.
+
+    Raises:
+        StorageError: If the line is none, or not in its canonical form, or has another hash.
+    """
+    fix = "Restore the ledger from a copy."
+    try:
+        content = json.loads(line)
+        entry = Entry(**{k: v for k, v in content.items() if k != "hash"})
+        hash_, same = entry.hash, set(content) == set(KEYS) and entry.line() == line + b"\n"
+    except (ValueError, TypeError, AttributeError, StorageError, RecursionError) as error:
+        got = f"a line that is no entry of a ledger: {str(error)[:80]}"
+        raise StorageError(got, "JSON written by this package", fix) from error
+    if content.get("hash") != hash_:
+        got = f"entry {content.get('number')} with another hash than that of its content"
+        raise StorageError(got, "an entry as it was written", fix)
+    if not same or entry.event not in get_args(Event):
+        got = f"entry {content.get('number')} in another form than it was written in"
+        raise StorageError(got, "an entry as it was written", fix)
+    return entry

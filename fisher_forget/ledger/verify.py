@@ -1,0 +1,82 @@
+"""Whether a ledger is as it was written, told with the public key alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fisher_forget.errors import StorageError
+from fisher_forget.ledger import keys
+from fisher_forget.ledger.entries import FIRST, parse
+from fisher_forget.ledger.ledger import HEAD, LEDGER, read_head
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+
+def verify(
+    folder: str | Path,
+    public_key: str | Path | Ed25519PublicKey | None = None,
+    *,
+    known: str | None = None,
+) -> list[str]:
+    """What is wrong with a ledger, entry by entry; nothing is written.
+
+    Without a key, the chain shows what was altered by accident, or by somebody who did not make
+    them anew. With it, nobody without the private key can alter, drop, swap or append an entry.
+    Neither shows that folder and head were both put back to an earlier state: keep the seal of the
+    last entry elsewhere, and pass it.
+
+    Args:
+        folder: Of the ledger; or the ledger's lines alone, as a file.
+        public_key: File of `new_keys`, or such a key.
+        known: Seal of an entry that must be there.
+
+    Returns:
+        Sentences; none where all is as it was written.
+    """
+    place = Path(folder)
+    path = place / LEDGER if place.is_dir() else place
+    key = keys.read_public(public_key) if isinstance(public_key, (str, Path)) else public_key
+    if not path.is_file():
+        return [f"{path}: there is no ledger."]
+    *lines, rest = path.read_bytes().split(b"\n")
+    wrong = ["The last line has no end: it was cut off, or never written whole."] if rest else []
+    seals: list[str] = []
+    for place_, line in enumerate(lines):
+        try:
+            entry = parse(line)
+        except StorageError as error:
+            wrong.append(f"Line {place_ + 1}: altered ({error.got}).")
+            seals.append("")
+            continue
+        if entry.number != place_:
+            wrong.append(f"Line {place_ + 1}: here is entry {entry.number}: dropped or swapped.")
+        if entry.before != (seals[-1] if seals else FIRST):
+            wrong.append(f"Entry {entry.number}: it does not follow the entry before it.")
+        if key is not None and not keys.signed(key, entry.hash, entry.signature):
+            wrong.append(f"Entry {entry.number}: not signed with the private key.")
+        seals.append(entry.seal)
+    if known is not None and known not in seals:
+        wrong.append(
+            f"No entry has the seal {known}: the end is missing, or another ledger is here."
+        )
+    return wrong + (_of_head(path.parent, seals) if path.name == LEDGER else [])
+
+
+def _of_head(folder: Path, seals: list[str]) -> list[str]:
+    """What the head says against these entries."""
+    try:
+        head = read_head(folder)
+    except StorageError as error:
+        return [f"{error.got}."]
+    if head is None:
+        return [f"There is no {HEAD}, which tells how many entries there are."] if seals else []
+    count, last = head
+    if len(seals) < count:
+        return [f"{count} entries were written, {len(seals)} are here: the end was cut off."]
+    if (seals[count - 1] if count else FIRST) != last:
+        return [f"Entry {count - 1} is not the one that {HEAD} tells of."]
+    if len(seals) > count + 1:
+        return [f"{count} entries were written, {len(seals)} are here: some were appended."]
+    return []

@@ -1,0 +1,365 @@
+"""A ledger shows every change, loses nothing to kills, and is written by one owner at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fisher_forget import ConfigError, StorageError
+from fisher_forget.ledger import Ledger, RequestLog, new_keys, verify
+from fisher_forget.ledger.entries import parse
+from fisher_forget.ledger.ledger import HEAD, LEDGER, LOCK, SALT, a_month_after
+
+PROCESSES, REQUESTS = 3, 5
+
+
+def ten_entries(folder: Path, **options: object) -> Ledger:
+    """An opened ledger with three requests in all states."""
+    ledger = Ledger(folder, **options)
+    first = ledger.ask([3, 14], who="ticket 1").name
+    ledger.begin(first)
+    ledger.done(first, method="fisher-forget", noise=1.5)
+    ledger.serve(first)
+    second = ledger.ask(["user-7"]).name
+    ledger.begin(second)
+    ledger.withdraw(second, "asked twice")
+    third = ledger.ask([15]).name
+    ledger.begin(third)
+    assert len(ledger.entries) == 10
+    return ledger
+
+
+class TestStates:
+    def test_what_became_of_every_request(self, tmp_path):
+        ledger = ten_entries(tmp_path)
+        for reader in (ledger, Ledger(tmp_path)):
+            states = {name: r.state for name, r in reader.requests.items()}
+            assert states == {"r-1": "served", "r-2": "withdrawn", "r-3": "under way"}
+            assert [r.name for r in reader.pending()] == ["r-3"]
+            assert reader.requests["r-1"].evidence == {"method": "fisher-forget", "noise": 1.5}
+            assert reader.requests["r-1"].who == "ticket 1"
+
+    def test_no_state_is_skipped(self, tmp_path):
+        ledger = ten_entries(tmp_path)
+        for wrong in (
+            lambda: ledger.serve("r-3"),
+            lambda: ledger.done("r-1"),
+            lambda: ledger.begin("r-9"),
+        ):
+            with pytest.raises(ConfigError, match="See Ledger.requests"):
+                wrong()
+        assert len(Ledger(tmp_path).entries) == 10
+
+    def test_a_request_is_due_within_a_month(self, tmp_path):
+        ledger = Ledger(tmp_path)
+        request = ledger.ask([1])
+        assert abs(request.due - a_month_after(request.asked)) < timedelta(seconds=5)
+        assert not request.overdue()
+        late = request.due + timedelta(seconds=1)
+        assert [r.name for r in ledger.overdue(late)] == ["r-1"]
+        ledger.begin("r-1")
+        ledger.done("r-1")
+        assert ledger.overdue(late)  # until who asked has been told
+        ledger.serve("r-1")
+        assert not ledger.overdue(late)
+
+    @pytest.mark.parametrize(
+        ("day", "due"),
+        [("2027-01-31", "2027-02-28"), ("2028-01-31", "2028-02-29"), ("2026-12-15", "2027-01-15")],
+    )
+    def test_a_month(self, day, due):
+        assert a_month_after(datetime.fromisoformat(day)) == datetime.fromisoformat(due)
+
+    def test_an_exception_withdraws_and_a_kill_does_not(self, tmp_path):
+        ledger = Ledger(tmp_path)
+        with pytest.raises(ZeroDivisionError), ledger.request([1]):
+            raise ZeroDivisionError
+        with pytest.raises(KeyboardInterrupt), ledger.request([2]):
+            raise KeyboardInterrupt
+        with ledger.request([3]) as evidence:
+            evidence["loss"] = float("nan")
+        states = {n: r.state for n, r in Ledger(tmp_path).requests.items()}
+        assert states == {"r-1": "withdrawn", "r-2": "under way", "r-3": "done"}
+        assert Ledger(tmp_path).requests["r-3"].evidence == {"loss": None}
+
+
+class TestIds:
+    def test_hashes_say_nothing_without_the_salt(self, tmp_path):
+        one, two = Ledger(tmp_path / "a"), Ledger(tmp_path / "b")
+        assert one.hashed([1, 2]) == one.hashed([1, 2]) != two.hashed([1, 2])
+        assert b"ticket" not in (tmp_path / "a" / LEDGER).read_bytes()
+        (tmp_path / "a" / SALT).unlink()
+        with pytest.raises(StorageError, match="the salt of the ledger"):
+            Ledger(tmp_path / "a").hashed([1])
+        (tmp_path / "a" / SALT).write_bytes((tmp_path / "b" / SALT).read_bytes())
+        with pytest.raises(StorageError, match="another salt"):
+            Ledger(tmp_path / "a").hashed([1])
+
+    def test_the_salt_is_its_owners_alone_and_may_lie_elsewhere(self, tmp_path):
+        ledger = Ledger(tmp_path / "a", salt=tmp_path / "vault" / "salt")
+        ledger.ask([1])
+        assert not (tmp_path / "a" / SALT).exists()
+        assert (tmp_path / "vault" / "salt").stat().st_mode & 0o077 == 0
+
+    def test_numbers_and_words(self, tmp_path):
+        ledger = Ledger(tmp_path)
+        same = [42, np.int64(42), torch.tensor(42)]
+        assert len(set(ledger.hashed(same))) == 1
+        assert len(set(ledger.hashed([4, 2, "4", "2", "42", 42, "ß", "ss"]))) == 8
+        for bad in (1.5, None, True, b"x", (1,)):
+            with pytest.raises(ConfigError, match="an id of type"):
+                ledger.hashed([bad])
+
+
+class TestTampering:
+    @pytest.mark.parametrize("signed", [False, True])
+    def test_every_byte(self, tmp_path, signed):
+        key = tmp_path / "key.pem"
+        public = new_keys(key) if signed else None
+        folder = tmp_path / "ledger"
+        ten_entries(folder, key=key if signed else None)
+        path = folder / LEDGER
+        content = path.read_bytes()
+        assert verify(folder, public) == []
+        rng = np.random.default_rng(0)
+        for at in range(len(content)):
+            flipped = bytearray(content)
+            flipped[at] ^= 1 << int(rng.integers(8))
+            path.write_bytes(flipped)
+            assert verify(folder, public), f"byte {at} of {len(content)}"
+            with pytest.raises(StorageError):
+                Ledger(folder)
+
+    def test_every_byte_of_the_head(self, tmp_path):
+        ten_entries(tmp_path)
+        content = (tmp_path / HEAD).read_bytes()
+        for at in range(len(content)):
+            flipped = bytearray(content)
+            flipped[at] ^= 2
+            (tmp_path / HEAD).write_bytes(flipped)
+            assert verify(tmp_path)
+            with pytest.raises(StorageError):
+                Ledger(tmp_path)
+
+    def test_dropped_swapped_cut_off_and_appended(self, tmp_path):
+        public = new_keys(tmp_path / "key.pem")
+        folder = tmp_path / "ledger"
+        ten_entries(folder, key=tmp_path / "key.pem")
+        lines = (folder / LEDGER).read_bytes().splitlines(keepends=True)
+        # one that follows, made by somebody without the private key
+        last = parse(lines[-1][:-1])
+        forged = type(last)(10, last.time, "done", "r-3", {}, last.seal, last.signature).line()
+        twisted = {
+            "dropped": lines[:4] + lines[5:],
+            "first dropped": lines[1:],
+            "swapped": [*lines[:4], lines[5], lines[4], *lines[6:]],
+            "twice": [*lines[:4], lines[3], *lines[4:]],
+            "cut off": lines[:-1],
+            "cut off within": [*lines[:-1], lines[-1][:-9]],
+            "empty": [],
+            "appended": [*lines, forged],
+        }
+        for how, content in twisted.items():
+            (folder / LEDGER).write_bytes(b"".join(content))
+            assert verify(folder, public), how
+            if how != "appended":  # which a killed owner leaves, too; a signature tells
+                with pytest.raises(StorageError):
+                    Ledger(folder)
+
+    def test_who_has_no_private_key_cannot_write_it_anew(self, tmp_path):
+        public = new_keys(tmp_path / "key.pem")
+        ten_entries(tmp_path / "true", key=tmp_path / "key.pem")
+        ten_entries(tmp_path / "other")
+        new_keys(tmp_path / "own.pem")
+        ten_entries(tmp_path / "third", key=tmp_path / "own.pem")
+        assert verify(tmp_path / "true", public) == []
+        for name in ("other", "third"):
+            assert len(verify(tmp_path / name, public)) == 10
+            assert verify(tmp_path / name) == []
+
+    def test_an_earlier_state_is_known_by_a_hash_kept_elsewhere(self, tmp_path):
+        ledger = Ledger(tmp_path)
+        ledger.ask([1])
+        before = {name: (tmp_path / name).read_bytes() for name in (LEDGER, HEAD)}
+        ledger.begin("r-1")
+        known = ledger.entries[-1].seal
+        assert verify(tmp_path, known=known) == []
+        for name, content in before.items():
+            (tmp_path / name).write_bytes(content)
+        assert verify(tmp_path) == []
+        assert "the end is missing" in verify(tmp_path, known=known)[0]
+
+
+class TestKills:
+    def test_a_line_half_written(self, tmp_path):
+        ten_entries(tmp_path)
+        path = tmp_path / LEDGER
+        content = path.read_bytes()
+        for cut in (1, 50):
+            path.write_bytes(content + content[:cut])
+            assert len(Ledger(tmp_path).entries) == 10
+            Ledger(tmp_path).record("purged")
+            assert verify(tmp_path) == []
+            path.write_bytes(content)
+            (tmp_path / HEAD).write_bytes(
+                json.dumps(
+                    {"count": 10, "seal": last_seal(content)},
+                    sort_keys=True,
+                    separators=(",", ":"),
+                ).encode()
+            )
+
+    def test_between_line_and_head(self, tmp_path):
+        ledger = Ledger(tmp_path)
+        ledger.ask([1])
+        head = (tmp_path / HEAD).read_bytes()
+        ledger.begin("r-1")
+        (tmp_path / HEAD).write_bytes(head)
+        again = Ledger(tmp_path)
+        assert again.requests["r-1"].state == "under way"
+        again.done("r-1")
+        assert verify(tmp_path) == []
+
+    def test_no_space(self, tmp_path, monkeypatch):
+        ledger = ten_entries(tmp_path)
+        content = (tmp_path / LEDGER).read_bytes()
+
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", full)
+            with pytest.raises(StorageError, match="Nothing was recorded"):
+                ledger.record("purged")
+        assert (tmp_path / LEDGER).read_bytes() == content
+        ledger.record("purged")
+        assert verify(tmp_path) == []
+
+
+def last_seal(content: bytes) -> str:
+    return parse(content.splitlines()[-1]).seal
+
+
+OWNER = """
+import sys
+from fisher_forget.ledger import RequestLog
+folder, first = sys.argv[1], int(sys.argv[2])
+log = RequestLog.open(folder, "mark", 1000, ())
+for i in range(%d):
+    with log.ledger.owned():
+        log.ask([first + i])
+        log.done()
+    print(first + i, flush=True)
+"""
+
+
+class TestOwners:
+    def test_processes(self, tmp_path):
+        runs = [
+            subprocess.Popen(
+                [sys.executable, "-c", OWNER % REQUESTS, str(tmp_path), str(100 * k)],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for k in range(PROCESSES)
+        ]
+        returned = [int(x) for run in runs for x in run.communicate(timeout=100)[0].split()]
+        assert len(returned) == PROCESSES * REQUESTS
+        log = RequestLog.open(tmp_path, "mark", 1000, ())
+        assert sorted(i for r in log.requests() for i in r) == sorted(returned)
+        assert verify(tmp_path) == []
+
+    def test_threads(self, tmp_path):
+        ledgers = [Ledger(tmp_path)] * 2 + [Ledger(tmp_path)]
+        threads = [
+            threading.Thread(target=lambda k=k, own=own: [own.ask([k, i]) for i in range(8)])
+            for k, own in enumerate(ledgers)
+        ]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        assert list(Ledger(tmp_path).requests) == [f"r-{n}" for n in range(1, 25)]
+        assert verify(tmp_path) == []
+
+    def test_an_owner_is_named(self, tmp_path):
+        one, two = Ledger(tmp_path), Ledger(tmp_path, wait=0.05)
+        with one.owned():
+            done: list[str] = []
+
+            def other() -> None:
+                try:
+                    two.ask([1])
+                except StorageError as error:
+                    done.append(str(error))
+
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+            assert f"owned by process {os.getpid()} on " in done[0]
+        two.ask([1])
+        assert (tmp_path / LOCK).exists()
+
+
+class TestFolders:
+    def test_old_requests_come_along(self, tmp_path):
+        old = {"format": 1, "mark": "m", "requests": [[3, 8], [5]]}
+        (tmp_path / "requests.json").write_text(json.dumps(old))
+        (tmp_path / "sums.bin").touch()
+        log = RequestLog.open(tmp_path, "m", 10, ("*.bin",))
+        assert log.requests() == [[3, 8], [5]]
+        assert not (tmp_path / "requests.json").exists()
+        assert RequestLog.open(tmp_path, "m", 10, ("*.bin",)).requests() == [[3, 8], [5]]
+
+    @pytest.mark.parametrize(
+        "content", ["", "[]", "null", "{", '{"format": 2, "mark": "m", "requests": []}']
+    )
+    def test_damaged_old_requests_are_refused(self, tmp_path, content):
+        (tmp_path / "requests.json").write_text(content)
+        with pytest.raises(StorageError):
+            RequestLog.open(tmp_path, "m", 10, ("*.bin",))
+        assert not (tmp_path / LEDGER).exists()
+
+    def test_a_folder_with_artefacts_alone_is_refused(self, tmp_path):
+        (tmp_path / "sums.bin").touch()
+        with pytest.raises(StorageError, match="ask for every deletion again"):
+            RequestLog.open(tmp_path, "m", 10, ("*.bin",))
+
+    def test_samples_that_are_not_there(self, tmp_path):
+        log = RequestLog.open(tmp_path, "m", 10, ())
+        log.ask([9])
+        fewer = RequestLog(Ledger(tmp_path), "m", 9)
+        with pytest.raises(StorageError, match="1 samples not among these"):
+            fewer.requests()
+
+    def test_leftovers_are_swept(self, tmp_path):
+        left = [".sums.bin.0a1b2c3d.tmp", ".tmpAb12xY"]
+        kept = [".tmp", "notes.tmp", ".tmpfile", ".hidden"]
+        for name in left + kept:
+            (tmp_path / name).touch()
+        RequestLog.open(tmp_path, "m", 10, ())
+        assert not any((tmp_path / name).exists() for name in left)
+        assert all((tmp_path / name).exists() for name in kept)
+
+
+class TestKeys:
+    def test_files(self, tmp_path):
+        public = new_keys(tmp_path / "k")
+        assert (tmp_path / "k").stat().st_mode & 0o077 == 0
+        with pytest.raises(StorageError, match="which exists"):
+            new_keys(tmp_path / "k")
+        for bad in (public, tmp_path / "none"):
+            with pytest.raises(StorageError, match="private key"):
+                Ledger(tmp_path / "a", key=bad)
+        with pytest.raises(StorageError, match="public key"):
+            verify(tmp_path / "a", tmp_path / "k")
+        assert verify(tmp_path / "a") == [f"{tmp_path / 'a' / LEDGER}: there is no ledger."]
