@@ -28,6 +28,7 @@ from fisher_forget.evaluate.evaluation import Evaluation, evaluate
 from fisher_forget.experiments.datasets import load_dataset
 from fisher_forget.experiments.models import build_model
 from fisher_forget.experiments.training import TrainSettings, train
+from fisher_forget.ledger import Ledger
 from fisher_forget.likelihood import Bernoulli, Categorical, Gaussian, Likelihood
 from fisher_forget.report import plots
 from fisher_forget.report.plots import plot_tradeoff
@@ -70,6 +71,7 @@ __all__ = [
     "ForgetOptions",
     "ForgetResult",
     "Gaussian",
+    "Ledger",
     "Likelihood",
     "ModelError",
     "NewtonStep",

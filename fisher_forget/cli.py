@@ -14,7 +14,7 @@ from pathlib import Path
 
 import shtab
 
-from fisher_forget.errors import ConfigError, FisherForgetError
+from fisher_forget.errors import ConfigError, FisherForgetError, StorageError
 from fisher_forget.experiments.config import CompareConfig, RunConfig, SweepConfig
 from fisher_forget.experiments.config_file import load_config, option_names
 from fisher_forget.experiments.data_sources import ROOT_VARIABLE
@@ -75,6 +75,13 @@ COMMANDS = {
         "draw the plots of a finished run again",
         "fisher-forget plot runs/digits",
         plans=False,
+    ),
+    "ledger": Command(
+        LOOK,
+        "who asked for what to be deleted, what became of it, and whether the record is intact",
+        "fisher-forget ledger deletions --public-key auditor.pub",
+        "Without options it prints the requests. Of a prepared model, of SISA, or of a Ledger.",
+        configured=False,
     ),
     "demo": Command(
         START,
@@ -193,6 +200,32 @@ def _demo(given: argparse.Namespace) -> None:
             print(line, flush=True)
 
 
+def _ledger(given: argparse.Namespace) -> None:
+    from fisher_forget.ledger import new_keys, verify
+    from fisher_forget.report.pages.ledger import ledger_table, read_ledger, write_ledger
+
+    if given.new_key:
+        print(f"Private key: {given.new_key}; public key: {new_keys(given.new_key)}")
+    if given.serve:
+        read_ledger(given.folder).serve(given.serve)
+    wrong = verify(given.folder, given.public_key, known=given.known)
+    if wrong:
+        fix = "Find out who altered it, and restore it from a copy."
+        raise StorageError("\n  ".join(["a ledger that was altered:", *wrong]), "none", fix)
+    ledger = read_ledger(given.folder)
+    if given.export:
+        print("\n".join(map(str, write_ledger(given.folder, given.export, given.public_key))))
+    if ledger.requests:
+        print(ledger_table(ledger).to_string(index=False))
+    checked = (
+        "signatures checked" if given.public_key else "signatures not checked: no --public-key"
+    )
+    print(
+        f"{len(ledger.requests)} requests, {len(ledger.pending())} not carried out, "
+        f"{len(ledger.overdue())} overdue; the record is intact ({checked})."
+    )
+
+
 def _print_data(given: argparse.Namespace) -> None:
     print(catalogue(given.root))
 
@@ -207,6 +240,7 @@ def _write_template(given: argparse.Namespace) -> None:
 
 
 _START = {
+    "ledger": _ledger,
     "demo": _demo,
     "init": _write_template,
     "data": _print_data,
@@ -270,6 +304,16 @@ def _add_demo(command: argparse.ArgumentParser) -> None:
     command.add_argument("--retrain", action="store_true", help=what)
 
 
+def _add_ledger(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", help="folder of the ledger").complete = shtab.DIRECTORY  # type: ignore[attr-defined]
+    key = "check all signatures with this file"
+    _file(command.add_argument("--public-key", metavar="FILE", help=key))
+    command.add_argument("--known", metavar="SEAL", help="seal of an entry that must be there")
+    command.add_argument("--export", metavar="FOLDER", help="write a page, a table and JSON there")
+    command.add_argument("--serve", metavar="REQUEST", help="record that who asked was told")
+    command.add_argument("--new-key", metavar="FILE", help="make a key pair first")
+
+
 def _add_init(command: argparse.ArgumentParser) -> None:
     where = "default %(default)s"
     _file(command.add_argument("path", nargs="?", default="config.yaml", help=where))
@@ -288,6 +332,7 @@ def _add_completion(command: argparse.ArgumentParser) -> None:
 
 
 _ARGUMENTS = {
+    "ledger": _add_ledger,
     "demo": _add_demo,
     "init": _add_init,
     "data": _add_data,
