@@ -17,7 +17,8 @@ import torch
 from fisher_forget import ConfigError, StorageError
 from fisher_forget.ledger import Ledger, RequestLog, new_keys, verify
 from fisher_forget.ledger.entries import parse
-from fisher_forget.ledger.ledger import HEAD, LEDGER, LOCK, SALT, a_month_after
+from fisher_forget.ledger.ledger import HEAD, LEDGER, SALT, a_month_after
+from fisher_forget.ledger.owner import LOCK, OWNER, remove_orphans, saving
 
 PROCESSES, REQUESTS = 3, 5
 
@@ -236,7 +237,7 @@ class TestKills:
 
         with monkeypatch.context() as patched:
             patched.setattr(os, "fsync", full)
-            with pytest.raises(StorageError, match="Nothing was recorded"):
+            with pytest.raises(StorageError, match="No space left"):
                 ledger.record("purged")
         assert (tmp_path / LEDGER).read_bytes() == content
         ledger.record("purged")
@@ -247,7 +248,7 @@ def last_seal(content: bytes) -> str:
     return parse(content.splitlines()[-1]).seal
 
 
-OWNER = """
+PROGRAM = """
 import sys
 from fisher_forget.ledger import RequestLog
 folder, first = sys.argv[1], int(sys.argv[2])
@@ -264,7 +265,7 @@ class TestOwners:
     def test_processes(self, tmp_path):
         runs = [
             subprocess.Popen(
-                [sys.executable, "-c", OWNER % REQUESTS, str(tmp_path), str(100 * k)],
+                [sys.executable, "-c", PROGRAM % REQUESTS, str(tmp_path), str(100 * k)],
                 stdout=subprocess.PIPE,
                 text=True,
             )
@@ -306,6 +307,38 @@ class TestOwners:
             assert f"owned by process {os.getpid()} on " in done[0]
         two.ask([1])
         assert (tmp_path / LOCK).exists()
+
+    def test_workers_of_an_owner_before_save_nothing(self, tmp_path):
+        one, two = Ledger(tmp_path), Ledger(tmp_path)
+        with one.owned():
+            with saving(tmp_path, one.term):
+                pass
+            old = one.term
+        with saving(tmp_path, old):  # nobody else has come
+            pass
+        refused = pytest.raises(StorageError, match="another owner by now")
+        with two.owned(), refused, saving(tmp_path, old):
+            pass
+
+    def test_folders_of_the_dead_are_removed(self, tmp_path):
+        dead = subprocess.run(
+            [sys.executable, "-c", "import os; print(os.getpid())"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        for name in ("ours", "dead", "elsewhere", "strange"):
+            with Ledger(tmp_path / name).owned():
+                pass
+        for name, changes in (
+            ("dead", {"process": int(dead.stdout)}),
+            ("elsewhere", {"process": int(dead.stdout), "host": "another"}),
+        ):
+            path = tmp_path / name / OWNER
+            path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        (tmp_path / "strange" / OWNER).write_text("[]")
+        remove_orphans(tmp_path.iterdir())
+        assert {p.name for p in tmp_path.iterdir()} == {"ours", "elsewhere", "strange"}
 
 
 class TestFolders:

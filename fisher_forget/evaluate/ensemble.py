@@ -26,6 +26,7 @@ from fisher_forget._util import files
 from fisher_forget._util.checks import check_names
 from fisher_forget._util.isolation import isolated
 from fisher_forget._util.threads import torch_threads
+from fisher_forget._util.workers import Tied
 from fisher_forget.data import batches
 from fisher_forget.data.split import Indices, Split, resolve_split
 from fisher_forget.errors import ConfigError, FisherForgetWarning, StorageError
@@ -311,7 +312,9 @@ def _trained(
     returned = "generator_unordered" if BACKENDS[backend] is None else "list"
     with joblib.parallel_config(backend):  # Parallel itself knows joblib's own backends only
         workers = joblib.Parallel(n_jobs=min(jobs, len(seeds)), return_as=returned)
-    yield from workers(joblib.delayed(_member)(train_fn, seed, cache, threads=1) for seed in seeds)
+    yield from workers(
+        joblib.delayed(Tied(_member))(train_fn, seed, cache, threads=1) for seed in seeds
+    )
 
 
 def _register(backend: str) -> None:

@@ -19,6 +19,7 @@ from torch.utils.data import TensorDataset
 from fisher_forget._util import files
 from fisher_forget._util.progress import bar
 from fisher_forget._util.threads import torch_threads
+from fisher_forget._util.workers import Tied
 from fisher_forget.baselines.base import Method
 from fisher_forget.baselines.protocol import Unlearned, Unlearner, settings_of
 from fisher_forget.data.samples import take
@@ -96,7 +97,7 @@ def _all(keys: Sequence[K], units: Iterable[Callable[[], T]], jobs: int) -> Iter
         yield from ((key, unit()) for key, unit in tasks)
         return
     workers = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")
-    yield from workers(joblib.delayed(_alone)(key, unit) for key, unit in tasks)
+    yield from workers(joblib.delayed(Tied(_alone))(key, unit) for key, unit in tasks)
 
 
 def _alone(key: K, unit: Callable[[], T]) -> tuple[K, T]:

@@ -153,7 +153,11 @@ class RunConfig:
             (f"noise_seed: {self.noise_seed}", (self.noise_seed or 0) >= 0, "at least 0, or null"),
             (f"forget_sets named {names}", len(slugs) == len(names), different),
             ("likelihood or seed in the section forget", not misplaced, own),
-            (f"the name {self.name!r}", "/" not in self.name, "no folder names in it: `out` is the parent"),
+            (
+                f"the name {self.name!r}",
+                "/" not in self.name,
+                "no folder names in it: `out` is the parent",
+            ),
             ("an empty name", "" not in (self.name, *names), "a title"),
         )
         self.forget_options(self.seeds[0])  # refuses what does not go with the likelihood

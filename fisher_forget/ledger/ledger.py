@@ -15,7 +15,6 @@ import hmac
 import json
 import os
 import secrets
-import socket
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -24,23 +23,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from filelock import FileLock, Timeout
-
 from fisher_forget._util import files
 from fisher_forget.errors import ConfigError, StorageError
-from fisher_forget.ledger import keys
+from fisher_forget.ledger import keys, owner
 from fisher_forget.ledger.entries import FIRST, Entry, Event, canonical, parse
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-LEDGER, HEAD, SALT, LOCK, OWNER = (
-    "ledger.jsonl",
-    "ledger.head",
-    "ledger.salt",
-    "ledger.lock",
-    "ledger.owner",
-)
+LEDGER, HEAD, SALT = "ledger.jsonl", "ledger.head", "ledger.salt"
 FORMAT = 1
 RESTORE = "Restore the ledger from a copy: without it nobody knows who was forgotten."
 State = Literal["asked", "under way", "done", "served", "withdrawn"]
@@ -88,6 +79,7 @@ class Ledger:
     Attributes:
         folder: As given.
         entries: All so far, as this object has read them last.
+        term: Of the present or last ownership: see `owner.saving`.
 
     Raises:
         StorageError: If an entry was altered, dropped, swapped or cut off.
@@ -107,6 +99,7 @@ class Ledger:
         self._key = keys.read_private(key) if isinstance(key, (str, Path)) else key
         self._thread, self._depth = threading.RLock(), 0
         self.entries: tuple[Entry, ...] = ()
+        self.term = ""
         self.read()
 
     def __repr__(self) -> str:
@@ -151,21 +144,13 @@ class Ledger:
             if self._depth:  # ours already
                 yield
                 return
-            lock = FileLock(self.folder / LOCK, timeout=self.wait, thread_local=False)
-            try:
-                lock.acquire()
-            except Timeout as error:
-                got = f"{self.folder}, which is owned by {self._owner()}"
-                fix = "Wait until it has ended, or stop it."
-                raise StorageError(got, f"a free folder within {self.wait:g} s", fix) from error
-            self._depth += 1
-            try:
-                self._sign_in()
-                self.read(repair=True)
-                yield
-            finally:
-                self._depth -= 1
-                lock.release()
+            with owner.only(self.folder, self.wait) as self.term:
+                self._depth += 1
+                try:
+                    self.read(repair=True)
+                    yield
+                finally:
+                    self._depth -= 1
 
     def read(self, *, repair: bool = False) -> None:
         """Read the entries again, and check them.
@@ -325,20 +310,6 @@ class Ledger:
             got = f"{self._salt}, another salt than the ledger was opened with"
             raise StorageError(got, "that salt", "Restore it from a copy.")
         return salt
-
-    def _sign_in(self) -> None:
-        """Say who owns the folder, for those who wait."""
-        who = {"host": socket.gethostname(), "process": os.getpid()}
-        who |= {"since": datetime.now(UTC).isoformat(timespec="seconds")}
-        with suppress(OSError):
-            (self.folder / OWNER).write_text(json.dumps(who), encoding="utf-8")
-
-    def _owner(self) -> str:
-        try:
-            who = json.loads((self.folder / OWNER).read_text(encoding="utf-8"))
-            return f"process {who['process']} on {who['host']} since {who['since']}"
-        except (OSError, ValueError, KeyError, TypeError):
-            return "another process"
 
 
 def chained(content: bytes) -> tuple[Entry, ...]:

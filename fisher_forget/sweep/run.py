@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from fisher_forget._util import files
 from fisher_forget._util.isolation import isolated, seeded
 from fisher_forget._util.threads import torch_threads
+from fisher_forget._util.workers import Tied
 from fisher_forget.baselines import METHODS, Unlearner
 from fisher_forget.baselines.protocol import settings_of
 from fisher_forget.data.batches import Unpack
@@ -239,7 +240,7 @@ def _scored(
     known = [{cell.key: rows[cell.key] for cell in group if cell.key in rows} for group in groups]
     workers = joblib.Parallel(n_jobs=min(jobs, len(groups)), return_as="generator_unordered")
     tasks = zip(groups, known, strict=True)
-    yield from workers(joblib.delayed(_all_rows)(work, *task) for task in tasks)
+    yield from workers(joblib.delayed(Tied(_all_rows))(work, *task) for task in tasks)
 
 
 def _all_rows(work: _Work, group: list[Cell], known: Mapping[str, Row]) -> list[KeyedRow]:

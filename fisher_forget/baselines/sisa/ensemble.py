@@ -39,6 +39,9 @@ from fisher_forget.baselines.sisa.store import PATTERN, Store
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import ConfigError, ModelError, SplitError
 from fisher_forget.ledger import RequestLog
+from fisher_forget.ledger.owner import remove_orphans
+
+TEMPORARY = "fisher-forget-sisa-"
 
 
 @dataclass(frozen=True)
@@ -312,7 +315,8 @@ class SISA:
         if self.folder is not None:
             return files.ensure_folder(self.folder)
         if self._temporary is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="sisa-")
+            remove_orphans(Path(tempfile.gettempdir()).glob(f"{TEMPORARY}*"))
+            self._temporary = tempfile.TemporaryDirectory(prefix=TEMPORARY)
         return Path(self._temporary.name)
 
     def _kept(self, store: Store, initial: nn.Module) -> tuple[frozenset[int], ...]:
@@ -344,7 +348,8 @@ class SISA:
         )
         started = [(shard, shard.start(state.store)) for shard in shards]
         tasks = [(shard, start) for shard, start in started if start < self.slices]
-        trainer = ShardTrainer(self.build, self.train, state.split.base, self.seed, state.store)
+        store = replace(state.store, term=state.log.ledger.term)
+        trainer = ShardTrainer(self.build, self.train, state.split.base, self.seed, store)
         calls = points = 0
         for cost in bar(trainer.run(tasks, self.jobs), len(tasks), "shards", self.progress):
             calls, points = calls + cost[0], points + cost[1]

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from fisher_forget._util import files
 from fisher_forget._util.isolation import seeded_rng
 from fisher_forget._util.threads import torch_threads
+from fisher_forget._util.workers import Tied
 from fisher_forget.baselines.retrain import Init, Train
 from fisher_forget.baselines.sisa.partition import Shard
 from fisher_forget.baselines.sisa.store import Store
@@ -86,7 +87,9 @@ class ShardTrainer:
         workers = joblib.Parallel(
             n_jobs=min(jobs, len(tasks)), backend="loky", return_as="generator_unordered"
         )
-        yield from workers(joblib.delayed(self.train_shard)(task, start) for task, start in tasks)
+        yield from workers(
+            joblib.delayed(Tied(self.train_shard))(task, start) for task, start in tasks
+        )
 
     def train_shard(self, task: ShardTask, start: int) -> tuple[int, int]:
         """Train a shard from its checkpoint to its end; a slice whose samples are all forgotten

@@ -23,6 +23,7 @@ from torch import nn
 from fisher_forget._util import files
 from fisher_forget.baselines.sisa.partition import Shard
 from fisher_forget.errors import StorageError
+from fisher_forget.ledger.owner import saving
 
 PATTERN = "shard-*-after-*.safetensors"
 NAME = re.compile(r"shard-\d+-after-\d+\.safetensors")
@@ -35,10 +36,12 @@ class Store:
     Attributes:
         folder: Exists and is writable.
         mark: Fingerprint of all that a checkpoint depends on, apart from who is retained.
+        term: Of the ownership in which checkpoints may be saved; see `saving`.
     """
 
     folder: Path
     mark: str
+    term: str = ""
 
     def keys(self, shard: int, parts: Shard) -> tuple[str, ...]:
         """key_0 ... key_R of a shard whose slices retain `parts`."""
@@ -56,13 +59,15 @@ class Store:
         """Write a checkpoint.
 
         Raises:
-            StorageError: If a file of that name is there that is no checkpoint.
+            StorageError: If a file of that name is there that is no checkpoint, or the folder has
+                another owner by now.
         """
         path = self.path(shard, done)
         if path.exists() and _foreign(path):
             got, fix = f"{path}, which is no checkpoint of SISA", "Name another folder."
             raise StorageError(got, "a folder without other files of that name", fix)
-        files.save_model(self.path(shard, done), model, {"key": key})
+        with saving(self.folder, self.term):
+            files.save_model(path, model, {"key": key})
 
     def load(self, shard: int, done: int, template: nn.Module, key: str) -> nn.Module:
         """Read a checkpoint into a copy of `template`, in eval mode.

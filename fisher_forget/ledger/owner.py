@@ -1,0 +1,101 @@
+"""Who owns a folder: one owner at a time, in this process or another, and the workers of that one.
+
+`ledger.lock` is held by the owner, and free when its process has ended, however it did.
+`ledger.owner` names it, and its term. Its workers save while they hold `ledger.saving`, and in
+its term only; the next owner begins its term while it holds that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from fisher_forget._util import files
+from fisher_forget.errors import StorageError
+
+LOCK, OWNER, SAVING = "ledger.lock", "ledger.owner", "ledger.saving"
+
+
+@contextmanager
+def only(folder: Path, wait: float) -> Iterator[str]:
+    """Own the folder within this context; its value is the term.
+
+    Args:
+        folder: Exists.
+        wait: Seconds to wait for another owner.
+
+    Raises:
+        StorageError: If another owner does not end in time; it is named.
+    """
+    lock = FileLock(folder / LOCK, timeout=wait, thread_local=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        got, fix = f"{folder}, which is owned by {_named(folder)}", "Wait for its end, or stop it."
+        raise StorageError(got, f"a free folder within {wait:g} s", fix) from error
+    try:
+        term = secrets.token_hex(8)
+        who = {"host": socket.gethostname(), "process": os.getpid(), "term": term}
+        who |= {"since": datetime.now(UTC).isoformat(timespec="seconds")}
+        text = json.dumps(who)
+        with FileLock(folder / SAVING):
+            files.write_file(folder / OWNER, lambda file: file.write_text(text, "utf-8"))
+        yield term
+    finally:
+        lock.release()
+
+
+@contextmanager
+def saving(folder: Path, term: str) -> Iterator[None]:
+    """Write to a folder within this context, as a worker of its owner in that term.
+
+    Raises:
+        StorageError: If the folder has another owner by now: the worker was left behind.
+    """
+    with FileLock(folder / SAVING):
+        try:
+            now = json.loads((folder / OWNER).read_text(encoding="utf-8"))["term"]
+        except (OSError, ValueError, KeyError, TypeError):
+            now = None
+        if now != term:
+            got = f"{folder}, which has another owner by now"
+            raise StorageError(got, "that of the worker", "Nothing is to be done: it has ended.")
+        yield
+
+
+def remove_orphans(folders: Iterable[Path]) -> None:
+    """Remove those of these folders whose last owner was a process of this machine, and is gone."""
+    for folder in folders:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            who = json.loads((folder / OWNER).read_text(encoding="utf-8"))
+            if who["host"] == socket.gethostname() and not _alive(who["process"]):
+                shutil.rmtree(folder)
+
+
+def _alive(process: int) -> bool:
+    if os.name != "posix":  # where this call would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _named(folder: Path) -> str:
+    try:
+        who = json.loads((folder / OWNER).read_text(encoding="utf-8"))
+        return f"process {who['process']} on {who['host']} since {who['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
