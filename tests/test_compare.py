@@ -384,6 +384,39 @@ def test_unknown_methods_are_refused_before_training(tmp_path: Path, capsys: Any
     assert not (tmp_path / "small" / "original").exists()
 
 
+ONE_SET = {"name": "class 3", "kind": "class", "label": 3}
+
+
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"retrained": 2}, ("retrained: 2 for the forget set 'class 3'", "at least 4")),
+        ({"retrained": 3}, ("retrained: 3 for", "3 whose spread is the yardstick, and 1 scored")),
+        ({"forget_sets": [ONE_SET | {"retrained": 3}]}, ("retrained: 3 for", "'class 3'")),
+        ({"validation": 0.001}, ("validation: 0.001, which is 0 of 120 test samples",)),
+        ({"validation": 0.999}, ("which is 120 of 120",)),
+        ({"methods": ["finetunne"]}, ("finetune",)),
+        ({"options": {"finetune": {"speed": 3}}}, ("speed",)),
+    ],
+)
+def test_what_could_not_be_evaluated_is_refused_before_training(
+    tmp_path: Path, capsys: Any, changes: dict[str, Any], words: tuple[str, ...], flags: list[str]
+) -> None:
+    assert main(["compare", config(tmp_path, **changes), *flags]) == 2
+    said = capsys.readouterr().err
+    assert all(word in said for word in words)
+    assert not list(tmp_path.glob("small/*/*"))
+
+
+def test_as_few_as_are_allowed_are_enough(tmp_path: Path) -> None:
+    from fisher_forget.evaluate.evaluation import HELD_OUT, REFERENCE
+
+    changes = {"retrained": REFERENCE + HELD_OUT, "methods": ["finetune"], "trials": 1}
+    few = {"seeds": [0], "training": {"epochs": 1}, "forget_sets": [ONE_SET]}
+    assert main(["compare", config(tmp_path, **changes, **few)]) == 0
+
+
 def test_methods_get_what_the_experiment_knows(tmp_path: Path) -> None:
     from fisher_forget.experiments.datasets import load_dataset
 

@@ -37,6 +37,7 @@ CONTENT = {
     "retrained": 2,
     "progress": False,
 }
+ENOUGH = {"forget_sets": CONTENT["forget_sets"][:2], "retrained": 4}  # for an evaluation
 COMMANDS = ["run", "sweep", "compare", "evaluate"]
 pytestmark = pytest.mark.filterwarnings(
     "ignore::fisher_forget.FisherForgetWarning"
@@ -65,15 +66,24 @@ def test_writes_nothing_and_leaves_the_random_state(
     path: str, command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = torch.get_rng_state()
+    Path(path).write_text(yaml.safe_dump(CONTENT | ENOUGH))
     assert main([command, path, "--dry-run"]) == 0
     assert [p.name for p in Path().rglob("*")] == ["small.yaml"]
     assert torch.equal(before, torch.get_rng_state())
     assert f"Dry run of `fisher-forget {command}`" in capsys.readouterr().out
 
 
+def test_an_evaluation_needs_enough_retrained_models(
+    path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", path, "--dry-run"]) == 2
+    assert "retrained: 2 for the forget set 'class 3'" in capsys.readouterr().err
+
+
 def test_says_how_many_settings_and_originals(
     path: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    Path(path).write_text(yaml.safe_dump(CONTENT | ENOUGH))
     assert main(["compare", path, "--dry-run", "--methods", "[finetune, ssd]"]) == 0
     text = capsys.readouterr().out
     assert re.search(r"methods: 2 x \d forget sets, 8 trials and 2 originals each", text)

@@ -51,6 +51,8 @@ from fisher_forget.unlearn.result import ForgetResult
 
 Scrubbed = ForgetResult | nn.Module
 Outputs = list[dict[str, Tensor]]  # of each model: part -> outputs [N, ...]
+# retrained models whose spread is the yardstick, at least, and those of the control
+REFERENCE, HELD_OUT = 3, 1
 CONTROL = "control (retrained)"  # retrained models that take no part in the targets
 MARKS = {
     NOT_FORGOTTEN: "−",
@@ -248,7 +250,7 @@ def evaluate(
     names = _names(metrics)
     given = scrubbed if isinstance(scrubbed, Mapping) else {"scrubbed": scrubbed}
     methods = {name: _models(results, ensemble) for name, results in given.items()}
-    count = _reference_size(ensemble, options.get("held_out", 1))
+    count = _reference_size(ensemble, options.get("held_out", HELD_OUT))
     unpack = options.get("unpack")
     splits = whole_splits(data, unpack)
     originals, retrained, targets = ensemble.outputs(data, unpack=unpack)
@@ -298,9 +300,9 @@ def _names(metrics: Iterable[str] | None) -> list[str]:
 
 def _reference_size(ensemble: RetrainedEnsemble, held_out: int) -> int:
     models = len(ensemble.retrained.models)
-    if models - held_out < 3 or held_out < 0:
+    if models - held_out < REFERENCE or held_out < 0:
         got = f"{models} retrained models, {held_out} of them held out"
-        expected = "at least 3 in the reference: a spread needs them"
+        expected = f"at least {REFERENCE} in the reference: a spread needs them"
         raise DataError(got, expected, "Retrain more seeds.")
     return models - held_out
 

@@ -22,13 +22,11 @@ from fisher_forget._util.threads import torch_threads
 from fisher_forget._util.workers import Tied
 from fisher_forget.baselines.base import Method
 from fisher_forget.baselines.protocol import Unlearned, Unlearner, settings_of
-from fisher_forget.data.samples import take
 from fisher_forget.errors import FisherForgetError, FisherForgetWarning
 from fisher_forget.evaluate.evaluation import Evaluation
 from fisher_forget.experiments import forget_sets, outcomes, tuning
 from fisher_forget.experiments.cases import Case, basis, evaluate_case, prepare_case
 from fisher_forget.experiments.config import CompareConfig, folder_name, to_plain
-from fisher_forget.experiments.datasets import DataBundle
 from fisher_forget.experiments.method_setup import Scrubber, chosen_methods, configured
 from fisher_forget.experiments.outcomes import Outcome, Trial, model_path
 from fisher_forget.experiments.run import processor
@@ -56,7 +54,7 @@ def compare(config: CompareConfig) -> Path:
     """
     methods = chosen_methods(config)
     folder = files.ensure_folder(config.folder)
-    data, validation = _held_out(config.data.load(), config.validation)
+    data, validation = tuning.held_out(config.data.load(), config.validation)
     for settings in config.forget_sets:
         forget_sets.check(settings, data)
     (folder / "config.yaml").write_text(yaml.safe_dump(to_plain(config), sort_keys=False))
@@ -80,14 +78,6 @@ def compare(config: CompareConfig) -> Path:
     files.write_json(folder / "comparison.json", report)
     (folder / "comparison.md").write_text(comparison.overview_markdown(report) + "\n")
     return comparison.write_page(report, folder)
-
-
-def _held_out(data: DataBundle, share: float) -> tuple[DataBundle, TensorDataset]:
-    """The data with fewer test samples, and the validation samples that were taken from them."""
-    order = np.random.default_rng(0).permutation(len(data.test))
-    cut = round(share * len(order))
-    test, validation = np.sort(order[cut:]), np.sort(order[:cut])
-    return replace(data, test=take(data.test, test)), take(data.test, validation)
 
 
 def _all(keys: Sequence[K], units: Iterable[Callable[[], T]], jobs: int) -> Iterator[tuple[K, T]]:

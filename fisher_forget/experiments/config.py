@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from fisher_forget._util import files
 from fisher_forget.errors import ConfigError
+from fisher_forget.evaluate.evaluation import HELD_OUT, REFERENCE
 from fisher_forget.experiments.datasets import DataBundle, load_dataset
 from fisher_forget.experiments.training import TrainSettings
 from fisher_forget.sweep.cells import OURS, expand
@@ -115,7 +116,8 @@ class RunConfig:
         seeds: One original model, scrubbed once, for each.
         noise_seed: Of the noise of all scrubbed models, for an experiment that is to be repeated
             number by number: such noise is not secret. By default the operating system gives it.
-        retrained: Number of models retrained without each forget set.
+        retrained: Number of models retrained without each forget set; `evaluate` and `compare` need
+            four.
         jobs: Worker processes for training.
         out: Parent folder of the results.
         progress: Show progress bars.
@@ -145,6 +147,7 @@ class RunConfig:
         seeds_differ = min(self.seeds, default=0) >= 0 and len(set(self.seeds)) == len(self.seeds)
         misplaced = self.forget.likelihood != "categorical" or self.forget.seed != 0
         different = "a different name for each, in its letters and digits: they name folders"
+        no_path = "no folder name before it: `out` is the parent"
         own = "the run's own likelihood and seeds, at the top of the configuration"
         _check(
             (f"retrained: {fewest}", fewest >= 2, "at least 2: the floor needs a pair"),
@@ -153,14 +156,25 @@ class RunConfig:
             (f"noise_seed: {self.noise_seed}", (self.noise_seed or 0) >= 0, "at least 0, or null"),
             (f"forget_sets named {names}", len(slugs) == len(names), different),
             ("likelihood or seed in the section forget", not misplaced, own),
-            (
-                f"the name {self.name!r}",
-                "/" not in self.name,
-                "no folder names in it: `out` is the parent",
-            ),
+            (f"the name {self.name!r}", "/" not in self.name, no_path),
             ("an empty name", "" not in (self.name, *names), "a title"),
         )
         self.forget_options(self.seeds[0])  # refuses what does not go with the likelihood
+
+    def check_evaluable(self) -> None:
+        """Refuse too few retrained models for an evaluation.
+
+        Raises:
+            ConfigError: With the forget set that has them, and how many it takes.
+        """
+        least = REFERENCE + HELD_OUT
+        why = f"{REFERENCE} whose spread is the yardstick, and {HELD_OUT} scored as a control"
+        for settings in self.forget_sets:
+            count = settings.retrained or self.retrained
+            if count < least:
+                got = f"retrained: {count} for the forget set {settings.name!r}"
+                fix = f"Set retrained: {least}, or more."
+                raise ConfigError(got, f"at least {least} for an evaluation: {why}", fix)
 
     @property
     def folder(self) -> Path:
@@ -234,6 +248,7 @@ class CompareConfig(RunConfig):
             (f"validation: {self.validation}", 0 < self.validation < 1, "between 0 and 1"),
             (f"likelihood: {likelihood}", likelihood == "categorical", "'categorical'"),
         )
+        self.check_evaluable()
 
 
 def folder_name(title: str, keep: str = "", distinct: bool = False) -> str:

@@ -37,7 +37,9 @@ from fisher_forget.experiments.config import (
     to_plain,
 )
 from fisher_forget.experiments.datasets import DataBundle
+from fisher_forget.experiments.method_setup import chosen_methods
 from fisher_forget.experiments.training import train
+from fisher_forget.experiments.tuning import held_out
 from fisher_forget.likelihood import resolve_likelihood
 from fisher_forget.params import first_call
 from fisher_forget.unlearn.newton.flow import MOST
@@ -107,6 +109,11 @@ def describe(config: RunConfig, command: str) -> str:
     """
     folder = config.folder
     data = config.data.load()
+    if isinstance(config, CompareConfig):
+        chosen_methods(config)
+        data, _ = held_out(data, config.validation)
+    elif command == "evaluate":
+        config.check_evaluable()
     forget = {s.name: _forget_indices(s, data) for s in config.forget_sets}
     model = untrained(config, data, 0)
     needs = list(_needs(config, data, forget, folder))

@@ -30,9 +30,11 @@ def evaluate_run(config: RunConfig) -> Path:
 
     Raises:
         StorageError: If the run has not finished.
+        ConfigError: If it has too few retrained models.
     """
     folder = config.folder
     metrics = files.read_json(folder / "metrics.json")
+    config.check_evaluable()
     data = config.data.load()
     tables: dict[str, Evaluation] = {}
     for settings in config.forget_sets:

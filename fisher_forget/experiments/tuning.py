@@ -18,7 +18,7 @@ sees to one that is intact and remembers.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,11 +29,27 @@ from torch.utils.data import TensorDataset
 
 from fisher_forget.data.samples import samples, take
 from fisher_forget.data.split import Indices, resolve_split
-from fisher_forget.errors import DataError, NumericalError
+from fisher_forget.errors import ConfigError, DataError, NumericalError
 from fisher_forget.evaluate.predictions import predict
 from fisher_forget.experiments.config import ForgetSet
 from fisher_forget.experiments.datasets import DataBundle
 from fisher_forget.experiments.forget_sets import other_labels
+
+
+def held_out(data: DataBundle, share: float) -> tuple[DataBundle, TensorDataset]:
+    """The data with fewer test samples, and the validation samples that were taken from them.
+
+    Raises:
+        ConfigError: If one of them would have none.
+    """
+    order = np.random.default_rng(0).permutation(len(data.test))
+    cut = round(share * len(order))
+    if not 0 < cut < len(order):
+        got = f"validation: {share}, which is {cut} of {len(order)} test samples"
+        expected = "a share that leaves samples on both sides"
+        raise ConfigError(got, expected, "Set validation: 0.5, or load more test samples.")
+    test, validation = np.sort(order[cut:]), np.sort(order[:cut])
+    return replace(data, test=take(data.test, test)), take(data.test, validation)
 
 
 @dataclass(frozen=True)
