@@ -1,6 +1,8 @@
 """`python -m fisher_forget` is `fisher-forget`."""
 
+import sys
+
 from fisher_forget.cli import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

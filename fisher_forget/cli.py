@@ -9,6 +9,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from fisher_forget.experiments.config import CompareConfig, RunConfig, SweepConf
 from fisher_forget.experiments.config_file import load_config, option_names
 from fisher_forget.experiments.data_sources import ROOT_VARIABLE
 from fisher_forget.experiments.datasets import catalogue
-from fisher_forget.experiments.init_config import TEMPLATES, write_template
+from fisher_forget.experiments.import_path import current_folder_last, is_path
+from fisher_forget.experiments.init_config import BUILT_IN, TEMPLATES, write_template
 
 EXIT_ERROR = 2  # something given was wrong; the message says what to do
 EXIT_INTERRUPTED = 130
@@ -130,8 +132,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit code: 0 done, 2 for a mistake in what was given, 130 when interrupted. An unexpected
         error is raised, and makes Python exit with 1.
     """
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # models and data of the user's own, as with `python -m`
     given, overrides = _parser().parse_known_args(arguments)
     try:
         _dispatch(given, overrides)
@@ -154,7 +154,14 @@ def _dispatch(given: argparse.Namespace, overrides: list[str]) -> None:
             _parser().error(f"unrecognized arguments: {' '.join(overrides)}")
         _START[given.command](given)
         return
-    config = _config(given.command, Path(given.config), overrides)
+    config = _config(given, overrides)
+    own = any(is_path(name) for _, name in config.named)
+    # it stays for the whole command: worker processes look there for the classes of models
+    with current_folder_last() if own else nullcontext():
+        _carry_out(given, config)
+
+
+def _carry_out(given: argparse.Namespace, config: RunConfig) -> None:
     # imported here, because matplotlib takes a second: --help and mistakes are answered at once
     if getattr(given, "dry_run", False):
         from fisher_forget.experiments.dry_run import describe
@@ -178,8 +185,9 @@ def _dispatch(given: argparse.Namespace, overrides: list[str]) -> None:
         print(f"Report: {run(config)}")
 
 
-def _config(command: str, path: Path, overrides: list[str]) -> RunConfig:
+def _config(given: argparse.Namespace, overrides: list[str]) -> RunConfig:
     """The configuration of a command: a file, or a run's folder, wherever it was made."""
+    command, path = given.command, Path(given.config)
     # a sweep's schema reads the files of runs, too
     kind = {"run": RunConfig, "compare": CompareConfig}.get(command, SweepConfig)
     if path.is_dir():
@@ -188,7 +196,7 @@ def _config(command: str, path: Path, overrides: list[str]) -> RunConfig:
             raise ConfigError(f"{path}, the folder of a comparison", "that of a run", fix)
         place = ["--out", str(path.resolve().parent), "--name", path.resolve().name]
         path, overrides = path / "config.yaml", [*place, *overrides]
-    return load_config(path, overrides, kind)
+    return load_config(path, overrides, kind, allow_code=given.allow_code)
 
 
 def _demo(given: argparse.Namespace) -> None:
@@ -236,7 +244,11 @@ def _print_completion(given: argparse.Namespace) -> None:
 
 def _write_template(given: argparse.Namespace) -> None:
     path = write_template(Path(given.path), given.template)
-    print(f"{path} is written. Name your functions in it, then: fisher-forget run {path} --dry-run")
+    if given.template in BUILT_IN:
+        print(f"{path} is written. Try it: fisher-forget run {path} --dry-run")
+        return
+    print(f"{path} is written. Name your functions in it, then, as they are code of your own:")
+    print(f"fisher-forget run {path} --allow-code --dry-run")
 
 
 _START = {
@@ -292,6 +304,8 @@ def _parser(*, keys: bool = False) -> argparse.ArgumentParser:
 def _add_config(command: argparse.ArgumentParser, about: Command) -> None:
     what = "YAML file, such as configs/digits.yaml, or the folder of a run"
     _file(command.add_argument("config", help=what))
+    what = "let names be import paths: runs code of whoever wrote the file"
+    command.add_argument("--allow-code", action="store_true", help=what)
     if about.plans:
         what = (
             "check everything, count the models to train, estimate time and memory; write nothing"
@@ -353,7 +367,7 @@ def _file(action: argparse.Action) -> None:
 def _usage(name: str, about: Command) -> str | None:
     """Written by hand where the keys of the configuration are flags, too."""
     dry = " [--dry-run]" if about.plans else ""
-    usage = f"fisher-forget {name} CONFIG{dry} [--debug] [--KEY VALUE ...]"
+    usage = f"fisher-forget {name} CONFIG{dry} [--allow-code] [--debug] [--KEY VALUE ...]"
     return usage if about.configured else None
 
 

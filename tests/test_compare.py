@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -116,6 +117,14 @@ def config(folder: Path, **changes: Any) -> str:
     path = folder / "compare.yaml"
     path.write_text(yaml.safe_dump(content | changes))
     return str(path)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def allowed() -> Iterator[None]:
+    """Methods of this file are named by their import paths."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FISHER_FORGET_ALLOW_CODE", "1")
+        yield
 
 
 @pytest.fixture(scope="module")

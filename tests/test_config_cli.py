@@ -178,9 +178,9 @@ class TestNames:
 
     @pytest.mark.parametrize("name", ["mlp", "my_package.my_module:build"])
     def test_in_the_file(self, written, name):
-        config = load_config(written(LEAST | {"model": name, "data": "mnist"}))
+        config = load_config(written(LEAST | {"model": name, "data": "mnist"}), allow_code=True)
         assert (config.model.name, config.model.options, config.data.name) == (name, {}, "mnist")
-        assert load_config(written(to_plain(config))) == config
+        assert load_config(written(to_plain(config)), allow_code=True) == config
 
     @pytest.mark.parametrize(
         "flags",
@@ -193,7 +193,9 @@ class TestNames:
     )
     def test_as_flags(self, written, flags):
         config = load_config(
-            written(LEAST | {"model": {"name": "cnn", "options": {"width": 3}}}), flags
+            written(LEAST | {"model": {"name": "cnn", "options": {"width": 3}}}),
+            flags,
+            allow_code=True,
         )
         assert (config.model.name, config.model.options["width"], config.data.name) == (
             "a.b:c",
@@ -460,7 +462,7 @@ class TestWrongValues:
             (["--", "x"], "unknown key '' in the command line"),
             (["--training", "3"], "'3'|\"3\""),
             (["--training.epochs"], "training.epochs: expected one argument"),
-            (["--training.epochs", "1.5"], "training.epochs.*int.*1.5"),
+            (["--training.epochs", "1.5"], "training.epochs: '1.5'; expected a whole number"),
         ],
     )
     def test_flags(self, written, flags, words):
@@ -529,7 +531,9 @@ class TestExitCodes:
         """What the help shows is understood, up to the work itself."""
         seen = []
         monkeypatch.chdir(CONFIGS.parent)
-        monkeypatch.setattr(cli, "load_config", lambda *a: seen.append(load_config(*a)) or seen[0])
+        monkeypatch.setattr(
+            cli, "load_config", lambda *a, **k: seen.append(load_config(*a, **k)) or seen[0]
+        )
         for work in ("run.run", "run.redraw", "evaluate_run.evaluate_run", "compare.compare"):
             monkeypatch.setattr(f"fisher_forget.experiments.{work}", lambda config: [])
         arguments = shlex.split(cli.COMMANDS[name].example)[1:]

@@ -27,10 +27,11 @@ from fisher_forget.baselines import METHODS, Range
 from fisher_forget.cli import main
 from fisher_forget.experiments.config import CompareConfig, RunConfig, SweepConfig
 from fisher_forget.experiments.config_file import load_config
+from fisher_forget.experiments.import_path import GROUPS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-LANGUAGES = {"python", "sh", "yaml", "text"}
+LANGUAGES = {"python", "sh", "yaml", "toml", "text"}
 # A fenced block; or a comment that the reader does not see, which sets up what a block needs.
 _BLOCK = re.compile(
     r"^```(?P<language>\S*)\n(?P<code>.*?)^```$|^<!-- python\n(?P<hidden>.*?)^-->$", re.M | re.S
@@ -124,8 +125,9 @@ def readable(words: list[str]) -> None:
     """Refuse a recipe that is not there, and keys and values that its configuration does not
     take."""
     if len(words) > 1 and words[1].startswith(("configs/", "examples/")):
-        keys = [word for word in words[2:] if word not in ("--dry-run", "--debug")]
-        load_config(ROOT / words[1], keys, KINDS.get(words[0], RunConfig))
+        allow, plain = "--allow-code" in words, ("--dry-run", "--debug", "--allow-code")
+        keys = [word for word in words[2:] if word not in plain]
+        load_config(ROOT / words[1], keys, KINDS.get(words[0], RunConfig), allow_code=allow)
 
 
 @pytest.mark.parametrize("page", having("yaml"), ids=named)
@@ -141,7 +143,14 @@ def test_configurations_are_accepted(page, tmp_path):
         )
         path = tmp_path / f"{index}.yaml"
         path.write_text(block.code)
-        load_config(path, [], kind)
+        load_config(path, [], kind, allow_code=True)
+
+
+@pytest.mark.parametrize("page", having("toml"), ids=named)
+def test_entry_points_are_of_groups_that_are_looked_in(page):
+    for block in (b for b in blocks(page) if b.language == "toml"):
+        declared = tomllib.loads(block.code)["project"]["entry-points"]
+        assert set(declared) <= set(GROUPS.values())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)

@@ -41,8 +41,8 @@ DRAWS = """
 
 
 def test_only_a_colon_makes_a_path():
-    assert is_own("a.b:c")
-    assert not is_own("cnn")
+    assert is_own("a.b:c", "the model")
+    assert not is_own("cnn", "the model")
 
 
 class TestFind:

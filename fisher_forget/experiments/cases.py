@@ -24,8 +24,7 @@ from fisher_forget.evaluate.evaluation import Evaluation, evaluate
 from fisher_forget.experiments import forget_sets
 from fisher_forget.experiments.config import ForgetSet, RunConfig
 from fisher_forget.experiments.datasets import DataBundle
-from fisher_forget.experiments.import_path import is_own
-from fisher_forget.experiments.models import build_model
+from fisher_forget.experiments.models import MODELS, build_model
 from fisher_forget.experiments.training import train
 
 # Which samples to train on: some; of every seed its own subset; or all.
@@ -174,7 +173,7 @@ def basis(config: RunConfig, data: DataBundle) -> tuple[object, ...]:
     """What the weights of an experiment's models depend on, wherever the data came from, beside
     seed and samples."""
     template: list[object] = []
-    if is_own(config.model.name):
+    if config.model.name not in MODELS:
         # its code is not ours to know: at least its layers and first weights
         model = untrained(config, data, 0)
         template = [re.sub(r" at 0x[0-9a-fA-F]+", "", repr(model)), model.state_dict()]

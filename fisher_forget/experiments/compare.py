@@ -30,6 +30,7 @@ from fisher_forget.experiments.config import CompareConfig, folder_name, to_plai
 from fisher_forget.experiments.method_setup import Scrubber, chosen_methods, configured
 from fisher_forget.experiments.outcomes import Outcome, Trial, model_path
 from fisher_forget.experiments.run import processor
+from fisher_forget.experiments.run_folder import run_folder
 from fisher_forget.experiments.search import search
 from fisher_forget.report import ranking
 from fisher_forget.report.pages import comparison
@@ -53,7 +54,7 @@ def compare(config: CompareConfig) -> Path:
         ConfigError, DataError, StorageError: Before anything is trained.
     """
     methods = chosen_methods(config)
-    folder = files.ensure_folder(config.folder)
+    folder = files.ensure_folder(run_folder(config))
     data, validation = tuning.held_out(config.data.load(), config.validation)
     for settings in config.forget_sets:
         forget_sets.check(settings, data)

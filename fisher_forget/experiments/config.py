@@ -25,8 +25,9 @@ class DataSettings:
     """Which data set.
 
     Attributes:
-        name: "digits", "mnist", "cifar10", "breast_cancer" or "diabetes"; or the import path of a
-            function of your own that returns (train, test), "package.module:function".
+        name: "digits", "mnist", "cifar10", "breast_cancer" or "diabetes"; the name of a plug-in; or
+            the import path of a function of your own that returns (train, test),
+            "package.module:function", where code is allowed.
         root: Folder that holds it; by default the environment variable FISHER_FORGET_DATA names it,
             else it is the user's data folder (`fisher-forget data` shows it).
         max_train: Most training samples, class by class in proportion; all by default.
@@ -60,8 +61,9 @@ class ModelSettings:
     """Which model.
 
     Attributes:
-        name: "linear", "mlp", "cnn", "all_cnn" or "resnet18"; or the import path of a function or
-            class of your own that makes a module, "package.module:function".
+        name: "linear", "mlp", "cnn", "all_cnn" or "resnet18"; the name of a plug-in; or the import
+            path of a function or class of your own that makes a module, "package.module:function",
+            where code is allowed.
         options: Its options, such as {width: 16}.
     """
 
@@ -119,7 +121,7 @@ class RunConfig:
         retrained: Number of models retrained without each forget set; `evaluate` and `compare` need
             four.
         jobs: Worker processes for training.
-        out: Parent folder of the results.
+        out: Parent folder of the results; in a file, below the current folder or the file's.
         progress: Show progress bars.
     """
 
@@ -181,6 +183,11 @@ class RunConfig:
         """Of the results."""
         return Path(self.out) / folder_name(self.name, keep=" _.", distinct=True)
 
+    @property
+    def named(self) -> list[tuple[str, str]]:
+        """(role, name) of all that may stand for code; the roles are `import_path.GROUPS`."""
+        return [("the data", self.data.name), ("the model", self.model.name)]
+
     def forget_options(self, seed: int) -> ForgetOptions:
         """The options of `forget` for the model of one seed; what the training was is read off the
         model, as in a call."""
@@ -224,8 +231,8 @@ class CompareConfig(RunConfig):
     """Methods x seeds x forget sets.
 
     Attributes:
-        methods: Names in `fisher_forget.baselines.METHODS`, or "package.module:Class" of your own;
-            all by default.
+        methods: Names in `fisher_forget.baselines.METHODS` or of plug-ins, or
+            "package.module:Class" of your own where code is allowed; all by default.
         options: Name of a method -> its fields that have one value in all trials, such as {ntk:
             {memory: 268435456}}.
         trials: Settings that each method with something to choose tries, its defaults first, the
@@ -249,6 +256,11 @@ class CompareConfig(RunConfig):
             (f"likelihood: {likelihood}", likelihood == "categorical", "'categorical'"),
         )
         self.check_evaluable()
+
+    @property
+    def named(self) -> list[tuple[str, str]]:
+        """(role, name) of all that may stand for code, methods among them."""
+        return [*super().named, *(("a method", name) for name in self.methods)]
 
 
 def folder_name(title: str, keep: str = "", distinct: bool = False) -> str:

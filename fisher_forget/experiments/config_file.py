@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import typing
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import is_dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
 
 from fisher_forget.errors import ConfigError
 from fisher_forget.experiments.config import RunConfig
+from fisher_forget.experiments.import_path import check_allowed
+from fisher_forget.experiments.run_folder import check_out
+from fisher_forget.experiments.typed import Loader, build, fits
 
-KEY = "config"  # jsonargparse nests the schema under one argument
 NAMED = ("data", "model")  # sections that a plain name may stand for
-MERGE = "tag:yaml.org,2002:merge"  # the key <<
-LONG = 100  # numbers of a list, from which on they are not looked at one by one
 GONE = {
     "reference_variant": "compare has it: `fisher-forget compare --methods "
     "'[fisher-forget, golatkar-code]'`."
@@ -27,7 +27,11 @@ GONE = {
 
 
 def load_config(
-    path: str | Path, overrides: Sequence[str] = (), kind: type[RunConfig] = RunConfig
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    kind: type[RunConfig] = RunConfig,
+    *,
+    allow_code: bool = False,
 ) -> RunConfig:
     """Read a YAML file and apply `--key value` flags.
 
@@ -37,10 +41,14 @@ def load_config(
         path: The file.
         overrides: Such as ["--training.epochs", "5"].
         kind: `RunConfig`, `SweepConfig` or `CompareConfig`.
+        allow_code: Whether names may be import paths, package.module:name, which run code of
+            whoever wrote the file. The environment variable FISHER_FORGET_ALLOW_CODE=1 allows it,
+            too.
 
     Raises:
         ConfigError: An unknown key (with its place and the nearest right name), a wrong type, an
-            unreadable file.
+            unreadable file; an import path where code is not allowed; results that would go
+            elsewhere than below the current folder or the file's, unless a flag says so.
     """
     content = _read(path)
     for key in NAMED:
@@ -49,93 +57,44 @@ def load_config(
     _check_keys(content, kind, str(path))
     # an empty section has its defaults
     content = {key: value for key, value in content.items() if value is not None}
-    flags = _spelled_out(overrides)
-    for flag in flags:
-        if flag.startswith("--"):
-            _check_keys(_nested(flag[2:].split("=")[0]), kind, "the command line")
-    over = {flag[2:].split("=")[0].split(".")[0] for flag in flags}
-    # of what a flag changes, the parser must see all
-    long = dict(_shortened({key: value for key, value in content.items() if key not in over}))
-    flags = [f"--{KEY}.{flag[2:]}" if flag.startswith("--") else flag for flag in flags]
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument(f"--{KEY}", type=kind)
+    given = set()
+    for key, text in _flags(overrides):
+        given.add(key)
+        _check_keys(_nested(key, None), kind, "the command line")
+        value = _flag_value(_hint(kind, key), text)
+        _check_keys(_nested(key, value), kind, "the command line")
+        _put(content, kind, key, value)
+    config = _built(kind, content, path)
+    for role, name in config.named:
+        check_allowed(name, role, str(path), allow_code=allow_code)
+    if "out" not in given:
+        check_out(config, Path(path))
+    return config
+
+
+def _built(kind: type[RunConfig], content: Mapping[str, Any], path: str | Path) -> RunConfig:
     try:
-        # the file first, then the flags over it
-        text = json.dumps(content, default=str, ensure_ascii=False)  # YAML knows no surrogates
-        parsed = parser.parse_args([f"--{KEY}={text}", *flags])
-        config = parser.instantiate(parsed)[KEY]
-        for path_to, numbers in long.items():
-            config = _changed(config, path_to, numbers)
-        return typing.cast(RunConfig, config)
+        return build(kind, content, str(path))
     except ConfigError:
         raise
-    # the parser unpacks a section before it looks at its type
-    except (ArgumentError, TypeError, ValueError) as error:
-        message = " ".join(str(error).replace(f"{KEY}.", "").split())
+    except (TypeError, ValueError) as error:  # of the checks that a section makes itself
+        message = " ".join(str(error).split())
         expected = "values of the documented types"
         raise ConfigError(f"{path}: {message}", expected, "Correct that key.") from error
-
-
-def _shortened(
-    value: Any, place: tuple[str | int, ...] = ()
-) -> Iterator[tuple[tuple[str | int, ...], list[Any]]]:
-    """(place, numbers) of every long list of numbers of one type, of which the first alone is left
-    in its place.
-
-    The parser, which copies the whole list for each of its entries, sees by that one whether the
-    type is right.
-    """
-    if isinstance(value, list) and len(value) > LONG and type(value[0]) in (int, float):
-        if len(set(map(type, value))) == 1:
-            yield place, value.copy()
-            del value[1:]
-    elif isinstance(value, dict | list):
-        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _shortened(inner, (*place, key))
-
-
-def _changed(value: Any, place: Sequence[str | int], new: list[Any]) -> Any:
-    """A copy of nested dataclasses, lists and dictionaries, with these numbers in a place."""
-    if not place:  # as the parser has taken the first
-        return [type(value[0])(number) for number in new]
-    key, *rest = place
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{str(key): _changed(getattr(value, str(key)), rest, new)})
-    twin = value.copy()
-    twin[key] = _changed(value[key], rest, new)
-    return twin
-
-
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Refuses a key that a mapping has twice; YAML's own readers take the last one."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        lines: dict[Any, int] = {}
-        for at, _ in getattr(node, "value", ()):
-            if at.tag == MERGE:  # what it brings stands behind the keys that are written out
-                continue
-            key, line = self.construct_object(at, deep=True), at.start_mark.line + 1
-            # 1 and true are one key to Python, 1 and "1" to JSON
-            names: set[Hashable] = {key if isinstance(key, str) else json.dumps(key, default=str)}
-            names |= {key} if isinstance(key, Hashable) else set()
-            before = [lines[name] for name in names if name in lines]
-            if before:
-                place = f"lines {before[0]} and {line} of {at.start_mark.name}"
-                got = f"the key {key!r} twice, in {place}"
-                raise ConfigError(got, "each key once", "Remove one of them.")
-            lines |= dict.fromkeys(names, line)
-        return typing.cast(dict[Any, Any], super().construct_mapping(node, deep))
 
 
 def _read(path: str | Path) -> dict[str, Any]:
     """The keys and values of a YAML file."""
     try:
         with Path(path).open("rb") as file:
-            content = yaml.load(file, _Loader)
+            content = yaml.load(file, Loader)
+        json.dumps(content, default=str, skipkeys=True)  # refuses what holds itself
+    except ConfigError:  # a key twice
+        raise
     except (OSError, yaml.reader.ReaderError) as error:  # no such file, or no text
         got = f"{path}: {error}"
         raise ConfigError(got, "a readable YAML file", "Correct the path.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         got = f"{path}: {error}"
         raise ConfigError(got, "valid YAML", "Correct the file at that place.") from error
     if not isinstance(content, dict):
@@ -146,25 +105,64 @@ def _read(path: str | Path) -> dict[str, Any]:
     return {k: v for k, v in content.items() if k not in GONE or (v and not finished)}
 
 
-def _spelled_out(overrides: Sequence[str]) -> list[str]:
-    """The flags with --data.name and --model.name, where a plain name follows --data and
-    --model."""
-    sections = {f"--{name}" for name in NAMED}
-    flags: list[str] = []
-    for flag in overrides:
-        key, equals, value = flag.partition("=")
-        if key in sections and equals and not value.startswith("{"):
-            flag = f"{key}.name={value}"
-        elif flags and flags[-1] in sections and not flag.startswith("{"):
-            flags[-1] += ".name"
-        flags.append(flag)
-    return flags
+def _flags(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(key, text) of each flag; the key is data.name or model.name where a plain name follows
+    --data or --model."""
+    left = list(overrides)
+    while left:
+        flag = left.pop(0)
+        key, equals, text = flag.removeprefix("--").partition("=")
+        if not flag.startswith("--"):
+            strays = [flag, *itertools.takewhile(lambda one: not one.startswith("--"), left)]
+            got = f"unrecognized arguments: {' '.join(strays)}"
+            raise ConfigError(got, "--key value, for keys of the configuration", "Correct them.")
+        if key and not equals:
+            if not left or left[0].startswith("--"):
+                got = f"{key}: expected one argument"
+                raise ConfigError(got, "--key value", f"Add the value of --{key}.")
+            text = left.pop(0)
+        yield (f"{key}.name" if key in NAMED and not text.startswith("{") else key), text
 
 
-def _nested(key: str) -> dict[str, Any]:
-    """`a.b` as {"a": {"b": None}}."""
+def _flag_value(hint: Any, text: str) -> Any:
+    """The text of a flag as YAML reads it; as it stands where text is wanted."""
+    try:
+        value = yaml.load(text, Loader)
+    except (yaml.YAMLError, RecursionError):
+        return text
+    if str in (hint, *typing.get_args(hint)):
+        return value if fits(hint, value) and not isinstance(value, str) else text
+    return value if fits(hint, value) or isinstance(value, Mapping) else text
+
+
+def _hint(schema: Any, key: str) -> Any:
+    """The type at a key with dots, which is known; anything goes below a mapping."""
     first, _, rest = key.partition(".")
-    return {first: _nested(rest) if rest else None}
+    hint = typing.get_type_hints(schema)[first]
+    if not rest:
+        return hint
+    sections = [one for one in (hint, *typing.get_args(hint)) if is_dataclass(one)]
+    return _hint(sections[0], rest) if sections else Any
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    """`a.b` as {"a": {"b": value}}."""
+    first, _, rest = key.partition(".")
+    return {first: _nested(rest, value) if rest else value}
+
+
+def _put(content: dict[str, Any], schema: Any, key: str, value: Any) -> None:
+    """Set the value at a key with dots; the keys of a section go over those that it has."""
+    if is_dataclass(_hint(schema, key)) and isinstance(value, Mapping):
+        for name, inner in value.items():
+            _put(content, schema, f"{key}.{name}", inner)
+        return
+    *above, last = key.split(".")
+    for name in above:
+        section = content.get(name)
+        content[name] = dict(section) if isinstance(section, Mapping) else {}
+        content = content[name]
+    content[last] = value
 
 
 def _check_keys(content: Mapping[str, Any], schema: Any, place: str) -> None:

@@ -1,14 +1,12 @@
 """The built-in data sets: what scikit-learn ships, and readers for MNIST and CIFAR-10 on disk.
 
-Nothing is downloaded. A pickle may hold arrays, lists and strings, and nothing that runs.
+Nothing is downloaded. A pickle may hold arrays of uint8, lists and strings, and nothing that runs.
 """
 
 from __future__ import annotations
 
 import gzip
-import io
 import math
-import pickle
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +19,7 @@ from platformdirs import user_data_dir
 from torch import Tensor
 
 from fisher_forget.errors import DataError
+from fisher_forget.experiments import plain_pickle
 
 ROOT_VARIABLE = "FISHER_FORGET_DATA"
 MNIST_FILES = (
@@ -178,39 +177,18 @@ def _mnist(root: Path) -> RawData:
     return RawData(train, test, tuple(map(str, range(10))), lambda x: x.float() / 255)
 
 
-# The functions that NumPy names in its own pickles, taken from NumPy itself because their modules
-# move.
-_REBUILD, _FROM_BUFFER = np.empty(1).__reduce__()[0], np.empty(1).__reduce_ex__(5)[0]
-_SAFE_GLOBALS: dict[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    **{(f"numpy.{core}.multiarray", "_reconstruct"): _REBUILD for core in ("core", "_core")},
-    **{(f"numpy.{core}.numeric", "_frombuffer"): _FROM_BUFFER for core in ("core", "_core")},
-}
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """Builtin containers and NumPy arrays: a pickle can call what it names, so it may name nothing
-    else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _SAFE_GLOBALS:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no array needs")
-        return _SAFE_GLOBALS[module, name]
-
-
-def read_pickled_arrays(path: Path) -> Any:
-    """The arrays, lists and strings in a pickle file; anything that could run code is refused.
+def read_pickled_arrays(path: Path) -> dict[str, Any]:
+    """The arrays of uint8, lists, numbers and strings in a pickled dictionary; nothing in it is
+    run.
 
     Raises:
-        DataError: If the file is damaged or asks for more than arrays.
+        DataError: If the file is damaged, or holds or asks for anything else.
     """
     try:
-        # latin1 reads what Python 2 wrote, as the original CIFAR-10 was
-        return _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="latin1").load()
-    except Exception as error:  # a damaged pickle may raise anything
+        return plain_pickle.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
         got = f"the pickle {path}, which cannot be read: {error}"
-        expected = "a pickle of NumPy arrays, lists and strings"
+        expected = "a pickled dictionary of uint8 arrays, lists and strings"
         raise DataError(got, expected, "Fetch the file again, from a source you trust.") from error
 
 
@@ -226,23 +204,33 @@ def _missing_cifar10(root: Path) -> DataError | None:
     return _missing(root, folder, absent, expected)
 
 
+def _cifar10_batch(batch: dict[str, Any]) -> Samples:
+    """Images [N, 3, 32, 32] and as many labels."""
+    pixels, labels = batch["data"], batch["labels"]
+    if not isinstance(labels, list) or not all(type(x) is int and 0 <= x < 10 for x in labels):
+        raise ValueError("labels that are no list of numbers from 0 to 9")
+    if not isinstance(pixels, np.ndarray) or pixels.shape != (len(labels), 3 * 32 * 32):
+        got = f"shape {pixels.shape}" if isinstance(pixels, np.ndarray) else "no array"
+        raise ValueError(f"data of {got} for {len(labels)} labels")
+    return pixels.reshape(-1, 3, 32, 32), np.array(labels, np.int64)
+
+
 def _cifar10(root: Path) -> RawData:
     if (problem := _missing_cifar10(root)) is not None:
         raise problem
     folder = root / "cifar-10-batches-py"
     *batches, meta = (read_pickled_arrays(folder / name) for name in CIFAR_FILES)
     try:
-        parts = [
-            (np.asarray(b["data"], np.uint8).reshape(-1, 3, 32, 32), np.asarray(b["labels"]))
-            for b in batches
-        ]
-        classes = tuple(map(str, meta["label_names"]))
+        parts = [_cifar10_batch(batch) for batch in batches]
+        classes = tuple(meta["label_names"])
+        if not all(isinstance(name, str) for name in classes):
+            raise ValueError("label_names that are no text")
         images, labels = (np.concatenate(pieces) for pieces in zip(*parts[:-1], strict=True))
-        train, test = ((x, y.astype(np.int64)) for x, y in ((images, labels), parts[-1]))
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(folder, f"another layout ({type(error).__name__}: {error})") from error
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CIFAR_MEAN, CIFAR_STD))
-    return RawData(train, test, classes, lambda x: (x.float() / 255 - mean) / std)
+    scale: Callable[[Tensor], Tensor] = lambda x: (x.float() / 255 - mean) / std  # noqa: E731
+    return RawData((images, labels), parts[-1], classes, scale)
 
 
 DATASETS: dict[str, Source] = {

@@ -62,12 +62,13 @@ def load_dataset(
     """Load a data set by its name; scaling and the train/test split do not depend on `seed` or the
     sizes asked for.
 
-    A name with a colon is the import path of a function of your own, package.module:function. It is
-    called with the `options`, the global random states seeded by 0, and returns (train, test):
-    `read_samples` says what these may be.
+    A name with a colon is the import path of a function of your own, package.module:function; that
+    of a plug-in stands for the function that it declares (`import_path.GROUPS`). It is called with
+    the `options`, the global random states seeded by 0, and returns (train, test): `read_samples`
+    says what these may be.
 
     Args:
-        name: A key of `DATASETS`, or an import path.
+        name: A key of `DATASETS`, the name of a plug-in, or an import path.
         root: Folder that holds the data on disk; see the module's docstring.
         max_train: Take at most this many training samples, with the class proportions of all of
             them.
@@ -86,12 +87,13 @@ def load_dataset(
         >>> bundle.train.tensors[0].shape, len(bundle.classes)
         (torch.Size([100, 1, 8, 8]), 10)
     """
-    if import_path.is_own(name):
+    if name not in DATASETS and import_path.is_own(name, "the data"):
         return _own(name, max_train, max_test, seed, options or {})
     if name not in DATASETS:
-        near = difflib.get_close_matches(name, DATASETS, cutoff=0.4)
+        known = sorted({*DATASETS, *import_path.plugins("the data")})
+        near = difflib.get_close_matches(name, known, cutoff=0.4)
         fix = f"Did you mean {' or '.join(map(repr, near))}?" if near else "Correct the name."
-        expected = f"one of {sorted(DATASETS)}, or package.module:function"
+        expected = f"one of {known}, or package.module:function"
         raise ConfigError(f"the data set {name!r}", expected, fix)
     if options:
         got = f"the options {sorted(options)} for {name!r}"
@@ -155,7 +157,8 @@ def catalogue(root: str | Path | None = None) -> str:
             details = [("lacks", lacks), ("get", source.origin), ("do", problem.fix)]
         lines += [f"  {'':15}{word:9}{text}" for word, text in details]
     your_own = (
-        "Your own: `data: package.module:function` in the configuration; see `fisher-forget init`."
+        "Your own: `data: package.module:function` in the configuration, and --allow-code; see "
+        "`fisher-forget init`."
     )
     return "\n".join([*lines, "", your_own])
 

@@ -38,6 +38,7 @@ from fisher_forget.experiments.config import (
 )
 from fisher_forget.experiments.datasets import DataBundle
 from fisher_forget.experiments.method_setup import chosen_methods
+from fisher_forget.experiments.run_folder import run_folder
 from fisher_forget.experiments.training import train
 from fisher_forget.experiments.tuning import held_out
 from fisher_forget.likelihood import resolve_likelihood
@@ -107,7 +108,7 @@ def describe(config: RunConfig, command: str) -> str:
         ConfigError, DataError, ModelError, StorageError: What the command itself would raise before
             it trains.
     """
-    folder = config.folder
+    folder = run_folder(config)
     data = config.data.load()
     if isinstance(config, CompareConfig):
         chosen_methods(config)

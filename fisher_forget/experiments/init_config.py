@@ -14,6 +14,7 @@ TEMPLATES = {
     "regression": "numbers as targets",
     "digits": "built-in data and model, to try it out",
 }
+BUILT_IN = ("digits",)  # those that name no code
 
 
 def write_template(path: Path, template: str = "classifier") -> Path:

@@ -19,7 +19,7 @@ from fisher_forget.data.split import Indices
 from fisher_forget.errors import ConfigError
 from fisher_forget.experiments.cases import Case, trained, untrained
 from fisher_forget.experiments.config import CompareConfig
-from fisher_forget.experiments.import_path import find, is_own
+from fisher_forget.experiments.import_path import find, is_own, plugins
 from fisher_forget.experiments.search import needs_optuna, to_choose
 from fisher_forget.unlearn.options import ForgetOptions
 
@@ -43,10 +43,11 @@ def chosen_methods(config: CompareConfig) -> dict[str, type[Unlearner]]:
 
 
 def _method(name: str) -> type[Unlearner]:
-    if name not in METHODS and not is_own(name):
-        near = difflib.get_close_matches(name, METHODS, n=1)
+    if name not in METHODS and not is_own(name, "a method"):
+        known = sorted({*METHODS, *plugins("a method")})
+        near = difflib.get_close_matches(name, known, n=1)
         fix = f"Did you mean {near[0]!r}?" if near else "Correct the name."
-        expected = f"one of {sorted(METHODS)}, or package.module:Class"
+        expected = f"one of {known}, or package.module:Class"
         raise ConfigError(f"the method {name!r}", expected, fix)
     method: type[Unlearner] = METHODS[name] if name in METHODS else find(name, "a method")
     return method

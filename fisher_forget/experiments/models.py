@@ -21,11 +21,12 @@ def build_model(
     """A new model; its initial weights depend on `seed` only, and the global random state is left
     alone.
 
-    A name with a colon is the import path of a function or class of your own, package.module:name.
-    It is called with the options alone, the global random states seeded, and returns the model.
+    A name with a colon is the import path of a function or class of your own, package.module:name;
+    that of a plug-in stands for what it declares (`import_path.GROUPS`). It is called with the
+    options alone, the global random states seeded, and returns the model.
 
     Args:
-        name: A key of `MODELS`, or an import path.
+        name: A key of `MODELS`, the name of a plug-in, or an import path.
         input_shape: Shape of one sample, without the batch dimension: (channels, height, width) for
             images.
         outputs: Number of classes, or of regression targets.
@@ -41,16 +42,17 @@ def build_model(
         >>> build_model("cnn", (1, 8, 8), 10, seed=0, width=8)(torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 10])
     """
-    if import_path.is_own(name):
+    if name not in MODELS and import_path.is_own(name, "the model"):
         made = import_path.make(name, "the model", options, seed=seed)
         if not isinstance(made, nn.Module):
             got = f"{type(made).__name__} from {name}"
             raise ConfigError(got, "a torch.nn.Module", "Return the model.")
         return made
     if name not in MODELS:
-        near = difflib.get_close_matches(name, MODELS, cutoff=0.4)
+        names = sorted({*MODELS, *import_path.plugins("the model")})
+        near = difflib.get_close_matches(name, names, cutoff=0.4)
         fix = f"Did you mean {' or '.join(map(repr, near))}?" if near else "Correct the name."
-        expected = f"one of {sorted(MODELS)}, or package.module:function"
+        expected = f"one of {names}, or package.module:function"
         raise ConfigError(f"the model {name!r}", expected, fix)
     known = list(inspect.signature(MODELS[name]).parameters)[2:]
     if unknown := sorted(set(options) - set(known)):

@@ -21,6 +21,7 @@ from fisher_forget.evaluate.closeness import Closeness, summarise
 from fisher_forget.experiments import forget_sets
 from fisher_forget.experiments.cases import Case, prepare_case
 from fisher_forget.experiments.config import RunConfig, SweepConfig, to_plain
+from fisher_forget.experiments.run_folder import inside, run_folder
 from fisher_forget.report import plots, tables
 from fisher_forget.report.pages import html
 from fisher_forget.sweep import SweepTable, sweep
@@ -42,7 +43,7 @@ def run(config: RunConfig) -> Path:
     Raises:
         ConfigError, DataError, StorageError: Before anything is trained.
     """
-    folder = files.ensure_folder(config.folder)
+    folder = files.ensure_folder(run_folder(config))
     data = config.data.load()
     for settings in config.forget_sets:  # all are checked before any work
         forget_sets.check(settings, data)
@@ -77,10 +78,10 @@ def redraw(config: RunConfig) -> list[Path]:
     Raises:
         StorageError: If the run has not finished.
     """
-    folder = config.folder
+    folder = run_folder(config)
     drawn: list[Path] = []
     for entry in files.read_json(folder / "metrics.json")["cases"]:
-        place = folder / Path(entry["runs"][0]["folder"]).parent
+        place = inside(folder, folder / entry["runs"][0]["folder"]).parent
         table = SweepTable.load(place / SWEEP) if (place / SWEEP).exists() else None
         drawn += _draw(entry, place, table).values()
     return drawn
