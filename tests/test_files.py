@@ -3,6 +3,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -253,3 +255,65 @@ class TestFingerprint:
         for part in (object(), lambda x: x, {"key": [object()]}):
             with pytest.raises(StorageError, match="differs in every run"):
                 fingerprint(part)
+
+
+WRITERS = """
+import resource, signal, sys
+from pathlib import Path
+
+import matplotlib
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+
+from fisher_forget._util import files
+from fisher_forget.errors import StorageError
+from fisher_forget.experiments.config import ForgetSet, RunConfig
+from fisher_forget.experiments.config_file import write_config
+from fisher_forget.report.pages.html import write_html
+from fisher_forget.report.plots.style import save_figure
+
+folder, limit = Path(sys.argv[1]), int(sys.argv[2])
+config = RunConfig("a", [ForgetSet("b", "indices", indices=list(range(2000)))])
+figure, frame = plt.figure(), pd.DataFrame({"a": range(9999)})
+figure.add_subplot().plot([1, 2])
+writers = {
+    "a.json": lambda path: files.write_json(path, list(range(9999))),
+    "a.md": lambda path: files.write_text(path, "word " * 9999),
+    "a.html": lambda path: write_html(path, "word " * 9999),
+    "a.png": lambda path: save_figure(figure, path.with_suffix("")),
+    "a.svg": lambda path: save_figure(figure, path.with_suffix("")),
+    "a.yaml": lambda path: write_config(path, config),
+    "a.parquet": lambda path: files.write_file(path, frame.to_parquet),
+    "a.safetensors": lambda path: files.save_tensors(path, {"a": torch.zeros(9999)}, {}),
+}
+# a file beyond the limit cannot grow, as on a disk that is full
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+for kind, old in (("new", None), ("old", b"what was there")):
+    for name, write in writers.items():
+        place = folder / kind / name.replace(".", "-")
+        place.mkdir(parents=True)
+        if old is not None:
+            (place / name).write_bytes(old)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        try:
+            write(place / name)
+            raise SystemExit(f"{name} was written")
+        except StorageError:
+            pass
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such limits")
+@pytest.mark.parametrize("limit", [0, 100])
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path, limit: int) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", WRITERS, str(tmp_path), str(limit)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not [path for path in (tmp_path / "new").rglob("*") if path.is_file()]
+    left = [path for path in (tmp_path / "old").rglob("*") if path.is_file()]
+    assert len(left) == 8
+    assert {path.read_bytes() for path in left} == {b"what was there"}

@@ -146,7 +146,15 @@ def write_json(path: str | Path, obj: object) -> None:
     Raises:
         StorageError: If something else is in it, or the file cannot be written.
     """
-    text = json.dumps(plain(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text(path, json.dumps(plain(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text, in UTF-8.
+
+    Raises:
+        StorageError: If the file cannot be written.
+    """
     write_file(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import joblib
 import numpy as np
-import yaml
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -27,6 +26,7 @@ from fisher_forget.evaluate.evaluation import Evaluation
 from fisher_forget.experiments import forget_sets, outcomes, tuning
 from fisher_forget.experiments.cases import Case, basis, evaluate_case, prepare_case
 from fisher_forget.experiments.config import CompareConfig, folder_name, to_plain
+from fisher_forget.experiments.config_file import write_config
 from fisher_forget.experiments.method_setup import Scrubber, chosen_methods, configured
 from fisher_forget.experiments.outcomes import Outcome, Trial, model_path
 from fisher_forget.experiments.run import processor
@@ -58,7 +58,7 @@ def compare(config: CompareConfig) -> Path:
     data, validation = tuning.held_out(config.data.load(), config.validation)
     for settings in config.forget_sets:
         forget_sets.check(settings, data)
-    (folder / "config.yaml").write_text(yaml.safe_dump(to_plain(config), sort_keys=False))
+    write_config(folder / "config.yaml", config)
     cases = [prepare_case(config, data, settings, folder) for settings in config.forget_sets]
     # a method at a time over all forget sets: the costly ones come at their place in the table
     work = [(index, name) for name in methods for index in range(len(cases))]
@@ -77,7 +77,7 @@ def compare(config: CompareConfig) -> Path:
         "cases": {case.settings.name: summaries[i] for i, case in enumerate(cases)},
     }
     files.write_json(folder / "comparison.json", report)
-    (folder / "comparison.md").write_text(comparison.overview_markdown(report) + "\n")
+    files.write_text(folder / "comparison.md", comparison.overview_markdown(report) + "\n")
     return comparison.write_page(report, folder)
 
 
@@ -165,8 +165,8 @@ def _summary(
     seconds = {outcome.method: outcome.seconds for outcome in made}
     retraining = float(np.mean(case.retrained.seconds))
     rows = ranking.rows(table, seconds, retraining)
-    (case.folder / "comparison.md").write_text(comparison.to_markdown(rows) + "\n")
-    (case.folder / "evaluation.md").write_text(table.to_markdown() + "\n")
+    files.write_text(case.folder / "comparison.md", comparison.to_markdown(rows) + "\n")
+    files.write_text(case.folder / "evaluation.md", table.to_markdown() + "\n")
     return {
         "forgotten": len(case.forget),
         "retrain_seconds": retraining,

@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 import yaml
 
+from fisher_forget._util import files
 from fisher_forget.errors import ConfigError
-from fisher_forget.experiments.config import RunConfig
+from fisher_forget.experiments.config import RunConfig, to_plain
 from fisher_forget.experiments.import_path import check_allowed
 from fisher_forget.experiments.run_folder import check_out
 from fisher_forget.experiments.typed import Loader, build, fits
@@ -81,6 +82,22 @@ def _built(kind: type[RunConfig], content: Mapping[str, Any], path: str | Path) 
         message = " ".join(str(error).split())
         expected = "values of the documented types"
         raise ConfigError(f"{path}: {message}", expected, "Correct that key.") from error
+
+
+def as_yaml(config: RunConfig, **layout: Any) -> str:
+    """The resolved configuration, as `load_config` reads it; `layout` is PyYAML's."""
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    text: str = yaml.dump(to_plain(config), Dumper=dumper, sort_keys=False, **layout)
+    return text
+
+
+def write_config(path: Path, config: RunConfig) -> None:
+    """Write the resolved configuration beside its results.
+
+    Raises:
+        StorageError: If the file cannot be written.
+    """
+    files.write_text(path, as_yaml(config))
 
 
 def _read(path: str | Path) -> dict[str, Any]:
@@ -197,7 +214,7 @@ def option_names(schema: Any, prefix: str = "") -> dict[str, tuple[str, ...]]:
     """Every key that a flag may set, with dots, and the words that it may be.
 
     Example:
-        >>> from fisher_forget.experiments.config import RunConfig
+        >>> from fisher_forget.experiments.config import RunConfig, to_plain
         >>> option_names(RunConfig)["training.optimizer"]
         ('sgd', 'adam')
     """

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 
 from fisher_forget._util.threads import torch_threads
@@ -34,8 +33,8 @@ from fisher_forget.experiments.config import (
     ForgetSet,
     RunConfig,
     SweepConfig,
-    to_plain,
 )
+from fisher_forget.experiments.config_file import as_yaml
 from fisher_forget.experiments.datasets import DataBundle
 from fisher_forget.experiments.method_setup import chosen_methods
 from fisher_forget.experiments.run_folder import run_folder
@@ -120,7 +119,7 @@ def describe(config: RunConfig, command: str) -> str:
     needs = list(_needs(config, data, forget, folder))
     cost = predicted_cost(config, data, model, next(iter(forget.values())))
     size = sum(p.numel() for p in model.parameters())
-    plain = yaml.safe_dump(to_plain(config), sort_keys=False, default_flow_style=None, width=100)
+    plain = as_yaml(config, default_flow_style=None, width=100)
     table = {
         "results": [str(folder)],
         "data": [_data(config, data)],

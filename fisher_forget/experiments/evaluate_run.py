@@ -45,7 +45,7 @@ def evaluate_run(config: RunConfig) -> Path:
             FineTune.name: [_fine_tuned(config, case, i) for i in range(len(config.seeds))],
         }
         table = evaluate_case(config, case, methods)
-        (case.folder / "evaluation.md").write_text(table.to_markdown() + "\n")
+        files.write_text(case.folder / "evaluation.md", table.to_markdown() + "\n")
         print("\n".join([settings.name, *(f"  {line}" for line in table.conclusions()), ""]))
         tables[settings.name] = table
     scores = {name: table.to_dict() for name, table in tables.items()}

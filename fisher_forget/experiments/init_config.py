@@ -6,6 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
+from fisher_forget._util.files import write_text
 from fisher_forget.errors import StorageError
 
 TEMPLATES = {
@@ -29,13 +30,8 @@ def write_template(path: Path, template: str = "classifier") -> Path:
     """
     source = files("fisher_forget") / "experiments" / "templates" / f"{template}.yaml"
     text = Template(source.read_text(encoding="utf-8"))
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text.substitute(path=path))
-    except FileExistsError as error:
+    if path.exists():
         got, fix = f"{path}, which is there", "Name another, or remove it first."
-        raise StorageError(got, "a new file", fix) from error
-    except OSError as error:
-        got = f"{path}: {error}"
-        raise StorageError(got, "a file that can be written", "Name another place.") from error
+        raise StorageError(got, "a new file", fix)
+    write_text(path, text.substitute(path=path))
     return path

@@ -13,7 +13,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import yaml
 
 from fisher_forget._util import files
 from fisher_forget._util.isolation import seeded
@@ -21,6 +20,7 @@ from fisher_forget.evaluate.closeness import Closeness, summarise
 from fisher_forget.experiments import forget_sets
 from fisher_forget.experiments.cases import Case, prepare_case
 from fisher_forget.experiments.config import RunConfig, SweepConfig, to_plain
+from fisher_forget.experiments.config_file import write_config
 from fisher_forget.experiments.run_folder import inside, run_folder
 from fisher_forget.report import plots, tables
 from fisher_forget.report.pages import html
@@ -47,7 +47,7 @@ def run(config: RunConfig) -> Path:
     data = config.data.load()
     for settings in config.forget_sets:  # all are checked before any work
         forget_sets.check(settings, data)
-    (folder / "config.yaml").write_text(yaml.safe_dump(to_plain(config), sort_keys=False))
+    write_config(folder / "config.yaml", config)
     figures: Figures = {}
     entries = []
     generator = None if config.noise_seed is None else seeded(config.noise_seed)
@@ -99,7 +99,7 @@ def _scrub(
     place = files.ensure_folder(case.folder / f"seed-{seed}")
     about = {"seed": str(seed), "case": case.settings.name}
     files.save_model(place / f"{SCRUBBED}.safetensors", result.model, about)
-    (place / "result.txt").write_text(f"{result}\n")
+    files.write_text(place / "result.txt", f"{result}\n")
     return result, closeness
 
 
@@ -123,7 +123,8 @@ def _sweep(config: SweepConfig, case: Case) -> SweepTable:
         jobs=config.jobs,
         progress=config.progress,
     )
-    table.to_pandas().to_csv((case.folder / SWEEP).with_suffix(".csv"), index=False)
+    readable = table.to_pandas().to_csv(index=False)
+    files.write_text((case.folder / SWEEP).with_suffix(".csv"), readable)
     return table
 
 

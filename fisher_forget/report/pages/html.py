@@ -17,9 +17,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from fisher_forget._util.files import ensure_folder
+from fisher_forget._util.files import ensure_folder, write_text
 from fisher_forget._util.numbers import MISSING, number, percent, plus_minus
-from fisher_forget.errors import StorageError
 from fisher_forget.likelihood import Score
 from fisher_forget.likelihood.base import ERROR_LOSS, SHARE_LOSS
 from fisher_forget.report import tables
@@ -126,11 +125,7 @@ def write_html(path: Path, page: str) -> Path:
     Raises:
         StorageError: If it cannot be written.
     """
-    try:
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        fix = "Check the folder and its space."
-        raise StorageError(f"{path}: {error}", "a file that can be written", fix) from error
+    write_text(path, page)
     return path
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,8 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from fisher_forget._util.files import ensure_folder
-from fisher_forget.errors import StorageError
+from fisher_forget._util.files import ensure_folder, write_file
 from fisher_forget.report.plots.annotate import whole_figure
 from fisher_forget.report.plots.hover import explain_all, titled
 
@@ -64,13 +64,13 @@ def save_figure(figure: Figure | SubFigure, stem: Path) -> tuple[Path, Path]:
         for path, about in ((png, None), (svg, {"Date": None})):
             buffer = io.BytesIO()
             root.savefig(buffer, format=path.suffix[1:], dpi=DPI, metadata=about)
-            content = buffer.getvalue()
-            try:
-                path.write_bytes(titled(content) if path is svg else content)
-            except OSError as error:
-                fix = "Check the folder and its space."
-                raise StorageError(f"{path}: {error}", "a file that can be written", fix) from error
+            content = titled(buffer.getvalue()) if path is svg else buffer.getvalue()
+            write_file(path, partial(_fill, content))
     return png, svg
+
+
+def _fill(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
 
 
 def axes_or_new(ax: Axes | None, size: tuple[float, float] = SIZE) -> Axes:
