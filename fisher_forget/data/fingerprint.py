@@ -1,59 +1,78 @@
-"""A short hash by which data is known again after a restart."""
+"""Hashes by which samples are known again after a restart."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fisher_forget._util.isolation import isolated
 from fisher_forget.data.batches import plain
 from fisher_forget.data.reader import Indices, Reader
 from fisher_forget.errors import DataError
 
-SAMPLES = 16  # are looked at
+Hashes = npt.NDArray[np.uint8]
+Level = Callable[[Any], bytes]
+SAMPLES = 16  # are read twice
+BYTES = 16  # of a hash
 SCALARS = (str, bytes, int, float, complex, type(None), np.generic)
 
 
-@isolated()
-def fingerprint(reader: Reader, retain: Indices, forget: Indices) -> str:
-    """Hash of who is retained and forgotten, and of a few samples as the collate function makes
-    them.
+class SampleHasher:
+    """BLAKE2b of samples as the collate function makes them.
 
-    These samples are read twice. What differs between the reads, as random augmentation makes it,
-    counts by its shape; where that differs, too, by its type. So do objects that do not tell their
-    content, other than tensors, arrays, images, numbers and words.
+    A few samples are read twice first. What differs between the reads, as random augmentation makes
+    it, counts by its shape; where that differs, too, by its type. So do objects that do not tell
+    their content, other than tensors, arrays, images, numbers and words.
+
+    Args:
+        reader: Of the samples.
+        indices: Of all of them, sorted; `SAMPLES` are read twice.
     """
-    digest = hashlib.sha256(retain.tobytes() + b"|" + forget.tobytes())
-    indices = np.sort(np.concatenate([retain, forget]))
-    probe = indices[np.unique(np.linspace(0, len(indices) - 1, SAMPLES).astype(int))]
-    first, second = (_samples(reader, probe) for _ in range(2))
-    for path, reads in sorted(first.items()):  # a dict may be made in any order
-        again = second.get(path, [])
-        for level in (_content, _form, _kind):  # the finest that stays
-            marks = [level(x) for x in reads]
-            if marks == [level(x) for x in again]:
-                digest.update(b"|".join([path.encode(), *marks]))
-                break
-    return digest.hexdigest()[:16]
+
+    def __init__(self, reader: Reader, indices: Indices) -> None:
+        self.reader = reader
+        probe = indices[np.unique(np.linspace(0, len(indices) - 1, SAMPLES).astype(int))]
+        first, second = (list(_samples(reader, probe)) for _ in range(2))
+        self._levels: dict[str, Level] = {}
+        for path in {path for sample in first for path in sample}:
+            reads = [[sample.get(path) for sample in samples] for samples in (first, second)]
+            for level in (_content, _form, _kind):  # the finest that stays
+                if [*map(level, reads[0])] == [*map(level, reads[1])]:
+                    self._levels[path] = level
+                    break
+
+    def __call__(self, indices: Indices) -> Hashes:
+        """Of these samples, which are read once: [samples, 16]."""
+        hashes = np.zeros((len(indices), BYTES), dtype=np.uint8)
+        for at, sample in enumerate(_samples(self.reader, indices)):
+            digest = hashlib.blake2b(digest_size=BYTES)
+            for path, x in sorted(sample.items()):  # a dict may be made in any order
+                digest.update(path.encode() + b"|" + self._levels.get(path, _kind)(x) + b"|")
+            hashes[at] = np.frombuffer(digest.digest(), dtype=np.uint8)
+        return hashes
 
 
-def _samples(reader: Reader, probe: Indices) -> dict[str, list[Any]]:
-    """What the samples hold, by its path in a batch of one."""
+def _samples(reader: Reader, indices: Indices) -> Iterator[dict[str, Any]]:
+    """What each sample holds, by its path in a batch of one."""
+    done = 0
     try:
-        batches = list(reader.collated(np.split(probe, len(probe))))
+        for batch in reader.collated([indices[k : k + 1] for k in range(len(indices))]):
+            yield _leaves(batch)
+            done += 1
     except DataError:
         # A data set may be given for its indices alone, without a collate function that fits.
-        batches = [reader.base[int(index)] for index in probe]
-    found: dict[str, list[Any]] = {}
-    for batch in batches:
-        for path, x in pytree.tree_leaves_with_path(plain([batch])):
-            found.setdefault(pytree.keystr(path), []).append(x)
-    return found
+        for index in indices[done:]:
+            yield _leaves(reader.base[int(index)])
+
+
+def _leaves(batch: Any) -> dict[str, Any]:
+    return {pytree.keystr(p): x for p, x in pytree.tree_leaves_with_path(plain([batch]))}
 
 
 def _content(x: Any) -> bytes:

@@ -6,18 +6,21 @@ plain `Subset`. Forget samples that the loader would yield are left out.
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, cast
 
 import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fisher_forget._util.isolation import isolated
 from fisher_forget._util.moved import renamed
 from fisher_forget.data.batches import Batch, Unpack
-from fisher_forget.data.fingerprint import fingerprint
+from fisher_forget.data.fingerprint import Hashes, SampleHasher
 from fisher_forget.data.indices import forget_indices, members_of
 from fisher_forget.data.reader import KEPT, Indices, Reader
 from fisher_forget.errors import DataError, FisherForgetWarning, SplitError
@@ -122,10 +125,22 @@ class Split:
     def __repr__(self) -> str:
         return f"Split({len(self.retain)} retained, {len(self.forget)} forgotten)"
 
+    @cached_property
+    def hasher(self) -> SampleHasher:
+        """Hashes samples, by which they are known again."""
+        return SampleHasher(self.reader, self.indices("all"))
+
+    @cached_property
+    def hashes(self) -> Hashes:
+        """Of all samples, by ascending index; they are read at the first use."""
+        return self.hasher(self.indices("all"))
+
+    @isolated()
     def fingerprint(self) -> str:
-        """Hash of who is retained and forgotten, and of a few samples; see
-        `data.fingerprint.fingerprint`."""
-        return fingerprint(self.reader, self.retain, self.forget)
+        """Hash of who is retained and forgotten, and of every sample."""
+        digest = hashlib.sha256(self.retain.tobytes() + b"|" + self.forget.tobytes())
+        digest.update(self.hashes.tobytes())
+        return digest.hexdigest()[:16]
 
 
 def resolve_split(

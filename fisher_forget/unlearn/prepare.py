@@ -33,9 +33,16 @@ from fisher_forget.curvature.kinds import Kind
 from fisher_forget.curvature.operator import Curvature
 from fisher_forget.curvature.storage import load_curvature, save_curvature
 from fisher_forget.data import batches
+from fisher_forget.data.fingerprint import SampleHasher
 from fisher_forget.data.own_loss import LossFn
 from fisher_forget.data.split import Indices, Split, check_scored, resolve_split
-from fisher_forget.errors import ConfigError, FisherForgetWarning, SplitError, StorageError
+from fisher_forget.errors import (
+    ConfigError,
+    DataError,
+    FisherForgetWarning,
+    SplitError,
+    StorageError,
+)
 from fisher_forget.ledger import RequestLog
 from fisher_forget.unlearn.data_sums import DataSums, load_data_sums, save_data_sums, take_data_sums
 from fisher_forget.unlearn.forget import held_out_split, scrub
@@ -71,6 +78,9 @@ class Prepared:
         sampled: Indices of the samples that the curvature is of.
         sums: Gradient and output curvature of all samples.
         options: Of `prepare`; those of a request are given with it.
+        objective: Losses of a private copy of the model.
+        hasher: Knows samples again.
+        log: The ledger of the folder; `None` without one.
         requests: Every request so far, in order.
     """
 
@@ -81,9 +91,11 @@ class Prepared:
     sums: DataSums
     options: ForgetOptions
     objective: Objective = field(repr=False)
+    hasher: SampleHasher = field(repr=False)
     log: RequestLog | None = field(default=None, repr=False)
     requests: list[list[int]] = field(default_factory=list)
     _lock: Any = field(default_factory=threading.RLock, init=False, repr=False)
+    _known: dict[int, bytes] = field(default_factory=dict, init=False, repr=False)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         got, expected = (
@@ -196,6 +208,7 @@ class Prepared:
             options = merged(self.options, changes)
             self.objective.memory = options.memory
             check_scored(split, self.objective.likelihood)
+            self._check_rows(split)
             unseen = held_out_split(held_out, split.reader.unpack)
             name = "" if self.log is None or split is self.split else self.log.ask(new, who)
             try:
@@ -228,6 +241,19 @@ class Prepared:
             self.split, self.requests = split, [*self.requests, new]
         result.check.warn(stacklevel=3)
         return result
+
+    def _check_rows(self, split: Split) -> None:
+        """Refuse forgotten samples that have changed since they were asked for first: their part of
+        the sums is taken away by reading them again."""
+        hashes = self.hasher(split.forget)
+        now = dict(zip(split.forget.tolist(), map(bytes, hashes), strict=True))
+        changed = [i for i, known in self._known.items() if now.get(i, known) != known]
+        if changed:
+            got = f"forgotten samples that have changed since, such as {sorted(changed)[:5]}"
+            expected = "the samples as the model was trained on them"
+            fix = "Restore them; or call rebase() before they are erased, after which none is read."
+            raise DataError(got, expected, fix)
+        self._known = now
 
     def _without(self, split: Split) -> Curvature:
         """The curvature of who is left: by subtraction where it is a sum and most of its samples
@@ -324,9 +350,11 @@ def prepare(
                 if place is not None and curvature.stored_as:
                     save_curvature(place / CURVATURE, curvature, model, split)
             sums = _sums(objective, split, options, log, progress=progress)
+        hasher = split.hasher
     done = [i for request in requests for i in request]
     split = split.forgetting(done) if done else split
-    prepared = Prepared(model, split, curvature, sampled, sums, options, objective, log, requests)
+    made = (model, split, curvature, sampled, sums, options, objective, hasher)
+    prepared = Prepared(*made, log, requests)
     if prepared.pending:
         warnings.warn(
             f"{len(prepared.pending)} requests were asked for and not done "
