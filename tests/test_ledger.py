@@ -39,6 +39,12 @@ def ten_entries(folder: Path, **options: object) -> Ledger:
     return ledger
 
 
+def claimed(folder: Path, mark: str, samples: int, artefacts: tuple[str, ...]) -> RequestLog:
+    log = RequestLog(Ledger(folder), samples)
+    log.claim(mark, artefacts)
+    return log
+
+
 class TestStates:
     def test_what_became_of_every_request(self, tmp_path):
         ledger = ten_entries(tmp_path)
@@ -250,9 +256,10 @@ def last_seal(content: bytes) -> str:
 
 PROGRAM = """
 import sys
-from fisher_forget.ledger import RequestLog
+from fisher_forget.ledger import Ledger, RequestLog
 folder, first = sys.argv[1], int(sys.argv[2])
-log = RequestLog.open(folder, "mark", 1000, ())
+log = RequestLog(Ledger(folder), 1000)
+log.claim("mark", ())
 for i in range(%d):
     with log.ledger.owned():
         log.ask([first + i])
@@ -273,7 +280,7 @@ class TestOwners:
         ]
         returned = [int(x) for run in runs for x in run.communicate(timeout=100)[0].split()]
         assert len(returned) == PROCESSES * REQUESTS
-        log = RequestLog.open(tmp_path, "mark", 1000, ())
+        log = claimed(tmp_path, "mark", 1000, ())
         assert sorted(i for r in log.requests() for i in r) == sorted(returned)
         assert verify(tmp_path) == []
 
@@ -346,10 +353,10 @@ class TestFolders:
         old = {"format": 1, "mark": "m", "requests": [[3, 8], [5]]}
         (tmp_path / "requests.json").write_text(json.dumps(old))
         (tmp_path / "sums.bin").touch()
-        log = RequestLog.open(tmp_path, "m", 10, ("*.bin",))
+        log = claimed(tmp_path, "m", 10, ("*.bin",))
         assert log.requests() == [[3, 8], [5]]
         assert not (tmp_path / "requests.json").exists()
-        assert RequestLog.open(tmp_path, "m", 10, ("*.bin",)).requests() == [[3, 8], [5]]
+        assert claimed(tmp_path, "m", 10, ("*.bin",)).requests() == [[3, 8], [5]]
 
     @pytest.mark.parametrize(
         "content", ["", "[]", "null", "{", '{"format": 2, "mark": "m", "requests": []}']
@@ -357,18 +364,18 @@ class TestFolders:
     def test_damaged_old_requests_are_refused(self, tmp_path, content):
         (tmp_path / "requests.json").write_text(content)
         with pytest.raises(StorageError):
-            RequestLog.open(tmp_path, "m", 10, ("*.bin",))
+            claimed(tmp_path, "m", 10, ("*.bin",))
         assert not (tmp_path / LEDGER).exists()
 
     def test_a_folder_with_artefacts_alone_is_refused(self, tmp_path):
         (tmp_path / "sums.bin").touch()
         with pytest.raises(StorageError, match="ask for every deletion again"):
-            RequestLog.open(tmp_path, "m", 10, ("*.bin",))
+            claimed(tmp_path, "m", 10, ("*.bin",))
 
     def test_samples_that_are_not_there(self, tmp_path):
-        log = RequestLog.open(tmp_path, "m", 10, ())
+        log = claimed(tmp_path, "m", 10, ())
         log.ask([9])
-        fewer = RequestLog(Ledger(tmp_path), "m", 9)
+        fewer = RequestLog(Ledger(tmp_path), 9)
         with pytest.raises(StorageError, match="1 samples not among these"):
             fewer.requests()
 
@@ -377,7 +384,7 @@ class TestFolders:
         kept = [".tmp", "notes.tmp", ".tmpfile", ".hidden"]
         for name in left + kept:
             (tmp_path / name).touch()
-        RequestLog.open(tmp_path, "m", 10, ())
+        claimed(tmp_path, "m", 10, ())
         assert not any((tmp_path / name).exists() for name in left)
         assert all((tmp_path / name).exists() for name in kept)
 

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import blobs_data
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
 from fisher_forget import (
     ConfigError,
+    DataError,
     FisherForgetWarning,
     ForgetOptions,
     NumericalError,
@@ -25,7 +27,9 @@ from fisher_forget import (
     prepare,
 )
 from fisher_forget import params as P
+from fisher_forget._util.files import load_tensors
 from fisher_forget.experiments.training import TrainSettings, train
+from fisher_forget.ledger import RequestLog
 from fisher_forget.unlearn import self_check
 from fisher_forget.unlearn.data_sums import load_data_sums
 from fisher_forget.unlearn.newton import flow
@@ -33,8 +37,9 @@ from fisher_forget.unlearn.options import PRECONDITIONER_SAMPLES
 
 WD = 0.01
 # by name, because the package exports the functions of the same names
-PREPARE, FORGET = (
-    importlib.import_module(f"fisher_forget.unlearn.{name}") for name in ("prepare", "forget")
+PREPARE, FORGET, SNAPSHOT = (
+    importlib.import_module(f"fisher_forget.unlearn.{name}")
+    for name in ("prepare", "forget", "snapshot")
 )
 QUIET = {"noise": None, "drift": False}
 
@@ -163,7 +168,7 @@ class TestOnDisk:
         self, model: nn.Module, data: TensorDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
-        monkeypatch.setattr(PREPARE, "take_data_sums", None)
+        monkeypatch.setattr(SNAPSHOT, "take_data_sums", None)
         monkeypatch.setattr(PREPARE, "curvature_of", None)
         prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
 
@@ -174,14 +179,14 @@ class TestOnDisk:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patched:
-            patched.setattr(PREPARE, "take_data_sums", killed)
+            patched.setattr(SNAPSHOT, "take_data_sums", killed)
             with pytest.raises(KeyboardInterrupt):
                 prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
         assert (tmp_path / "curvature.safetensors").exists()
         found = prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
         whole = prepare(model, data, weight_decay=WD, progress=False)
-        for name, value in whole.sums.total.sums.items():
-            assert torch.equal(found.sums.total.sums[name], value)
+        for name, value in whole.made.sums.total.sums.items():
+            assert torch.equal(found.made.sums.total.sums[name], value)
 
     def test_a_killed_request_is_not_lost(
         self, model: nn.Module, data: TensorDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -266,7 +271,7 @@ class TestOnDisk:
         path.write_bytes(bytes(content))
         assert prepared.log is not None
         with pytest.raises(StorageError, match="checksum"):
-            load_data_sums(path, prepared.objective, prepared.log.mark)
+            load_data_sums(path, prepared.objective, "any")
 
 
 @pytest.mark.parametrize("structure", ["ekfac", "diagonal", "low_rank"])
@@ -277,12 +282,12 @@ def test_all_samples_that_the_curvature_is_of_may_go(structure: str) -> None:
     data = TensorDataset(x, (x[:, 0] > 0).long())
     net = nn.Linear(3, 2).eval()
     prepared = prepare(net, data, structure=structure, progress=False)
-    gone = prepared.sampled[:-3]
+    gone = prepared.made.sampled[:-3]
     result = prepared.forget(gone, noise=None)
     assert result.curvature.info.count == len(x) - len(gone)
     direct = forget(net, data, gone, structure=structure, noise=None, progress=False)
     assert distance(result.model, direct.model, net) < 1e-3
-    prepared.forget(prepared.sampled[-3:], noise=None)
+    prepared.forget(prepared.made.sampled[-3:], noise=None)
 
 
 def test_bad_requests(model: nn.Module, data: TensorDataset) -> None:
@@ -317,12 +322,12 @@ class TestDefaultsMeanTheSame:
         once = forget(net, many, idx, drift=True, noise=None, progress=False)
         prepared = prepare(net, many, progress=False)
         again = prepared.forget(idx, drift=True, noise=None)
-        assert prepared.curvature.info.kind == once.curvature.info.kind == "sketch"
+        assert prepared.made.curvature.info.kind == once.curvature.info.kind == "sketch"
         assert again.curvature.info.kind == "sketch"
-        assert len(prepared.sampled) == PRECONDITIONER_SAMPLES == once.curvature.info.count
+        assert len(prepared.made.sampled) == PRECONDITIONER_SAMPLES == once.curvature.info.count
         retained, kind = ForgetOptions().curvature_plan(once.split)
         assert kind == "sketch"
-        assert len(set(prepared.sampled) - set(retained)) <= len(idx)
+        assert len(set(prepared.made.sampled) - set(retained)) <= len(idx)
 
     @pytest.mark.parametrize(
         ("options", "kind", "count"),
@@ -381,4 +386,155 @@ def test_a_solver_that_needs_no_other_samples_keeps_the_folder(
     net = nn.Linear(4, 3).eval()
     prepare(net, many, folder=tmp_path, progress=False)
     again = prepare(net, many, folder=tmp_path, solver="cg", progress=False)
-    assert again.curvature.info.count == len(again.sampled)
+    assert again.made.curvature.info.count == len(again.made.sampled)
+
+
+class TestRows:
+    def test_a_forgotten_row_that_changes_is_refused(
+        self, model: nn.Module, data: TensorDataset
+    ) -> None:
+        """Its part is taken away from the sums by reading it again."""
+        x, y = (t.clone() for t in data.tensors)
+        prepared = prepare(model, TensorDataset(x, y), weight_decay=WD, progress=False)
+        prepared.forget([3], **QUIET)
+        x[3] = 0
+        with pytest.raises(DataError, match=r"changed since, such as \[3\].*rebase"):
+            prepared.forget([4], **QUIET)
+        x[3] = data.tensors[0][3]
+        assert prepared.forget([4], **QUIET).split.forget.tolist() == [3, 4]
+
+    @pytest.mark.parametrize("row", [0, 7, 113])
+    def test_any_row_that_changes_is_other_data(
+        self, model: nn.Module, data: TensorDataset, tmp_path: Path, row: int
+    ) -> None:
+        x, y = (t.clone() for t in data.tensors)
+        prepare(model, TensorDataset(x, y), weight_decay=WD, folder=tmp_path, progress=False)
+        x[row, 0] += 1e-3
+        with pytest.raises(StorageError, match="other data"):
+            prepare(model, TensorDataset(x, y), weight_decay=WD, folder=tmp_path, progress=False)
+
+
+def recovered(gradient: P.Params) -> torch.Tensor:
+    """A sample from the gradient of its loss in a linear model: a row of the weights' is that of
+    the bias times the sample."""
+    row = int(gradient["bias"].abs().argmax())
+    return gradient["weight"][row] / gradient["bias"][row]
+
+
+class TestRebase:
+    ALONE = 11
+
+    def linear(self, data: TensorDataset) -> nn.Module:
+        settings = TrainSettings(epochs=30, batch_size=40, lr=0.2, weight_decay=WD)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            start = nn.Linear(data.tensors[0].shape[1], 3)
+        return train(start, data, settings, seed=0, progress=False)
+
+    def attack(self, folder: Path, model: nn.Module, data: TensorDataset) -> float:
+        """What whoever has the folder, the model and all other samples learns of one: the largest
+        difference to the sample, over that of another one."""
+        sums = [load_tensors(p)[0] for p in folder.glob("*snapshot.safetensors")]
+        assert len(sums) == 1
+        total = {n: sums[0][f"gradient/{n}"] for n in ("weight", "bias")}
+        x, y = (torch.cat([t[: self.ALONE], t[self.ALONE + 1 :]]) for t in data.tensors)
+        loss = nn.functional.cross_entropy(model(x), y, reduction="sum")
+        grads = torch.autograd.grad(loss, [model.weight, model.bias])
+        theirs = dict(zip(("weight", "bias"), grads, strict=True))
+        found = recovered({n: total[n] - theirs[n] for n in total})
+        truth, other = data.tensors[0][self.ALONE], data.tensors[0][self.ALONE + 1]
+        return float((found - truth).norm() / (truth - other).norm())
+
+    def test_the_forgotten_are_in_nothing_any_more(self, tmp_path: Path) -> None:
+        data = blobs_data(60)
+        model = self.linear(data)
+        prepared = prepare(model, data, folder=tmp_path, progress=False)
+        result = prepared.forget([self.ALONE], progress=False)
+        assert self.attack(tmp_path, model, data) < 1e-3
+        rebased = prepared.rebase(result, progress=False)
+        assert self.attack(tmp_path, result.model, data) > 0.3
+        assert rebased.requests == []
+        row = data.tensors[0][self.ALONE].numpy().tobytes()
+        assert not any(row in p.read_bytes() for p in tmp_path.iterdir() if p.is_file())
+        assert {p.name for p in tmp_path.glob("*.safetensors")} == {
+            "1-snapshot.safetensors",
+            "1-curvature.safetensors",
+            "1-model.safetensors",
+        }
+
+    def test_rows_may_be_erased_then(
+        self, model: nn.Module, data: TensorDataset, tmp_path: Path
+    ) -> None:
+        x, y = (t.clone() for t in data.tensors)
+        own = TensorDataset(x, y)
+        prepared = prepare(model, own, weight_decay=WD, folder=tmp_path, progress=False)
+        prepared.forget([3, 8], **QUIET)
+        result = prepared.forget([9], **QUIET)
+        rebased = prepared.rebase(result, progress=False)
+        straight = rebased.forget([5], **QUIET)
+        assert straight.split.forget.tolist() == [5]
+        assert not {3, 8, 9} & set(straight.split.retain.tolist())
+        x[[3, 8, 9]], y[[3, 8, 9]] = float("nan"), 0
+        again = prepare(result.model, own, weight_decay=WD, folder=tmp_path, progress=False)
+        assert again.requests == [[5]]
+        later, alike = again.forget([6], **QUIET), rebased.forget([6], **QUIET)
+        assert alike.split.forget.tolist() == [5, 6]
+        assert distance(later.model, alike.model, result.model) < 1e-4
+        (tmp_path / "ledger.salt").unlink()
+        with pytest.raises(StorageError, match="other data"):  # nobody knows who is erased
+            prepare(result.model, own, weight_decay=WD, folder=tmp_path, progress=False)
+
+    def test_without_the_salt_a_subset_says_who_is_left(
+        self, model: nn.Module, data: TensorDataset, tmp_path: Path
+    ) -> None:
+        prepared = prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
+        result = prepared.forget([3], **QUIET)
+        prepared.rebase(result, progress=False)
+        (tmp_path / "ledger.salt").unlink()
+        left = Subset(data, [i for i in range(len(data)) if i != 3])
+        again = prepare(result.model, left, weight_decay=WD, folder=tmp_path, progress=False)
+        assert again.requests == []
+        with pytest.raises(StorageError, match="other data"):
+            prepare(result.model, data, weight_decay=WD, folder=tmp_path, progress=False)
+
+    def test_what_came_before_takes_no_requests(
+        self, model: nn.Module, data: TensorDataset, tmp_path: Path
+    ) -> None:
+        one, two = (
+            prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False) for _ in range(2)
+        )
+        first = one.forget([3], **QUIET)
+        last = one.forget([4], **QUIET)
+        with pytest.raises(ConfigError, match="the last one, without all 2"):
+            one.rebase(first, progress=False)
+        one.rebase(last, progress=False)
+        for old in (one, two):
+            with pytest.raises(ConfigError, match="from before a rebase"):
+                old.forget([5], **QUIET)
+        with pytest.raises(StorageError, match=r"rebased: its model is .*1-model.safetensors"):
+            prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
+
+    def test_a_kill_before_the_ledger_says_so_leaves_the_old(
+        self, model: nn.Module, data: TensorDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        prepared = prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
+        result = prepared.forget([3], **QUIET)
+
+        def killed(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(RequestLog, "rebase", killed)
+            with pytest.raises(KeyboardInterrupt):
+                prepared.rebase(result, progress=False)
+        assert (tmp_path / "1-model.safetensors").exists()
+        again = prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
+        assert again.requests == [[3]]
+        assert not (tmp_path / "1-model.safetensors").exists()
+
+    def test_without_a_folder(self, model: nn.Module, data: TensorDataset) -> None:
+        prepared = prepare(model, data, weight_decay=WD, progress=False)
+        rebased = prepared.rebase(prepared.forget([3], **QUIET), progress=False)
+        assert rebased.forget([4], **QUIET).split.forget.tolist() == [4]
+        with pytest.raises(ConfigError, match="from before a rebase"):
+            prepared.forget([5], **QUIET)

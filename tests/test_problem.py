@@ -91,7 +91,7 @@ def test_prepared_requests_find_it_when_the_last_sample_goes() -> None:
     one_left = prepared.split.forgetting(last[:-1])
     none_left = one_left.forgetting(last[-1:])
     for split, expected in ((one_left, ()), (none_left, (1,))):
-        problem = Problem(prepared.objective, split, prepared.curvature, prepared.sums)
+        problem = Problem(prepared.objective, split, prepared.made.curvature, prepared.made.sums)
         assert problem.absent == expected
 
 

@@ -508,7 +508,7 @@ class TestHidden:
         model, data = self.model(function), samples(Categorical())
         with pytest.warns(FisherForgetWarning, match="solver='direct'"):
             prepared = prepare(model, data, progress=False)
-        assert len(prepared.sampled) == SAMPLES
+        assert len(prepared.made.sampled) == SAMPLES
         assert prepared.forget([1], drift=True).options.solver == "direct"
         with pytest.raises(CurvatureError, match="solver='direct'"):
             prepared.forget([2], solver="cg")

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -31,7 +31,6 @@ from fisher_forget._util.isolation import isolated
 from fisher_forget.curvature.arithmetic import without
 from fisher_forget.curvature.kinds import Kind
 from fisher_forget.curvature.operator import Curvature
-from fisher_forget.curvature.storage import load_curvature, save_curvature
 from fisher_forget.data import batches
 from fisher_forget.data.fingerprint import SampleHasher
 from fisher_forget.data.own_loss import LossFn
@@ -43,28 +42,16 @@ from fisher_forget.errors import (
     SplitError,
     StorageError,
 )
-from fisher_forget.ledger import RequestLog
-from fisher_forget.unlearn.data_sums import DataSums, load_data_sums, save_data_sums, take_data_sums
+from fisher_forget.ledger import Ledger, RequestLog
+from fisher_forget.unlearn import snapshot
 from fisher_forget.unlearn.forget import held_out_split, scrub
 from fisher_forget.unlearn.noise_draw import check_generator
 from fisher_forget.unlearn.objective import Objective
 from fisher_forget.unlearn.options import ForgetKeywords, ForgetOptions, merged
 from fisher_forget.unlearn.problem import Problem, curvature_of, objective_of, with_solver
 from fisher_forget.unlearn.result import ForgetResult
+from fisher_forget.unlearn.snapshot import Snapshot
 from fisher_forget.unlearn.weight_decay import by_name
-
-DATA_SUMS, CURVATURE = "snapshot.safetensors", "curvature.safetensors"
-# What curvature and gradient depend on: fixed once these are there.
-FIXED = (
-    "likelihood",
-    "weight_decay",
-    "structure",
-    "kind",
-    "draws",
-    "max_samples",
-    "subset",
-    "seed",
-)
 
 
 @dataclass(repr=False)
@@ -74,9 +61,7 @@ class Prepared:
     Attributes:
         model: The original, untouched.
         split: All data, with what has been forgotten so far.
-        curvature: Of `sampled`, undamped, with nothing forgotten.
-        sampled: Indices of the samples that the curvature is of.
-        sums: Gradient and output curvature of all samples.
+        made: Curvature and sums, with nothing forgotten.
         options: Of `prepare`; those of a request are given with it.
         objective: Losses of a private copy of the model.
         hasher: Knows samples again.
@@ -86,9 +71,7 @@ class Prepared:
 
     model: nn.Module
     split: Split
-    curvature: Curvature
-    sampled: Indices
-    sums: DataSums
+    made: Snapshot
     options: ForgetOptions
     objective: Objective = field(repr=False)
     hasher: SampleHasher = field(repr=False)
@@ -96,6 +79,10 @@ class Prepared:
     requests: list[list[int]] = field(default_factory=list)
     _lock: Any = field(default_factory=threading.RLock, init=False, repr=False)
     _known: dict[int, bytes] = field(default_factory=dict, init=False, repr=False)
+    _rebased: bool = field(default=False, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._generation = 0 if self.log is None else self.log.generation
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         got, expected = (
@@ -171,6 +158,45 @@ class Prepared:
                 raise SplitError(got, "requests to be delivered again", fix)
             return self._carry_out(self.split, "", generator, held_out, progress, changes)
 
+    def rebase(self, result: ForgetResult, *, progress: bool = True) -> Prepared:
+        """Make the model of a result the new start, whose sums hold nothing of who was forgotten.
+
+        Curvature and sums are made anew from the retained samples: a pass over them, as by
+        `prepare`. After it no forgotten sample is read again, so that it can be erased from the
+        data: overwrite it in its place, since the indices of the others stay; or pass a loader over
+        a `Subset` of the others. In the folder the old files are removed; the model is kept there
+        as a file of safetensors, and is the one to pass to `prepare` from then on. Where the
+        salt of the ledger is removed, too, nobody can tell any more who was forgotten.
+
+        Later requests end a little farther from retrained models than without: the model that they
+        start from is an estimate, with noise (docs/how-to/deletion-requests.md).
+
+        Args:
+            result: The last one, without all samples that were forgotten so far.
+            progress: Show progress bars.
+
+        Returns:
+            What takes the next requests; this object takes none any more.
+
+        Raises:
+            ConfigError: If the result is not the last one.
+            StorageError: If the folder cannot be written.
+        """
+        with self._alone(), isolated():
+            if not np.array_equal(result.split.forget, self.split.forget) or self.pending:
+                got = f"a result without {len(result.split.forget)} samples"
+                expected = f"the last one, without all {len(self.split.forget)} forgotten so far"
+                raise ConfigError(got, expected, "Pass what forget() or redeliver() returned last.")
+            model, options = result.model, self.options
+            split = replace(self.split, forget=self.split.forget[:0])
+            likelihood = self.objective.likelihood
+            objective = Objective(model, likelihood, options.subset, memory=options.memory)
+            made = snapshot.take(objective, split, options, progress=progress)
+            if self.log is not None:
+                snapshot.save(self.log, made, model, split, options, objective)
+            self._rebased = True
+            return Prepared(model, split, made, options, objective, split.hasher, self.log)
+
     @property
     def pending(self) -> list[str]:
         """Names of requests that were asked for and are not done: a kill came between."""
@@ -182,6 +208,10 @@ class Prepared:
         with self._lock, ExitStack() as stack:
             if self.log is not None:
                 stack.enter_context(self.log.ledger.owned())
+            if self._rebased or (self.log is not None and self.log.generation != self._generation):
+                got, expected = "a Prepared from before a rebase", "what rebase() returned"
+                raise ConfigError(got, expected, "Use that, or call prepare() with its model.")
+            if self.log is not None:
                 self.requests = self.log.requests()
                 known = np.array([i for r in self.requests for i in r], dtype=np.int64)
                 if len(new := np.setdiff1d(known, self.split.forget)):
@@ -198,7 +228,7 @@ class Prepared:
         changes: ForgetKeywords,
     ) -> ForgetResult:
         """The result for a split, and its entries in the ledger."""
-        if fixed := [name for name in changes if name in FIXED]:
+        if fixed := [name for name in changes if name in snapshot.FIXED]:
             got = f"the options {fixed} of a request"
             fix = "Leave them out, or prepare the model anew."
             raise ConfigError(got, "those of prepare(), which the stored sums were made with", fix)
@@ -218,7 +248,7 @@ class Prepared:
                     self.objective,
                     split,
                     curvature,
-                    self.sums,
+                    self.made.sums,
                     options.known_decay,
                     options.training_time,
                     {"curvature": perf_counter() - begun},
@@ -258,18 +288,19 @@ class Prepared:
     def _without(self, split: Split) -> Curvature:
         """The curvature of who is left: by subtraction where it is a sum and most of its samples
         are left, else estimated again."""
-        gone = np.intersect1d(self.sampled, split.forget)
+        curvature, sampled = self.made.curvature, self.made.sampled
+        gone = np.intersect1d(sampled, split.forget)
         if not len(gone):
-            return self.curvature
-        assert self.curvature.info is not None
-        kind, objective = cast(Kind, self.curvature.info.kind), self.objective
+            return curvature
+        assert curvature.info is not None
+        kind, objective = cast(Kind, curvature.info.kind), self.objective
         spec = self.options.spec
-        if spec is None or not spec.additive or 2 * len(gone) > len(self.sampled):
+        if spec is None or not spec.additive or 2 * len(gone) > len(sampled):
             left, kind = self.options.curvature_plan(split)
             return curvature_of(objective, split, self.options, left, kind)
-        basis = self.curvature if spec.takes_basis else None
+        basis = curvature if spec.takes_basis else None
         part = curvature_of(objective, split, self.options, gone, kind, basis=basis)
-        return without(self.curvature, part)
+        return without(curvature, part)
 
 
 def prepare(
@@ -329,32 +360,16 @@ def prepare(
         options = with_solver(options, objective, split, warn=True)
         log = None
         if folder is not None:
-            mark = files.fingerprint(
-                _fixed(options, objective), dict(model.state_dict()), split.fingerprint()
-            )
-            total = len(cast("Sized", split.base))
-            log = RequestLog.open(folder, mark, total, (CURVATURE, DATA_SUMS))
+            log = RequestLog(Ledger(folder), len(cast("Sized", split.base)))
+            retain = np.setdiff1d(split.retain, np.array(log.erased(), dtype=np.int64))
+            split = replace(split, retain=retain)  # who was erased is not read
+            log.claim(snapshot.mark(model, split, options, objective), snapshot.NAMES)
         requests = [] if log is None else log.requests()
-        sampled, kind = options.curvature_plan(split)
-        with ExitStack() as stack:
-            if log is not None:  # what is missing is made once, by one owner
-                stack.enter_context(log.ledger.owned())
-            place = None if log is None else log.ledger.folder
-            curvature = None
-            if place is not None and (place / CURVATURE).exists():
-                curvature = load_curvature(place / CURVATURE, model, split)
-            if curvature is None:
-                curvature = curvature_of(
-                    objective, split, options, sampled, kind, progress=progress
-                )
-                if place is not None and curvature.stored_as:
-                    save_curvature(place / CURVATURE, curvature, model, split)
-            sums = _sums(objective, split, options, log, progress=progress)
+        made = snapshot.read_or_take(model, objective, split, options, log, progress=progress)
         hasher = split.hasher
     done = [i for request in requests for i in request]
     split = split.forgetting(done) if done else split
-    made = (model, split, curvature, sampled, sums, options, objective, hasher)
-    prepared = Prepared(*made, log, requests)
+    prepared = Prepared(model, split, made, options, objective, hasher, log, requests)
     if prepared.pending:
         warnings.warn(
             f"{len(prepared.pending)} requests were asked for and not done "
@@ -364,40 +379,6 @@ def prepare(
             stacklevel=2,
         )
     return prepared
-
-
-def _fixed(options: ForgetOptions, objective: Objective) -> dict[str, Any]:
-    """What the stored sums depend on, of the options."""
-    fixed = {name: getattr(options, name) for name in FIXED}
-    likelihood: Any = objective.likelihood
-    if is_dataclass(likelihood):
-        likelihood = asdict(likelihood)  # type: ignore[arg-type]
-    fixed |= {"likelihood": likelihood, "weight_decay": options.known_decay}
-    if isinstance(options.known_decay, Mapping):  # whose order counts
-        fixed["weight_decay"] = list(options.known_decay.items())
-    if options.inverts != options.changed({"solver": "auto"}).inverts:
-        fixed["solver"] = options.solver  # which samples the curvature is of depends on it
-    return fixed
-
-
-def _sums(
-    objective: Objective,
-    split: Split,
-    options: ForgetOptions,
-    log: RequestLog | None,
-    *,
-    progress: bool,
-) -> DataSums:
-    """The data sums, from the folder where there is one that has them."""
-    path = None if log is None else log.ledger.folder / DATA_SUMS
-    if log is not None and path is not None and path.exists():
-        sums = load_data_sums(path, objective, log.mark)
-        if sums is not None:
-            return sums
-    sums = take_data_sums(objective, split, seed=options.seed, progress=progress)
-    if log is not None and path is not None:
-        save_data_sums(path, sums, log.mark)
-    return sums
 
 
 def _evidence(model: nn.Module, result: ForgetResult) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from fisher_forget.baselines.sisa.shards import ShardTask, ShardTrainer, initial
 from fisher_forget.baselines.sisa.store import PATTERN, Store
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import ConfigError, ModelError, SplitError
-from fisher_forget.ledger import RequestLog
+from fisher_forget.ledger import Ledger, RequestLog
 from fisher_forget.ledger.owner import remove_orphans
 
 TEMPORARY = "fisher-forget-sisa-"
@@ -186,7 +186,8 @@ class SISA:
         initial = initial_model(self.build, self.seed, 0)
         # what else a checkpoint depends on: a folder of another run is refused
         mark = files.fingerprint(self.fingerprint, self.seed, cut, dict(initial.state_dict()))
-        log = RequestLog.open(self._place(), mark, total, (PATTERN,))
+        log = RequestLog(Ledger(self._place()), total)
+        log.claim(mark, (PATTERN,))
         store = Store(log.ledger.folder, mark)
         split = Split(dataset, np.arange(total), np.zeros(0, dtype=np.int64))
         with log.ledger.owned():
