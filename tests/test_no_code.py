@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,27 @@ def test_no_value_is_imported(place, key):
             assert untouched(place), (key, spec)
 
 
+LAUGHS = ["&a0 [x, x, x]", *(f"&a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12))]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "&a {b: *a}",
+        "{a: &a [*a]}",
+        f"{{a: {'[' * 900}{']' * 900}}}",
+        f"{{a: [{', '.join(LAUGHS)}]}}",
+    ],
+    ids=["itself", "a list in itself", "deep", "aliases of aliases"],
+)
+def test_no_file_outgrows_the_memory(place, options):
+    (place / "recipe.yaml").write_text(yaml.safe_dump(LEAST) + f"model: {{options: {options}}}\n")
+    start = time.perf_counter()
+    with pytest.raises(ConfigError, match="nests more than 50 deep or holds more"):
+        load_config(place / "recipe.yaml")
+    assert time.perf_counter() - start < 10
+
+
 def in_a_process(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
     """`fisher-forget` as its script starts it: without the current folder on the path."""
     command = [sys.executable, "-P", "-m", "fisher_forget", *arguments]
@@ -316,6 +338,17 @@ class TestPathsInFiles:
         assert main(["plot", "given"]) == 2
         assert "outside the run's folder" in capsys.readouterr().err
         assert not list(outside.iterdir())
+
+    @pytest.mark.parametrize(
+        "metrics",
+        [{}, [], {"cases": 3}, {"cases": [{"runs": []}]}, {"cases": [{"runs": [{"folder": 5}]}]}],
+    )
+    def test_plot_of_numbers_that_no_run_wrote(self, place, metrics, capsys):
+        (place / "given").mkdir()
+        (place / "given" / "config.yaml").write_text(yaml.safe_dump(LEAST))
+        files.write_json(place / "given" / "metrics.json", metrics)
+        assert main(["plot", "given"]) == 2
+        assert "what a finished run wrote" in capsys.readouterr().err
 
     @pytest.mark.parametrize("command", ["run", "evaluate", "plot", "compare", "sweep"])
     def test_no_link_leads_out(self, place, command, capsys):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import json
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
@@ -20,6 +19,7 @@ from fisher_forget.experiments.import_path import check_allowed
 from fisher_forget.experiments.run_folder import check_out
 from fisher_forget.experiments.typed import Loader, build, fits
 
+DEEPEST, MOST = 50, 10_000_000  # levels and values of a file
 NAMED = ("data", "model")  # sections that a plain name may stand for
 GONE = {
     "reference_variant": "compare has it: `fisher-forget compare --methods "
@@ -105,21 +105,36 @@ def _read(path: str | Path) -> dict[str, Any]:
     try:
         with Path(path).open("rb") as file:
             content = yaml.load(file, Loader)
-        json.dumps(content, default=str, skipkeys=True)  # refuses what holds itself
     except ConfigError:  # a key twice
         raise
     except (OSError, yaml.reader.ReaderError) as error:  # no such file, or no text
         got = f"{path}: {error}"
         raise ConfigError(got, "a readable YAML file", "Correct the path.") from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # a number of too many digits
         got = f"{path}: {error}"
         raise ConfigError(got, "valid YAML", "Correct the file at that place.") from error
+    _check_size(content, path)
     if not isinstance(content, dict):
         got = f"{path} holding {type(content).__name__}"
         raise ConfigError(got, "keys and values", "See configs/digits.yaml.")
     # a run of version 0.1 wrote the key whether or not it was used, and a finished one is read only
     finished = Path(path).with_name("metrics.json").exists()
     return {k: v for k, v in content.items() if k not in GONE or (v and not finished)}
+
+
+def _check_size(content: Any, path: str | Path) -> None:
+    """Refuse what holds itself, and what its aliases make larger than any memory."""
+    left, count = [(content, 0)], 0
+    while left:
+        value, depth = left.pop()
+        inner = list(value.values()) if isinstance(value, dict) else value
+        if not isinstance(inner, list):
+            continue
+        count += len(inner)
+        if depth > DEEPEST or count > MOST:
+            got = f"{path}, which nests more than {DEEPEST} deep or holds more than {MOST:,} values"
+            raise ConfigError(got, "a configuration", "Look for aliases (*name) in it.")
+        left += [(one, depth + 1) for one in inner if isinstance(one, dict | list)]
 
 
 def _flags(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -108,8 +108,8 @@ def find(path: str, role: str) -> Any:
     """
     said = repr(path)
     if not is_path(path):
-        entry = plugins(role)[path]
-        said, path = f"{entry.value!r} of the plug-in {path!r}", entry.value
+        value = plugins(role)[path].value.partition("[")[0].strip()  # what is in brackets is old
+        said, path = f"{value!r} of the plug-in {path!r}", value
     module, _, name = path.partition(":")
     expected = f"{role} as package.module:function"
     try:

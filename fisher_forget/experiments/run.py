@@ -16,6 +16,7 @@ import torch
 
 from fisher_forget._util import files
 from fisher_forget._util.isolation import seeded
+from fisher_forget.errors import StorageError
 from fisher_forget.evaluate.closeness import Closeness, summarise
 from fisher_forget.experiments import forget_sets
 from fisher_forget.experiments.cases import Case, prepare_case
@@ -80,8 +81,13 @@ def redraw(config: RunConfig) -> list[Path]:
     """
     folder = run_folder(config)
     drawn: list[Path] = []
-    for entry in files.read_json(folder / "metrics.json")["cases"]:
-        place = inside(folder, folder / entry["runs"][0]["folder"]).parent
+    try:
+        entries = files.read_json(folder / "metrics.json")["cases"]
+        places = [inside(folder, folder / entry["runs"][0]["folder"]).parent for entry in entries]
+    except (KeyError, IndexError, TypeError) as error:
+        got = f"{folder / 'metrics.json'} without cases, runs and their folders"
+        raise StorageError(got, "what a finished run wrote", "Run it again.") from error
+    for entry, place in zip(entries, places, strict=True):
         table = SweepTable.load(place / SWEEP) if (place / SWEEP).exists() else None
         drawn += _draw(entry, place, table).values()
     return drawn
