@@ -29,7 +29,7 @@ from fisher_forget.experiments.config import (
     folder_name,
     to_plain,
 )
-from fisher_forget.experiments.config_file import load_config, option_names
+from fisher_forget.experiments.config_file import as_yaml, load_config, option_names
 from fisher_forget.experiments.data_sources import MNIST_FILES
 from fisher_forget.experiments.training import TrainSettings
 from fisher_forget.unlearn.options import ForgetKeywords
@@ -494,6 +494,14 @@ class TestWrongValues:
         text = "model:\n  options:\n    <<: {width: 3, depth: 1}\n    width: 4\n"
         options = load_config(written(yaml.safe_dump(LEAST) + text)).model.options
         assert options == {"width": 4, "depth": 1}
+
+    @pytest.mark.parametrize(
+        "name", ["1e5", "-.5E+3", "2020-01-01", "null", "1", "yes", "1:30", "~"]
+    )
+    def test_text_that_looks_like_something_else_comes_back(self, written, name):
+        config = load_config(written(), ["--name", name, f"--data.root={name}x"])
+        assert config.name == name
+        assert load_config(written(as_yaml(config))) == config
 
     def test_nothing_in_a_file_is_executed(self, written, tmp_path):
         with pytest.raises(ConfigError, match="valid YAML"):

@@ -17,7 +17,7 @@ from fisher_forget.errors import ConfigError
 from fisher_forget.experiments.config import RunConfig, to_plain
 from fisher_forget.experiments.import_path import check_allowed
 from fisher_forget.experiments.run_folder import check_out
-from fisher_forget.experiments.typed import Loader, build, fits
+from fisher_forget.experiments.typed import Dumper, Loader, build, fits
 
 DEEPEST, MOST = 50, 10_000_000  # levels and values of a file
 NAMED = ("data", "model")  # sections that a plain name may stand for
@@ -86,8 +86,7 @@ def _built(kind: type[RunConfig], content: Mapping[str, Any], path: str | Path) 
 
 def as_yaml(config: RunConfig, **layout: Any) -> str:
     """The resolved configuration, as `load_config` reads it; `layout` is PyYAML's."""
-    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-    text: str = yaml.dump(to_plain(config), Dumper=dumper, sort_keys=False, **layout)
+    text: str = yaml.dump(to_plain(config), Dumper=Dumper, sort_keys=False, **layout)
     return text
 
 
