@@ -42,6 +42,7 @@ from fisher_forget.rewind import (
 )
 from fisher_forget.sweep import SweepTable, sweep
 from fisher_forget.unlearn.forget import forget
+from fisher_forget.unlearn.limits import Limits
 from fisher_forget.unlearn.newton.step import NewtonStep, newton_step
 from fisher_forget.unlearn.noise import NoiseDraw, calibrate_noise
 from fisher_forget.unlearn.noise_draw import draw_noise
@@ -73,6 +74,7 @@ __all__ = [
     "Gaussian",
     "Ledger",
     "Likelihood",
+    "Limits",
     "ModelError",
     "NewtonStep",
     "NoiseDraw",

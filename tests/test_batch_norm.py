@@ -213,7 +213,7 @@ class TestForget:
             options = {"weight_decay": 1e-2, "folder": folder, "progress": False}
             prepare(case.model, data, **options).forget([3, 4])
             again = prepare(case.model, data, **options)
-            assert again.sums.foreign == (tuple(norm_layers(case.model)) if foreign else ())
+            assert again.made.sums.foreign == (tuple(norm_layers(case.model)) if foreign else ())
             result = again.forget([7])
             assert result.buffers_refreshed is not foreign
 

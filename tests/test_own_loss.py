@@ -559,7 +559,7 @@ class TestForget:
         first = prepare(full, self.data(), loss_fn=nn.MSELoss(), **options)
         assert first.options.likelihood == LIKELIHOODS["mse"]
         again = prepare(full, self.data(), likelihood="mse", **options)
-        assert again.sums.total.loss == first.sums.total.loss
+        assert again.made.sums.total.loss == first.made.sums.total.loss
         assert again.forget([1, 2]).likelihood == "mse"
 
 

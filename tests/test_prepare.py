@@ -20,6 +20,7 @@ from fisher_forget import (
     DataError,
     FisherForgetWarning,
     ForgetOptions,
+    Limits,
     NumericalError,
     SplitError,
     StorageError,
@@ -282,7 +283,8 @@ def test_all_samples_that_the_curvature_is_of_may_go(structure: str) -> None:
     x = torch.randn(PRECONDITIONER_SAMPLES + 60, 3, generator=g)
     data = TensorDataset(x, (x[:, 0] > 0).long())
     net = nn.Linear(3, 2).eval()
-    prepared = prepare(net, data, structure=structure, progress=False)
+    never = Limits(1.0, 1.0)
+    prepared = prepare(net, data, structure=structure, limits=never, progress=False)
     gone = prepared.made.sampled[:-3]
     result = prepared.forget(gone, noise=None)
     assert result.curvature.info.count == len(x) - len(gone)
@@ -292,7 +294,8 @@ def test_all_samples_that_the_curvature_is_of_may_go(structure: str) -> None:
 
 
 def test_bad_requests(model: nn.Module, data: TensorDataset) -> None:
-    prepared = prepare(model, data, structure="diagonal", weight_decay=WD, progress=False)
+    shared = {"structure": "diagonal", "weight_decay": WD, "progress": False}
+    prepared = prepare(model, data, limits=Limits(1.0, 1.0), **shared)
     for bad, match in (
         ([], "empty"),
         ([240], "index 240"),
@@ -540,3 +543,33 @@ class TestRebase:
         assert rebased.forget([4], **QUIET).split.forget.tolist() == [4]
         with pytest.raises(ConfigError, match="from before a rebase"):
             prepared.forget([5], **QUIET)
+
+
+class TestLimits:
+    def test_warns_then_refuses(self, model: nn.Module, data: TensorDataset) -> None:
+        limits = Limits(warn=0.1, refuse=0.2)
+        prepared = prepare(model, data, weight_decay=WD, limits=limits, progress=False)
+        tenth = len(data) // 10
+        prepared.forget(range(tenth), **QUIET)
+        with pytest.warns(FisherForgetWarning, match=r"more than 10 %: the result may be far"):
+            last = prepared.forget([tenth], **QUIET)
+        with pytest.raises(ConfigError, match=r"expected at most 20 %. Train a new model"):
+            prepared.forget(range(3 * tenth), **QUIET)
+        assert len(prepared.forgotten) == tenth + 1
+        rebased = prepared.rebase(last, progress=False)
+        with pytest.raises(ConfigError, match="at most 20 %"):  # what went before counts
+            rebased.forget(range(tenth + 1, 2 * tenth + 1), **QUIET)
+
+    def test_after_a_restart_what_was_erased_counts(
+        self, model: nn.Module, data: TensorDataset, tmp_path: Path
+    ) -> None:
+        one = prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
+        result = one.forget([1, 2, 3], **QUIET)
+        one.rebase(result, progress=False)
+        again = prepare(result.model, data, weight_decay=WD, folder=tmp_path, progress=False)
+        assert again.erased == 3
+
+    @pytest.mark.parametrize("values", [(0.5, 0.2), (-0.1, 0.2), (0.1, 1.1), (math.nan, 0.5)])
+    def test_what_are_no_limits(self, values: tuple[float, float]) -> None:
+        with pytest.raises(ConfigError, match="warn <= refuse"):
+            Limits(*values)

@@ -103,6 +103,10 @@ class RequestLog:
         except StorageError:
             return []  # they are in nothing any more
 
+    def count_erased(self) -> int:
+        """How many samples these are, whoever they are."""
+        return len({h for request in self._asked()[0] for h in request.samples})
+
     def _asked(self) -> tuple[list[Request], list[Request]]:
         """Requests before and since the last rebase that were not withdrawn."""
         since = 0

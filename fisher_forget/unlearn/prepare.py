@@ -45,6 +45,7 @@ from fisher_forget.errors import (
 from fisher_forget.ledger import Ledger, RequestLog
 from fisher_forget.unlearn import snapshot
 from fisher_forget.unlearn.forget import held_out_split, scrub
+from fisher_forget.unlearn.limits import Limits
 from fisher_forget.unlearn.noise_draw import check_generator
 from fisher_forget.unlearn.objective import Objective
 from fisher_forget.unlearn.options import ForgetKeywords, ForgetOptions, merged
@@ -65,8 +66,10 @@ class Prepared:
         options: Of `prepare`; those of a request are given with it.
         objective: Losses of a private copy of the model.
         hasher: Knows samples again.
+        limits: How much may be forgotten in all.
         log: The ledger of the folder; `None` without one.
         requests: Every request so far, in order.
+        erased: Number of samples that were forgotten before the last rebase.
     """
 
     model: nn.Module
@@ -75,8 +78,10 @@ class Prepared:
     options: ForgetOptions
     objective: Objective = field(repr=False)
     hasher: SampleHasher = field(repr=False)
+    limits: Limits
     log: RequestLog | None = field(default=None, repr=False)
     requests: list[list[int]] = field(default_factory=list)
+    erased: int = 0
     _lock: Any = field(default_factory=threading.RLock, init=False, repr=False)
     _known: dict[int, bytes] = field(default_factory=dict, init=False, repr=False)
     _rebased: bool = field(default=False, init=False, repr=False)
@@ -195,7 +200,8 @@ class Prepared:
             if self.log is not None:
                 snapshot.save(self.log, made, model, split, options, objective)
             self._rebased = True
-            return Prepared(model, split, made, options, objective, split.hasher, self.log)
+            own = (model, split, made, options, objective, split.hasher, self.limits, self.log)
+            return Prepared(*own, [], self.erased + len(self.split.forget))
 
     @property
     def pending(self) -> list[str]:
@@ -238,6 +244,8 @@ class Prepared:
             options = merged(self.options, changes)
             self.objective.memory = options.memory
             check_scored(split, self.objective.likelihood)
+            gone = self.erased + len(split.forget)
+            self.limits.check(gone, gone + len(split.retain), stacklevel=4)
             self._check_rows(split)
             unseen = held_out_split(held_out, split.reader.unpack)
             name = "" if self.log is None or split is self.split else self.log.ask(new, who)
@@ -311,6 +319,7 @@ def prepare(
     unpack: batches.Unpack | None = None,
     loss_fn: LossFn | None = None,
     folder: str | Path | None = None,
+    limits: Limits | None = None,
     progress: bool = True,
     **changes: Unpack[ForgetKeywords],
 ) -> Prepared:
@@ -329,6 +338,7 @@ def prepare(
         folder: Keep everything here: made at the first call; a later call with the same model, data
             and options reads it, with all requests so far. A call that was killed goes on where it
             was.
+        limits: How much may be forgotten in all before a request warns, or is refused.
         progress: Show progress bars.
         **changes: Fields of `ForgetOptions` by name.
 
@@ -369,7 +379,8 @@ def prepare(
         hasher = split.hasher
     done = [i for request in requests for i in request]
     split = split.forgetting(done) if done else split
-    prepared = Prepared(model, split, made, options, objective, hasher, log, requests)
+    own = (model, split, made, options, objective, hasher, limits or Limits(), log)
+    prepared = Prepared(*own, requests, 0 if log is None else log.count_erased())
     if prepared.pending:
         warnings.warn(
             f"{len(prepared.pending)} requests were asked for and not done "
