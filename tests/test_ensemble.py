@@ -40,7 +40,8 @@ class Recorder:
 
 
 def run(train_fn, seeds=(0, 1, 2), **options):
-    return train_members(train_fn, seeds, template=TEMPLATE, progress=False, **options)
+    given = {"fingerprint": "of all that stand for fit", "progress": False} | options
+    return train_members(train_fn, seeds, template=TEMPLATE, **given)
 
 
 def same(a, b) -> bool:

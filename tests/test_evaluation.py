@@ -283,7 +283,8 @@ class TestEnsemble:
         }
         first = RetrainedEnsemble.fit(fit, DATA, IDX, **options).outputs(PARTS)
         count = len(calls)
-        again = RetrainedEnsemble.fit(lambda *a: 1 / 0, DATA, IDX, **options).outputs(PARTS)
+        monkeypatch.setattr(module, "_member", lambda *a, **k: 1 / 0)  # nothing is trained
+        again = RetrainedEnsemble.fit(fit, DATA, IDX, **options).outputs(PARTS)
         assert len(calls) == count == 9
         assert all(
             torch.equal(a[p], b[p]) for a, b in zip(first, again, strict=True) for p in PARTS

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from fisher_forget._util import files
 from fisher_forget._util.checks import check_names
+from fisher_forget._util.code import code_fingerprint
 from fisher_forget._util.isolation import isolated
 from fisher_forget._util.threads import torch_threads
 from fisher_forget._util.workers import Tied
@@ -43,6 +44,7 @@ class TrainOptions(TypedDict, total=False):
     Attributes:
         folder: Where to store the models; `None`, the default, stores nothing.
         fingerprint: Of everything but the seed that the weights depend on; see `files.fingerprint`.
+            By default, of `train_fn` and the package's version (`_util.code`).
         jobs: Worker processes, 1 by default. With more than one, each uses one torch thread and
             receives `train_fn`, with what it refers to, by copy. Sums are then added in another
             order than with several threads, so the weights may differ from those of `jobs=1` by
@@ -124,17 +126,21 @@ class RetrainedEnsemble:
             seeds: Of the retrained models.
             original_seeds: Of the models trained on everything.
             **options: `folder` to store models and outputs in; `fingerprint` of whatever else the
-                weights depend on: settings, data, version of your code; `jobs`, `backend` and
-                `progress` as for `train_members`.
+                weights depend on than `train_fn`, the samples and the package's version, such as
+                files that it reads; `jobs`, `backend` and `progress` as for `train_members`.
+
+        A model stored by another function, or other values that it refers to, is trained anew
+        (`_util.code`). Where that cannot be told, `fingerprint` must be given, and stands for it.
 
         Raises:
             ConfigError, SplitError, StorageError: As `train_members` and `forget` do.
         """
         check_names(options, TrainOptions.__annotations__)
         split = data if isinstance(data, Split) else resolve_split(data, forget_idx)
-        fingerprint = files.fingerprint(options.get("fingerprint", ""), split.fingerprint())
-        given = options.get("folder")
+        given, named = options.get("folder"), options.get("fingerprint", "")
         folder = None if given is None else files.ensure_folder(Path(given))
+        code = "" if folder is None else _code(train_fn, named)
+        fingerprint = files.fingerprint(named, split.fingerprint(), code)
 
         def members(sample_idx: Indices, member_seeds: Sequence[int], name: str) -> Members:
             own: TrainOptions = options | {
@@ -234,7 +240,8 @@ def train_members(
         **options: `folder`, `fingerprint`, `jobs`, `backend`, `progress`, see `TrainOptions`.
 
     Raises:
-        ConfigError: If `seeds` is empty or repeats one, or `jobs` is less than 1.
+        ConfigError: If `seeds` is empty or repeats one, `jobs` is less than 1, or a folder is given
+            without a `fingerprint` for a function that cannot be told from another.
         StorageError: If the folder cannot be written, or `train_fn` returns another architecture
             than the template's.
     """
@@ -248,8 +255,10 @@ def train_members(
     if backend not in BACKENDS:
         got = f"backend={backend!r}"
         raise ConfigError(got, f"one of {sorted(BACKENDS)}", "Pass one of these names.")
-    folder, fingerprint = options.get("folder"), options.get("fingerprint", "")
-    cache = None if folder is None else _Cache(files.ensure_folder(Path(folder)), fingerprint)
+    folder, cache = options.get("folder"), None
+    if folder is not None:
+        fingerprint = options.get("fingerprint", "") or _code(train_fn)
+        cache = _Cache(files.ensure_folder(Path(folder)), fingerprint)
     members = _stored(cache, seeds, template)
     todo = [seed for seed in seeds if seed not in members]
     hidden = not options.get("progress", True)
@@ -260,6 +269,19 @@ def train_members(
             bar.update()
     models, durations = zip(*(members[seed] for seed in seeds), strict=True)
     return Members(models, seeds, durations)
+
+
+def _code(train_fn: Callable[..., nn.Module], named: str = "") -> str:
+    """Fingerprint of a training function; what the user has named stands for one that has none."""
+    try:
+        return files.fingerprint(code_fingerprint(train_fn), _version())
+    except StorageError as error:
+        if named:
+            return _version()
+        got = f"a training function that holds {error.got}"
+        expected = "one whose stored models can be told from those of another"
+        fix = "Pass fingerprint=, a text that you change with the function, or no folder."
+        raise ConfigError(got, expected, fix) from error
 
 
 def _stored(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,10 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from fisher_forget._util import files
+from fisher_forget._util.code import code_fingerprint
 from fisher_forget.data.samples import take
 from fisher_forget.data.split import Indices, Split, resolve_split
+from fisher_forget.errors import StorageError
 from fisher_forget.evaluate.closeness import Reference
 from fisher_forget.evaluate.ensemble import Members, RetrainedEnsemble, train_members
 from fisher_forget.evaluate.evaluation import Evaluation, evaluate
@@ -26,6 +29,7 @@ from fisher_forget.experiments.config import ForgetSet, RunConfig
 from fisher_forget.experiments.datasets import DataBundle
 from fisher_forget.experiments.models import MODELS, build_model
 from fisher_forget.experiments.training import train
+from fisher_forget.unlearn.result import versions
 
 # Which samples to train on: some; of every seed its own subset; or all.
 Rows = Indices | Literal["subset"] | None
@@ -174,10 +178,13 @@ def basis(config: RunConfig, data: DataBundle) -> tuple[object, ...]:
     seed and samples."""
     template: list[object] = []
     if config.model.name not in MODELS:
-        # its code is not ours to know: at least its layers and first weights
         model = untrained(config, data, 0)
         template = [re.sub(r" at 0x[0-9a-fA-F]+", "", repr(model)), model.state_dict()]
-    return config.model, config.training, config.likelihood, data.train.tensors, *template
+        # where its code cannot be told, its layers and first weights stand for it
+        with suppress(StorageError):
+            template.append(code_fingerprint(model))
+    ours = versions()["fisher_forget"]
+    return ours, config.model, config.training, config.likelihood, data.train.tensors, *template
 
 
 def retained(data: DataBundle, forget: Indices) -> Indices:

@@ -3,6 +3,7 @@ the same budget, in one table."""
 
 from __future__ import annotations
 
+import secrets
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -16,12 +17,13 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from fisher_forget._util import files
+from fisher_forget._util.code import code_fingerprint
 from fisher_forget._util.progress import bar
 from fisher_forget._util.threads import torch_threads
 from fisher_forget._util.workers import Tied
 from fisher_forget.baselines.base import Method
 from fisher_forget.baselines.protocol import Unlearned, Unlearner, settings_of
-from fisher_forget.errors import FisherForgetError, FisherForgetWarning
+from fisher_forget.errors import FisherForgetError, FisherForgetWarning, StorageError
 from fisher_forget.evaluate.evaluation import Evaluation
 from fisher_forget.experiments import forget_sets, outcomes, tuning
 from fisher_forget.experiments.cases import Case, basis, evaluate_case, prepare_case
@@ -54,6 +56,7 @@ def compare(config: CompareConfig) -> Path:
         ConfigError, DataError, StorageError: Before anything is trained.
     """
     methods = chosen_methods(config)
+    code = {name: _code(method) for name, method in methods.items()}
     folder = files.ensure_folder(run_folder(config))
     data, validation = tuning.held_out(config.data.load(), config.validation)
     for settings in config.forget_sets:
@@ -62,7 +65,10 @@ def compare(config: CompareConfig) -> Path:
     cases = [prepare_case(config, data, settings, folder) for settings in config.forget_sets]
     # a method at a time over all forget sets: the costly ones come at their place in the table
     work = [(index, name) for name in methods for index in range(len(cases))]
-    units = (partial(_outcome, config, cases[i], methods[name], validation) for i, name in work)
+    units = (
+        partial(_outcome, config, cases[i], methods[name], code[name], validation)
+        for i, name in work
+    )
     done = dict(bar(_all(work, units, config.jobs), len(work), "compare", config.progress))
     made = [[done[index, name] for name in methods] for index in range(len(cases))]
     scored = (partial(_summary, config, case, methods, made[i]) for i, case in enumerate(cases))
@@ -100,14 +106,14 @@ def _alone(key: K, unit: Callable[[], T]) -> tuple[K, T]:
 
 
 def _outcome(
-    config: CompareConfig, case: Case, method: MethodClass, validation: TensorDataset
+    config: CompareConfig, case: Case, method: MethodClass, does: str, validation: TensorDataset
 ) -> Outcome:
     """One method on one forget set: choose its settings on the first original, scrub them all.
 
     Settings that fail on another original give way to the next best.
     """
     place = files.ensure_folder(_place(case, method))
-    mark = _fingerprint(config, case, method, validation)
+    mark = _fingerprint(config, case, method, does, validation)
     if (finished := outcomes.stored(place, mark, config.seeds)) is not None:
         return finished
     scrub, store = Scrubber(config, case, method), partial(outcomes.store, place, mark)
@@ -197,12 +203,20 @@ def _place(case: Case, method: MethodClass) -> Path:
     return case.folder / "methods" / folder_name(method.name, keep="_.")
 
 
+def _code(method: MethodClass) -> str:
+    """What a method does, before anything that it counts or collects has changed."""
+    try:
+        return code_fingerprint(method)
+    except StorageError:
+        return secrets.token_hex()  # never the same: its outcomes are not used again
+
+
 def _fingerprint(
-    config: CompareConfig, case: Case, method: MethodClass, validation: TensorDataset
+    config: CompareConfig, case: Case, method: MethodClass, does: str, validation: TensorDataset
 ) -> str:
-    """Of everything that an outcome depends on."""
+    """Of everything that an outcome depends on; `does` is what `_code` says of the method."""
     experiment = (versions(), *basis(config, case.data), case.forget)
     defaults = {name: repr(default) for name, default in settings_of(method).items()}
-    code = (f"{method.__module__}.{method.__qualname__}", defaults, repr(method.grid))
+    code = (f"{method.__module__}.{method.__qualname__}", does, defaults, repr(method.grid))
     options = (config.options.get(method.name, {}), config.trials, config.seeds)
     return files.fingerprint(*experiment, *code, *options, validation.tensors)

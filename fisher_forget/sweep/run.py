@@ -34,7 +34,7 @@ from fisher_forget.unlearn.forget import scrub
 from fisher_forget.unlearn.noise import scale_of_noise
 from fisher_forget.unlearn.options import ForgetOptions
 from fisher_forget.unlearn.problem import Problem
-from fisher_forget.unlearn.result import ForgetResult
+from fisher_forget.unlearn.result import ForgetResult, versions
 
 RUIN = 1.0  # nats of retained loss: a label's typical probability has fallen to a third
 Row = dict[str, Any]
@@ -135,9 +135,8 @@ def sweep(
             work.method(cell)  # refuses what is out of range before any work
     axes = tuple(dict.fromkeys(["method", *(name for name in grid if name != "seed")]))
     # what a stored row depends on beside its cell: a changed grid keeps the rows that it shares
-    mark = files.fingerprint(
-        model, split.fingerprint(), reference.targets, reference.retrained, seed, settings.ruin
-    )
+    known = split.fingerprint(), reference.targets, reference.retrained, seed, settings.ruin
+    mark = files.fingerprint(model, *known, versions()["fisher_forget"])
     file = None if settings.file is None else Path(settings.file)
     rows = {} if file is None else _stored(file, mark)
 
