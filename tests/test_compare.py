@@ -28,7 +28,7 @@ from fisher_forget.evaluate.evaluation import Evaluation
 from fisher_forget.evaluate.scoring import EvaluationRow
 from fisher_forget.evaluate.verdict import NOT_FORGOTTEN, UNDECIDED
 from fisher_forget.experiments.cases import prepare_case, untrained
-from fisher_forget.experiments.compare import compare
+from fisher_forget.experiments.compare import _code, compare
 from fisher_forget.experiments.config import CompareConfig
 from fisher_forget.experiments.config_file import load_config
 from fisher_forget.experiments.method_setup import chosen_methods, configured
@@ -705,3 +705,19 @@ class TestTable:
         assert CONTROL not in table.index
         assert "ruined" not in table.index
         assert table.loc["retrained", ["kl", "accuracy", "cost"]].tolist() == [0.5, 90.0, 1.0]
+
+
+def test_outcomes_know_the_code_of_their_method() -> None:
+    def method(factor: float, held: Any = None) -> Any:
+        class Own(METHODS["finetune"]):  # type: ignore[misc]
+            name, kept = "own", held
+
+            def scrub(self, model: nn.Module, split: Any) -> tuple[nn.Module, float]:
+                return model, factor
+
+        return Own
+
+    assert _code(method(1.0)) == _code(method(1.0)) != _code(method(2.0))
+    assert _code(METHODS["finetune"]) != _code(METHODS["ssd"])
+    untold = method(1.0, torch.Generator())
+    assert _code(untold) != _code(untold)  # never used again

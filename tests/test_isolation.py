@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -280,6 +282,29 @@ class TestThreads:
         for one, other in zip(alone, together, strict=True):
             assert all(torch.equal(other[name], value) for name, value in one.items())
         assert not torch.equal(alone[0]["0.weight"], alone[1]["0.weight"])
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+    @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+    def test_a_process_forked_meanwhile_does_not_wait(self) -> None:
+        inside, over = threading.Event(), threading.Event()
+
+        def train_on() -> None:
+            with seeded_rng(0):
+                inside.set()
+                over.wait()
+
+        thread = threading.Thread(target=train_on)
+        thread.start()
+        inside.wait()
+        if not (child := os.fork()):
+            signal.alarm(5)  # ends it where it hangs
+            with seeded_rng(1):
+                os._exit(0)
+        try:
+            assert os.waitpid(child, 0)[1] == 0
+        finally:
+            over.set()
+            thread.join()
 
     def test_what_user_code_draws_is_put_back_where_no_one_else_draws(self, untouched: Any) -> None:
         model = seeded(small_net)

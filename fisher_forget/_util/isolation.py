@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 import threading
@@ -21,6 +22,7 @@ AUTOCAST = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia")  # devices that autocast
 # Threads of these wait or pass things on for as long as the process lives, and draw nothing.
 SERVANTS = (
     "IPython.core.history",
+    "fisher_forget._util.workers",
     "ipykernel",
     "joblib.externals.loky",
     "multiprocessing.queues",
@@ -28,7 +30,9 @@ SERVANTS = (
     "tqdm",
     "zmq",
 )
-_SEEDING = threading.RLock()  # the process has one set of global streams
+_SEEDING = [threading.RLock()]  # the process has one set of global streams
+if hasattr(os, "register_at_fork"):  # a forked process has its own, and no thread that would let go
+    os.register_at_fork(after_in_child=lambda: _SEEDING.__setitem__(0, threading.RLock()))
 
 
 @contextmanager
@@ -97,7 +101,7 @@ def seeded_rng(seed: int) -> Iterator[None]:
     Args:
         seed: At least 0.
     """
-    with _SEEDING, isolated():
+    with _SEEDING[0], isolated():
         put_back = _global_streams()
         try:
             random.seed(int(seed))
