@@ -28,6 +28,7 @@ forget_sets:
   - {name: class 3, kind: class, label: 3}
   - {name: 20 random samples, kind: random, count: 20}
 seeds: [0, 1]
+noise_seed: 0
 retrained: 5
 progress: false
 """
