@@ -318,7 +318,7 @@ def prepare(
     *,
     unpack: batches.Unpack | None = None,
     loss_fn: LossFn | None = None,
-    folder: str | Path | None = None,
+    folder: str | Path | Ledger | None = None,
     limits: Limits | None = None,
     progress: bool = True,
     **changes: Unpack[ForgetKeywords],
@@ -337,7 +337,7 @@ def prepare(
         loss_fn: What the model was trained with, as for `forget`.
         folder: Keep everything here: made at the first call; a later call with the same model, data
             and options reads it, with all requests so far. A call that was killed goes on where it
-            was.
+            was. Pass a `Ledger` of the folder for one that is signed, or whose salt lies elsewhere.
         limits: How much may be forgotten in all before a request warns, or is refused.
         progress: Show progress bars.
         **changes: Fields of `ForgetOptions` by name.
@@ -370,7 +370,8 @@ def prepare(
         options = with_solver(options, objective, split, warn=True)
         log = None
         if folder is not None:
-            log = RequestLog(Ledger(folder), len(cast("Sized", split.base)))
+            ledger = folder if isinstance(folder, Ledger) else Ledger(folder)
+            log = RequestLog(ledger, len(cast("Sized", split.base)))
             retain = np.setdiff1d(split.retain, np.array(log.erased(), dtype=np.int64))
             split = replace(split, retain=retain)  # who was erased is not read
             log.claim(snapshot.mark(model, split, options, objective), snapshot.NAMES)

@@ -84,7 +84,8 @@ class SISA:
         labels: Class of every sample, to balance shards and slices; see `partition.balanced`.
         probabilities: Deletion probability of every sample: those likely to go are put together;
             see `partition.by_deletion_probability`. Without either, the cut is uniform.
-        folder: Where checkpoints are kept; `None` for a temporary one, gone with this object.
+        folder: Where checkpoints are kept; `None` for a temporary one, gone with this object. A
+            `Ledger` of the folder for one that is signed, or whose salt lies elsewhere.
         budget: Most bytes that checkpoints may take. Those of the last slice are needed; as many of
             the others as fit are kept, spread evenly over slices, and training starts again from
             the last one kept. `None` keeps all.
@@ -122,7 +123,7 @@ class SISA:
     slices: int = 1
     labels: ArrayLike | None = None
     probabilities: ArrayLike | None = None
-    folder: str | Path | None = None
+    folder: str | Path | Ledger | None = None
     budget: int | None = None
     jobs: int = 1
     seed: int = 0
@@ -186,7 +187,8 @@ class SISA:
         initial = initial_model(self.build, self.seed, 0)
         # what else a checkpoint depends on: a folder of another run is refused
         mark = files.fingerprint(self.fingerprint, self.seed, cut, dict(initial.state_dict()))
-        log = RequestLog(Ledger(self._place()), total)
+        ledger = self.folder if isinstance(self.folder, Ledger) else Ledger(self._place())
+        log = RequestLog(ledger, total)
         log.claim(mark, (PATTERN,))
         store = Store(log.ledger.folder, mark)
         split = Split(dataset, np.arange(total), np.zeros(0, dtype=np.int64))
@@ -313,6 +315,8 @@ class SISA:
         return partition.uniform(total, *pieces)
 
     def _place(self) -> Path:
+        if isinstance(self.folder, Ledger):
+            return self.folder.folder
         if self.folder is not None:
             return files.ensure_folder(self.folder)
         if self._temporary is None:
