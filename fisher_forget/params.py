@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fisher_forget._util.copies import copy_model, unwrapped
 from fisher_forget._util.torch_errors import reason_of
-from fisher_forget.errors import ModelError
+from fisher_forget.errors import ConfigError, ModelError
 
 Params = dict[str, Tensor]
 
@@ -32,8 +32,13 @@ def trainable(model: nn.Module, subset: str | tuple[str, ...] | None = None) -> 
 
     Raises:
         ModelError: If nothing is left.
+        ConfigError: If the patterns are no texts.
     """
     patterns = (subset,) if isinstance(subset, str) else subset
+    texts = isinstance(patterns, (tuple, list)) and all(isinstance(p, str) for p in patterns)
+    if patterns is not None and not texts:
+        expected = "a pattern of parameter names such as 'head.*', several, or None"
+        raise ConfigError(f"subset={subset!r}", expected, "Correct `subset`.")
     candidates: Params = {
         name: p for name, p in unwrapped(model).named_parameters() if p.requires_grad
     }

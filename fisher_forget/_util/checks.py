@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Callable, Iterable
 from numbers import Integral
 from typing import Any
@@ -169,13 +168,16 @@ def check_names(given: Iterable[str], known: Iterable[str]) -> None:
             raise ConfigError(f"the option {name!r}", f"one of {names}", fix)
 
 
+LARGEST = 2.0**127  # of single precision
+
+
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number of at least 0."""
+    """Whether it is a number of at least 0, finite in single precision."""
     if isinstance(value, (bool, str)):
         return False
     try:
-        return 0 <= float(value) < math.inf
-    except (TypeError, ValueError):
+        return 0 <= float(value) < LARGEST
+    except (TypeError, ValueError, OverflowError):
         return False
 
 

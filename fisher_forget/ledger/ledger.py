@@ -159,17 +159,18 @@ class Ledger:
             StorageError: If an entry was altered, dropped, swapped or cut off.
         """
         path = self.folder / LEDGER
+        # in this order, since another owner writes an entry first and the head then
+        head = read_head(self.folder)
         content = path.read_bytes() if path.exists() else b""
         whole, rest = content[: content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1 :]
         entries = chained(whole)
-        head = read_head(self.folder)
         at = entries[-1].seal if entries else FIRST
         count, last = head if head is not None else (0, FIRST)
-        if len(entries) < count or (entries and head is None and len(entries) > 1):
+        if len(entries) < count or (self._depth and head is None and len(entries) > 1):
             got = f"{path} with {len(entries)} entries, where {HEAD} tells of {count or 'none'}"
             raise StorageError(got, "all that were written", RESTORE)
         before = entries[count - 1].seal if count else FIRST
-        if before != last or len(entries) > count + 1:
+        if before != last or (self._depth and len(entries) > count + 1):
             got = f"{path}, whose entries are not those that {HEAD} tells of"
             raise StorageError(got, "the entries that were written", RESTORE)
         if repair and rest:  # of a write that never returned

@@ -10,6 +10,8 @@ from fisher_forget.ledger import keys
 from fisher_forget.ledger.entries import FIRST, parse
 from fisher_forget.ledger.ledger import HEAD, LEDGER, read_head
 
+RETRIES = 20
+
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
@@ -40,7 +42,7 @@ def verify(
     key = keys.read_public(public_key) if isinstance(public_key, (str, Path)) else public_key
     if not path.is_file():
         return [f"{path}: there is no ledger."]
-    *lines, rest = path.read_bytes().split(b"\n")
+    *lines, rest = _read(path).split(b"\n")
     wrong = ["The last line has no end: it was cut off, or never written whole."] if rest else []
     seals: list[str] = []
     for place_, line in enumerate(lines):
@@ -62,6 +64,17 @@ def verify(
             f"No entry has the seal {known}: the end is missing, or another ledger is here."
         )
     return wrong + (_of_head(path.parent, seals) if path.name == LEDGER else [])
+
+
+def _read(path: Path) -> bytes:
+    """The ledger as it is while nobody appends to it, if there is such a moment."""
+    head = path.parent / HEAD
+    for _ in range(RETRIES):
+        before = head.read_bytes() if head.exists() else b""
+        content = path.read_bytes()
+        if (head.read_bytes() if head.exists() else b"") == before:
+            break
+    return content
 
 
 def _of_head(folder: Path, seals: list[str]) -> list[str]:

@@ -106,6 +106,10 @@ class ForgetOptions:
     memory: int = MEMORY
 
     def __post_init__(self) -> None:
+        for name in (field.name for field in fields(self)):
+            if getattr(value := getattr(self, name), "ndim", 0):  # whose comparisons are arrays
+                got, fix = f"{name} of shape {tuple(value.shape)}", f"Correct {name}."
+                raise ConfigError(got, "a single value", fix)
         likelihood = resolve_likelihood(self.likelihood)
         good_decay = self.weight_decay == "auto" or is_weight_decay(self.weight_decay)
         good_training = self.training is None or isinstance(self.training, TrainingTime)
