@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -39,9 +39,9 @@ def ten_entries(folder: Path, **options: object) -> Ledger:
     return ledger
 
 
-def claimed(folder: Path, mark: str, samples: int, artefacts: tuple[str, ...]) -> RequestLog:
+def claimed(folder: Path, mark: str, samples: int, artefacts: tuple[str, ...] = ()) -> RequestLog:
     log = RequestLog(Ledger(folder), samples)
-    log.claim(mark, artefacts)
+    log.claim(mark, [folder / name for name in artefacts])
     return log
 
 
@@ -83,7 +83,7 @@ class TestStates:
     def test_a_month(self, day, due):
         assert a_month_after(datetime.fromisoformat(day)) == datetime.fromisoformat(due)
 
-    def test_an_exception_withdraws_and_a_kill_does_not(self, tmp_path):
+    def test_after_an_exception_or_a_kill_it_is_pending_and_due(self, tmp_path):
         ledger = Ledger(tmp_path)
         with pytest.raises(ZeroDivisionError), ledger.request([1]):
             raise ZeroDivisionError
@@ -92,7 +92,17 @@ class TestStates:
         with ledger.request([3]) as evidence:
             evidence["loss"] = float("nan")
         states = {n: r.state for n, r in Ledger(tmp_path).requests.items()}
-        assert states == {"r-1": "withdrawn", "r-2": "under way", "r-3": "done"}
+        assert states == {"r-1": "failed", "r-2": "under way", "r-3": "done"}
+        again = Ledger(tmp_path)
+        assert [r.name for r in again.pending()] == ["r-1", "r-2"]
+        assert [r.name for r in again.overdue(datetime(2030, 1, 1, tzinfo=UTC))] == [
+            "r-1",
+            "r-2",
+            "r-3",
+        ]
+        again.done("r-1")
+        again.withdraw("r-2", "asked by mistake")
+        assert again.pending() == []
         assert Ledger(tmp_path).requests["r-3"].evidence == {"loss": None}
 
 
@@ -188,7 +198,7 @@ class TestTampering:
         ten_entries(tmp_path / "third", key=tmp_path / "own.pem")
         assert verify(tmp_path / "true", public) == []
         for name in ("other", "third"):
-            assert len(verify(tmp_path / name, public)) == 10
+            assert len(verify(tmp_path / name, public)) == 11  # and the head
             assert verify(tmp_path / name) == []
 
     def test_an_earlier_state_is_known_by_a_hash_kept_elsewhere(self, tmp_path):
@@ -211,17 +221,10 @@ class TestKills:
         content = path.read_bytes()
         for cut in (1, 50):
             path.write_bytes(content + content[:cut])
-            assert len(Ledger(tmp_path).entries) == 10
+            assert len(Ledger(tmp_path).entries) == content.count(b"\n")
             Ledger(tmp_path).record("purged")
             assert verify(tmp_path) == []
-            path.write_bytes(content)
-            (tmp_path / HEAD).write_bytes(
-                json.dumps(
-                    {"count": 10, "seal": last_seal(content)},
-                    sort_keys=True,
-                    separators=(",", ":"),
-                ).encode()
-            )
+            content = path.read_bytes()
 
     def test_between_line_and_head(self, tmp_path):
         ledger = Ledger(tmp_path)
@@ -250,10 +253,6 @@ class TestKills:
         assert verify(tmp_path) == []
 
 
-def last_seal(content: bytes) -> str:
-    return parse(content.splitlines()[-1]).seal
-
-
 PROGRAM = """
 import sys
 from fisher_forget.ledger import Ledger, RequestLog
@@ -266,6 +265,78 @@ for i in range(%d):
         log.done()
     print(first + i, flush=True)
 """
+
+
+class TestMisuse:
+    def test_what_is_no_list_of_ids_is_refused(self, tmp_path):
+        ledger = Ledger(tmp_path)
+        for bad in ("customer 7", b"x", 3, None):
+            with pytest.raises(ConfigError, match="Put it in a list"):
+                ledger.ask(bad)
+        for bad in (10**30, torch.ones(2)):
+            with pytest.raises((ConfigError, StorageError)):
+                ledger.ask([bad])
+        with pytest.raises(ConfigError, match="text that can be written"):
+            ledger.ask([1], who="\ud800")
+        assert not ledger.requests
+
+    def test_evidence_of_any_name(self, tmp_path):
+        ledger = Ledger(tmp_path)
+        with ledger.request([1]) as evidence:
+            evidence |= {"name": 1, "event": 2, "request": 3, 7: "seven"}
+        assert ledger.requests["r-1"].evidence == {
+            "name": 1,
+            "event": 2,
+            "request": 3,
+            "7": "seven",
+        }
+
+    def test_a_folder_that_moves_away_is_an_error(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        ledger = Ledger("here")
+        ledger.ask([1])
+        (tmp_path / "other").mkdir()
+        monkeypatch.chdir(tmp_path / "other")
+        ledger.ask([2])
+        assert len(Ledger(tmp_path / "here").requests) == 2
+        (tmp_path / "here").rename(tmp_path / "gone")
+        with pytest.raises(StorageError, match="no folder"):
+            ledger.ask([3])
+        (tmp_path / "here").mkdir()
+        with pytest.raises(StorageError, match="without entries that were there before"):
+            ledger.ask([3])
+
+    def test_a_head_that_cannot_be_written_takes_the_entry_back(self, tmp_path, monkeypatch):
+        ledger = ten_entries(tmp_path)
+        with monkeypatch.context() as patched:
+
+            def full(*_: object) -> None:
+                raise StorageError("no space", "space", "Make some.")
+
+            with ledger.owned():
+                patched.setattr(Ledger, "_write_head", full)
+                for _ in range(2):
+                    with pytest.raises(StorageError, match="Nothing was recorded"):
+                        ledger.record("purged")
+        assert len(Ledger(tmp_path).entries) == 10
+        ledger.record("purged")
+        assert verify(tmp_path) == []
+
+    def test_many_requests_are_not_quadratic(self, tmp_path, monkeypatch):
+        """Nothing is read again that nobody else has written to."""
+        ledger, reads = Ledger(tmp_path), []
+        ledger.ask([0])
+        whole = Path.read_bytes
+
+        def counted(path: Path) -> bytes:
+            if path.name == LEDGER:
+                reads.append(path)
+            return whole(path)
+
+        monkeypatch.setattr(Path, "read_bytes", counted)
+        for sample in range(1, 20):
+            ledger.ask([sample])
+        assert not reads
 
 
 class TestOwners:
@@ -353,10 +424,10 @@ class TestFolders:
         old = {"format": 1, "mark": "m", "requests": [[3, 8], [5]]}
         (tmp_path / "requests.json").write_text(json.dumps(old))
         (tmp_path / "sums.bin").touch()
-        log = claimed(tmp_path, "m", 10, ("*.bin",))
+        log = claimed(tmp_path, "m", 10, ("sums.bin",))
         assert log.requests() == [[3, 8], [5]]
         assert not (tmp_path / "requests.json").exists()
-        assert claimed(tmp_path, "m", 10, ("*.bin",)).requests() == [[3, 8], [5]]
+        assert claimed(tmp_path, "m", 10, ("sums.bin",)).requests() == [[3, 8], [5]]
 
     @pytest.mark.parametrize(
         "content", ["", "[]", "null", "{", '{"format": 2, "mark": "m", "requests": []}']
@@ -364,13 +435,13 @@ class TestFolders:
     def test_damaged_old_requests_are_refused(self, tmp_path, content):
         (tmp_path / "requests.json").write_text(content)
         with pytest.raises(StorageError):
-            claimed(tmp_path, "m", 10, ("*.bin",))
+            claimed(tmp_path, "m", 10, ("sums.bin",))
         assert not (tmp_path / LEDGER).exists()
 
     def test_a_folder_with_artefacts_alone_is_refused(self, tmp_path):
         (tmp_path / "sums.bin").touch()
         with pytest.raises(StorageError, match="ask for every deletion again"):
-            claimed(tmp_path, "m", 10, ("*.bin",))
+            claimed(tmp_path, "m", 10, ("sums.bin",))
 
     def test_samples_that_are_not_there(self, tmp_path):
         log = claimed(tmp_path, "m", 10, ())
@@ -387,6 +458,70 @@ class TestFolders:
         claimed(tmp_path, "m", 10, ())
         assert not any((tmp_path / name).exists() for name in left)
         assert all((tmp_path / name).exists() for name in kept)
+
+
+class TestBeginnings:
+    def test_a_kill_at_the_first_start(self, tmp_path, monkeypatch):
+        """Salt, entry, head: whichever is the last that was written."""
+        real, calls = os.fsync, []
+
+        def killed(handle: int) -> None:
+            calls.append(handle)
+            if len(calls) == at:
+                raise KeyboardInterrupt
+            real(handle)
+
+        for at in range(1, 30):
+            folder = tmp_path / str(at)
+            calls.clear()
+            with monkeypatch.context() as patched:
+                patched.setattr(os, "fsync", killed)
+                try:
+                    claimed(folder, "m", 10)
+                except KeyboardInterrupt:
+                    pass
+                else:
+                    break
+            assert claimed(folder, "m", 10).requests() == []
+            assert verify(folder) == []
+        assert at > 5
+
+    def test_a_kill_while_old_requests_come_along(self, tmp_path, monkeypatch):
+        real, calls = os.fsync, []
+
+        def killed(handle: int) -> None:
+            calls.append(handle)
+            if len(calls) == at:
+                raise KeyboardInterrupt
+            real(handle)
+
+        for at in range(1, 200):
+            folder = tmp_path / str(at)
+            folder.mkdir()
+            old = {"format": 1, "mark": "m", "requests": [[3, 8], [5], [1]]}
+            (folder / "requests.json").write_text(json.dumps(old))
+            calls.clear()
+            with monkeypatch.context() as patched:
+                patched.setattr(os, "fsync", killed)
+                try:
+                    claimed(folder, "m", 10)
+                except KeyboardInterrupt:
+                    pass
+                else:
+                    break
+            log = claimed(folder, "m", 10)
+            assert log.requests() == [[3, 8], [5], [1]]
+            assert log.ledger.pending() == []
+            assert not (folder / "requests.json").exists()
+        assert at > 20
+
+    @pytest.mark.parametrize("requests", ["null", "[[3.0]]", '[["a"]]', "[[99]]", "[[-1]]", "[3]"])
+    def test_old_requests_that_are_none(self, tmp_path, requests):
+        text = f'{{"format": 1, "mark": "m", "requests": {requests}}}'
+        for _ in range(2):
+            (tmp_path / "requests.json").write_text(text)
+            with pytest.raises(StorageError, match="damaged"):
+                claimed(tmp_path, "m", 10)
 
 
 class TestKeys:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import blobs_data
 from torch import nn
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 from fisher_forget import (
     ConfigError,
@@ -210,7 +210,7 @@ class TestOnDisk:
         once = prepare(model, data, weight_decay=WD, progress=False).forget([4], **QUIET)
         assert distance(result.model, once.model, model) < 1e-5
 
-    def test_a_request_that_ends_in_an_error_is_withdrawn(
+    def test_a_request_that_ends_in_an_error_is_pending(
         self, model: nn.Module, data: TensorDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         prepared = prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
@@ -222,13 +222,24 @@ class TestOnDisk:
             patched.setattr(PREPARE, "scrub", fails)
             with pytest.raises(NumericalError):
                 prepared.forget([4], **QUIET)
-        again = prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
-        for owner in (prepared, again):
-            assert not len(owner.forgotten)
-            assert owner.pending == owner.requests == []
+        with pytest.warns(FisherForgetWarning, match="not done"):
+            again = prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
+        assert prepared.pending == again.pending == ["r-1"]
         (request,) = again.log.ledger.requests.values()
-        assert request.state == "withdrawn"
+        assert request.state == "failed"
         assert "NumericalError" in request.evidence["reason"]
+        assert again.forget([7], **QUIET).split.forget.tolist() == [4, 7]
+        assert again.pending == []
+
+    def test_who_asks_for_the_same_is_recorded_too(
+        self, model: nn.Module, data: TensorDataset, tmp_path: Path
+    ) -> None:
+        prepared = prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
+        prepared.forget([3], who="a", **QUIET)
+        prepared.forget([3, 4], who="b", **QUIET)
+        counts = {r.who: len(r.samples) for r in prepared.log.ledger.requests.values()}
+        assert counts == {"a": 1, "b": 2}
+        assert prepared.requests == [[3], [3, 4]]
 
     def test_two_owners_of_a_folder_know_each_others_requests(
         self, model: nn.Module, data: TensorDataset, tmp_path: Path
@@ -462,9 +473,9 @@ class TestRebase:
         row = data.tensors[0][self.ALONE].numpy().tobytes()
         assert not any(row in p.read_bytes() for p in tmp_path.iterdir() if p.is_file())
         assert {p.name for p in tmp_path.glob("*.safetensors")} == {
-            "1-snapshot.safetensors",
-            "1-curvature.safetensors",
-            "1-model.safetensors",
+            "generation-1-snapshot.safetensors",
+            "generation-1-curvature.safetensors",
+            "generation-1-model.safetensors",
         }
 
     def test_rows_may_be_erased_then(
@@ -516,7 +527,9 @@ class TestRebase:
         for old in (one, two):
             with pytest.raises(ConfigError, match="from before a rebase"):
                 old.forget([5], **QUIET)
-        with pytest.raises(StorageError, match=r"rebased: its model is .*1-model.safetensors"):
+        with pytest.raises(
+            StorageError, match=r"rebased: its model is .*generation-1-model.safetensors"
+        ):
             prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
 
     def test_a_kill_before_the_ledger_says_so_leaves_the_old(
@@ -532,10 +545,10 @@ class TestRebase:
             patched.setattr(RequestLog, "rebase", killed)
             with pytest.raises(KeyboardInterrupt):
                 prepared.rebase(result, progress=False)
-        assert (tmp_path / "1-model.safetensors").exists()
+        assert (tmp_path / "generation-1-model.safetensors").exists()
         again = prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
         assert again.requests == [[3]]
-        assert not (tmp_path / "1-model.safetensors").exists()
+        assert not (tmp_path / "generation-1-model.safetensors").exists()
 
     def test_without_a_folder(self, model: nn.Module, data: TensorDataset) -> None:
         prepared = prepare(model, data, weight_decay=WD, progress=False)
@@ -543,6 +556,82 @@ class TestRebase:
         assert rebased.forget([4], **QUIET).split.forget.tolist() == [4]
         with pytest.raises(ConfigError, match="from before a rebase"):
             prepared.forget([5], **QUIET)
+
+
+class TestErased:
+    def test_naming_one_again_changes_nothing(
+        self, model: nn.Module, data: TensorDataset, tmp_path: Path
+    ) -> None:
+        prepared = prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
+        rebased = prepared.rebase(prepared.forget([3], **QUIET), progress=False)
+        with pytest.raises(SplitError, match=r"erased before: \[3\]"):
+            rebased.forget([3], **QUIET)
+        alone = rebased.forget([3, 7], **QUIET)
+        assert alone.split.forget.tolist() == [7]
+        alike = rebased.redeliver(**QUIET)
+        assert distance(alone.model, alike.model, rebased.model) < 1e-6
+
+    def test_samples_outside_the_loader_are_refused(
+        self, model: nn.Module, data: TensorDataset
+    ) -> None:
+        left = Subset(data, list(range(100)))
+        prepared = prepare(model, left, weight_decay=WD, progress=False)
+        with pytest.raises(SplitError, match=r"not prepared with, such as \[101\]"):
+            prepared.forget([5, 101], **QUIET)
+
+    def test_erased_rows_may_raise(
+        self, model: nn.Module, data: TensorDataset, tmp_path: Path
+    ) -> None:
+        class Rows(Dataset):
+            gone: frozenset[int] = frozenset()
+
+            def __len__(self) -> int:
+                return len(data)
+
+            def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
+                if index in self.gone:
+                    raise KeyError(index)
+                return data[index]
+
+        rows = Rows()
+        prepared = prepare(model, rows, weight_decay=WD, folder=tmp_path, progress=False)
+        result = prepared.forget([0, 3], **QUIET)
+        rebased = prepared.rebase(result, progress=False)
+        rows.gone = frozenset({0, 3})
+        assert rebased.forget([7], **QUIET).split.forget.tolist() == [7]
+        again = prepare(result.model, rows, weight_decay=WD, folder=tmp_path, progress=False)
+        assert again.requests == [[7]]
+
+    def test_a_row_that_changed_before_its_first_request(
+        self, model: nn.Module, data: TensorDataset, tmp_path: Path
+    ) -> None:
+        x, y = (t.clone() for t in data.tensors)
+        own = TensorDataset(x, y)
+        prepared = prepare(model, own, weight_decay=WD, folder=tmp_path, progress=False)
+        x[3] = 0
+        with pytest.raises(DataError, match=r"changed since, such as \[3\]"):
+            prepared.forget([3], **QUIET)
+
+    def test_files_of_the_users_stay(
+        self, model: nn.Module, data: TensorDataset, tmp_path: Path
+    ) -> None:
+        own = [tmp_path / "model.safetensors", tmp_path / "7-model.safetensors"]
+        for path in own:
+            path.touch()
+        prepared = prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
+        prepared.rebase(prepared.forget([3], **QUIET), progress=False)
+        assert all(path.exists() for path in own)
+
+    def test_without_its_ledger_a_rebased_folder_is_refused(
+        self, model: nn.Module, data: TensorDataset, tmp_path: Path
+    ) -> None:
+        prepared = prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
+        prepared.rebase(prepared.forget([3], **QUIET), progress=False)
+        for name in ("ledger.jsonl", "ledger.head"):
+            (tmp_path / name).unlink()
+        with pytest.raises(StorageError, match="no ledger of who was forgotten"):
+            prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
+        assert (tmp_path / "generation-1-model.safetensors").exists()
 
 
 class TestLimits:

@@ -70,14 +70,21 @@ def load_tensors(
     return tensors, metadata
 
 
-def read_metadata(path: str | Path) -> dict[str, str]:
+def read_metadata(path: str | Path, *, checked: bool = False) -> dict[str, str]:
     """The metadata alone, without reading the tensors.
 
+    Args:
+        path: The file.
+        checked: Only of a file that has a checksum of this version.
+
     Raises:
-        StorageError: If there is no such file, or its header is damaged.
+        StorageError: If there is no such file, its header is damaged, or it has no checksum.
     """
     with _reading(Path(path)) as file:
-        return {name: value for name, value in (file.metadata() or {}).items() if name != CHECKSUM}
+        notes = dict(file.metadata() or {})
+    if notes.pop(CHECKSUM, None) is None and checked:
+        raise StorageError(f"{path} of an earlier version", "one with a checksum", AGAIN)
+    return notes
 
 
 def save_model(path: str | Path, model: nn.Module, metadata: Mapping[str, str]) -> None:

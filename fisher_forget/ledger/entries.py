@@ -15,12 +15,17 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from fisher_forget._util.files import plain
 from fisher_forget.errors import StorageError
 
-Event = Literal["opened", "asked", "under way", "done", "served", "withdrawn", "purged", "rebased"]
+Notice = Literal["opened", "purged", "rebased"]  # of the ledger as a whole
+Event = Notice | Literal["asked", "under way", "failed", "done", "served", "withdrawn"]
+EVENTS = {
+    *("opened", "purged", "rebased"),
+    *("asked", "under way", "failed", "done", "served", "withdrawn"),
+}
 FIRST = "0" * 64
 KEYS = ("before", "details", "event", "hash", "number", "request", "signature", "time")
 
@@ -67,6 +72,30 @@ class Entry:
         return {name: getattr(self, name) for name in names}
 
 
+@dataclass(frozen=True)
+class Head:
+    """How many entries there are, which shows that the end was cut off.
+
+    Attributes:
+        count: Number of entries.
+        seal: Of the last.
+        signature: Of `hash`; empty without a key.
+    """
+
+    count: int
+    seal: str
+    signature: str = ""
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of count and seal: 64 hexadecimal digits."""
+        return hashlib.sha256(canonical({"count": self.count, "seal": self.seal})).hexdigest()
+
+    def line(self) -> bytes:
+        """As it stands in its file."""
+        return canonical({"count": self.count, "seal": self.seal, "signature": self.signature})
+
+
 def canonical(content: object) -> bytes:
     """The one way in which this is written as JSON."""
     text = json.dumps(
@@ -92,7 +121,7 @@ def parse(line: bytes) -> Entry:
     if content.get("hash") != hash_:
         got = f"entry {content.get('number')} with another hash than that of its content"
         raise StorageError(got, "an entry as it was written", fix)
-    if not same or entry.event not in get_args(Event):
+    if not same or entry.event not in EVENTS:
         got = f"entry {content.get('number')} in another form than it was written in"
         raise StorageError(got, "an entry as it was written", fix)
     return entry

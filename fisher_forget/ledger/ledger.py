@@ -16,7 +16,7 @@ import json
 import os
 import secrets
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -26,16 +26,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from fisher_forget._util import files
 from fisher_forget.errors import ConfigError, StorageError
 from fisher_forget.ledger import keys, owner
-from fisher_forget.ledger.entries import FIRST, Entry, Event, canonical, parse
+from fisher_forget.ledger.entries import FIRST, Entry, Event, Head, Notice, canonical, parse
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 LEDGER, HEAD, SALT = "ledger.jsonl", "ledger.head", "ledger.salt"
+COPIED = (LEDGER, HEAD, SALT)  # make a copy of a ledger
 FORMAT = 1
 RESTORE = "Restore the ledger from a copy: without it nobody knows who was forgotten."
-State = Literal["asked", "under way", "done", "served", "withdrawn"]
-OPEN = ("asked", "under way")
+State = Literal["asked", "under way", "failed", "done", "served", "withdrawn"]
+OPEN = ("asked", "under way", "failed")
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,9 @@ class Request:
         samples: Salted hashes of the samples' ids.
         asked: When, UTC.
         due: Until when it must be served, UTC.
-        state: "asked", "under way", "done" (the new model is there), "served" (it is in use, and
-            who asked was told), or "withdrawn".
+        state: "asked", "under way", "failed" (an error came, and it is to be done again), "done"
+            (the new model is there), "served" (it is in use, and who asked was told), or
+            "withdrawn".
         evidence: What the entries say of how it was done.
     """
 
@@ -93,13 +95,14 @@ class Ledger:
         key: str | Path | Ed25519PrivateKey | None = None,
         wait: float = 3600.0,
     ) -> None:
-        self.folder = files.ensure_folder(folder)
+        self.folder = files.ensure_folder(folder).resolve()
         self.wait = wait
         self._salt = Path(salt) if salt is not None else self.folder / SALT
         self._key = keys.read_private(key) if isinstance(key, (str, Path)) else key
         self._thread, self._depth = threading.RLock(), 0
         self.entries: tuple[Entry, ...] = ()
-        self.term = ""
+        self._requests: tuple[int, dict[str, Request]] = (0, {})
+        self._size, self.term = 0, ""
         self.read()
 
     def __repr__(self) -> str:
@@ -113,8 +116,9 @@ class Ledger:
     @property
     def requests(self) -> dict[str, Request]:
         """All requests by name, in the order in which they came."""
-        found: dict[str, Request] = {}
-        for entry in self.entries:
+        done, found = self._requests
+        found = dict(found)
+        for entry in self.entries[done:]:
             if entry.event == "asked":
                 found[entry.request] = _asked(entry)
             elif entry.request:
@@ -122,7 +126,8 @@ class Ledger:
                 evidence = request.evidence | entry.details
                 state: Any = entry.event
                 found[entry.request] = replace(request, state=state, evidence=evidence)
-        return found
+        self._requests = len(self.entries), found
+        return dict(found)
 
     def pending(self) -> list[Request]:
         """Requests that were asked for, and are not done: after a kill, those to be done again."""
@@ -161,11 +166,17 @@ class Ledger:
         path = self.folder / LEDGER
         # in this order, since another owner writes an entry first and the head then
         head = read_head(self.folder)
-        content = path.read_bytes() if path.exists() else b""
+        size = path.stat().st_size if path.exists() else 0
+        if self.entries and size == self._size and head == self._head():
+            return  # nobody has written since
+        content = path.read_bytes() if size else b""
         whole, rest = content[: content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1 :]
         entries = chained(whole)
         at = entries[-1].seal if entries else FIRST
-        count, last = head if head is not None else (0, FIRST)
+        count, last = (head.count, head.seal) if head is not None else (0, FIRST)
+        if entries[: len(self.entries)] != self.entries:
+            got = f"{path} without entries that were there before"
+            raise StorageError(got, "a ledger that only grows", RESTORE)
         if len(entries) < count or (self._depth and head is None and len(entries) > 1):
             got = f"{path} with {len(entries)} entries, where {HEAD} tells of {count or 'none'}"
             raise StorageError(got, "all that were written", RESTORE)
@@ -179,18 +190,26 @@ class Ledger:
                 os.fsync(file.fileno())
         if repair and len(entries) == count + 1:
             self._write_head(len(entries), at)
-        self.entries = entries
+        self.entries, self._size = entries, len(whole)
 
-    def record(self, event: Event, request: str = "", **details: Any) -> Entry:
-        """Append an entry; it is on the disk when this returns.
+    def record(self, event: Notice, **details: Any) -> Entry:
+        """Append an entry that is of no request; it is on the disk when this returns.
 
         Raises:
             StorageError: If it cannot be written; then nothing was.
         """
         with self.owned():
-            if not self.entries:
-                self._open()
-            return self._append(event, request, details)
+            return self._record(event, "", details)
+
+    def _record(self, event: Event, request: str, details: Mapping[str, Any]) -> Entry:
+        own = {str(key): value for key, value in details.items()}
+        if self.entries:
+            return self._append(event, request, own)
+        tells = {"format": FORMAT, "salt": hashlib.sha256(self._new_salt()).hexdigest()}
+        if event == "opened":
+            return self._append(event, request, tells | own)
+        self._append("opened", "", tells)
+        return self._append(event, request, own)
 
     def ask(
         self, samples: Iterable[object], *, who: str = "", due: datetime | None = None
@@ -203,33 +222,41 @@ class Ledger:
             due: Until when; by default within one month of now (GDPR, Art. 12(3)).
         """
         now = datetime.now(UTC)
+        if isinstance(samples, (str, bytes)) or not isinstance(samples, Iterable):
+            got, fix = f"samples of type {type(samples).__name__}", "Put it in a list."
+            raise ConfigError(got, "a list of ids", fix)
         with self.owned():
             hashes = sorted(self.hashed(samples))
             name = f"r-{1 + sum(e.event == 'asked' for e in self.entries)}"
             limit = (due or a_month_after(now)).astimezone(UTC)
-            self.record("asked", name, who=str(who), samples=hashes, due=limit.isoformat())
+            details = {"who": _text(who), "samples": hashes, "due": limit.isoformat()}
+            self._record("asked", name, details)
             return self.requests[name]
 
     def begin(self, name: str) -> None:
         """It is under way."""
-        self._next(name, "under way", OPEN)
+        self._next(name, "under way", OPEN, {})
 
-    def done(self, name: str, **evidence: Any) -> None:
+    def fail(self, name: str, reason: str) -> None:
+        """An error came: it is to be done again, and stays due."""
+        self._next(name, "failed", OPEN, {"reason": reason})
+
+    def done(self, name: str, /, **evidence: Any) -> None:
         """The model without its samples is there; what shows it is kept."""
-        self._next(name, "done", OPEN, **evidence)
+        self._next(name, "done", OPEN, evidence)
 
-    def serve(self, name: str, **evidence: Any) -> None:
+    def serve(self, name: str, /, **evidence: Any) -> None:
         """That model is in use, and who asked has been told."""
-        self._next(name, "served", ("done",), **evidence)
+        self._next(name, "served", ("done",), evidence)
 
     def withdraw(self, name: str, reason: str) -> None:
         """It was not carried out, and who asked has been told why."""
-        self._next(name, "withdrawn", OPEN, reason=reason)
+        self._next(name, "withdrawn", OPEN, {"reason": reason})
 
     @contextmanager
     def request(self, samples: Iterable[object], *, who: str = "") -> Iterator[dict[str, Any]]:
         """A request that is carried out within this context: asked, under way, and done at its end
-        with what was put into the dict. An exception withdraws it; a kill leaves it pending."""
+        with what was put into the dict. After an exception or a kill it is pending, and due."""
         with self.owned():
             name = self.ask(samples, who=who).name
             self.begin(name)
@@ -237,9 +264,9 @@ class Ledger:
             try:
                 yield evidence
             except Exception as error:
-                self.withdraw(name, f"{type(error).__name__}: {error}"[:500])
+                self.fail(name, f"{type(error).__name__}: {error}"[:500])
                 raise
-            self.done(name, **evidence)
+            self._next(name, "done", OPEN, evidence)
 
     def hashed(self, samples: Iterable[object]) -> list[str]:
         """HMAC-SHA-256 of every id under the salt: 64 hexadecimal digits each.
@@ -249,11 +276,13 @@ class Ledger:
         """
         with self.owned():
             if not self.entries:
-                self._open()
+                self._record("opened", "", {})
         salt = self._read_salt()
         return [hmac.digest(salt, _id(s), "sha256").hex() for s in samples]
 
-    def _next(self, name: str, event: Event, after: Sequence[str], **details: Any) -> None:
+    def _next(
+        self, name: str, event: Event, after: Sequence[str], details: Mapping[str, Any]
+    ) -> None:
         with self.owned():
             request = self.requests.get(name)
             if request is None or request.state not in after:
@@ -262,14 +291,13 @@ class Ledger:
                 )
                 got = f"{name!r}, {state}, to be {event}"
                 raise ConfigError(got, f"one that is {' or '.join(after)}", "See Ledger.requests.")
-            self.record(event, name, **details)
+            self._record(event, name, details)
 
-    def _open(self) -> None:
+    def _new_salt(self) -> bytes:
         if not self._salt.exists():
             files.ensure_folder(self._salt.parent)
             files.write_file(self._salt, _new_salt)
-        tells = hashlib.sha256(self._read_salt(check=False)).hexdigest()
-        self._append("opened", "", {"format": FORMAT, "salt": tells})
+        return self._salt.read_bytes()
 
     def _append(self, event: Event, request: str, details: dict[str, Any]) -> Entry:
         path = self.folder / LEDGER
@@ -279,25 +307,32 @@ class Ledger:
         entry = parse(entry.line()[:-1])  # as it will be read
         if self._key is not None:
             entry = replace(entry, signature=keys.sign(self._key, entry.hash))
-        size = path.stat().st_size if path.exists() else None
         try:
             with path.open("ab") as file:
                 file.write(entry.line())
                 file.flush()
                 os.fsync(file.fileno())
-            if size is None:
+            if not self._size:
                 files.sync_folder(self.folder)
-        except OSError as error:
+            self._write_head(entry.number + 1, entry.seal)
+        except (OSError, StorageError) as error:
             with suppress(OSError):
-                os.truncate(path, size or 0)
+                os.truncate(path, self._size)
             fix = "Check the folder and its space. Nothing was recorded."
             raise StorageError(f"{path}: {error}", "a file that can be written", fix) from error
-        self.entries = (*self.entries, entry)
-        self._write_head(len(self.entries), entry.seal)
+        self.entries, self._size = (*self.entries, entry), self._size + len(entry.line())
         return entry
 
-    def _write_head(self, count: int, last: str) -> None:
-        content = canonical({"count": count, "seal": last})
+    def _head(self) -> Head:
+        """What the head says of the entries that were read."""
+        count, seal = len(self.entries), self.entries[-1].seal
+        return Head(count, seal, self._signed(count, seal))
+
+    def _signed(self, count: int, seal: str) -> str:
+        return "" if self._key is None else keys.sign(self._key, Head(count, seal).hash)
+
+    def _write_head(self, count: int, seal: str) -> None:
+        content = Head(count, seal, self._signed(count, seal)).line()
         files.write_file(self.folder / HEAD, lambda file: file.write_bytes(content))
 
     def _read_salt(self, *, check: bool = True) -> bytes:
@@ -330,8 +365,8 @@ def chained(content: bytes) -> tuple[Entry, ...]:
     return tuple(entries)
 
 
-def read_head(folder: Path) -> tuple[int, str] | None:
-    """Number of entries, and the seal of the last; `None` where there is no such file.
+def read_head(folder: Path) -> Head | None:
+    """What the head of a folder says; `None` where there is none.
 
     Raises:
         StorageError: If it is damaged.
@@ -341,14 +376,13 @@ def read_head(folder: Path) -> tuple[int, str] | None:
         return None
     content = path.read_bytes()
     try:
-        head = json.loads(content)
-        count, last = head["count"], head["seal"]
-        same = canonical({"count": count, "seal": last}) == content and isinstance(count, int)
-    except (ValueError, KeyError, TypeError, StorageError):
+        head = Head(**json.loads(content))
+        same = head.line() == content and isinstance(head.count, int)
+    except (ValueError, TypeError, StorageError):
         same = False
     if not same:
         raise StorageError(f"{path}, which is damaged", "the file as it was written", RESTORE)
-    return count, last
+    return head
 
 
 def a_month_after(time: datetime) -> datetime:
@@ -367,12 +401,24 @@ def _asked(entry: Entry) -> Request:
     )
 
 
+def _text(who: object) -> str:
+    text = str(who)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"who={text!r}", "text that can be written", "Correct it.") from error
+    return text
+
+
 def _id(sample: object) -> bytes:
     """42 and "42" are two ids; 42 of NumPy or torch is 42."""
-    if type(sample) is int:
+    if type(sample) is int and abs(sample) < 2**63:
         return b"%d" % sample
-    if hasattr(sample, "item"):
-        sample = sample.item()
+    if getattr(sample, "size", None) == 1 or callable(getattr(sample, "numel", None)):
+        with suppress(ValueError, RuntimeError):
+            sample = sample.item()  # type: ignore[attr-defined]
+    if isinstance(sample, int) and not abs(sample) < 2**63:
+        raise ConfigError("an id of more than 63 bits", "a smaller one, or a text", "Correct it.")
     if isinstance(sample, bool) or not isinstance(sample, (int, str)):
         got = f"an id of type {type(sample).__name__}"
         raise ConfigError(got, "a whole number or a text", "Pass what names the sample.")

@@ -36,6 +36,9 @@ def only(folder: Path, wait: float) -> Iterator[str]:
     Raises:
         StorageError: If another owner does not end in time; it is named.
     """
+    if not folder.is_dir():
+        fix = "Restore the folder; this object goes on only with it."
+        raise StorageError(f"no folder {folder}", "the folder of the ledger", fix)
     lock = FileLock(folder / LOCK, timeout=wait, thread_local=False)
     try:
         lock.acquire()

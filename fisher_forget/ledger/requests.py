@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,56 +36,64 @@ class RequestLog:
     def path(self, name: str, generation: int | None = None) -> Path:
         """A file of the folder's present content, or of that of another generation."""
         number = self.generation if generation is None else generation
-        return self.ledger.folder / (f"{number}-{name}" if number else name)
+        return self.ledger.folder / (f"generation-{number}-{name}" if number else name)
 
-    def claim(self, mark: str, artefacts: Iterable[str]) -> None:
+    def claim(self, mark: str, artefacts: Iterable[Path]) -> None:
         """Make an empty folder ours, or see that it is.
 
         Args:
             mark: Fingerprint of all that its content depends on, apart from the requests.
-            artefacts: Patterns of files that are worthless without the ledger.
+            artefacts: Files that are worthless without the ledger, if they are there.
 
         Raises:
             StorageError: If the folder belongs to something else, or its ledger is gone or damaged.
         """
-        place = self.ledger.folder
-        with self.ledger.owned():
+        place, ledger = self.ledger.folder, self.ledger
+        with ledger.owned():
             files.sweep_temporary(place)
-            if not self.ledger.exists:
-                old = place / OLD
-                found = sorted(p.name for pattern in artefacts for p in place.glob(pattern))
-                if found and not old.exists():
+            old = place / OLD
+            asked = _old(old, mark, self.samples) if old.exists() else []
+            if not ledger.exists and not old.exists():
+                found = sorted(p.name for p in artefacts if p.exists())
+                if found:
                     got = f"{place}, which holds {found[0]}, and no ledger of who was forgotten"
                     fix = RESTORE + " Or name an empty folder, and ask for every deletion again."
                     raise StorageError(got, "both, or neither", fix)
-                requests = _old(old, mark) if old.exists() else []
-                self.ledger.record("opened", mark=mark, samples=self.samples)
-                for request in requests:
-                    self.ask(request)
-                    self.done(recorded_by=OLD)
-                if old.exists():
-                    old.unlink()
-                    files.sync_folder(place)
-            marks = [e.details["mark"] for e in self.ledger.entries if "mark" in e.details]
+            marks = [e.details["mark"] for e in ledger.entries if "mark" in e.details]
+            if not marks and not ledger.requests:
+                ledger.record("opened", mark=mark, samples=self.samples)
+                marks = [mark]
             if not marks or marks[-1] != mark:
                 raise _foreign(place, self.generation)
+            if old.exists():  # goes on where a kill came between
+                for request in asked[len(ledger.requests) :]:
+                    self.ask(request)
+                self.done(recorded_by=OLD)
+                old.unlink()
+                files.sync_folder(place)
 
-    def rebase(self, mark: str, names: Iterable[str]) -> None:
-        """From now on the content is that of the next generation, which is there; files of earlier
-        ones, by these names, are removed."""
-        with self.ledger.owned():
-            self.ledger.record("rebased", mark=mark)
-            self.remove_earlier(names)
+    def rebase(self, mark: str) -> None:
+        """From now on the content is that of the next generation, which is there."""
+        self.ledger.record("rebased", mark=mark)
 
-    def remove_earlier(self, names: Iterable[str]) -> None:
+    def remove_earlier(self, names: Iterable[str], later: str) -> None:
         """Remove files of other generations: of those before, and of one that a kill kept from
-        coming about."""
-        names = tuple(names)
-        now = {self.path(name) for name in names}
-        for path in self.ledger.folder.iterdir():
-            number, _, name = path.name.rpartition("-")
-            if name in names and (number.isdecimal() or not number) and path not in now:
-                path.unlink(missing_ok=True)
+        coming about.
+
+        Args:
+            names: Of the files that every generation has.
+            later: Of one that all but the first have.
+        """
+        for name in (*names, later):
+            for path in self.all_paths(name):
+                if path not in (self.path(name), self.ledger.folder / later):
+                    path.unlink(missing_ok=True)
+
+    def all_paths(self, name: str) -> list[Path]:
+        """The files of this name, of every generation."""
+        first = [p for p in [self.path(name, 0)] if p.exists()]
+        pattern = re.compile(rf"generation-[1-9]\d*-{re.escape(name)}")
+        return first + [p for p in self.ledger.folder.iterdir() if pattern.fullmatch(p.name)]
 
     def requests(self) -> list[list[int]]:
         """Samples by request since the last rebase, in order; those that are under way count,
@@ -142,20 +151,37 @@ class RequestLog:
             self.ledger.done(request.name, **evidence)
 
 
-def _old(path: Path, mark: str) -> list[list[int]]:
-    """Requests of a folder of an earlier version."""
+def _old(path: Path, mark: str, samples: int) -> list[list[int]]:
+    """Requests of a folder of an earlier version.
+
+    Raises:
+        StorageError: If they are damaged, or of something else.
+    """
     content = files.read_json(path)
-    if not isinstance(content, dict) or content.get("format") != OLD_FORMAT:
+    requests = content.get("requests") if isinstance(content, dict) else None
+    if (
+        not isinstance(requests, list)
+        or content.get("format") != OLD_FORMAT
+        or not all(isinstance(r, list) and all(_is_index(i, samples) for i in r) for r in requests)
+    ):
         raise StorageError(f"{path}, which is damaged", "the requests so far", RESTORE)
     if content.get("mark") != mark:
-        raise _foreign(path.parent, 0)
-    requests: list[list[int]] = content["requests"]
+        got = f"{path} of an earlier version, or of something else, with {len(requests)} requests"
+        fix = (
+            "Name an empty folder, and ask for the samples in that file again; keep it until then."
+        )
+        raise StorageError(got, "a folder of this version", fix)
     return requests
+
+
+def _is_index(value: object, samples: int) -> bool:
+    return type(value) is int and 0 <= value < samples
 
 
 def _foreign(folder: Path, generation: int) -> StorageError:
     got = f"{folder}, made for another model, other data or other options"
     fix = "Name another folder, or delete this one if its requests are no longer needed."
     if generation:
-        fix = f"It was rebased: its model is {folder}/{generation}-model.safetensors. " + fix
+        model = f"{folder}/generation-{generation}-model.safetensors"
+        fix = f"It was rebased: its model is {model}. {fix}"
     return StorageError(got, "the folder of this one, or an empty one", fix)

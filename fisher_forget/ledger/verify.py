@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from fisher_forget.errors import StorageError
 from fisher_forget.ledger import keys
-from fisher_forget.ledger.entries import FIRST, parse
+from fisher_forget.ledger.entries import FIRST, Head, parse
 from fisher_forget.ledger.ledger import HEAD, LEDGER, read_head
 
 RETRIES = 20
@@ -42,7 +42,8 @@ def verify(
     key = keys.read_public(public_key) if isinstance(public_key, (str, Path)) else public_key
     if not path.is_file():
         return [f"{path}: there is no ledger."]
-    *lines, rest = _read(path).split(b"\n")
+    head, content = _read(path)
+    *lines, rest = content.split(b"\n")
     wrong = ["The last line has no end: it was cut off, or never written whole."] if rest else []
     seals: list[str] = []
     for place_, line in enumerate(lines):
@@ -63,33 +64,37 @@ def verify(
         wrong.append(
             f"No entry has the seal {known}: the end is missing, or another ledger is here."
         )
-    return wrong + (_of_head(path.parent, seals) if path.name == LEDGER else [])
+    return wrong + (_of_head(head, seals, key) if path.name == LEDGER else [])
 
 
-def _read(path: Path) -> bytes:
-    """The ledger as it is while nobody appends to it, if there is such a moment."""
-    head = path.parent / HEAD
+def _read(path: Path) -> tuple[Head | str | None, bytes]:
+    """Head (or what is wrong with it) and entries, as they are while nobody appends."""
     for _ in range(RETRIES):
-        before = head.read_bytes() if head.exists() else b""
-        content = path.read_bytes()
-        if (head.read_bytes() if head.exists() else b"") == before:
+        head, content = _head(path), path.read_bytes()
+        if _head(path) == head:
             break
-    return content
+    return head, content
 
 
-def _of_head(folder: Path, seals: list[str]) -> list[str]:
-    """What the head says against these entries."""
+def _head(path: Path) -> Head | str | None:
     try:
-        head = read_head(folder)
+        return read_head(path.parent)
     except StorageError as error:
-        return [f"{error.got}."]
+        return f"{error.got}."
+
+
+def _of_head(head: Head | str | None, seals: list[str], key: Ed25519PublicKey | None) -> list[str]:
+    """What the head says against these entries."""
+    if isinstance(head, str):
+        return [head]
     if head is None:
         return [f"There is no {HEAD}, which tells how many entries there are."] if seals else []
-    count, last = head
-    if len(seals) < count:
-        return [f"{count} entries were written, {len(seals)} are here: the end was cut off."]
-    if (seals[count - 1] if count else FIRST) != last:
-        return [f"Entry {count - 1} is not the one that {HEAD} tells of."]
-    if len(seals) > count + 1:
-        return [f"{count} entries were written, {len(seals)} are here: some were appended."]
+    if key is not None and not keys.signed(key, head.hash, head.signature):
+        return [f"{HEAD} is not signed with the private key."]
+    if len(seals) < head.count:
+        return [f"{head.count} entries were written, {len(seals)} are here: the end was cut off."]
+    if (seals[head.count - 1] if head.count else FIRST) != head.seal:
+        return [f"Entry {head.count - 1} is not the one that {HEAD} tells of."]
+    if len(seals) > head.count + 1:
+        return [f"{head.count} entries were written, {len(seals)} are here: some were appended."]
     return []

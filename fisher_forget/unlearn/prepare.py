@@ -32,7 +32,8 @@ from fisher_forget.curvature.arithmetic import without
 from fisher_forget.curvature.kinds import Kind
 from fisher_forget.curvature.operator import Curvature
 from fisher_forget.data import batches
-from fisher_forget.data.fingerprint import SampleHasher
+from fisher_forget.data.fingerprint import Hashes, SampleHasher
+from fisher_forget.data.indices import forget_indices
 from fisher_forget.data.own_loss import LossFn
 from fisher_forget.data.split import Indices, Split, check_scored, resolve_split
 from fisher_forget.errors import (
@@ -70,6 +71,7 @@ class Prepared:
         log: The ledger of the folder; `None` without one.
         requests: Every request so far, in order.
         erased: Number of samples that were forgotten before the last rebase.
+        hashes: Of all samples, where there is a folder.
     """
 
     model: nn.Module
@@ -82,9 +84,11 @@ class Prepared:
     log: RequestLog | None = field(default=None, repr=False)
     requests: list[list[int]] = field(default_factory=list)
     erased: int = 0
+    hashes: Hashes | None = field(default=None, repr=False)
     _lock: Any = field(default_factory=threading.RLock, init=False, repr=False)
     _known: dict[int, bytes] = field(default_factory=dict, init=False, repr=False)
     _rebased: bool = field(default=False, init=False, repr=False)
+    _last: str = field(default="", init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._generation = 0 if self.log is None else self.log.generation
@@ -119,8 +123,8 @@ class Prepared:
         folder.
 
         Where there is a folder, the request is in its ledger before anything is computed. One that
-        ends in an exception is withdrawn; one that is killed is left pending, and its samples are
-        forgotten with the next, or by `redeliver`.
+        ends in an exception or is killed is left pending and due: its samples are forgotten with
+        the next, or by `redeliver`; or withdraw it (`Ledger.withdraw`).
 
         Args:
             forget_idx: Distinct indices into the training data set.
@@ -137,8 +141,9 @@ class Prepared:
             StorageError: If the request cannot be recorded.
         """
         with self._alone():
-            split = self.split.forgetting(forget_idx)
-            return self._carry_out(split, who, generator, held_out, progress, changes)
+            named = self._inside(forget_idx)
+            split = self.split.forgetting(named)
+            return self._carry_out(split, named, who, generator, held_out, progress, changes)
 
     def redeliver(
         self,
@@ -161,7 +166,7 @@ class Prepared:
             if not len(self.split.forget):
                 got, fix = "no request so far", "Call forget() first."
                 raise SplitError(got, "requests to be delivered again", fix)
-            return self._carry_out(self.split, "", generator, held_out, progress, changes)
+            return self._carry_out(self.split, None, "", generator, held_out, progress, changes)
 
     def rebase(self, result: ForgetResult, *, progress: bool = True) -> Prepared:
         """Make the model of a result the new start, whose sums hold nothing of who was forgotten.
@@ -170,8 +175,7 @@ class Prepared:
         `prepare`. After it no forgotten sample is read again, so that it can be erased from the
         data: overwrite it in its place, since the indices of the others stay; or pass a loader over
         a `Subset` of the others. In the folder the old files are removed; the model is kept there
-        as a file of safetensors, and is the one to pass to `prepare` from then on. Where the
-        salt of the ledger is removed, too, nobody can tell any more who was forgotten.
+        as a file of safetensors, and is the one to pass to `prepare` from then on.
 
         Later requests end a little farther from retrained models than without: the model that they
         start from is an estimate, with noise (docs/how-to/deletion-requests.md).
@@ -188,7 +192,8 @@ class Prepared:
             StorageError: If the folder cannot be written.
         """
         with self._alone(), isolated():
-            if not np.array_equal(result.split.forget, self.split.forget) or self.pending:
+            last = self._last == _weights_of(result.model)
+            if not last or not np.array_equal(result.split.forget, self.split.forget):
                 got = f"a result without {len(result.split.forget)} samples"
                 expected = f"the last one, without all {len(self.split.forget)} forgotten so far"
                 raise ConfigError(got, expected, "Pass what forget() or redeliver() returned last.")
@@ -200,8 +205,9 @@ class Prepared:
             if self.log is not None:
                 snapshot.save(self.log, made, model, split, options, objective)
             self._rebased = True
+            hashes = None if self.log is None else split.hashes
             own = (model, split, made, options, objective, split.hasher, self.limits, self.log)
-            return Prepared(*own, [], self.erased + len(self.split.forget))
+            return Prepared(*own, [], self.erased + len(self.split.forget), hashes)
 
     @property
     def pending(self) -> list[str]:
@@ -227,6 +233,7 @@ class Prepared:
     def _carry_out(
         self,
         split: Split,
+        named: Indices | None,
         who: str,
         generator: torch.Generator | None,
         held_out: DataLoader[Any] | Dataset[Any] | Split | None,
@@ -239,17 +246,17 @@ class Prepared:
             fix = "Leave them out, or prepare the model anew."
             raise ConfigError(got, "those of prepare(), which the stored sums were made with", fix)
         check_generator(generator)
-        new = np.setdiff1d(split.forget, self.split.forget).tolist()
         with isolated():
             options = merged(self.options, changes)
             self.objective.memory = options.memory
             check_scored(split, self.objective.likelihood)
-            gone = self.erased + len(split.forget)
-            self.limits.check(gone, gone + len(split.retain), stacklevel=4)
-            self._check_rows(split)
             unseen = held_out_split(held_out, split.reader.unpack)
-            name = "" if self.log is None or split is self.split else self.log.ask(new, who)
+            asks = [] if named is None else named.tolist()
+            name = self.log.ask(asks, who) if self.log is not None and asks else ""
             try:
+                gone = self.erased + len(split.forget)
+                self.limits.check(gone, gone + len(split.retain), stacklevel=4)
+                self._check_rows(split)
                 begun = perf_counter()
                 curvature = self._without(split)
                 problem = Problem(
@@ -271,25 +278,51 @@ class Prepared:
                 )
             except Exception as error:
                 if name and self.log is not None:
-                    self.log.ledger.withdraw(name, f"{type(error).__name__}: {error}"[:500])
+                    self.log.ledger.fail(name, f"{type(error).__name__}: {error}"[:500])
                 raise
         if self.log is not None:
             self.log.done(**_evidence(self.model, result))
-        if split is not self.split:
-            self.split, self.requests = split, [*self.requests, new]
+        self.split, self._last = split, _weights_of(result.model)
+        if asks:
+            self.requests = [*self.requests, asks]
         result.check.warn(stacklevel=3)
         return result
 
+    def _inside(self, forget_idx: Sequence[int] | Indices | Tensor | range) -> Indices:
+        """Those of the samples that the sums are of; naming one that was erased is no error.
+
+        Raises:
+            SplitError: If some are none of the training samples, or all were erased.
+        """
+        named = forget_indices(forget_idx, len(cast("Sized", self.split.base)))
+        outside = np.setdiff1d(named, self.split.indices("all"))
+        erased = [] if self.log is None else self.log.erased()
+        if len(strange := np.setdiff1d(outside, erased)):
+            got = f"samples that the model was not prepared with, such as {strange[:5].tolist()}"
+            fix = "Name samples of the loader that prepare() was given, that are not erased yet."
+            raise SplitError(got, "training samples", fix)
+        if len(outside) == len(named):
+            got = f"samples that were erased before: {named[:5].tolist()}"
+            raise SplitError(got, "some that are still there", "Nothing is left to be done.")
+        return np.setdiff1d(named, outside)
+
     def _check_rows(self, split: Split) -> None:
-        """Refuse forgotten samples that have changed since they were asked for first: their part of
+        """Refuse forgotten samples that have changed since they were known first: their part of
         the sums is taken away by reading them again."""
         hashes = self.hasher(split.forget)
         now = dict(zip(split.forget.tolist(), map(bytes, hashes), strict=True))
-        changed = [i for i, known in self._known.items() if now.get(i, known) != known]
+        known = {i: self._known.get(i, h) for i, h in now.items()}
+        if self.hashes is not None:
+            places = np.searchsorted(split.indices("all"), split.forget)
+            known = dict(zip(now, map(bytes, self.hashes[places]), strict=True))
+        changed = [i for i in now if now[i] != known[i]]
         if changed:
             got = f"forgotten samples that have changed since, such as {sorted(changed)[:5]}"
             expected = "the samples as the model was trained on them"
-            fix = "Restore them; or call rebase() before they are erased, after which none is read."
+            fix = (
+                "Restore them; or call rebase() before they are erased, after which none is read. "
+            )
+            fix += "A data set that changes its samples at random cannot be prepared for."
             raise DataError(got, expected, fix)
         self._known = now
 
@@ -362,26 +395,28 @@ def prepare(
         options = merged(options, changes)
         check_model(model)
         split = resolve_split(train_loader, [], unpack=unpack, allow_empty=True)
-        objective = objective_of(model, split, options, loss_fn)
-        options = options.with_loss(objective.likelihood, loss_fn)
-        check_scored(split, objective.likelihood)
-        if options.known_decay != "auto":  # refuses wrong patterns
-            by_name(options.known_decay, objective.model, list(objective.start))
-        options = with_solver(options, objective, split, warn=True)
         log = None
         if folder is not None:
             ledger = folder if isinstance(folder, Ledger) else Ledger(folder)
             log = RequestLog(ledger, len(cast("Sized", split.base)))
             retain = np.setdiff1d(split.retain, np.array(log.erased(), dtype=np.int64))
             split = replace(split, retain=retain)  # who was erased is not read
-            log.claim(snapshot.mark(model, split, options, objective), snapshot.NAMES)
+        objective = objective_of(model, split, options, loss_fn)
+        options = options.with_loss(objective.likelihood, loss_fn)
+        check_scored(split, objective.likelihood)
+        if options.known_decay != "auto":  # refuses wrong patterns
+            by_name(options.known_decay, objective.model, list(objective.start))
+        options = with_solver(options, objective, split, warn=True)
+        if log is not None:
+            mark = snapshot.mark(model, split, options, objective)
+            log.claim(mark, snapshot.artefacts(log))
         requests = [] if log is None else log.requests()
         made = snapshot.read_or_take(model, objective, split, options, log, progress=progress)
-        hasher = split.hasher
+        hasher, hashes = split.hasher, None if log is None else split.hashes
     done = [i for request in requests for i in request]
     split = split.forgetting(done) if done else split
     own = (model, split, made, options, objective, hasher, limits or Limits(), log)
-    prepared = Prepared(*own, requests, 0 if log is None else log.count_erased())
+    prepared = Prepared(*own, requests, 0 if log is None else log.count_erased(), hashes)
     if prepared.pending:
         warnings.warn(
             f"{len(prepared.pending)} requests were asked for and not done "
@@ -393,13 +428,17 @@ def prepare(
     return prepared
 
 
+def _weights_of(model: nn.Module) -> str:
+    return files.fingerprint(dict(model.state_dict()))
+
+
 def _evidence(model: nn.Module, result: ForgetResult) -> dict[str, Any]:
     """What a ledger keeps of a result."""
     return {
         "method": "fisher-forget",
         "version": version("fisher-forget"),
-        "model_before": files.fingerprint(dict(model.state_dict())),
-        "model_after": files.fingerprint(dict(result.model.state_dict())),
+        "model_before": _weights_of(model),
+        "model_after": _weights_of(result.model),
         "retained": len(result.split.retain),
         "forgotten": len(result.split.forget),
         "noise": None if result.noise is None else result.noise.scale,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -19,7 +20,7 @@ from fisher_forget.unlearn.options import ForgetOptions
 from fisher_forget.unlearn.problem import curvature_of
 
 DATA_SUMS, CURVATURE, MODEL = "snapshot.safetensors", "curvature.safetensors", "model.safetensors"
-NAMES = (DATA_SUMS, CURVATURE, MODEL)
+NAMES = (DATA_SUMS, CURVATURE)
 # What curvature and gradient depend on: fixed once these are there.
 FIXED = (
     "likelihood",
@@ -54,6 +55,11 @@ def mark(model: nn.Module, split: Split, options: ForgetOptions, objective: Obje
     return files.fingerprint(_fixed(options, objective), state, split.fingerprint())
 
 
+def artefacts(log: RequestLog) -> list[Path]:
+    """The files in a folder that are worthless without its ledger."""
+    return [path for name in NAMES for path in log.all_paths(name)]
+
+
 def take(objective: Objective, split: Split, options: ForgetOptions, *, progress: bool) -> Snapshot:
     """Make all of it: one pass over the data, and what the curvature takes."""
     sampled, kind = options.curvature_plan(split)
@@ -76,7 +82,7 @@ def read_or_take(
         return take(objective, split, options, progress=progress)
     sampled, kind = options.curvature_plan(split)
     with log.ledger.owned():  # what is missing is made once, by one owner
-        log.remove_earlier(NAMES)
+        log.remove_earlier(NAMES, MODEL)
         path, own = log.path(CURVATURE), mark(model, split, options, objective)
         if path.exists():
             curvature = load_curvature(path, model, split)
@@ -106,7 +112,8 @@ def save(
         save_curvature(log.path(CURVATURE, number), made.curvature, model, split)
     save_data_sums(log.path(DATA_SUMS, number), made.sums, own)
     files.save_model(log.path(MODEL, number), model, {})
-    log.rebase(own, NAMES)
+    log.rebase(own)
+    log.remove_earlier(NAMES, MODEL)
 
 
 def _fixed(options: ForgetOptions, objective: Objective) -> dict[str, Any]:

@@ -35,10 +35,12 @@ from fisher_forget.baselines.sisa import partition
 from fisher_forget.baselines.sisa.aggregate import Aggregate, Aggregation
 from fisher_forget.baselines.sisa.partition import Cut
 from fisher_forget.baselines.sisa.shards import ShardTask, ShardTrainer, initial_model
-from fisher_forget.baselines.sisa.store import PATTERN, Store
+from fisher_forget.baselines.sisa.store import Store
+from fisher_forget.data.indices import forget_indices
 from fisher_forget.data.split import Indices, Split
-from fisher_forget.errors import ConfigError, ModelError, SplitError
+from fisher_forget.errors import ConfigError, ModelError, SplitError, StorageError
 from fisher_forget.ledger import Ledger, RequestLog
+from fisher_forget.ledger.ledger import COPIED
 from fisher_forget.ledger.owner import remove_orphans
 
 TEMPORARY = "fisher-forget-sisa-"
@@ -95,7 +97,7 @@ class SISA:
         seed: Of the cut, the initial weights and the training.
         fingerprint: Names data and training function; a folder made under another name is refused.
         progress: Show a bar over the shards in training.
-        requests: Those so far, each the samples that it named first.
+        requests: Those so far, each the samples that it named.
 
     Raises:
         ConfigError: If a number is below 1 (seed: 0), or labels and probabilities are both given.
@@ -189,8 +191,8 @@ class SISA:
         mark = files.fingerprint(self.fingerprint, self.seed, cut, dict(initial.state_dict()))
         ledger = self.folder if isinstance(self.folder, Ledger) else Ledger(self._place())
         log = RequestLog(ledger, total)
-        log.claim(mark, (PATTERN,))
         store = Store(log.ledger.folder, mark)
+        log.claim(mark, store.own_files())
         split = Split(dataset, np.arange(total), np.zeros(0, dtype=np.int64))
         with log.ledger.owned():
             self._state = _State(split, cut, store, log, self._kept(store, initial))
@@ -217,10 +219,10 @@ class SISA:
         with log.ledger.owned():
             state = self._catch_up()
             split = state.split.forgetting(indices)
-            new = np.setdiff1d(split.forget, state.split.forget).tolist()
+            named = forget_indices(indices, len(state.split.base)).tolist()  # type: ignore[arg-type]
             # before anything is removed or trained: a kill after this line is completed by `fit`
-            log.ask(new, who)
-            self._state, self.requests = replace(state, split=split), [*self.requests, new]
+            log.ask(named, who)
+            self._state, self.requests = replace(state, split=split), [*self.requests, named]
             work = self._update()
             log.done(method="sisa", version=version("fisher-forget"))
         return work
@@ -291,7 +293,12 @@ class SISA:
             ModelError: If `fit` has not been called.
         """
         state, twin = self._fitted(), replace(self, folder=folder)
-        shutil.copytree(self.checkpoints, twin._place(), dirs_exist_ok=True)
+        place = twin._place()
+        if Ledger(place).exists:
+            raise StorageError(f"{place}, which has a ledger", "another folder", "Name another.")
+        with state.log.ledger.owned():
+            for name in (*COPIED, *(p.name for p in state.store.own_files())):
+                shutil.copy2(self.checkpoints / name, place / name)
         twin.fit(state.split.base)
         return twin
 

@@ -81,11 +81,14 @@ class Store:
         """Whether a checkpoint is there and has this key."""
         return _key(self.path(shard, done)) == key
 
+    def own_files(self) -> list[Path]:
+        """The checkpoints that are there, whatever they have seen."""
+        found = (p for p in self.folder.glob(PATTERN) if NAME.fullmatch(p.name))
+        return sorted(path for path in found if not _foreign(path))
+
     def keep_only(self, wanted: Mapping[Path, str]) -> None:
         """Remove checkpoints not wanted or of another key, and what killed writes left behind."""
-        for path in self.folder.glob(PATTERN):
-            if not NAME.fullmatch(path.name) or _foreign(path):
-                continue
+        for path in self.own_files():
             # what is damaged has no key, and goes as well
             if path not in wanted or _key(path) != wanted[path]:
                 _remove(path)
@@ -111,7 +114,8 @@ def _foreign(path: Path) -> bool:
 
 def _key(path: Path) -> str | None:
     with suppress(StorageError):
-        return files.read_metadata(path).get("key")
+        notes = files.read_metadata(path, checked=True)
+        return notes.get("key")
     return None
 
 

@@ -17,6 +17,7 @@ from fisher_forget.report.pages.html import render_template, write_html
 STATES = {
     "asked": "asked for, not begun",
     "under way": "begun, not finished: start the program again, which goes on",
+    "failed": "an error came: it is still to be done",
     "done": "the model without these samples is there; who asked has not been told",
     "served": "done, and who asked has been told",
     "withdrawn": "not carried out",
