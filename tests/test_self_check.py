@@ -22,6 +22,7 @@ from fisher_forget import (
     FisherForgetWarning,
     ForgetOptions,
     Gaussian,
+    Limits,
     estimate_curvature,
     forget,
     prepare,
@@ -306,7 +307,8 @@ class TestForget:
     def test_a_class_that_stays_warns(self, blobs: TensorDataset, trained: nn.Module) -> None:
         idx = np.flatnonzero(blobs.tensors[1] == 1)
         with pytest.warns(FisherForgetWarning, match="still recognised: not forgotten"):
-            result = prepare(trained, blobs, **QUIET).forget(idx, steps=1, damping=100.0)
+            prepared = prepare(trained, blobs, limits=Limits(1.0, 1.0), **QUIET)
+            result = prepared.forget(idx, steps=1, damping=100.0)
         assert result.check.wrong
 
     def test_a_budget_that_cut_it_short_is_named(self, crowded: TensorDataset) -> None:

@@ -22,6 +22,7 @@ from fisher_forget import (
     Categorical,
     ConfigError,
     ForgetOptions,
+    Limits,
     Problem,
     StorageError,
     estimate_curvature,
@@ -278,7 +279,7 @@ class TestEverywhere:
         model, data = prepared("residual")
         quiet: Any = {"steps": 1, "damping": 0.1, "noise": None, "drift": False}
         shared: Any = {"weight_decay": PATTERNS, "progress": False, "max_samples": None}
-        ready = prepare(model, data, folder=tmp_path, **shared)
+        ready = prepare(model, data, folder=tmp_path, limits=Limits(1.0, 1.0), **shared)
         found = ready.forget([0, 2], **quiet).newton.params
         plain = forget(model, data, [0, 2], **shared, **quiet).newton.params
         assert relative(flatten(found), flatten(plain)) < 1e-6
