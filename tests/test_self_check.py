@@ -306,8 +306,8 @@ class TestForget:
 
     def test_a_class_that_stays_warns(self, blobs: TensorDataset, trained: nn.Module) -> None:
         idx = np.flatnonzero(blobs.tensors[1] == 1)
+        prepared = prepare(trained, blobs, limits=Limits(1.0, 1.0), **QUIET)
         with pytest.warns(FisherForgetWarning, match="still recognised: not forgotten"):
-            prepared = prepare(trained, blobs, limits=Limits(1.0, 1.0), **QUIET)
             result = prepared.forget(idx, steps=1, damping=100.0)
         assert result.check.wrong
 
