@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -17,8 +18,9 @@ import torch
 from fisher_forget import ConfigError, StorageError
 from fisher_forget.ledger import Ledger, RequestLog, new_keys, verify
 from fisher_forget.ledger.entries import parse
-from fisher_forget.ledger.ledger import HEAD, LEDGER, SALT, a_month_after
+from fisher_forget.ledger.ledger import HEAD, LEDGER, SALT
 from fisher_forget.ledger.owner import LOCK, OWNER, remove_orphans, saving
+from fisher_forget.ledger.states import a_month_after
 
 PROCESSES, REQUESTS = 3, 5
 
@@ -322,9 +324,12 @@ class TestMisuse:
         ledger.record("purged")
         assert verify(tmp_path) == []
 
-    def test_many_requests_are_not_quadratic(self, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("signed", [False, True])
+    def test_many_requests_are_not_quadratic(self, tmp_path, monkeypatch, signed):
         """Nothing is read again that nobody else has written to."""
-        ledger, reads = Ledger(tmp_path), []
+        if signed:
+            new_keys(tmp_path / "k")
+        ledger, reads = Ledger(tmp_path / "l", key=tmp_path / "k" if signed else None), []
         ledger.ask([0])
         whole = Path.read_bytes
 
@@ -460,59 +465,51 @@ class TestFolders:
         assert all((tmp_path / name).exists() for name in kept)
 
 
+def kills(monkeypatch: pytest.MonkeyPatch, work: Callable[[int], object]) -> Iterator[int]:
+    """Do some work that is killed at its first fsync, at its second, ..., until it is not."""
+    real = os.fsync
+    for at in range(1, 300):
+        calls: list[int] = []
+
+        def killed(handle: int, at: int = at, calls: list[int] = calls) -> None:
+            calls.append(handle)
+            if len(calls) == at:
+                raise KeyboardInterrupt
+            real(handle)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", killed)
+            try:
+                work(at)
+            except KeyboardInterrupt:
+                pass
+            else:
+                return
+        yield at
+
+
 class TestBeginnings:
     def test_a_kill_at_the_first_start(self, tmp_path, monkeypatch):
         """Salt, entry, head: whichever is the last that was written."""
-        real, calls = os.fsync, []
-
-        def killed(handle: int) -> None:
-            calls.append(handle)
-            if len(calls) == at:
-                raise KeyboardInterrupt
-            real(handle)
-
-        for at in range(1, 30):
-            folder = tmp_path / str(at)
-            calls.clear()
-            with monkeypatch.context() as patched:
-                patched.setattr(os, "fsync", killed)
-                try:
-                    claimed(folder, "m", 10)
-                except KeyboardInterrupt:
-                    pass
-                else:
-                    break
-            assert claimed(folder, "m", 10).requests() == []
-            assert verify(folder) == []
+        at = 0
+        for at in kills(monkeypatch, lambda at: claimed(tmp_path / str(at), "m", 10)):
+            assert claimed(tmp_path / str(at), "m", 10).requests() == []
+            assert verify(tmp_path / str(at)) == []
         assert at > 5
 
     def test_a_kill_while_old_requests_come_along(self, tmp_path, monkeypatch):
-        real, calls = os.fsync, []
-
-        def killed(handle: int) -> None:
-            calls.append(handle)
-            if len(calls) == at:
-                raise KeyboardInterrupt
-            real(handle)
-
-        for at in range(1, 200):
-            folder = tmp_path / str(at)
-            folder.mkdir()
+        def work(at: int) -> None:
+            (tmp_path / str(at)).mkdir()
             old = {"format": 1, "mark": "m", "requests": [[3, 8], [5], [1]]}
-            (folder / "requests.json").write_text(json.dumps(old))
-            calls.clear()
-            with monkeypatch.context() as patched:
-                patched.setattr(os, "fsync", killed)
-                try:
-                    claimed(folder, "m", 10)
-                except KeyboardInterrupt:
-                    pass
-                else:
-                    break
-            log = claimed(folder, "m", 10)
+            (tmp_path / str(at) / "requests.json").write_text(json.dumps(old))
+            claimed(tmp_path / str(at), "m", 10)
+
+        at = 0
+        for at in kills(monkeypatch, work):
+            log = claimed(tmp_path / str(at), "m", 10)
             assert log.requests() == [[3, 8], [5], [1]]
             assert log.ledger.pending() == []
-            assert not (folder / "requests.json").exists()
+            assert not (tmp_path / str(at) / "requests.json").exists()
         assert at > 20
 
     @pytest.mark.parametrize("requests", ["null", "[[3.0]]", '[["a"]]', "[[99]]", "[[-1]]", "[3]"])

@@ -231,6 +231,29 @@ class TestOnDisk:
         assert again.forget([7], **QUIET).split.forget.tolist() == [4, 7]
         assert again.pending == []
 
+    def test_a_request_that_is_withdrawn_is_retained_again(
+        self, model: nn.Module, data: TensorDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        prepared = prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
+        prepared.forget([4], **QUIET)
+
+        def fails(*args: object, **kwargs: object) -> None:
+            raise NumericalError("nan", "numbers", "None.")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(PREPARE, "scrub", fails)
+            with pytest.raises(NumericalError):
+                prepared.forget([9], **QUIET)
+        assert prepared.redeliver(**QUIET).split.forget.tolist() == [4, 9]
+        with monkeypatch.context() as patched:
+            patched.setattr(PREPARE, "scrub", fails)
+            with pytest.raises(NumericalError):
+                prepared.forget([12], **QUIET)
+        prepared.log.ledger.withdraw("r-3", "asked by mistake")
+        result = prepared.redeliver(**QUIET)
+        assert result.split.forget.tolist() == [4, 9]
+        assert 12 in result.split.retain
+
     def test_who_asks_for_the_same_is_recorded_too(
         self, model: nn.Module, data: TensorDataset, tmp_path: Path
     ) -> None:

@@ -58,6 +58,39 @@ class SampleHasher:
         return hashes
 
 
+class KnownSamples:
+    """Tells whether samples are what they were.
+
+    Args:
+        hasher: Of the data.
+        indices: Of all samples, sorted.
+        hashes: Theirs, as they were; without them a sample is known from the first `check` on.
+    """
+
+    def __init__(self, hasher: SampleHasher, indices: Indices, hashes: Hashes | None) -> None:
+        self._hasher = hasher
+        known = () if hashes is None else zip(indices.tolist(), map(bytes, hashes), strict=True)
+        self._known: dict[int, bytes] = dict(known)
+
+    def check(self, indices: Indices) -> None:
+        """Read these samples.
+
+        Raises:
+            DataError: If some are not what they were.
+        """
+        now = dict(zip(indices.tolist(), map(bytes, self._hasher(indices)), strict=True))
+        changed = [i for i, found in now.items() if self._known.get(i, found) != found]
+        if changed:
+            got = f"forgotten samples that have changed since, such as {sorted(changed)[:5]}"
+            expected = "the samples as the model was trained on them"
+            fix = (
+                "Restore them; or call rebase() before they are erased, after which none is read. "
+                "A data set that changes its samples at random cannot be prepared for."
+            )
+            raise DataError(got, expected, fix)
+        self._known |= now
+
+
 def _samples(reader: Reader, indices: Indices) -> Iterator[dict[str, Any]]:
     """What each sample holds, by its path in a batch of one."""
     done = 0

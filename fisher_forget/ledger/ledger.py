@@ -9,7 +9,6 @@ the next owner.
 
 from __future__ import annotations
 
-import calendar
 import hashlib
 import hmac
 import json
@@ -18,15 +17,16 @@ import secrets
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from fisher_forget._util import files
 from fisher_forget.errors import ConfigError, StorageError
 from fisher_forget.ledger import keys, owner
 from fisher_forget.ledger.entries import FIRST, Entry, Event, Head, Notice, canonical, parse
+from fisher_forget.ledger.states import OPEN, Request, a_month_after, told
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -35,38 +35,6 @@ LEDGER, HEAD, SALT = "ledger.jsonl", "ledger.head", "ledger.salt"
 COPIED = (LEDGER, HEAD, SALT)  # make a copy of a ledger
 FORMAT = 1
 RESTORE = "Restore the ledger from a copy: without it nobody knows who was forgotten."
-State = Literal["asked", "under way", "failed", "done", "served", "withdrawn"]
-OPEN = ("asked", "under way", "failed")
-
-
-@dataclass(frozen=True)
-class Request:
-    """A deletion request, as its entries tell it.
-
-    Attributes:
-        name: By which the ledger knows it.
-        who: Opaque reference of who asked, as given.
-        samples: Salted hashes of the samples' ids.
-        asked: When, UTC.
-        due: Until when it must be served, UTC.
-        state: "asked", "under way", "failed" (an error came, and it is to be done again), "done"
-            (the new model is there), "served" (it is in use, and who asked was told), or
-            "withdrawn".
-        evidence: What the entries say of how it was done.
-    """
-
-    name: str
-    who: str
-    samples: tuple[str, ...]
-    asked: datetime
-    due: datetime
-    state: State
-    evidence: dict[str, Any]
-
-    def overdue(self, now: datetime | None = None) -> bool:
-        """Whether it should have been served by now."""
-        over = self.state in ("served", "withdrawn")
-        return not over and (now or datetime.now(UTC)) > self.due
 
 
 class Ledger:
@@ -117,17 +85,8 @@ class Ledger:
     def requests(self) -> dict[str, Request]:
         """All requests by name, in the order in which they came."""
         done, found = self._requests
-        found = dict(found)
-        for entry in self.entries[done:]:
-            if entry.event == "asked":
-                found[entry.request] = _asked(entry)
-            elif entry.request:
-                request = found[entry.request]
-                evidence = request.evidence | entry.details
-                state: Any = entry.event
-                found[entry.request] = replace(request, state=state, evidence=evidence)
-        self._requests = len(self.entries), found
-        return dict(found)
+        self._requests = len(self.entries), told(self.entries[done:], found)
+        return dict(self._requests[1])
 
     def pending(self) -> list[Request]:
         """Requests that were asked for, and are not done: after a kill, those to be done again."""
@@ -167,7 +126,8 @@ class Ledger:
         # in this order, since another owner writes an entry first and the head then
         head = read_head(self.folder)
         size = path.stat().st_size if path.exists() else 0
-        if self.entries and size == self._size and head == self._head():
+        read = Head(len(self.entries), self.entries[-1].seal) if self.entries else None
+        if head is not None and size == self._size and replace(head, signature="") == read:
             return  # nobody has written since
         content = path.read_bytes() if size else b""
         whole, rest = content[: content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1 :]
@@ -323,11 +283,6 @@ class Ledger:
         self.entries, self._size = (*self.entries, entry), self._size + len(entry.line())
         return entry
 
-    def _head(self) -> Head:
-        """What the head says of the entries that were read."""
-        count, seal = len(self.entries), self.entries[-1].seal
-        return Head(count, seal, self._signed(count, seal))
-
     def _signed(self, count: int, seal: str) -> str:
         return "" if self._key is None else keys.sign(self._key, Head(count, seal).hash)
 
@@ -383,22 +338,6 @@ def read_head(folder: Path) -> Head | None:
     if not same:
         raise StorageError(f"{path}, which is damaged", "the file as it was written", RESTORE)
     return head
-
-
-def a_month_after(time: datetime) -> datetime:
-    """The same day of the next month, or its last one."""
-    year, month = time.year + time.month // 12, time.month % 12 + 1
-    day = min(time.day, calendar.monthrange(year, month)[1])
-    return time.replace(year=year, month=month, day=day)
-
-
-def _asked(entry: Entry) -> Request:
-    details = dict(entry.details)
-    who, samples = details.pop("who"), tuple(details.pop("samples"))
-    due = datetime.fromisoformat(details.pop("due"))
-    return Request(
-        entry.request, who, samples, datetime.fromisoformat(entry.time), due, "asked", details
-    )
 
 
 def _text(who: object) -> str:

@@ -49,9 +49,8 @@ def only(folder: Path, wait: float) -> Iterator[str]:
         term = secrets.token_hex(8)
         who = {"host": socket.gethostname(), "process": os.getpid(), "term": term}
         who |= {"since": datetime.now(UTC).isoformat(timespec="seconds")}
-        text = json.dumps(who)
         with FileLock(folder / SAVING):
-            files.write_file(folder / OWNER, lambda file: file.write_text(text, "utf-8"))
+            files.write_text(folder / OWNER, json.dumps(who))
         yield term
     finally:
         lock.release()
@@ -65,27 +64,22 @@ def saving(folder: Path, term: str) -> Iterator[None]:
         StorageError: If the folder has another owner by now: the worker was left behind.
     """
     with FileLock(folder / SAVING):
-        try:
-            now = json.loads((folder / OWNER).read_text(encoding="utf-8"))["term"]
-        except (OSError, ValueError, KeyError, TypeError):
-            now = None
-        if now != term:
-            got = f"{folder}, which has another owner by now"
-            raise StorageError(got, "that of the worker", "Nothing is to be done: it has ended.")
+        if _who(folder).get("term") != term:
+            got, fix = f"{folder}, which has another owner by now", "Start the program again."
+            raise StorageError(got, "the owner that started this worker", fix)
         yield
 
 
 def remove_orphans(folders: Iterable[Path]) -> None:
     """Remove those of these folders whose last owner was a process of this machine, and is gone."""
     for folder in folders:
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            who = json.loads((folder / OWNER).read_text(encoding="utf-8"))
-            if who["host"] == socket.gethostname() and not _alive(who["process"]):
-                shutil.rmtree(folder)
+        who = _who(folder)
+        if who.get("host") == socket.gethostname() and not _alive(who.get("process")):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _alive(process: int) -> bool:
-    if os.name != "posix":  # where this call would end it
+def _alive(process: object) -> bool:
+    if os.name != "posix" or not isinstance(process, int):  # elsewhere this call would end it
         return True
     try:
         os.kill(process, 0)
@@ -97,8 +91,15 @@ def _alive(process: int) -> bool:
 
 
 def _named(folder: Path) -> str:
-    try:
-        who = json.loads((folder / OWNER).read_text(encoding="utf-8"))
-        return f"process {who['process']} on {who['host']} since {who['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
+    who = _who(folder)
+    if not who:
         return "another process"
+    return f"process {who.get('process')} on {who.get('host')} since {who.get('since')}"
+
+
+def _who(folder: Path) -> dict[str, object]:
+    """What the present or last owner wrote of itself; empty where that cannot be read."""
+    with suppress(OSError, ValueError):
+        who = json.loads((folder / OWNER).read_text(encoding="utf-8"))
+        return who if isinstance(who, dict) else {}
+    return {}

@@ -10,7 +10,8 @@ from typing import Any
 
 from fisher_forget._util import files
 from fisher_forget.errors import StorageError
-from fisher_forget.ledger.ledger import RESTORE, Ledger, Request
+from fisher_forget.ledger.ledger import RESTORE, Ledger
+from fisher_forget.ledger.states import Request
 
 OLD, OLD_FORMAT = "requests.json", 1  # of version 0.2, with plain indices
 
@@ -32,6 +33,13 @@ class RequestLog:
     def generation(self) -> int:
         """How often the folder's content was made anew without those who were forgotten."""
         return sum(entry.event == "rebased" for entry in self.ledger.entries)
+
+    @property
+    def mark(self) -> str:
+        """Fingerprint of all that the present content depends on, apart from the requests; empty
+        before `claim`."""
+        marks = [e.details["mark"] for e in self.ledger.entries if "mark" in e.details]
+        return str(marks[-1]) if marks else ""
 
     def path(self, name: str, generation: int | None = None) -> Path:
         """A file of the folder's present content, or of that of another generation."""
@@ -59,11 +67,9 @@ class RequestLog:
                     got = f"{place}, which holds {found[0]}, and no ledger of who was forgotten"
                     fix = RESTORE + " Or name an empty folder, and ask for every deletion again."
                     raise StorageError(got, "both, or neither", fix)
-            marks = [e.details["mark"] for e in ledger.entries if "mark" in e.details]
-            if not marks and not ledger.requests:
+            if not self.mark and not ledger.requests:
                 ledger.record("opened", mark=mark, samples=self.samples)
-                marks = [mark]
-            if not marks or marks[-1] != mark:
+            if self.mark != mark:
                 raise _foreign(place, self.generation)
             if old.exists():  # goes on where a kill came between
                 for request in asked[len(ledger.requests) :]:

@@ -32,13 +32,12 @@ from fisher_forget.curvature.arithmetic import without
 from fisher_forget.curvature.kinds import Kind
 from fisher_forget.curvature.operator import Curvature
 from fisher_forget.data import batches
-from fisher_forget.data.fingerprint import Hashes, SampleHasher
+from fisher_forget.data.fingerprint import KnownSamples
 from fisher_forget.data.indices import forget_indices
 from fisher_forget.data.own_loss import LossFn
 from fisher_forget.data.split import Indices, Split, check_scored, resolve_split
 from fisher_forget.errors import (
     ConfigError,
-    DataError,
     FisherForgetWarning,
     SplitError,
     StorageError,
@@ -66,12 +65,11 @@ class Prepared:
         made: Curvature and sums, with nothing forgotten.
         options: Of `prepare`; those of a request are given with it.
         objective: Losses of a private copy of the model.
-        hasher: Knows samples again.
+        rows: Tells whether forgotten samples are what they were.
         limits: How much may be forgotten in all.
         log: The ledger of the folder; `None` without one.
         requests: Every request so far, in order.
         erased: Number of samples that were forgotten before the last rebase.
-        hashes: Of all samples, where there is a folder.
     """
 
     model: nn.Module
@@ -79,14 +77,12 @@ class Prepared:
     made: Snapshot
     options: ForgetOptions
     objective: Objective = field(repr=False)
-    hasher: SampleHasher = field(repr=False)
+    rows: KnownSamples = field(repr=False)
     limits: Limits
     log: RequestLog | None = field(default=None, repr=False)
     requests: list[list[int]] = field(default_factory=list)
     erased: int = 0
-    hashes: Hashes | None = field(default=None, repr=False)
     _lock: Any = field(default_factory=threading.RLock, init=False, repr=False)
-    _known: dict[int, bytes] = field(default_factory=dict, init=False, repr=False)
     _rebased: bool = field(default=False, init=False, repr=False)
     _last: str = field(default="", init=False, repr=False)
 
@@ -205,9 +201,9 @@ class Prepared:
             if self.log is not None:
                 snapshot.save(self.log, made, model, split, options, objective)
             self._rebased = True
-            hashes = None if self.log is None else split.hashes
-            own = (model, split, made, options, objective, split.hasher, self.limits, self.log)
-            return Prepared(*own, [], self.erased + len(self.split.forget), hashes)
+            rows = _rows(split, self.log)
+            own = (model, split, made, options, objective, rows, self.limits, self.log)
+            return Prepared(*own, [], self.erased + len(self.split.forget))
 
     @property
     def pending(self) -> list[str]:
@@ -225,9 +221,11 @@ class Prepared:
                 raise ConfigError(got, expected, "Use that, or call prepare() with its model.")
             if self.log is not None:
                 self.requests = self.log.requests()
-                known = np.array([i for r in self.requests for i in r], dtype=np.int64)
-                if len(new := np.setdiff1d(known, self.split.forget)):
-                    self.split = self.split.forgetting(new)
+                asked = np.unique(np.array([i for r in self.requests for i in r], dtype=np.int64))
+                if not np.array_equal(asked, self.split.forget):  # by others, or withdrawn
+                    whole = self.split.indices("all")
+                    retain = np.setdiff1d(whole, asked)
+                    self.split = replace(self.split, retain=retain, forget=asked)
             yield
 
     def _carry_out(
@@ -256,7 +254,8 @@ class Prepared:
             try:
                 gone = self.erased + len(split.forget)
                 self.limits.check(gone, gone + len(split.retain), stacklevel=4)
-                self._check_rows(split)
+                # its part of the sums is taken away by reading them again
+                self.rows.check(split.forget)
                 begun = perf_counter()
                 curvature = self._without(split)
                 problem = Problem(
@@ -305,26 +304,6 @@ class Prepared:
             got = f"samples that were erased before: {named[:5].tolist()}"
             raise SplitError(got, "some that are still there", "Nothing is left to be done.")
         return np.setdiff1d(named, outside)
-
-    def _check_rows(self, split: Split) -> None:
-        """Refuse forgotten samples that have changed since they were known first: their part of
-        the sums is taken away by reading them again."""
-        hashes = self.hasher(split.forget)
-        now = dict(zip(split.forget.tolist(), map(bytes, hashes), strict=True))
-        known = {i: self._known.get(i, h) for i, h in now.items()}
-        if self.hashes is not None:
-            places = np.searchsorted(split.indices("all"), split.forget)
-            known = dict(zip(now, map(bytes, self.hashes[places]), strict=True))
-        changed = [i for i in now if now[i] != known[i]]
-        if changed:
-            got = f"forgotten samples that have changed since, such as {sorted(changed)[:5]}"
-            expected = "the samples as the model was trained on them"
-            fix = (
-                "Restore them; or call rebase() before they are erased, after which none is read. "
-            )
-            fix += "A data set that changes its samples at random cannot be prepared for."
-            raise DataError(got, expected, fix)
-        self._known = now
 
     def _without(self, split: Split) -> Curvature:
         """The curvature of who is left: by subtraction where it is a sum and most of its samples
@@ -412,11 +391,11 @@ def prepare(
             log.claim(mark, snapshot.artefacts(log))
         requests = [] if log is None else log.requests()
         made = snapshot.read_or_take(model, objective, split, options, log, progress=progress)
-        hasher, hashes = split.hasher, None if log is None else split.hashes
+        rows = _rows(split, log)
     done = [i for request in requests for i in request]
     split = split.forgetting(done) if done else split
-    own = (model, split, made, options, objective, hasher, limits or Limits(), log)
-    prepared = Prepared(*own, requests, 0 if log is None else log.count_erased(), hashes)
+    own = (model, split, made, options, objective, rows, limits or Limits(), log)
+    prepared = Prepared(*own, requests, 0 if log is None else log.count_erased())
     if prepared.pending:
         warnings.warn(
             f"{len(prepared.pending)} requests were asked for and not done "
@@ -426,6 +405,11 @@ def prepare(
             stacklevel=2,
         )
     return prepared
+
+
+def _rows(split: Split, log: RequestLog | None) -> KnownSamples:
+    """With the hashes of all samples where there is a folder, which knows its data by them."""
+    return KnownSamples(split.hasher, split.indices("all"), None if log is None else split.hashes)
 
 
 def _weights_of(model: nn.Module) -> str:

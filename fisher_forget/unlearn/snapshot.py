@@ -83,7 +83,7 @@ def read_or_take(
     sampled, kind = options.curvature_plan(split)
     with log.ledger.owned():  # what is missing is made once, by one owner
         log.remove_earlier(NAMES, MODEL)
-        path, own = log.path(CURVATURE), mark(model, split, options, objective)
+        path = log.path(CURVATURE)
         if path.exists():
             curvature = load_curvature(path, model, split)
         else:
@@ -91,10 +91,10 @@ def read_or_take(
             if curvature.stored_as:
                 save_curvature(path, curvature, model, split)
         path = log.path(DATA_SUMS)
-        sums = load_data_sums(path, objective, own) if path.exists() else None
+        sums = load_data_sums(path, objective, log.mark) if path.exists() else None
         if sums is None:
             sums = take_data_sums(objective, split, seed=options.seed, progress=progress)
-            save_data_sums(path, sums, own)
+            save_data_sums(path, sums, log.mark)
     return Snapshot(curvature, sampled, sums)
 
 
