@@ -209,17 +209,24 @@ def _demo(given: argparse.Namespace) -> None:
 
 
 def _ledger(given: argparse.Namespace) -> None:
-    from fisher_forget.ledger import new_keys, verify
-    from fisher_forget.report.pages.ledger import ledger_table, read_ledger, write_ledger
+    from fisher_forget.ledger import Ledger, new_keys, verify
+    from fisher_forget.report.pages.ledger import (
+        check_ledger,
+        ledger_table,
+        read_ledger,
+        write_ledger,
+    )
 
     if given.new_key:
         print(f"Private key: {given.new_key}; public key: {new_keys(given.new_key)}")
+    check_ledger(given.folder)
     if given.serve:
-        read_ledger(given.folder).serve(given.serve)
+        Ledger(given.folder, key=given.key).serve(given.serve)
     wrong = verify(given.folder, given.public_key, known=given.known)
     if wrong:
-        fix = "Find out who altered it, and restore it from a copy."
-        raise StorageError("\n  ".join(["a ledger that was altered:", *wrong]), "none", fix)
+        fix = "Check that the key is its own; find out what happened, and restore it from a copy."
+        got = "\n  ".join(["a ledger that is not as it was written:", *wrong])
+        raise StorageError(got, "one that is", fix)
     ledger = read_ledger(given.folder)
     if given.export:
         print("\n".join(map(str, write_ledger(given.folder, given.export, given.public_key))))
@@ -325,6 +332,8 @@ def _add_ledger(command: argparse.ArgumentParser) -> None:
     command.add_argument("--known", metavar="SEAL", help="seal of an entry that must be there")
     command.add_argument("--export", metavar="FOLDER", help="write a page, a table and JSON there")
     command.add_argument("--serve", metavar="REQUEST", help="record that who asked was told")
+    signs = "private key of the ledger, with --serve"
+    _file(command.add_argument("--key", metavar="FILE", help=signs))
     command.add_argument("--new-key", metavar="FILE", help="make a key pair first")
 
 

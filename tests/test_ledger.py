@@ -203,6 +203,19 @@ class TestTampering:
             assert len(verify(tmp_path / name, public)) == 11  # and the head
             assert verify(tmp_path / name) == []
 
+    def test_a_signed_ledger_takes_no_entry_without_its_key(self, tmp_path):
+        public = new_keys(tmp_path / "key.pem")
+        new_keys(tmp_path / "other.pem")
+        Ledger(tmp_path / "l", key=tmp_path / "key.pem").ask([1])
+        Ledger(tmp_path / "plain").ask([1])
+        for folder, key in (("l", None), ("l", "other.pem"), ("plain", "key.pem")):
+            ledger = Ledger(tmp_path / folder, key=key and tmp_path / key)
+            with pytest.raises(ConfigError, match="signed with another key, or without one"):
+                ledger.begin("r-1")
+        Ledger(tmp_path / "l", key=tmp_path / "key.pem").begin("r-1")
+        assert verify(tmp_path / "l", public) == []
+        assert verify(tmp_path / "plain") == []
+
     def test_an_earlier_state_is_known_by_a_hash_kept_elsewhere(self, tmp_path):
         ledger = Ledger(tmp_path)
         ledger.ask([1])

@@ -32,6 +32,8 @@ def test_all_three_say_the_same(folder, tmp_path):
     read = pd.read_csv(table)
     assert read.state.tolist() == ["served", "withdrawn", "under way"]
     assert read.samples.tolist() == [2, 1, 1]
+    assert read.served.notna().tolist() == [True, False, False]
+    assert read.done.str.endswith(" UTC").tolist()[0]
     text = page.read_text()
     assert "Not carried out yet: 1. Overdue: none." in text
     assert "no public key was given" in text
@@ -81,6 +83,13 @@ class TestCommand:
         assert "no ledger" in capsys.readouterr().err
         ten_entries(tmp_path / "y", key=tmp_path / "k")
         public = str(tmp_path / "k.pub")
+        Ledger(tmp_path / "y", key=tmp_path / "k").done("r-3")
+        assert main(["ledger", str(tmp_path / "y"), "--serve", "r-3"]) == 2
+        assert "with the private key that it was begun with" in capsys.readouterr().err
+        assert (
+            main(["ledger", str(tmp_path / "y"), "--serve", "r-3", "--key", str(tmp_path / "k")])
+            == 0
+        )
         assert main(["ledger", str(tmp_path / "y"), "--public-key", public]) == 0
         other = str(new_keys(tmp_path / "other"))
         assert main(["ledger", str(tmp_path / "y"), "--public-key", other]) == 2

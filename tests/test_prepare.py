@@ -263,6 +263,10 @@ class TestOnDisk:
         counts = {r.who: len(r.samples) for r in prepared.log.ledger.requests.values()}
         assert counts == {"a": 1, "b": 2}
         assert prepared.requests == [[3], [3, 4]]
+        again = prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
+        assert again.requests == [[3], [3, 4]]
+        assert again.forgotten.tolist() == [3, 4]
+        assert again.forget([4, 5], **QUIET).split.forget.tolist() == [3, 4, 5]
 
     def test_two_owners_of_a_folder_know_each_others_requests(
         self, model: nn.Module, data: TensorDataset, tmp_path: Path
@@ -587,10 +591,15 @@ class TestErased:
     ) -> None:
         prepared = prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
         rebased = prepared.rebase(prepared.forget([3], **QUIET), progress=False)
-        with pytest.raises(SplitError, match=r"erased before: \[3\]"):
-            rebased.forget([3], **QUIET)
+        with pytest.raises(SplitError, match=r"erased before: \[3\].*in the ledger, as done"):
+            rebased.forget([3], who="again", **QUIET)
         alone = rebased.forget([3, 7], **QUIET)
         assert alone.split.forget.tolist() == [7]
+        states = [(r.who, len(r.samples), r.state) for r in rebased.log.ledger.requests.values()]
+        assert states == [("", 1, "done"), ("again", 1, "done"), ("", 2, "done")]
+        new = rebased.model
+        again = prepare(new, data, weight_decay=WD, folder=tmp_path, progress=False)
+        assert again.forgotten.tolist() == [7]
         alike = rebased.redeliver(**QUIET)
         assert distance(alone.model, alike.model, rebased.model) < 1e-6
 

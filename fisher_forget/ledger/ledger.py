@@ -148,7 +148,7 @@ class Ledger:
             with path.open("r+b") as file:
                 file.truncate(len(whole))
                 os.fsync(file.fileno())
-        if repair and len(entries) == count + 1:
+        if repair and len(entries) == count + 1 and self._signs(head):
             self._write_head(len(entries), at)
         self.entries, self._size = entries, len(whole)
 
@@ -261,6 +261,10 @@ class Ledger:
 
     def _append(self, event: Event, request: str, details: dict[str, Any]) -> Entry:
         path = self.folder / LEDGER
+        if not self._signs(read_head(self.folder)):
+            got = f"{self.folder}, whose ledger is signed with another key, or without one"
+            fix = "Pass Ledger(folder, key=...) with the private key that it was begun with."
+            raise ConfigError(got, "the key of its beginning, or none if it had none", fix)
         last = self.entries[-1].seal if self.entries else FIRST
         now = datetime.now(UTC).isoformat(timespec="microseconds")
         entry = Entry(len(self.entries), now, event, request, details, last)
@@ -282,6 +286,10 @@ class Ledger:
             raise StorageError(f"{path}: {error}", "a file that can be written", fix) from error
         self.entries, self._size = (*self.entries, entry), self._size + len(entry.line())
         return entry
+
+    def _signs(self, head: Head | None) -> bool:
+        """Whether what this object writes is signed as the head is: a signature has one form."""
+        return head is None or head.signature == self._signed(head.count, head.seal)
 
     def _signed(self, count: int, seal: str) -> str:
         return "" if self._key is None else keys.sign(self._key, Head(count, seal).hash)

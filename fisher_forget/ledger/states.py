@@ -28,6 +28,7 @@ class Request:
             (the new model is there), "served" (it is in use, and who asked was told), or
             "withdrawn".
         evidence: What the entries say of how it was done.
+        times: When it came into each of its states, UTC.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Request:
     due: datetime
     state: State
     evidence: dict[str, Any]
+    times: dict[str, datetime]
 
     def overdue(self, now: datetime | None = None) -> bool:
         """Whether it should have been served by now."""
@@ -52,8 +54,12 @@ def told(entries: Iterable[Entry], before: Mapping[str, Request]) -> dict[str, R
             found[entry.request] = _asked(entry)
         elif entry.request:
             request, state = found[entry.request], entry.event
-            evidence = request.evidence | entry.details
-            found[entry.request] = replace(request, state=state, evidence=evidence)  # type: ignore[arg-type]
+            found[entry.request] = replace(
+                request,
+                state=state,  # type: ignore[arg-type]
+                evidence=request.evidence | entry.details,
+                times=request.times | {state: datetime.fromisoformat(entry.time)},
+            )
     return found
 
 
@@ -68,6 +74,6 @@ def _asked(entry: Entry) -> Request:
     details = dict(entry.details)
     who, samples = details.pop("who"), tuple(details.pop("samples"))
     due = datetime.fromisoformat(details.pop("due"))
-    return Request(
-        entry.request, who, samples, datetime.fromisoformat(entry.time), due, "asked", details
-    )
+    asked = datetime.fromisoformat(entry.time)
+    times = {"asked": asked}
+    return Request(entry.request, who, samples, asked, due, "asked", details, times)

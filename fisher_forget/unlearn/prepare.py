@@ -137,8 +137,8 @@ class Prepared:
             StorageError: If the request cannot be recorded.
         """
         with self._alone():
-            named = self._inside(forget_idx)
-            split = self.split.forgetting(named)
+            named, inside = self._inside(forget_idx, who)
+            split = self.split.forgetting(inside)
             return self._carry_out(split, named, who, generator, held_out, progress, changes)
 
     def redeliver(
@@ -221,7 +221,7 @@ class Prepared:
                 raise ConfigError(got, expected, "Use that, or call prepare() with its model.")
             if self.log is not None:
                 self.requests = self.log.requests()
-                asked = np.unique(np.array([i for r in self.requests for i in r], dtype=np.int64))
+                asked = _asked(self.requests, self.split)
                 if not np.array_equal(asked, self.split.forget):  # by others, or withdrawn
                     whole = self.split.indices("all")
                     retain = np.setdiff1d(whole, asked)
@@ -287,11 +287,15 @@ class Prepared:
         result.check.warn(stacklevel=3)
         return result
 
-    def _inside(self, forget_idx: Sequence[int] | Indices | Tensor | range) -> Indices:
-        """Those of the samples that the sums are of; naming one that was erased is no error.
+    def _inside(
+        self, forget_idx: Sequence[int] | Indices | Tensor | range, who: str
+    ) -> tuple[Indices, Indices]:
+        """The samples named, and those of them that the sums are of; naming one that was erased is
+        no error.
 
         Raises:
-            SplitError: If some are none of the training samples, or all were erased.
+            SplitError: If some are none of the training samples, or all were erased, which is
+                recorded.
         """
         named = forget_indices(forget_idx, len(cast("Sized", self.split.base)))
         outside = np.setdiff1d(named, self.split.indices("all"))
@@ -301,9 +305,12 @@ class Prepared:
             fix = "Name samples of the loader that prepare() was given, that are not erased yet."
             raise SplitError(got, "training samples", fix)
         if len(outside) == len(named):
+            assert self.log is not None
+            self.log.ledger.done(self.log.ask(named.tolist(), who), note="erased before")
             got = f"samples that were erased before: {named[:5].tolist()}"
-            raise SplitError(got, "some that are still there", "Nothing is left to be done.")
-        return np.setdiff1d(named, outside)
+            fix = "Nothing is left to be done: the request is in the ledger, as done."
+            raise SplitError(got, "some that are still there", fix)
+        return named, np.setdiff1d(named, outside)
 
     def _without(self, split: Split) -> Curvature:
         """The curvature of who is left: by subtraction where it is a sum and most of its samples
@@ -392,8 +399,8 @@ def prepare(
         requests = [] if log is None else log.requests()
         made = snapshot.read_or_take(model, objective, split, options, log, progress=progress)
         rows = _rows(split, log)
-    done = [i for request in requests for i in request]
-    split = split.forgetting(done) if done else split
+    asked = _asked(requests, split)
+    split = split.forgetting(asked) if len(asked) else split
     own = (model, split, made, options, objective, rows, limits or Limits(), log)
     prepared = Prepared(*own, requests, 0 if log is None else log.count_erased())
     if prepared.pending:
@@ -405,6 +412,12 @@ def prepare(
             stacklevel=2,
         )
     return prepared
+
+
+def _asked(requests: Sequence[Sequence[int]], split: Split) -> Indices:
+    """Who is asked to be forgotten, of those that are not erased yet; whoever asked how often."""
+    named = np.array([i for request in requests for i in request], dtype=np.int64)
+    return np.intersect1d(named, split.indices("all"))
 
 
 def _rows(split: Split, log: RequestLog | None) -> KnownSamples:

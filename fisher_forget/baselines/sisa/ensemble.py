@@ -72,7 +72,8 @@ class SISA:
     Checkpoints are written whole or not at all, and one that has seen a sample to be forgotten is
     removed before anything is trained. After a kill, make the same SISA with the same folder and
     call `fit`: requests are recorded before they are served, so it goes on where it was, a request
-    included. One process at a time may use a folder.
+    included. A second process that uses the folder waits for the first, and goes on with all
+    requests so far.
 
     Attributes:
         build: Returns a new model; called with the global generators seeded shard by shard.

@@ -24,23 +24,39 @@ STATES = {
 }
 
 
+def check_ledger(folder: str | Path) -> None:
+    """Refuse a folder that has no ledger.
+
+    Raises:
+        StorageError: If it has none.
+    """
+    if not (Path(folder) / LEDGER).is_file():
+        fix = (
+            "There is no ledger here: name the folder of a prepared model, of SISA, or one that a "
+            "Ledger was made for."
+        )
+        raise StorageError(f"{folder} without a ledger", f"a folder with {LEDGER}", fix)
+
+
 def read_ledger(folder: str | Path) -> Ledger:
     """The ledger of a folder that has one.
 
     Raises:
         StorageError: If it has none, or it was altered.
     """
-    if not (Path(folder) / LEDGER).is_file():
-        fix = "Name the folder of a prepared model, of SISA, or one that a Ledger was made for."
-        raise StorageError(f"{folder} without a ledger", f"a folder with {LEDGER}", fix)
+    check_ledger(folder)
     return Ledger(folder)
 
 
 def ledger_table(ledger: Ledger, now: datetime | None = None) -> pd.DataFrame:
-    """One row a request: name, who asked, samples, asked, due, state, overdue."""
-    columns = ["request", "who", "samples", "asked", "due", "state", "overdue"]
+    """One row a request: name, who asked, samples, asked, due, done, served, state, overdue."""
+    columns = ["request", "who", "samples", "asked", "due", "done", "served", "state", "overdue"]
     rows = [
-        (r.name, r.who, len(r.samples), _day(r.asked), _day(r.due), r.state, r.overdue(now))
+        (
+            *(r.name, r.who, len(r.samples), _day(r.asked), _day(r.due)),
+            *(_day(r.times[state]) if state in r.times else "" for state in ("done", "served")),
+            *(r.state, r.overdue(now)),
+        )
         for r in ledger.requests.values()
     ]
     return pd.DataFrame(rows, columns=columns)
@@ -95,6 +111,7 @@ def _told(request: Request) -> dict[str, Any]:
         "due": request.due.isoformat(timespec="seconds"),
         "state": request.state,
         "overdue": request.overdue(),
+        "times": {k: t.isoformat(timespec="seconds") for k, t in request.times.items()},
         "evidence": request.evidence,
     }
 
