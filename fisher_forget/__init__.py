@@ -30,6 +30,7 @@ from fisher_forget.experiments.models import build_model
 from fisher_forget.experiments.training import TrainSettings, train
 from fisher_forget.ledger import Ledger
 from fisher_forget.likelihood import Bernoulli, Categorical, Gaussian, Likelihood
+from fisher_forget.purge import artefacts, purge
 from fisher_forget.report import plots
 from fisher_forget.report.plots import plot_tradeoff
 from fisher_forget.rewind import (
@@ -93,6 +94,7 @@ __all__ = [
     "TrainingTime",
     "Unlearned",
     "Unlearner",
+    "artefacts",
     "build_model",
     "calibrate_noise",
     "draw_noise",
@@ -107,6 +109,7 @@ __all__ = [
     "plot_tradeoff",
     "plots",
     "prepare",
+    "purge",
     "read_samples",
     "resolve_split",
     "rewind",

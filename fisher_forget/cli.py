@@ -26,6 +26,7 @@ from fisher_forget.experiments.init_config import BUILT_IN, TEMPLATES, write_tem
 EXIT_ERROR = 2  # something given was wrong; the message says what to do
 EXIT_INTERRUPTED = 130
 SHELLS = ("bash", "zsh", "fish")
+NOTHING = "Nothing known here holds forgotten samples."
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Command:
 
 
 MAKE, LOOK, START = "Forget and compare", "Look at a finished run", "Get started"
+ERASE = "Erase, and show it"
 COMMANDS = {
     "run": Command(
         MAKE,
@@ -78,8 +80,22 @@ COMMANDS = {
         "fisher-forget plot runs/digits",
         plans=False,
     ),
+    "artefacts": Command(
+        ERASE,
+        "what in a folder still holds forgotten samples; nothing is changed",
+        "fisher-forget artefacts runs/digits",
+        "A folder of runs, prepared models, SISA, ensembles or checkpoints, or one above several.",
+        configured=False,
+    ),
+    "purge": Command(
+        ERASE,
+        "remove it, or rewrite it without them, on record",
+        "fisher-forget purge runs/digits --yes",
+        "Nothing may run in the folder meanwhile. Copies elsewhere are yours to remove.",
+        configured=False,
+    ),
     "ledger": Command(
-        LOOK,
+        ERASE,
         "who asked for what to be deleted, what became of it, and whether the record is intact",
         "fisher-forget ledger deletions --public-key auditor.pub",
         "Without options it prints the requests. Of a prepared model, of SISA, or of a Ledger.",
@@ -241,6 +257,25 @@ def _ledger(given: argparse.Namespace) -> None:
     )
 
 
+def _artefacts(given: argparse.Namespace) -> None:
+    from fisher_forget.purge import artefacts
+
+    print("\n".join(map(str, artefacts(given.folder, given.set))) or NOTHING)
+
+
+def _purge(given: argparse.Namespace) -> None:
+    from fisher_forget.purge import artefacts, purge
+
+    if not given.yes:
+        print("\n".join(map(str, artefacts(given.folder, given.set))) or NOTHING)
+        raise ConfigError("purge without --yes", "it, since removed is removed", "Add --yes.")
+    purged = purge(given.folder, given.set, salt=given.salt, key=given.key)
+    print(purged)
+    if not purged.clean:
+        got, fix = "files that hold forgotten samples still", "Do what stands behind each."
+        raise StorageError(got, "none", fix)
+
+
 def _print_data(given: argparse.Namespace) -> None:
     print(catalogue(given.root))
 
@@ -259,6 +294,8 @@ def _write_template(given: argparse.Namespace) -> None:
 
 
 _START = {
+    "artefacts": _artefacts,
+    "purge": _purge,
     "ledger": _ledger,
     "demo": _demo,
     "init": _write_template,
@@ -337,6 +374,22 @@ def _add_ledger(command: argparse.ArgumentParser) -> None:
     command.add_argument("--new-key", metavar="FILE", help="make a key pair first")
 
 
+def _add_artefacts(command: argparse.ArgumentParser) -> None:
+    what = "of a run, a prepared model, SISA, or above several"
+    command.add_argument("folder", help=what).complete = shtab.DIRECTORY  # type: ignore[attr-defined]
+    names = "a run's forget set that is to be gone; may be repeated; by default all"
+    command.add_argument("--set", metavar="NAME", action="append", default=[], help=names)
+
+
+def _add_purge(command: argparse.ArgumentParser) -> None:
+    _add_artefacts(command)
+    command.add_argument("--yes", action="store_true", help="do it; otherwise it is only listed")
+    salts = "remove the salts of ledgers, too: nobody can tell then who was forgotten"
+    command.add_argument("--salt", action="store_true", help=salts)
+    signs = "private key of a signed ledger"
+    _file(command.add_argument("--key", metavar="FILE", help=signs))
+
+
 def _add_init(command: argparse.ArgumentParser) -> None:
     where = "default %(default)s"
     _file(command.add_argument("path", nargs="?", default="config.yaml", help=where))
@@ -355,6 +408,8 @@ def _add_completion(command: argparse.ArgumentParser) -> None:
 
 
 _ARGUMENTS = {
+    "artefacts": _add_artefacts,
+    "purge": _add_purge,
     "ledger": _add_ledger,
     "demo": _add_demo,
     "init": _add_init,

@@ -311,7 +311,7 @@ class TestOnDisk:
         path.write_bytes(bytes(content))
         assert prepared.log is not None
         with pytest.raises(StorageError, match="checksum"):
-            load_data_sums(path, prepared.objective, "any")
+            load_data_sums(path, prepared.objective, "any", prepared.split)
 
 
 @pytest.mark.parametrize("structure", ["ekfac", "diagonal", "low_rank"])
@@ -499,6 +499,10 @@ class TestRebase:
         assert rebased.requests == []
         row = data.tensors[0][self.ALONE].numpy().tobytes()
         assert not any(row in p.read_bytes() for p in tmp_path.iterdir() if p.is_file())
+        (sums,) = tmp_path.glob("*snapshot.safetensors")
+        stored = load_tensors(sums)[0]
+        assert "samples" not in stored  # who is missing from a list was forgotten
+        assert len(stored["spread"]) == 59
         assert {p.name for p in tmp_path.glob("*.safetensors")} == {
             "generation-1-snapshot.safetensors",
             "generation-1-curvature.safetensors",

@@ -32,6 +32,7 @@ from fisher_forget.data import batches
 from fisher_forget.data.split import Indices, Split, resolve_split
 from fisher_forget.errors import ConfigError, FisherForgetWarning, StorageError
 from fisher_forget.evaluate.predictions import predict, whole_splits
+from fisher_forget.ledger.purged import check_not_purged
 
 TrainFn = Callable[[int], nn.Module]
 # joblib's backends, and the modules that those of other packages live in
@@ -133,12 +134,15 @@ class RetrainedEnsemble:
         (`_util.code`). Where that cannot be told, `fingerprint` must be given, and stands for it.
 
         Raises:
-            ConfigError, SplitError, StorageError: As `train_members` and `forget` do.
+            ConfigError, SplitError: As `train_members` and `forget` do.
+            StorageError: As `train_members`; or if models were purged from the folder.
         """
         check_names(options, TrainOptions.__annotations__)
         split = data if isinstance(data, Split) else resolve_split(data, forget_idx)
         given, named = options.get("folder"), options.get("fingerprint", "")
         folder = None if given is None else files.ensure_folder(Path(given))
+        if folder is not None:
+            check_not_purged(folder)
         code = "" if folder is None else _code(train_fn, named)
         fingerprint = files.fingerprint(named, split.fingerprint(), code)
 

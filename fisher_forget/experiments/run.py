@@ -79,7 +79,7 @@ def redraw(config: RunConfig) -> list[Path]:
     Raises:
         StorageError: If the run has not finished.
     """
-    folder = run_folder(config)
+    folder = run_folder(config, trains=False)
     drawn: list[Path] = []
     try:
         entries = files.read_json(folder / "metrics.json")["cases"]

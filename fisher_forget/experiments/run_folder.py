@@ -7,15 +7,23 @@ from pathlib import Path
 
 from fisher_forget.errors import ConfigError, StorageError
 from fisher_forget.experiments.config import RunConfig
+from fisher_forget.ledger.purged import check_not_purged
 
 
-def run_folder(config: RunConfig) -> Path:
+def run_folder(config: RunConfig, *, trains: bool = True) -> Path:
     """The folder of the results, which need not exist yet.
 
+    Args:
+        config: Of the run.
+        trains: Models are trained in it.
+
     Raises:
-        StorageError: If a link in it leads out of it: what is written there would end up elsewhere.
+        StorageError: If a link in it leads out of it: what is written there would end up elsewhere;
+            or if models are to be trained where they were purged.
     """
     folder = config.folder
+    if trains:
+        check_not_purged(folder)
     for place, folders, names in os.walk(folder):
         for name in (*folders, *names):
             if (path := Path(place) / name).is_symlink():

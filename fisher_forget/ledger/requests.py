@@ -108,11 +108,11 @@ class RequestLog:
         Raises:
             StorageError: If the salt is gone, or a hash is of no sample.
         """
-        return self._samples(self._asked()[1])
+        return self._samples(self.asked()[1])
 
     def erased(self) -> list[int]:
         """Samples that the content is made without, as far as the salt tells who they are."""
-        before = self._asked()[0]
+        before = self.asked()[0]
         try:
             return sorted({i for request in self._samples(before) for i in request})
         except StorageError:
@@ -120,9 +120,9 @@ class RequestLog:
 
     def count_erased(self) -> int:
         """How many samples these are, whoever they are."""
-        return len({h for request in self._asked()[0] for h in request.samples})
+        return len({h for request in self.asked()[0] for h in request.samples})
 
-    def _asked(self) -> tuple[list[Request], list[Request]]:
+    def asked(self) -> tuple[list[Request], list[Request]]:
         """Requests before and since the last rebase that were not withdrawn."""
         since = 0
         for entry in self.ledger.entries:

@@ -21,7 +21,7 @@ from fisher_forget.errors import StorageError
 from fisher_forget.unlearn.batch_norm import foreign_statistics
 from fisher_forget.unlearn.objective import Gradient, Objective
 
-FORMAT = "6"
+FORMAT = "7"
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,11 @@ def _even(objective: Objective, split: Split, samples: Indices) -> bool:
     return len(torch.cat(counts).unique()) == 1
 
 
-def save_data_sums(path: str | Path, sums: DataSums, fingerprint: str) -> None:
-    """Write sums, with a fingerprint of the model and the data that they were taken of.
+def save_data_sums(path: str | Path, sums: DataSums, fingerprint: str, split: Split) -> None:
+    """Write sums of a split, with a fingerprint of the model and the data that they were taken of.
+
+    Where all of its samples were, the file does not list them: that would tell which samples of
+    the data set are missing.
 
     Raises:
         StorageError: If the file cannot be written.
@@ -93,16 +96,19 @@ def save_data_sums(path: str | Path, sums: DataSums, fingerprint: str) -> None:
     tensors = {f"gradient/{name}": value for name, value in sums.total.sums.items()}
     tensors |= {
         "classes": sums.total.classes,
-        "samples": torch.from_numpy(sums.samples),
         "spread": sums.spread,
     }
+    if len(sums.samples) < len(split.indices("all")):
+        tensors["samples"] = torch.from_numpy(sums.samples)
     numbers = {"loss": sums.total.loss, "count": sums.total.count, "foreign": sums.foreign}
     notes = {"format": FORMAT, "fingerprint": fingerprint, "numbers": json.dumps(numbers)}
     files.save_tensors(path, tensors, notes)
 
 
-def load_data_sums(path: str | Path, objective: Objective, fingerprint: str) -> DataSums | None:
-    """Read sums back; `None` where the file is of another format, so that they are taken anew.
+def load_data_sums(
+    path: str | Path, objective: Objective, fingerprint: str, split: Split
+) -> DataSums | None:
+    """Read sums of a split back; `None` where the file is of another format: take them anew.
 
     Raises:
         StorageError: If the file is missing or damaged, or made for another model or other data.
@@ -117,7 +123,7 @@ def load_data_sums(path: str | Path, objective: Objective, fingerprint: str) -> 
     gradient = {n: tensors[f"gradient/{n}"].to(p.device) for n, p in objective.start.items()}
     return DataSums(
         total=Gradient(gradient, numbers["loss"], numbers["count"], tensors["classes"]),
-        samples=tensors["samples"].numpy(),
+        samples=tensors["samples"].numpy() if "samples" in tensors else split.indices("all"),
         spread=tensors["spread"],
         foreign=tuple(numbers["foreign"]),
     )

@@ -91,10 +91,10 @@ def read_or_take(
             if curvature.stored_as:
                 save_curvature(path, curvature, model, split)
         path = log.path(DATA_SUMS)
-        sums = load_data_sums(path, objective, log.mark) if path.exists() else None
+        sums = load_data_sums(path, objective, log.mark, split) if path.exists() else None
         if sums is None:
             sums = take_data_sums(objective, split, seed=options.seed, progress=progress)
-            save_data_sums(path, sums, log.mark)
+            save_data_sums(path, sums, log.mark, split)
     return Snapshot(curvature, sampled, sums)
 
 
@@ -110,7 +110,7 @@ def save(
     own, number = mark(model, split, options, objective), log.generation + 1
     if made.curvature.stored_as:
         save_curvature(log.path(CURVATURE, number), made.curvature, model, split)
-    save_data_sums(log.path(DATA_SUMS, number), made.sums, own)
+    save_data_sums(log.path(DATA_SUMS, number), made.sums, own, split)
     files.save_model(log.path(MODEL, number), model, {})
     log.rebase(own)
     log.remove_earlier(NAMES, MODEL)
