@@ -685,6 +685,40 @@ class TestLimits:
         with pytest.raises(ConfigError, match="at most 20 %"):  # what went before counts
             rebased.forget(range(tenth + 1, 2 * tenth + 1), **QUIET)
 
+    def test_a_result_that_costs_too_much_is_refused(
+        self, model: nn.Module, data: TensorDataset, tmp_path: Path
+    ) -> None:
+        limits = Limits(rise=1e-3)
+        options: dict[str, Any] = {"weight_decay": WD, "limits": limits, "folder": tmp_path}
+        prepared = prepare(model, data, progress=False, **options)
+        large: dict[str, Any] = {"noise": 1.0, "progress": False}
+        with pytest.raises(NumericalError, match=r"rose from .* a rise of at most 0\.001"):
+            prepared.forget([3], **large)
+        assert len(prepared.pending) == 1, "it is due still"
+        prepared.redeliver(noise=None, progress=False)
+        assert prepared.pending == []
+
+    def test_a_failed_check_is_refused_where_it_is_to_be_heeded(
+        self, model: nn.Module, data: TensorDataset, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        says = "31 % are still recognised."
+        wrong = self_check.SelfCheck(
+            (self_check.Finding("absent classes", 0.31, 0, "wrong", says),)
+        )
+        monkeypatch.setattr(FORGET, "self_check", lambda *_, **__: wrong)
+        prepared = prepare(model, data, weight_decay=WD, progress=False)
+        with pytest.warns(FisherForgetWarning, match="31 %"):
+            prepared.forget([3], **QUIET)
+        limits = Limits(failed="refused")
+        strict = prepare(model, data, weight_decay=WD, limits=limits, progress=False)
+        with pytest.raises(NumericalError, match="31 %"):
+            strict.forget([3], **QUIET)
+
+    @pytest.mark.parametrize("change", [{"rise": 0.0}, {"rise": math.nan}, {"failed": "no"}])
+    def test_what_are_no_costs(self, change: dict[str, Any]) -> None:
+        with pytest.raises(ConfigError):
+            Limits(**change)
+
     def test_after_a_restart_what_was_erased_counts(
         self, model: nn.Module, data: TensorDataset, tmp_path: Path
     ) -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
-from fisher_forget.errors import ConfigError, FisherForgetWarning
+from fisher_forget.errors import ConfigError, FisherForgetWarning, NumericalError
+from fisher_forget.unlearn.self_check import SelfCheck
+
+RETRAIN = "Train a new model on the retained samples, and call prepare() with it"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much may be forgotten before the model is trained anew, as shares of its training data.
+    """How much may be forgotten, and at what cost, before the model is trained anew.
 
     The correction is an estimate around one model. Of a network on digits it closes nine tenths of
     the gap to retrained models with a tenth of the samples gone, two thirds with two fifths, and a
@@ -21,15 +26,48 @@ class Limits:
     Attributes:
         warn: Share above which each request warns.
         refuse: Share above which a request is refused; 1 never refuses.
+        rise: By how many nats the mean loss of retained samples may rise, from the prepared model
+            to a result, before that is refused.
+        failed: What becomes of a result whose self-check says that it is wrong: a "warning", or it
+            is "refused".
     """
 
     warn: float = 0.25
     refuse: float = 0.5
+    rise: float = 0.1
+    failed: Literal["warning", "refused"] = "warning"
 
     def __post_init__(self) -> None:
         if not 0 <= self.warn <= self.refuse <= 1:
             got = f"limits of warn={self.warn!r}, refuse={self.refuse!r}"
             raise ConfigError(got, "0 <= warn <= refuse <= 1", "Correct them.")
+        if not self.rise > 0:
+            raise ConfigError(f"rise={self.rise!r}", "nats above 0", "Correct it.")
+        if self.failed not in ("warning", "refused"):
+            got = f"failed={self.failed!r}"
+            raise ConfigError(got, "'warning' or 'refused'", "Correct it.")
+
+    def judge(self, losses: Mapping[str, float], check: SelfCheck) -> None:
+        """Refuse a result.
+
+        Args:
+            losses: Of the result.
+            check: What it says of itself.
+
+        Raises:
+            NumericalError: If retained samples lost more than they may, or the check is to be
+                heeded and says that it is wrong.
+        """
+        before, after = losses["retain_before"], losses["retain_after"]
+        if after - before > self.rise:
+            got = f"a result whose retained loss rose from {before:.3g} to {after:.3g} nats"
+            fix = f"{RETRAIN}; or pass other limits=."
+            raise NumericalError(got, f"a rise of at most {self.rise:g}", fix)
+        if self.failed == "refused" and check.wrong:
+            says = " ".join(finding.says for finding in check.wrong)
+            raise NumericalError(
+                f"a self-check that says: {says}", "one that passes", f"{RETRAIN}."
+            )
 
     def check(self, gone: int, total: int, stacklevel: int) -> None:
         """Warn or refuse.
@@ -39,14 +77,13 @@ class Limits:
         """
         share = gone / total
         told = f"{gone:,} of {total:,} training samples ({100 * share:.0f} %) forgotten"
-        retrain = "Train a new model on the retained samples, and call prepare() with it"
         if share > self.refuse:
-            fix = f"{retrain}; or pass other limits=."
+            fix = f"{RETRAIN}; or pass other limits=."
             raise ConfigError(told, f"at most {100 * self.refuse:.0f} %", fix)
         if share > self.warn:
             warnings.warn(
                 f"{told}, more than {100 * self.warn:.0f} %: the result may be far from "
-                f"retraining. {retrain}.",
+                f"retraining. {RETRAIN}.",
                 FisherForgetWarning,
                 stacklevel=stacklevel + 1,
             )

@@ -275,6 +275,7 @@ class Prepared:
                     held_out=unseen,
                     progress=progress,
                 )
+                self.limits.judge(result.losses, result.check)
             except Exception as error:
                 if name and self.log is not None:
                     self.log.ledger.fail(name, f"{type(error).__name__}: {error}"[:500])
@@ -357,7 +358,8 @@ def prepare(
         folder: Keep everything here: made at the first call; a later call with the same model, data
             and options reads it, with all requests so far. A call that was killed goes on where it
             was. Pass a `Ledger` of the folder for one that is signed, or whose salt lies elsewhere.
-        limits: How much may be forgotten in all before a request warns, or is refused.
+        limits: How much may be forgotten in all before a request warns, or is refused; and how much
+            a result may cost.
         progress: Show progress bars.
         **changes: Fields of `ForgetOptions` by name.
 
