@@ -225,11 +225,11 @@ def _demo(given: argparse.Namespace) -> None:
 
 
 def _ledger(given: argparse.Namespace) -> None:
-    from fisher_forget.ledger import Ledger, new_keys, verify
+    from fisher_forget.ledger import Ledger, examine, new_keys
     from fisher_forget.report.pages.ledger import (
         check_ledger,
         ledger_table,
-        read_ledger,
+        summary,
         write_ledger,
     )
 
@@ -237,24 +237,22 @@ def _ledger(given: argparse.Namespace) -> None:
         print(f"Private key: {given.new_key}; public key: {new_keys(given.new_key)}")
     check_ledger(given.folder)
     if given.serve:
-        Ledger(given.folder, key=given.key).serve(given.serve)
-    wrong = verify(given.folder, given.public_key, known=given.known)
-    if wrong:
-        fix = "Check that the key is its own; find out what happened, and restore it from a copy."
-        got = "\n  ".join(["a ledger that is not as it was written:", *wrong])
-        raise StorageError(got, "one that is", fix)
-    ledger = read_ledger(given.folder)
+        Ledger(given.folder, key=given.key).serve(given.serve, although=given.although or "")
     if given.export:
-        print("\n".join(map(str, write_ledger(given.folder, given.export, given.public_key))))
+        written = write_ledger(given.folder, given.export, given.public_key, known=given.known)
+        print("\n".join(map(str, written)))
+    ledger = examine(given.folder, given.public_key, known=given.known)
+    if ledger.wrong:
+        fix = "Check that the key is its own; find out what happened, and restore it from a copy."
+        got = "\n  ".join(["a ledger that is not as it was written:", *ledger.wrong])
+        raise StorageError(got, "one that is", fix)
     if ledger.requests:
         print(ledger_table(ledger).to_string(index=False))
     checked = (
         "signatures checked" if given.public_key else "signatures not checked: no --public-key"
     )
-    print(
-        f"{len(ledger.requests)} requests, {len(ledger.pending())} not carried out, "
-        f"{len(ledger.overdue())} overdue; the record is intact ({checked})."
-    )
+    print(f"{summary(ledger)} The record is intact ({checked}).")
+    print(f"Seal of the last entry: {ledger.seal} (keep it elsewhere, for --known)")
 
 
 def _artefacts(given: argparse.Namespace) -> None:
@@ -369,6 +367,8 @@ def _add_ledger(command: argparse.ArgumentParser) -> None:
     command.add_argument("--known", metavar="SEAL", help="seal of an entry that must be there")
     command.add_argument("--export", metavar="FOLDER", help="write a page, a table and JSON there")
     command.add_argument("--serve", metavar="REQUEST", help="record that who asked was told")
+    reason = "why it is served although its own check says no, with --serve"
+    command.add_argument("--although", metavar="REASON", help=reason)
     signs = "private key of the ledger, with --serve"
     _file(command.add_argument("--key", metavar="FILE", help=signs))
     command.add_argument("--new-key", metavar="FILE", help="make a key pair first")

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
+import shutil
+import stat
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from fisher_forget import ConfigError, StorageError
-from fisher_forget.ledger import Ledger, RequestLog, new_keys, verify
-from fisher_forget.ledger.entries import parse
+from fisher_forget import ConfigError, FisherForgetWarning, StorageError
+from fisher_forget.ledger import Ledger, RequestLog, examine, new_keys, verify
+from fisher_forget.ledger.entries import Entry, Head, parse
+from fisher_forget.ledger.evidence import verdict
 from fisher_forget.ledger.ledger import HEAD, LEDGER, SALT
 from fisher_forget.ledger.owner import LOCK, OWNER, remove_orphans, saving
 from fisher_forget.ledger.states import a_month_after
@@ -106,6 +114,47 @@ class TestStates:
         again.withdraw("r-2", "asked by mistake")
         assert again.pending() == []
         assert Ledger(tmp_path).requests["r-3"].evidence == {"loss": None}
+
+
+class TestDue:
+    def test_a_time_is_asked_for(self, tmp_path):
+        ledger = Ledger(tmp_path)
+        beyond = datetime.max.replace(tzinfo=timezone(timedelta(hours=-5)))  # in UTC
+        for bad in ("tomorrow", 3, datetime(2027, 1, 31).date(), beyond):
+            with pytest.raises(ConfigError, match="the time"):
+                ledger.ask([1], due=bad)
+        assert not ledger.requests
+
+    def test_without_a_zone_it_is_local_time(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("TZ", "Asia/Tokyo")  # nine hours ahead, all year
+        time.tzset()
+        try:
+            with Ledger(tmp_path).request([1], due=datetime(2030, 1, 31, 9)):
+                pass
+            request = Ledger(tmp_path).requests["r-1"]
+            assert request.due == datetime(2030, 1, 31, 0, tzinfo=UTC)
+            assert request.overdue(datetime(2030, 1, 31, 9, 1))
+            assert not request.overdue(datetime(2030, 1, 31, 8, 59))
+        finally:
+            monkeypatch.undo()
+            time.tzset()
+
+    def test_one_that_is_over_is_recorded_with_a_warning(self, tmp_path):
+        ledger, due = Ledger(tmp_path), datetime(2020, 1, 1, tzinfo=UTC)
+        with pytest.warns(FisherForgetWarning, match="r-1 is overdue: it was due on 2020-01-01"):
+            ledger.ask([1], due=due)
+        request = ledger.requests["r-1"]
+        assert request.overdue()
+        assert request.late(due + timedelta(days=2)) == timedelta(days=2)
+        ledger.done("r-1")
+        ledger.serve("r-1")
+        request = ledger.requests["r-1"]
+        assert not request.overdue()
+        assert request.late() == request.times["served"] - due
+
+    def test_in_time_is_not_late(self, tmp_path):
+        ledger = ten_entries(tmp_path)
+        assert all(r.late() == timedelta(0) for r in ledger.requests.values())
 
 
 class TestIds:
@@ -199,8 +248,12 @@ class TestTampering:
         new_keys(tmp_path / "own.pem")
         ten_entries(tmp_path / "third", key=tmp_path / "own.pem")
         assert verify(tmp_path / "true", public) == []
-        for name in ("other", "third"):
-            assert len(verify(tmp_path / name, public)) == 11  # and the head
+        for name, says in (
+            ("other", "None of the 10 entries is signed."),
+            ("third", "of this key"),
+        ):
+            (wrong,) = verify(tmp_path / name, public)
+            assert says in wrong
             assert verify(tmp_path / name) == []
 
     def test_a_signed_ledger_takes_no_entry_without_its_key(self, tmp_path):
@@ -216,12 +269,44 @@ class TestTampering:
         assert verify(tmp_path / "l", public) == []
         assert verify(tmp_path / "plain") == []
 
+    def test_what_can_be_read_of_an_altered_one(self, tmp_path):
+        ten_entries(tmp_path)
+        path = tmp_path / LEDGER
+        path.write_bytes(path.read_bytes().replace(b"user-7", b"user-8").replace(b"r-2", b"r-7"))
+        reading = examine(tmp_path)
+        assert len(reading.entries) == 7
+        assert list(reading.requests) == ["r-1", "r-3"]
+        assert [r.name for r in reading.pending()] == ["r-3"]
+        assert reading.wrong
+
+    def test_entries_that_make_no_sense(self, tmp_path):
+        """Whoever makes all hashes anew can write anything."""
+        time_ = "2026-01-01T00:00:00+00:00"
+        asked = {"who": "", "samples": ["a"], "due": time_}
+        cases = {
+            "nobody asked for": ("done", time_, {}),
+            "without who asked": ("asked", time_, asked | {"who": None}),
+            "or for what": ("asked", time_, asked | {"samples": 3}),
+            "the time 'soon'": ("asked", time_, asked | {"due": "soon"}),
+            "the time 'now'": ("asked", "now", asked),
+        }
+        for at, (says, (event, when, details)) in enumerate(cases.items()):
+            folder = tmp_path / str(at)
+            folder.mkdir()
+            entry = Entry(0, when, event, "r-1", details)
+            (folder / LEDGER).write_bytes(entry.line())
+            (folder / HEAD).write_bytes(Head(1, entry.seal).line())
+            (wrong,) = verify(folder)
+            assert says in wrong
+            with pytest.raises(StorageError, match=says):
+                _ = Ledger(folder).requests
+
     def test_an_earlier_state_is_known_by_a_hash_kept_elsewhere(self, tmp_path):
         ledger = Ledger(tmp_path)
         ledger.ask([1])
         before = {name: (tmp_path / name).read_bytes() for name in (LEDGER, HEAD)}
         ledger.begin("r-1")
-        known = ledger.entries[-1].seal
+        known = ledger.seal
         assert verify(tmp_path, known=known) == []
         for name, content in before.items():
             (tmp_path / name).write_bytes(content)
@@ -293,7 +378,16 @@ class TestMisuse:
                 ledger.ask([bad])
         with pytest.raises(ConfigError, match="text that can be written"):
             ledger.ask([1], who="\ud800")
+        with pytest.raises(ConfigError, match="a request for no sample"):
+            ledger.ask([])
+        with pytest.raises(ConfigError, match="a request for no sample"), ledger.request(iter(())):
+            pass
         assert not ledger.requests
+
+    @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+    def test_a_ledger_is_not_copied(self, tmp_path, duplicate):
+        with pytest.raises(StorageError, match=r"Open it again: Ledger\(folder\)"):
+            duplicate(ten_entries(tmp_path))
 
     def test_evidence_of_any_name(self, tmp_path):
         ledger = Ledger(tmp_path)
@@ -357,7 +451,148 @@ class TestMisuse:
         assert not reads
 
 
+NOBODY = 65534
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[Path]:
+    """A copy of a folder that this process may read and not write: root becomes somebody else."""
+    place = Path(tempfile.mkdtemp())
+    copied = place / "copy"
+    shutil.copytree(folder, copied)
+    place.chmod(0o755)
+    for path in (*copied.iterdir(), copied):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    root = os.getuid() == 0
+    if root:
+        os.setresuid(NOBODY, NOBODY, 0)
+    try:
+        yield copied
+    finally:
+        if root:
+            os.setresuid(0, 0, 0)
+        copied.chmod(stat.S_IRWXU)
+        shutil.rmtree(place)
+
+
+class TestReadOnly:
+    def test_can_be_read_and_not_written(self, tmp_path):
+        ten_entries(tmp_path / "l")
+        with read_only(tmp_path / "l") as folder:
+            ledger = Ledger(folder)
+            assert ledger.requests["r-1"].state == "served"
+            assert ledger.hashed([3])[0] in ledger.requests["r-1"].samples
+            assert verify(folder) == []
+            writes = (
+                lambda: ledger.ask([1]),
+                lambda: ledger.done("r-3"),
+                lambda: ledger.record("purged"),
+            )
+            for write in writes:
+                with pytest.raises(StorageError, match=r"cannot be written: .*Permission denied"):
+                    write()
+            with pytest.raises(StorageError, match="a folder that can be made"):
+                Ledger(folder / "new")
+            assert len(Ledger(folder).entries) == 10
+
+    def test_what_cannot_be_read(self, tmp_path):
+        ten_entries(tmp_path)
+        (tmp_path / LEDGER).unlink()
+        (tmp_path / LEDGER).mkdir()
+        with pytest.raises(StorageError, match="a file that can be read"):
+            Ledger(tmp_path)
+
+
+def finding(verdict: str, name: str = "unseen samples") -> dict[str, object]:
+    return {"name": name, "verdict": verdict, "says": f"{name}: {verdict}"}
+
+
+HARM = finding("wrong", "retained samples")
+
+
+class TestVerdict:
+    @pytest.mark.parametrize(
+        ("told", "says"),
+        [
+            ({}, "not shown"),
+            ({"exact": True}, "forgotten"),
+            ({"exact": "yes"}, "not shown"),
+            ({"self_check": [finding("fine")]}, "forgotten"),
+            ({"self_check": [finding("fine"), finding("unknown")]}, "not shown"),
+            ({"self_check": [finding("fine", "retained samples")]}, "not shown"),
+            (
+                {"self_check": [finding("fine"), finding("wrong", "retained samples")]},
+                "others harmed",
+            ),
+            (
+                {"self_check": [finding("wrong", "step"), finding("wrong", "retained samples")]},
+                "NOT forgotten",
+            ),
+            ({"self_check": "fine"}, "not shown"),
+            ({"self_check": [1, None]}, "not shown"),
+        ],
+    )
+    def test_words(self, told, says):
+        assert verdict(told) == says
+
+    @pytest.mark.parametrize("name", ["unseen samples", "retained samples"])
+    def test_a_request_whose_check_says_no_is_served_with_a_reason_only(self, tmp_path, name):
+        ledger = Ledger(tmp_path)
+        with ledger.request([1]) as evidence:
+            evidence["self_check"] = [finding("wrong", name)]
+        for reason in ("", "  "):
+            with pytest.raises(ConfigError, match=r"whose self-check says: .*although="):
+                ledger.serve("r-1", although=reason)
+        assert ledger.requests["r-1"].state == "done"
+        ledger.serve("r-1", although="four retrained models say otherwise")
+        served = Ledger(tmp_path).requests["r-1"]
+        assert served.state == "served"
+        assert served.evidence["although"] == "four retrained models say otherwise"
+        assert served.verdict in ("NOT forgotten", "others harmed")
+
+    def test_a_better_model_takes_the_place_of_one_whose_check_says_no(self, tmp_path):
+        log = claimed(tmp_path, "m", 10)
+        for check in ("wrong", "fine", "unknown"):
+            log.ask([3])
+            log.done(self_check=[finding(check)])
+        verdicts = [r.verdict for r in log.ledger.requests.values()]
+        assert verdicts == ["forgotten", "forgotten", "not shown"]
+        log.ledger.serve("r-1")
+
+
 class TestOwners:
+    def test_two_objects_of_a_folder_within_each_other(self, tmp_path):
+        """A thread owns a folder through all of them, and each knows what the others wrote."""
+        one, two = Ledger(tmp_path), Ledger(tmp_path / ".." / tmp_path.name, wait=5)
+        begun = time.perf_counter()
+        with one.owned():
+            one.ask([1])
+            with two.owned():
+                two.ask([2])
+                one.ask([3])
+            two.begin("r-3")
+            assert one.ask([4]).name == "r-4"
+            assert one.term == two.term
+        assert time.perf_counter() - begun < 4
+        assert list(Ledger(tmp_path).requests) == ["r-1", "r-2", "r-3", "r-4"]
+        assert verify(tmp_path) == []
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    def test_a_forked_child_owns_nothing(self, tmp_path):
+        ledger = Ledger(tmp_path, wait=0.05)
+        with ledger.owned():
+            child = os.fork()
+            if not child:
+                try:
+                    Ledger(tmp_path, wait=0.05).ask([1])
+                except StorageError as error:
+                    os._exit(3 if "owned by process" in str(error) else 4)
+                os._exit(5)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+            ledger.ask([2])
+        assert list(Ledger(tmp_path).requests) == ["r-1"]
+
     def test_processes(self, tmp_path):
         runs = [
             subprocess.Popen(

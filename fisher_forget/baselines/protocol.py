@@ -11,6 +11,7 @@ from torch import nn
 
 from fisher_forget.data.split import Split
 from fisher_forget.errors import ConfigError
+from fisher_forget.ledger import evidence
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,18 @@ class Unlearned:
     model: nn.Module
     seconds: float
     passes: float
+
+    def evidence(self, method: Unlearner, model: nn.Module, split: Split) -> dict[str, Any]:
+        """What a ledger keeps of it, where this method forgot the split's samples from the
+        model."""
+        return evidence(
+            method.name,
+            model,
+            self.model,
+            retained=len(split.retain),
+            forgotten=len(split.forget),
+            passes=self.passes,
+        )
 
 
 @runtime_checkable

@@ -14,19 +14,20 @@ import hmac
 import json
 import os
 import secrets
-import threading
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fisher_forget._util import files
-from fisher_forget.errors import ConfigError, StorageError
+from fisher_forget.errors import ConfigError, FisherForgetWarning, StorageError
 from fisher_forget.ledger import keys, owner
 from fisher_forget.ledger.entries import FIRST, Entry, Event, Head, Notice, canonical, parse
-from fisher_forget.ledger.states import OPEN, Request, a_month_after, told
+from fisher_forget.ledger.evidence import WRONG
+from fisher_forget.ledger.states import OPEN, Request, a_month_after, in_utc, told
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -38,7 +39,10 @@ RESTORE = "Restore the ledger from a copy: without it nobody knows who was forgo
 
 
 class Ledger:
-    """The ledger of a folder, made at its first use.
+    """The ledger of a folder, made at its first use. A copy that cannot be written can be read.
+
+    Several objects of one folder may be used within each other: what one thread owns, it owns
+    through all of them. It is no object to be copied or pickled: open it again by its folder.
 
     Args:
         folder: Of the ledger, and of what it is about.
@@ -49,7 +53,6 @@ class Ledger:
     Attributes:
         folder: As given.
         entries: All so far, as this object has read them last.
-        term: Of the present or last ownership: see `owner.saving`.
 
     Raises:
         StorageError: If an entry was altered, dropped, swapped or cut off.
@@ -63,18 +66,34 @@ class Ledger:
         key: str | Path | Ed25519PrivateKey | None = None,
         wait: float = 3600.0,
     ) -> None:
-        self.folder = files.ensure_folder(folder).resolve()
+        there = os.path.exists(Path(folder) / LEDGER)  # a copy to be read, perhaps
+        self.folder = (Path(folder) if there else files.ensure_folder(folder)).resolve()
         self.wait = wait
         self._salt = Path(salt) if salt is not None else self.folder / SALT
         self._key = keys.read_private(key) if isinstance(key, (str, Path)) else key
-        self._thread, self._depth = threading.RLock(), 0
+        self._owner = owner.ownership(self.folder)
         self.entries: tuple[Entry, ...] = ()
         self._requests: tuple[int, dict[str, Request]] = (0, {})
-        self._size, self.term = 0, ""
+        self._size = 0
         self.read()
 
     def __repr__(self) -> str:
         return f"Ledger({str(self.folder)!r}, {len(self.entries)} entries)"
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        got, fix = f"a copy or pickle of {self!r}", "Open it again: Ledger(folder)."
+        raise StorageError(got, "the ledger itself, which knows who writes to it", fix)
+
+    @property
+    def term(self) -> str:
+        """Of the present or last ownership: see `owner.saving`."""
+        return self._owner.term
+
+    @property
+    def seal(self) -> str:
+        """Of the last entry: kept elsewhere, and passed to `verify` as `known=`, it shows that
+        nothing up to here was taken back. Empty without entries."""
+        return self.entries[-1].seal if self.entries else ""
 
     @property
     def exists(self) -> bool:
@@ -102,26 +121,23 @@ class Ledger:
         others have written before is read first.
 
         Raises:
-            StorageError: If another owner does not end in time; it is named.
+            StorageError: If another owner does not end in time, which is named; or the folder
+                cannot be written.
         """
-        with self._thread:
-            if self._depth:  # ours already
-                yield
-                return
-            with owner.only(self.folder, self.wait) as self.term:
-                self._depth += 1
-                try:
-                    self.read(repair=True)
-                    yield
-                finally:
-                    self._depth -= 1
+        with self._owner.held(self.wait):
+            self._read(owned=True)
+            yield
 
-    def read(self, *, repair: bool = False) -> None:
+    def read(self) -> None:
         """Read the entries again, and check them.
 
         Raises:
-            StorageError: If an entry was altered, dropped, swapped or cut off.
+            StorageError: If an entry was altered, dropped, swapped or cut off, or none can be read.
         """
+        self._read(owned=False)
+
+    def _read(self, *, owned: bool) -> None:
+        """An owner takes away what a kill left half-written, too."""
         path = self.folder / LEDGER
         # in this order, since another owner writes an entry first and the head then
         head = read_head(self.folder)
@@ -129,7 +145,7 @@ class Ledger:
         read = Head(len(self.entries), self.entries[-1].seal) if self.entries else None
         if head is not None and size == self._size and replace(head, signature="") == read:
             return  # nobody has written since
-        content = path.read_bytes() if size else b""
+        content = read_bytes(path) if size else b""
         whole, rest = content[: content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1 :]
         entries = chained(whole)
         at = entries[-1].seal if entries else FIRST
@@ -137,18 +153,18 @@ class Ledger:
         if entries[: len(self.entries)] != self.entries:
             got = f"{path} without entries that were there before"
             raise StorageError(got, "a ledger that only grows", RESTORE)
-        if len(entries) < count or (self._depth and head is None and len(entries) > 1):
+        if len(entries) < count or (owned and head is None and len(entries) > 1):
             got = f"{path} with {len(entries)} entries, where {HEAD} tells of {count or 'none'}"
             raise StorageError(got, "all that were written", RESTORE)
         before = entries[count - 1].seal if count else FIRST
-        if before != last or (self._depth and len(entries) > count + 1):
+        if before != last or (owned and len(entries) > count + 1):
             got = f"{path}, whose entries are not those that {HEAD} tells of"
             raise StorageError(got, "the entries that were written", RESTORE)
-        if repair and rest:  # of a write that never returned
+        if owned and rest:  # of a write that never returned
             with path.open("r+b") as file:
                 file.truncate(len(whole))
                 os.fsync(file.fileno())
-        if repair and len(entries) == count + 1 and self._signs(head):
+        if owned and len(entries) == count + 1 and self._signs(head):
             self._write_head(len(entries), at)
         self.entries, self._size = entries, len(whole)
 
@@ -179,19 +195,35 @@ class Ledger:
         Args:
             samples: Their ids, numbers or words; only salted hashes are kept.
             who: Opaque reference of who asked, such as the number of a ticket: no name.
-            due: Until when; by default within one month of now (GDPR, Art. 12(3)).
+            due: Until when; by default within one month of now (GDPR, Art. 12(3)). Without a time
+                zone it is this machine's local time. One that is over is recorded all the same,
+                with a warning: it is overdue, and a request must not be lost for that.
+
+        Raises:
+            ConfigError: If there is no sample, or `due` is no time.
+            StorageError: If it cannot be recorded.
         """
         now = datetime.now(UTC)
+        limit = a_month_after(now) if due is None else in_utc(due)
         if isinstance(samples, (str, bytes)) or not isinstance(samples, Iterable):
             got, fix = f"samples of type {type(samples).__name__}", "Put it in a list."
             raise ConfigError(got, "a list of ids", fix)
         with self.owned():
             hashes = sorted(self.hashed(samples))
+            if not hashes:
+                got, fix = "a request for no sample", "Name at least one."
+                raise ConfigError(got, "the ids of those to be forgotten", fix)
             name = f"r-{1 + sum(e.event == 'asked' for e in self.entries)}"
-            limit = (due or a_month_after(now)).astimezone(UTC)
             details = {"who": _text(who), "samples": hashes, "due": limit.isoformat()}
             self._record("asked", name, details)
-            return self.requests[name]
+            request = self.requests[name]
+        if limit < now:
+            warnings.warn(
+                f"{name} is overdue: it was due on {limit:%Y-%m-%d %H:%M} UTC.",
+                FisherForgetWarning,
+                stacklevel=2,
+            )
+        return request
 
     def begin(self, name: str) -> None:
         """It is under way."""
@@ -202,23 +234,44 @@ class Ledger:
         self._next(name, "failed", OPEN, {"reason": reason})
 
     def done(self, name: str, /, **evidence: Any) -> None:
-        """The model without its samples is there; what shows it is kept."""
-        self._next(name, "done", OPEN, evidence)
+        """The model without its samples is there; what shows it is kept (`evidence`). Until it is
+        served it may be done again, by a better model."""
+        self._next(name, "done", (*OPEN, "done"), evidence)
 
-    def serve(self, name: str, /, **evidence: Any) -> None:
-        """That model is in use, and who asked has been told."""
-        self._next(name, "served", ("done",), evidence)
+    def serve(self, name: str, /, *, although: str = "", **evidence: Any) -> None:
+        """That model is in use, and who asked has been told.
+
+        Args:
+            name: Of a request that is done.
+            although: Why it is served although its self-check says that the samples are not
+                forgotten, or that others were harmed; it is recorded.
+            **evidence: What else is to be known.
+
+        Raises:
+            ConfigError: If it is not done, or its check says so and no reason is given.
+        """
+        with self.owned():
+            request = self.requests.get(name)
+            if request is not None and request.verdict in WRONG and not although.strip():
+                got = f"{name!r}, whose self-check says: {request.verdict}"
+                fix = "Forget again by other options, or retrain; or give a reason, although=..."
+                raise ConfigError(got, "one whose check does not say so", fix)
+            reason = {"although": _text(although)} if although else {}
+            self._next(name, "served", ("done",), reason | evidence)
 
     def withdraw(self, name: str, reason: str) -> None:
         """It was not carried out, and who asked has been told why."""
         self._next(name, "withdrawn", OPEN, {"reason": reason})
 
     @contextmanager
-    def request(self, samples: Iterable[object], *, who: str = "") -> Iterator[dict[str, Any]]:
+    def request(
+        self, samples: Iterable[object], *, who: str = "", due: datetime | None = None
+    ) -> Iterator[dict[str, Any]]:
         """A request that is carried out within this context: asked, under way, and done at its end
-        with what was put into the dict. After an exception or a kill it is pending, and due."""
+        with what was put into the dict. After an exception or a kill it is pending, and due. See
+        `ask`."""
         with self.owned():
-            name = self.ask(samples, who=who).name
+            name = self.ask(samples, who=who, due=due).name
             self.begin(name)
             evidence: dict[str, Any] = {}
             try:
@@ -234,9 +287,10 @@ class Ledger:
         Raises:
             StorageError: If the salt is gone, or not the one that the ledger was opened with.
         """
-        with self.owned():
-            if not self.entries:
-                self._record("opened", "", {})
+        if not self.entries:
+            with self.owned():
+                if not self.entries:  # nobody else has made it meanwhile
+                    self._record("opened", "", {})
         salt = self._read_salt()
         return [hmac.digest(salt, _id(s), "sha256").hex() for s in samples]
 
@@ -337,7 +391,7 @@ def read_head(folder: Path) -> Head | None:
     path = folder / HEAD
     if not path.exists():
         return None
-    content = path.read_bytes()
+    content = read_bytes(path)
     try:
         head = Head(**json.loads(content))
         same = head.line() == content and isinstance(head.count, int)
@@ -346,6 +400,19 @@ def read_head(folder: Path) -> Head | None:
     if not same:
         raise StorageError(f"{path}, which is damaged", "the file as it was written", RESTORE)
     return head
+
+
+def read_bytes(path: Path) -> bytes:
+    """A file's content.
+
+    Raises:
+        StorageError: If it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        fix = "Check the file, and who may read it."
+        raise StorageError(f"{path}: {error}", "a file that can be read", fix) from error
 
 
 def _text(who: object) -> str:

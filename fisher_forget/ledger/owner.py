@@ -12,8 +12,10 @@ import os
 import secrets
 import shutil
 import socket
+import threading
+import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -25,8 +27,71 @@ from fisher_forget.errors import StorageError
 LOCK, OWNER, SAVING = "ledger.lock", "ledger.owner", "ledger.saving"
 
 
+class Ownership:
+    """Of a folder, by this process: one thread at a time has it, for all that it calls.
+
+    Attributes:
+        folder: Resolved.
+        term: Of the present or last ownership: see `saving`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.term = folder, ""
+        self.reset()
+
+    def reset(self) -> None:
+        """Nobody has it."""
+        self._thread, self._depth = threading.RLock(), 0
+
+    @contextmanager
+    def held(self, wait: float) -> Iterator[None]:
+        """Own the folder within this context; within another one of the same thread at once.
+
+        Args:
+            wait: Seconds to wait for another owner.
+
+        Raises:
+            StorageError: If another owner does not end in time, which is named; or the folder
+                cannot be written.
+        """
+        if not self._thread.acquire(timeout=min(wait, threading.TIMEOUT_MAX)):
+            raise _taken(self.folder, wait)
+        try:
+            with ExitStack() as stack:
+                if not self._depth:
+                    self.term = stack.enter_context(_only(self.folder, wait))
+                self._depth += 1
+                stack.callback(self._less)
+                yield
+        finally:
+            self._thread.release()
+
+    def _less(self) -> None:
+        self._depth -= 1
+
+
+_KNOWN: weakref.WeakValueDictionary[Path, Ownership] = weakref.WeakValueDictionary()
+_GUARD = threading.Lock()
+
+
+def ownership(folder: Path) -> Ownership:
+    """The one of a folder in this process, whoever asks."""
+    with _GUARD:
+        return _KNOWN.setdefault(folder, Ownership(folder))
+
+
+def _forked() -> None:
+    """A child process owns nothing of its parent's."""
+    for own in list(_KNOWN.values()):
+        own.reset()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
 @contextmanager
-def only(folder: Path, wait: float) -> Iterator[str]:
+def _only(folder: Path, wait: float) -> Iterator[str]:
     """Own the folder within this context; its value is the term.
 
     Args:
@@ -34,7 +99,8 @@ def only(folder: Path, wait: float) -> Iterator[str]:
         wait: Seconds to wait for another owner.
 
     Raises:
-        StorageError: If another owner does not end in time; it is named.
+        StorageError: If another owner does not end in time, which is named; or the folder cannot be
+            written.
     """
     if not folder.is_dir():
         fix = "Restore the folder; this object goes on only with it."
@@ -43,8 +109,11 @@ def only(folder: Path, wait: float) -> Iterator[str]:
     try:
         lock.acquire()
     except Timeout as error:
-        got, fix = f"{folder}, which is owned by {_named(folder)}", "Wait for its end, or stop it."
-        raise StorageError(got, f"a free folder within {wait:g} s", fix) from error
+        raise _taken(folder, wait) from error
+    except OSError as error:
+        got, expected = f"{folder}, which cannot be written: {error}", "a folder that can"
+        fix = "A copy can be read, verified and exported; record what happens in the original."
+        raise StorageError(got, expected, fix) from error
     try:
         term = secrets.token_hex(8)
         who = {"host": socket.gethostname(), "process": os.getpid(), "term": term}
@@ -88,6 +157,11 @@ def _alive(process: object) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def _taken(folder: Path, wait: float) -> StorageError:
+    got, fix = f"{folder}, which is owned by {_named(folder)}", "Wait for its end, or stop it."
+    return StorageError(got, f"a free folder within {wait:g} s", fix)
 
 
 def _named(folder: Path) -> str:

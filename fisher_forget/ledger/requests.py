@@ -10,8 +10,9 @@ from typing import Any
 
 from fisher_forget._util import files
 from fisher_forget.errors import StorageError
+from fisher_forget.ledger.evidence import WRONG
 from fisher_forget.ledger.ledger import RESTORE, Ledger
-from fisher_forget.ledger.states import Request
+from fisher_forget.ledger.states import OPEN, Request
 
 OLD, OLD_FORMAT = "requests.json", 1  # of version 0.2, with plain indices
 
@@ -70,7 +71,7 @@ class RequestLog:
             if not self.mark and not ledger.requests:
                 ledger.record("opened", mark=mark, samples=self.samples)
             if self.mark != mark:
-                raise _foreign(place, self.generation)
+                raise self._foreign()
             if old.exists():  # goes on where a kill came between
                 for request in asked[len(ledger.requests) :]:
                     self.ask(request)
@@ -110,13 +111,24 @@ class RequestLog:
         """
         return self._samples(self.asked()[1])
 
-    def erased(self) -> list[int]:
-        """Samples that the content is made without, as far as the salt tells who they are."""
-        before = self.asked()[0]
+    def erased(self, members: int | None = None) -> list[int]:
+        """Samples that the content is made without, as far as the salt tells who they are.
+
+        Args:
+            members: How many samples the data are said to be, erased ones or not.
+
+        Raises:
+            StorageError: If erased ones must be among these, and the salt does not tell which.
+        """
         try:
-            return sorted({i for request in self._samples(before) for i in request})
-        except StorageError:
-            return []  # they are in nothing any more
+            return self._erased()
+        except StorageError as error:  # they are in nothing any more
+            if members is not None and members + self.count_erased() > self.samples:
+                raise self._nameless(error) from error
+            return []
+
+    def _erased(self) -> list[int]:
+        return sorted({i for request in self._samples(self.asked()[0]) for i in request})
 
     def count_erased(self) -> int:
         """How many samples these are, whoever they are."""
@@ -152,9 +164,31 @@ class RequestLog:
 
     def done(self, **evidence: Any) -> None:
         """All requests are done that were asked for and are not, since each result is without all
-        of their samples."""
-        for request in self.ledger.pending():
-            self.ledger.done(request.name, **evidence)
+        of their samples; those with a check that said no are done again."""
+        for request in self.ledger.requests.values():
+            again = request.state == "done" and request.verdict in WRONG
+            if request.state in OPEN or again:
+                self.ledger.done(request.name, **evidence)
+
+    def _foreign(self) -> StorageError:
+        folder = self.ledger.folder
+        try:
+            self._erased()
+        except StorageError as error:
+            return self._nameless(error)
+        got = f"{folder}, made for another model, other data or other options"
+        fix = "Name another folder, or delete this one if its requests are no longer needed."
+        if self.generation:
+            fix = f"It was rebased: its model is {self.path('model.safetensors')}. {fix}"
+        return StorageError(got, "the folder of this one, or an empty one", fix)
+
+    def _nameless(self, error: StorageError) -> StorageError:
+        """Some were erased, and nobody knows who."""
+        erased = f"{self.count_erased():,} of whose {self.samples:,} samples were erased"
+        got = f"{self.ledger.folder}, {erased}: nobody can tell which without its salt, {error.got}"
+        fix = "Pass a loader over a Subset of the others, with the model and the options of the "
+        fix += "last rebase; or bring the salt back."
+        return StorageError(got, "the samples that are left", fix)
 
 
 def _old(path: Path, mark: str, samples: int) -> list[list[int]]:
@@ -177,17 +211,8 @@ def _old(path: Path, mark: str, samples: int) -> list[list[int]]:
             "Name an empty folder, and ask for the samples in that file again; keep it until then."
         )
         raise StorageError(got, "a folder of this version", fix)
-    return requests
+    return [request for request in requests if request]
 
 
 def _is_index(value: object, samples: int) -> bool:
     return type(value) is int and 0 <= value < samples
-
-
-def _foreign(folder: Path, generation: int) -> StorageError:
-    got = f"{folder}, made for another model, other data or other options"
-    fix = "Name another folder, or delete this one if its requests are no longer needed."
-    if generation:
-        model = f"{folder}/generation-{generation}-model.safetensors"
-        fix = f"It was rebased: its model is {model}. {fix}"
-    return StorageError(got, "the folder of this one, or an empty one", fix)

@@ -2,18 +2,51 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fisher_forget.errors import StorageError
 from fisher_forget.ledger import keys
-from fisher_forget.ledger.entries import FIRST, Head, parse
-from fisher_forget.ledger.ledger import HEAD, LEDGER, read_head
+from fisher_forget.ledger.entries import FIRST, Entry, Head, parse
+from fisher_forget.ledger.ledger import HEAD, LEDGER, read_bytes, read_head
+from fisher_forget.ledger.states import OPEN, Request, told
 
 RETRIES = 20
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What can be read of a ledger, altered or not.
+
+    Attributes:
+        folder: As given.
+        entries: Those that are whole, in their order.
+        requests: Those that the entries tell of, by name.
+        wrong: What is not as it was written, in sentences.
+    """
+
+    folder: Path
+    entries: tuple[Entry, ...]
+    requests: dict[str, Request]
+    wrong: list[str]
+
+    @property
+    def seal(self) -> str:
+        """Of the last entry; empty without entries."""
+        return self.entries[-1].seal if self.entries else ""
+
+    def pending(self) -> list[Request]:
+        """Requests that were asked for, and are not done."""
+        return [r for r in self.requests.values() if r.state in OPEN]
+
+    def overdue(self, now: datetime | None = None) -> list[Request]:
+        """Requests that should have been served by now."""
+        return [r for r in self.requests.values() if r.overdue(now)]
 
 
 def verify(
@@ -27,7 +60,7 @@ def verify(
     Without a key, the chain shows what was altered by accident, or by somebody who did not make
     them anew. With it, nobody without the private key can alter, drop, swap or append an entry.
     Neither shows that folder and head were both put back to an earlier state: keep the seal of the
-    last entry elsewhere, and pass it.
+    last entry elsewhere (`Ledger.seal`), and pass it.
 
     Args:
         folder: Of the ledger; or the ledger's lines alone, as a file.
@@ -36,41 +69,76 @@ def verify(
 
     Returns:
         Sentences; none where all is as it was written.
+
+    Raises:
+        StorageError: If it, or the key, cannot be read.
     """
+    return examine(folder, public_key, known=known).wrong
+
+
+def examine(
+    folder: str | Path,
+    public_key: str | Path | Ed25519PublicKey | None = None,
+    *,
+    known: str | None = None,
+) -> Reading:
+    """What can be read of a ledger, and what is wrong with it: see `verify`."""
     place = Path(folder)
     path = place / LEDGER if place.is_dir() else place
     key = keys.read_public(public_key) if isinstance(public_key, (str, Path)) else public_key
     if not path.is_file():
-        return [f"{path}: there is no ledger."]
+        return Reading(place, (), {}, [f"{path}: there is no ledger."])
     head, content = _read(path)
     *lines, rest = content.split(b"\n")
     wrong = ["The last line has no end: it was cut off, or never written whole."] if rest else []
-    seals: list[str] = []
-    for place_, line in enumerate(lines):
+    entries: list[Entry | None] = []
+    requests: dict[str, Request] = {}
+    unsigned: list[Entry] = []
+    for at, line in enumerate(lines):
         try:
             entry = parse(line)
         except StorageError as error:
-            wrong.append(f"Line {place_ + 1}: altered ({error.got}).")
-            seals.append("")
+            wrong.append(f"Line {at + 1}: altered ({error.got}).")
+            entries.append(None)
             continue
-        if entry.number != place_:
-            wrong.append(f"Line {place_ + 1}: here is entry {entry.number}: dropped or swapped.")
-        if entry.before != (seals[-1] if seals else FIRST):
+        if entry.number != at:
+            wrong.append(f"Line {at + 1}: here is entry {entry.number}: dropped or swapped.")
+        last = entries[-1] if entries else None
+        if entry.before != (last.seal if last else "" if entries else FIRST):
             wrong.append(f"Entry {entry.number}: it does not follow the entry before it.")
         if key is not None and not keys.signed(key, entry.hash, entry.signature):
-            wrong.append(f"Entry {entry.number}: not signed with the private key.")
-        seals.append(entry.seal)
+            unsigned.append(entry)
+        try:
+            requests = told([entry], requests)
+        except StorageError as error:
+            wrong.append(f"Line {at + 1}: {error.got}.")
+        entries.append(entry)
+    whole = tuple(e for e in entries if e is not None)
+    none = bool(unsigned) and len(unsigned) == len(whole)
+    wrong += _of_signatures(unsigned, len(whole))
+    seals = [e.seal if e else "" for e in entries]
     if known is not None and known not in seals:
         wrong.append(
             f"No entry has the seal {known}: the end is missing, or another ledger is here."
         )
-    return wrong + (_of_head(head, seals, key) if path.name == LEDGER else [])
+    if path.name == LEDGER:
+        wrong += _of_head(head, seals, None if none else key)
+    return Reading(place, whole, requests, wrong)
+
+
+def _of_signatures(unsigned: list[Entry], count: int) -> list[str]:
+    """One sentence where no signature fits: the key is another one."""
+    if len(unsigned) < count or count < 2:
+        return [f"Entry {e.number}: not signed with the private key." for e in unsigned]
+    if not any(e.signature for e in unsigned):
+        return [f"None of the {count} entries is signed."]
+    return [f"None of the {count} signatures is of this key: is it the key of another ledger?"]
 
 
 def _read(path: Path) -> tuple[Head | str | None, bytes]:
     """Head (or what is wrong with it) and entries, as they are while nobody appends."""
     for _ in range(RETRIES):
-        head, content = _head(path), path.read_bytes()
+        head, content = _head(path), read_bytes(path)
         if _head(path) == head:
             break
     return head, content

@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Unpack, cast
@@ -25,7 +24,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from fisher_forget._util import files
 from fisher_forget._util.checks import check_model
 from fisher_forget._util.isolation import isolated
 from fisher_forget.curvature.arithmetic import without
@@ -42,7 +40,7 @@ from fisher_forget.errors import (
     SplitError,
     StorageError,
 )
-from fisher_forget.ledger import Ledger, RequestLog
+from fisher_forget.ledger import Ledger, RequestLog, model_fingerprint
 from fisher_forget.unlearn import snapshot
 from fisher_forget.unlearn.forget import held_out_split, scrub
 from fisher_forget.unlearn.limits import Limits
@@ -188,7 +186,7 @@ class Prepared:
             StorageError: If the folder cannot be written.
         """
         with self._alone(), isolated():
-            last = self._last == _weights_of(result.model)
+            last = self._last == model_fingerprint(result.model)
             if not last or not np.array_equal(result.split.forget, self.split.forget):
                 got = f"a result without {len(result.split.forget)} samples"
                 expected = f"the last one, without all {len(self.split.forget)} forgotten so far"
@@ -281,8 +279,8 @@ class Prepared:
                     self.log.ledger.fail(name, f"{type(error).__name__}: {error}"[:500])
                 raise
         if self.log is not None:
-            self.log.done(**_evidence(self.model, result))
-        self.split, self._last = split, _weights_of(result.model)
+            self.log.done(**result.evidence(self.model))
+        self.split, self._last = split, model_fingerprint(result.model)
         if asks:
             self.requests = [*self.requests, asks]
         result.check.warn(stacklevel=3)
@@ -387,7 +385,9 @@ def prepare(
         if folder is not None:
             ledger = folder if isinstance(folder, Ledger) else Ledger(folder)
             log = RequestLog(ledger, len(cast("Sized", split.base)))
-            retain = np.setdiff1d(split.retain, np.array(log.erased(), dtype=np.int64))
+            retain = np.setdiff1d(
+                split.retain, np.array(log.erased(len(split.retain)), dtype=np.int64)
+            )
             split = replace(split, retain=retain)  # who was erased is not read
         objective = objective_of(model, split, options, loss_fn)
         options = options.with_loss(objective.likelihood, loss_fn)
@@ -425,21 +425,3 @@ def _asked(requests: Sequence[Sequence[int]], split: Split) -> Indices:
 def _rows(split: Split, log: RequestLog | None) -> KnownSamples:
     """With the hashes of all samples where there is a folder, which knows its data by them."""
     return KnownSamples(split.hasher, split.indices("all"), None if log is None else split.hashes)
-
-
-def _weights_of(model: nn.Module) -> str:
-    return files.fingerprint(dict(model.state_dict()))
-
-
-def _evidence(model: nn.Module, result: ForgetResult) -> dict[str, Any]:
-    """What a ledger keeps of a result."""
-    return {
-        "method": "fisher-forget",
-        "version": version("fisher-forget"),
-        "model_before": _weights_of(model),
-        "model_after": _weights_of(result.model),
-        "retained": len(result.split.retain),
-        "forgotten": len(result.split.forget),
-        "noise": None if result.noise is None else result.noise.scale,
-        "self_check": result.check.summary(),
-    }

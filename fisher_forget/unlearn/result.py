@@ -21,6 +21,7 @@ from fisher_forget._util.isolation import isolated
 from fisher_forget.curvature.operator import Curvature
 from fisher_forget.data.split import Split
 from fisher_forget.errors import DataError
+from fisher_forget.ledger import evidence
 from fisher_forget.likelihood import named, resolve_likelihood
 from fisher_forget.params import Params
 from fisher_forget.unlearn.batch_norm import refresh_statistics
@@ -311,6 +312,23 @@ class ForgetResult:
             first, *others = textwrap.wrap(finding.says, WIDTH)
             yield f"  {MARKS[finding.verdict]:10} {first}"
             yield from (f"{'':13}{line}" for line in others)
+
+    def evidence(self, model: nn.Module) -> dict[str, Any]:
+        """What a ledger keeps of it: method, version, fingerprints of both models, how many samples
+        are retained and forgotten, scale of the noise, self-check.
+
+        Args:
+            model: The one that was given to `forget`.
+        """
+        return evidence(
+            "fisher-forget",
+            model,
+            self.model,
+            retained=len(self.split.retain),
+            forgotten=len(self.split.forget),
+            noise=None if self.noise is None else self.noise.scale,
+            self_check=self.check.summary(),
+        )
 
     def summary(self) -> dict[str, Any]:
         """Plain numbers for a JSON file."""

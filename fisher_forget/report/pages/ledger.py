@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,10 @@ import pandas as pd
 
 from fisher_forget._util.files import ensure_folder, write_file, write_json
 from fisher_forget.errors import StorageError
-from fisher_forget.ledger import Ledger, Request, verify
+from fisher_forget.ledger import Ledger, Reading, Request, examine
+from fisher_forget.ledger.evidence import WRONG
 from fisher_forget.ledger.ledger import LEDGER
-from fisher_forget.report.pages.html import render_template, write_html
+from fisher_forget.report.pages.html import flat, render_template, write_html
 
 STATES = {
     "asked": "asked for, not begun",
@@ -22,6 +25,32 @@ STATES = {
     "served": "done, and who asked has been told",
     "withdrawn": "not carried out",
 }
+CHECKS = {
+    "forgotten": "the model never saw the samples, or answers to them as to samples it never saw",
+    "not shown": "nobody looked, or there was nothing to compare with: it may be forgotten or not",
+    "NOT forgotten": "the model still tells the samples from ones it never saw",
+    "others harmed": "the samples that stay are answered worse than before",
+}
+NOTICES = {
+    "opened": "the record was begun",
+    "rebased": "the model without those forgotten so far became the start of all later requests, "
+    "and what was kept of the data was made anew without them",
+    "purged": "what still held forgotten samples was removed",
+}
+LABELS = {
+    "model_before": "model before, by its fingerprint",
+    "model_after": "model after, by its fingerprint",
+    "retained": "samples left",
+    "forgotten": "samples that the model is without, those of earlier requests included",
+    "noise": "scale of the noise",
+    "salt": "salt, by its hash",
+    "mark": "model, data and options, by their fingerprint",
+    "although": "served although the check says so, because",
+    "reason": "because",
+}
+TIMES = ["asked", "due", "done", "served"]
+HASH = re.compile(r"[0-9a-f]{64}")
+MARKS = {"fine": "fine", "wrong": "NO", "unknown": "not known"}
 
 
 def check_ledger(folder: str | Path) -> None:
@@ -38,50 +67,68 @@ def check_ledger(folder: str | Path) -> None:
         raise StorageError(f"{folder} without a ledger", f"a folder with {LEDGER}", fix)
 
 
-def read_ledger(folder: str | Path) -> Ledger:
-    """The ledger of a folder that has one.
-
-    Raises:
-        StorageError: If it has none, or it was altered.
-    """
-    check_ledger(folder)
-    return Ledger(folder)
-
-
-def ledger_table(ledger: Ledger, now: datetime | None = None) -> pd.DataFrame:
-    """One row a request: name, who asked, samples, asked, due, done, served, state, overdue."""
-    columns = ["request", "who", "samples", "asked", "due", "done", "served", "state", "overdue"]
+def ledger_table(ledger: Ledger | Reading, now: datetime | None = None) -> pd.DataFrame:
+    """One row a request: name, state, what its check says, how late it is or was, who asked, number
+    of samples, and times."""
+    columns = ["request", "state", "check", "late", "who", "samples", *TIMES]
     rows = [
         (
-            *(r.name, r.who, len(r.samples), _day(r.asked), _day(r.due)),
-            *(_day(r.times[state]) if state in r.times else "" for state in ("done", "served")),
-            *(r.state, r.overdue(now)),
+            *(r.name, r.state, r.verdict, _late(r, now), r.who, len(r.samples)),
+            *(_minute(r.asked), _minute(r.due)),
+            *(_minute(r.times[state]) if state in r.times else "" for state in TIMES[2:]),
         )
         for r in ledger.requests.values()
     ]
     return pd.DataFrame(rows, columns=columns)
 
 
+def summary(ledger: Reading, now: datetime | None = None) -> str:
+    """How many requests there are, and which of them need somebody, in a sentence or two."""
+    requests = ledger.requests.values()
+    if not requests and ledger.wrong:
+        return "No request can be read."
+    if not requests:
+        return "Nobody has asked for anything to be deleted."
+    counts = {
+        "Requests": len(requests),
+        "Not carried out yet": len(ledger.pending()) or "none",
+        "Overdue": len(ledger.overdue(now)) or "none",
+    }
+    text = "".join(f"{name}: {count}. " for name, count in counts.items())
+    for verdict in WRONG:
+        names = [r.name for r in requests if r.verdict == verdict]
+        if names:
+            text += f'Whose own check says "{verdict}": {", ".join(names)}. '
+    return text.rstrip()
+
+
 def write_ledger(
-    folder: str | Path, out: str | Path, public_key: str | Path | None = None
+    folder: str | Path,
+    out: str | Path,
+    public_key: str | Path | None = None,
+    *,
+    known: str | None = None,
 ) -> list[Path]:
-    """Write a ledger for an auditor: ledger.html, ledger.csv and ledger.json, and what is wrong
-    with it, if anything is.
+    """Write a ledger for an auditor: ledger.html, ledger.csv and ledger.json. One that was altered
+    is written as far as it can be read, and the page says first that it was, and what is wrong.
 
     Args:
-        folder: Of the ledger.
+        folder: Of the ledger; nothing is written there.
         out: Folder of the three files, made if need be.
         public_key: File of `new_keys`, with which signatures are checked.
+        known: Seal of an entry that must be there.
 
     Raises:
-        StorageError: If there is no ledger, it was altered, or nothing can be written.
+        StorageError: If there is no ledger, it cannot be read, or nothing can be written.
     """
-    ledger, place = read_ledger(folder), ensure_folder(out)
-    wrong, table = verify(folder, public_key), ledger_table(ledger)
+    check_ledger(folder)
+    ledger, place = examine(folder, public_key, known=known), ensure_folder(out)
+    table, now = ledger_table(ledger), datetime.now(UTC)
     content = {
         "ledger": str(folder),
-        "written": datetime.now(UTC).isoformat(timespec="seconds"),
-        "verified": {"signatures": public_key is not None, "wrong": wrong},
+        "written": now.isoformat(timespec="seconds"),
+        "verified": {"signatures": public_key is not None, "wrong": ledger.wrong},
+        "seal": ledger.seal,
         "requests": [_told(r) for r in ledger.requests.values()],
         "entries": ledger.entries,
     }
@@ -90,13 +137,18 @@ def write_ledger(
     page = render_template(
         "ledger.html.j2",
         ledger=ledger,
-        table=table.assign(overdue=table.overdue.map({True: "yes", False: "no"})),
+        summary=summary(ledger, now),
+        written=_minute(now),
+        table=table.assign(**{name: table[name].str[:10] for name in TIMES}),  # the day
         states=STATES,
-        wrong=wrong,
+        checks=CHECKS,
         signed=public_key is not None,
-        overdue=ledger.overdue(),
-        pending=ledger.pending(),
-        requests=[_told(r) for r in ledger.requests.values()],
+        requests=[(r, [*_times(r), *_plainly(r.evidence)]) for r in ledger.requests.values()],
+        notices=[
+            (_minute(datetime.fromisoformat(e.time)), NOTICES[e.event], list(_plainly(e.details)))
+            for e in ledger.entries
+            if e.event in NOTICES
+        ],
     )
     return [write_html(place / "ledger.html", page), place / "ledger.csv", place / "ledger.json"]
 
@@ -110,11 +162,48 @@ def _told(request: Request) -> dict[str, Any]:
         "asked": request.asked.isoformat(timespec="seconds"),
         "due": request.due.isoformat(timespec="seconds"),
         "state": request.state,
+        "check": request.verdict,
         "overdue": request.overdue(),
+        "late": _late(request),
         "times": {k: t.isoformat(timespec="seconds") for k, t in request.times.items()},
         "evidence": request.evidence,
     }
 
 
-def _day(time: datetime) -> str:
-    return time.strftime("%Y-%m-%d %H:%M UTC")
+def _times(request: Request) -> Iterator[tuple[str, str]]:
+    """When it came into each of its states, and when it was due."""
+    yield from ((state, _minute(time)) for state, time in request.times.items())
+    yield "due", _minute(request.due)
+
+
+def _plainly(details: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Evidence for people: names and values, findings of a self-check in their own sentences."""
+    for name, value in details.items():
+        if name == "self_check" and isinstance(value, list):
+            for found in (f for f in value if isinstance(f, Mapping)):
+                mark = MARKS.get(str(found.get("verdict")), "")
+                yield f"check: {found.get('name', '')}", f"{mark}. {found.get('says', '')}"
+        else:
+            label, value = LABELS.get(name, name.replace("_", " ")), _counted(value)
+            yield from ((label + key[4:], text) for key, text in flat({"name": value}))
+
+
+def _counted(value: Any) -> Any:
+    """Lists of hashes by their length: nobody reads them."""
+    if isinstance(value, Mapping):
+        return {key: _counted(part) for key, part in value.items()}
+    hashes = isinstance(value, list) and value and all(HASH.fullmatch(str(x)) for x in value)
+    return f"{len(value):,}, by their hashes" if hashes else value
+
+
+def _late(request: Request, now: datetime | None = None) -> str:
+    late = request.late(now)
+    if not late:
+        return ""
+    days = {0: "less than a day", 1: "1 day"}.get(late.days, f"{late.days:,} days")
+    over = request.overdue(now)
+    return f"overdue by {days}" if over else f"{request.state} {days} late"
+
+
+def _minute(time: datetime) -> str:
+    return f"{time.astimezone(UTC):%Y-%m-%d %H:%M} UTC"

@@ -9,3 +9,4 @@ for (const button of document.querySelectorAll("th button")) button.addEventList
   head.setAttribute("aria-sort", up ? "ascending" : "descending");
   body.append(...[...body.rows].sort((a, b) => up ? order(a, b) : order(b, a)));
 });
+addEventListener("beforeprint", () => { for (const closed of document.querySelectorAll("details")) closed.open = true; });
