@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
+from fisher_forget import DataError, FisherForgetWarning
 from fisher_forget.data.split import Split, resolve_split
 
 N = 23
@@ -107,11 +110,11 @@ class Record:
 
 
 class Made(Dataset):
-    def __init__(self, make):
-        self.make = make
+    def __init__(self, make, size=N):
+        self.make, self.size = make, size
 
     def __len__(self):
-        return N
+        return self.size
 
     def __getitem__(self, index):
         return self.make(index)
@@ -124,6 +127,25 @@ def image(index):
 def stacked(rows):
     x = torch.stack([torch.tensor(np.array(row[0])).float() for row in rows])
     return x, torch.tensor([row[1] for row in rows])
+
+
+class Box:
+    """A batch of a class of the user's own."""
+
+    def __init__(self, value):
+        self.value = value
+
+
+def boxed(rows):
+    return Box(torch.utils.data.default_collate(rows))
+
+
+def moved(shift, index):
+    return X[index] + shift, Y[index]
+
+
+def noted(folder, worker):
+    (folder / str(os.getpid())).touch()
 
 
 def unboxed(rows):
@@ -169,19 +191,31 @@ class TestWhateverSamplesAre:
         assert marks[0] != marks[1]
 
     def test_objects_that_tell_nothing_count_by_type(self):
-        marks = [
-            resolve_split(DataLoader(Made(make), collate_fn=list), [1]).fingerprint()
-            for make in (Record, Record, lambda i: (Record(i), i))
-        ]
+        with pytest.warns(FisherForgetWarning, match="known by their type alone"):
+            marks = [
+                resolve_split(DataLoader(Made(make), collate_fn=list), [1]).fingerprint()
+                for make in (Record, Record, lambda i: (Record(i), i))
+            ]
         assert marks[0] == marks[1] != marks[2]
 
     def test_objects_that_the_data_set_holds(self):
         held = [[Record(i) for i in range(N)] for _ in range(2)]
-        marks = [
-            resolve_split(DataLoader(records, collate_fn=list), [1]).fingerprint()
-            for records in held
-        ]
+        with pytest.warns(FisherForgetWarning, match="known by their type alone"):
+            marks = [
+                resolve_split(DataLoader(records, collate_fn=list), [1]).fingerprint()
+                for records in held
+            ]
         assert marks[0] == marks[1]
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_objects_tell_what_unpack_takes_out_of_them(self, workers):
+        def mark(shift):
+            loader = DataLoader(
+                Made(partial(moved, shift)), collate_fn=boxed, batch_size=4, num_workers=workers
+            )
+            return resolve_split(loader, [1], unpack=lambda batch: batch.value).fingerprint()
+
+        assert mark(0) == mark(0) != mark(1)
 
 
 AUGMENTED = {
@@ -199,6 +233,59 @@ def test_the_order_of_a_dict_does_not_count():
         for names in (("x", "label"), ("label", "x"))
     ]
     assert marks[0] == marks[1]
+
+
+class TestSpeed:
+    def test_rows_of_tensors_are_hashed_as_samples_are(self):
+        """Many at a time or one by one, of every type and shape."""
+        g = torch.Generator().manual_seed(0)
+        kinds = [
+            torch.randn(150, 3, 2, generator=g),
+            torch.randn(150, generator=g).bfloat16(),
+            torch.randn(150, 4, generator=g, dtype=torch.complex64),
+            torch.rand(150, 5, generator=g) > 0.5,
+            torch.zeros(150, 0),
+            torch.randn(7, 150, generator=g).T,
+            torch.randn(1, 2, generator=g).expand(150, 2),
+            torch.arange(150, dtype=torch.uint8),
+        ]
+        for x in kinds:
+            rows = TensorDataset(x, torch.arange(150))
+            alone = Made(lambda i, x=x: (x[i], i), 150)
+            marks = [resolve_split(d, [], allow_empty=True).hashes for d in (rows, alone)]
+            assert np.array_equal(*marks), x.dtype
+            assert len(np.unique(marks[0], axis=0)) == 150
+
+    def test_a_collate_function_sees_one_sample_at_a_time(self):
+        """A batch that pads would hash a sample by its neighbours."""
+        seen = []
+
+        def padded(rows):
+            seen.append(len(rows))
+            return torch.nn.utils.rnn.pad_sequence(rows)
+
+        ragged = Made(lambda i: torch.full((1 + i % 5,), float(i)))
+        split = resolve_split(DataLoader(ragged, batch_size=8, collate_fn=padded), [1])
+        some = np.array([3, 9, 20])
+        assert np.array_equal(split.hashes[some], split.hasher(some))
+        assert set(seen) == {1}
+
+    def test_workers_hash_and_start_once_a_call(self, tmp_path):
+        data = DataLoader(
+            Plain(), batch_size=4, num_workers=2, worker_init_fn=partial(noted, tmp_path)
+        )
+        split = resolve_split(data, [1])
+        assert split.fingerprint() == resolve_split(BASE, [1]).fingerprint()
+        assert len(list(tmp_path.iterdir())) == 2
+
+    def test_what_cannot_be_read_is_said(self):
+        def broken(index):
+            if index == 17:
+                raise KeyError(index)
+            return X[index]
+
+        with pytest.raises(DataError, match="KeyError while a batch of the samples"):
+            resolve_split(Made(broken), [1]).fingerprint()
 
 
 class TestRandomData:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -29,6 +29,8 @@ from fisher_forget.data.samples import KeywordDataset
 from fisher_forget.errors import DataError, FisherForgetError
 
 Indices = NDArray[np.int64]
+Collate = Callable[[list[Any]], Any]
+T = TypeVar("T")
 # What is kept of a user's loader. Its order, its generator and its batches are not: batches are
 # read by index, always the same.
 KEPT = (
@@ -108,13 +110,49 @@ class Reader:
 
     def collated(self, plan: Sequence[Indices]) -> Generator[Any]:
         """What the collate function makes of each of the given lots of samples."""
-        collate = self.settings["collate_fn"]
-        if type(self.base) in (TensorDataset, KeywordDataset) and collate is default_collate:
+        if self.indexed:
             # Indexing tensors directly is two orders of magnitude faster than collating single
             # samples.
             yield from (list(self.base[torch.from_numpy(rows)]) for rows in plan)
             return
-        loader, done = self._loader(), 0
+        yield from self._loaded(plan, self._collate)
+
+    @property
+    def indexed(self) -> bool:
+        """Whether many samples are taken at once, as rows of tensors."""
+        if type(self.base) not in (TensorDataset, KeywordDataset):
+            return False
+        tensors = cast(TensorDataset, self.base).tensors
+        dense = all(t.layout is torch.strided and not t.is_nested for t in tensors)
+        return dense and self._collate is default_collate
+
+    @property
+    def _collate(self) -> Collate:
+        return cast(Collate, self.settings["collate_fn"])
+
+    def alone(self, of: Callable[[Any], T], indices: Indices, lot: int) -> Iterator[T]:
+        """A function of what the collate function makes of each sample by itself; or of the sample,
+        where it makes nothing of it: a data set may be given for its indices alone.
+
+        Args:
+            of: Called where the samples are read; at the top of a module.
+            indices: Of the samples.
+            lot: How many are read at a time.
+
+        Raises:
+            DataError: If samples cannot be read.
+        """
+        if self.indexed:
+            singles = [indices[at : at + 1] for at in range(len(indices))]
+            yield from map(of, self.collated(singles))
+            return
+        plan = [indices[at : at + lot] for at in range(0, len(indices), lot)]
+        for results in self._loaded(plan, _Alone(self._collate, of)):
+            yield from results
+
+    def _loaded(self, plan: Sequence[Indices], collate: Collate) -> Generator[Any]:
+        """What a function makes of each of the given lots of samples."""
+        loader, done = self._loader(collate), 0
         try:
             for raw in loader.read(plan):
                 yield raw
@@ -130,18 +168,37 @@ class Reader:
             elif not loader.closed:
                 self._idle.append(loader)
 
-    def _loader(self) -> _Loader:
+    def _loader(self, collate: Collate) -> _Loader:
         """One that is not in use: passes may overlap."""
         call = current_call()
         self._idle = [loader for loader in self._idle if not loader.closed]
         for loader in self._idle:
-            if loader.call is call:  # another thread's belong to its own call
+            if (
+                loader.call is call and loader.collate == collate
+            ):  # another thread's belong to its own call
                 self._idle.remove(loader)
                 return loader
-        loader = _Loader(self.base, self.settings, call)
+        loader = _Loader(self.base, self.settings | {"collate_fn": collate}, call)
         if call is not None:
             call.callback(loader.close)
         return loader
+
+
+@dataclass(frozen=True)
+class _Alone:
+    """Makes a batch of each sample, and something of that."""
+
+    collate: Collate
+    of: Callable[[Any], Any]
+
+    def __call__(self, samples: list[Any]) -> list[Any]:
+        return [self.of(self._batch(sample)) for sample in samples]
+
+    def _batch(self, sample: Any) -> Any:
+        try:
+            return self.collate([sample])
+        except Exception:  # whatever a user's function raises
+            return sample
 
 
 class _Loader:
@@ -149,13 +206,14 @@ class _Loader:
 
     Attributes:
         call: What it lives as long as; `None` for a single pass.
+        collate: What makes batches.
         closed: Whether it is over.
     """
 
     def __init__(
         self, base: Dataset[Any], settings: Mapping[str, Any], call: ExitStack | None
     ) -> None:
-        self.call, self.closed = call, False
+        self.call, self.closed, self.collate = call, False, settings["collate_fn"]
         # What the sampler yields is asked for in this process at the start of each pass.
         self._plan: list[list[int]] = []
         self._loader: DataLoader[Any] = DataLoader(

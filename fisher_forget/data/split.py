@@ -128,7 +128,7 @@ class Split:
     @cached_property
     def hasher(self) -> SampleHasher:
         """Hashes samples, by which they are known again."""
-        return SampleHasher(self.reader, self.indices("all"))
+        return SampleHasher(self.reader, self.indices("all"), self.batch_size)
 
     @cached_property
     def hashes(self) -> Hashes:

@@ -424,4 +424,6 @@ def _asked(requests: Sequence[Sequence[int]], split: Split) -> Indices:
 
 def _rows(split: Split, log: RequestLog | None) -> KnownSamples:
     """With the hashes of all samples where there is a folder, which knows its data by them."""
-    return KnownSamples(split.hasher, split.indices("all"), None if log is None else split.hashes)
+    hashes = None if log is None else split.hashes
+    # made at its first use
+    return KnownSamples(lambda samples: split.hasher(samples), split.indices("all"), hashes)
