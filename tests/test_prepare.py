@@ -30,6 +30,7 @@ from fisher_forget import (
 )
 from fisher_forget import params as P
 from fisher_forget._util.files import load_tensors
+from fisher_forget.data.fingerprint import SAMPLES
 from fisher_forget.experiments.training import TrainSettings, train
 from fisher_forget.ledger import RequestLog
 from fisher_forget.unlearn import self_check
@@ -150,7 +151,8 @@ def test_its_cost_grows_with_the_forget_set_only(
     for few in ([3, 4], [10, 11, 12, 13]):
         Counting.reads = 0
         prepared.forget(few, steps=1, damping=0.1, solver="direct", **QUIET)
-        assert Counting.reads <= 7 * len(prepared.forgotten) + 9 * shown
+        probes = 2 * SAMPLES  # of the hashes by which forgotten samples are known again
+        assert Counting.reads <= 7 * len(prepared.forgotten) + 9 * shown + probes
 
 
 class TestOnDisk:
