@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, ClassVar
 
 import jsonschema
 import pandas as pd
 import pytest
 import yaml
 
+from fisher_forget import Ledger
+from fisher_forget._util.files import fingerprint, load_tensors
 from fisher_forget.cli import main
 from fisher_forget.experiments import cases
 from fisher_forget.report.schema import load_schema
@@ -159,3 +162,67 @@ class TestRun:
     ) -> None:
         assert main(["plot", write(tmp_path)]) == 2
         assert "metrics.json" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore::fisher_forget.errors.FisherForgetWarning")
+class TestOnRecord:
+    SETS: ClassVar[Any] = [
+        {"name": "ours", "kind": "indices", "indices": [3, 14], "who": "ticket 1"},
+        {"name": "class 3", "kind": "class", "label": 3},
+    ]
+
+    def requests(self, folder: Path) -> dict[str, Any]:
+        return Ledger(folder / "small").requests
+
+    def test_what_somebody_asked_for(self, tmp_path: Path) -> None:
+        path = write(tmp_path, forget_sets=self.SETS)
+        assert main(["run", path]) == 0
+        ledger = Ledger(tmp_path / "small")
+        (request,) = ledger.requests.values()
+        assert request.who == "ticket 1"
+        assert set(request.samples) == set(ledger.hashed([3, 14]))
+        told = request.evidence
+        runs = json.loads((tmp_path / "small" / "metrics.json").read_text())["cases"][0]["runs"]
+        kls = [run["evaluation"]["parts"]["forget"]["kl_scrubbed"] for run in runs]
+        assert told["KL on the forgotten (nats)"] == pytest.approx(kls)
+        assert told["forgotten"] == 2
+        for seed, after in zip((0, 1), told["model_after"], strict=True):
+            state = load_tensors(tmp_path / "small" / "ours" / f"seed-{seed}" / SCRUBBED)[0]
+            assert after == fingerprint(state)
+
+    def test_killed_it_is_pending_and_goes_on(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = write(tmp_path, forget_sets=self.SETS)
+
+        def dies(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(cases, "train_one", dies)
+            assert main(["run", path]) == 130
+        (request,) = self.requests(tmp_path).values()
+        assert request.state == "under way"
+        assert main(["run", path]) == 0
+        assert [r.state for r in self.requests(tmp_path).values()] == ["done"]
+        assert main(["run", path]) == 0, "a better model may take its place"
+        assert [r.state for r in self.requests(tmp_path).values()] == ["done"]
+
+    def test_what_is_in_use_is_not_overwritten(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = write(tmp_path, forget_sets=self.SETS)
+        main(["run", path])
+        scrubbed = tmp_path / "small" / "ours" / "seed-0" / SCRUBBED
+        before = scrubbed.read_bytes()
+        Ledger(tmp_path / "small").serve("r-1", although="for the test")
+        assert main(["run", path]) == 2
+        assert "was served with its present model" in capsys.readouterr().err
+        assert scrubbed.read_bytes() == before
+
+    def test_nobody_asks_for_what_chance_chose(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        sets = [{"name": "ten", "kind": "random", "count": 10, "who": "ticket 2"}]
+        assert main(["run", write(tmp_path, forget_sets=sets)]) == 2
+        assert "who asked for ['ten']" in capsys.readouterr().err

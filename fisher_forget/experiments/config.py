@@ -86,6 +86,9 @@ class ForgetSet:
         indices: For "indices".
         seed: Of the choice.
         retrained: Models retrained without it; by default as many as the run has for each.
+        who: Opaque reference of who asked for it, such as the number of a ticket: the run then
+            records the request, and what became of it, in a ledger in its folder. Of the kinds
+            "class" and "indices".
     """
 
     name: str
@@ -95,6 +98,7 @@ class ForgetSet:
     indices: list[int] = field(default_factory=list)
     seed: int = 0
     retrained: int | None = None
+    who: str = ""
 
     @property
     def slug(self) -> str:
@@ -148,6 +152,7 @@ class RunConfig:
         slugs = {s.slug.casefold() for s in self.forget_sets}  # some file systems know no case
         seeds_differ = min(self.seeds, default=0) >= 0 and len(set(self.seeds)) == len(self.seeds)
         misplaced = self.forget.likelihood != "categorical" or self.forget.seed != 0
+        asked = [s.name for s in self.forget_sets if s.who and s.kind not in ("class", "indices")]
         different = "a different name for each, in its letters and digits: they name folders"
         no_path = "no folder name before it: `out` is the parent"
         own = "the run's own likelihood and seeds, at the top of the configuration"
@@ -157,6 +162,7 @@ class RunConfig:
             (f"seeds: {self.seeds}", seeds_differ, "different numbers of at least 0"),
             (f"noise_seed: {self.noise_seed}", (self.noise_seed or 0) >= 0, "at least 0, or null"),
             (f"forget_sets named {names}", len(slugs) == len(names), different),
+            (f"who asked for {asked}", not asked, "it for the kinds class and indices only"),
             ("likelihood or seed in the section forget", not misplaced, own),
             (f"the name {self.name!r}", "/" not in self.name, no_path),
             ("an empty name", "" not in (self.name, *names), "a title"),

@@ -18,7 +18,7 @@ from fisher_forget._util import files
 from fisher_forget._util.isolation import seeded
 from fisher_forget.errors import StorageError
 from fisher_forget.evaluate.closeness import Closeness, summarise
-from fisher_forget.experiments import forget_sets
+from fisher_forget.experiments import forget_sets, requests
 from fisher_forget.experiments.cases import Case, prepare_case
 from fisher_forget.experiments.config import RunConfig, SweepConfig, to_plain
 from fisher_forget.experiments.config_file import write_config
@@ -46,15 +46,17 @@ def run(config: RunConfig) -> Path:
     """
     folder = files.ensure_folder(run_folder(config))
     data = config.data.load()
-    for settings in config.forget_sets:  # all are checked before any work
-        forget_sets.check(settings, data)
+    chosen = {s.name: forget_sets.check(s, data) for s in config.forget_sets}  # before any work
     write_config(folder / "config.yaml", config)
+    asked = {s.name: requests.ask(folder, s, chosen[s.name]) for s in config.forget_sets}
     figures: Figures = {}
     entries = []
     generator = None if config.noise_seed is None else seeded(config.noise_seed)
     for settings in config.forget_sets:
         case = prepare_case(config, data, settings, folder)
         scrubbed = [_scrub(config, case, i, generator) for i in range(len(config.seeds))]
+        if name := asked[settings.name]:
+            requests.done(folder, name, case, scrubbed)
         entries.append(_entry(config, case, scrubbed))
         table = _sweep(config, case) if isinstance(config, SweepConfig) else None
         figures |= _draw(entries[-1], case.folder, table)
@@ -99,7 +101,7 @@ def _scrub(
     """Forget by one original model; the scrubbed one is stored."""
     seed, original = config.seeds[index], case.originals.models[index]
     options = config.forget_options(seed)
-    call: Any = {"generator": generator, "progress": config.progress}
+    call: Any = {"generator": generator, "held_out": case.data.test, "progress": config.progress}
     result = forget(original, case.data.train, case.forget, options, **call)
     closeness = case.references[index].closeness(result.model)
     place = files.ensure_folder(case.folder / f"seed-{seed}")
