@@ -4,6 +4,7 @@ disk."""
 from __future__ import annotations
 
 import importlib
+import json
 import math
 from functools import partial
 from pathlib import Path
@@ -29,10 +30,10 @@ from fisher_forget import (
     prepare,
 )
 from fisher_forget import params as P
-from fisher_forget._util.files import load_tensors
+from fisher_forget._util.files import load_tensors, plain
 from fisher_forget.data.fingerprint import SAMPLES
 from fisher_forget.experiments.training import TrainSettings, train
-from fisher_forget.ledger import RequestLog
+from fisher_forget.ledger import RequestLog, model_fingerprint
 from fisher_forget.unlearn import self_check
 from fisher_forget.unlearn.data_sums import load_data_sums
 from fisher_forget.unlearn.newton import flow
@@ -255,6 +256,39 @@ class TestOnDisk:
         result = prepared.redeliver(**QUIET)
         assert result.split.forget.tolist() == [4, 9]
         assert 12 in result.split.retain
+
+    def test_the_ledger_has_the_evidence_of_the_result(
+        self, model: nn.Module, data: TensorDataset, tmp_path: Path
+    ) -> None:
+        prepared = prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
+        prepared.forget([4], **QUIET)
+        result = prepared.forget([3, 7], **QUIET)
+        assert prepared.log is not None
+        first, second = prepared.log.ledger.requests.values()
+        assert second.evidence == json.loads(json.dumps(plain(result.evidence(model))))
+        assert second.evidence["model_before"] == first.evidence["model_before"]
+        assert second.evidence["model_before"] == model_fingerprint(model)
+        assert second.evidence["model_after"] == model_fingerprint(result.model)
+        assert (second.evidence["retained"], second.evidence["forgotten"]) == (len(data) - 3, 3)
+        assert second.verdict == "not shown"  # nothing to compare with
+
+    def test_a_result_whose_check_says_no_is_not_served_until_a_better_one_is_there(
+        self, model: nn.Module, data: TensorDataset, tmp_path: Path
+    ) -> None:
+        limits = Limits(rise=math.inf)
+        prepared = prepare(
+            model, data, weight_decay=WD, folder=tmp_path, limits=limits, progress=False
+        )
+        assert prepared.log is not None
+        ledger = prepared.log.ledger
+        with pytest.warns(FisherForgetWarning, match="suffered"):
+            prepared.forget([4], steps=1, damping=1e-6, solver="direct", **(QUIET | {"noise": 5.0}))
+        assert ledger.requests["r-1"].verdict == "others harmed"
+        with pytest.raises(ConfigError, match="others harmed"):
+            ledger.serve("r-1")
+        prepared.redeliver(**QUIET)
+        assert ledger.requests["r-1"].verdict == "not shown"
+        ledger.serve("r-1")
 
     def test_who_asks_for_the_same_is_recorded_too(
         self, model: nn.Module, data: TensorDataset, tmp_path: Path

@@ -3,9 +3,11 @@ aggregation."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import os
+import pickle
 import random
 from collections import Counter
 from functools import partial
@@ -30,6 +32,7 @@ from fisher_forget.errors import (
     StorageError,
 )
 from fisher_forget.experiments.training import TrainSettings, train
+from fisher_forget.ledger import Ledger, model_fingerprint
 
 COUNT = 24
 SETTINGS = TrainSettings(epochs=2, batch_size=4, lr=0.1)
@@ -319,6 +322,137 @@ class TestReads:
         sisa.forget([3])
         sisa.module()
         assert recording.read == set()
+
+
+def fit_erasable(model, dataset, indices, seed):
+    return fit(model, dataset.data, indices, seed)
+
+
+class Erasable(Dataset):
+    """Samples of which some may be gone."""
+
+    def __init__(self, data):
+        self.data, self.gone = data, set()
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        if index in self.gone:
+            raise KeyError(index)
+        return self.data[index]
+
+
+class TestData:
+    """Without a name data are known by every retained sample."""
+
+    def other(self, data, row):
+        x, y = (t.clone() for t in data.tensors)
+        x[row] += 1e-3
+        return TensorDataset(x, y)
+
+    @pytest.mark.parametrize("row", [0, 11, COUNT - 1, slice(None)])
+    def test_other_data_of_the_same_length_are_refused(self, data, tmp_path, row):
+        make(fit, folder=tmp_path).fit(data)
+        there = {p.name: p.read_bytes() for p in tmp_path.glob("*.safetensors")}
+        with pytest.raises(StorageError, match="trained on other samples than those of shard"):
+            make(KilledAfter(0), folder=tmp_path).fit(self.other(data, row))
+        assert {p.name: p.read_bytes() for p in tmp_path.glob("*.safetensors")} == there
+        assert make(KilledAfter(0), folder=tmp_path).fit(data).calls == 0
+
+    def test_a_forgotten_sample_may_be_erased(self, data, tmp_path):
+        rows = Erasable(data)
+        sisa = make(fit_erasable, folder=tmp_path)
+        sisa.fit(rows)
+        sisa.forget([7])
+        rows.gone = {7}
+        again = make(fit_erasable, folder=tmp_path)
+        assert again.fit(rows).calls == 0
+        again.forget([12])
+        assert again.fit(rows).calls == 0
+        assert members(again) == from_scratch(data, again, {7, 12})
+        zeroed = TensorDataset(*(t.clone() for t in data.tensors))
+        zeroed.tensors[0][[7, 12]] = 0
+        assert make(fit, folder=tmp_path).fit(zeroed).calls == 0
+
+    def test_a_name_stands_for_it(self, data, tmp_path):
+        recording = Recording(data)
+        make(untrained, folder=tmp_path, fingerprint="blobs").fit(recording)
+        make(untrained, folder=tmp_path, fingerprint="blobs").fit(recording)
+        assert recording.read == set()
+
+    def test_checkpoints_that_do_not_tell_do_so_from_now_on(self, data, tmp_path):
+        first = make(fit)
+        first.fit(data)
+        first.copy(tmp_path)
+        with pytest.raises(StorageError, match="trained on other samples"):
+            make(fit, folder=tmp_path).fit(self.other(data, 5))
+
+    def test_one_that_is_withdrawn_is_known_again(self, data, tmp_path):
+        train_fn = KilledAfter()
+        sisa = make(train_fn, folder=tmp_path)
+        sisa.fit(data)
+        train_fn.calls = len(train_fn.indices)
+        with pytest.raises(Killed):
+            sisa.forget([7])
+        again = make(fit, folder=tmp_path)
+        again.train = KilledAfter(0)
+        with pytest.raises(Killed):
+            again.fit(data)
+        again._state.log.ledger.withdraw("r-1", "asked by mistake")
+        again.train = fit
+        again.fit(data)
+        assert again.forgotten.tolist() == []
+        assert make(KilledAfter(0), folder=tmp_path).fit(data).calls == 0
+
+
+class TestEvidence:
+    def test_says_what_was_trained_and_both_models(self, data, tmp_path):
+        sisa = make(fit, shards=3, slices=2, folder=tmp_path)
+        whole = sisa.fit(data)
+        assert whole.share == 1
+        before = model_fingerprint(sisa.module())
+        sisa.forget([7], who="ticket 1")
+        gone = int(next(i for i in sisa.cut[2][1] if i != 7))
+        work = sisa.forget([gone, 7], who="ticket 2")
+        requests = Ledger(tmp_path).requests
+        first, second = (requests[name].evidence for name in ("r-1", "r-2"))
+        assert first["model_before"] == before
+        assert first["model_after"] == second["model_before"]
+        assert second["model_after"] == model_fingerprint(sisa.module()) != before
+        assert (second["retained"], second["forgotten"]) == (COUNT - 2, 2)
+        assert (first["method"], first["exact"]) == ("sisa", True)
+        assert second["shards_trained"] == list(work.shards)
+        # shards of 8 samples in two slices: the first slice, then both, are 4 + 8 samples
+        assert sum(whole.shards) == 3
+        assert whole.points == 3 * (4 + 8)
+        assert second["share_of_training"] == work.share
+        left = [[len(set(part) - {7, gone}) for part in parts] for parts in sisa.cut]
+        assert work.share == work.points / sum(2 * one + two for one, two in left)
+        assert all(r.verdict == "forgotten" for r in requests.values())
+
+    def test_of_a_request_that_was_killed(self, data, tmp_path):
+        train_fn = KilledAfter()
+        sisa = make(train_fn, folder=tmp_path)
+        sisa.fit(data)
+        train_fn.calls = len(train_fn.indices)
+        with pytest.raises(Killed):
+            sisa.forget([7])
+        again = make(fit, folder=tmp_path)
+        again.fit(data)
+        (request,) = Ledger(tmp_path).requests.values()
+        assert request.evidence["model_before"] is None
+        assert request.evidence["model_after"] == model_fingerprint(again.module())
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_one_that_is_fitted_has_one_owner(data, duplicate):
+    sisa = make(untrained)
+    if duplicate is not pickle.dumps:
+        duplicate(sisa)
+    sisa.fit(data)
+    with pytest.raises(StorageError, match=r"Call copy\(\), pickle module\(\)"):
+        duplicate(sisa)
 
 
 class TestWork:

@@ -28,7 +28,7 @@ SCALARS = (str, bytes, int, float, complex, type(None), np.generic)
 KNOWN_BY_TYPE = (
     "The samples hold objects that do not tell their content: they are known by their type alone, "
     "and other ones of that type are not told from them. Pass a collate function or unpack= that "
-    "makes tensors of them."
+    "makes tensors of them; SISA has fingerprint= for it."
 )
 
 

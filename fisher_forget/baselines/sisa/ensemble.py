@@ -15,11 +15,10 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import KW_ONLY, dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -36,10 +35,11 @@ from fisher_forget.baselines.sisa.aggregate import Aggregate, Aggregation
 from fisher_forget.baselines.sisa.partition import Cut
 from fisher_forget.baselines.sisa.shards import ShardTask, ShardTrainer, initial_model
 from fisher_forget.baselines.sisa.store import Store
+from fisher_forget.data.fingerprint import BYTES, Hashes, SampleHasher
 from fisher_forget.data.indices import forget_indices
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import ConfigError, ModelError, SplitError, StorageError
-from fisher_forget.ledger import Ledger, RequestLog
+from fisher_forget.ledger import Ledger, RequestLog, evidence
 from fisher_forget.ledger.ledger import COPIED
 from fisher_forget.ledger.owner import remove_orphans
 
@@ -56,6 +56,7 @@ class Work:
         calls: Calls of the training function.
         points: Samples handed to it, over all calls; with one slice the paper's retrained points.
         seconds: Wall time.
+        share: `points` over those of the training of all shards.
     """
 
     shards: tuple[int, ...]
@@ -63,6 +64,7 @@ class Work:
     calls: int
     points: int
     seconds: float
+    share: float
 
 
 @dataclass(eq=False, repr=False)
@@ -97,6 +99,8 @@ class SISA:
             too.
         seed: Of the cut, the initial weights and the training.
         fingerprint: Names data and training function; a folder made under another name is refused.
+            Without one every retained sample is read when a folder is opened, and other data than
+            its checkpoints were trained on are refused.
         progress: Show a bar over the shards in training.
         requests: Those so far, each the samples that it named.
 
@@ -144,6 +148,13 @@ class SISA:
             raise ConfigError(got, "one of them, or neither", "Choose what to shard by.")
         self.shards, self.slices = int(self.shards), int(self.slices)
         self.jobs, self.seed = int(self.jobs), int(self.seed)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self._state is not None:
+            got, expected = "a copy or pickle of a SISA that is fitted", "one owner of the requests"
+            fix = "Call copy(), pickle module(), or make the same SISA with its folder and fit it."
+            raise StorageError(got, expected, fix)
+        return super().__reduce_ex__(protocol)
 
     @property
     def cut(self) -> Cut:
@@ -196,11 +207,12 @@ class SISA:
         log.claim(mark, store.own_files())
         split = Split(dataset, np.arange(total), np.zeros(0, dtype=np.int64))
         with log.ledger.owned():
-            self._state = _State(split, cut, store, log, self._kept(store, initial))
-            self._catch_up()
-            work = self._update()
-            log.done(method="sisa", version=version("fisher-forget"))
-        return work
+            known = None if self._state is None else self._state.store.hashes
+            state = self._caught_up(_State(split, cut, store, log, self._kept(store, initial)))
+            if self._temporary is None and not self.fingerprint:
+                state = replace(state, store=replace(store, hashes=_hashes(state.split, known)))
+            self._state = state
+            return self._serve(None)
 
     def forget(self, indices: Sequence[int] | Indices | Tensor | range, *, who: str = "") -> Work:
         """Forget these samples, and all that were forgotten before; naming one again is no error.
@@ -218,23 +230,46 @@ class SISA:
         """
         log = self._fitted().log
         with log.ledger.owned():
-            state = self._catch_up()
+            state = self._state = self._caught_up(self._fitted())
             split = state.split.forgetting(indices)
             named = forget_indices(indices, len(state.split.base)).tolist()  # type: ignore[arg-type]
             # before anything is removed or trained: a kill after this line is completed by `fit`
             log.ask(named, who)
+            before = self._module()
             self._state, self.requests = replace(state, split=split), [*self.requests, named]
-            work = self._update()
-            log.done(method="sisa", version=version("fisher-forget"))
+            return self._serve(before)
+
+    def _serve(self, before: nn.Module | None) -> Work:
+        """Train what is missing, and record the requests that were not done as done."""
+        work, state = self._update(), self._fitted()
+        if state.log.ledger.pending():
+            told = evidence(
+                "sisa",
+                before,
+                self.module(),
+                retained=len(state.split.retain),
+                forgotten=len(state.split.forget),
+                exact=True,
+                shards_trained=list(work.shards),
+                first_slices=list(work.first_slices),
+                share_of_training=work.share,
+            )
+            state.log.done(**told)
         return work
 
-    def _catch_up(self) -> _State:
-        """The state with all requests so far, those of other owners of the folder included."""
-        state = self._fitted()
+    def _module(self) -> nn.Module | None:
+        """The ensemble as it is; `None` where a training was interrupted."""
+        try:
+            return self.module()
+        except ModelError:
+            return None
+
+    def _caught_up(self, state: _State) -> _State:
+        """The same with all requests so far, those of other owners of the folder included."""
         self.requests = state.log.requests()
         known = np.array([i for request in self.requests for i in request], dtype=np.int64)
         if len(new := np.setdiff1d(known, state.split.forget)):
-            state = self._state = replace(state, split=state.split.forgetting(new))
+            state = replace(state, split=state.split.forgetting(new))
         return state
 
     def module(self, *, aggregation: Aggregation = "mean", weighted: bool = False) -> Aggregate:
@@ -353,21 +388,40 @@ class SISA:
         begun = time.perf_counter()
         state = self._fitted()
         shards = [
-            ShardTask(number, parts, state.store.keys(number, parts), state.kept[number])
+            ShardTask(
+                number,
+                parts,
+                state.store.keys(number, parts),
+                state.store.contents(parts),
+                state.kept[number],
+            )
             for number, parts in enumerate(state.parts())
         ]
+        for shard in shards:
+            shard.check_content(state.store)
         state.store.keep_only(
             {state.store.path(s.shard, done): s.keys[done] for s in shards for done in s.kept}
         )
         started = [(shard, shard.start(state.store)) for shard in shards]
         tasks = [(shard, start) for shard, start in started if start < self.slices]
-        store = replace(state.store, term=state.log.ledger.term)
+        store = replace(state.store, term=state.log.ledger.term, hashes=None)
         trainer = ShardTrainer(self.build, self.train, state.split.base, self.seed, store)
         calls = points = 0
         for cost in bar(trainer.run(tasks, self.jobs), len(tasks), "shards", self.progress):
             calls, points = calls + cost[0], points + cost[1]
         trained, starts = tuple(s.shard for s, _ in tasks), tuple(start for _, start in tasks)
-        return Work(trained, starts, calls, points, time.perf_counter() - begun)
+        share = points / sum(shard.points for shard in shards)
+        return Work(trained, starts, calls, points, time.perf_counter() - begun, share)
+
+
+def _hashes(split: Split, known: Hashes | None) -> Hashes:
+    """Of the retained samples [N, 16], those not known yet; the others are not read."""
+    hashes = np.zeros((len(cast("Sized", split.base)), BYTES), dtype=np.uint8)
+    hashes = hashes if known is None else known.copy()
+    new = split.retain[~hashes[split.retain].any(axis=1)]
+    if len(new):
+        hashes[new] = SampleHasher(split.reader, split.retain)(new)
+    return hashes
 
 
 @dataclass(frozen=True)

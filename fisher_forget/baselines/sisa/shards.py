@@ -45,13 +45,29 @@ class ShardTask:
         shard: Its number.
         parts: Its retained samples, slice by slice.
         keys: Of the checkpoints after 0 ... R slices.
+        contents: Of what each of them has seen; see `Store.contents`.
         kept: After how many slices a checkpoint is kept.
     """
 
     shard: int
     parts: Shard
     keys: tuple[str, ...]
+    contents: tuple[str, ...]
     kept: frozenset[int]
+
+    @property
+    def points(self) -> int:
+        """Samples that the training of all slices is handed, over all calls."""
+        return int(np.cumsum([len(part) for part in self.parts]).sum())
+
+    def check_content(self, store: Store) -> None:
+        """Refuse other data than its checkpoints were trained on.
+
+        Raises:
+            StorageError: If they are others.
+        """
+        for done in self.kept:
+            store.check_content(self.shard, done, self.keys[done], self.contents[done])
 
     def start(self, store: Store) -> int:
         """How many slices the last usable checkpoint has seen."""
@@ -111,5 +127,5 @@ class ShardTrainer:
                 model = files.fill_model(template, trained.state_dict())
                 calls, points = calls + 1, points + len(seen)
             if done in task.kept:
-                store.save(task.shard, done, model, task.keys[done])
+                store.save(task.shard, done, model, task.keys[done], task.contents[done])
         return calls, points

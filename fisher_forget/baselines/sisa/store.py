@@ -7,7 +7,8 @@ retained in them:
 
 A file with another key than the requests so far imply was trained on something else, a forgotten
 sample for instance, and is removed before anything is trained. So the folder needs no log of what
-was under way when a run was killed.
+was under way when a run was killed. A second chain, over the content of the same samples, tells
+that the data are the ones it was trained on.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from torch import nn
 
 from fisher_forget._util import files
 from fisher_forget.baselines.sisa.partition import Shard
+from fisher_forget.data.fingerprint import Hashes
 from fisher_forget.errors import StorageError
 from fisher_forget.ledger.owner import saving
 
 PATTERN = "shard-*-after-*.safetensors"
+UNSEEN = "0" * 16  # content that nobody looked at
 NAME = re.compile(r"shard-\d+-after-\d+\.safetensors")
 
 
@@ -36,11 +39,13 @@ class Store:
     Attributes:
         folder: Exists and is writable.
         mark: Fingerprint of all that a checkpoint depends on, apart from who is retained.
+        hashes: Of every retained sample [N, 16]; `None` where the data are known by a name.
         term: Of the ownership in which checkpoints may be saved; see `saving`.
     """
 
     folder: Path
     mark: str
+    hashes: Hashes | None = None
     term: str = ""
 
     def keys(self, shard: int, parts: Shard) -> tuple[str, ...]:
@@ -51,11 +56,40 @@ class Store:
             chain.append(files.fingerprint(chain[-1], part))
         return tuple(chain)
 
+    def contents(self, parts: Shard) -> tuple[str, ...]:
+        """The same chain over the content of these samples, where that is looked at."""
+        chain = [UNSEEN]
+        if self.hashes is None:
+            return tuple(chain * (len(parts) + 1))
+        for part in parts:
+            chain.append(files.fingerprint(chain[-1], self.hashes[part]))
+        return tuple(chain)
+
+    def check_content(self, shard: int, done: int, key: str, content: str) -> None:
+        """Refuse other data than a checkpoint with this key was trained on. One that does not tell,
+        since it was written where nobody looked, is taken at its word, and tells from now on.
+
+        Raises:
+            StorageError: If they are others.
+        """
+        path = self.path(shard, done)
+        if content == UNSEEN or not self.holds(shard, done, key):
+            return
+        written = files.read_metadata(path).get("content", UNSEEN)
+        if written == UNSEEN:
+            tensors, notes = files.load_tensors(path)
+            files.save_tensors(path, tensors, notes | {"content": content})
+        elif written != content:
+            got = f"{path}, which was trained on other samples than those of shard {shard}"
+            fix = "Pass the data set that it was made with, or name another folder. Of a data set "
+            fix += "that changes its samples at random say by fingerprint= which it is."
+            raise StorageError(got, "the data set of this folder", fix)
+
     def path(self, shard: int, done: int) -> Path:
         """Where a shard's checkpoint after `done` slices lies."""
         return self.folder / f"shard-{shard}-after-{done}.safetensors"
 
-    def save(self, shard: int, done: int, model: nn.Module, key: str) -> None:
+    def save(self, shard: int, done: int, model: nn.Module, key: str, content: str) -> None:
         """Write a checkpoint.
 
         Raises:
@@ -67,7 +101,7 @@ class Store:
             got, fix = f"{path}, which is no checkpoint of SISA", "Name another folder."
             raise StorageError(got, "a folder without other files of that name", fix)
         with saving(self.folder, self.term):
-            files.save_model(path, model, {"key": key})
+            files.save_model(path, model, {"key": key, "content": content})
 
     def load(self, shard: int, done: int, template: nn.Module, key: str) -> nn.Module:
         """Read a checkpoint into a copy of `template`, in eval mode.
@@ -97,7 +131,7 @@ class Store:
     def size(self, model: nn.Module) -> int:
         """Bytes of one checkpoint; the same for all, because every key has the same length."""
         probe = self.path(0, 0)
-        files.save_model(probe, model, {"key": files.fingerprint(self.mark)})
+        files.save_model(probe, model, {"key": files.fingerprint(self.mark), "content": UNSEEN})
         size = probe.stat().st_size
         _remove(probe)
         return size
