@@ -389,6 +389,11 @@ class TestMisuse:
         with pytest.raises(StorageError, match=r"Open it again: Ledger\(folder\)"):
             duplicate(ten_entries(tmp_path))
 
+    @pytest.mark.parametrize("wait", [None, -5, float("nan"), "3"])
+    def test_a_wait_that_is_none(self, tmp_path, wait):
+        with pytest.raises(ConfigError, match="wait="):
+            Ledger(tmp_path, wait=wait)
+
     def test_evidence_of_any_name(self, tmp_path):
         ledger = Ledger(tmp_path)
         with ledger.request([1]) as evidence:
@@ -530,6 +535,7 @@ class TestVerdict:
             ),
             ({"self_check": "fine"}, "not shown"),
             ({"self_check": [1, None]}, "not shown"),
+            ({"self_check": [{"name": ["x"], "verdict": {"a": 1}}]}, "not shown"),
         ],
     )
     def test_words(self, told, says):
@@ -549,6 +555,15 @@ class TestVerdict:
         assert served.state == "served"
         assert served.evidence["although"] == "four retrained models say otherwise"
         assert served.verdict in ("NOT forgotten", "others harmed")
+
+    def test_what_was_done_last_counts(self, tmp_path):
+        ledger = Ledger(tmp_path)
+        ledger.ask([1])
+        ledger.fail("r-1", "no space")
+        for told in ({"exact": True}, {"self_check": [finding("wrong")]}, {"note": 3}):
+            ledger.done("r-1", **told)
+            assert ledger.requests["r-1"].evidence == told
+        assert ledger.requests["r-1"].verdict == "not shown"
 
     def test_a_better_model_takes_the_place_of_one_whose_check_says_no(self, tmp_path):
         log = claimed(tmp_path, "m", 10)

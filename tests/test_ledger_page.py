@@ -139,6 +139,27 @@ def test_words_of_strangers_are_shown_as_words(tmp_path):
     assert "&lt;script&gt;alert" in page
 
 
+def test_characters_that_are_none(tmp_path, capsys):
+    """Neither do they reach a terminal as commands, nor is a file not written for them."""
+    ledger = Ledger(tmp_path / "x")
+    ledger.ask([1], who="\x1b[2J\nr-9 served")
+    ledger.fail("r-1", "no file \udcff")
+    page, table, content = write_ledger(tmp_path / "x", tmp_path / "audit")
+    assert json.loads(content.read_text())["requests"][0]["evidence"]["reason"] == "no file \udcff"
+    assert pd.read_csv(table).who.tolist() == ["\\x1b[2J\\nr-9 served"]
+    assert "no file \\udcff" in page.read_text()
+    assert main(["ledger", str(tmp_path / "x")]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("odd", [{"a": [1, {"b": None}]}, [], [[1], [2]], None, "0" * 64, 1.5])
+@pytest.mark.parametrize("name", ["self_check", "forgotten", "samples", "x<y>"])
+def test_evidence_of_any_kind(tmp_path, name, odd):
+    with Ledger(tmp_path / "x").request([1]) as evidence:
+        evidence[name] = odd
+    assert "not shown" in write_ledger(tmp_path / "x", tmp_path / "audit")[0].read_text()
+
+
 @needs_chromium
 def test_the_page_asks_for_nothing(folder, tmp_path):
     path = write_ledger(folder, tmp_path / "audit")[0]

@@ -157,12 +157,13 @@ def write_json(path: str | Path, obj: object) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text, in UTF-8.
+    """Write a text, in UTF-8; half a surrogate pair, as odd file names have it, as JSON writes it.
 
     Raises:
         StorageError: If the file cannot be written.
     """
-    write_file(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    content = text.encode("utf-8", "backslashreplace")
+    write_file(Path(path), lambda temporary: temporary.write_bytes(content))
 
 
 def read_json(path: str | Path) -> Any:

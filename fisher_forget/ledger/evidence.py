@@ -62,7 +62,7 @@ def verdict(told: Mapping[str, Any]) -> Verdict:
         return "forgotten"
     listed = told.get("self_check")
     findings = [f for f in listed if isinstance(f, Mapping)] if isinstance(listed, list) else []
-    own = {f.get("verdict") for f in findings if f.get("name") != OTHERS}
+    own = {str(f.get("verdict")) for f in findings if f.get("name") != OTHERS}
     if "wrong" in own:
         return "NOT forgotten"
     if any(f.get("verdict") == "wrong" for f in findings):

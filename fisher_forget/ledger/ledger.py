@@ -56,6 +56,7 @@ class Ledger:
 
     Raises:
         StorageError: If an entry was altered, dropped, swapped or cut off.
+        ConfigError: If `wait` is no time.
     """
 
     def __init__(
@@ -66,6 +67,9 @@ class Ledger:
         key: str | Path | Ed25519PrivateKey | None = None,
         wait: float = 3600.0,
     ) -> None:
+        if not isinstance(wait, (int, float)) or not wait >= 0:
+            got, fix = f"wait={wait!r}", "Pass math.inf to wait as long as it takes."
+            raise ConfigError(got, "seconds, 0 or more", fix)
         there = os.path.exists(Path(folder) / LEDGER)  # a copy to be read, perhaps
         self.folder = (Path(folder) if there else files.ensure_folder(folder)).resolve()
         self.wait = wait
@@ -250,13 +254,14 @@ class Ledger:
         Raises:
             ConfigError: If it is not done, or its check says so and no reason is given.
         """
+        although = _text(although or "")
         with self.owned():
             request = self.requests.get(name)
             if request is not None and request.verdict in WRONG and not although.strip():
                 got = f"{name!r}, whose self-check says: {request.verdict}"
                 fix = "Forget again by other options, or retrain; or give a reason, although=..."
                 raise ConfigError(got, "one whose check does not say so", fix)
-            reason = {"although": _text(although)} if although else {}
+            reason = {"although": although} if although else {}
             self._next(name, "served", ("done",), reason | evidence)
 
     def withdraw(self, name: str, reason: str) -> None:

@@ -29,7 +29,7 @@ class Request:
         state: "asked", "under way", "failed" (an error came, and it is to be done again), "done"
             (the new model is there), "served" (it is in use, and who asked was told), or
             "withdrawn".
-        evidence: What the entries say of how it was done.
+        evidence: What the entries say of how it was done, since it was done last.
         times: When it came into each of its states, UTC.
     """
 
@@ -73,10 +73,11 @@ def told(entries: Iterable[Entry], before: Mapping[str, Request]) -> dict[str, R
             if entry.request not in found:
                 raise _senseless(entry, f"of {entry.request!r}, which nobody asked for")
             request, state = found[entry.request], entry.event
+            before = {} if state == "done" else request.evidence  # of the model that is there now
             found[entry.request] = replace(
                 request,
                 state=state,  # type: ignore[arg-type]
-                evidence=request.evidence | entry.details,
+                evidence=before | entry.details,
                 times=request.times | {state: _time(entry, entry.time)},
             )
     return found

@@ -414,6 +414,7 @@ class SISA:
         return Work(trained, starts, calls, points, time.perf_counter() - begun, share)
 
 
+@isolated()
 def _hashes(split: Split, known: Hashes | None) -> Hashes:
     """Of the retained samples [N, 16], those not known yet; the others are not read."""
     hashes = np.zeros((len(cast("Sized", split.base)), BYTES), dtype=np.uint8)

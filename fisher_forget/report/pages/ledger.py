@@ -73,7 +73,7 @@ def ledger_table(ledger: Ledger | Reading, now: datetime | None = None) -> pd.Da
     columns = ["request", "state", "check", "late", "who", "samples", *TIMES]
     rows = [
         (
-            *(r.name, r.state, r.verdict, _late(r, now), r.who, len(r.samples)),
+            *(r.name, r.state, r.verdict, _late(r, now), _shown(r.who), len(r.samples)),
             *(_minute(r.asked), _minute(r.due)),
             *(_minute(r.times[state]) if state in r.times else "" for state in TIMES[2:]),
         )
@@ -137,6 +137,7 @@ def write_ledger(
     page = render_template(
         "ledger.html.j2",
         ledger=ledger,
+        wrong=[_shown(sentence) for sentence in ledger.wrong],
         summary=summary(ledger, now),
         written=_minute(now),
         table=table.assign(**{name: table[name].str[:10] for name in TIMES}),  # the day
@@ -182,10 +183,16 @@ def _plainly(details: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if name == "self_check" and isinstance(value, list):
             for found in (f for f in value if isinstance(f, Mapping)):
                 mark = MARKS.get(str(found.get("verdict")), "")
-                yield f"check: {found.get('name', '')}", f"{mark}. {found.get('says', '')}"
+                yield f"check: {found.get('name', '')}", _shown(f"{mark}. {found.get('says', '')}")
         else:
             label, value = LABELS.get(name, name.replace("_", " ")), _counted(value)
-            yield from ((label + key[4:], text) for key, text in flat({"name": value}))
+            told = flat({"name": value})
+            yield from ((_shown(label + key[4:]), _shown(text)) for key, text in told)
+
+
+def _shown(text: str) -> str:
+    """Without characters that a terminal or a file takes for something else."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _counted(value: Any) -> Any:
