@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import blobs_data
 from torch import nn
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from fisher_forget import (
     ConfigError,
@@ -33,7 +33,7 @@ from fisher_forget import params as P
 from fisher_forget._util.files import load_tensors, plain
 from fisher_forget.data.fingerprint import SAMPLES
 from fisher_forget.experiments.training import TrainSettings, train
-from fisher_forget.ledger import RequestLog, model_fingerprint
+from fisher_forget.ledger import Ledger, RequestLog, model_fingerprint
 from fisher_forget.unlearn import self_check
 from fisher_forget.unlearn.data_sums import load_data_sums
 from fisher_forget.unlearn.newton import flow
@@ -490,6 +490,81 @@ class TestRows:
         x[row, 0] += 1e-3
         with pytest.raises(StorageError, match="other data"):
             prepare(model, TensorDataset(x, y), weight_decay=WD, folder=tmp_path, progress=False)
+
+
+class Reads(Dataset):
+    """Which samples are read."""
+
+    def __init__(self, data: TensorDataset) -> None:
+        self.data, self.read = data, set()
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
+        self.read.add(index)
+        return self.data[index]
+
+
+class TestNamedData:
+    """A name stands for a look at every sample, and the ledger says so."""
+
+    def test_reopening_reads_a_few_samples(
+        self, model: nn.Module, data: TensorDataset, tmp_path: Path
+    ) -> None:
+        for name, fewest, most in (("blobs", 0, len(data) / 2), ("", len(data), len(data))):
+            folder = tmp_path / f"folder {name}"
+            for again in (False, True):
+                rows = Reads(data)
+                loader = DataLoader(rows, batch_size=8)
+                ledger = Ledger(folder, data=name)
+                prepared = prepare(model, loader, weight_decay=WD, folder=ledger, progress=False)
+                if again:
+                    assert fewest <= len(rows.read) <= most
+                    assert prepared.forgotten.tolist() == [3]
+                else:
+                    prepared.forget([3], **QUIET)
+        opened = Ledger(tmp_path / "folder blobs").entries[0].details
+        assert opened["data"] == "blobs"
+        assert opened["samples_looked_at"] == SAMPLES
+        assert "data" not in Ledger(tmp_path / "folder ").entries[0].details
+
+    def test_other_names_and_what_was_looked_at_are_refused(
+        self, model: nn.Module, data: TensorDataset, tmp_path: Path
+    ) -> None:
+        options = {"weight_decay": WD, "progress": False}
+        prepare(model, data, folder=Ledger(tmp_path, data="blobs"), **options)
+        with pytest.raises(StorageError, match=r"by the name 'blobs'.*data='blobs'"):
+            prepare(model, data, folder=tmp_path, **options)
+        with pytest.raises(StorageError, match="opened by the name 'other'"):
+            prepare(model, data, folder=Ledger(tmp_path, data="other"), **options)
+        x, y = (t.clone() for t in data.tensors)
+        x[0] += 1e-3  # one of those that are looked at
+        with pytest.raises(StorageError, match="other data"):
+            prepare(model, TensorDataset(x, y), folder=Ledger(tmp_path, data="blobs"), **options)
+        prepare(model, data, folder=tmp_path / "whole", **options)
+        with pytest.raises(StorageError, match=r"by every sample.*give no name"):
+            prepare(model, data, folder=Ledger(tmp_path / "whole", data="blobs"), **options)
+
+    def test_a_forgotten_row_that_changes_is_still_refused(
+        self, model: nn.Module, data: TensorDataset, tmp_path: Path
+    ) -> None:
+        x, y = (t.clone() for t in data.tensors)
+        ledger = Ledger(tmp_path, data="blobs")
+        prepared = prepare(
+            model, TensorDataset(x, y), weight_decay=WD, folder=ledger, progress=False
+        )
+        prepared.forget([3], **QUIET)
+        x[3] = 0
+        with pytest.raises(DataError, match="changed since"):
+            prepared.forget([4], **QUIET)
+        x[3] = data.tensors[0][3]
+        rebased = prepared.rebase(prepared.forget([4], **QUIET), progress=False)
+        x[[3, 4]] = math.nan
+        again = prepare(
+            rebased.model, TensorDataset(x, y), weight_decay=WD, folder=ledger, progress=False
+        )
+        assert again.forget([9], **QUIET).split.forget.tolist() == [9]
 
 
 def recovered(gradient: P.Params) -> torch.Tensor:

@@ -379,6 +379,12 @@ class TestData:
         recording = Recording(data)
         make(untrained, folder=tmp_path, fingerprint="blobs").fit(recording)
         make(untrained, folder=tmp_path, fingerprint="blobs").fit(recording)
+        sisa = make(untrained, folder=Ledger(tmp_path, data="blobs"))
+        sisa.fit(recording)
+        sisa.copy(tmp_path / "twin")
+        with pytest.raises(StorageError, match="known by the name 'blobs'"):
+            make(untrained, folder=tmp_path / "twin").fit(recording)
+        assert Ledger(tmp_path).entries[0].details["data"] == "blobs"
         assert recording.read == set()
 
     def test_checkpoints_that_do_not_tell_do_so_from_now_on(self, data, tmp_path):

@@ -44,12 +44,15 @@ class SampleHasher:
         reader: Of the samples; its worker processes hash them, too.
         indices: Of all of them, sorted; `SAMPLES` are read twice.
         lot: How many are read at a time.
+
+    Attributes:
+        probe: Indices of those that are read twice.
     """
 
     def __init__(self, reader: Reader, indices: Indices, lot: int = LOT) -> None:
         self.reader, self.lot = reader, min(lot, LOT)
-        probe = indices[np.unique(np.linspace(0, len(indices) - 1, SAMPLES).astype(int))]
-        first, second = (list(self._samples(probe)) for _ in range(2))
+        self.probe = indices[np.unique(np.linspace(0, len(indices) - 1, SAMPLES).astype(int))]
+        first, second = (list(self._samples(self.probe)) for _ in range(2))
         self._levels: dict[str, int] = {}
         for path in {path for sample in first for path in sample}:
             reads = [

@@ -42,6 +42,7 @@ class Split:
         forget: Sorted indices of the forgotten samples D_f.
         batch_size: Samples a batch.
         reader: Reads them.
+        known_as: A name that tells these data from others, in place of a look at every sample.
     """
 
     base: Dataset[Any]
@@ -49,6 +50,7 @@ class Split:
     forget: Indices
     batch_size: int = 256
     reader: Reader = field(default=cast(Reader, None), repr=False, compare=False)
+    known_as: str = ""
 
     def __post_init__(self) -> None:
         if self.reader is None:
@@ -130,6 +132,11 @@ class Split:
         """Hashes samples, by which they are known again."""
         return SampleHasher(self.reader, self.indices("all"), self.batch_size)
 
+    @property
+    def looked_at(self) -> Indices:
+        """Samples that the fingerprint depends on."""
+        return self.hasher.probe if self.known_as else self.indices("all")
+
     @cached_property
     def hashes(self) -> Hashes:
         """Of all samples, by ascending index; they are read at the first use."""
@@ -137,9 +144,12 @@ class Split:
 
     @isolated()
     def fingerprint(self) -> str:
-        """Hash of who is retained and forgotten, and of every sample."""
+        """Hash of who is retained and forgotten, and of every sample; or of the name of the data,
+        and of a few."""
         digest = hashlib.sha256(self.retain.tobytes() + b"|" + self.forget.tobytes())
-        digest.update(self.hashes.tobytes())
+        if self.known_as:
+            digest.update(b"|" + self.known_as.encode() + b"|")
+        digest.update((self.hasher(self.looked_at) if self.known_as else self.hashes).tobytes())
         return digest.hexdigest()[:16]
 
 

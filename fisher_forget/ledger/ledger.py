@@ -49,6 +49,8 @@ class Ledger:
         salt: Another place of the salt: who removes it makes the hashes useless.
         key: Signs the entries: a file of `new_keys`, or such a key.
         wait: Seconds to wait for another owner.
+        data: Names the data of a prepared model or of SISA, in place of a look at every sample
+            whenever the folder is opened; the entry "opened" says so.
 
     Attributes:
         folder: As given.
@@ -66,13 +68,14 @@ class Ledger:
         salt: str | Path | None = None,
         key: str | Path | Ed25519PrivateKey | None = None,
         wait: float = 3600.0,
+        data: str = "",
     ) -> None:
         if not isinstance(wait, (int, float)) or not wait >= 0:
             got, fix = f"wait={wait!r}", "Pass math.inf to wait as long as it takes."
             raise ConfigError(got, "seconds, 0 or more", fix)
         there = os.path.exists(Path(folder) / LEDGER)  # a copy to be read, perhaps
         self.folder = (Path(folder) if there else files.ensure_folder(folder)).resolve()
-        self.wait = wait
+        self.wait, self.data = wait, _text(data)
         self._salt = Path(salt) if salt is not None else self.folder / SALT
         self._key = keys.read_private(key) if isinstance(key, (str, Path)) else key
         self._owner = owner.ownership(self.folder)

@@ -47,12 +47,16 @@ class RequestLog:
         number = self.generation if generation is None else generation
         return self.ledger.folder / (f"generation-{number}-{name}" if number else name)
 
-    def claim(self, mark: str, artefacts: Iterable[Path]) -> None:
+    def claim(
+        self, mark: str, artefacts: Iterable[Path], *, data: str = "", looked_at: int = 0
+    ) -> None:
         """Make an empty folder ours, or see that it is.
 
         Args:
             mark: Fingerprint of all that its content depends on, apart from the requests.
             artefacts: Files that are worthless without the ledger, if they are there.
+            data: Name of the data, where not every sample was looked at.
+            looked_at: Then, how many were.
 
         Raises:
             StorageError: If the folder belongs to something else, or its ledger is gone or damaged.
@@ -69,9 +73,10 @@ class RequestLog:
                     fix = RESTORE + " Or name an empty folder, and ask for every deletion again."
                     raise StorageError(got, "both, or neither", fix)
             if not self.mark and not ledger.requests:
-                ledger.record("opened", mark=mark, samples=self.samples)
+                named = {"data": data, "samples_looked_at": looked_at} if data else {}
+                ledger.record("opened", mark=mark, samples=self.samples, **named)
             if self.mark != mark:
-                raise self._foreign()
+                raise self._foreign(data)
             if old.exists():  # goes on where a kill came between
                 for request in asked[len(ledger.requests) :]:
                     self.ask(request)
@@ -170,8 +175,16 @@ class RequestLog:
             if request.state in OPEN or again:
                 self.ledger.done(request.name, **evidence)
 
-    def _foreign(self) -> StorageError:
+    def _foreign(self, data: str) -> StorageError:
         folder = self.ledger.folder
+        opened = [e.details for e in self.ledger.entries if e.event == "opened"]
+        named = str(opened[-1].get("data", ""))
+        if named != data:
+            known = [f"the name {name!r}" if name else "every sample" for name in (named, data)]
+            same = f"open it as Ledger(folder, data={named!r})" if named else "give no name"
+            fix = f"Name another folder; or {same}."
+            got = f"{folder}, whose data are known by {known[0]}, to be opened by {known[1]}"
+            return StorageError(got, f"to be opened by {known[0]}", fix)
         try:
             self._erased()
         except StorageError as error:

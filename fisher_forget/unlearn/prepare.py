@@ -385,10 +385,9 @@ def prepare(
         if folder is not None:
             ledger = folder if isinstance(folder, Ledger) else Ledger(folder)
             log = RequestLog(ledger, len(cast("Sized", split.base)))
-            retain = np.setdiff1d(
-                split.retain, np.array(log.erased(len(split.retain)), dtype=np.int64)
-            )
-            split = replace(split, retain=retain)  # who was erased is not read
+            erased = np.array(log.erased(len(split.retain)), dtype=np.int64)
+            retain = np.setdiff1d(split.retain, erased)  # who was erased is not read
+            split = replace(split, retain=retain, known_as=ledger.data)
         objective = objective_of(model, split, options, loss_fn)
         options = options.with_loss(objective.likelihood, loss_fn)
         check_scored(split, objective.likelihood)
@@ -397,7 +396,8 @@ def prepare(
         options = with_solver(options, objective, split, warn=True)
         if log is not None:
             mark = snapshot.mark(model, split, options, objective)
-            log.claim(mark, snapshot.artefacts(log))
+            kept, looked_at = snapshot.artefacts(log), len(split.looked_at)
+            log.claim(mark, kept, data=split.known_as, looked_at=looked_at)
         requests = [] if log is None else log.requests()
         made = snapshot.read_or_take(model, objective, split, options, log, progress=progress)
         rows = _rows(split, log)
@@ -423,7 +423,7 @@ def _asked(requests: Sequence[Sequence[int]], split: Split) -> Indices:
 
 
 def _rows(split: Split, log: RequestLog | None) -> KnownSamples:
-    """With the hashes of all samples where there is a folder, which knows its data by them."""
-    hashes = None if log is None else split.hashes
+    """With the hashes of all samples where there is a folder that knows its data by them."""
+    hashes = None if log is None or split.known_as else split.hashes
     # made at its first use
     return KnownSamples(lambda samples: split.hasher(samples), split.indices("all"), hashes)

@@ -199,17 +199,18 @@ class SISA:
         total = len(dataset)
         cut = self._cut(total)
         initial = initial_model(self.build, self.seed, 0)
-        # what else a checkpoint depends on: a folder of another run is refused
-        mark = files.fingerprint(self.fingerprint, self.seed, cut, dict(initial.state_dict()))
         ledger = self.folder if isinstance(self.folder, Ledger) else Ledger(self._place())
+        name = self.fingerprint or ledger.data
+        # what else a checkpoint depends on: a folder of another run is refused
+        mark = files.fingerprint(name, self.seed, cut, dict(initial.state_dict()))
         log = RequestLog(ledger, total)
         store = Store(log.ledger.folder, mark)
-        log.claim(mark, store.own_files())
+        log.claim(mark, store.own_files(), data=name)
         split = Split(dataset, np.arange(total), np.zeros(0, dtype=np.int64))
         with log.ledger.owned():
             known = None if self._state is None else self._state.store.hashes
             state = self._caught_up(_State(split, cut, store, log, self._kept(store, initial)))
-            if self._temporary is None and not self.fingerprint:
+            if self._temporary is None and not name:
                 state = replace(state, store=replace(store, hashes=_hashes(state.split, known)))
             self._state = state
             return self._serve(None)
@@ -328,7 +329,9 @@ class SISA:
         Raises:
             ModelError: If `fit` has not been called.
         """
-        state, twin = self._fitted(), replace(self, folder=folder)
+        state = self._fitted()
+        name = self.fingerprint or state.log.ledger.data
+        twin = replace(self, folder=folder, fingerprint=name)
         place = twin._place()
         if Ledger(place).exists:
             raise StorageError(f"{place}, which has a ledger", "another folder", "Name another.")

@@ -44,6 +44,8 @@ LABELS = {
     "forgotten": "samples that the model is without, those of earlier requests included",
     "noise": "scale of the noise",
     "salt": "salt, by its hash",
+    "data": "data, known by this name",
+    "samples_looked_at": "of whose samples were looked at",
     "mark": "model, data and options, by their fingerprint",
     "although": "served although the check says so, because",
     "reason": "because",
