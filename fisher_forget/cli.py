@@ -91,7 +91,7 @@ COMMANDS = {
         ERASE,
         "remove it, or rewrite it without them, on record",
         "fisher-forget purge runs/digits --yes",
-        "Nothing may run in the folder meanwhile. Copies elsewhere are yours to remove.",
+        "Copies elsewhere are yours to remove. Exit code 0: nothing is left, all files are known.",
         configured=False,
     ),
     "ledger": Command(
@@ -270,8 +270,8 @@ def _purge(given: argparse.Namespace) -> None:
     purged = purge(given.folder, given.set, salt=given.salt, key=given.key)
     print(purged)
     if not purged.clean:
-        got, fix = "files that hold forgotten samples still", "Do what stands behind each."
-        raise StorageError(got, "none", fix)
+        got = f"{len(purged.left)} files left and {len(purged.unknown)} unknown, listed above"
+        raise StorageError(got, "none", "Do what stands behind each.")
 
 
 def _print_data(given: argparse.Namespace) -> None:

@@ -3,17 +3,23 @@ their outputs' bytes, by index, and by attacks."""
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import blobs_data
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -133,6 +139,8 @@ class TestRuns:
         pages = {p: p.read_text() for p in run.glob("*.html")}
         purge(run)
         after = json.loads((run / "metrics.json").read_text())
+        for case in (*before["cases"], *after["cases"]):
+            del case["fingerprint"]
         assert before["config"]["forget_sets"][0].pop("indices") == LISTED
         assert after["config"]["forget_sets"][0].pop("indices") == []
         assert before == after
@@ -156,7 +164,7 @@ class TestRuns:
         done = purge(run, ["ours"])
         ledger = Ledger(run)
         begun, ended = (e for e in ledger.entries if e.event == "purged")
-        assert begun.details["samples"] == {"ours": ledger.hashed(LISTED)}
+        assert begun.details["samples"] == ledger.hashed(sorted(LISTED))
         assert begun.details["files"] == ended.details["files"]
         told = {run / name for name in ended.details["files"]}
         assert told == {*done.removed, *done.rewritten}
@@ -201,7 +209,7 @@ class TestRuns:
         assert not list(run.rglob("*.safetensors"))
         assert not indices_in(run)
         (first, *_) = (e for e in Ledger(run).entries if e.event == "purged")
-        assert first.details["samples"]["ours"] == Ledger(run).hashed(LISTED)
+        assert first.details["samples"] == Ledger(run).hashed(sorted(LISTED))
 
 
 def linear(data: TensorDataset, indices: Any = None, seed: int = 0) -> nn.Module:
@@ -263,8 +271,10 @@ class TestOthers:
         ensemble = fit()
         ensemble.outputs({"forget": TensorDataset(*(t[gone] for t in data.tensors))})
         done = purge(tmp_path)
-        assert {p.name for p in done.removed} == {"seed-7.safetensors", "outputs.safetensors"}
-        assert len(list((tmp_path / "retrained").iterdir())) == 3
+        assert len(done.removed) == 1 + 3 + 1, "which of them are without others is not told"
+        assert not list(tmp_path.rglob("*.safetensors"))
+        (_, ended) = (e.details["files"] for e in Ledger(tmp_path).entries if e.event == "purged")
+        assert len(ended) == 5
         with pytest.raises(StorageError, match="purged"):
             fit()
 
@@ -373,6 +383,274 @@ class TestCommands:
         (tmp_path / "file").write_text("")
         with pytest.raises((ConfigError, StorageError)):
             artefacts(tmp_path / folder, sets)
+
+
+def texts(run: Path) -> str:
+    return " ".join(path.read_text("latin-1") for path in run.glob("*.*"))
+
+
+class TestWhatARunVouchesFor:
+    def retrained(self, run: Path) -> set[str]:
+        return {path.name for path in (run / "ours" / "retrained").iterdir()}
+
+    def test_models_of_another_list_go(self, run: Path) -> None:
+        """A run with fewer samples before, in the same folder, left more of them."""
+        tensors, notes = files.load_tensors(run / "ours" / "retrained" / "seed-1000.safetensors")
+        other = notes | {"fingerprint": "0123456789abcdef", "seed": "1009"}
+        files.save_tensors(run / "ours" / "retrained" / "seed-1009.safetensors", tensors, other)
+        (run / "ours" / "seed-7").mkdir()
+        files.save_tensors(run / "ours" / "seed-7" / "scrubbed.safetensors", tensors, {"seed": "7"})
+        shutil.copytree(run / "ours" / "retrained", run / "renamed" / "retrained")
+        assert purge(run, ["ours"]).clean
+        assert self.retrained(run) == {f"seed-{s}.safetensors" for s in range(1000, 1004)}
+        assert not (run / "ours" / "seed-7" / "scrubbed.safetensors").exists()
+        assert not list((run / "renamed").rglob("*.safetensors"))
+
+    @pytest.mark.parametrize("change", ["indices", "killed", "damaged"])
+    def test_nothing_stays_of_a_run_that_did_not_finish(self, run: Path, change: str) -> None:
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        if change == "indices":
+            config["forget_sets"][0]["indices"] = [*LISTED, 7]
+            (run / "config.yaml").write_text(yaml.safe_dump(config))
+        if change == "killed":
+            (run / "metrics.json").unlink()
+        if change == "damaged":
+            (run / "metrics.json").write_text("{")
+        purge(run, ["ours"])
+        assert not list(run.rglob("*.safetensors"))
+        assert not indices_in(run), "neither the old list nor the new one"
+
+    def test_what_equals_the_original_goes(self, run: Path) -> None:
+        metrics = json.loads((run / "metrics.json").read_text())
+        told = metrics["cases"][0]["runs"][0]["forget"]
+        told["newton"]["norm"], told["noise"] = 0.0, None
+        (run / "metrics.json").write_text(json.dumps(metrics))
+        tensors = files.load_tensors(run / "original" / "seed-0.safetensors")[0]
+        place = run / "ours" / "methods" / "ssd" / "seed-0.safetensors"
+        place.parent.mkdir(parents=True)
+        files.save_tensors(place, tensors, {"fingerprint": "0123456789abcdef"})
+        purge(run, ["ours"])
+        assert not place.exists()
+        assert not (run / "ours" / "seed-0" / "scrubbed.safetensors").exists()
+        assert (run / "ours" / "seed-1" / "scrubbed.safetensors").exists()
+
+    def test_a_run_is_one_from_its_first_file_on(self, run: Path) -> None:
+        """Killed while it trained on subsets, or the models of mislabelled samples."""
+        for name in ("original", "subsets", "ours", "class-3", "learnt"):
+            shutil.rmtree(run / name, ignore_errors=True)
+        for path in [*run.glob("*.json"), *run.glob("*.html")]:
+            path.unlink()
+        assert list(run.rglob("*.safetensors"))
+        assert purge(run).clean
+        assert not list(run.rglob("*.safetensors"))
+        assert not indices_in(run)
+        assert main(["run", str(run)]) == 2
+
+    def test_its_notes_tell_nobody(self, run: Path) -> None:
+        """A hash of a short list is guessed; so is the seed's salt gone."""
+        marks = {
+            files.read_metadata(path).get("fingerprint", "")
+            for path in (run / "ours" / "retrained").iterdir()
+        }
+        purge(run, ["ours"], salt=True)
+        assert len(marks) == 1
+        assert not inside(run, *(mark.encode() for mark in marks))
+
+    def test_lists_of_other_sets_lose_them(self, run: Path) -> None:
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        more = dict(config["forget_sets"][0], name="more", indices=[1, 14, 5])
+        config["forget_sets"].append(more)
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+        purge(run, ["ours"])
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        assert [s["indices"] for s in config["forget_sets"]] == [[], [], [], [], [1, 5]]
+
+    def test_a_folder_without_its_configuration(self, run: Path) -> None:
+        (run / "config.yaml").write_bytes(b"\xff")
+        done = purge(run)
+        assert not list(run.rglob("seed-100*.safetensors"))
+        assert not done.clean
+        assert {a.path.name for a in done.unknown} >= {"metrics.json", "report.html", "config.yaml"}
+        assert {a.path.name for a in artefacts(run)} >= {"metrics.json", "report.html"}
+
+    @pytest.mark.parametrize("mode", [0o600, 0o444])
+    def test_texts_keep_their_bytes_and_modes(self, run: Path, mode: int) -> None:
+        path = run / "metrics.json"
+        content = path.read_bytes().replace(b"\n", b"\r\n") + b"\xff"
+        path.write_bytes(content)
+        path.chmod(mode)
+        notes = run / "notes.txt"
+        notes.write_text(f"indices: {LISTED}")
+        done = purge(run, ["ours"])
+        assert path.stat().st_mode & 0o777 == mode
+        after = path.read_bytes()
+        assert after.endswith(b"}\r\n\xff")
+        assert not indices_in(run / "ours")
+        assert b"159" not in after.split(b"cases")[0].split(b"indices")[1]
+        assert notes.read_text() == f"indices: {LISTED}"
+        assert [a.path for a in done.unknown] == [notes]
+
+
+class TestStrangers:
+    def test_folders_named_like_ours(self, tmp_path: Path) -> None:
+        ours_too = {"seed": "3", "seconds": "1", "fingerprint": "abc", "format": "pt"}
+        places = ["original/seed-0", "original/model", "retrained/seed-1", "outputs", "a/outputs"]
+        for place in places:
+            path = tmp_path / f"{place}.safetensors"
+            path.parent.mkdir(exist_ok=True)
+            save_file({"a": torch.zeros(2)}, path, ours_too)
+        (tmp_path / "original" / ".uv.deadbeef.tmp").write_text("")
+        (tmp_path / ".tmpAb12Cd").write_text("")
+        before = sorted(tmp_path.rglob("*"))
+        done = purge(tmp_path)
+        assert sorted(tmp_path.rglob("*")) == before
+        assert len(done.unknown) == len(places) + 2
+        assert not done.clean
+
+    def test_a_project_with_a_recipe(self, tmp_path: Path) -> None:
+        recipe(tmp_path).rename(tmp_path / "config.yaml")
+        (tmp_path / "metrics.json").write_text("{}")
+        (tmp_path / "models").mkdir()
+        model = tmp_path / "models" / "production.safetensors"
+        files.save_tensors(model, {"a": torch.zeros(2)}, {"seed": "1", "fingerprint": "b"})
+        text = (tmp_path / "config.yaml").read_text()
+        done = purge(tmp_path)
+        assert model.exists()
+        assert (tmp_path / "config.yaml").read_text() == text
+        assert [a.path.name for a in done.left] == ["config.yaml"]
+
+    def test_other_sets_other_folders(self, run: Path, tmp_path: Path) -> None:
+        keeper = CheckpointKeeper(tmp_path / "kept", total_steps=4)
+        for _ in range(4):
+            keeper.step(nn.Linear(2, 2))
+        shutil.copytree(run / "original", tmp_path / "ensemble" / "original")
+        done = purge(tmp_path, ["ours"])
+        assert all(run in path.parents for path in (*done.removed, *done.rewritten))
+        assert {a.path.parent.name for a in done.unknown} >= {"kept", "original"}
+
+    @pytest.mark.parametrize("where", ["", None, 3, b"", "/", Path.home()])
+    def test_nobody_means_all_of_it(self, where: Any) -> None:
+        with pytest.raises(ConfigError):
+            purge(where)
+
+    def test_files_that_only_look_like_some(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "x.pt")
+        os.mkfifo(tmp_path / "a.yaml")
+        (tmp_path / "b.yaml").write_text("[" * 3000)
+        (tmp_path / "c.yaml").write_text("forget_sets: [{name: a, indices: [.inf]}]")
+        (tmp_path / "d.yaml").write_text("forget_sets: 3")
+        (tmp_path / "requests.json").write_text('{"requests": []}')
+        (tmp_path / "ledger.jsonl").write_text('{"account": 1}\n')
+        (tmp_path / "ledger.salt").mkdir()
+        torch.save({"a": torch.zeros(9)}, tmp_path / "e.pt")
+        content = bytearray((tmp_path / "e.pt").read_bytes())
+        rng = np.random.default_rng(0)
+        for at in range(40):
+            for place in rng.integers(0, len(content), 5):
+                content[place] ^= 1 << int(rng.integers(8))
+            (tmp_path / f"e{at}.pt").write_bytes(content)
+        done = purge(tmp_path)
+        assert not done.removed
+        assert {a.path.name for a in done.left} == {"x.pt", "a.yaml", "ledger.jsonl"}
+        assert "requests.json" in {a.path.name for a in done.unknown}
+
+    def test_what_cannot_be_read_is_not_clean(
+        self, run: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real, closed = os.scandir, run / "original"
+
+        def scandir(path: Any) -> Any:
+            if Path(path) == closed:
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(path)
+
+        monkeypatch.setattr(os, "scandir", scandir)
+        done = purge(run)
+        assert [(a.path, a.action) for a in done.left if a.action != "salt"] == [(closed, "left")]
+        assert not done.clean
+
+    def test_other_names_of_a_file_are_told(self, run: Path, tmp_path: Path) -> None:
+        os.link(run / "original" / "seed-0.safetensors", tmp_path / "kept.safetensors")
+        done = purge(run)
+        (left,) = (a for a in done.left if a.action == "left")
+        assert "hard link" in left.what
+        assert not done.clean
+
+    def test_a_ledger_that_leads_elsewhere(self, run: Path, tmp_path: Path) -> None:
+        (run / "ledger.jsonl").symlink_to(tmp_path / "outside.jsonl")
+        with pytest.raises(StorageError, match="a link"):
+            purge(run)
+        assert not (tmp_path / "outside.jsonl").exists()
+        assert (run / "original" / "seed-0.safetensors").exists()
+
+    def test_signed_and_unsigned_ones_in_one_tree(self, run: Path, tmp_path: Path) -> None:
+        other = Path(shutil.copytree(run, run.parent / "other"))
+        key = tmp_path / "officer.pem"
+        public = new_keys(key)
+        Ledger(run, key=key).record("opened")
+        purge(run.parent, key=key)
+        assert verify(run, public) == []
+        assert verify(other) == []
+
+    def test_somebody_is_at_work_there(self, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(importlib.import_module("fisher_forget.purge.removal"), "WAIT", 0.1)
+        code = f"""
+from fisher_forget import Ledger
+with Ledger({str(run)!r}).owned():
+    print("owned", flush=True)
+    input()
+"""
+        with subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as other:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "owned\n"
+            with pytest.raises(StorageError, match=f"process {other.pid}"):
+                purge(run)
+            other.communicate("\n")
+        assert (run / "original" / "seed-0.safetensors").exists()
+
+
+class TestBesideALedger:
+    def test_only_the_present_sums_are_kept(self, tmp_path: Path) -> None:
+        data = blobs_data(60)
+        model = linear(data)
+        prepared = prepare(model, data, folder=tmp_path, **QUIET)
+        old = {path.name: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
+        prepared.rebase(prepared.forget([11], progress=False), progress=False)
+        for name, content in old.items():
+            (tmp_path / name).write_bytes(content)
+        files.save_tensors(tmp_path / "old-model.safetensors", {"a": torch.zeros(2)}, {})
+        done = purge(tmp_path)
+        assert {path.name for path in done.removed} == set(old)
+        assert [a.path.name for a in done.unknown] == ["old-model.safetensors"]
+
+    def test_a_salt_that_is_needed_stays(self, tmp_path: Path) -> None:
+        data = blobs_data(60)
+        prepared = prepare(linear(data), data, folder=tmp_path, **QUIET)
+        prepared.forget([11], progress=False)
+        purge(tmp_path, salt=True)
+        again = prepare(linear(data), data, folder=tmp_path, **QUIET)
+        assert again.requests == [[11]]
+        again.rebase(again.redeliver(), progress=False)
+        purge(tmp_path, salt=True)
+        assert not (tmp_path / "ledger.salt").exists()
+
+    def test_an_ensemble_with_a_ledger(self, tmp_path: Path) -> None:
+        shutil.copytree(_members(tmp_path), tmp_path / "e" / "retrained")
+        files.save_tensors(
+            tmp_path / "e" / "outputs.safetensors", {"a": torch.zeros(2)}, {"fingerprint": "1"}
+        )
+        Ledger(tmp_path / "e").record("opened")
+        purge(tmp_path / "e")
+        assert not list((tmp_path / "e").rglob("*.safetensors"))
+
+
+def _members(folder: Path) -> Path:
+    notes = {"seed": "0", "seconds": "1", "fingerprint": "1", "version": "1"}
+    (folder / "members").mkdir()
+    files.save_tensors(folder / "members" / "seed-0.safetensors", {"a": torch.zeros(2)}, notes)
+    return folder / "members"
 
 
 def test_what_was_deleted_cannot_be_recovered_from_a_purged_run(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from fisher_forget._util.copies import copy_model
 from fisher_forget.errors import StorageError
 
 CHECKSUM = "sha256-2"  # of tensors and metadata: the format does not notice a flipped bit
+EARLIER = ("sha256",)
 AGAIN = "Remove it and compute it again."
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp|\.tmp\w{6}")
 
@@ -85,6 +86,18 @@ def read_metadata(path: str | Path, *, checked: bool = False) -> dict[str, str]:
     if notes.pop(CHECKSUM, None) is None and checked:
         raise StorageError(f"{path} of an earlier version", "one with a checksum", AGAIN)
     return notes
+
+
+def own_metadata(path: str | Path) -> dict[str, str] | None:
+    """The metadata of a file that `save_tensors` wrote, in this version or an earlier one; `None`
+    where it is damaged, or of another library."""
+    try:
+        with _reading(Path(path)) as file:
+            notes = dict(file.metadata() or {})
+    except StorageError:
+        return None
+    marks = [notes.pop(name, None) for name in (CHECKSUM, *EARLIER)]
+    return notes if any(marks) else None
 
 
 def save_model(path: str | Path, model: nn.Module, metadata: Mapping[str, str]) -> None:

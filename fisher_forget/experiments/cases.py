@@ -49,6 +49,7 @@ class Case:
         references: One a seed: the original of that seed, held against the shared retrained models.
         originals: One a seed.
         retrained: Trained without the forget set.
+        fingerprint: Of these: of all but the seed that their weights depend on.
     """
 
     settings: ForgetSet
@@ -58,6 +59,7 @@ class Case:
     references: tuple[Reference, ...]
     originals: Members
     retrained: Members
+    fingerprint: str
 
     @property
     def split(self) -> Split:
@@ -123,7 +125,8 @@ def prepare_case(config: RunConfig, clean: DataBundle, settings: ForgetSet, fold
     named = parts(data, forget)
     first = Reference(originals.models[0], retrained.models, named, config.likelihood)
     references = first, *(first.of(model) for model in originals.models[1:])
-    return Case(settings, data, forget, place, references, originals, retrained)
+    mark = tasks[1].fingerprint(config)
+    return Case(settings, data, forget, place, references, originals, retrained, mark)
 
 
 def case_tasks(

@@ -32,7 +32,7 @@ from fisher_forget.experiments.config_file import write_config
 from fisher_forget.experiments.method_setup import Scrubber, chosen_methods, configured
 from fisher_forget.experiments.outcomes import Outcome, Trial, model_path
 from fisher_forget.experiments.run import processor
-from fisher_forget.experiments.run_folder import run_folder
+from fisher_forget.experiments.run_folder import opened
 from fisher_forget.experiments.search import search
 from fisher_forget.report import ranking
 from fisher_forget.report.pages import comparison
@@ -55,9 +55,13 @@ def compare(config: CompareConfig) -> Path:
     Raises:
         ConfigError, DataError, StorageError: Before anything is trained.
     """
+    with opened(config) as folder:
+        return _compare(config, folder)
+
+
+def _compare(config: CompareConfig, folder: Path) -> Path:
     methods = chosen_methods(config)
     code = {name: _code(method) for name, method in methods.items()}
-    folder = files.ensure_folder(run_folder(config))
     data, validation = tuning.held_out(config.data.load(), config.validation)
     for settings in config.forget_sets:
         forget_sets.check(settings, data)

@@ -15,7 +15,7 @@ from fisher_forget.evaluate.evaluation import Evaluation
 from fisher_forget.experiments.cases import Case, evaluate_case, prepare_case
 from fisher_forget.experiments.config import RunConfig
 from fisher_forget.experiments.run import SCRUBBED
-from fisher_forget.experiments.run_folder import run_folder
+from fisher_forget.experiments.run_folder import opened
 from fisher_forget.report.pages import evaluation as page
 
 FINE_TUNING = 0.1  # of the epochs of a training
@@ -33,7 +33,11 @@ def evaluate_run(config: RunConfig) -> Path:
         StorageError: If the run has not finished.
         ConfigError: If it has too few retrained models.
     """
-    folder = run_folder(config)
+    with opened(config) as folder:
+        return _evaluate(config, folder)
+
+
+def _evaluate(config: RunConfig, folder: Path) -> Path:
     metrics = files.read_json(folder / "metrics.json")
     config.check_evaluable()
     data = config.data.load()

@@ -22,7 +22,8 @@ from fisher_forget.experiments import forget_sets, requests
 from fisher_forget.experiments.cases import Case, prepare_case
 from fisher_forget.experiments.config import RunConfig, SweepConfig, to_plain
 from fisher_forget.experiments.config_file import write_config
-from fisher_forget.experiments.run_folder import inside, run_folder
+from fisher_forget.experiments.run_folder import inside, opened, run_folder
+from fisher_forget.ledger.evidence import model_fingerprint
 from fisher_forget.report import plots, tables
 from fisher_forget.report.pages import html
 from fisher_forget.sweep import SweepTable, sweep
@@ -44,7 +45,11 @@ def run(config: RunConfig) -> Path:
     Raises:
         ConfigError, DataError, StorageError: Before anything is trained.
     """
-    folder = files.ensure_folder(run_folder(config))
+    with opened(config) as folder:
+        return _run(config, folder)
+
+
+def _run(config: RunConfig, folder: Path) -> Path:
     data = config.data.load()
     chosen = {s.name: forget_sets.check(s, data) for s in config.forget_sets}  # before any work
     write_config(folder / "config.yaml", config)
@@ -143,8 +148,10 @@ def _entry(
     results, closenesses = zip(*scrubbed, strict=True)
     runs = []
     for seed, result, closeness in zip(config.seeds, results, closenesses, strict=True):
+        about = {"seed": seed, "folder": f"{case.folder.name}/seed-{seed}"}
+        about["weights"] = model_fingerprint(result.model)
         numbers = {"forget": result.summary(), "evaluation": closeness.to_dict()}
-        runs.append({"seed": seed, "folder": f"{case.folder.name}/seed-{seed}"} | numbers)
+        runs.append(about | numbers)
     seconds = {
         "train_original": case.originals.seconds,
         "retrain_one": case.retrained.seconds,
@@ -154,6 +161,7 @@ def _entry(
         "name": case.settings.name,
         "forgotten": len(case.forget),
         "retained": len(results[0].split.retain),
+        "fingerprint": case.fingerprint,
         "members": len(case.retrained.models),
         **closenesses[0].score.stored(),
         "seconds": {name: float(np.mean(times)) for name, times in seconds.items()},

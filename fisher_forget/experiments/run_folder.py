@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from fisher_forget._util import files
 from fisher_forget.errors import ConfigError, StorageError
 from fisher_forget.experiments.config import RunConfig
+from fisher_forget.ledger import Ledger
 from fisher_forget.ledger.purged import check_not_purged
+
+WAIT = 5.0  # seconds for somebody else
 
 
 def run_folder(config: RunConfig, *, trains: bool = True) -> Path:
@@ -29,6 +35,20 @@ def run_folder(config: RunConfig, *, trains: bool = True) -> Path:
             if (path := Path(place) / name).is_symlink():
                 inside(folder, path)
     return folder
+
+
+@contextmanager
+def opened(config: RunConfig) -> Iterator[Path]:
+    """The folder of the results, made if need be, in which nobody else trains or purges within this
+    context.
+
+    Raises:
+        StorageError: As `run_folder`; if it cannot be written; or if somebody else is at work in
+            it, who is named.
+    """
+    folder = files.ensure_folder(run_folder(config))
+    with Ledger(folder, wait=WAIT).owned():
+        yield folder
 
 
 def inside(folder: Path, path: Path) -> Path:

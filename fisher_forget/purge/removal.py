@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fisher_forget._util import files
-from fisher_forget.errors import StorageError
+from fisher_forget.errors import ConfigError, StorageError
 from fisher_forget.ledger import Ledger
 from fisher_forget.ledger.ledger import LEDGER, SALT
-from fisher_forget.purge.artefacts import Artefact, artefacts
+from fisher_forget.purge.artefacts import MEMBERS, OUTPUTS, Artefact, artefacts, checked, is_signed
 from fisher_forget.purge.lists import without_lists
-from fisher_forget.purge.runs import CONFIG, Runs
+from fisher_forget.purge.runs import CONFIG, PURGED, Run, Runs
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-MEMBERS = ("original", "subsets", "retrained")
+WAIT = 10.0  # seconds for another owner, who is at work in the folder
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Purged:
     Attributes:
         removed: Files that are gone.
         rewritten: Files that hold the rest of what they held.
-        left: What holds forgotten samples still, and what is to be done with it.
+        left: What holds forgotten samples still, and what is to be done with it; salts that were
+            not to be removed among them.
         unknown: Files that do not tell what they hold.
     """
 
@@ -40,8 +41,8 @@ class Purged:
 
     @property
     def clean(self) -> bool:
-        """Whether nothing known is left but salts."""
-        return all(artefact.action == "salt" for artefact in self.left)
+        """Whether nothing is left but salts, and every file told what it holds."""
+        return not self.unknown and all(artefact.action == "salt" for artefact in self.left)
 
     def __str__(self) -> str:
         lines = [f"removed  {path}" for path in self.removed]
@@ -60,92 +61,140 @@ def purge(
 ) -> Purged:
     """Remove what `artefacts` lists, or rewrite it without the forgotten samples.
 
-    Nothing may run in the folder meanwhile. What is removed is recorded before and after in the
-    ledger of the run or of the folder that it was in, with salted hashes in the place of indices:
-    a run whose ledger says so is not trained again, which would bring the samples back. A purge
-    that was killed goes on when it is called again. Copies elsewhere, backups and what a disk keeps
-    of removed files are beyond it.
+    What is removed is recorded before and after in the ledger of the run, of the prepared model or
+    of the ensemble that it was of, with salted hashes in the place of indices. A run or an ensemble
+    whose ledger says so is not trained again, which would bring the samples back. A purge that was
+    killed goes on when it is called again. Copies elsewhere, backups and what a disk keeps of
+    removed files are beyond it.
 
     Args:
         folder: As for `artefacts`.
         sets: As for `artefacts`.
-        salt: Remove the ledgers' salts, too, which lie in the folder: nobody can tell then who was
-            forgotten, and a prepared model or SISA takes no more requests there.
-        key: Signs the entries, where such a ledger was begun with a key.
+        salt: Remove the ledgers' salts, too, which lie in the folder: nobody can tell then from the
+            ledger who was forgotten. A prepared model with requests since its last rebase, and
+            SISA, need theirs.
+        key: Signs the entries of the ledgers that were begun with a key.
         ledger: Records all of it as well: the one that has the request.
 
     Raises:
         ConfigError: As for `artefacts`; or without the key of a ledger that is signed.
-        StorageError: As for `artefacts`; or if a file cannot be removed.
+        StorageError: As for `artefacts`; if a ledger is damaged, or somebody is at work in its
+            folder; or if a file cannot be removed.
     """
-    root, runs = Path(folder).resolve(), Runs(sets)
+    root, runs = checked(folder), Runs(sets)
     found = artefacts(root, sets)
+    every = [a for a in found if a.action in ("remove", "rewrite") or (salt and _free(a))]
     work: dict[Path | None, list[Artefact]] = defaultdict(list)
-    for artefact in found:
-        if artefact.action in ("remove", "rewrite"):
-            work[_home(artefact.path, runs)].append(artefact)
-    every = [artefact for own in work.values() for artefact in own]
-    salted = {a.path.parent for a in found if a.action == "salt"}
-    homes = {home for home in work if home is not None} | (salted if salt else set())
-    records = [_Record.of(Ledger(home, key=key), work[home], salt) for home in sorted(homes)]
-    if ledger is not None:
+    for artefact in every:
+        work[_home(artefact.path, runs)].append(artefact)
+    records = [_Record.of(home, own, key) for home, own in work.items() if home is not None]
+    if ledger is not None and every:
         records.append(_Record(ledger, _named(root, every)))
-    for record in records:  # who refuses, refuses before anything is removed
+    for record in records:  # each was opened before: who refuses, refuses before anything is done
         record.begin(runs)
-    # a run's configuration comes last: it says what the lists are, should a kill come between
-    for artefact in sorted(every, key=lambda a: a.path.name == CONFIG):
+    linked = [_linked(artefact) for artefact in every]
+    for artefact in sorted(every, key=_turn):
         _carry_out(artefact, runs)
+    salts = []
     for record in records:
         record.end()
-    salts = tuple(home / SALT for home in sorted(homes) if salt)
-    for path in salts:
-        _unlink(path)
+        if salt and record.made_salt:
+            salts.append(record.ledger.folder / SALT)
+            _unlink(salts[-1])
+    left = [a for a in found if a.action in ("left", "salt") and a not in every]
     return Purged(
-        removed=tuple(a.path for a in every if a.action == "remove") + salts,
+        removed=tuple(a.path for a in every if a.action != "rewrite") + tuple(salts),
         rewritten=tuple(a.path for a in every if a.action == "rewrite"),
-        left=tuple(a for a in found if a.action == "left" or (a.action == "salt" and not salt)),
+        left=(*left, *(artefact for artefact in linked if artefact is not None)),
         unknown=tuple(a for a in found if a.action == "look"),
     )
 
 
-@dataclass(frozen=True)
 class _Record:
     """Of a purge in a ledger: what is to become of files, before and after."""
 
-    ledger: Ledger
-    files: dict[str, str]
+    def __init__(self, ledger: Ledger, named: dict[str, str]) -> None:
+        self.ledger, self.named = ledger, named
+        self.made_salt = False
 
     @classmethod
-    def of(cls, ledger: Ledger, own: list[Artefact], salt: bool) -> _Record:
-        named = _named(ledger.folder, own)
-        return cls(ledger, named | ({SALT: "removed"} if salt else {}))
+    def of(
+        cls, home: Path, own: list[Artefact], key: str | Path | Ed25519PrivateKey | None
+    ) -> _Record:
+        """In the folder's own ledger.
+
+        Raises:
+            ConfigError: If it was begun with a key, and none is given.
+            StorageError: If it is damaged, or leads out of the folder.
+        """
+        for path in home.glob("ledger.*"):
+            if path.is_symlink():
+                fix = "Put the file itself there."
+                raise StorageError(f"{path}, which is a link", "a ledger's own file", fix)
+        signed = is_signed(home)
+        if signed and key is None:
+            fix = "Pass key=, or --key, with the private key that it was begun with."
+            raise ConfigError(f"{home}, whose ledger is signed", "its key", fix)
+        return cls(Ledger(home, key=key if signed else None, wait=WAIT), _named(home, own))
 
     def begin(self, runs: Runs) -> None:
         run = runs.of(self.ledger.folder / CONFIG)
-        lists = {} if run is None else run.lists
-        hashed = {name: self.ledger.hashed(indices) for name, indices in lists.items()}
-        self.ledger.record("purged", step="begun", files=self.files, samples=hashed)
+        known = sorted(run.indices) if run is not None else []
+        before = (self.ledger.folder / SALT).exists()
+        samples = self.ledger.hashed(known) if known else []
+        self.ledger.record("purged", step="begun", files=self.named, samples=samples)
+        self.made_salt = not before and (self.ledger.folder / SALT).exists()
 
     def end(self) -> None:
-        self.ledger.record("purged", step="done", files=self.files)
+        self.ledger.record("purged", step="done", files=self.named)
 
 
 def _home(path: Path, runs: Runs) -> Path | None:
     """The folder whose ledger tells what became of a file: of its run, of its prepared model, or of
     the ensemble that it is of; `None` where there is none."""
-    if (run := runs.of(path)) is not None:
+    if (path.parent / LEDGER).is_file():
+        return path.parent
+    run = runs.of(path)
+    if run is not None and (run.role(path) is not None or files.TEMPORARY.fullmatch(path.name)):
         return run.folder
-    if (path.parent / LEDGER).exists():
+    if path.name == OUTPUTS:
         return path.parent
     return path.parent.parent if path.parent.name in MEMBERS else None
+
+
+def _free(artefact: Artefact) -> bool:
+    """Whether it is a salt that nothing needs any more."""
+    return artefact.action == "salt" and not artefact.fix
+
+
+def _turn(artefact: Artefact) -> int:
+    """A run's metrics and configuration come late: they say what the lists are, and which models
+    stay, should a kill come between. Salts come last: with them the lists are hashed."""
+    late = {"metrics.json": 1, CONFIG: 2}.get(artefact.path.name, 0)
+    return 3 if artefact.action == "salt" else late
 
 
 def _carry_out(artefact: Artefact, runs: Runs) -> None:
     path, run = artefact.path, runs.of(artefact.path)
     if artefact.action == "rewrite" and run is not None:
-        files.write_text(path, without_lists(path.read_text(encoding="utf-8"), run))
+        _rewrite(path, run)
     else:
         _unlink(path)
+
+
+def _rewrite(path: Path, run: Run) -> None:
+    if path.suffix == ".safetensors":
+        tensors, notes = files.load_tensors(path)
+        notes.pop("fingerprint", None)
+        files.save_tensors(path, tensors, notes | {PURGED: "True"})
+        return
+    mode, content = path.stat().st_mode, without_lists(path.read_bytes(), run.indices)
+
+    def write(file: Path) -> None:
+        file.write_bytes(content)
+        file.chmod(mode)
+
+    files.write_file(path, write)
 
 
 def _unlink(path: Path) -> None:
@@ -157,7 +206,17 @@ def _unlink(path: Path) -> None:
         raise StorageError(f"{path}: {error}", "a file that can be removed", fix) from error
 
 
+def _linked(artefact: Artefact) -> Artefact | None:
+    """What is left of a file that has other names."""
+    others = artefact.path.stat().st_nlink - 1
+    if artefact.action != "remove" or others < 1:
+        return None
+    fix = f"Find them: find / -xdev -inum {artefact.path.stat().st_ino}"
+    what = f"a file with {others} other names (hard links)"
+    return Artefact(artefact.path, what, artefact.holds, "left", fix)
+
+
 def _named(folder: Path, of: list[Artefact]) -> dict[str, str]:
-    """What became of files, by their paths within a folder."""
-    done = {"remove": "removed", "rewrite": "rewritten"}
+    """What becomes of files, by their paths within a folder."""
+    done = {"remove": "removed", "rewrite": "rewritten", "salt": "removed"}
     return {a.path.relative_to(folder).as_posix(): done[a.action] for a in of}

@@ -1,19 +1,39 @@
-"""The run that a file belongs to: its forget sets, and which of them are to be gone."""
+"""The run that a file belongs to: what the file is in it, and whether the run vouches for it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
-from fisher_forget.errors import ConfigError
+from fisher_forget._util import files
+from fisher_forget.errors import ConfigError, StorageError
 from fisher_forget.experiments.config import folder_name
 
-CONFIG = "config.yaml"
-RESULTS = ("original", "metrics.json", "comparison.json")
+Role = Literal["original", "subset", "retrained", "scrubbed", "method", "outputs", "text", "plain"]
+CONFIG, LARGEST = "config.yaml", 2**24  # bytes of a text that is read as a recipe
+PURGED = "purged"  # note of a model that was vouched for
+WRITTEN_OUT = {"name", "kind", "label", "count", "indices", "seed"}  # by every run, not by people
+SEED = r"seed-\d+\.safetensors"
+# where a run writes what, below its folder; the folder of a forget set has any name
+LAYOUT: dict[Role, str] = {
+    "original": rf"([^/]+/)?original/{SEED}",
+    "subset": rf"subsets/{SEED}",
+    "retrained": rf"[^/]+/retrained/{SEED}",
+    "scrubbed": r"[^/]+/seed-\d+/scrubbed\.safetensors",
+    "method": rf"[^/]+/methods/[^/]+/{SEED}",
+    "outputs": r"[^/]+/outputs\.safetensors",
+    "text": r"config\.yaml|(metrics|evaluation|comparison)\.json|comparison\.md"
+    r"|(report|evaluation|comparison)\.html|[^/]+/methods/[^/]+/outcome\.json",
+    "plain": r"([^/]+/)?(kl|scores|noise|tradeoff|(evaluation|tradeoff|cost)-\d+)\.(svg|png)"
+    r"|[^/]+/sweep\.(parquet|csv)|[^/]+/seed-\d+/result\.txt|[^/]+/(evaluation|comparison)\.md",
+}
+PATTERNS = {role: re.compile(pattern) for role, pattern in LAYOUT.items()}
 
 
 @dataclass(frozen=True)
@@ -22,25 +42,64 @@ class Run:
 
     Attributes:
         folder: With its config.yaml.
-        sets: Indices that each forget set lists, by the set's name; none where it is named by a
-            class or drawn at random.
+        sets: The forget sets of config.yaml, by name.
         gone: Names of those that are to be gone; none where others were asked for.
     """
 
     folder: Path
-    sets: dict[str, list[int]]
+    sets: dict[str, dict[str, Any]]
     gone: frozenset[str]
 
-    @property
-    def lists(self) -> dict[str, list[int]]:
-        """Indices of those that are to be gone, where they are listed."""
-        return {name: self.sets[name] for name in sorted(self.gone) if self.sets[name]}
+    def role(self, path: Path) -> Role | None:
+        """What a file is in the run, by its place; `None` if it is no file of a run."""
+        place = path.relative_to(self.folder).as_posix()
+        return next((r for r, pattern in PATTERNS.items() if pattern.fullmatch(place)), None)
 
-    def clean(self, path: Path) -> bool:
-        """Whether a model that was retrained without a forget set, or made to forget it, holds
-        nothing of all that is to be gone: nothing but that set is."""
-        place = path.relative_to(self.folder).parts[0]
-        return {folder_name(name) for name in self.gone} == {place}
+    @cached_property
+    def indices(self) -> frozenset[int]:
+        """Those that are to be gone, as far as the run lists them, now or when it finished."""
+        known = [*self.sets.values(), *self._finished_sets.values()]
+        return frozenset(i for s in known if s["name"] in self.gone for i in s["indices"])
+
+    def vouches(self, path: Path, notes: Mapping[str, str]) -> bool:
+        """Whether the run, when it finished, made this model without all that is to be gone: of
+        that one forget set, as config.yaml still has it, and of nothing else."""
+        slug = path.relative_to(self.folder).parts[0]
+        if {folder_name(name) for name in self.gone} != {slug}:
+            return False
+        (name,) = self.gone
+        if PURGED in notes:  # vouched for, when its fingerprint was taken out
+            return True
+        case = self._cases.get(name, {})
+        if self._finished_sets.get(name) != self.sets[name] or not case:
+            return False
+        if self.role(path) == "retrained":
+            return "fingerprint" in notes and notes["fingerprint"] == case.get("fingerprint")
+        place = path.parent.relative_to(self.folder).as_posix()
+        every: list[dict[str, Any]] = case.get("runs", [])
+        told = next((r for r in every if r.get("folder") == place), {})
+        return "weights" in told and told["weights"] == _fingerprint(path) and _moved(told)
+
+    @cached_property
+    def _finished(self) -> Any:
+        try:
+            return files.read_json(self.folder / "metrics.json")
+        except StorageError:
+            return {}
+
+    @property
+    def _finished_sets(self) -> dict[str, dict[str, Any]]:
+        try:
+            return _by_name(self._finished["config"]["forget_sets"])
+        except (LookupError, TypeError, ValueError, OverflowError):
+            return {}
+
+    @property
+    def _cases(self) -> dict[str, Any]:
+        try:
+            return {case["name"]: case for case in self._finished["cases"]}
+        except (LookupError, TypeError):
+            return {}
 
 
 class Runs:
@@ -51,24 +110,19 @@ class Runs:
     """
 
     def __init__(self, sets: Collection[str]) -> None:
-        self._sets, self._known = frozenset(sets), dict[Path, Run | None]()
-        self.found: set[str] = set()  # names of sets that were asked for, and are there
+        self.named = frozenset(sets)
+        self._known: dict[Path, Run | None] = {}
 
     def of(self, path: Path) -> Run | None:
         """The run whose folder the file lies in, at any depth; `None` where there is none."""
-        for folder in path.parents:
-            if (run := self._in(folder)) is not None:
-                return run
-        return None
+        return next((run for f in path.parents if (run := self._in(f)) is not None), None)
 
     def _in(self, folder: Path) -> Run | None:
         if folder not in self._known:
-            # a recipe is no run: what it made lies beside its copy
-            made = any((folder / name).exists() for name in RESULTS)
-            sets = read_sets(folder / CONFIG) if made else {}
-            gone = frozenset(sets) & self._sets if self._sets else frozenset(sets)
-            self.found |= gone
-            self._known[folder] = Run(folder, sets, gone) if sets else None
+            sets = read_sets(folder / CONFIG)
+            written = bool(sets) and all(s.keys() >= WRITTEN_OUT for s in sets.values())
+            gone = frozenset(sets) & self.named if self.named else frozenset(sets)
+            self._known[folder] = Run(folder, sets, gone) if written else None
         return self._known[folder]
 
     def check(self) -> None:
@@ -77,17 +131,42 @@ class Runs:
         Raises:
             ConfigError: If there are some.
         """
-        if strange := sorted(self._sets - self.found):
-            known = sorted({name for run in self._known.values() if run for name in run.sets})
-            got, expected = f"the forget sets {strange}", f"names such as {known[:10]}"
-            raise ConfigError(got, expected, "Use the names in the run's config.yaml.")
+        runs = [run for run in self._known.values() if run is not None]
+        if strange := sorted(self.named - {name for run in runs for name in run.sets}):
+            known = sorted({name for run in runs for name in run.sets})[:10]
+            expected = f"names such as {known}" if known else "none: no run is there"
+            raise ConfigError(f"the forget sets {strange}", expected, "See the run's config.yaml.")
 
 
-def read_sets(path: Path) -> dict[str, list[int]]:
-    """The forget sets of a configuration, and the indices that they list; none of another file."""
+def read_sets(path: Path) -> dict[str, dict[str, Any]]:
+    """The forget sets of a recipe by name, each with its list of indices; none of another file."""
     try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-        entries = content["forget_sets"]
-        return {str(e["name"]): [int(i) for i in e.get("indices") or []] for e in entries}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, LookupError, TypeError, ValueError):
+        if not path.is_file() or path.stat().st_size > LARGEST:
+            return {}
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        content: Any = yaml.load(path.read_bytes(), loader)
+        return _by_name(content["forget_sets"])
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError):
         return {}
+    except yaml.YAMLError:
+        return {}
+
+
+def _by_name(entries: Any) -> dict[str, dict[str, Any]]:
+    return {
+        str(e["name"]): {**e, "indices": [int(i) for i in e.get("indices") or []]} for e in entries
+    }
+
+
+def _fingerprint(path: Path) -> str:
+    try:
+        return files.fingerprint(files.load_tensors(path)[0])
+    except StorageError:
+        return ""
+
+
+def _moved(told: Mapping[str, Any]) -> bool:
+    """Whether it is another model than the original: a step was taken, or noise added."""
+    forget = told.get("forget", {})
+    noise = forget.get("noise") or {}
+    return bool(forget.get("newton", {}).get("norm") or noise.get("scale"))

@@ -35,7 +35,7 @@ NOTICES = {
     "opened": "the record was begun",
     "rebased": "the model without those forgotten so far became the start of all later requests, "
     "and what was kept of the data was made anew without them",
-    "purged": "what still held forgotten samples was removed",
+    "purged": "what still held forgotten samples is removed: begun, or done",
 }
 LABELS = {
     "model_before": "model before, by its fingerprint",
