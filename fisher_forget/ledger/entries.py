@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from fisher_forget._util.files import plain
@@ -27,6 +28,7 @@ EVENTS = {
     *("asked", "under way", "failed", "done", "served", "withdrawn"),
 }
 FIRST = "0" * 64
+RESTORE = "Restore the ledger from a copy: without it nobody knows who was forgotten."
 KEYS = ("before", "details", "event", "hash", "number", "request", "signature", "time")
 
 
@@ -125,3 +127,52 @@ def parse(line: bytes) -> Entry:
         got = f"entry {content.get('number')} in another form than it was written in"
         raise StorageError(got, "an entry as it was written", fix)
     return entry
+
+
+def chained(content: bytes) -> tuple[Entry, ...]:
+    """The entries of a file's lines, each of which names the one before.
+
+    Raises:
+        StorageError: If one was altered, dropped or swapped.
+    """
+    entries: list[Entry] = []
+    for line in content.split(b"\n")[:-1]:
+        entry = parse(line)
+        last = entries[-1].seal if entries else FIRST
+        if entry.number != len(entries) or entry.before != last:
+            got = f"entry {entry.number} after entry {len(entries) - 1}"
+            raise StorageError(got, "each after the one that it names", RESTORE)
+        entries.append(entry)
+    return tuple(entries)
+
+
+def read_head(path: Path) -> Head | None:
+    """What the head of a ledger says; `None` where there is none.
+
+    Raises:
+        StorageError: If it is damaged.
+    """
+    if not path.exists():
+        return None
+    content = read_bytes(path)
+    try:
+        head = Head(**json.loads(content))
+        same = head.line() == content and isinstance(head.count, int)
+    except (ValueError, TypeError, StorageError):
+        same = False
+    if not same:
+        raise StorageError(f"{path}, which is damaged", "the file as it was written", RESTORE)
+    return head
+
+
+def read_bytes(path: Path) -> bytes:
+    """A file's content.
+
+    Raises:
+        StorageError: If it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        fix = "Check the file, and who may read it."
+        raise StorageError(f"{path}: {error}", "a file that can be read", fix) from error

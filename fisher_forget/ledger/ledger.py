@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import json
 import os
 import secrets
 import warnings
@@ -25,8 +24,20 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from fisher_forget._util import files
 from fisher_forget.errors import ConfigError, FisherForgetWarning, StorageError
 from fisher_forget.ledger import keys, owner
-from fisher_forget.ledger.entries import FIRST, Entry, Event, Head, Notice, canonical, parse
+from fisher_forget.ledger.entries import (
+    FIRST,
+    RESTORE,
+    Entry,
+    Event,
+    Head,
+    Notice,
+    chained,
+    parse,
+    read_bytes,
+    read_head,
+)
 from fisher_forget.ledger.evidence import WRONG
+from fisher_forget.ledger.ids import id_of, text_of
 from fisher_forget.ledger.states import OPEN, Request, a_month_after, in_utc, told
 
 if TYPE_CHECKING:
@@ -35,7 +46,6 @@ if TYPE_CHECKING:
 LEDGER, HEAD, SALT = "ledger.jsonl", "ledger.head", "ledger.salt"
 COPIED = (LEDGER, HEAD, SALT)  # make a copy of a ledger
 FORMAT = 1
-RESTORE = "Restore the ledger from a copy: without it nobody knows who was forgotten."
 
 
 class Ledger:
@@ -75,7 +85,7 @@ class Ledger:
             raise ConfigError(got, "seconds, 0 or more", fix)
         there = os.path.exists(Path(folder) / LEDGER)  # a copy to be read, perhaps
         self.folder = (Path(folder) if there else files.ensure_folder(folder)).resolve()
-        self.wait, self.data = wait, _text(data)
+        self.wait, self.data = wait, text_of(data)
         self._salt = Path(salt) if salt is not None else self.folder / SALT
         self._key = keys.read_private(key) if isinstance(key, (str, Path)) else key
         self._owner = owner.ownership(self.folder)
@@ -147,7 +157,7 @@ class Ledger:
         """An owner takes away what a kill left half-written, too."""
         path = self.folder / LEDGER
         # in this order, since another owner writes an entry first and the head then
-        head = read_head(self.folder)
+        head = read_head(self.folder / HEAD)
         size = path.stat().st_size if path.exists() else 0
         read = Head(len(self.entries), self.entries[-1].seal) if self.entries else None
         if head is not None and size == self._size and replace(head, signature="") == read:
@@ -221,7 +231,7 @@ class Ledger:
                 got, fix = "a request for no sample", "Name at least one."
                 raise ConfigError(got, "the ids of those to be forgotten", fix)
             name = f"r-{1 + sum(e.event == 'asked' for e in self.entries)}"
-            details = {"who": _text(who), "samples": hashes, "due": limit.isoformat()}
+            details = {"who": text_of(who), "samples": hashes, "due": limit.isoformat()}
             self._record("asked", name, details)
             request = self.requests[name]
         if limit < now:
@@ -257,7 +267,7 @@ class Ledger:
         Raises:
             ConfigError: If it is not done, or its check says so and no reason is given.
         """
-        although = _text(although or "")
+        although = text_of(although or "")
         with self.owned():
             request = self.requests.get(name)
             if request is not None and request.verdict in WRONG and not although.strip():
@@ -300,7 +310,7 @@ class Ledger:
                 if not self.entries:  # nobody else has made it meanwhile
                     self._record("opened", "", {})
         salt = self._read_salt()
-        return [hmac.digest(salt, _id(s), "sha256").hex() for s in samples]
+        return [hmac.digest(salt, id_of(s), "sha256").hex() for s in samples]
 
     def _next(
         self, name: str, event: Event, after: Sequence[str], details: Mapping[str, Any]
@@ -323,7 +333,7 @@ class Ledger:
 
     def _append(self, event: Event, request: str, details: dict[str, Any]) -> Entry:
         path = self.folder / LEDGER
-        if not self._signs(read_head(self.folder)):
+        if not self._signs(read_head(self.folder / HEAD)):
             got = f"{self.folder}, whose ledger is signed with another key, or without one"
             fix = "Pass Ledger(folder, key=...) with the private key that it was begun with."
             raise ConfigError(got, "the key of its beginning, or none if it had none", fix)
@@ -371,80 +381,6 @@ class Ledger:
             got = f"{self._salt}, another salt than the ledger was opened with"
             raise StorageError(got, "that salt", "Restore it from a copy.")
         return salt
-
-
-def chained(content: bytes) -> tuple[Entry, ...]:
-    """The entries of a file's lines, each of which names the one before.
-
-    Raises:
-        StorageError: If one was altered, dropped or swapped.
-    """
-    entries: list[Entry] = []
-    for line in content.split(b"\n")[:-1]:
-        entry = parse(line)
-        last = entries[-1].seal if entries else FIRST
-        if entry.number != len(entries) or entry.before != last:
-            got = f"entry {entry.number} after entry {len(entries) - 1}"
-            raise StorageError(got, "each after the one that it names", RESTORE)
-        entries.append(entry)
-    return tuple(entries)
-
-
-def read_head(folder: Path) -> Head | None:
-    """What the head of a folder says; `None` where there is none.
-
-    Raises:
-        StorageError: If it is damaged.
-    """
-    path = folder / HEAD
-    if not path.exists():
-        return None
-    content = read_bytes(path)
-    try:
-        head = Head(**json.loads(content))
-        same = head.line() == content and isinstance(head.count, int)
-    except (ValueError, TypeError, StorageError):
-        same = False
-    if not same:
-        raise StorageError(f"{path}, which is damaged", "the file as it was written", RESTORE)
-    return head
-
-
-def read_bytes(path: Path) -> bytes:
-    """A file's content.
-
-    Raises:
-        StorageError: If it cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        fix = "Check the file, and who may read it."
-        raise StorageError(f"{path}: {error}", "a file that can be read", fix) from error
-
-
-def _text(who: object) -> str:
-    text = str(who)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(f"who={text!r}", "text that can be written", "Correct it.") from error
-    return text
-
-
-def _id(sample: object) -> bytes:
-    """42 and "42" are two ids; 42 of NumPy or torch is 42."""
-    if type(sample) is int and abs(sample) < 2**63:
-        return b"%d" % sample
-    if getattr(sample, "size", None) == 1 or callable(getattr(sample, "numel", None)):
-        with suppress(ValueError, RuntimeError):
-            sample = sample.item()  # type: ignore[attr-defined]
-    if isinstance(sample, int) and not abs(sample) < 2**63:
-        raise ConfigError("an id of more than 63 bits", "a smaller one, or a text", "Correct it.")
-    if isinstance(sample, bool) or not isinstance(sample, (int, str)):
-        got = f"an id of type {type(sample).__name__}"
-        raise ConfigError(got, "a whole number or a text", "Pass what names the sample.")
-    return canonical(sample)
 
 
 def _new_salt(file: Path) -> None:

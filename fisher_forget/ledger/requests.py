@@ -10,8 +10,9 @@ from typing import Any
 
 from fisher_forget._util import files
 from fisher_forget.errors import StorageError
+from fisher_forget.ledger.entries import RESTORE
 from fisher_forget.ledger.evidence import WRONG
-from fisher_forget.ledger.ledger import RESTORE, Ledger
+from fisher_forget.ledger.ledger import Ledger
 from fisher_forget.ledger.states import OPEN, Request
 
 OLD, OLD_FORMAT = "requests.json", 1  # of version 0.2, with plain indices

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from fisher_forget.errors import StorageError
 from fisher_forget.ledger import keys
-from fisher_forget.ledger.entries import FIRST, Entry, Head, parse
-from fisher_forget.ledger.ledger import HEAD, LEDGER, read_bytes, read_head
+from fisher_forget.ledger.entries import FIRST, Entry, Head, parse, read_bytes, read_head
+from fisher_forget.ledger.ledger import HEAD, LEDGER
 from fisher_forget.ledger.states import OPEN, Request, told
 
 RETRIES = 20
@@ -146,7 +146,7 @@ def _read(path: Path) -> tuple[Head | str | None, bytes]:
 
 def _head(path: Path) -> Head | str | None:
     try:
-        return read_head(path.parent)
+        return read_head(path.parent / HEAD)
     except StorageError as error:
         return f"{error.got}."
 

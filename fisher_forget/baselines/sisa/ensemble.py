@@ -15,10 +15,10 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,9 +33,8 @@ from fisher_forget.baselines.retrain import Init, Train
 from fisher_forget.baselines.sisa import partition
 from fisher_forget.baselines.sisa.aggregate import Aggregate, Aggregation
 from fisher_forget.baselines.sisa.partition import Cut
-from fisher_forget.baselines.sisa.shards import ShardTask, ShardTrainer, initial_model
-from fisher_forget.baselines.sisa.store import Store
-from fisher_forget.data.fingerprint import BYTES, Hashes, SampleHasher
+from fisher_forget.baselines.sisa.shards import ShardTask, ShardTrainer, Work, initial_model
+from fisher_forget.baselines.sisa.store import Store, content_hashes
 from fisher_forget.data.indices import forget_indices
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import ConfigError, ModelError, SplitError, StorageError
@@ -44,27 +43,6 @@ from fisher_forget.ledger.ledger import COPIED
 from fisher_forget.ledger.owner import remove_orphans
 
 TEMPORARY = "fisher-forget-sisa-"
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a call has trained.
-
-    Attributes:
-        shards: Numbers of the shards that were trained, ascending.
-        first_slices: The slice, counted from 0, at which the training of each began.
-        calls: Calls of the training function.
-        points: Samples handed to it, over all calls; with one slice the paper's retrained points.
-        seconds: Wall time.
-        share: `points` over those of the training of all shards.
-    """
-
-    shards: tuple[int, ...]
-    first_slices: tuple[int, ...]
-    calls: int
-    points: int
-    seconds: float
-    share: float
 
 
 @dataclass(eq=False, repr=False)
@@ -211,7 +189,9 @@ class SISA:
             known = None if self._state is None else self._state.store.hashes
             state = self._caught_up(_State(split, cut, store, log, self._kept(store, initial)))
             if self._temporary is None and not name:
-                state = replace(state, store=replace(store, hashes=_hashes(state.split, known)))
+                state = replace(
+                    state, store=replace(store, hashes=content_hashes(state.split, known))
+                )
             self._state = state
             return self._serve(None)
 
@@ -415,17 +395,6 @@ class SISA:
         trained, starts = tuple(s.shard for s, _ in tasks), tuple(start for _, start in tasks)
         share = points / sum(shard.points for shard in shards)
         return Work(trained, starts, calls, points, time.perf_counter() - begun, share)
-
-
-@isolated()
-def _hashes(split: Split, known: Hashes | None) -> Hashes:
-    """Of the retained samples [N, 16], those not known yet; the others are not read."""
-    hashes = np.zeros((len(cast("Sized", split.base)), BYTES), dtype=np.uint8)
-    hashes = hashes if known is None else known.copy()
-    new = split.retain[~hashes[split.retain].any(axis=1)]
-    if len(new):
-        hashes[new] = SampleHasher(split.reader, split.retain)(new)
-    return hashes
 
 
 @dataclass(frozen=True)

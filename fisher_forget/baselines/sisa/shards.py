@@ -38,6 +38,27 @@ def initial_model(build: Init, seed: int, shard: int) -> nn.Module:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a call has trained.
+
+    Attributes:
+        shards: Numbers of the shards that were trained, ascending.
+        first_slices: The slice, counted from 0, at which the training of each began.
+        calls: Calls of the training function.
+        points: Samples handed to it, over all calls; with one slice the paper's retrained points.
+        seconds: Wall time.
+        share: `points` over those of the training of all shards.
+    """
+
+    shards: tuple[int, ...]
+    first_slices: tuple[int, ...]
+    calls: int
+    points: int
+    seconds: float
+    share: float
+
+
+@dataclass(frozen=True)
 class ShardTask:
     """A shard to be trained.
 

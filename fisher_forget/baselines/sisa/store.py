@@ -14,16 +14,20 @@ that the data are the ones it was trained on.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
+import numpy as np
 from torch import nn
 
 from fisher_forget._util import files
+from fisher_forget._util.isolation import isolated
 from fisher_forget.baselines.sisa.partition import Shard
-from fisher_forget.data.fingerprint import Hashes
+from fisher_forget.data.fingerprint import BYTES, Hashes, SampleHasher
+from fisher_forget.data.split import Split
 from fisher_forget.errors import StorageError
 from fisher_forget.ledger.owner import saving
 
@@ -135,6 +139,17 @@ class Store:
         size = probe.stat().st_size
         _remove(probe)
         return size
+
+
+@isolated()
+def content_hashes(split: Split, known: Hashes | None) -> Hashes:
+    """Of the retained samples [N, 16], those not known yet; the others are not read."""
+    hashes = np.zeros((len(cast("Sized", split.base)), BYTES), dtype=np.uint8)
+    hashes = hashes if known is None else known.copy()
+    new = split.retain[~hashes[split.retain].any(axis=1)]
+    if len(new):
+        hashes[new] = SampleHasher(split.reader, split.retain)(new)
+    return hashes
 
 
 def _foreign(path: Path) -> bool:
