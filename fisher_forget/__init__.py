@@ -25,6 +25,7 @@ from fisher_forget.errors import (
 from fisher_forget.evaluate.closeness import Closeness, Reference
 from fisher_forget.evaluate.ensemble import RetrainedEnsemble
 from fisher_forget.evaluate.evaluation import Evaluation, evaluate
+from fisher_forget.evaluate.groups import Harm, harm_by_group
 from fisher_forget.experiments.datasets import load_dataset
 from fisher_forget.experiments.models import build_model
 from fisher_forget.experiments.training import TrainSettings, train
@@ -73,6 +74,7 @@ __all__ = [
     "ForgetOptions",
     "ForgetResult",
     "Gaussian",
+    "Harm",
     "Ledger",
     "Likelihood",
     "Limits",
@@ -101,6 +103,7 @@ __all__ = [
     "estimate_curvature",
     "evaluate",
     "forget",
+    "harm_by_group",
     "lightning_callback",
     "list_checkpoints",
     "load_dataset",

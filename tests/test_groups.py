@@ -1,0 +1,145 @@
+"""What forgetting did to groups: numbers by hand, intervals by simulation, and a request that is
+chosen to hurt a minority."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import blobs_data
+from sklearn.metrics import accuracy_score, log_loss
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from fisher_forget import ConfigError, DataError, NumericalError, TrainSettings, forget, train
+from fisher_forget.evaluate.groups import _drop, harm_by_group
+
+
+class Fixed(nn.Module):
+    """Answers that are given, by the sample's number in its only feature."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits[x[:, 0].long()]
+
+
+def pair(n: int = 60, classes: int = 3) -> tuple[Fixed, Fixed, TensorDataset]:
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(n, classes, generator=generator) for _ in range(2))
+    y = torch.randint(classes, (n,), generator=generator)
+    return Fixed(first), Fixed(second), TensorDataset(torch.arange(n)[:, None].float(), y)
+
+
+def test_numbers_are_those_of_scikit_learn() -> None:
+    before, after, data = pair()
+    groups = np.array(["a", "b", "b"])[np.arange(60) % 3]
+    harm = harm_by_group(before, after, data, groups)
+    assert {g.name for g in harm.groups} == {"a", "b"}
+    y = data.tensors[1].numpy()
+    for group in harm.groups:
+        rows = np.flatnonzero(groups == group.name)
+        assert group.samples == len(rows)
+        for model, score, loss in zip((before, after), group.score, group.loss, strict=True):
+            p = model.logits.detach().double().softmax(1).numpy()[rows]
+            assert score == pytest.approx(accuracy_score(y[rows], p.argmax(1)))
+            assert loss == pytest.approx(log_loss(y[rows], p, labels=[0, 1, 2]), rel=1e-5)
+        assert group.drop.value == pytest.approx(group.score[0] - group.score[1])
+        assert group.drop.low < group.drop.value < group.drop.high
+    assert harm.groups[0].drop.value >= harm.groups[1].drop.value
+    frame = harm.to_pandas()
+    assert frame["drop"].tolist() == [g.drop.value for g in harm.groups]
+
+
+def test_classes_are_the_groups_by_default_and_others_may_overlap() -> None:
+    before, after, data = pair()
+    harm = harm_by_group(before, after, data)
+    assert {g.name for g in harm.groups} == {"0", "1", "2"}
+    both = harm_by_group(before, after, data, {"all": range(60), "some": [3, 5, 9]})
+    assert {g.name: g.samples for g in both.groups} == {"all": 60, "some": 3}
+
+
+def test_the_interval_covers() -> None:
+    """3,000 draws of 40 pairs; 95 % of intervals hold the truth, within 4 standard errors (.984 to
+    .934 would be 4; a false alarm once in 16,000), or more, since pairs are few and discrete."""
+    rng = np.random.default_rng(0)
+    lost, won, hits = 0.15, 0.05, 0
+    for _ in range(3000):
+        worse = rng.choice([1.0, -1.0, 0.0], 40, p=[lost, won, 1 - lost - won])
+        found = _drop(worse)
+        hits += found.low <= lost - won <= found.high
+    assert 0.934 < hits / 3000 < 0.99
+
+
+def test_a_request_against_a_minority_is_shown_and_refused() -> None:
+    data = blobs_data(200)
+    x, y = data.tensors
+    minority = np.flatnonzero(y.numpy() == 2)
+    keep = np.sort(np.concatenate([np.flatnonzero(y.numpy() != 2), minority[:12]]))
+    data = TensorDataset(x[keep], y[keep])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        start = nn.Linear(x.shape[1], 3)
+    settings = TrainSettings(epochs=60, lr=0.2, weight_decay=1e-3)
+    model = train(start, data, settings, seed=0, progress=False)
+    own = np.flatnonzero(data.tensors[1].numpy() == 2)
+    options: Any = {"weight_decay": 1e-3, "noise": None, "progress": False}
+    harmless = forget(model, data, [0, 1], **options).model
+    harmful = forget(model, data, own[:-2], **options).model
+    unseen = TensorDataset(x[minority[12:]], y[minority[12:]])
+    stays = TensorDataset(*(t[:40] for t in data.tensors))
+    everyone = TensorDataset(
+        *(torch.cat([a, b]) for a, b in zip(stays.tensors, unseen.tensors, strict=True))
+    )
+    harm_by_group(model, harmless, everyone).check(0.02)
+    harm = harm_by_group(model, harmful, everyone)
+    assert harm.worst.name == "2"
+    assert harm.worst.drop.low > 0
+    with pytest.raises(NumericalError, match=r"harms 1 groups .* '2' from .* Do not publish"):
+        harm.check(0.02)
+    assert "| 2" in str(harm)
+    assert harm.to_dict()["groups"][0]["name"] == "2"
+
+
+def test_regression() -> None:
+    x = torch.randn(30, 2, generator=torch.Generator().manual_seed(0))
+    data = TensorDataset(x, x.sum(1, keepdim=True))
+    one, other = (nn.Linear(2, 1) for _ in range(2))
+    groups = ["low" if v < 0 else "high" for v in x[:, 0]]
+    harm = harm_by_group(one, other, data, groups, likelihood="gaussian")
+    errors = [((m(x) - data.tensors[1]) ** 2).detach()[:, 0].double() for m in (one, other)]
+    rows = torch.tensor([g == "low" for g in groups])
+    low = next(g for g in harm.groups if g.name == "low")
+    assert low.drop.value == pytest.approx(float((errors[1] - errors[0])[rows].mean()), rel=1e-4)
+    with pytest.raises(ConfigError, match="groups="):
+        harm_by_group(one, other, data, likelihood="gaussian")
+
+
+@pytest.mark.parametrize(
+    ("groups", "error"),
+    [
+        (["a"] * 59, ConfigError),
+        ({"a": [60, 1]}, ConfigError),
+        ({"a": [-1, 1]}, ConfigError),
+        ({"a": [0.5, 1.0]}, ConfigError),
+        ({"a": []}, DataError),
+        ({"a": [1]}, DataError),
+        ({}, ConfigError),
+        (["a"] * 59 + ["b"], DataError),
+    ],
+)
+def test_bad_groups(groups: Any, error: type[Exception]) -> None:
+    before, after, data = pair()
+    with pytest.raises(error):
+        harm_by_group(before, after, data, groups)
+
+
+@pytest.mark.parametrize("limit", [-0.1, float("nan"), "x"])
+def test_bad_limits(limit: Any) -> None:
+    before, after, data = pair()
+    with pytest.raises(ConfigError):
+        harm_by_group(before, after, data).check(limit)
