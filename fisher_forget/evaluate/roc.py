@@ -80,6 +80,38 @@ def needed_negatives(fpr: float) -> int:
     return math.ceil(1 / fpr - ROUNDING)
 
 
+def share_interval(share: float, pairs: int, level: float = 0.95) -> Interval:
+    """Interval of an AUC, or of a share of games won, as of so many independent pairs.
+
+    Of P positives and Q negatives the variance of the AUC is at most a (1 - a) / min(P, Q), that of
+    as many independent pairs, whatever the scores' distributions are (Birnbaum & Klose 1957,
+    Ann. Math. Statist. 28, 933). Clopper and Pearson bound it with pairs = min(P, Q), a tie being
+    half a success. So it stays in [0, 1], also where all pairs are in order, and it covers more
+    often than it says: around 1/2 it is 1.2 times as wide as DeLong's.
+
+    Args:
+        share: The AUC.
+        pairs: min(P, Q), or the number of games.
+        level: Probability that the interval covers it.
+
+    Raises:
+        ConfigError: If the level is not between 0 and 1.
+        DataError: If there is no pair.
+    """
+    check_level(level)
+    if pairs < 1:
+        raise DataError(f"{pairs} pairs", "at least one", "Score samples of both kinds.")
+    wins, side = np.array(share * pairs), (1 - level) / 2
+    low = float(_clopper_pearson(wins, pairs, side))
+    high = 1 - float(_clopper_pearson(pairs - wins, pairs, side))
+    return Interval(share, low, high)
+
+
+def needed_pairs(level: float = 0.95) -> int:
+    """The fewest pairs of which all in order are told from guessing: 2^-n at most (1 - level)/2."""
+    return math.ceil(math.log2(2 / (1 - level)) - ROUNDING)
+
+
 def _clopper_pearson(count: Array, total: int, error: float) -> Array:
     """Lower bound of a rate of which `count` of `total` were seen; too high with chance `error`."""
     return np.where(count > 0, stats.beta.ppf(error, count, total - count + 1), 0.0)

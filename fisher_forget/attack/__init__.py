@@ -1,0 +1,26 @@
+"""Attacks on a pair of releases: what does the change from one to the other tell of who was
+deleted?"""
+
+from fisher_forget.attack.findings import Finding
+from fisher_forget.attack.inference import STATISTICS, DeletionInference
+from fisher_forget.attack.pairs import Pair
+from fisher_forget.attack.reconstruct import ChangedAnswers, NewtonInversion, Reconstruction
+from fisher_forget.attack.release import Model, Observer, Release
+from fisher_forget.attack.shadow import FEATURES, ShadowInference
+from fisher_forget.attack.shadow_models import shadow_pairs
+
+__all__ = [
+    "FEATURES",
+    "STATISTICS",
+    "ChangedAnswers",
+    "DeletionInference",
+    "Finding",
+    "Model",
+    "NewtonInversion",
+    "Observer",
+    "Pair",
+    "Reconstruction",
+    "Release",
+    "ShadowInference",
+    "shadow_pairs",
+]

@@ -1,0 +1,82 @@
+"""What an attack found: a number, its interval, the yardstick beside it, and a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fisher_forget.evaluate.intervals import Interval
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one attack found.
+
+    Attributes:
+        attack: Its name.
+        measure: What the number is: "AUC" or "cosine".
+        found: The number, with a 95 % interval. 1 finds everything.
+        nothing: The number of someone who has not seen the models.
+        retrained: The same number where exactly retrained models take the place of the second
+            release; `None` where none were given.
+        samples: Of how many deleted samples it is.
+        meaning: What the number says, in plain English.
+        details: Further numbers by name.
+        warning: What must not be done with these models; empty where nothing speaks against it.
+    """
+
+    attack: str
+    measure: str
+    found: Interval
+    nothing: float
+    retrained: Interval | None
+    samples: int
+    meaning: str
+    details: Mapping[str, float] = field(default_factory=dict)
+    warning: str = ""
+
+    @property
+    def leaks(self) -> bool:
+        """Whether more is found than without the models: the whole interval is above that."""
+        return self.found.low > self.nothing
+
+    @property
+    def against_retraining(self) -> str:
+        """ "more", "less" or "as much" than after exact retraining, where both intervals lie apart
+        or not; empty without a yardstick."""
+        if self.retrained is None:
+            return ""
+        if self.found.low > self.retrained.high:
+            return "more"
+        return "less" if self.found.high < self.retrained.low else "as much"
+
+    def __str__(self) -> str:
+        chance = "" if self.leaks else f"; not told from {self.nothing:.2f}, which is nothing,"
+        lines = [
+            f"{self.attack}: {self.meaning} {self.measure} {_shown(self.found)}{chance} of "
+            f"{self.samples} deleted samples."
+        ]
+        if self.retrained is not None:
+            words = {"more": "more than", "less": "less than", "as much": "not told apart from"}
+            lines.append(
+                f"After exact retraining {_shown(self.retrained)}: "
+                f"{words[self.against_retraining]} that."
+            )
+        lines += [f"{name}: {value:.3g}." for name, value in self.details.items()]
+        return "\n".join([*lines, *([f"Warning: {self.warning}"] if self.warning else [])])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but tensors, as JSON takes it."""
+        stored = {name: getattr(self, name) for name in Finding.__dataclass_fields__}
+        for name in ("found", "retrained"):
+            stored[name] = None if stored[name] is None else asdict(stored[name])
+        return stored | {
+            "details": dict(self.details),
+            "leaks": self.leaks,
+            "against_retraining": self.against_retraining,
+        }
+
+
+def _shown(x: Interval) -> str:
+    return f"{x.value:.2f} ({x.low:.2f} to {x.high:.2f})"

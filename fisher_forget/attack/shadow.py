@@ -1,0 +1,222 @@
+r"""Membership by two releases: was a sample in the training data, and was it deleted?
+
+The attack of Chen et al. 2021 (arXiv:2005.02205). An attacker trains *shadow* models on data of
+the same kind, deletes samples from them, and learns from both models' posteriors p, q of a sample
+whether it was deleted (a member of the first alone) or was never in (a member of neither):
+
+    direct_diff     q - p                                      sorted_diff    the same, sorted by p
+    direct_concat   (p, q)                                     sorted_concat  the same, sorted by p
+    l2_distance     |q - p|_2
+
+What the second release adds is told by comparison with the same attacker who has p alone: P_i is
+the confidence in what sample i truly is, of both models, P'_i that of the first alone:
+
+    DegCount = mean_i [P_i > P'_i],     DegRate = mean_i (P_i - P'_i)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fisher_forget.attack.findings import Finding
+from fisher_forget.attack.inference import check_enough, seen
+from fisher_forget.attack.pairs import Pair, as_pairs, check_apart
+from fisher_forget.attack.release import WHOLE, Observer, Release
+from fisher_forget.errors import ConfigError, DataError, ModelError
+from fisher_forget.evaluate.intervals import Array, as_array
+from fisher_forget.evaluate.roc import auc, share_interval
+from fisher_forget.likelihood import Likelihood
+
+Feature = Callable[[Array, Array], Array]
+Labels = NDArray[np.bool_]
+
+
+def _sorted(p: Array, q: Array) -> tuple[Array, Array]:
+    """Both in the order of p's classes, the most probable one first."""
+    order = np.argsort(-p, axis=1, kind="stable")
+    return np.take_along_axis(p, order, 1), np.take_along_axis(q, order, 1)
+
+
+def _difference(p: Array, q: Array) -> Array:
+    return q - p
+
+
+def _both(p: Array, q: Array) -> Array:
+    return np.concatenate([p, q], 1)
+
+
+FEATURES: dict[str, Feature] = {
+    "direct_diff": _difference,
+    "sorted_diff": lambda p, q: _difference(*_sorted(p, q)),
+    "direct_concat": _both,
+    "sorted_concat": lambda p, q: _both(*_sorted(p, q)),
+    "l2_distance": lambda p, q: np.linalg.norm(q - p, axis=1, keepdims=True),
+}
+
+
+@dataclass(frozen=True)
+class ShadowInference:
+    """An attacker who has learned on shadow models, by logistic regression on one of the features.
+
+    Threat model: black box. The attacker has both releases' answers, and data of the same kind,
+    model and training to make shadow models with; not the training data.
+
+    Attributes:
+        shadows: Pairs of the attacker's own: deleted samples, and others that neither model was
+            trained on (`shadow_pairs` makes them).
+        feature: A name of `FEATURES`.
+        release: What is published of the answers; the shadow models' are cut in the same way.
+        likelihood: What modules were trained with.
+
+    Source: Chen et al. 2021, arXiv:2005.02205, sections 3.3 (features) and 4.1 (degradation).
+    """
+
+    shadows: Sequence[Pair]
+    feature: str = "sorted_diff"
+    release: Release = WHOLE
+    likelihood: Likelihood | str = "categorical"
+
+    def __post_init__(self) -> None:
+        if self.feature not in FEATURES:
+            got = f"feature={self.feature!r}"
+            raise ConfigError(got, f"one of {list(FEATURES)}", "Pass one of these names.")
+        object.__setattr__(self, "shadows", tuple(as_pairs(self.shadows)))
+
+    def run(self, pairs: Pair | Iterable[Pair]) -> Finding:
+        """Attack one pair of models, or many.
+
+        The AUC is over the deleted samples and the others of all pairs together.
+
+        Args:
+            pairs: With `others` that neither model was trained on.
+
+        Returns:
+            The AUC, with DegCount, DegRate and the AUC of the first release alone as details.
+
+        Raises:
+            DataError: If a shadow model was asked about the same sample, there are no others, or
+                too few samples for a perfect attack to be told from guessing.
+            ModelError, ConfigError, NumericalError: As for `Pair`, and if the classes are not the
+                shadow models'.
+        """
+        listed, both, first = as_pairs(pairs), *self._attackers
+        queries, known = (
+            [x for pair in side for x in (pair.deleted, pair.others) if x is not None]
+            for side in (listed, self.shadows)
+        )
+        check_apart(queries, known, "attacked", "in the attacker's own data")
+        asked = self._asked(listed)
+        labels, pairs_told = asked.labels, check_enough(asked.pairs)
+        after, before = (self._judgement(attacker, asked) for attacker in (both, first))
+        exact = None
+        if listed[0].retrained:
+            worlds = [replace(x, after=m, retrained=()) for x in listed for m in x.retrained]
+            retrained = self._asked(worlds)
+            area = self._judgement(both, retrained).auc(retrained.labels)
+            exact = share_interval(area, pairs_told)
+        return Finding(
+            attack=f"shadow inference ({self.feature})",
+            measure="AUC",
+            found=share_interval(after.auc(labels), pairs_told),
+            nothing=0.5,
+            retrained=exact,
+            samples=int(labels.sum()),
+            meaning="someone with both models' answers and shadow models tells a deleted sample "
+            "from one that was never in with",
+            details={
+                "AUC from the first release alone": before.auc(labels),
+                "DegCount": float(np.mean(after.sure > before.sure)),
+                "DegRate": float(np.mean(after.sure - before.sure)),
+            },
+        )
+
+    @cached_property
+    def _attackers(self) -> tuple[_Attacker, _Attacker]:
+        """The attacker of both releases, and that of the first alone."""
+        asked = self._asked(self.shadows)
+        check_enough(asked.pairs)
+        features = FEATURES[self.feature], lambda p, q: _sorted(p, p)[0]
+        both, first = (_Attacker.of(feature, asked) for feature in features)
+        return both, first
+
+    def _judgement(self, attacker: _Attacker, asked: _Asked) -> _Judgement:
+        x = attacker.feature(asked.before, asked.after)
+        if x.shape[1] != attacker.model.n_features_in_:
+            got = f"answers of {asked.before.shape[1]} classes, other than the shadow models'"
+            raise ModelError(got, "the same classes", "Train shadow models on the same labels.")
+        sure = as_array(attacker.model.predict_proba(x)[:, 1])
+        score = as_array(attacker.model.decision_function(x))
+        return _Judgement(score, np.where(asked.labels, sure, 1 - sure))
+
+    def _asked(self, pairs: Sequence[Pair]) -> _Asked:
+        observer, labels, answers = Observer(self.release, self.likelihood), [], []
+        for pair in pairs:
+            if pair.others is None:
+                fix = "Pass Pair(before, after, deleted, others)."
+                expected = "samples that neither model was trained on"
+                raise DataError("a pair without others", expected, fix)
+            for samples, deleted in ((pair.deleted, True), (pair.others, False)):
+                answers.append(np.stack(seen(observer, pair.before, pair.after, samples)))
+                labels += [deleted] * len(samples)
+        if len({x.shape[2] for x in answers}) > 1:
+            got = f"models of {sorted({x.shape[2] for x in answers})} classes"
+            raise ModelError(got, "one set of labels", "Attack each set of labels by itself.")
+        before, after = np.concatenate(answers, 1)
+        return _Asked(np.array(labels), before, after)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Answers to samples.
+
+    Attributes:
+        labels: Whether each was deleted [N].
+        before: Of the first release [N, C].
+        after: Of the second.
+    """
+
+    labels: Labels
+    before: Array
+    after: Array
+
+    @property
+    def pairs(self) -> int:
+        """Samples on the smaller side."""
+        return int(min(self.labels.sum(), (~self.labels).sum()))
+
+
+@dataclass(frozen=True)
+class _Attacker:
+    """A classifier of samples by a feature of both answers."""
+
+    feature: Feature
+    model: Any
+
+    @classmethod
+    def of(cls, feature: Feature, asked: _Asked) -> _Attacker:
+        """Deleted samples and others weigh the same, however many there are."""
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
+        regression = LogisticRegression(class_weight="balanced", max_iter=1000)
+        model = make_pipeline(StandardScaler(), regression)
+        return cls(feature, model.fit(feature(asked.before, asked.after), asked.labels))
+
+
+@dataclass(frozen=True)
+class _Judgement:
+    """What an attacker says of samples: higher scores for "deleted" [N], and the confidence in what
+    each truly is [N]."""
+
+    score: Array
+    sure: Array
+
+    def auc(self, labels: Labels) -> float:
+        return float(auc(self.score[labels], self.score[~labels]))
