@@ -68,14 +68,16 @@ class DeletionInference:
                 from guessing.
             ModelError, ConfigError, NumericalError: As for `Pair`, and if answers differ in shape.
         """
-        listed = as_pairs(pairs)
+        listed, observer = as_pairs(pairs), Observer(self.release, self.likelihood)
         shares, yard, sizes = [], [], []
         for pair in listed:
             if pair.others is None:
                 fix = "Pass Pair(before, after, deleted, others)."
                 raise DataError("a pair without others", "samples that were not deleted", fix)
-            shares.append(self._share(pair, pair.after))
-            yard.append(np.mean([self._share(pair, model) for model in pair.retrained] or 0.0))
+            shares.append(self._share(observer, pair, pair.after))
+            yard.append(
+                np.mean([self._share(observer, pair, model) for model in pair.retrained] or 0.0)
+            )
             sizes.append(min(len(pair.deleted), len(pair.others)))
         total = check_enough(sum(sizes))
         found, exact = (
@@ -94,15 +96,19 @@ class DeletionInference:
 
     def scores(self, before: Model, after: Model, samples: TensorDataset) -> Array:
         """The statistic [N]; higher speaks for a deletion."""
-        observer = Observer(self.release, self.likelihood)
+        return self._scores(Observer(self.release, self.likelihood), before, after, samples)
+
+    def _scores(
+        self, observer: Observer, before: Model, after: Model, samples: TensorDataset
+    ) -> Array:
         first, second = seen(observer, before, after, samples)
         if self.statistic == "output":
             return as_array(np.linalg.norm(second - first, axis=1))
         return losses(second, samples) - losses(first, samples)
 
-    def _share(self, pair: Pair, after: Model) -> float:
-        sides = (self.scores(pair.before, after, x) for x in (pair.deleted, pair.others))
-        return float(auc(*sides))
+    def _share(self, observer: Observer, pair: Pair, after: Model) -> float:
+        sides = (pair.deleted, pair.others)
+        return float(auc(*(self._scores(observer, pair.before, after, x) for x in sides)))
 
 
 def seen(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -60,11 +61,6 @@ class Release:
             got = f"labels_only=True and top_k={self.top_k}"
             raise ConfigError(got, "one of them", "Labels alone are less than the largest k.")
 
-    @property
-    def whole(self) -> bool:
-        """Whether nothing is held back."""
-        return self == Release(seed=self.seed)
-
     def of(self, answers: Array, rng: np.random.Generator) -> Array:
         """What is published of probabilities [N, C], as the attacker completes it [N, C].
 
@@ -94,7 +90,7 @@ WHOLE = Release()
 
 @dataclass(frozen=True)
 class Observer:
-    """Someone who asks models and sees what is released.
+    """Someone who asks models and sees what is released, with new noise at each answer.
 
     Attributes:
         release: What is published.
@@ -103,6 +99,11 @@ class Observer:
 
     release: Release
     likelihood: Likelihood | str
+
+    @cached_property
+    def _rng(self) -> np.random.Generator:
+        """One stream: the same noise on both releases would cancel."""
+        return np.random.default_rng(self.release.seed)
 
     def sees(self, model: Model, samples: TensorDataset) -> Array:
         """Published answers [N, C] to samples: probabilities, or numbers where targets are.
@@ -121,12 +122,12 @@ class Observer:
             got = "answers that are NaN or infinite"
             raise NumericalError(got, "finite predictions", "Check the model.")
         if targets.is_floating_point():
-            if not self.release.whole and not self.release.noise:
+            if self.release.labels_only or self.release.top_k is not None:
                 got = "a regression of which labels or the largest k are published"
                 raise ConfigError(got, "noise, or nothing held back", "Leave the others out.")
         else:
             _check_probabilities(answers, int(targets.max()), type(model).__name__)
-        return self.release.of(answers, np.random.default_rng(self.release.seed))
+        return self.release.of(answers, self._rng)
 
 
 def losses(answers: Array, samples: TensorDataset) -> Array:

@@ -60,9 +60,27 @@ FEATURES: dict[str, Feature] = {
 }
 
 
+def _logistic() -> Any:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    regression = LogisticRegression(class_weight="balanced", max_iter=1000)
+    return make_pipeline(StandardScaler(), regression)
+
+
+def _tree() -> Any:
+    from sklearn.tree import DecisionTreeClassifier
+
+    return DecisionTreeClassifier(max_depth=5, class_weight="balanced", random_state=0)
+
+
+ATTACKERS: dict[str, Callable[[], Any]] = {"logistic": _logistic, "tree": _tree}
+
+
 @dataclass(frozen=True)
 class ShadowInference:
-    """An attacker who has learned on shadow models, by logistic regression on one of the features.
+    """An attacker who has learned one of the features on shadow models.
 
     Threat model: black box. The attacker has both releases' answers, and data of the same kind,
     model and training to make shadow models with; not the training data.
@@ -71,6 +89,8 @@ class ShadowInference:
         shadows: Pairs of the attacker's own: deleted samples, and others that neither model was
             trained on (`shadow_pairs` makes them).
         feature: A name of `FEATURES`.
+        attacker: "logistic", a regression, which weighs classes the same for all samples and so
+            learns little from features that are not sorted; or "tree", of depth 5.
         release: What is published of the answers; the shadow models' are cut in the same way.
         likelihood: What modules were trained with.
 
@@ -79,6 +99,7 @@ class ShadowInference:
 
     shadows: Sequence[Pair]
     feature: str = "sorted_diff"
+    attacker: str = "logistic"
     release: Release = WHOLE
     likelihood: Likelihood | str = "categorical"
 
@@ -86,6 +107,9 @@ class ShadowInference:
         if self.feature not in FEATURES:
             got = f"feature={self.feature!r}"
             raise ConfigError(got, f"one of {list(FEATURES)}", "Pass one of these names.")
+        if self.attacker not in ATTACKERS:
+            got = f"attacker={self.attacker!r}"
+            raise ConfigError(got, f"one of {list(ATTACKERS)}", "Pass one of these names.")
         object.__setattr__(self, "shadows", tuple(as_pairs(self.shadows)))
 
     def run(self, pairs: Pair | Iterable[Pair]) -> Finding:
@@ -142,7 +166,7 @@ class ShadowInference:
         asked = self._asked(self.shadows)
         check_enough(asked.pairs)
         features = FEATURES[self.feature], lambda p, q: _sorted(p, p)[0]
-        both, first = (_Attacker.of(feature, asked) for feature in features)
+        both, first = (_Attacker.of(self.attacker, feature, asked) for feature in features)
         return both, first
 
     def _judgement(self, attacker: _Attacker, asked: _Asked) -> _Judgement:
@@ -151,8 +175,7 @@ class ShadowInference:
             got = f"answers of {asked.before.shape[1]} classes, other than the shadow models'"
             raise ModelError(got, "the same classes", "Train shadow models on the same labels.")
         sure = as_array(attacker.model.predict_proba(x)[:, 1])
-        score = as_array(attacker.model.decision_function(x))
-        return _Judgement(score, np.where(asked.labels, sure, 1 - sure))
+        return _Judgement(sure, np.where(asked.labels, sure, 1 - sure))
 
     def _asked(self, pairs: Sequence[Pair]) -> _Asked:
         observer, labels, answers = Observer(self.release, self.likelihood), [], []
@@ -199,14 +222,9 @@ class _Attacker:
     model: Any
 
     @classmethod
-    def of(cls, feature: Feature, asked: _Asked) -> _Attacker:
+    def of(cls, kind: str, feature: Feature, asked: _Asked) -> _Attacker:
         """Deleted samples and others weigh the same, however many there are."""
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-
-        regression = LogisticRegression(class_weight="balanced", max_iter=1000)
-        model = make_pipeline(StandardScaler(), regression)
+        model = ATTACKERS[kind]()
         return cls(feature, model.fit(feature(asked.before, asked.after), asked.labels))
 
 

@@ -6,6 +6,7 @@ the same again for a print in grey. Text stays text in the SVG, and numbers on t
 text, not mathematics.
 """
 
+from fisher_forget.report.plots.attacks import plot_reconstructions
 from fisher_forget.report.plots.layers import plot_path, plot_spectrum, plot_steps
 from fisher_forget.report.plots.methods import plot_cost, plot_methods, plot_shards
 from fisher_forget.report.plots.parts import plot_parts, plot_scores
@@ -43,6 +44,7 @@ __all__ = [
     "plot_noise",
     "plot_parts",
     "plot_path",
+    "plot_reconstructions",
     "plot_resistant",
     "plot_samples",
     "plot_scores",
