@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -15,8 +16,8 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from benchmarks.attacks import classical_games
-from fisher_forget import ConfigError, DataError, ModelError, NumericalError
+from benchmarks.attacks.classical import classical_games
+from fisher_forget import SISA, ConfigError, DataError, ModelError, NumericalError
 from fisher_forget.attack import (
     ChangedAnswers,
     DeletionInference,
@@ -31,6 +32,7 @@ from fisher_forget.attack.shadow import FEATURES
 from fisher_forget.evaluate.roc import auc, needed_pairs, share_interval
 from fisher_forget.experiments.models import build_model
 from fisher_forget.experiments.training import TrainSettings, train
+from fisher_forget.report import plots
 
 CLASSES = 4
 
@@ -528,6 +530,41 @@ class TestChangedAnswers:
         # with the queries' mean in place of a cell where nothing was changed
         same = Pair(answers(everyone), answers(everyone), pairs[0].deleted)
         assert torch.allclose(attack.recover(same.before, same.after), queries.tensors[0].mean(0))
+
+
+def test_releases_of_sisa() -> None:
+    """An ensemble before and after a request; a memory of the deleted shard's members is gone."""
+    data = made_up(0, 60)
+
+    def fit(model: nn.Module, data: TensorDataset, indices: np.ndarray, seed: int) -> nn.Module:
+        x, y = (t[torch.from_numpy(indices)] for t in data.tensors)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        for _ in range(100):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        return model
+
+    ensemble = SISA(lambda: linear(0), fit, shards=2, slices=1)
+    ensemble.fit(data)
+    before = ensemble.module()
+    ensemble.forget(range(12))
+    pair = Pair(before, ensemble.module(), part(data, range(12)), part(data, range(12, 60)))
+    assert DeletionInference("loss").run(pair).leaks
+    with pytest.raises(ModelError, match=r"same model|same weights"):
+        Pair(before, before, pair.deleted)
+
+
+def test_the_picture_shows_the_rows_there_are() -> None:
+    public = made_up(7, 40)
+    found = NewtonInversion(public).run([newton_pair(k, public, 0.01) for k in range(4)])
+    ax = plots.plot_reconstructions(found, (2, 3), {"mine": found.truth})
+    assert len(ax.images) == 3 * 4
+    assert [t.get_text() for t in ax.texts] == ["deleted", "recovered", "mine"]
+    assert np.allclose(ax.images[5].get_array(), found.recovered[1].view(2, 3))
+    with pytest.raises(DataError, match="images of 2 x 2"):
+        plots.plot_reconstructions(found, (2, 2))
+    plt.close("all")
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn"])

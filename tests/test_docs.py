@@ -22,6 +22,7 @@ import yaml
 from browser import chromium, needs_chromium
 
 from benchmarks import levels
+from benchmarks.attacks import tables as attacks
 from fisher_forget._util.files import read_json
 from fisher_forget.baselines import METHODS, Range
 from fisher_forget.cli import main
@@ -308,3 +309,13 @@ def test_the_table_of_error_rates_is_that_of_the_stored_numbers():
         for name, share in design["retrained"].items():
             assert share < 0.05 + 3 * (0.05 * 0.95 / report["worlds"]) ** 0.5 + 0.01, name
         assert design["original"][levels.TOGETHER] > 0.9
+
+
+def test_the_tables_of_attacks_are_those_of_the_stored_numbers():
+    """And nothing is found where nothing was deleted, in 24 intervals of 95 %."""
+    report = read_json(attacks.STORED)
+    text = attacks.PAGE.read_text(encoding="utf-8")
+    assert set(report) == set(attacks.PARTS)
+    for part, found in report.items():
+        begin, end = attacks.BEGIN.format(part), attacks.END.format(part)
+        assert text.split(begin)[1].split(end)[0] == f"\n{attacks.tables(part, found)}\n\n"

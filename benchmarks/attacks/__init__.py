@@ -1,0 +1,1 @@
+"""What attacks find in pairs of releases: see `__main__`."""

@@ -1,0 +1,41 @@
+"""What attacks find in pairs of releases: the tables of docs/attacks.md, and its picture.
+
+    python -m benchmarks.attacks [PART ...] [--only-table]
+
+Parts are "classical", "requests", "shadow", "inversion" and "mnist" (which needs MNIST on disk);
+all of them by default. Numbers are stored in benchmarks/attacks.json after each, so that a killed
+run goes on, and written to docs/attacks.md. One thread; each part takes less than ten minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+
+from benchmarks.attacks.classical import Report
+from benchmarks.attacks.tables import PARTS, STORED, tables, write_page
+from fisher_forget._util.files import read_json, write_json
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", default=list(PARTS), metavar="PART")
+    parser.add_argument("--only-table", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    report: Report = read_json(STORED) if STORED.exists() else {}
+    for part in () if options.only_table else options.parts:
+        begun = time.perf_counter()
+        report[part] = PARTS[part]()
+        write_json(STORED, report)
+        print(f"{part}: {time.perf_counter() - begun:.0f} s\n{tables(part, report[part])}")
+    write_page(report)
+
+
+if __name__ == "__main__":
+    main()

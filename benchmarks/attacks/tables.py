@@ -1,0 +1,90 @@
+"""The tables of docs/attacks.md, from stored numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from benchmarks.attacks.classical import Report, classical
+from benchmarks.attacks.inference import requests, shadow
+from benchmarks.attacks.inversion import inversion, mnist
+from fisher_forget._util.markdown import markdown_table
+
+FOLDER = Path(__file__).parent
+STORED, PAGE = FOLDER.with_suffix(".json"), FOLDER.parents[1] / "docs" / "attacks.md"
+BEGIN, END = "<!-- {} -->\n", "<!-- end of {} -->\n"
+
+PARTS: dict[str, Callable[[], Report]] = {
+    "classical": classical,
+    "requests": requests,
+    "shadow": shadow,
+    "inversion": inversion,
+    "mnist": mnist,
+}
+
+
+def shown(interval: Mapping[str, float] | None) -> str:
+    """A number and its interval."""
+    if interval is None:
+        return "–"
+    value, low, high = (f"{interval[k]:.2f}" for k in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
+
+
+def tables(part: str, found: Report) -> str:
+    """A part's numbers, as Markdown."""
+    if part == "classical":
+        rows = [
+            [case, "{} / {}".format(*row["published"]),
+             *(shown(f["found"]) for f in (*row["found"], *row["nothing deleted"]))]
+            for case, row in found["cases"].items()
+        ]  # fmt: skip
+        heads = ["model", "known rates", "example", "instance"]
+        kept = ["example, nothing deleted", "instance, nothing deleted"]
+        return f"{markdown_table(heads + kept, rows)}\n\n{_defences(found)}"
+    if part == "requests":
+        rows = [
+            [name, *(shown(f["found"]) for f in pair), *(shown(f["retrained"]) for f in pair)]
+            for name, pair in found["methods"].items()
+        ]
+        heads = ["second release", "example", "instance"]
+        yard = ["example, retrained", "instance, retrained"]
+        return f"{markdown_table(heads + yard, rows)}\n\n{_defences(found)}"
+    if part == "shadow":
+        heads = [
+            "second release and feature",
+            "AUC",
+            "AUC of the first alone",
+            "DegCount",
+            "DegRate",
+        ]
+        names = ("AUC from the first release alone", "DegCount", "DegRate")
+        rows = [
+            [name, shown(f["found"]), *(f"{f['details'][key]:.2f}" for key in names)]
+            for name, f in found.items()
+        ]
+        return markdown_table(heads, rows)
+    heads = ["second release", "cosine", "with the mean", "PSNR (dB)", "retrained, same seed"]
+    names = ("cosine with the mean left in", "PSNR (dB)")
+    rows = [
+        [name, shown(f["found"]), *(f"{f['details'][key]:.2f}" for key in names),
+         shown(f["retrained"])]
+        for name, f in found.items()
+    ]  # fmt: skip
+    return markdown_table(heads, rows)
+
+
+def _defences(found: Report) -> str:
+    rows = [[name, *(shown(f["found"]) for f in pair)] for name, pair in found["defences"].items()]
+    return markdown_table(["what is published", "example", "instance"], rows)
+
+
+def write_page(report: Report) -> None:
+    """Put the tables between their marks."""
+    text = PAGE.read_text(encoding="utf-8")
+    for part in PARTS:
+        if part in report:
+            begin, end = BEGIN.format(part), END.format(part)
+            before, rest = text.split(begin)
+            text = f"{before}{begin}\n{tables(part, report[part])}\n\n{end}{rest.split(end)[1]}"
+    PAGE.write_text(text, encoding="utf-8")
