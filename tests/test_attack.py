@@ -310,6 +310,18 @@ class TestShadow:
             missed += not found.low <= 0.5 <= found.high
         assert missed <= 12
 
+    def test_noise_is_not_known_from_the_shadow_models(self) -> None:
+        """What is learned from noise alone does not help with the noise under attack."""
+        missed = 0
+        for seed in range(40):
+            flat = [Memory(made_up(0, 1), range(0)) for _ in range(4)]
+            sides = [made_up(1000 * seed + k, 20) for k in range(4)]
+            shadow, target = Pair(*flat[:2], *sides[:2]), Pair(*flat[2:], *sides[2:])
+            release = Release(noise=0.1, seed=seed)
+            found = ShadowInference([shadow], "direct_concat", release=release).run(target).found
+            missed += not found.low <= 0.5 <= found.high
+        assert missed <= 6  # 5 % each: with a chance of 3e-3 more
+
     def test_degradation_is_what_the_second_release_adds(self) -> None:
         """Membership alone is hidden (all answers of the first release are alike)."""
 

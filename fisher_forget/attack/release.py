@@ -95,15 +95,17 @@ class Observer:
     Attributes:
         release: What is published.
         likelihood: What modules were trained with; functions give predictions themselves.
+        stream: Observers of other streams see other noise.
     """
 
     release: Release
     likelihood: Likelihood | str
+    stream: int = 0
 
     @cached_property
     def _rng(self) -> np.random.Generator:
         """One stream: the same noise on both releases would cancel."""
-        return np.random.default_rng(self.release.seed)
+        return np.random.default_rng([self.release.seed, self.stream])
 
     def sees(self, model: Model, samples: TensorDataset) -> Array:
         """Published answers [N, C] to samples: probabilities, or numbers where targets are.

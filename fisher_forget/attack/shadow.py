@@ -136,49 +136,41 @@ class ShadowInference:
         )
         check_apart(queries, known, "attacked", "in the attacker's own data")
         asked = self._asked(listed)
-        labels, pairs_told = asked.labels, check_enough(asked.pairs)
-        after, before = (self._judgement(attacker, asked) for attacker in (both, first))
+        count, labels = check_enough(asked.pairs), asked.labels
+        after, before = (attacker.told(asked) for attacker in (both, first))
         exact = None
         if listed[0].retrained:
             worlds = [replace(x, after=m, retrained=()) for x in listed for m in x.retrained]
             retrained = self._asked(worlds)
-            area = self._judgement(both, retrained).auc(retrained.labels)
-            exact = share_interval(area, pairs_told)
+            exact = share_interval(retrained.auc(both.told(retrained)), count)
+        gain = np.where(labels, after - before, before - after)
         return Finding(
             attack=f"shadow inference ({self.feature})",
             measure="AUC",
-            found=share_interval(after.auc(labels), pairs_told),
+            found=share_interval(asked.auc(after), count),
             nothing=0.5,
             retrained=exact,
             samples=int(labels.sum()),
             meaning="someone with both models' answers and shadow models tells a deleted sample "
             "from one that was never in with",
             details={
-                "AUC from the first release alone": before.auc(labels),
-                "DegCount": float(np.mean(after.sure > before.sure)),
-                "DegRate": float(np.mean(after.sure - before.sure)),
+                "AUC from the first release alone": asked.auc(before),
+                "DegCount": float(np.mean(gain > 0)),
+                "DegRate": float(np.mean(gain)),
             },
         )
 
     @cached_property
     def _attackers(self) -> tuple[_Attacker, _Attacker]:
         """The attacker of both releases, and that of the first alone."""
-        asked = self._asked(self.shadows)
+        asked = self._asked(self.shadows, stream=1)  # the noise under attack must not be known
         check_enough(asked.pairs)
         features = FEATURES[self.feature], lambda p, q: _sorted(p, p)[0]
         both, first = (_Attacker.of(self.attacker, feature, asked) for feature in features)
         return both, first
 
-    def _judgement(self, attacker: _Attacker, asked: _Asked) -> _Judgement:
-        x = attacker.feature(asked.before, asked.after)
-        if x.shape[1] != attacker.model.n_features_in_:
-            got = f"answers of {asked.before.shape[1]} classes, other than the shadow models'"
-            raise ModelError(got, "the same classes", "Train shadow models on the same labels.")
-        sure = as_array(attacker.model.predict_proba(x)[:, 1])
-        return _Judgement(sure, np.where(asked.labels, sure, 1 - sure))
-
-    def _asked(self, pairs: Sequence[Pair]) -> _Asked:
-        observer, labels, answers = Observer(self.release, self.likelihood), [], []
+    def _asked(self, pairs: Sequence[Pair], stream: int = 0) -> _Asked:
+        observer, labels, answers = Observer(self.release, self.likelihood, stream), [], []
         for pair in pairs:
             if pair.others is None:
                 fix = "Pass Pair(before, after, deleted, others)."
@@ -213,6 +205,10 @@ class _Asked:
         """Samples on the smaller side."""
         return int(min(self.labels.sum(), (~self.labels).sum()))
 
+    def auc(self, scores: Array) -> float:
+        """Of scores [N] for "deleted"."""
+        return float(auc(scores[self.labels], scores[~self.labels]))
+
 
 @dataclass(frozen=True)
 class _Attacker:
@@ -227,14 +223,14 @@ class _Attacker:
         model = ATTACKERS[kind]()
         return cls(feature, model.fit(feature(asked.before, asked.after), asked.labels))
 
+    def told(self, asked: _Asked) -> Array:
+        """Probability that each sample was deleted [N].
 
-@dataclass(frozen=True)
-class _Judgement:
-    """What an attacker says of samples: higher scores for "deleted" [N], and the confidence in what
-    each truly is [N]."""
-
-    score: Array
-    sure: Array
-
-    def auc(self, labels: Labels) -> float:
-        return float(auc(self.score[labels], self.score[~labels]))
+        Raises:
+            ModelError: If there are other classes than it has learned on.
+        """
+        x = self.feature(asked.before, asked.after)
+        if x.shape[1] != self.model.n_features_in_:
+            got = f"answers of {asked.before.shape[1]} classes, other than the shadow models'"
+            raise ModelError(got, "the same classes", "Train shadow models on the same labels.")
+        return as_array(self.model.predict_proba(x)[:, 1])
