@@ -166,23 +166,22 @@ class TestDeletionInference:
 
     @pytest.mark.parametrize("statistic", ["loss", "output"])
     def test_two_models_of_the_same_data_show_nothing(self, statistic: str) -> None:
-        """Exchangeable samples: of 200 pairs more than 5 % plus 3.2 standard errors miss 1/2 with a
-        chance below 1e-3."""
+        """Exchangeable samples: of 100 pairs more than 13 miss 1/2 with a chance below 1e-3."""
         missed = 0
-        for seed in range(200):
+        for seed in range(100):
             pair = Pair(
                 linear(seed), linear(1000 + seed), made_up(seed, 15), made_up(5000 + seed, 25)
             )
             found = DeletionInference(statistic).run(pair).found
             missed += not found.low <= 0.5 <= found.high
-        assert missed <= 20
+        assert missed <= 13
 
     @pytest.mark.parametrize("statistic", ["loss", "output"])
     def test_a_memory_shows_everything_until_there_is_noise(self, statistic) -> None:
         found = DeletionInference(statistic).run(memory_pair())
         assert found.found.value == 1
         assert found.leaks
-        assert "told" not in str(found)
+        assert "More than 0.50" in str(found)
         # one that is never sure of anything says the same class of all
         data = made_up(0, 60)
         unsure = [Memory(data, rows, 0.2501) for rows in (range(40), range(20, 40))]
@@ -237,7 +236,7 @@ class TestPairs:
         with pytest.raises(ModelError, match="4 and 5 classes"):
             DeletionInference().run(Pair(*models, made_up(0, 9), made_up(1, 9)))
         few = [lambda x: np.full((len(x), 2), 0.5), lambda x: np.full((len(x), 2), 0.5)]
-        with pytest.raises(DataError, match="target 3"):
+        with pytest.raises(DataError, match="from 0 to 3 of 2 classes"):
             DeletionInference().run(Pair(*few, made_up(0, 9), made_up(1, 9)))
 
     def test_a_sample_on_both_sides(self) -> None:
@@ -301,14 +300,14 @@ class TestShadow:
         assert found.details["AUC from the first release alone"] == 1
 
     def test_where_nothing_was_deleted_nothing_is_found(self) -> None:
-        """5 % are missed by the interval; more than 12 of 100 with a chance below 2e-3."""
+        """5 % are missed by the interval; more than 9 of 60 with a chance of 1e-3."""
         missed, shadows = 0, [memory_pair(1)]
-        for seed in range(100):
+        for seed in range(60):
             samples = made_up(100 + seed, 20), made_up(300 + seed, 20)
             pair = Pair(linear(seed, scale=0.3), linear(1000 + seed, scale=0.3), *samples)
             found = ShadowInference(shadows, "direct_diff").run(pair).found
             missed += not found.low <= 0.5 <= found.high
-        assert missed <= 12
+        assert missed <= 9
 
     def test_noise_is_not_known_from_the_shadow_models(self) -> None:
         """What is learned from noise alone does not help with the noise under attack."""
@@ -466,8 +465,17 @@ class TestInversion:
             pairs.append(Pair(linear(k, 20), linear(1000 + k, 20), made_up(2000 + k, 1, 20)))
         found = NewtonInversion(public).run(pairs)
         assert found.found.low < 0 < found.found.high  # 95 %, one fixed seed
+        assert abs(found.nothing) < 0.05
         assert not found.leaks
         assert not found.warning
+
+    def test_of_random_steps_and_batches_chance_is_what_is_nothing(self) -> None:
+        """Of several directions one is like any sample: .4 here."""
+        public = made_up(7, 40)
+        pairs = [Pair(linear(k), linear(1000 + k), made_up(2000 + k, 8)) for k in range(10)]
+        found = NewtonInversion(public).run(pairs)
+        assert found.nothing > 0.3
+        assert not found.leaks
 
     def test_of_a_batch_less_is_found(self) -> None:
         public = made_up(7, 40)

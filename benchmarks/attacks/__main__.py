@@ -28,13 +28,18 @@ def main() -> None:
     parser.add_argument("--only-table", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    report: Report = read_json(STORED) if STORED.exists() else {}
     for part in () if options.only_table else options.parts:
         begun = time.perf_counter()
-        report[part] = PARTS[part]()
-        write_json(STORED, report)
-        print(f"{part}: {time.perf_counter() - begun:.0f} s\n{tables(part, report[part])}")
-    write_page(report)
+        found = PARTS[part]()
+        write_json(STORED, stored() | {part: found})  # another part may have ended meanwhile
+        print(f"{part}: {time.perf_counter() - begun:.0f} s\n{tables(part, found)}")
+    write_page(stored())
+
+
+def stored() -> Report:
+    """What is known so far."""
+    report: Report = read_json(STORED) if STORED.exists() else {}
+    return report
 
 
 if __name__ == "__main__":

@@ -52,10 +52,11 @@ class Finding:
         return "less" if self.found.high < self.retrained.low else "as much"
 
     def __str__(self) -> str:
-        chance = "" if self.leaks else f"; not told from {self.nothing:.2f}, which is nothing,"
+        nothing = f"{self.nothing:.2f}, which is nothing"
+        told = f"More than {nothing}" if self.leaks else f"Not told from {nothing}"
         lines = [
-            f"{self.attack}: {self.meaning} {self.measure} {_shown(self.found)}{chance} of "
-            f"{self.samples} deleted samples."
+            f"{self.attack}: {self.meaning} {self.measure} {_shown(self.found)}.",
+            f"{told}, on {self.samples:,} deleted samples.",
         ]
         if self.retrained is not None:
             words = {"more": "more than", "less": "less than", "as much": "not told apart from"}

@@ -20,7 +20,7 @@ from torch.utils.data import TensorDataset
 
 from fisher_forget.attack.findings import Finding
 from fisher_forget.attack.pairs import Pair, as_pairs
-from fisher_forget.attack.release import WHOLE, Model, Observer, Release, losses
+from fisher_forget.attack.release import WHOLE, Model, Observer, Release
 from fisher_forget.errors import ConfigError, DataError, ModelError
 from fisher_forget.evaluate.intervals import Array, as_array
 from fisher_forget.evaluate.roc import auc, needed_pairs, share_interval
@@ -104,7 +104,7 @@ class DeletionInference:
         first, second = seen(observer, before, after, samples)
         if self.statistic == "output":
             return as_array(np.linalg.norm(second - first, axis=1))
-        return losses(second, samples) - losses(first, samples)
+        return observer.losses(second, samples) - observer.losses(first, samples)
 
     def _share(self, observer: Observer, pair: Pair, after: Model) -> float:
         sides = (pair.deleted, pair.others)

@@ -43,6 +43,9 @@ class Pair:
     retrained: Sequence[Model] = ()
 
     def __post_init__(self) -> None:
+        if callable(self.retrained):
+            got = "a model as `retrained`"
+            raise ModelError(got, "several of them, or none", "Pass retrained=[model].")
         for model in (self.after, *self.retrained):
             check_models(self.before, model)
         object.__setattr__(self, "deleted", read_samples(self.deleted))
@@ -74,6 +77,13 @@ def check_models(before: Model, after: Model) -> None:
     Functions are told apart by what they are only; their answers must have the same classes.
     """
     fix = "Pass the model before the deletion and the one after it."
+    for model in (before, after):
+        if not callable(model):
+            got = f"a model of type {type(model).__name__}, which cannot be called"
+            expected = "a module, or a function from inputs to predictions"
+            raise ModelError(
+                got, expected, "Pass its predict_proba (classes) or predict (numbers)."
+            )
     if before is after:
         raise ModelError("the same model twice", "the releases before and after", fix)
     if not (isinstance(before, nn.Module) and isinstance(after, nn.Module)):

@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -34,7 +35,7 @@ from fisher_forget.attack.pairs import Pair, as_pairs, check_apart
 from fisher_forget.attack.release import WHOLE, Model, Observer, Release
 from fisher_forget.curvature import estimate_curvature
 from fisher_forget.data.samples import read_samples
-from fisher_forget.errors import ConfigError, DataError, ModelError
+from fisher_forget.errors import ConfigError, DataError, ModelError, NumericalError
 from fisher_forget.evaluate.intervals import Interval, t_interval
 from fisher_forget.evaluate.predictions import whole_splits
 from fisher_forget.evaluate.scale import COSINE
@@ -97,9 +98,9 @@ class NewtonInversion:
         """Recover the deleted samples of each pair.
 
         Scored by the cosine of each deleted sample with what is recovered, both without their part
-        along the mean of the public data, so that nothing is 0; of m samples that were deleted
-        together, with the likest of the m directions. The mean and its interval are taken on the
-        scale of artanh.
+        along the mean of the public data; of m samples that were deleted together, with the likest
+        of the m directions. The mean and its interval are taken on the scale of artanh. What is
+        nothing is the likeness to the public samples.
 
         Args:
             pairs: Of modules; `others` are not used. Independent deletions make a fair interval.
@@ -112,16 +113,14 @@ class NewtonInversion:
         """
         listed = as_pairs(pairs)
         check_apart([pair.deleted for pair in listed], [self.public], "deleted", "public")
-        truth = torch.cat([self._inputs(pair.before, pair.deleted) for pair in listed])
-        check_claim(len(truth))
-        public = self._inputs(listed[0].before, self.public)
-        recovered = torch.cat([self._likest(pair, pair.after) for pair in listed])
-        exact = None
-        if listed[0].retrained:
-            exact = torch.cat([self._likest(pair, pair.retrained[0]) for pair in listed])
-        return reconstruction(
-            "inversion of the step", truth, recovered, exact, public, warning=WARNING
-        )
+        check_claim(listed)
+        trials = []
+        for pair in listed:
+            truth, public = (self._inputs(pair.before, x) for x in (pair.deleted, self.public))
+            models = (pair.after, *pair.retrained[:1])
+            found = [self.recover(pair.before, model, len(truth)) for model in models]
+            trials.append(_Trial(truth, public, *found))
+        return _reconstruction("inversion of the step", trials, WARNING)
 
     @isolated()
     def recover(self, before: Model, after: Model, count: int = 1) -> Tensor:
@@ -152,15 +151,11 @@ class NewtonInversion:
         force = P.add(curvature.power(step, 1), step, self.damping)
         gradient = [force[weight], *([force[bias][:, None]] if bias in force else [])]
         rows = torch.cat(gradient, 1).double().cpu()
+        if not bool(rows.isfinite().all()):
+            got = "a step or a curvature that is NaN or infinite"
+            raise NumericalError(got, "finite weights in both models", "Check the weights.")
         directions = torch.linalg.svd(rows, full_matrices=False).Vh[:count]
         return _sized(directions, step[weight].shape[1], self._inputs(before, self.public))
-
-    def _likest(self, pair: Pair, after: Model) -> Tensor:
-        """Of each deleted sample the likest that was recovered [m, D]."""
-        truth = self._inputs(pair.before, pair.deleted)
-        found = self.recover(pair.before, after, len(truth))
-        likeness = torch.cosine_similarity(truth[:, None], found[None], dim=2)
-        return found[likeness.argmax(1)]
 
     def _layer(self, model: nn.Module) -> str:
         linear = [name for name, m in unwrapped(model).named_modules() if isinstance(m, nn.Linear)]
@@ -224,23 +219,19 @@ class ChangedAnswers:
             DataError: If fewer than three samples are deleted, or one of them is among the queries.
             ModelError, ConfigError, NumericalError: If the models cannot be asked.
         """
-        listed = as_pairs(pairs)
+        listed, public = as_pairs(pairs), _flat(self.queries)
         check_apart([pair.deleted for pair in listed], [self.queries], "deleted", "asked about")
-        truth = torch.cat([_flat(pair.deleted) for pair in listed])
-        check_claim(len(truth))
-        recovered, exact = [], []
+        check_claim(listed)
+        trials = []
         for pair in listed:
-            size = len(pair.deleted), -1
-            recovered.append(self.recover(pair.before, pair.after).expand(size))
-            if pair.retrained:
-                exact.append(self.recover(pair.before, pair.retrained[0]).expand(size))
-        return reconstruction(
-            "changed answers",
-            truth,
-            torch.cat(recovered),
-            torch.cat(exact) if exact else None,
-            _flat(self.queries),
-        )
+            truth = _flat(pair.deleted)
+            if truth.shape[1] != public.shape[1]:
+                got = f"deleted samples of {truth.shape[1]} numbers, queries of {public.shape[1]}"
+                raise DataError(got, "inputs of one shape", "Ask about inputs of the models.")
+            models = (pair.after, *pair.retrained[:1])
+            found = [self.recover(pair.before, model)[None] for model in models]
+            trials.append(_Trial(truth, public, *found))
+        return _reconstruction("changed answers", trials)
 
     def recover(self, before: Model, after: Model) -> Tensor:
         """What the answers tell of the deleted sample, without a claim: [D]."""
@@ -268,45 +259,64 @@ def _sized(directions: Tensor, width: int, public: Tensor) -> Tensor:
     return sized
 
 
-def reconstruction(
-    name: str,
-    truth: Tensor,
-    recovered: Tensor,
-    exact: Tensor | None,
-    public: Tensor,
-    warning: str = "",
-) -> Reconstruction:
-    """The finding about what was recovered.
+@dataclass(frozen=True)
+class _Trial:
+    """One pair of models.
 
-    Args:
-        name: Of the attack.
-        truth: Deleted samples [N, D].
-        recovered: What was recovered of them [N, D].
-        exact: The same of retrained models, or `None`.
-        public: What is known without the models [M, D].
-        warning: Where more is found than nothing.
+    Attributes:
+        truth: Deleted samples [m, D].
+        public: Samples of the same kind [M, D].
+        recovered: What was recovered [k, D].
+        exact: The same from a retrained model.
     """
-    mean = public.mean(0)
-    guess, own = mean.expand_as(truth), without_mean(truth, mean)
-    found = mean_cosine(own, without_mean(recovered, mean))
+
+    truth: Tensor
+    public: Tensor
+    recovered: Tensor
+    exact: Tensor | None = None
+
+    def likest(self, samples: Tensor, recovered: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine of each sample with the likest that was recovered [N], without their part along
+        the public mean; and this one [N, D]."""
+        mean = self.public.mean(0)
+        a, b = (without_mean(x, mean) for x in (samples, recovered))
+        best = torch.cosine_similarity(a[:, None], b[None], dim=2).max(1)
+        return best.values, recovered[best.indices]
+
+
+def _reconstruction(name: str, trials: list[_Trial], warning: str = "") -> Reconstruction:
+    """The finding; the warning is for where more is recovered than nothing.
+
+    What is nothing is the likeness to samples that were not deleted: the public ones. Of m
+    directions one is a little like any sample.
+    """
+    truth, public = (torch.cat([getattr(t, x) for t in trials]) for x in ("truth", "public"))
+    cosines, recovered = (
+        torch.cat(x) for x in zip(*(t.likest(t.truth, t.recovered) for t in trials), strict=True)
+    )
+    by_chance = [float(t.likest(t.public, t.recovered)[0].mean()) for t in trials]
+    nothing = float(np.average(by_chance, weights=[len(t.truth) for t in trials]))
+    exact = [t.likest(t.truth, t.exact) for t in trials if t.exact is not None]
+    guess = torch.cat([t.public.mean(0).expand_as(t.truth) for t in trials])
+    found = mean_cosine(cosines)
     return Reconstruction(
         attack=name,
         measure="cosine",
         found=found,
-        nothing=0.0,
-        retrained=None if exact is None else mean_cosine(own, without_mean(exact, mean)),
+        nothing=nothing,
+        retrained=mean_cosine(torch.cat([c for c, _ in exact])) if exact else None,
         samples=len(truth),
         meaning="what is recovered of a deleted sample, the public mean apart, is like it with",
         details={
-            "cosine with the mean left in": mean_cosine(truth, recovered).value,
-            "the same of the public mean itself": mean_cosine(truth, guess).value,
+            "cosine with the mean left in": float(torch.cosine_similarity(truth, recovered).mean()),
+            "the same of the public mean": float(torch.cosine_similarity(truth, guess).mean()),
             "PSNR (dB)": psnr(truth, recovered, public),
             "PSNR of the public mean (dB)": psnr(truth, guess, public),
         },
-        warning=warning if found.low > 0 else "",
+        warning=warning if found.low > nothing else "",
         truth=truth,
         recovered=recovered,
-        recovered_retrained=exact,
+        recovered_retrained=torch.cat([x for _, x in exact]) if exact else None,
     )
 
 
@@ -318,10 +328,9 @@ def without_mean(x: Tensor, mean: Tensor) -> Tensor:
     return rest
 
 
-def mean_cosine(a: Tensor, b: Tensor) -> Interval:
-    """Mean cosine of rows [N, D], and its 95 % interval, on the scale of artanh; 0 for rows of
-    zeros."""
-    z = t_interval(COSINE.forward(torch.cosine_similarity(a, b).numpy()))
+def mean_cosine(cosines: Tensor) -> Interval:
+    """Mean [N] -> 1 and its 95 % interval, on the scale of artanh."""
+    z = t_interval(COSINE.forward(cosines.numpy()))
     return Interval(*(COSINE.score(x) for x in (z.value, z.low, z.high)))
 
 
@@ -334,12 +343,13 @@ def psnr(truth: Tensor, recovered: Tensor, public: Tensor) -> float:
     return float((10 * torch.log10((high - low) ** 2 / errors.clamp_min(floor))).mean())
 
 
-def check_claim(samples: int) -> None:
+def check_claim(pairs: list[Pair]) -> None:
     """Refuse an interval of fewer than three samples.
 
     Raises:
         DataError: Then.
     """
+    samples = sum(len(pair.deleted) for pair in pairs)
     if samples < FEWEST:
         got = f"{samples} deleted samples"
         fix = "Pass more pairs; `recover` gives what is recovered without a claim."

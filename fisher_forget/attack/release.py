@@ -9,14 +9,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from fisher_forget._util.checks import is_number, is_whole
-from fisher_forget.errors import ConfigError, DataError, ModelError, NumericalError
+from fisher_forget.errors import ConfigError, DataError, NumericalError
 from fisher_forget.evaluate.intervals import Array, as_array
 from fisher_forget.evaluate.predictions import predict, settled_by, whole_splits
-from fisher_forget.likelihood import Bernoulli, Categorical, Gaussian, Likelihood
+from fisher_forget.likelihood import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    Likelihood,
+    resolve_likelihood,
+)
 
 # A module; or a function from inputs (an array [N, ...]) to probabilities [N, C] or numbers [N],
 # such as `predict_proba` or `predict` of scikit-learn.
@@ -107,6 +114,11 @@ class Observer:
         """One stream: the same noise on both releases would cancel."""
         return np.random.default_rng([self.release.seed, self.stream])
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.release, Release):
+            got = f"release={self.release!r}"
+            raise ConfigError(got, "a Release", "Pass Release(labels_only=True), say.")
+
     def sees(self, model: Model, samples: TensorDataset) -> Array:
         """Published answers [N, C] to samples: probabilities, or numbers where targets are.
 
@@ -115,34 +127,55 @@ class Observer:
                 no predictions.
             ConfigError: If something is held back of numbers, which have no classes.
         """
-        targets = samples.tensors[-1]
+        classes = self.classes(samples)
         if isinstance(model, nn.Module):
-            answers = _module_answers(model, samples, self.likelihood)
+            answers = _module_answers(model, samples, self.likelihood, classes is not None)
         else:
             answers = _function_answers(model, samples)
         if not np.isfinite(answers).all():
             got = "answers that are NaN or infinite"
             raise NumericalError(got, "finite predictions", "Check the model.")
-        if targets.is_floating_point():
-            if self.release.labels_only or self.release.top_k is not None:
-                got = "a regression of which labels or the largest k are published"
-                raise ConfigError(got, "noise, or nothing held back", "Leave the others out.")
-        else:
-            _check_probabilities(answers, int(targets.max()), type(model).__name__)
+        if classes is not None:
+            _check_probabilities(answers, classes)
+        elif self.release.labels_only or self.release.top_k is not None:
+            got = "a regression of which labels or the largest k are published"
+            raise ConfigError(got, "noise, or nothing held back", "Leave the others out.")
         return self.release.of(answers, self._rng)
 
+    def classes(self, samples: TensorDataset) -> NDArray[np.int64] | None:
+        """Targets as classes [N]; `None` for numbers.
 
-def losses(answers: Array, samples: TensorDataset) -> Array:
-    """-ln p_y of the class, or the squared error of a number, by sample: [N]."""
-    targets = samples.tensors[-1]
-    if targets.is_floating_point():
-        return as_array(np.square(answers - as_array(targets).reshape(answers.shape)).sum(1))
-    p = answers[np.arange(len(answers)), targets.numpy()]
-    return as_array(-np.log(np.maximum(p, np.finfo(float).tiny)))
+        Raises:
+            DataError: If there are several classes a sample.
+        """
+        targets = samples.tensors[-1]
+        binary = isinstance(resolve_likelihood(self.likelihood), Bernoulli)
+        if targets.is_floating_point() and not binary:
+            return None
+        classes = targets.long()
+        if classes.numel() != len(classes) or not bool((classes == targets).all()):
+            got = f"targets of shape {tuple(targets.shape)}, or between two classes"
+            raise DataError(got, "one class a sample [N]", "Attack a model of single targets.")
+        return classes.flatten().numpy()
+
+    def losses(self, answers: Array, samples: TensorDataset) -> Array:
+        """-ln p_y of the class, or the squared error of numbers, by sample: [N].
+
+        Raises:
+            DataError: If there are not as many targets as answers.
+        """
+        classes, targets = self.classes(samples), as_array(samples.tensors[-1])
+        if classes is not None:
+            p = answers[np.arange(len(answers)), classes]
+            return as_array(-np.log(np.maximum(p, np.finfo(float).tiny)))
+        if targets.size != answers.size:
+            got = f"answers of shape {answers.shape} to targets of shape {targets.shape}"
+            raise DataError(got, "as many of each", "Pass integer targets if they are classes.")
+        return as_array(np.square(answers - targets.reshape(answers.shape)).sum(1))
 
 
 def _module_answers(
-    model: nn.Module, samples: TensorDataset, likelihood: Likelihood | str
+    model: nn.Module, samples: TensorDataset, likelihood: Likelihood | str, classes: bool
 ) -> Array:
     splits = whole_splits({"asked": samples})
     settled = settled_by(model, splits, likelihood)
@@ -153,22 +186,20 @@ def _module_answers(
         got = f"outputs of shape {tuple(outputs.shape)}"
         raise DataError(got, "one prediction a sample [N, C]", "Attack a model of single targets.")
     outputs = outputs.double()
-    if isinstance(settled, Categorical):
+    if classes and isinstance(settled, Categorical):
         return as_array(torch.softmax(outputs, 1))
-    if isinstance(settled, Bernoulli) and outputs.shape[1] == 1:
+    if classes and isinstance(settled, Bernoulli) and outputs.shape[1] == 1:
         p = torch.sigmoid(outputs)
         return as_array(torch.cat([1 - p, p], 1))
-    if isinstance(settled, Gaussian):
+    if not classes and isinstance(settled, Gaussian):
         return as_array(outputs)
-    fix = "Pass a function from inputs to probabilities [N, C] in place of the module."
-    raise ConfigError(f"a module of {settled}", "one class or one number a sample", fix)
+    kind = "classes" if classes else "numbers"
+    got = f"targets that are {kind}, and a module of {settled} with {outputs.shape[1]} outputs"
+    fix = "Correct `likelihood`, or pass a function from inputs to predictions."
+    raise DataError(got, "one class a sample, or numbers of a regression", fix)
 
 
 def _function_answers(model: Callable[[Any], Any], samples: TensorDataset) -> Array:
-    if not callable(model):
-        fix = "Pass its predict_proba (classes) or predict (numbers)."
-        got = f"a model of type {type(model).__name__}, which cannot be called"
-        raise ModelError(got, "a module, or a function from inputs to predictions", fix)
     inputs = samples.tensors[0].numpy()
     answers = np.asarray(model(inputs), dtype=np.float64)
     if answers.ndim == 1:
@@ -179,12 +210,10 @@ def _function_answers(model: Callable[[Any], Any], samples: TensorDataset) -> Ar
     return answers
 
 
-def _check_probabilities(answers: Array, largest: int, name: str) -> None:
-    if answers.shape[1] <= largest:
-        got = f"{answers.shape[1]} classes of a {name}, and the target {largest}"
-        raise DataError(
-            got, "targets from 0 to C - 1", "Check the targets, and the model's classes."
-        )
+def _check_probabilities(answers: Array, classes: NDArray[np.int64]) -> None:
+    if classes.min() < 0 or classes.max() >= answers.shape[1]:
+        got = f"targets from {classes.min()} to {classes.max()} of {answers.shape[1]} classes"
+        raise DataError(got, "targets from 0 to C - 1", "Check targets and the model's classes.")
     sums = answers.sum(1)
     if answers.min() < -ROUNDING or np.abs(sums - 1).max() > ROUNDING:
         got = f"answers that sum to {sums.min():.3g} ... {sums.max():.3g}"
