@@ -279,8 +279,8 @@ class _Trial:
         """Cosine of each sample with the likest that was recovered [N], without their part along
         the public mean; and this one [N, D]."""
         mean = self.public.mean(0)
-        a, b = (without_mean(x, mean) for x in (samples, recovered))
-        best = torch.cosine_similarity(a[:, None], b[None], dim=2).max(1)
+        a, b = (nn.functional.normalize(without_mean(x, mean)) for x in (samples, recovered))
+        best = (a @ b.T).max(1)
         return best.values, recovered[best.indices]
 
 
