@@ -18,6 +18,8 @@ from fisher_forget.baselines import METHODS
 from fisher_forget.data.samples import take
 from fisher_forget.data.split import Indices
 
+CONTROL = "control: neither saw the samples"
+
 
 def requests(originals: int = 3, deleted: int = 50) -> Report:
     """One request for fifty samples, by several methods, of several originals."""
@@ -56,6 +58,9 @@ def shadow(originals: int = 4, deletions: int = 20) -> Report:
         "deletions": deletions,
         "progress": False,
     }
+    rows = np.random.default_rng(0).permutation(700)
+    unseen = take(own.data, rows[350:450]), take(own.data, rows[450:550])
+    control = Pair(*(own.fit(rows[:350], seed) for seed in (700, 701)), *unseen)
     for name, (attacker, owner) in {
         "retrained": (None, None),
         "fisher-forget": (theirs, ours),
@@ -67,7 +72,9 @@ def shadow(originals: int = 4, deletions: int = 20) -> Report:
         for release in ("the largest", "labels", "noise of .05"):
             attack = ShadowInference(shadows, "sorted_diff", release=RELEASES[release])
             found[f"{name}, sorted_diff, {release}"] = attack.run(targets).to_dict()
-    return found
+    return found | {
+        f"{CONTROL}, {f}": ShadowInference(shadows, f).run(control).to_dict() for f in FEATURES
+    }
 
 
 def without_one(

@@ -27,7 +27,7 @@ def shown(interval: Mapping[str, float] | None) -> str:
     """A number and its interval."""
     if interval is None:
         return "–"
-    value, low, high = (f"{interval[k]:.2f}" for k in ("value", "low", "high"))
+    value, low, high = (f"{interval[k]:z.2f}" for k in ("value", "low", "high"))
     return f"{value} ({low} to {high})"
 
 
@@ -60,7 +60,7 @@ def tables(part: str, found: Report) -> str:
         ]
         names = ("AUC from the first release alone", "DegCount", "DegRate")
         rows = [
-            [name, shown(f["found"]), *(f"{f['details'][key]:.2f}" for key in names)]
+            [name, shown(f["found"]), *(f"{f['details'][key]:z.2f}" for key in names)]
             for name, f in found.items()
         ]
         return markdown_table(heads, rows)
@@ -74,8 +74,8 @@ def tables(part: str, found: Report) -> str:
     ]
     names = ("cosine with the mean left in", "PSNR (dB)")
     rows = [
-        [name, shown(f["found"]), f"{f['nothing']:.2f}",
-         *(f"{f['details'][key]:.2f}" for key in names), shown(f["retrained"])]
+        [name, shown(f["found"]), f"{f['nothing']:z.2f}",
+         *(f"{f['details'][key]:z.2f}" for key in names), shown(f["retrained"])]
         for name, f in found.items()
     ]  # fmt: skip
     return markdown_table(heads, rows)
