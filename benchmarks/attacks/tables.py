@@ -41,7 +41,11 @@ def tables(part: str, found: Report) -> str:
         ]  # fmt: skip
         heads = ["model", "known rates", "example", "instance"]
         kept = ["example, nothing deleted", "instance, nothing deleted"]
-        return f"{markdown_table(heads + kept, rows)}\n\n{_defences(found)}"
+        labels = [
+            [case, shown(f["found"]), f"{f['nothing']:z.2f}"] for case, f in found["labels"].items()
+        ]
+        cells = markdown_table(["model", "cosine", "nothing"], labels)
+        return f"{markdown_table(heads + kept, rows)}\n\n{_defences(found)}\n\n{cells}"
     if part == "requests":
         rows = [
             [name, *(shown(f["found"]) for f in pair), *(shown(f["retrained"]) for f in pair)]
