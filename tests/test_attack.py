@@ -230,6 +230,9 @@ class TestPairs:
             Pair(linear(0), linear(0, width=5), self.DATA)
         with pytest.raises(ModelError, match="architecture"):
             Pair(linear(0), linear(1), self.DATA, retrained=[nn.Sequential(linear(2))])
+        bent = [nn.Sequential(linear(0), layer) for layer in (nn.ReLU(), nn.Tanh())]
+        with pytest.raises(ModelError, match="with a ReLU, and one with a Tanh"):
+            Pair(*bent, self.DATA)
 
     def test_another_set_of_labels(self) -> None:
         models = [lambda x, c=c: np.full((len(x), c), 1 / c) for c in (4, 5)]

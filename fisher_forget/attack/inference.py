@@ -42,6 +42,14 @@ class DeletionInference:
         likelihood: What modules were trained with: "categorical", "bernoulli" or "gaussian".
 
     Source: Gao et al. 2022, arXiv:2202.03460, sections 3 and 4.
+
+    Example:
+        >>> x, y = np.eye(12), np.zeros(12, int)
+        >>> def before(z): return np.stack([0.9 * z.max(1), 1 - 0.9 * z.max(1)], 1)
+        >>> def after(z): return before(z * np.repeat([0, 1], 6))  # has forgotten the first six
+        >>> pair = Pair(before, after, (x[:6], y[:6]), (x[6:], y[6:]))
+        >>> print(DeletionInference("loss").run(pair).found)
+        1 [0.5407, 1]
     """
 
     statistic: str = "loss"

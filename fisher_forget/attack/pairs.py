@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -88,12 +89,17 @@ def check_models(before: Model, after: Model) -> None:
         raise ModelError("the same model twice", "the releases before and after", fix)
     if not (isinstance(before, nn.Module) and isinstance(after, nn.Module)):
         return
+    kinds, others = ([type(m).__name__ for m in unwrapped(x).modules()] for x in (before, after))
+    if kinds != others:
+        one, two = next(x for x in zip_longest(kinds, others) if x[0] != x[1])
+        got, expected = f"a model with a {one}, and one with a {two} there", "one architecture"
+        raise ModelError(got, expected, fix)
     ours, theirs = (unwrapped(m).state_dict() for m in (before, after))
-    shapes, others = ({k: tuple(x.shape) for k, x in s.items()} for s in (ours, theirs))
-    if shapes != others:
-        name = next(k for k in (*shapes, *others) if shapes.get(k) != others.get(k))
-        sizes = (s.get(name, "missing") for s in (shapes, others))
-        got = f"models that differ in {name!r}: {' and '.join(map(str, sizes))}"
+    shapes, sizes = ({k: tuple(x.shape) for k, x in s.items()} for s in (ours, theirs))
+    if shapes != sizes:
+        name = next(k for k in (*shapes, *sizes) if shapes.get(k) != sizes.get(k))
+        both = (s.get(name, "missing") for s in (shapes, sizes))
+        got = f"models that differ in {name!r}: {' and '.join(map(str, both))}"
         expected = "two models of one architecture, with the same classes"
         raise ModelError(got, expected, fix)
     if all(torch.equal(x.cpu(), theirs[k].cpu()) for k, x in ours.items()):
