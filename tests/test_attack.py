@@ -17,7 +17,14 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from benchmarks.attacks.classical import classical_games
-from fisher_forget import SISA, ConfigError, DataError, ModelError, NumericalError
+from fisher_forget import (
+    SISA,
+    ConfigError,
+    DataError,
+    FisherForgetWarning,
+    ModelError,
+    NumericalError,
+)
 from fisher_forget.attack import (
     ChangedAnswers,
     DeletionInference,
@@ -394,8 +401,12 @@ class TestShadowModels:
             torch.equal(a.after.weight, b.after.weight) for a, b in zip(pairs, again, strict=True)
         )
 
+        with pytest.warns(FisherForgetWarning, match="trained anew"):
+            shadow_pairs(train_fn, data, **options, seed=1, folder=tmp_path, fingerprint="a")
+        assert len(calls) == 17  # other samples are deleted
+
         told = shadow_pairs(train_fn, data, **options, forget_fn=forget_fn)
-        assert len(calls) == 11  # the originals alone
+        assert len(calls) == 19  # the originals alone
         assert all(torch.equal(p.before.weight, p.after.weight) for p in told)
 
     def test_what_cannot_be(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Unpack
 import numpy as np
 from torch import nn
 
+from fisher_forget._util import files
 from fisher_forget._util.checks import check_names, is_whole
 from fisher_forget._util.isolation import isolated
 from fisher_forget.attack.pairs import Pair
@@ -88,6 +89,9 @@ def shadow_pairs(
     check_names(options, TrainOptions.__annotations__)
     samples = read_samples(data)
     plan = _plan(len(samples), originals, deletions, seed)
+    if name := options.get("fingerprint"):  # which stands for the functions, not for the plan
+        shape = originals, deletions, seed
+        options["fingerprint"] = files.fingerprint(name, *shape, *samples.tensors)
     trainings = [(d.trained, seed + k) for k, d in enumerate(plan[::deletions])]
     if forget_fn is None:
         trainings += [(d.retained, seed + originals + k) for k, d in enumerate(plan)]
