@@ -351,8 +351,9 @@ class CertifiedLogistic:
 
     def _bounds(self, step: Tensor, left: Tensor) -> Tensor:
         """gamma |X|_2 |s| |X' s| of each class [K]; |X|_2 only falls as rows go."""
-        moved: Tensor = (step @ self.x[left].T).norm(dim=1)
-        return moved * step.norm(dim=1) * self.longest * GAMMA
+        moved = (step @ self.x[left].T).norm(dim=1)
+        bounds: Tensor = GAMMA * self.longest * step.norm(dim=1) * moved
+        return bounds
 
     def _fitted(self) -> Tensor:
         if self._spent is None:
