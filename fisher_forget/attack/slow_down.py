@@ -282,12 +282,13 @@ def refusals(model: CertifiedLogistic, rows: Sequence[int], quantile: float) -> 
 
 def step_lengths(model: CertifiedLogistic) -> Tensor:
     """|H^-1 g_i| of every sample [N], over all classes."""
-    total = torch.zeros(len(model.x), dtype=torch.float64)
+    total: Tensor = torch.zeros(len(model.x), dtype=torch.float64)
     for w, signs in zip(model.weights, model.signs, strict=True):
         factor = _factor(model.x[model.kept], w, model.regularisation)
         pull = -torch.sigmoid(-signs * (model.x @ w)) * signs
         total += (torch.cholesky_solve((pull[:, None] * model.x).T, factor) ** 2).sum(0)
-    return total.sqrt()
+    lengths: Tensor = total.sqrt()
+    return lengths
 
 
 def _factor(features: Tensor, w: Tensor, regularisation: float) -> Tensor:
@@ -295,7 +296,8 @@ def _factor(features: Tensor, w: Tensor, regularisation: float) -> Tensor:
     z = features @ w
     hessian = features.T @ (features * (torch.sigmoid(z) * torch.sigmoid(-z))[:, None])
     hessian.diagonal().add_(regularisation * len(features))
-    return torch.linalg.cholesky(hessian)
+    factor: Tensor = torch.linalg.cholesky(hessian)
+    return factor
 
 
 def _ball(x: Tensor, radius: float, norm: float) -> Tensor:
@@ -303,7 +305,8 @@ def _ball(x: Tensor, radius: float, norm: float) -> Tensor:
     if norm == math.inf:
         return x.clamp(-radius, radius)
     if norm == 2:
-        return x * (radius / x.norm(dim=1, keepdim=True).clamp(min=1e-30)).clamp(max=1)
+        lengths: Tensor = x.norm(dim=1, keepdim=True).clamp(min=1e-30)
+        return x * (radius / lengths).clamp(max=1)
     # Duchi et al. 2008: soft thresholding at the level that leaves the radius
     inside = x.abs().sum(1, keepdim=True) <= radius
     ordered = x.abs().sort(dim=1, descending=True).values
