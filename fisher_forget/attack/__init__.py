@@ -8,6 +8,7 @@ from fisher_forget.attack.reconstruct import ChangedAnswers, NewtonInversion, Re
 from fisher_forget.attack.release import Model, Observer, Release
 from fisher_forget.attack.shadow import FEATURES, ShadowInference
 from fisher_forget.attack.shadow_models import shadow_pairs
+from fisher_forget.attack.slow_down import SlowDown, SlowDownPoisoning
 
 __all__ = [
     "FEATURES",
@@ -22,5 +23,7 @@ __all__ = [
     "Reconstruction",
     "Release",
     "ShadowInference",
+    "SlowDown",
+    "SlowDownPoisoning",
     "shadow_pairs",
 ]

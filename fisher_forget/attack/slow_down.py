@@ -119,7 +119,7 @@ class SlowDownPoisoning:
     def features(self, inputs: Tensor) -> Tensor:
         """u = (x - centre) / |x - centre| [N, d], float64."""
         moved = inputs.flatten(1).double() - self.centre
-        lengths = moved.norm(dim=1, keepdim=True)
+        lengths: Tensor = moved.norm(dim=1, keepdim=True)
         if bool((lengths == 0).any()):
             raise DataError("an input equal to `centre`", "one with a direction", "Remove it.")
         return moved / lengths
