@@ -8,6 +8,7 @@ from pathlib import Path
 from benchmarks.attacks.classical import Report, classical
 from benchmarks.attacks.inference import requests, shadow
 from benchmarks.attacks.inversion import inversion, mnist
+from benchmarks.attacks.slow_down import TRIED, slow_down
 from fisher_forget._util.markdown import markdown_table
 
 FOLDER = Path(__file__).parent
@@ -20,6 +21,7 @@ PARTS: dict[str, Callable[[], Report]] = {
     "shadow": shadow,
     "inversion": inversion,
     "mnist": mnist,
+    "slow-down": slow_down,
 }
 
 
@@ -68,6 +70,8 @@ def tables(part: str, found: Report) -> str:
             for name, f in found.items()
         ]
         return markdown_table(heads, rows)
+    if part == "slow-down":
+        return _slowed(found)
     heads = [
         "second release",
         "cosine",
@@ -83,6 +87,24 @@ def tables(part: str, found: Report) -> str:
         for name, f in found.items()
     ]  # fmt: skip
     return markdown_table(heads, rows)
+
+
+def _slowed(found: Report) -> str:
+    def removals(count: int) -> str:
+        return f"{count} or more" if count >= TRIED else str(count)
+
+    rows = [
+        [name, radius, removals(clean), removals(told["attacked"][name])]
+        for radius, told in found.items()
+        for name, clean in told["clean"].items()
+    ]
+    about = [
+        [radius, *(f"{100 * x:.1f} %" for x in (*told["accuracy"], *told["refused"]))]
+        for radius, told in found.items()
+    ]
+    heads = ["accounting", "L1 radius", "clean", "attacked"]
+    others = ["L1 radius", "accuracy, clean", "poisoned", "attacker refused", "honest refused"]
+    return f"{markdown_table(heads, rows)}\n\n{markdown_table(others, about)}"
 
 
 def _defences(found: Report) -> str:
