@@ -796,3 +796,21 @@ class TestKeys:
         with pytest.raises(StorageError, match="public key"):
             verify(tmp_path / "a", tmp_path / "k")
         assert verify(tmp_path / "a") == [f"{tmp_path / 'a' / LEDGER}: there is no ledger."]
+
+
+class TestReceived:
+    def test_the_month_begins_when_it_came_in(self, tmp_path):
+        came = datetime.now(UTC) - timedelta(days=40)
+        ledger = Ledger(tmp_path)
+        with pytest.warns(FisherForgetWarning, match="overdue"):
+            request = ledger.ask([1], received=came)
+        assert request.times["received"] == came
+        assert request.due == a_month_after(came)
+        assert list(request.times) == ["received", "asked"]
+        assert Ledger(tmp_path).requests["r-1"].times == request.times
+
+    @pytest.mark.parametrize("when", ["yesterday", 3, datetime.now(UTC) + timedelta(days=1)])
+    def test_what_is_no_such_time(self, tmp_path, when):
+        with pytest.raises(ConfigError):
+            Ledger(tmp_path).ask([1], received=when)
+        assert Ledger(tmp_path).requests == {}

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from fisher_forget._util.files import load_tensors, plain
 from fisher_forget.data.fingerprint import SAMPLES
 from fisher_forget.experiments.training import TrainSettings, train
 from fisher_forget.ledger import Ledger, RequestLog, model_fingerprint
+from fisher_forget.ledger.states import a_month_after
 from fisher_forget.unlearn import self_check
 from fisher_forget.unlearn.data_sums import load_data_sums
 from fisher_forget.unlearn.newton import flow
@@ -574,6 +576,10 @@ def recovered(gradient: P.Params) -> torch.Tensor:
     return gradient["weight"][row] / gradient["bias"][row]
 
 
+def ledger_evidence(folder: Path, name: str) -> dict[str, Any]:
+    return Ledger(folder).requests[name].evidence
+
+
 class TestRebase:
     ALONE = 11
 
@@ -619,6 +625,50 @@ class TestRebase:
             "generation-1-curvature.safetensors",
             "generation-1-model.safetensors",
         }
+
+    def test_after_a_restart_its_model_will_do(
+        self, model: nn.Module, data: TensorDataset, tmp_path: Path
+    ) -> None:
+        options: dict[str, Any] = {"weight_decay": WD, "folder": tmp_path, "progress": False}
+        served = prepare(model, data, **options).forget([3], **QUIET).model
+        again = prepare(model, data, **options)
+        with pytest.raises(ConfigError, match="a model; expected the last one"):
+            again.rebase(model, progress=False)
+        rebased = again.rebase(served, progress=False)
+        assert rebased.requests == []
+        ledger = Ledger(tmp_path)
+        (told,) = (e.details for e in ledger.entries if e.event == "rebased")
+        assert told["model"] == ledger.requests["r-1"].evidence["model_after"]
+        later = rebased.forget([5], **QUIET)
+        assert ledger_evidence(tmp_path, "r-2")["model_before"] == told["model"]
+        assert later.split.forget.tolist() == [5]
+
+    def test_what_is_delivered_again_is_on_record(
+        self, model: nn.Module, data: TensorDataset, tmp_path: Path
+    ) -> None:
+        options: dict[str, Any] = {"weight_decay": WD, "folder": tmp_path, "progress": False}
+        prepared = prepare(model, data, **options)
+        prepared.forget([3], **QUIET)
+        prepared.forget([4], **QUIET)
+        first = prepared.redeliver(noise=1e-4, progress=False)
+        after = first.evidence(model)["model_after"]
+        assert {ledger_evidence(tmp_path, r)["model_after"] for r in ("r-1", "r-2")} == {after}
+        for name in ("r-1", "r-2"):
+            Ledger(tmp_path).serve(name, although="for the test")
+        last = prepared.redeliver(noise=1e-4, progress=False)
+        told = Ledger(tmp_path).entries[-1]
+        assert told.event == "delivered"
+        assert told.details["model_after"] == last.evidence(model)["model_after"] != after
+        assert ledger_evidence(tmp_path, "r-1")["model_after"] == after
+        prepared.rebase(last, progress=False)
+
+    def test_when_it_came_in(self, model: nn.Module, data: TensorDataset, tmp_path: Path) -> None:
+        prepared = prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
+        came = datetime.now(UTC) - timedelta(days=21)
+        prepared.forget([3], received=came, **QUIET)
+        (request,) = Ledger(tmp_path).requests.values()
+        assert request.times["received"] == came < request.asked
+        assert request.due == a_month_after(came)
 
     def test_rows_may_be_erased_then(
         self, model: nn.Module, data: TensorDataset, tmp_path: Path

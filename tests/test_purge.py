@@ -11,6 +11,8 @@ import pickle
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -385,8 +387,8 @@ class TestCommands:
             artefacts(tmp_path / folder, sets)
 
 
-def texts(run: Path) -> str:
-    return " ".join(path.read_text("latin-1") for path in run.glob("*.*"))
+def _dies(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 class TestWhatARunVouchesFor:
@@ -423,7 +425,7 @@ class TestWhatARunVouchesFor:
     def test_what_equals_the_original_goes(self, run: Path) -> None:
         metrics = json.loads((run / "metrics.json").read_text())
         told = metrics["cases"][0]["runs"][0]["forget"]
-        told["newton"]["norm"], told["noise"] = 0.0, None
+        told["check"].append({"name": "step", "verdict": "wrong"})
         (run / "metrics.json").write_text(json.dumps(metrics))
         tensors = files.load_tensors(run / "original" / "seed-0.safetensors")[0]
         place = run / "ours" / "methods" / "ssd" / "seed-0.safetensors"
@@ -445,6 +447,83 @@ class TestWhatARunVouchesFor:
         assert not list(run.rglob("*.safetensors"))
         assert not indices_in(run)
         assert main(["run", str(run)]) == 2
+
+    def test_nothing_stays_where_the_data_are_others_now(self, run: Path) -> None:
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        config["data"]["max_train"] = 150
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+        purge(run, ["ours"])
+        assert not list(run.rglob("*.safetensors"))
+
+    @pytest.mark.parametrize("text", ['"14"', "0xE  # by hand", "14.0"])
+    def test_lists_written_by_hand_go_whole(self, run: Path, text: str) -> None:
+        content = (run / "config.yaml").read_text()
+        assert "  - 14\n" in content
+        (run / "config.yaml").write_text(content.replace("  - 14\n", f"  - {text}\n"))
+        purge(run, ["ours"])
+        after = yaml.safe_load((run / "config.yaml").read_text())
+        assert after["forget_sets"][0]["indices"] == []
+        assert main(["run", str(run)]) == 2
+
+    def test_a_damaged_model_goes(self, run: Path) -> None:
+        path = run / "ours" / "retrained" / "seed-1000.safetensors"
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 1
+        path.write_bytes(content)
+        assert purge(run, ["ours"]).clean
+        assert self.retrained(run) == {f"seed-{s}.safetensors" for s in range(1001, 1004)}
+
+    @pytest.mark.parametrize(
+        "change",
+        [{"cases": [3]}, {"config": 3}, {"cases": [{"name": "ours", "runs": [3], "forget": 7}]}],
+    )
+    def test_strange_numbers_vouch_for_nothing(self, run: Path, change: dict[str, Any]) -> None:
+        metrics = json.loads((run / "metrics.json").read_text())
+        (run / "metrics.json").write_text(json.dumps(metrics | change))
+        purge(run, ["ours"])
+        assert not list(run.rglob("scrubbed.safetensors"))
+
+    def test_a_copy_of_a_configuration_is_a_recipe(self, run: Path, tmp_path: Path) -> None:
+        project = tmp_path / "project"
+        (project / "data").mkdir(parents=True)
+        shutil.copy(run / "config.yaml", project / "config.yaml")
+        (project / "metrics.json").write_text('{"indices": [14, 159]}')
+        (project / "data" / "sweep.csv").write_text("secret")
+        files.save_tensors(project / "data" / "outputs.safetensors", {"a": torch.zeros(1)}, {})
+        before = {p: p.read_bytes() for p in project.rglob("*") if p.is_file()}
+        done = purge(project)
+        assert {p: p.read_bytes() for p in project.rglob("*") if p.is_file()} == before
+        assert {a.path.name for a in (*done.left, *done.unknown)} == {p.name for p in before}
+
+    def test_what_somebody_asked_for_is_gone_by_default(self, tmp_path: Path) -> None:
+        asked: Any = [
+            {"name": "ours", "kind": "indices", "indices": LISTED, "who": "ticket 1"},
+            {"name": "class 3", "kind": "class", "label": 3},
+        ]
+        path = recipe(tmp_path, forget_sets=asked, seeds=[0], retrained=2)
+        assert main(["run", str(path)]) == 0
+        run = tmp_path / "runs" / "small"
+        Ledger(run).serve("r-1", although="for the test")
+        assert purge(run).clean
+        assert (run / "ours" / "seed-0" / "scrubbed.safetensors").exists()
+        assert not list((run / "class-3").rglob("*.safetensors"))
+
+    def test_a_pending_request_is_carried_out_first(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: Any = [{"name": "ours", "kind": "indices", "indices": LISTED, "who": "ticket 1"}]
+        path = recipe(tmp_path, forget_sets=asked, seeds=[0], retrained=2)
+        with monkeypatch.context() as patch:
+            patch.setattr(importlib.import_module("fisher_forget.experiments.run"), "_scrub", _dies)
+            assert main(["run", str(path)]) == 130
+        run = tmp_path / "runs" / "small"
+        done = purge(run)
+        assert not done.clean
+        assert not done.removed
+        assert not done.rewritten
+        assert all("r-1 is pending" in a.fix for a in done.left)
+        assert main(["run", str(path)]) == 0
+        assert purge(run).clean
 
     def test_its_notes_tell_nobody(self, run: Path) -> None:
         """A hash of a short list is guessed; so is the seed's salt gone."""
@@ -625,6 +704,47 @@ class TestBesideALedger:
         assert {path.name for path in done.removed} == set(old)
         assert [a.path.name for a in done.unknown] == ["old-model.safetensors"]
 
+    def test_a_name_is_of_runs_only(self, run: Path, tmp_path: Path) -> None:
+        data = blobs_data(60)
+        place = tmp_path / "prepared"
+        prepared = prepare(linear(data), data, folder=place, **QUIET)
+        old = {path.name: path.read_bytes() for path in place.glob("*.safetensors")}
+        prepared.rebase(prepared.forget([11], progress=False), progress=False)
+        for name, content in old.items():
+            (place / name).write_bytes(content)
+        done = purge(tmp_path, ["ours"], salt=True)
+        assert all((place / name).exists() for name in old)
+        assert (place / "ledger.salt").exists()
+        assert not (run / "ledger.salt").exists()
+        assert {a.path.name for a in done.unknown} >= set(old)
+
+    def test_beside_a_rebase_it_waits_or_refuses(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(importlib.import_module("fisher_forget.purge.removal"), "WAIT", 0.1)
+        data = blobs_data(60)
+        prepare(linear(data), data, folder=tmp_path, **QUIET)
+        found: list[str] = []
+
+        def tries() -> None:
+            try:
+                purge(tmp_path)
+            except StorageError as error:
+                found.append(str(error))
+
+        with Ledger(tmp_path).owned():
+            other = threading.Thread(target=tries)
+            other.start()
+            other.join()
+        assert len(found) == 1
+        assert "owned by" in found[0]
+
+    def test_several_at_once(self, run: Path) -> None:
+        with ThreadPoolExecutor(3) as pool:
+            done = list(pool.map(lambda _: purge(run), range(3)))
+        assert sum(bool(d.removed) for d in done) == 1
+        assert not list(run.rglob("*.safetensors"))
+
     def test_a_salt_that_is_needed_stays(self, tmp_path: Path) -> None:
         data = blobs_data(60)
         prepared = prepare(linear(data), data, folder=tmp_path, **QUIET)
@@ -633,8 +753,8 @@ class TestBesideALedger:
         again = prepare(linear(data), data, folder=tmp_path, **QUIET)
         assert again.requests == [[11]]
         again.rebase(again.redeliver(), progress=False)
-        purge(tmp_path, salt=True)
-        assert not (tmp_path / "ledger.salt").exists()
+        assert purge(tmp_path, salt=True).clean
+        assert (tmp_path / "ledger.salt").exists()
 
     def test_an_ensemble_with_a_ledger(self, tmp_path: Path) -> None:
         shutil.copytree(_members(tmp_path), tmp_path / "e" / "retrained")

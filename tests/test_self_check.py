@@ -229,6 +229,25 @@ class TestVerdicts:
         worse = answers([3.0] * 30), answers([1.0, 2.0] * 30)
         assert compared(*worse).p_value <= LEVEL  # type: ignore[union-attr]
 
+    def test_where_there_was_nothing_to_see_it_cannot_tell(
+        self, blobs: TensorDataset, trained: nn.Module
+    ) -> None:
+        """A model that remembers nobody is not told from one that forgot."""
+        held_out = resolve_split(blobs_data(720, seed=3), range(360))
+        check = check_of(trained, weights(trained), blobs, range(20), held_out=held_out)
+        found = named(check, "unseen samples")
+        assert found.verdict == "unknown"
+        assert "neither were they by the given model" in found.says
+
+    @pytest.mark.parametrize("damping", [1e9, 1e14])
+    def test_a_step_that_rounds_away_is_none(
+        self, blobs: TensorDataset, trained: nn.Module, damping: float
+    ) -> None:
+        options: dict[str, Any] = {"noise": None, "damping": damping, "steps": 1}
+        with pytest.warns(FisherForgetWarning, match="No step was taken"):
+            result = forget(trained, blobs, [1, 2], weight_decay=0.01, progress=False, **options)
+        assert named(result.check, "step").verdict == "wrong"
+
     def test_outliers_are_not_judged(self, crowded: TensorDataset) -> None:
         """Wrong labels: held-out samples do not say what to expect of them."""
         x, y = crowded.tensors

@@ -205,23 +205,34 @@ class Ledger:
         return self._append(event, request, own)
 
     def ask(
-        self, samples: Iterable[object], *, who: str = "", due: datetime | None = None
+        self,
+        samples: Iterable[object],
+        *,
+        who: str = "",
+        received: datetime | None = None,
+        due: datetime | None = None,
     ) -> Request:
         """Record that somebody asks for samples to be forgotten.
 
         Args:
             samples: Their ids, numbers or words; only salted hashes are kept.
             who: Opaque reference of who asked, such as the number of a ticket: no name.
-            due: Until when; by default within one month of now (GDPR, Art. 12(3)). Without a time
-                zone it is this machine's local time. One that is over is recorded all the same,
-                with a warning: it is overdue, and a request must not be lost for that.
+            received: When the request came in; by default now. Without a time zone this and `due`
+                are this machine's local time.
+            due: Until when it must be served; by default one month after it came in (GDPR, Art.
+                12(3)). One that is over is recorded all the same, with a warning: a request must
+                not be lost for being late.
 
         Raises:
-            ConfigError: If there is no sample, or `due` is no time.
+            ConfigError: If there is no sample, or a time is none, or yet to come.
             StorageError: If it cannot be recorded.
         """
         now = datetime.now(UTC)
-        limit = a_month_after(now) if due is None else in_utc(due)
+        came = now if received is None else in_utc(received)
+        if came > now:
+            got = f"received={received!r}, which is yet to come"
+            raise ConfigError(got, "the time at which the request came in", "Correct it.")
+        limit = a_month_after(came) if due is None else in_utc(due)
         if isinstance(samples, (str, bytes)) or not isinstance(samples, Iterable):
             got, fix = f"samples of type {type(samples).__name__}", "Put it in a list."
             raise ConfigError(got, "a list of ids", fix)
@@ -232,6 +243,8 @@ class Ledger:
                 raise ConfigError(got, "the ids of those to be forgotten", fix)
             name = f"r-{1 + sum(e.event == 'asked' for e in self.entries)}"
             details = {"who": text_of(who), "samples": hashes, "due": limit.isoformat()}
+            if received is not None:
+                details["received"] = came.isoformat()
             self._record("asked", name, details)
             request = self.requests[name]
         if limit < now:
@@ -283,13 +296,18 @@ class Ledger:
 
     @contextmanager
     def request(
-        self, samples: Iterable[object], *, who: str = "", due: datetime | None = None
+        self,
+        samples: Iterable[object],
+        *,
+        who: str = "",
+        received: datetime | None = None,
+        due: datetime | None = None,
     ) -> Iterator[dict[str, Any]]:
         """A request that is carried out within this context: asked, under way, and done at its end
         with what was put into the dict. After an exception or a kill it is pending, and due. See
         `ask`."""
         with self.owned():
-            name = self.ask(samples, who=who, due=due).name
+            name = self.ask(samples, who=who, received=received, due=due).name
             self.begin(name)
             evidence: dict[str, Any] = {}
             try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,10 @@ class RequestLog:
                 old.unlink()
                 files.sync_folder(place)
 
-    def rebase(self, mark: str) -> None:
-        """From now on the content is that of the next generation, which is there."""
-        self.ledger.record("rebased", mark=mark)
+    def rebase(self, mark: str, model: str) -> None:
+        """From now on the content is that of the next generation, which is there, and its start the
+        model of this fingerprint."""
+        self.ledger.record("rebased", mark=mark, model=model)
 
     def remove_earlier(self, names: Iterable[str], later: str) -> None:
         """Remove files of other generations: of those before, and of one that a kill kept from
@@ -161,20 +163,39 @@ class RequestLog:
             raise StorageError(got, f"samples 0 to {self.samples - 1}", "Give the same data set.")
         return [sorted(self._index[h] for h in r.samples) for r in kept]
 
-    def ask(self, samples: Sequence[int], who: str = "") -> str:
+    def ask(self, samples: Sequence[int], who: str = "", received: datetime | None = None) -> str:
         """Record a request, and that it is under way; its name."""
-        name = self.ledger.ask(samples, who=who).name
+        name = self.ledger.ask(samples, who=who, received=received).name
         self._index |= zip(self.ledger.hashed(samples), samples, strict=True)
         self.ledger.begin(name)
         return name
 
-    def done(self, **evidence: Any) -> None:
+    def done(self, *, again: bool = False, **evidence: Any) -> None:
         """All requests are done that were asked for and are not, since each result is without all
-        of their samples; those with a check that said no are done again."""
-        for request in self.ledger.requests.values():
-            again = request.state == "done" and request.verdict in WRONG
-            if request.state in OPEN or again:
-                self.ledger.done(request.name, **evidence)
+        of their samples; those with a check that said no are done again.
+
+        Args:
+            again: So are all that are not served yet: this model takes the place of theirs. Where
+                all are served, the model is recorded by itself.
+            **evidence: What shows it.
+        """
+        names = [
+            request.name
+            for request in self.asked()[1]
+            if request.state in OPEN
+            or (request.state == "done" and (again or request.verdict in WRONG))
+        ]
+        for name in names:
+            self.ledger.done(name, **evidence)
+        if again and not names:
+            self.ledger.record("delivered", **evidence)
+
+    @property
+    def model(self) -> str:
+        """Fingerprint of the model that was made last, without all who were asked for; empty before
+        the first."""
+        made = [e.details for e in self.ledger.entries if e.event in ("done", "delivered")]
+        return str(made[-1].get("model_after", "")) if made else ""
 
     def _foreign(self, data: str) -> StorageError:
         folder = self.ledger.folder

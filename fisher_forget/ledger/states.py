@@ -30,7 +30,8 @@ class Request:
             (the new model is there), "served" (it is in use, and who asked was told), or
             "withdrawn".
         evidence: What the entries say of how it was done, since it was done last.
-        times: When it came into each of its states, UTC.
+        times: When it came into each of its states, UTC; and "received", where that was before it
+            was recorded.
     """
 
     name: str
@@ -96,7 +97,9 @@ def _asked(entry: Entry) -> Request:
     if not isinstance(who, str) or not isinstance(samples, list):
         raise _senseless(entry, "of a request, without who asked or for what")
     due, asked = _time(entry, details.pop("due", None)), _time(entry, entry.time)
-    times = {"asked": asked}
+    received = details.pop("received", None)
+    times = {} if received is None else {"received": _time(entry, received)}
+    times["asked"] = asked
     return Request(
         entry.request, who, tuple(map(str, samples)), asked, due, "asked", details, times
     )

@@ -8,7 +8,7 @@ import pickletools
 import re
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,8 +18,7 @@ from fisher_forget.errors import ConfigError, FisherForgetError, StorageError
 from fisher_forget.ledger import Ledger, RequestLog
 from fisher_forget.ledger.ledger import LEDGER, SALT
 from fisher_forget.ledger.requests import OLD
-from fisher_forget.purge.lists import without_lists
-from fisher_forget.purge.runs import LARGEST, PURGED, Run, Runs, read_sets
+from fisher_forget.purge.runs import LARGEST, PURGED, Run, Runs, read_recipe, sets_of
 from fisher_forget.rewind.checkpoints import FORMAT as CHECKPOINT
 from fisher_forget.unlearn import snapshot
 
@@ -78,9 +77,10 @@ def artefacts(folder: str | Path, sets: Collection[str] = ()) -> list[Artefact]:
 
     Args:
         folder: Of a run, of a prepared model, or one above several.
-        sets: Names of the forget sets that are to be gone from runs; by default all. A model that
-            was retrained without one set holds the samples of the others, so with all of a run's
-            several sets all of its models are listed.
+        sets: Names of the forget sets that are to be gone from runs; by default those that somebody
+            asked for (`who`), or all where nobody did. A model that was retrained without one set
+            holds the samples of the others, so with several sets of a run all of its models are
+            listed.
 
     Returns:
         In the order of their paths; empty where nothing is left.
@@ -89,10 +89,11 @@ def artefacts(folder: str | Path, sets: Collection[str] = ()) -> list[Artefact]:
         ConfigError: If the folder is no path, or no run has a forget set of such a name.
         StorageError: If there is no such folder.
     """
-    if isinstance(sets, str) or not isinstance(sets, Collection):
+    listed = isinstance(sets, Collection) and not isinstance(sets, (str, bytes))
+    if not listed or not all(isinstance(name, str) for name in sets):
         raise ConfigError(f"sets={sets!r}", "a list of names", "Put the name in a list.")
     root, runs = checked(folder), Runs(sets)
-    found = [told for path in _walk(root) if (told := _told(path, runs)) is not None]
+    found = [told for path in walk(root) if (told := _meant(path, runs)) is not None]
     runs.check()
     return found
 
@@ -126,7 +127,7 @@ def is_signed(folder: Path) -> bool:
     return bool(entries and entries[0].signature)
 
 
-def _walk(root: Path) -> Iterator[Path]:
+def walk(root: Path) -> Iterator[Path]:
     """All files of a tree, sorted, links, and folders that cannot be read; links to folders are not
     followed."""
     closed: list[OSError] = []
@@ -135,6 +136,23 @@ def _walk(root: Path) -> Iterator[Path]:
         links = [name for name in folders if (Path(place) / name).is_symlink()]
         yield from (Path(place) / name for name in sorted([*names, *links]))
     yield from (Path(str(error.filename)) for error in closed)
+
+
+def _meant(path: Path, runs: Runs) -> Artefact | None:
+    """What a file holds, and what is to be done with it: nothing is removed of a run whose request
+    is pending, nor of other folders where forget sets are named."""
+    told = _told(path, runs)
+    if told is None or told.action not in ("remove", "rewrite", "salt"):
+        return told
+    run = runs.of(path)
+    temporary = files.TEMPORARY.fullmatch(path.name) is not None
+    own = run is not None and (temporary or run.role(path) is not None or path.parent == run.folder)
+    if runs.named and not (own and run is not None and run.gone):
+        return replace(told, action="look", fix=NAME_NONE)
+    if own and run is not None and run.pending:
+        fix = f"{', '.join(run.pending)} is pending: start the run again, or withdraw it."
+        return replace(told, action="left", fix=fix)
+    return told
 
 
 def _told(path: Path, runs: Runs) -> Artefact | None:
@@ -149,17 +167,16 @@ def _told(path: Path, runs: Runs) -> Artefact | None:
         fix = "Give yourself the right to read it."
         return Artefact(path, "a file that cannot be read", "not known", "left", fix)
     run = runs.of(path)
-    meant = bool(run.gone) if run is not None else not runs.named
-    if meant and files.TEMPORARY.fullmatch(path.name) and _ours(path.parent, run):
+    if files.TEMPORARY.fullmatch(path.name) and _ours(path.parent, run):
         return Artefact(path, "what a killed write left behind", "any of it", "remove")
     if path.suffix == ".safetensors":
         return _weights(path, run, runs)
-    if LEDGERS.fullmatch(path.name) or (path.name == SALT and (path.parent / LEDGER).is_file()):
-        return _ledger(path)
+    salt = path.name == SALT and ((path.parent / LEDGER).is_file() or _root(run) == path.parent)
+    if LEDGERS.fullmatch(path.name) or salt:
+        return _ledger(path, run)
     role = None if run is None else run.role(path)
     if run is not None and role in ("text", "plain"):
-        content = path.read_bytes()
-        if role == "text" and run.gone and without_lists(content, run.indices) != content:
+        if role == "text" and run.gone and run.rewritten(path) != path.read_bytes():
             return Artefact(path, "a text with indices", "who was forgotten", "rewrite")
         return None
     return _foreign(path)
@@ -169,7 +186,8 @@ def _ours(folder: Path, run: Run | None) -> bool:
     """Whether this package writes files there."""
     if (folder / LEDGER).is_file():
         return True
-    if run is not None and any(run.role(folder / name) for name in ("seed-0.safetensors", OUTPUTS)):
+    names = ("seed-0.safetensors", "scrubbed.safetensors", OUTPUTS)
+    if run is not None and any(run.role(folder / name) for name in names):
         return True
     if run is not None and folder == run.folder:
         return True
@@ -196,8 +214,6 @@ def _weights(path: Path, run: Run | None, runs: Runs) -> Artefact | None:
     if told is None:
         fix = "Remove it if it was made from them."
         return Artefact(path, "weights or sums", "not known of whom", "look", fix)
-    if runs.named:  # whose samples are to be gone is told for runs only
-        return Artefact(path, told.what, "not known whether those", "look", NAME_NONE)
     return told
 
 
@@ -239,6 +255,8 @@ def _beside_ledger(path: Path) -> Artefact | Literal["strange"] | None:
         fix = "Restore it from a copy."
         return Artefact(path, f"a file beside a damaged ledger ({error.got})", "?", "left", fix)
     if SISA_NAME.fullmatch(path.name):
+        if "key" not in (files.own_metadata(path) or {}):
+            return "strange"
         if not pending:
             return None
         fix = "Call fit() of the SISA model: it trains these anew."
@@ -254,7 +272,11 @@ def _beside_ledger(path: Path) -> Artefact | Literal["strange"] | None:
     return Artefact(path, "sums of a prepared model", "their part of the sums", "left", fix)
 
 
-def _ledger(path: Path) -> Artefact | None:
+def _root(run: Run | None) -> Path | None:
+    return None if run is None else run.folder
+
+
+def _ledger(path: Path, run: Run | None) -> Artefact | None:
     """The files of a ledger, which names nobody without its salt."""
     if path.name == LEDGER:
         try:
@@ -265,25 +287,19 @@ def _ledger(path: Path) -> Artefact | None:
     if path.name != SALT:
         return None
     holds = "with it, the ledger's hashes tell who was forgotten"
-    if any(_needed(p) for p in path.parent.glob("*.safetensors")):
-        fix = "Keep it as long as the folder takes requests, or elsewhere; then remove the folder."
-        return Artefact(path, "the salt of a ledger that needs it", holds, "salt", fix)
-    return Artefact(path, "the salt of a ledger", holds, "salt")
-
-
-def _needed(path: Path) -> bool:
-    """Whether a file needs the salt beside it: who is not in it must be known at the next start."""
-    if SISA_NAME.fullmatch(path.name):
-        return True
-    told = _beside_ledger(path)
-    return isinstance(told, Artefact) and told.action == "left"
+    if _root(run) == path.parent or any((path.parent / place).is_dir() for place in MEMBERS):
+        return Artefact(path, "the salt of a ledger", holds, "salt")
+    fix = "Remove it yourself when the folder takes no more requests."
+    return Artefact(path, "the salt of a ledger", holds, "salt", fix)
 
 
 def _foreign(path: Path) -> Artefact:
     """A file at a place where the package writes none."""
     if path.name == OLD and _old(path):
         return Artefact(path, "requests of an earlier version", "their indices", "left", OPEN_IT)
-    if path.suffix in (".yaml", ".yml") and any(s["indices"] for s in read_sets(path).values()):
+    if path.suffix in (".yaml", ".yml") and any(
+        s["indices"] for s in sets_of(read_recipe(path)).values()
+    ):
         what, fix = "a recipe with a list of indices", "Take the list out of it, or remove it."
         return Artefact(path, what, "who is forgotten", "left", fix)
     if path.suffix in PICKLES and _is_result(path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,8 +13,16 @@ from fisher_forget._util import files
 from fisher_forget.errors import ConfigError, StorageError
 from fisher_forget.ledger import Ledger
 from fisher_forget.ledger.ledger import LEDGER, SALT
-from fisher_forget.purge.artefacts import MEMBERS, OUTPUTS, Artefact, artefacts, checked, is_signed
-from fisher_forget.purge.lists import without_lists
+from fisher_forget.ledger.owner import LOCK
+from fisher_forget.purge.artefacts import (
+    MEMBERS,
+    OUTPUTS,
+    Artefact,
+    artefacts,
+    checked,
+    is_signed,
+    walk,
+)
 from fisher_forget.purge.runs import CONFIG, PURGED, Run, Runs
 
 if TYPE_CHECKING:
@@ -70,9 +79,9 @@ def purge(
     Args:
         folder: As for `artefacts`.
         sets: As for `artefacts`.
-        salt: Remove the ledgers' salts, too, which lie in the folder: nobody can tell then from the
-            ledger who was forgotten. A prepared model with requests since its last rebase, and
-            SISA, need theirs.
+        salt: Remove the salts of runs and ensembles, too: nobody can tell then from their ledgers
+            who was forgotten. Prepared models and SISA need theirs; remove those yourself, when
+            they take no more requests.
         key: Signs the entries of the ledgers that were begun with a key.
         ledger: Records all of it as well: the one that has the request.
 
@@ -81,8 +90,56 @@ def purge(
         StorageError: As for `artefacts`; if a ledger is damaged, or somebody is at work in its
             folder; or if a file cannot be removed.
     """
-    root, runs = checked(folder), Runs(sets)
-    found = artefacts(root, sets)
+    if not (ledger is None or isinstance(ledger, Ledger)):
+        raise ConfigError(f"ledger={ledger!r}", "a Ledger, or none", "Pass Ledger(folder).")
+    root = checked(folder)
+    with ExitStack() as stack:
+        for home in _homes(root):
+            stack.enter_context(Ledger(home, wait=WAIT).owned())
+        return _purge(root, Runs(sets), salt=salt, key=key, ledger=ledger)
+
+
+def _homes(root: Path) -> list[Path]:
+    """Folders of runs, and those with a ledger, in a tree; and the run that the tree is within."""
+    runs, homes = Runs(()), set[Path]()
+    if (run := runs.of(root / CONFIG)) is not None:
+        homes.add(run.folder)
+    for path in walk(root):
+        if path.name == CONFIG and (run := runs.of(path)) is not None:
+            homes.add(run.folder)
+        elif path.name in (LEDGER, LOCK):
+            homes.add(path.parent)
+    return sorted(home for home in homes if _readable(home))
+
+
+def _readable(home: Path) -> bool:
+    """Whether its ledger can be read; `artefacts` names it if not."""
+    try:
+        _check_own(home)
+        Ledger(home)
+    except StorageError:
+        return False
+    return True
+
+
+def _check_own(home: Path) -> None:
+    """Refuse a ledger that leads out of its folder."""
+    for path in home.glob("ledger.*"):
+        if path.is_symlink() or not path.is_file():
+            got, fix = f"{path}, which is a link or no file", "Put the file itself there."
+            raise StorageError(got, "a ledger's own file", fix)
+
+
+def _purge(
+    root: Path,
+    runs: Runs,
+    *,
+    salt: bool,
+    key: str | Path | Ed25519PrivateKey | None,
+    ledger: Ledger | None,
+) -> Purged:
+    """What `purge` does, in folders that nobody else works in."""
+    found = artefacts(root, runs.named)
     every = [a for a in found if a.action in ("remove", "rewrite") or (salt and _free(a))]
     work: dict[Path | None, list[Artefact]] = defaultdict(list)
     for artefact in every:
@@ -127,10 +184,7 @@ class _Record:
             ConfigError: If it was begun with a key, and none is given.
             StorageError: If it is damaged, or leads out of the folder.
         """
-        for path in home.glob("ledger.*"):
-            if path.is_symlink():
-                fix = "Put the file itself there."
-                raise StorageError(f"{path}, which is a link", "a ledger's own file", fix)
+        _check_own(home)
         signed = is_signed(home)
         if signed and key is None:
             fix = "Pass key=, or --key, with the private key that it was begun with."
@@ -188,7 +242,7 @@ def _rewrite(path: Path, run: Run) -> None:
         notes.pop("fingerprint", None)
         files.save_tensors(path, tensors, notes | {PURGED: "True"})
         return
-    mode, content = path.stat().st_mode, without_lists(path.read_bytes(), run.indices)
+    mode, content = path.stat().st_mode, run.rewritten(path)
 
     def write(file: Path) -> None:
         file.write_bytes(content)
@@ -208,10 +262,14 @@ def _unlink(path: Path) -> None:
 
 def _linked(artefact: Artefact) -> Artefact | None:
     """What is left of a file that has other names."""
-    others = artefact.path.stat().st_nlink - 1
+    try:
+        about = artefact.path.stat()
+    except OSError:  # somebody was quicker
+        return None
+    others = about.st_nlink - 1
     if artefact.action != "remove" or others < 1:
         return None
-    fix = f"Find them: find / -xdev -inum {artefact.path.stat().st_ino}"
+    fix = f"Find them: find / -xdev -inum {about.st_ino}"
     what = f"a file with {others} other names (hard links)"
     return Artefact(artefact.path, what, artefact.holds, "left", fix)
 

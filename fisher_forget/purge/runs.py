@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -12,11 +12,17 @@ from typing import Any, Literal
 import yaml
 
 from fisher_forget._util import files
-from fisher_forget.errors import ConfigError, StorageError
+from fisher_forget.errors import ConfigError, FisherForgetError, StorageError
 from fisher_forget.experiments.config import folder_name
+from fisher_forget.ledger import Ledger
+from fisher_forget.ledger.evidence import OTHERS
+from fisher_forget.ledger.ledger import LEDGER
+from fisher_forget.purge.lists import recipe_without, without_lists
 
 Role = Literal["original", "subset", "retrained", "scrubbed", "method", "outputs", "text", "plain"]
 CONFIG, LARGEST = "config.yaml", 2**24  # bytes of a text that is read as a recipe
+HUGE = 2**28  # bytes of the numbers of a run
+SAME = ("data", "model", "training", "likelihood")  # what models depend on, beside the set
 PURGED = "purged"  # note of a model that was vouched for
 WRITTEN_OUT = {"name", "kind", "label", "count", "indices", "seed"}  # by every run, not by people
 SEED = r"seed-\d+\.safetensors"
@@ -42,18 +48,57 @@ class Run:
 
     Attributes:
         folder: With its config.yaml.
-        sets: The forget sets of config.yaml, by name.
+        config: Content of that.
+        sets: Its forget sets, by name.
         gone: Names of those that are to be gone; none where others were asked for.
     """
 
     folder: Path
+    config: dict[str, Any]
     sets: dict[str, dict[str, Any]]
     gone: frozenset[str]
 
+    @property
+    def is_own(self) -> bool:
+        """Whether it lies in the folder that it names, or is what a finished run left: a copy of a
+        configuration elsewhere is a recipe."""
+        name = str(self.config.get("name"))
+        if folder_name(name, keep=" _.", distinct=True) == self.folder.name:
+            return True
+        finished = self._finished or self._compared
+        return isinstance(finished, dict) and finished.get("name") == name
+
     def role(self, path: Path) -> Role | None:
         """What a file is in the run, by its place; `None` if it is no file of a run."""
-        place = path.relative_to(self.folder).as_posix()
-        return next((r for r, pattern in PATTERNS.items() if pattern.fullmatch(place)), None)
+        place = path.relative_to(self.folder)
+        role = next((r for r, p in PATTERNS.items() if p.fullmatch(place.as_posix())), None)
+        if len(place.parts) > 1 and place.parts[0] not in ("original", "subsets"):
+            return role if self._is_set(place.parts[0]) else None
+        return role
+
+    def _is_set(self, name: str) -> bool:
+        """Whether a folder is that of a forget set, which config.yaml may name no more."""
+        known = {folder_name(s) for s in (*self.sets, *self._finished_sets)}
+        inside = ("retrained", "original")
+        return name in known or any((self.folder / name / part).is_dir() for part in inside)
+
+    @cached_property
+    def pending(self) -> list[str]:
+        """Names of its requests that are asked for and not done."""
+        if not (self.folder / LEDGER).is_file():
+            return []
+        try:
+            return [request.name for request in Ledger(self.folder).pending()]
+        except FisherForgetError:
+            return []
+
+    def rewritten(self, path: Path) -> bytes:
+        """A text of the run without the indices that are to be gone."""
+        if path == self.folder / CONFIG:
+            named = {i for s in self.sets.values() for i in s["indices"]}
+            found = bool(named & self.indices)
+            return recipe_without(self.config, self.indices) if found else path.read_bytes()
+        return without_lists(path.read_bytes(), self.indices)
 
     @cached_property
     def indices(self) -> frozenset[int]:
@@ -63,35 +108,53 @@ class Run:
 
     def vouches(self, path: Path, notes: Mapping[str, str]) -> bool:
         """Whether the run, when it finished, made this model without all that is to be gone: of
-        that one forget set, as config.yaml still has it, and of nothing else."""
-        slug = path.relative_to(self.folder).parts[0]
-        if {folder_name(name) for name in self.gone} != {slug}:
+        that one forget set, of data and settings that config.yaml still has, and of nothing else;
+        and of a scrubbed one, that its self-check does not say that they are known still."""
+        try:
+            return self._vouches(path, notes)
+        except (AttributeError, LookupError, TypeError, ValueError):  # of a damaged metrics.json
             return False
+
+    def _vouches(self, path: Path, notes: Mapping[str, str]) -> bool:
         (name,) = self.gone
+        if path.relative_to(self.folder).parts[0] != folder_name(name):
+            return False
+        weights = _fingerprint(path)
         if PURGED in notes:  # vouched for, when its fingerprint was taken out
-            return True
-        case = self._cases.get(name, {})
-        if self._finished_sets.get(name) != self.sets[name] or not case:
+            return bool(weights)
+        case, then = self._cases[name], self._finished["config"]
+        alike = all(then[key] == self.config[key] for key in SAME)
+        if not (alike and weights and self._finished_sets[name] == self.sets[name]):
             return False
         if self.role(path) == "retrained":
-            return "fingerprint" in notes and notes["fingerprint"] == case.get("fingerprint")
+            return bool(notes["fingerprint"] == case["fingerprint"])
         place = path.parent.relative_to(self.folder).as_posix()
-        every: list[dict[str, Any]] = case.get("runs", [])
-        told = next((r for r in every if r.get("folder") == place), {})
-        return "weights" in told and told["weights"] == _fingerprint(path) and _moved(told)
+        (told,) = (run for run in case["runs"] if run["folder"] == place)
+        said = [f for f in told["forget"]["check"] if f["name"] != OTHERS]
+        return bool(told["weights"] == weights and all(f["verdict"] != "wrong" for f in said))
 
     @cached_property
     def _finished(self) -> Any:
+        path = self.folder / "metrics.json"
         try:
-            return files.read_json(self.folder / "metrics.json")
-        except StorageError:
+            ours = path.is_file() and not path.is_symlink() and path.stat().st_size < HUGE
+            return files.read_json(path) if ours else {}
+        except (StorageError, OSError, RecursionError):
+            return {}
+
+    @property
+    def _compared(self) -> Any:
+        path = self.folder / "comparison.json"
+        try:
+            return files.read_json(path) if path.is_file() and not path.is_symlink() else {}
+        except (StorageError, OSError, RecursionError):
             return {}
 
     @property
     def _finished_sets(self) -> dict[str, dict[str, Any]]:
         try:
             return _by_name(self._finished["config"]["forget_sets"])
-        except (LookupError, TypeError, ValueError, OverflowError):
+        except (AttributeError, LookupError, TypeError, ValueError, OverflowError):
             return {}
 
     @property
@@ -119,11 +182,20 @@ class Runs:
 
     def _in(self, folder: Path) -> Run | None:
         if folder not in self._known:
-            sets = read_sets(folder / CONFIG)
-            written = bool(sets) and all(s.keys() >= WRITTEN_OUT for s in sets.values())
-            gone = frozenset(sets) & self.named if self.named else frozenset(sets)
-            self._known[folder] = Run(folder, sets, gone) if written else None
+            self._known[folder] = self._read(folder)
         return self._known[folder]
+
+    def _read(self, folder: Path) -> Run | None:
+        content = read_recipe(folder / CONFIG)
+        sets = sets_of(content)
+        if not sets or not all(s.keys() >= WRITTEN_OUT for s in sets.values()):
+            return None
+        run = Run(folder, content, sets, frozenset())
+        if not run.is_own:
+            return None
+        asked = frozenset(name for name, s in sets.items() if s.get("who"))
+        gone = frozenset(sets) & self.named if self.named else asked or frozenset(sets)
+        return replace(run, gone=gone)
 
     def check(self) -> None:
         """Refuse names that no run has.
@@ -138,17 +210,23 @@ class Runs:
             raise ConfigError(f"the forget sets {strange}", expected, "See the run's config.yaml.")
 
 
-def read_sets(path: Path) -> dict[str, dict[str, Any]]:
-    """The forget sets of a recipe by name, each with its list of indices; none of another file."""
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The content of a recipe; empty of another file."""
     try:
         if not path.is_file() or path.stat().st_size > LARGEST:
             return {}
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
         content: Any = yaml.load(path.read_bytes(), loader)
-        return _by_name(content["forget_sets"])
-    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
-    except yaml.YAMLError:
+    return content if isinstance(content, dict) else {}
+
+
+def sets_of(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The forget sets of a recipe by name, each with its list of indices; none of another file."""
+    try:
+        return _by_name(content["forget_sets"])
+    except (AttributeError, LookupError, TypeError, ValueError, OverflowError):
         return {}
 
 
@@ -163,10 +241,3 @@ def _fingerprint(path: Path) -> str:
         return files.fingerprint(files.load_tensors(path)[0])
     except StorageError:
         return ""
-
-
-def _moved(told: Mapping[str, Any]) -> bool:
-    """Whether it is another model than the original: a step was taken, or noise added."""
-    forget = told.get("forget", {})
-    noise = forget.get("noise") or {}
-    return bool(forget.get("newton", {}).get("norm") or noise.get("scale"))

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Unpack, cast
@@ -51,6 +52,15 @@ from fisher_forget.unlearn.problem import Problem, curvature_of, objective_of, w
 from fisher_forget.unlearn.result import ForgetResult
 from fisher_forget.unlearn.snapshot import Snapshot
 from fisher_forget.unlearn.weight_decay import by_name
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request: for which samples, by whom, and when it came in."""
+
+    samples: Indices
+    who: str
+    received: datetime | None
 
 
 @dataclass(repr=False)
@@ -108,6 +118,7 @@ class Prepared:
         forget_idx: Sequence[int] | Indices | Tensor | range,
         *,
         who: str = "",
+        received: datetime | None = None,
         generator: torch.Generator | None = None,
         held_out: DataLoader[Any] | Dataset[Any] | Split | None = None,
         progress: bool = False,
@@ -123,6 +134,7 @@ class Prepared:
         Args:
             forget_idx: Distinct indices into the training data set.
             who: Opaque reference of who asked, for the ledger.
+            received: When the request came in, by default now; it is due a month later.
             generator: As for `forget`: without one, every request has a noise of its own.
             held_out: As for `forget`, read as the training data are.
             progress: Show progress bars.
@@ -136,8 +148,8 @@ class Prepared:
         """
         with self._alone():
             named, inside = self._inside(forget_idx, who)
-            split = self.split.forgetting(inside)
-            return self._carry_out(split, named, who, generator, held_out, progress, changes)
+            split, asked = self.split.forgetting(inside), _Asked(named, who, received)
+            return self._carry_out(split, asked, generator, held_out, progress, changes)
 
     def redeliver(
         self,
@@ -148,7 +160,8 @@ class Prepared:
         **changes: Unpack[ForgetKeywords],
     ) -> ForgetResult:
         """The result without all samples that were asked for so far: after a kill, or where a
-        result was lost. Pending requests are done then. See `forget`.
+        result was lost. All requests that are not served are done then, by this model. See
+        `forget`.
 
         The noise is drawn anew: of two results with the same samples publish one only, since the
         mean of both has less of it.
@@ -160,9 +173,9 @@ class Prepared:
             if not len(self.split.forget):
                 got, fix = "no request so far", "Call forget() first."
                 raise SplitError(got, "requests to be delivered again", fix)
-            return self._carry_out(self.split, None, "", generator, held_out, progress, changes)
+            return self._carry_out(self.split, None, generator, held_out, progress, changes)
 
-    def rebase(self, result: ForgetResult, *, progress: bool = True) -> Prepared:
+    def rebase(self, result: ForgetResult | nn.Module, *, progress: bool = True) -> Prepared:
         """Make the model of a result the new start, whose sums hold nothing of who was forgotten.
 
         Curvature and sums are made anew from the retained samples: a pass over them, as by
@@ -175,7 +188,8 @@ class Prepared:
         start from is an estimate, with noise (docs/how-to/deletion-requests.md).
 
         Args:
-            result: The last one, without all samples that were forgotten so far.
+            result: The last one, without all samples that were forgotten so far; or, after a
+                restart, its model, which the ledger knows.
             progress: Show progress bars.
 
         Returns:
@@ -186,12 +200,9 @@ class Prepared:
             StorageError: If the folder cannot be written.
         """
         with self._alone(), isolated():
-            last = self._last == model_fingerprint(result.model)
-            if not last or not np.array_equal(result.split.forget, self.split.forget):
-                got = f"a result without {len(result.split.forget)} samples"
-                expected = f"the last one, without all {len(self.split.forget)} forgotten so far"
-                raise ConfigError(got, expected, "Pass what forget() or redeliver() returned last.")
-            model, options = result.model, self.options
+            model = result if isinstance(result, nn.Module) else result.model
+            self._check_last(model, result)
+            options = self.options
             split = replace(self.split, forget=self.split.forget[:0])
             likelihood = self.objective.likelihood
             objective = Objective(model, likelihood, options.subset, memory=options.memory)
@@ -202,6 +213,19 @@ class Prepared:
             rows = _rows(split, self.log)
             own = (model, split, made, options, objective, rows, self.limits, self.log)
             return Prepared(*own, [], self.erased + len(self.split.forget))
+
+    def _check_last(self, model: nn.Module, result: ForgetResult | nn.Module) -> None:
+        """Refuse what is not the last result, or its model, without all that was asked for."""
+        last = self._last or ("" if self.log is None else self.log.model)
+        given = None if isinstance(result, nn.Module) else result.split.forget
+        all_of_them = given is None or np.array_equal(given, self.split.forget)
+        if last != model_fingerprint(model) or not all_of_them or self.pending:
+            got = "a model" if given is None else f"a result without {len(given)} samples"
+            if self.pending:
+                got = f"{got}, while {self.pending} are pending"
+            expected = f"the last one, without all {len(self.split.forget)} forgotten so far"
+            fix = "Pass what forget() or redeliver() returned last, or its model."
+            raise ConfigError(got, expected, fix)
 
     @property
     def pending(self) -> list[str]:
@@ -229,8 +253,7 @@ class Prepared:
     def _carry_out(
         self,
         split: Split,
-        named: Indices | None,
-        who: str,
+        asked: _Asked | None,
         generator: torch.Generator | None,
         held_out: DataLoader[Any] | Dataset[Any] | Split | None,
         progress: bool,
@@ -247,8 +270,9 @@ class Prepared:
             self.objective.memory = options.memory
             check_scored(split, self.objective.likelihood)
             unseen = held_out_split(held_out, split.reader.unpack)
-            asks = [] if named is None else named.tolist()
-            name = self.log.ask(asks, who) if self.log is not None and asks else ""
+            name = ""
+            if self.log is not None and asked is not None:
+                name = self.log.ask(asked.samples.tolist(), asked.who, asked.received)
             try:
                 gone = self.erased + len(split.forget)
                 self.limits.check(gone, gone + len(split.retain), stacklevel=4)
@@ -279,10 +303,10 @@ class Prepared:
                     self.log.ledger.fail(name, f"{type(error).__name__}: {error}"[:500])
                 raise
         if self.log is not None:
-            self.log.done(**result.evidence(self.model))
+            self.log.done(again=asked is None, **result.evidence(self.model))
         self.split, self._last = split, model_fingerprint(result.model)
-        if asks:
-            self.requests = [*self.requests, asks]
+        if asked is not None:
+            self.requests = [*self.requests, asked.samples.tolist()]
         result.check.warn(stacklevel=3)
         return result
 

@@ -13,7 +13,7 @@ from fisher_forget._util import files
 from fisher_forget.curvature.operator import Curvature
 from fisher_forget.curvature.storage import load_curvature, save_curvature
 from fisher_forget.data.split import Indices, Split
-from fisher_forget.ledger import RequestLog
+from fisher_forget.ledger import RequestLog, model_fingerprint
 from fisher_forget.unlearn.data_sums import DataSums, load_data_sums, save_data_sums, take_data_sums
 from fisher_forget.unlearn.objective import Objective
 from fisher_forget.unlearn.options import ForgetOptions
@@ -112,7 +112,7 @@ def save(
         save_curvature(log.path(CURVATURE, number), made.curvature, model, split)
     save_data_sums(log.path(DATA_SUMS, number), made.sums, own, split)
     files.save_model(log.path(MODEL, number), model, {})
-    log.rebase(own)
+    log.rebase(own, model_fingerprint(model))
     log.remove_earlier(NAMES, MODEL)
 
 
