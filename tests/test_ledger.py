@@ -522,7 +522,9 @@ class TestVerdict:
             ({}, "not shown"),
             ({"exact": True}, "forgotten"),
             ({"exact": "yes"}, "not shown"),
-            ({"self_check": [finding("fine")]}, "forgotten"),
+            ({"self_check": [finding("fine")]}, "no trace found"),
+            ({"model_before": "a", "model_after": "a"}, "NOT forgotten"),
+            ({"model_before": "a", "model_after": "b"}, "not shown"),
             ({"self_check": [finding("fine"), finding("unknown")]}, "not shown"),
             ({"self_check": [finding("fine", "retained samples")]}, "not shown"),
             (
@@ -571,7 +573,7 @@ class TestVerdict:
             log.ask([3])
             log.done(self_check=[finding(check)])
         verdicts = [r.verdict for r in log.ledger.requests.values()]
-        assert verdicts == ["forgotten", "forgotten", "not shown"]
+        assert verdicts == ["no trace found", "no trace found", "not shown"]
         log.ledger.serve("r-1")
 
 

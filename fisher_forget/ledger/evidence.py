@@ -10,7 +10,7 @@ from torch import nn
 
 from fisher_forget._util import files
 
-Verdict = Literal["forgotten", "not shown", "NOT forgotten", "others harmed"]
+Verdict = Literal["forgotten", "no trace found", "not shown", "NOT forgotten", "others harmed"]
 WRONG: tuple[Verdict, ...] = ("NOT forgotten", "others harmed")
 OTHERS = "retained samples"  # the finding of a self-check that is not of the forgotten ones
 
@@ -54,8 +54,9 @@ def evidence(
 def verdict(told: Mapping[str, Any]) -> Verdict:
     """What evidence says of whether samples are forgotten.
 
-    "forgotten": the model never saw them, or no finding of its self-check speaks against it. "NOT
-    forgotten": one does. "others harmed": none does, but the retained samples suffered. "not
+    "forgotten": the method is exact, so that the model never saw them. "no trace found": by the
+    findings of its self-check, which is an estimate. "NOT forgotten": one of them says so, or the
+    model is the one of before. "others harmed": none does, but the retained samples suffered. "not
     shown": nobody looked, or nobody can tell.
     """
     if told.get("exact") is True:
@@ -63,8 +64,9 @@ def verdict(told: Mapping[str, Any]) -> Verdict:
     listed = told.get("self_check")
     findings = [f for f in listed if isinstance(f, Mapping)] if isinstance(listed, list) else []
     own = {str(f.get("verdict")) for f in findings if f.get("name") != OTHERS}
-    if "wrong" in own:
+    before, after = told.get("model_before"), told.get("model_after")
+    if "wrong" in own or (after is not None and before == after):
         return "NOT forgotten"
     if any(f.get("verdict") == "wrong" for f in findings):
         return "others harmed"
-    return "forgotten" if own == {"fine"} else "not shown"
+    return "no trace found" if own == {"fine"} else "not shown"

@@ -26,9 +26,11 @@ STATES = {
     "withdrawn": "not carried out",
 }
 CHECKS = {
-    "forgotten": "the model never saw the samples, or answers to them as to samples it never saw",
+    "forgotten": "the method is exact: the model never saw the samples",
+    "no trace found": "the model answers to the samples as to ones it never saw, which the model "
+    "before did not: an estimate, no proof",
     "not shown": "nobody looked, or there was nothing to compare with: it may be forgotten or not",
-    "NOT forgotten": "the model still tells the samples from ones it never saw",
+    "NOT forgotten": "the model still tells the samples from ones it never saw, or is the one of before",
     "others harmed": "the samples that stay are answered worse than before",
 }
 NOTICES = {
