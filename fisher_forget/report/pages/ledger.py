@@ -30,7 +30,8 @@ CHECKS = {
     "no trace found": "the model answers to the samples as to ones it never saw, which the model "
     "before did not: an estimate, no proof",
     "not shown": "nobody looked, or there was nothing to compare with: it may be forgotten or not",
-    "NOT forgotten": "the model still tells the samples from ones it never saw, or is the one of before",
+    "NOT forgotten": "the model still tells the samples from ones it never saw, or is the one of "
+    "before",
     "others harmed": "the samples that stay are answered worse than before",
 }
 NOTICES = {
