@@ -5,8 +5,9 @@ result = forget(model, retain_loader, forget_idx)
 result.model, print(result)
 """
 
+from typing import TYPE_CHECKING, Any
+
 from fisher_forget._util import moved
-from fisher_forget._util.moved import renamed as __getattr__  # noqa: F401 - Python calls it
 from fisher_forget.baselines import METHODS, SISA, Unlearned, Unlearner
 from fisher_forget.curvature import Curvature, estimate_curvature
 from fisher_forget.data.samples import read_samples
@@ -32,8 +33,6 @@ from fisher_forget.experiments.training import TrainSettings, train
 from fisher_forget.ledger import Ledger
 from fisher_forget.likelihood import Bernoulli, Categorical, Gaussian, Likelihood
 from fisher_forget.purge import artefacts, purge
-from fisher_forget.report import plots
-from fisher_forget.report.plots import plot_tradeoff
 from fisher_forget.rewind import (
     CheckpointKeeper,
     RewindResult,
@@ -55,7 +54,21 @@ from fisher_forget.unlearn.problem import Problem
 from fisher_forget.unlearn.result import ForgetResult
 from fisher_forget.unlearn.training_time import TrainingTime, logged_rates
 
+if TYPE_CHECKING:
+    from fisher_forget.report import plots
+    from fisher_forget.report.plots import plot_tradeoff
+
 moved.announce()
+
+
+def __getattr__(name: str) -> Any:
+    """Figures when they are asked for: Matplotlib takes a second, and writes to the home folder."""
+    if name in ("plots", "plot_tradeoff"):
+        from fisher_forget.report import plots
+
+        return plots if name == "plots" else plots.plot_tradeoff
+    return moved.renamed(name)
+
 
 __all__ = [
     "METHODS",

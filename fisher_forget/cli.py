@@ -15,7 +15,8 @@ from pathlib import Path
 
 import shtab
 
-from fisher_forget.errors import ConfigError, FisherForgetError, StorageError
+from fisher_forget.cli_ledger import Found, add_ledger, show_ledger
+from fisher_forget.errors import ConfigError, FisherForgetError
 from fisher_forget.experiments.config import CompareConfig, RunConfig, SweepConfig
 from fisher_forget.experiments.config_file import load_config, option_names
 from fisher_forget.experiments.data_sources import ROOT_VARIABLE
@@ -24,6 +25,7 @@ from fisher_forget.experiments.import_path import current_folder_last, is_path
 from fisher_forget.experiments.init_config import BUILT_IN, TEMPLATES, write_template
 
 EXIT_ERROR = 2  # something given was wrong; the message says what to do
+EXIT_FOUND = 3  # what was looked at is not as it should be
 EXIT_INTERRUPTED = 130
 SHELLS = ("bash", "zsh", "fish")
 NOTHING = "Nothing known here holds forgotten samples."
@@ -91,14 +93,17 @@ COMMANDS = {
         ERASE,
         "remove it, or rewrite it without them, on record",
         "fisher-forget purge runs/digits --yes",
-        "Copies elsewhere are yours to remove. Exit code 0: nothing is left, all files are known.",
+        "It does not look for copies elsewhere: remove those yourself.\n"
+        f"Exit code 0: nothing is left, and all files are known; {EXIT_FOUND} otherwise.",
         configured=False,
     ),
     "ledger": Command(
         ERASE,
         "who asked for what to be deleted, what became of it, and whether the record is intact",
-        "fisher-forget ledger deletions --public-key auditor.pub",
-        "Without options it prints the requests. Of a prepared model, of SISA, or of a Ledger.",
+        "fisher-forget ledger deletions --public-key officer.pem.pub",
+        "Without options it prints the requests. Of a prepared model, of SISA, or of a Ledger.\n"
+        f"Exit code {EXIT_FOUND}: the record was altered, or is not signed with that key, or does\n"
+        "not know the model.",
         configured=False,
     ),
     "demo": Command(
@@ -138,6 +143,7 @@ EXIT_CODES = f"""exit codes:
   0    done
   1    an unexpected error: a bug, here or in a model of yours; the traceback says where
   {EXIT_ERROR}    something given was wrong: the message says what, what was expected, what to do
+  {EXIT_FOUND}    ledger, purge: what was looked at is not as it should be; the message says what
   {EXIT_INTERRUPTED}  interrupted; start the same command again to go on"""
 
 
@@ -145,8 +151,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `fisher-forget`.
 
     Returns:
-        Exit code: 0 done, 2 for a mistake in what was given, 130 when interrupted. An unexpected
-        error is raised, and makes Python exit with 1.
+        Exit code: 0 done, 2 for a mistake in what was given, 3 where what was looked at is not as
+        it should be, 130 when interrupted. An unexpected error is raised, and makes Python exit
+        with 1.
     """
     given, overrides = _parser().parse_known_args(arguments)
     try:
@@ -155,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.debug:
             raise
         print(f"fisher-forget: {error}", file=sys.stderr)
-        return EXIT_ERROR
+        return EXIT_FOUND if isinstance(error, Found) else EXIT_ERROR
     except KeyboardInterrupt:
         print("fisher-forget: interrupted; start it again to go on where it was", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -224,37 +231,6 @@ def _demo(given: argparse.Namespace) -> None:
             print(line, flush=True)
 
 
-def _ledger(given: argparse.Namespace) -> None:
-    from fisher_forget.ledger import Ledger, examine, new_keys
-    from fisher_forget.report.pages.ledger import (
-        check_ledger,
-        ledger_table,
-        summary,
-        write_ledger,
-    )
-
-    if given.new_key:
-        print(f"Private key: {given.new_key}; public key: {new_keys(given.new_key)}")
-    check_ledger(given.folder)
-    if given.serve:
-        Ledger(given.folder, key=given.key).serve(given.serve, although=given.although or "")
-    if given.export:
-        written = write_ledger(given.folder, given.export, given.public_key, known=given.known)
-        print("\n".join(map(str, written)))
-    ledger = examine(given.folder, given.public_key, known=given.known)
-    if ledger.wrong:
-        fix = "Check that the key is its own; find out what happened, and restore it from a copy."
-        got = "\n  ".join(["a ledger that is not as it was written:", *ledger.wrong])
-        raise StorageError(got, "one that is", fix)
-    if ledger.requests:
-        print(ledger_table(ledger).to_string(index=False))
-    checked = (
-        "signatures checked" if given.public_key else "signatures not checked: no --public-key"
-    )
-    print(f"{summary(ledger)} The record is intact ({checked}).")
-    print(f"Seal of the last entry: {ledger.seal} (keep it elsewhere, for --known)")
-
-
 def _artefacts(given: argparse.Namespace) -> None:
     from fisher_forget.purge import artefacts
 
@@ -271,7 +247,7 @@ def _purge(given: argparse.Namespace) -> None:
     print(purged)
     if not purged.clean:
         got = f"{len(purged.left)} files left and {len(purged.unknown)} unknown, listed above"
-        raise StorageError(got, "none", "Do what stands behind each.")
+        raise Found(got, "none", "Do what stands behind each.")
 
 
 def _print_data(given: argparse.Namespace) -> None:
@@ -294,7 +270,7 @@ def _write_template(given: argparse.Namespace) -> None:
 _START = {
     "artefacts": _artefacts,
     "purge": _purge,
-    "ledger": _ledger,
+    "ledger": show_ledger,
     "demo": _demo,
     "init": _write_template,
     "data": _print_data,
@@ -360,20 +336,6 @@ def _add_demo(command: argparse.ArgumentParser) -> None:
     command.add_argument("--retrain", action="store_true", help=what)
 
 
-def _add_ledger(command: argparse.ArgumentParser) -> None:
-    command.add_argument("folder", help="folder of the ledger").complete = shtab.DIRECTORY  # type: ignore[attr-defined]
-    key = "check all signatures with this file"
-    _file(command.add_argument("--public-key", metavar="FILE", help=key))
-    command.add_argument("--known", metavar="SEAL", help="seal of an entry that must be there")
-    command.add_argument("--export", metavar="FOLDER", help="write a page, a table and JSON there")
-    command.add_argument("--serve", metavar="REQUEST", help="record that who asked was told")
-    reason = "why it is served although its own check says no, with --serve"
-    command.add_argument("--although", metavar="REASON", help=reason)
-    signs = "private key of the ledger, with --serve"
-    _file(command.add_argument("--key", metavar="FILE", help=signs))
-    command.add_argument("--new-key", metavar="FILE", help="make a key pair first")
-
-
 def _add_artefacts(command: argparse.ArgumentParser) -> None:
     what = "of a run, a prepared model, SISA, or above several"
     command.add_argument("folder", help=what).complete = shtab.DIRECTORY  # type: ignore[attr-defined]
@@ -410,7 +372,7 @@ def _add_completion(command: argparse.ArgumentParser) -> None:
 _ARGUMENTS = {
     "artefacts": _add_artefacts,
     "purge": _add_purge,
-    "ledger": _add_ledger,
+    "ledger": add_ledger,
     "demo": _add_demo,
     "init": _add_init,
     "data": _add_data,

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import pickle
+import re
 import shutil
 import stat
 import subprocess
@@ -69,7 +70,7 @@ class TestStates:
         ledger = ten_entries(tmp_path)
         wrong = {"serve": "r-3", "done": "r-1", "begin": "r-9"}
         for method, name in wrong.items():
-            with pytest.raises(ConfigError, match=r"See Ledger\.requests"):
+            with pytest.raises(ConfigError, match="See which requests there are"):
                 getattr(ledger, method)(name)
         assert len(Ledger(tmp_path).entries) == 10
 
@@ -249,11 +250,12 @@ class TestTampering:
         ten_entries(tmp_path / "third", key=tmp_path / "own.pem")
         assert verify(tmp_path / "true", public) == []
         for name, says in (
-            ("other", "None of the 10 entries is signed."),
-            ("third", "of this key"),
+            ("other", "None of its entries is signed"),
+            ("third", "is of the key given"),
         ):
-            (wrong,) = verify(tmp_path / name, public)
-            assert says in wrong
+            (unproven,) = verify(tmp_path / name, public)
+            assert says in unproven
+            assert examine(tmp_path / name, public).wrong == []
             assert verify(tmp_path / name) == []
 
     def test_a_signed_ledger_takes_no_entry_without_its_key(self, tmp_path):
@@ -261,10 +263,12 @@ class TestTampering:
         new_keys(tmp_path / "other.pem")
         Ledger(tmp_path / "l", key=tmp_path / "key.pem").ask([1])
         Ledger(tmp_path / "plain").ask([1])
-        for folder, key in (("l", None), ("l", "other.pem"), ("plain", "key.pem")):
-            ledger = Ledger(tmp_path / folder, key=key and tmp_path / key)
-            with pytest.raises(ConfigError, match="signed with another key, or without one"):
-                ledger.begin("r-1")
+        with pytest.raises(ConfigError, match="no key for"):
+            Ledger(tmp_path / "l").begin("r-1")
+        with pytest.raises(ConfigError, match="another key for"):
+            Ledger(tmp_path / "l", key=tmp_path / "other.pem")
+        with pytest.raises(ConfigError, match="is not signed"):
+            Ledger(tmp_path / "plain", key=tmp_path / "key.pem")
         Ledger(tmp_path / "l", key=tmp_path / "key.pem").begin("r-1")
         assert verify(tmp_path / "l", public) == []
         assert verify(tmp_path / "plain") == []
@@ -272,19 +276,50 @@ class TestTampering:
     def test_what_can_be_read_of_an_altered_one(self, tmp_path):
         ten_entries(tmp_path)
         path = tmp_path / LEDGER
-        path.write_bytes(path.read_bytes().replace(b"user-7", b"user-8").replace(b"r-2", b"r-7"))
+        path.write_bytes(
+            path.read_bytes().replace(b"ticket 1", b"ticket 8").replace(b"r-2", b"r-7")
+        )
         reading = examine(tmp_path)
-        assert len(reading.entries) == 7
-        assert list(reading.requests) == ["r-1", "r-3"]
+        assert len(reading.entries) == 6
+        assert list(reading.requests) == ["r-1", "r-7", "r-3"]
         assert [r.name for r in reading.pending()] == ["r-3"]
+        assert reading.requests["r-1"].who == "ticket 8"
+        assert reading.altered == {"r-1", "r-7"}
         assert reading.wrong
+
+    def test_a_request_whose_beginning_is_gone_is_said_once(self, tmp_path):
+        """Nothing else is lost, and nothing is said of each of its entries."""
+        ten_entries(tmp_path)
+        path = tmp_path / LEDGER
+        lines = path.read_bytes().splitlines(keepends=True)
+        (at,) = (i for i, x in enumerate(lines) if b'"asked"' in x and b'"r-1"' in x)
+        path.write_bytes(b"".join([*lines[:at], b"nothing\n", *lines[at + 1 :]]))
+        reading = examine(tmp_path)
+        assert reading.broken == ("r-1",)
+        assert list(reading.requests) == ["r-2", "r-3"]
+        assert reading.wrong[0] == f"Line {at + 1}: no entry of a ledger."
+        assert sum("'r-1', whose beginning is not there" in w for w in reading.wrong) == 1
+        assert len(reading.wrong) == 2
+
+    @pytest.mark.parametrize("odd", [b'{"who":[]}', b"7", b"null", b'"x"'])
+    def test_an_altered_line_of_any_kind(self, tmp_path, odd):
+        """No line makes reading fail: whoever altered it was not careful."""
+        ten_entries(tmp_path)
+        path = tmp_path / LEDGER
+        content = path.read_bytes()
+        for name in (b"details", b"event", b"number", b"request", b"time", b"before"):
+            pattern = rb'"%s":({.*?}|"[^"]*"|\d+)(?=[,}])' % name
+            twisted = re.sub(pattern, b'"%s":%s' % (name, odd), content)
+            assert twisted != content
+            path.write_bytes(twisted)
+            assert len(examine(tmp_path).wrong) > 1
 
     def test_entries_that_make_no_sense(self, tmp_path):
         """Whoever makes all hashes anew can write anything."""
         time_ = "2026-01-01T00:00:00+00:00"
         asked = {"who": "", "samples": ["a"], "due": time_}
         cases = {
-            "nobody asked for": ("done", time_, {}),
+            "of 'r-1', wh": ("done", time_, {}),
             "without who asked": ("asked", time_, asked | {"who": None}),
             "or for what": ("asked", time_, asked | {"samples": 3}),
             "the time 'soon'": ("asked", time_, asked | {"due": "soon"}),

@@ -207,7 +207,7 @@ class TestOnDisk:
             with pytest.raises(KeyboardInterrupt):
                 prepared.forget([4], **QUIET)
         assert prepared.pending == ["r-1"]
-        with pytest.warns(FisherForgetWarning, match=r"not done \(r-1\): a run was killed"):
+        with pytest.warns(FisherForgetWarning, match=r"not done: 1 \(r-1\)\. A run was killed"):
             again = prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)
         assert again.forgotten.tolist() == [4]
         result = again.redeliver(**QUIET)

@@ -374,7 +374,7 @@ class TestCommands:
     ) -> None:
         data = blobs_data(60)
         prepare(linear(data), data, folder=tmp_path, **QUIET).forget([11], progress=False)
-        assert main(["purge", str(tmp_path), "--yes"]) == 2
+        assert main(["purge", str(tmp_path), "--yes"]) == 3
         assert "rebase" in capsys.readouterr().out
 
     @pytest.mark.parametrize(

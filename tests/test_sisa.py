@@ -441,14 +441,19 @@ class TestEvidence:
         train_fn = KilledAfter()
         sisa = make(train_fn, folder=tmp_path)
         sisa.fit(data)
+        before = model_fingerprint(sisa.module())
         train_fn.calls = len(train_fn.indices)
         with pytest.raises(Killed):
             sisa.forget([7])
+        with pytest.raises(Killed):  # the ensemble that both were asked of is gone by now
+            sisa.forget([8])
         again = make(fit, folder=tmp_path)
         again.fit(data)
-        (request,) = Ledger(tmp_path).requests.values()
-        assert request.evidence["model_before"] is None
-        assert request.evidence["model_after"] == model_fingerprint(again.module())
+        requests = Ledger(tmp_path).requests.values()
+        assert len(requests) == 2
+        for request in requests:
+            assert request.evidence["model_before"] == before
+            assert request.evidence["model_after"] == model_fingerprint(again.module()) != before
 
 
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])

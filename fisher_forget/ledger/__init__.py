@@ -2,7 +2,7 @@
 
 from fisher_forget.ledger.entries import Entry, Event
 from fisher_forget.ledger.evidence import evidence, model_fingerprint
-from fisher_forget.ledger.keys import new_keys, read_private, read_public
+from fisher_forget.ledger.keys import key_fingerprint, new_keys, read_private, read_public
 from fisher_forget.ledger.ledger import Ledger
 from fisher_forget.ledger.requests import RequestLog
 from fisher_forget.ledger.states import Request
@@ -17,6 +17,7 @@ __all__ = [
     "RequestLog",
     "evidence",
     "examine",
+    "key_fingerprint",
     "model_fingerprint",
     "new_keys",
     "read_private",

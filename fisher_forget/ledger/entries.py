@@ -29,6 +29,10 @@ EVENTS = {
 }
 FIRST = "0" * 64
 RESTORE = "Restore the ledger from a copy: without it nobody knows who was forgotten."
+KINDS = (
+    *(("number", int), ("details", dict)),
+    *((name, str) for name in ("time", "event", "request", "before", "signature")),
+)
 KEYS = ("before", "details", "event", "hash", "number", "request", "signature", "time")
 
 
@@ -112,21 +116,35 @@ def parse(line: bytes) -> Entry:
     Raises:
         StorageError: If the line is none, or not in its canonical form, or has another hash.
     """
+    entry, hash_ = read_line(line)
     fix = "Restore the ledger from a copy."
-    try:
-        content = json.loads(line)
-        entry = Entry(**{k: v for k, v in content.items() if k != "hash"})
-        hash_, same = entry.hash, set(content) == set(KEYS) and entry.line() == line + b"\n"
-    except (ValueError, TypeError, AttributeError, StorageError, RecursionError) as error:
-        got = f"a line that is no entry of a ledger: {str(error)[:80]}"
-        raise StorageError(got, "JSON written by this package", fix) from error
-    if content.get("hash") != hash_:
-        got = f"entry {content.get('number')} with another hash than that of its content"
+    if hash_ != entry.hash:
+        got = f"entry {entry.number} with another hash than that of its content"
         raise StorageError(got, "an entry as it was written", fix)
-    if not same or entry.event not in EVENTS:
-        got = f"entry {content.get('number')} in another form than it was written in"
+    if entry.line() != line + b"\n":
+        got = f"entry {entry.number} in another form than it was written in"
         raise StorageError(got, "an entry as it was written", fix)
     return entry
+
+
+def read_line(line: bytes) -> tuple[Entry, object]:
+    """What a line says, altered or not, and the hash that stands in it.
+
+    Raises:
+        StorageError: If it is no entry.
+    """
+    try:
+        content = json.loads(line)
+        entry = Entry(**{key: content[key] for key in KEYS if key != "hash"})
+        whole = set(content) == set(KEYS) and entry.event in EVENTS
+        whole = whole and all(isinstance(getattr(entry, name), kind) for name, kind in KINDS)
+        whole = whole and bool(entry.line())
+    except (ValueError, TypeError, KeyError, StorageError, RecursionError):
+        whole = False
+    if not whole:
+        got, fix = "a line that is no entry of a ledger", "Restore the ledger from a copy."
+        raise StorageError(got, "JSON written by this package", fix)
+    return entry, content["hash"]
 
 
 def chained(content: bytes) -> tuple[Entry, ...]:

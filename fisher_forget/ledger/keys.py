@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,22 @@ def read_public(path: str | Path) -> Ed25519PublicKey:
     return key
 
 
+def key_fingerprint(public_key: str | Path | Ed25519PublicKey) -> str:
+    """SHA-256 of a public key in DER (RFC 8410), by which two people see that theirs is the same:
+    64 hexadecimal digits. `openssl pkey -pubin -in FILE -outform DER | sha256sum` says it, too.
+
+    Raises:
+        StorageError: If it is missing, or no Ed25519 key.
+        ConfigError: If `cryptography` is not installed.
+    """
+    key = read_public(public_key) if isinstance(public_key, (str, Path)) else public_key
+    serialization, _ = _library()
+    content = key.public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    return hashlib.sha256(content).hexdigest()
+
+
 def sign(key: Ed25519PrivateKey, hash_: str) -> str:
     """The signature of an entry's hash: 128 hexadecimal digits."""
     return str(key.sign(bytes.fromhex(hash_)).hex())
@@ -90,15 +107,33 @@ def signed(key: Ed25519PublicKey, hash_: str, signature: str) -> bool:
 
 
 def _read(path: str | Path, load: Any, which: str, ed25519: Any) -> Any:
+    from cryptography.exceptions import UnsupportedAlgorithm
+
     kind = getattr(ed25519, f"Ed25519{which.capitalize()}Key")
-    expected, fix = f"a PEM file with the {which} key of a pair of new_keys()", "Check the path."
+    expected = f"a PEM file with the {which} key of a pair of new_keys()"
+    fix = "Name the file that ends in .pub." if which == "public" else "Check the path."
     try:
-        key = load(Path(path).read_bytes())
-    except (OSError, ValueError, TypeError) as error:
-        raise StorageError(f"{path}: {str(error)[:80]}", expected, fix) from error
+        content = Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        got = f"{path}: {getattr(error, 'strerror', None) or 'it cannot be read'}"
+        raise StorageError(got, expected, fix) from error
+    try:
+        key = load(content)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise StorageError(f"{path}, which holds {_held(content, which)}", expected, fix) from error
     if not isinstance(key, kind):
         raise StorageError(f"{path} with a key of another kind", expected, fix)
     return key
+
+
+def _held(content: bytes, which: str) -> str:
+    """What is in a file that is not the key that was looked for."""
+    if b"ENCRYPTED" in content:
+        return "a key with a password"
+    for kind in ("private", "public"):
+        if f" {kind.upper()} KEY-----".encode() in content:
+            return f"a {kind} key" + (", damaged" if kind == which else "")
+    return "no key"
 
 
 def _secret(file: Path, content: bytes) -> None:

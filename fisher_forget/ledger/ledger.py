@@ -68,7 +68,7 @@ class Ledger:
 
     Raises:
         StorageError: If an entry was altered, dropped, swapped or cut off.
-        ConfigError: If `wait` is no time.
+        ConfigError: If `wait` is no time, or the key is not the one that signs this ledger.
     """
 
     def __init__(
@@ -93,6 +93,8 @@ class Ledger:
         self._requests: tuple[int, dict[str, Request]] = (0, {})
         self._size = 0
         self.read()
+        if self._key is not None:
+            self._check_key()
 
     def __repr__(self) -> str:
         return f"Ledger({str(self.folder)!r}, {len(self.entries)} entries)"
@@ -255,9 +257,9 @@ class Ledger:
             )
         return request
 
-    def begin(self, name: str) -> None:
+    def begin(self, name: str, /, **evidence: Any) -> None:
         """It is under way."""
-        self._next(name, "under way", OPEN, {})
+        self._next(name, "under way", OPEN, evidence)
 
     def fail(self, name: str, reason: str) -> None:
         """An error came: it is to be done again, and stays due."""
@@ -285,7 +287,9 @@ class Ledger:
             request = self.requests.get(name)
             if request is not None and request.verdict in WRONG and not although.strip():
                 got = f"{name!r}, whose self-check says: {request.verdict}"
-                fix = "Forget again by other options, or retrain; or give a reason, although=..."
+                fix = (
+                    "Forget again by other options, or retrain; or say why: although=, --although."
+                )
                 raise ConfigError(got, "one whose check does not say so", fix)
             reason = {"although": although} if although else {}
             self._next(name, "served", ("done",), reason | evidence)
@@ -340,7 +344,11 @@ class Ledger:
                     "no such request" if request is None else f"a request that is {request.state}"
                 )
                 got = f"{name!r}, {state}, to be {event}"
-                raise ConfigError(got, f"one that is {' or '.join(after)}", "See Ledger.requests.")
+                raise ConfigError(
+                    got,
+                    f"one that is {' or '.join(after)}",
+                    "See which requests there are, and their states.",
+                )
             self._record(event, name, details)
 
     def _new_salt(self) -> bytes:
@@ -351,10 +359,7 @@ class Ledger:
 
     def _append(self, event: Event, request: str, details: dict[str, Any]) -> Entry:
         path = self.folder / LEDGER
-        if not self._signs(read_head(self.folder / HEAD)):
-            got = f"{self.folder}, whose ledger is signed with another key, or without one"
-            fix = "Pass Ledger(folder, key=...) with the private key that it was begun with."
-            raise ConfigError(got, "the key of its beginning, or none if it had none", fix)
+        self._check_key()
         last = self.entries[-1].seal if self.entries else FIRST
         now = datetime.now(UTC).isoformat(timespec="microseconds")
         entry = Entry(len(self.entries), now, event, request, details, last)
@@ -376,6 +381,17 @@ class Ledger:
             raise StorageError(f"{path}: {error}", "a file that can be written", fix) from error
         self.entries, self._size = (*self.entries, entry), self._size + len(entry.line())
         return entry
+
+    def _check_key(self) -> None:
+        head = read_head(self.folder / HEAD)
+        if head is None or self._signs(head):
+            return
+        if not head.signature:
+            got, fix = f"a key for {self.folder}, whose ledger is not signed", "Give no key."
+            raise ConfigError(got, "no key, as at its beginning", fix)
+        other = "no key" if self._key is None else "another key"
+        fix = "Give the private key that it was begun with: key=, on the command line --key."
+        raise ConfigError(f"{other} for {self.folder}, whose ledger is signed", "its key", fix)
 
     def _signs(self, head: Head | None) -> bool:
         """Whether what this object writes is signed as the head is: a signature has one form."""

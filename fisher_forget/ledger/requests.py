@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -163,11 +163,25 @@ class RequestLog:
             raise StorageError(got, f"samples 0 to {self.samples - 1}", "Give the same data set.")
         return [sorted(self._index[h] for h in r.samples) for r in kept]
 
-    def ask(self, samples: Sequence[int], who: str = "", received: datetime | None = None) -> str:
-        """Record a request, and that it is under way; its name."""
+    def ask(
+        self,
+        samples: Sequence[int],
+        who: str = "",
+        received: datetime | None = None,
+        look: Callable[[], Mapping[str, Any]] = dict,
+    ) -> str:
+        """Record a request, then that it is under way; its name.
+
+        Args:
+            samples: Their indices.
+            who: As for `Ledger.ask`.
+            received: As for `Ledger.ask`.
+            look: Tells what is to be kept of the model before: it is asked when nothing can be lost
+                any more.
+        """
         name = self.ledger.ask(samples, who=who, received=received).name
         self._index |= zip(self.ledger.hashed(samples), samples, strict=True)
-        self.ledger.begin(name)
+        self.ledger.begin(name, **look())
         return name
 
     def done(self, *, again: bool = False, **evidence: Any) -> None:

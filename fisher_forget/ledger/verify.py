@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -9,7 +10,15 @@ from typing import TYPE_CHECKING
 
 from fisher_forget.errors import StorageError
 from fisher_forget.ledger import keys
-from fisher_forget.ledger.entries import FIRST, Entry, Head, parse, read_bytes, read_head
+from fisher_forget.ledger.entries import (
+    FIRST,
+    Entry,
+    Head,
+    parse,
+    read_bytes,
+    read_head,
+    read_line,
+)
 from fisher_forget.ledger.ledger import HEAD, LEDGER
 from fisher_forget.ledger.states import OPEN, Request, told
 
@@ -26,14 +35,27 @@ class Reading:
     Attributes:
         folder: As given.
         entries: Those that are whole, in their order.
-        requests: Those that the entries tell of, by name.
+        requests: Those that the entries tell of, by name, altered entries included.
         wrong: What is not as it was written, in sentences.
+        unproven: Why no signature fits the key given: it is another key, or somebody has made the
+            whole record anew. Empty where they fit, or no key was given.
+        altered: Names of the requests that an altered entry is of: they are shown as it now says.
+        broken: Names of those whose beginning cannot be read, so that they are not among
+            `requests`.
     """
 
     folder: Path
     entries: tuple[Entry, ...]
     requests: dict[str, Request]
     wrong: list[str]
+    unproven: str = ""
+    altered: frozenset[str] = frozenset()
+    broken: tuple[str, ...] = ()
+
+    @property
+    def findings(self) -> list[str]:
+        """All that speaks against relying on it, in sentences; none where it is intact."""
+        return [*self.wrong, *filter(None, [self.unproven])]
 
     @property
     def seal(self) -> str:
@@ -73,7 +95,7 @@ def verify(
     Raises:
         StorageError: If it, or the key, cannot be read.
     """
-    return examine(folder, public_key, known=known).wrong
+    return examine(folder, public_key, known=known).findings
 
 
 def examine(
@@ -91,48 +113,85 @@ def examine(
     head, content = _read(path)
     *lines, rest = content.split(b"\n")
     wrong = ["The last line has no end: it was cut off, or never written whole."] if rest else []
-    entries: list[Entry | None] = []
+    lost: dict[str, list[int]] = {}  # entries of a request whose beginning cannot be read
+    altered: set[str] = set()
+    entries: list[Entry | None] = []  # as they were written
     requests: dict[str, Request] = {}
-    unsigned: list[Entry] = []
     for at, line in enumerate(lines):
-        try:
-            entry = parse(line)
-        except StorageError as error:
-            wrong.append(f"Line {at + 1}: altered ({error.got}).")
-            entries.append(None)
-            continue
-        if entry.number != at:
-            wrong.append(f"Line {at + 1}: here is entry {entry.number}: dropped or swapped.")
+        entry, whole = _entry(line)
         last = entries[-1] if entries else None
-        if entry.before != (last.seal if last else "" if entries else FIRST):
-            wrong.append(f"Entry {entry.number}: it does not follow the entry before it.")
-        if key is not None and not keys.signed(key, entry.hash, entry.signature):
-            unsigned.append(entry)
+        entries.append(entry if whole else None)
+        if entry is None or not whole:
+            wrong.append(f"Line {at + 1}: {_what(entry)}.")
+        else:
+            wrong += _out_of_place(entry, at, last)
+        if entry is None:
+            continue
+        if not whole and entry.request:
+            altered.add(entry.request)
+        if entry.request and entry.event != "asked" and entry.request not in requests:
+            lost.setdefault(entry.request, []).append(at + 1)
+            continue
         try:
             requests = told([entry], requests)
         except StorageError as error:
             wrong.append(f"Line {at + 1}: {error.got}.")
-        entries.append(entry)
-    whole = tuple(e for e in entries if e is not None)
-    none = bool(unsigned) and len(unsigned) == len(whole)
-    wrong += _of_signatures(unsigned, len(whole))
+    wrong += [_lost(name, lines) for name, lines in lost.items()]
+    kept = tuple(e for e in entries if e is not None)
+    said, unproven = _of_signatures(kept, key)
+    wrong += said
     seals = [e.seal if e else "" for e in entries]
     if known is not None and known not in seals:
         wrong.append(
             f"No entry has the seal {known}: the end is missing, or another ledger is here."
         )
     if path.name == LEDGER:
-        wrong += _of_head(head, seals, None if none else key)
-    return Reading(place, whole, requests, wrong)
+        wrong += _of_head(head, seals, None if unproven else key)
+    broken = tuple(name for name in lost if name not in requests)
+    return Reading(place, kept, requests, wrong, unproven, frozenset(altered), broken)
 
 
-def _of_signatures(unsigned: list[Entry], count: int) -> list[str]:
-    """One sentence where no signature fits: the key is another one."""
-    if len(unsigned) < count or count < 2:
-        return [f"Entry {e.number}: not signed with the private key." for e in unsigned]
-    if not any(e.signature for e in unsigned):
-        return [f"None of the {count} entries is signed."]
-    return [f"None of the {count} signatures is of this key: is it the key of another ledger?"]
+def _entry(line: bytes) -> tuple[Entry | None, bool]:
+    """What a line says, if anything, and whether it is as it was written."""
+    try:
+        return parse(line), True
+    except StorageError:
+        try:
+            return read_line(line)[0], False
+        except StorageError:
+            return None, False
+
+
+def _what(entry: Entry | None) -> str:
+    """What a line is that is not as it was written."""
+    if entry is None:
+        return "no entry of a ledger"
+    return f"altered, of {entry.request!r}" if entry.request else "altered"
+
+
+def _out_of_place(entry: Entry, at: int, last: Entry | None) -> Iterator[str]:
+    """That it does not stand where it was written; after an altered entry that cannot be told."""
+    if entry.number != at:
+        yield f"Line {at + 1}: here is entry {entry.number}: dropped or swapped."
+    if (last is not None or at == 0) and entry.before != (last.seal if last else FIRST):
+        yield f"Entry {entry.number}: it does not follow the entry before it."
+
+
+def _lost(name: str, lines: list[int]) -> str:
+    several = "s" if len(lines) > 1 else ""
+    return f"Line{several} {', '.join(map(str, lines))}: of {name!r}, whose beginning is not there."
+
+
+def _of_signatures(entries: Sequence[Entry], key: Ed25519PublicKey | None) -> tuple[list[str], str]:
+    """Entries that are not signed with a key, or why none is."""
+    unsigned = [e for e in entries if key and not keys.signed(key, e.hash, e.signature)]
+    if len(unsigned) < len(entries) or not unsigned:
+        return [f"Entry {e.number}: not signed with the private key." for e in unsigned], ""
+    if any(e.signature for e in unsigned):
+        why = "None of its signatures is of the key given: it is the key of another ledger"
+    else:
+        why = "None of its entries is signed: it was begun without a key"
+    return [], f"{why}, or somebody has made the whole record anew."
 
 
 def _read(path: Path) -> tuple[Head | str | None, bytes]:

@@ -111,7 +111,7 @@ class Prepared:
         return self.split.forget
 
     def __repr__(self) -> str:
-        return f"Prepared({self.split}, {len(self.requests)} requests)"
+        return f"Prepared({self.split}, requests: {len(self.requests)})"
 
     def forget(
         self,
@@ -431,8 +431,8 @@ def prepare(
     prepared = Prepared(*own, requests, 0 if log is None else log.count_erased())
     if prepared.pending:
         warnings.warn(
-            f"{len(prepared.pending)} requests were asked for and not done "
-            f"({', '.join(prepared.pending[:5])}): a run was killed. Call redeliver(), which gives "
+            f"Requests asked for and not done: {len(prepared.pending)} "
+            f"({', '.join(prepared.pending[:5])}). A run was killed. Call redeliver(), which gives "
             "the model without their samples.",
             FisherForgetWarning,
             stacklevel=2,

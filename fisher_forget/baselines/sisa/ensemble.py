@@ -38,7 +38,7 @@ from fisher_forget.baselines.sisa.store import Store, content_hashes
 from fisher_forget.data.indices import forget_indices
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import ConfigError, ModelError, SplitError, StorageError
-from fisher_forget.ledger import Ledger, RequestLog, evidence
+from fisher_forget.ledger import Ledger, RequestLog, evidence, model_fingerprint
 from fisher_forget.ledger.ledger import COPIED
 from fisher_forget.ledger.owner import remove_orphans
 
@@ -193,7 +193,7 @@ class SISA:
                     state, store=replace(store, hashes=content_hashes(state.split, known))
                 )
             self._state = state
-            return self._serve(None)
+            return self._serve()
 
     def forget(self, indices: Sequence[int] | Indices | Tensor | range, *, who: str = "") -> Work:
         """Forget these samples, and all that were forgotten before; naming one again is no error.
@@ -215,18 +215,20 @@ class SISA:
             split = state.split.forgetting(indices)
             named = forget_indices(indices, len(state.split.base)).tolist()  # type: ignore[arg-type]
             # before anything is removed or trained: a kill after this line is completed by `fit`
-            log.ask(named, who)
-            before = self._module()
+            log.ask(named, who, look=self._before)
             self._state, self.requests = replace(state, split=split), [*self.requests, named]
-            return self._serve(before)
+            return self._serve()
 
-    def _serve(self, before: nn.Module | None) -> Work:
+    def _serve(self) -> Work:
         """Train what is missing, and record the requests that were not done as done."""
         work, state = self._update(), self._fitted()
-        if state.log.ledger.pending():
+        pending = state.log.ledger.pending()
+        if pending:
+            # whatever came between: the ensemble that the first of them was asked of
+            before = [r.evidence["model_before"] for r in pending if "model_before" in r.evidence]
             told = evidence(
                 "sisa",
-                before,
+                None,
                 self.module(),
                 retained=len(state.split.retain),
                 forgotten=len(state.split.forget),
@@ -235,15 +237,15 @@ class SISA:
                 first_slices=list(work.first_slices),
                 share_of_training=work.share,
             )
-            state.log.done(**told)
+            state.log.done(**told | {"model_before": before[0] if before else None})
         return work
 
-    def _module(self) -> nn.Module | None:
-        """The ensemble as it is; `None` where a training was interrupted."""
+    def _before(self) -> dict[str, str]:
+        """What is kept of the ensemble as it is; nothing where a training was interrupted."""
         try:
-            return self.module()
+            return {"model_before": model_fingerprint(self.module())}
         except ModelError:
-            return None
+            return {}
 
     def _caught_up(self, state: _State) -> _State:
         """The same with all requests so far, those of other owners of the folder included."""

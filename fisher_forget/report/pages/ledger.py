@@ -11,10 +11,12 @@ from typing import Any
 import pandas as pd
 
 from fisher_forget._util.files import ensure_folder, write_file, write_json
+from fisher_forget._util.numbers import number
 from fisher_forget.errors import StorageError
-from fisher_forget.ledger import Ledger, Reading, Request, examine
+from fisher_forget.ledger import Entry, Ledger, Reading, Request, examine, key_fingerprint
 from fisher_forget.ledger.evidence import WRONG
 from fisher_forget.ledger.ledger import LEDGER
+from fisher_forget.ledger.states import OPEN
 from fisher_forget.report.pages.html import flat, render_template, write_html
 
 STATES = {
@@ -38,14 +40,31 @@ NOTICES = {
     "opened": "the record was begun",
     "rebased": "the model without those forgotten so far became the start of all later requests, "
     "and what was kept of the data was made anew without them",
-    "purged": "what still held forgotten samples is removed: begun, or done",
+    "delivered": "the model without all who were asked for was made again",
+}
+PURGES = {"begun": "a purge was begun, of", "done": "a purge was done, of"}
+TONES = {
+    **dict.fromkeys(["served", "forgotten", "no trace found"], "good"),
+    **dict.fromkeys(["asked", "under way", "done", "not shown"], "fair"),
+    **dict.fromkeys(["failed", *WRONG], "poor"),
+    "withdrawn": "none",
+}
+"""How the words of states and checks look on the page."""
+WORDS = {
+    "nats": "how wrong answers are (a loss), or how far two models' answers are apart (a KL): 0 is "
+    "none, and 0.7 is about as much as that between knowing and tossing a coin",
+    "p": "how often chance alone makes a difference as large as the one seen; below 0.01 it is not "
+    "taken for chance",
+    "fingerprint, seal, hash": "digits that are the same where the model, the record or the sample "
+    "is the same, and that tell nothing else",
 }
 LABELS = {
     "model_before": "model before, by its fingerprint",
     "model_after": "model after, by its fingerprint",
     "retained": "samples left",
     "forgotten": "samples that the model is without, those of earlier requests included",
-    "noise": "scale of the noise",
+    "noise": "scale of the noise added to the weights",
+    "model": "model, by its fingerprint",
     "salt": "salt, by its hash",
     "data": "data, known by this name",
     "samples_looked_at": "of whose samples were looked at",
@@ -78,7 +97,7 @@ def ledger_table(ledger: Ledger | Reading, now: datetime | None = None) -> pd.Da
     columns = ["request", "state", "check", "late", "who", "samples", *TIMES]
     rows = [
         (
-            *(r.name, r.state, r.verdict, _late(r, now), _shown(r.who), len(r.samples)),
+            *(_shown(r.name), r.state, r.verdict, _late(r, now), _shown(r.who), len(r.samples)),
             *(_minute(r.asked), _minute(r.due)),
             *(_minute(r.times[state]) if state in r.times else "" for state in TIMES[2:]),
         )
@@ -90,7 +109,7 @@ def ledger_table(ledger: Ledger | Reading, now: datetime | None = None) -> pd.Da
 def summary(ledger: Reading, now: datetime | None = None) -> str:
     """How many requests there are, and which of them need somebody, in a sentence or two."""
     requests = ledger.requests.values()
-    if not requests and ledger.wrong:
+    if not requests and ledger.findings:
         return "No request can be read."
     if not requests:
         return "Nobody has asked for anything to be deleted."
@@ -99,12 +118,56 @@ def summary(ledger: Reading, now: datetime | None = None) -> str:
         "Not carried out yet": len(ledger.pending()) or "none",
         "Overdue": len(ledger.overdue(now)) or "none",
     }
+    if unclear := sum(r.verdict == "not shown" for r in requests):
+        counts["Done, but not shown to be forgotten"] = unclear
     text = "".join(f"{name}: {count}. " for name, count in counts.items())
     for verdict in WRONG:
         names = [r.name for r in requests if r.verdict == verdict]
         if names:
             text += f'Whose own check says "{verdict}": {", ".join(names)}. '
+    if ledger.broken:
+        text += f"Whose beginning cannot be read: {_shown(', '.join(ledger.broken))}."
     return text.rstrip()
+
+
+def models_on_record(ledger: Ledger | Reading, fingerprint: str) -> list[str]:
+    """Which model of a ledger it is that has this fingerprint, in sentences; none where it is not
+    on record."""
+    requests = [r for r in ledger.requests.values() if r.state != "withdrawn"]
+    done = [r for r in requests if "done" in r.times]
+    after = [r for r in done if fingerprint in _listed(r.evidence.get("model_after"))]
+    before = [r for r in requests if fingerprint in _listed(r.evidence.get("model_before"))]
+    again = [
+        datetime.fromisoformat(e.time)
+        for e in ledger.entries
+        if e.event in ("delivered", "rebased")
+        and fingerprint in (e.details.get("model_after"), e.details.get("model"))
+    ]
+    said = []
+    if after:
+        said.append(f"It is the model after {_names(after)}.")
+    if again:
+        said.append(f"It is without all samples asked for until {_minute(max(again))}.")
+    if after or again:
+        last = max([*(r.times["done"] for r in after), *again])
+        later = [r for r in done if r.times["done"] > last]
+        undone = [r for r in requests if r.state in OPEN]
+        if later:
+            said.append(f"A later one was made for {_names(later)}.")
+        if undone:
+            said.append(f"None was made yet for {_names(undone)}.")
+    if before:
+        said.append(f"It is the model before {_names(before)}, and may hold their samples.")
+    return said
+
+
+def _names(requests: list[Request]) -> str:
+    return ", ".join(r.name for r in requests)
+
+
+def _listed(value: object) -> list[object]:
+    """A run of several originals has a fingerprint of each."""
+    return value if isinstance(value, list) else [value]
 
 
 def write_ledger(
@@ -129,12 +192,18 @@ def write_ledger(
     check_ledger(folder)
     ledger, place = examine(folder, public_key, known=known), ensure_folder(out)
     table, now = ledger_table(ledger), datetime.now(UTC)
+    key = None if public_key is None else key_fingerprint(public_key)
     content = {
         "ledger": str(folder),
         "written": now.isoformat(timespec="seconds"),
-        "verified": {"signatures": public_key is not None, "wrong": ledger.wrong},
+        "verified": {
+            "signatures": public_key is not None,
+            "key": key,
+            "wrong": ledger.wrong,
+            "unproven": ledger.unproven,
+        },
         "seal": ledger.seal,
-        "requests": [_told(r) for r in ledger.requests.values()],
+        "requests": [_told(r, ledger) for r in ledger.requests.values()],
         "entries": ledger.entries,
     }
     write_json(place / "ledger.json", content)
@@ -142,27 +211,52 @@ def write_ledger(
     page = render_template(
         "ledger.html.j2",
         ledger=ledger,
-        wrong=[_shown(sentence) for sentence in ledger.wrong],
+        findings=[_shown(sentence) for sentence in ledger.findings],
         summary=summary(ledger, now),
         written=_minute(now),
-        table=table.assign(**{name: table[name].str[:10] for name in TIMES}),  # the day
+        rows=_rows(table, ledger, now),
+        times=TIMES,
         states=STATES,
         checks=CHECKS,
-        signed=public_key is not None,
-        requests=[(r, [*_times(r), *_plainly(r.evidence)]) for r in ledger.requests.values()],
+        words=WORDS,
+        tones=TONES,
+        key=key,
+        public_key=None if public_key is None else Path(public_key).name,
+        details=[[*_times(r), *_plainly(r.evidence)] for r in ledger.requests.values()],
         notices=[
-            (_minute(datetime.fromisoformat(e.time)), NOTICES[e.event], list(_plainly(e.details)))
+            (_minute(datetime.fromisoformat(e.time)), notice, list(_plainly(e.details)))
             for e in ledger.entries
-            if e.event in NOTICES
+            if (notice := _notice(e))
         ],
     )
     return [write_html(place / "ledger.html", page), place / "ledger.csv", place / "ledger.json"]
 
 
-def _told(request: Request) -> dict[str, Any]:
+def _rows(table: pd.DataFrame, ledger: Reading, now: datetime) -> list[dict[str, Any]]:
+    """Of the table on the page: days, and what is to be seen at once."""
+    days = table.assign(**{name: table[name].str[:10] for name in TIMES}).to_dict("records")
+    return [
+        {str(name): value for name, value in row.items()}
+        | {"altered": request.name in ledger.altered, "overdue": request.overdue(now)}
+        for row, request in zip(days, ledger.requests.values(), strict=True)
+    ]
+
+
+def _notice(entry: Entry) -> str:
+    """What an entry of no request tells; empty of others."""
+    if entry.event != "purged":
+        return NOTICES.get(entry.event, "")
+    files = entry.details.get("files")
+    count = len(files) if isinstance(files, (Mapping, list)) else 0
+    step = PURGES.get(str(entry.details.get("step")), "a purge, of")
+    return f"{step} {count:,} {'file' if count == 1 else 'files'} that held forgotten samples"
+
+
+def _told(request: Request, ledger: Reading) -> dict[str, Any]:
     """What a request's entries say, in words and numbers that JSON holds."""
     return {
         "request": request.name,
+        "altered": request.name in ledger.altered,
         "who": request.who,
         "samples": len(request.samples),
         "asked": request.asked.isoformat(timespec="seconds"),
@@ -201,9 +295,11 @@ def _shown(text: str) -> str:
 
 
 def _counted(value: Any) -> Any:
-    """Lists of hashes by their length: nobody reads them."""
+    """Lists of hashes by their length, and numbers by their first digits: nobody reads them all."""
     if isinstance(value, Mapping):
         return {key: _counted(part) for key, part in value.items()}
+    if isinstance(value, float):
+        return number(value)
     hashes = isinstance(value, list) and value and all(HASH.fullmatch(str(x)) for x in value)
     return f"{len(value):,}, by their hashes" if hashes else value
 
