@@ -3,6 +3,7 @@ disk."""
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import math
@@ -336,7 +337,7 @@ class TestOnDisk:
         other = P.load(model, P.map_params(lambda p: p + 0.1, weights(model))).eval()
         fewer = TensorDataset(*(t[:-1] for t in data.tensors))
         for bad in ((other, data, WD), (model, fewer, WD), (model, data, 2 * WD)):
-            with pytest.raises(StorageError, match="another model, other data or other options"):
+            with pytest.raises(StorageError, match="made for (another model|other data|other options)"):
                 prepare(bad[0], bad[1], weight_decay=bad[2], folder=tmp_path, progress=False)
 
     def test_a_damaged_file_is_refused(
@@ -638,9 +639,9 @@ class TestRebase:
         assert rebased.requests == []
         ledger = Ledger(tmp_path)
         (told,) = (e.details for e in ledger.entries if e.event == "rebased")
-        assert told["model"] == ledger.requests["r-1"].evidence["model_after"]
+        assert told["of"]["model"] == ledger.requests["r-1"].evidence["model_after"]
         later = rebased.forget([5], **QUIET)
-        assert ledger_evidence(tmp_path, "r-2")["model_before"] == told["model"]
+        assert ledger_evidence(tmp_path, "r-2")["model_before"] == told["of"]["model"]
         assert later.split.forget.tolist() == [5]
 
     def test_what_is_delivered_again_is_on_record(
@@ -661,6 +662,21 @@ class TestRebase:
         assert told.details["model_after"] == last.evidence(model)["model_after"] != after
         assert ledger_evidence(tmp_path, "r-1")["model_after"] == after
         prepared.rebase(last, progress=False)
+
+    @pytest.mark.parametrize("change", ["model", "data", "options"])
+    def test_an_error_says_what_differs(
+        self, model: nn.Module, data: TensorDataset, tmp_path: Path, change: str
+    ) -> None:
+        own: dict[str, Any] = {"weight_decay": WD, "folder": tmp_path, "progress": False}
+        prepare(model, data, **own)
+        x, y = data.tensors
+        others = {"model": "another model", "data": "other data", "options": "other options"}
+        twin = copy.deepcopy(model)
+        with torch.no_grad():
+            next(twin.parameters()).add_(1e-3 * (change == "model"))
+        given = TensorDataset(x + (change == "data"), y)
+        with pytest.raises(StorageError, match=f"made for {others[change]};"):
+            prepare(twin, given, **own | ({"weight_decay": 0.5} if change == "options" else {}))
 
     def test_when_it_came_in(self, model: nn.Module, data: TensorDataset, tmp_path: Path) -> None:
         prepared = prepare(model, data, weight_decay=WD, folder=tmp_path, progress=False)

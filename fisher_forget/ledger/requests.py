@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fisher_forget._util import files
@@ -16,6 +17,7 @@ from fisher_forget.ledger.evidence import WRONG
 from fisher_forget.ledger.ledger import Ledger
 from fisher_forget.ledger.states import OPEN, Request
 
+NO_PARTS: Mapping[str, str] = MappingProxyType({})
 OLD, OLD_FORMAT = "requests.json", 1  # of version 0.2, with plain indices
 
 
@@ -50,13 +52,20 @@ class RequestLog:
         return self.ledger.folder / (f"generation-{number}-{name}" if number else name)
 
     def claim(
-        self, mark: str, artefacts: Iterable[Path], *, data: str = "", looked_at: int = 0
+        self,
+        mark: str,
+        artefacts: Iterable[Path],
+        *,
+        parts: Mapping[str, str] = NO_PARTS,
+        data: str = "",
+        looked_at: int = 0,
     ) -> None:
         """Make an empty folder ours, or see that it is.
 
         Args:
             mark: Fingerprint of all that its content depends on, apart from the requests.
             artefacts: Files that are worthless without the ledger, if they are there.
+            parts: What the mark is of, by name, so that an error can say which differs.
             data: Name of the data, where not every sample was looked at.
             looked_at: Then, how many were.
 
@@ -76,9 +85,10 @@ class RequestLog:
                     raise StorageError(got, "both, or neither", fix)
             if not self.mark and not ledger.requests:
                 named = {"data": data, "samples_looked_at": looked_at} if data else {}
+                named |= {"of": dict(parts)} if parts else {}
                 ledger.record("opened", mark=mark, samples=self.samples, **named)
             if self.mark != mark:
-                raise self._foreign(data)
+                raise self._foreign(data, parts)
             if old.exists():  # goes on where a kill came between
                 for request in asked[len(ledger.requests) :]:
                     self.ask(request)
@@ -86,10 +96,9 @@ class RequestLog:
                 old.unlink()
                 files.sync_folder(place)
 
-    def rebase(self, mark: str, model: str) -> None:
-        """From now on the content is that of the next generation, which is there, and its start the
-        model of this fingerprint."""
-        self.ledger.record("rebased", mark=mark, model=model)
+    def rebase(self, mark: str, parts: Mapping[str, str]) -> None:
+        """From now on the content is that of the next generation, which is there; see `claim`."""
+        self.ledger.record("rebased", mark=mark, of=dict(parts))
 
     def remove_earlier(self, names: Iterable[str], later: str) -> None:
         """Remove files of other generations: of those before, and of one that a kill kept from
@@ -211,7 +220,7 @@ class RequestLog:
         made = [e.details for e in self.ledger.entries if e.event in ("done", "delivered")]
         return str(made[-1].get("model_after", "")) if made else ""
 
-    def _foreign(self, data: str) -> StorageError:
+    def _foreign(self, data: str, parts: Mapping[str, str]) -> StorageError:
         folder = self.ledger.folder
         opened = [e.details for e in self.ledger.entries if e.event == "opened"]
         named = str(opened[-1].get("data", ""))
@@ -225,9 +234,12 @@ class RequestLog:
             self._erased()
         except StorageError as error:
             return self._nameless(error)
-        got = f"{folder}, made for another model, other data or other options"
-        fix = "Name another folder, or delete this one if its requests are no longer needed."
-        if self.generation:
+        kept = [e.details["of"] for e in self.ledger.entries if "of" in e.details]
+        others = {"model": "another model", "data": "other data", "options": "other options"}
+        differ = [others[name] for name in parts if kept and kept[-1].get(name) != parts[name]]
+        got = f"{folder}, made for {' and '.join(differ) or ', or '.join(others.values())}"
+        fix = "Name another folder, or pass those: this one has the requests so far."
+        if self.generation and others["model"] in (differ or others.values()):
             fix = f"It was rebased: its model is {self.path('model.safetensors')}. {fix}"
         return StorageError(got, "the folder of this one, or an empty one", fix)
 

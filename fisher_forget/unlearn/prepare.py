@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from fisher_forget._util import files
 from fisher_forget._util.checks import check_model
 from fisher_forget._util.isolation import isolated
 from fisher_forget.curvature.arithmetic import without
@@ -419,9 +420,10 @@ def prepare(
             by_name(options.known_decay, objective.model, list(objective.start))
         options = with_solver(options, objective, split, warn=True)
         if log is not None:
-            mark = snapshot.mark(model, split, options, objective)
-            kept, looked_at = snapshot.artefacts(log), len(split.looked_at)
-            log.claim(mark, kept, data=split.known_as, looked_at=looked_at)
+            parts = snapshot.marks(model, split, options, objective)
+            named: Any = {"data": split.known_as, "looked_at": len(split.looked_at)}
+            mark, kept = files.fingerprint(parts), snapshot.artefacts(log)
+            log.claim(mark, kept, parts=parts, **named)
         requests = [] if log is None else log.requests()
         made = snapshot.read_or_take(model, objective, split, options, log, progress=progress)
         rows = _rows(split, log)

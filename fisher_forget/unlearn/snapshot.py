@@ -49,10 +49,15 @@ class Snapshot:
     sums: DataSums
 
 
-def mark(model: nn.Module, split: Split, options: ForgetOptions, objective: Objective) -> str:
-    """Fingerprint of all that a snapshot depends on."""
-    state = dict(model.state_dict())
-    return files.fingerprint(_fixed(options, objective), state, split.fingerprint())
+def marks(
+    model: nn.Module, split: Split, options: ForgetOptions, objective: Objective
+) -> dict[str, str]:
+    """Fingerprints of all that a snapshot depends on."""
+    return {
+        "model": model_fingerprint(model),
+        "data": split.fingerprint(),
+        "options": files.fingerprint(_fixed(options, objective)),
+    }
 
 
 def artefacts(log: RequestLog) -> list[Path]:
@@ -107,12 +112,13 @@ def save(
     objective: Objective,
 ) -> None:
     """Write the next generation of a folder, with its model; then it is the present one."""
-    own, number = mark(model, split, options, objective), log.generation + 1
+    parts, number = marks(model, split, options, objective), log.generation + 1
+    own = files.fingerprint(parts)
     if made.curvature.stored_as:
         save_curvature(log.path(CURVATURE, number), made.curvature, model, split)
     save_data_sums(log.path(DATA_SUMS, number), made.sums, own, split)
     files.save_model(log.path(MODEL, number), model, {})
-    log.rebase(own, model_fingerprint(model))
+    log.rebase(own, parts)
     log.remove_earlier(NAMES, MODEL)
 
 
