@@ -337,7 +337,9 @@ class TestOnDisk:
         other = P.load(model, P.map_params(lambda p: p + 0.1, weights(model))).eval()
         fewer = TensorDataset(*(t[:-1] for t in data.tensors))
         for bad in ((other, data, WD), (model, fewer, WD), (model, data, 2 * WD)):
-            with pytest.raises(StorageError, match="made for (another model|other data|other options)"):
+            with pytest.raises(
+                StorageError, match="made for (another model|other data|other options)"
+            ):
                 prepare(bad[0], bad[1], weight_decay=bad[2], folder=tmp_path, progress=False)
 
     def test_a_damaged_file_is_refused(
