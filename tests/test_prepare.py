@@ -338,7 +338,7 @@ class TestOnDisk:
         fewer = TensorDataset(*(t[:-1] for t in data.tensors))
         for bad in ((other, data, WD), (model, fewer, WD), (model, data, 2 * WD)):
             with pytest.raises(
-                StorageError, match="made for (another model|other data|other options)"
+                StorageError, match=r"made for (another model|other data|other options)"
             ):
                 prepare(bad[0], bad[1], weight_decay=bad[2], folder=tmp_path, progress=False)
 
