@@ -220,7 +220,7 @@ def self_check(
     before, after = answers
     findings, forget = [], after["forget"]
     if len(forget.losses):
-        if moved <= ROUNDING * P.norm(at):
+        if moved <= ROUNDING * P.norm({name: w.detach() for name, w in at.items()}):
             says = "No step was taken: the forgotten samples are as well known as before."
             findings.append(Finding("step", moved, math.nan, "wrong", says))
         absent = problem.absent
