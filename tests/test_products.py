@@ -508,7 +508,7 @@ class TestHidden:
     def test_prepared(self, function: Callable[[Tensor], Tensor]) -> None:
         model, data = self.model(function), samples(Categorical())
         with pytest.warns(FisherForgetWarning, match="solver='direct'"):
-            prepared = prepare(model, data, limits=Limits(1.0, 1.0), progress=False)
+            prepared = prepare(model, data, limits=Limits(1.0, 1.0, rise=9.0), progress=False)
         assert len(prepared.made.sampled) == SAMPLES
         assert prepared.forget([1], drift=True).options.solver == "direct"
         with pytest.raises(CurvatureError, match="solver='direct'"):

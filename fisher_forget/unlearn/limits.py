@@ -34,7 +34,7 @@ class Limits:
 
     warn: float = 0.25
     refuse: float = 0.5
-    rise: float = 0.1
+    rise: float = 0.5
     failed: Literal["warning", "refused"] = "warning"
 
     def __post_init__(self) -> None:
