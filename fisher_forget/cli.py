@@ -15,7 +15,15 @@ from pathlib import Path
 
 import shtab
 
-from fisher_forget.cli_ledger import Found, add_ledger, show_ledger
+from fisher_forget.cli_erasure import (
+    Found,
+    add_artefacts,
+    add_ledger,
+    add_purge,
+    carry_out_purge,
+    show_artefacts,
+    show_ledger,
+)
 from fisher_forget.errors import ConfigError, FisherForgetError
 from fisher_forget.experiments.config import CompareConfig, RunConfig, SweepConfig
 from fisher_forget.experiments.config_file import load_config, option_names
@@ -28,7 +36,6 @@ EXIT_ERROR = 2  # something given was wrong; the message says what to do
 EXIT_FOUND = 3  # what was looked at is not as it should be
 EXIT_INTERRUPTED = 130
 SHELLS = ("bash", "zsh", "fish")
-NOTHING = "Nothing known here holds forgotten samples."
 
 
 @dataclass(frozen=True)
@@ -231,25 +238,6 @@ def _demo(given: argparse.Namespace) -> None:
             print(line, flush=True)
 
 
-def _artefacts(given: argparse.Namespace) -> None:
-    from fisher_forget.purge import artefacts
-
-    print("\n".join(map(str, artefacts(given.folder, given.set))) or NOTHING)
-
-
-def _purge(given: argparse.Namespace) -> None:
-    from fisher_forget.purge import artefacts, purge
-
-    if not given.yes:
-        print("\n".join(map(str, artefacts(given.folder, given.set))) or NOTHING)
-        raise ConfigError("purge without --yes", "it, since removed is removed", "Add --yes.")
-    purged = purge(given.folder, given.set, salt=given.salt, key=given.key)
-    print(purged)
-    if not purged.clean:
-        got = f"{len(purged.left)} files left and {len(purged.unknown)} unknown, listed above"
-        raise Found(got, "none", "Do what stands behind each.")
-
-
 def _print_data(given: argparse.Namespace) -> None:
     print(catalogue(given.root))
 
@@ -268,8 +256,8 @@ def _write_template(given: argparse.Namespace) -> None:
 
 
 _START = {
-    "artefacts": _artefacts,
-    "purge": _purge,
+    "artefacts": show_artefacts,
+    "purge": carry_out_purge,
     "ledger": show_ledger,
     "demo": _demo,
     "init": _write_template,
@@ -336,22 +324,6 @@ def _add_demo(command: argparse.ArgumentParser) -> None:
     command.add_argument("--retrain", action="store_true", help=what)
 
 
-def _add_artefacts(command: argparse.ArgumentParser) -> None:
-    what = "of a run, a prepared model, SISA, or above several"
-    command.add_argument("folder", help=what).complete = shtab.DIRECTORY  # type: ignore[attr-defined]
-    names = "a run's forget set that is to be gone; may be repeated; by default all"
-    command.add_argument("--set", metavar="NAME", action="append", default=[], help=names)
-
-
-def _add_purge(command: argparse.ArgumentParser) -> None:
-    _add_artefacts(command)
-    command.add_argument("--yes", action="store_true", help="do it; otherwise it is only listed")
-    salts = "remove the salts of ledgers, too: nobody can tell then who was forgotten"
-    command.add_argument("--salt", action="store_true", help=salts)
-    signs = "private key of a signed ledger"
-    _file(command.add_argument("--key", metavar="FILE", help=signs))
-
-
 def _add_init(command: argparse.ArgumentParser) -> None:
     where = "default %(default)s"
     _file(command.add_argument("path", nargs="?", default="config.yaml", help=where))
@@ -370,8 +342,8 @@ def _add_completion(command: argparse.ArgumentParser) -> None:
 
 
 _ARGUMENTS = {
-    "artefacts": _add_artefacts,
-    "purge": _add_purge,
+    "artefacts": add_artefacts,
+    "purge": add_purge,
     "ledger": add_ledger,
     "demo": _add_demo,
     "init": _add_init,

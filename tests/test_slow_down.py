@@ -16,12 +16,12 @@ from fisher_forget import ConfigError, DataError, load_dataset
 from fisher_forget.attack.slow_down import (
     SlowDownPoisoning,
     _ball,
-    _factor,
     interval,
     refusals,
     step_lengths,
 )
 from fisher_forget.certify import CertifiedLogistic
+from fisher_forget.certify.logistic import hessian_factor
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -44,7 +44,7 @@ class TestSteps:
     def test_the_gradient_is_that_of_the_sum(self) -> None:
         x, y = digits()
         model = made().fit(ATTACK.features(x), y)
-        factor = _factor(model.x, model.weights[0], 1e-2)
+        factor = hessian_factor(model.x, model.weights[0], 1e-2)
         own, signs = x[:5], model.signs[0][:5]
         value, gradient = ATTACK._pull(own, signs, model.weights[0], factor)
         assert value == pytest.approx(ATTACK._value(own, signs, model.weights[0], factor))
@@ -62,7 +62,7 @@ class TestSteps:
         model = made().fit(ATTACK.features(x), y)
         lengths = step_lengths(model)
         for row in (0, 7):
-            factor = _factor(model.x, model.weights[0], 1e-2)
+            factor = hessian_factor(model.x, model.weights[0], 1e-2)
             alone = self.total(x[[row]], model.signs[0][[row]], model, factor)
             assert float(lengths[row]) == pytest.approx(float(alone), rel=1e-8)
 

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from fisher_forget.certify import CertifiedLogistic
+from fisher_forget.certify.logistic import hessian_factor, pulls
 from fisher_forget.errors import ConfigError, DataError
 
 BACKTRACKS, ARMIJO, ROUNDS = 12, 0.5, 30
@@ -144,7 +145,7 @@ class SlowDownPoisoning:
         for _ in range(self.iterations):
             everyone = clean.clone()
             everyone[own] = x
-            factor = _factor(self.features(everyone), w, model.regularisation)
+            factor = hessian_factor(self.features(everyone), w, model.regularisation)
             value, gradient = self._pull(x, signs[own], w, factor)
             unit = gradient / gradient.norm(dim=1, keepdim=True).clamp(min=1e-30)
             step, taken = self.radius, x
@@ -219,22 +220,23 @@ class SlowDownPoisoning:
 
     def _pull(self, x: Tensor, y: Tensor, w: Tensor, factor: Tensor) -> tuple[float, Tensor]:
         """sum |H^-1 g| and its gradient [m, d]."""
-        moved = x - self.centre
-        lengths = moved.norm(dim=1, keepdim=True)
-        u = moved / lengths
-        s = torch.sigmoid(y * (u @ w))[:, None]
-        q = torch.cholesky_solve((-(1 - s) * y[:, None] * u).T, factor).T
+        u = self.features(x)
+        q = self._steps(u, y, w, factor)
         norms = q.norm(dim=1, keepdim=True)
         r = torch.cholesky_solve((q / norms.clamp(min=1e-30)).T, factor).T
+        s = torch.sigmoid(y * (u @ w))[:, None]
         pull = -(1 - s) * y[:, None] * r + s * (1 - s) * (r * u).sum(1, keepdim=True) * w
         across = pull - (pull * u).sum(1, keepdim=True) * u
-        return float(norms.sum()), across / lengths
+        return float(norms.sum()), across / (x - self.centre).norm(dim=1, keepdim=True)
 
     def _value(self, x: Tensor, y: Tensor, w: Tensor, factor: Tensor) -> float:
-        u = self.features(x)
-        s = torch.sigmoid(y * (u @ w))[:, None]
-        q = torch.cholesky_solve((-(1 - s) * y[:, None] * u).T, factor).T
-        return float(q.norm(dim=1).sum())
+        """sum |H^-1 g|."""
+        return float(self._steps(self.features(x), y, w, factor).norm(dim=1).sum())
+
+    def _steps(self, u: Tensor, y: Tensor, w: Tensor, factor: Tensor) -> Tensor:
+        """H^-1 g of each row [m, d]."""
+        pull = pulls(w[None], u, y[None])[0]
+        return torch.cholesky_solve((pull[:, None] * u).T, factor).T
 
     def _projected(self, x: Tensor, clean: Tensor) -> Tensor:
         """The nearest inputs in both the box and the ball (Dykstra)."""
@@ -284,20 +286,11 @@ def step_lengths(model: CertifiedLogistic) -> Tensor:
     """|H^-1 g_i| of every sample [N], over all classes."""
     total: Tensor = torch.zeros(len(model.x), dtype=torch.float64)
     for w, signs in zip(model.weights, model.signs, strict=True):
-        factor = _factor(model.x[model.kept], w, model.regularisation)
-        pull = -torch.sigmoid(-signs * (model.x @ w)) * signs
+        factor = hessian_factor(model.x[model.kept], w, model.regularisation)
+        pull = pulls(w[None], model.x, signs[None])[0]
         total += (torch.cholesky_solve((pull[:, None] * model.x).T, factor) ** 2).sum(0)
     lengths: Tensor = total.sqrt()
     return lengths
-
-
-def _factor(features: Tensor, w: Tensor, regularisation: float) -> Tensor:
-    """Cholesky factor of the Hessian."""
-    z = features @ w
-    hessian = features.T @ (features * (torch.sigmoid(z) * torch.sigmoid(-z))[:, None])
-    hessian.diagonal().add_(regularisation * len(features))
-    factor: Tensor = torch.linalg.cholesky(hessian)
-    return factor
 
 
 def _ball(x: Tensor, radius: float, norm: float) -> Tensor:

@@ -51,6 +51,7 @@ from torch import Tensor, nn
 
 from fisher_forget._util import files
 from fisher_forget.certify.gaussian import epsilon_of, mu_of
+from fisher_forget.certify.logistic import checked, hessian_factor, pulls, signs_of
 from fisher_forget.data.indices import forget_indices
 from fisher_forget.errors import ConfigError, DataError, NumericalError, SplitError
 from fisher_forget.ledger import Ledger, RequestLog
@@ -59,7 +60,6 @@ from fisher_forget.unlearn.noise_draw import check_generator, secret_normals
 Accounting = Literal["added", "corrected", "measured"]
 GAMMA = 0.25  # Lipschitz constant of the logistic loss's second derivative
 STEPS, TOLERANCE = 100, 1e-9  # of the training: Newton steps; |gradient| a sample
-MOST = 10_000  # columns: a Hessian of them has 800 MB
 
 
 @dataclass(frozen=True)
@@ -156,8 +156,8 @@ class CertifiedLogistic:
             DataError: If they are not such tensors, or a class has no sample.
             NumericalError: If training does not end.
         """
-        self.x, self.y, self.classes = _checked(x, y)
-        self.signs = _signs(self.y, self.classes)
+        self.x, self.y, self.classes = checked(x, y)
+        self.signs = signs_of(self.y, self.classes)
         self.kept = torch.ones(len(self.x), dtype=torch.bool)
         if self.ledger is not None:
             self._log = RequestLog(self.ledger, len(self.x))
@@ -254,12 +254,6 @@ class CertifiedLogistic:
         self._fitted()
         return float(self._gradient(self.weights, self.kept).norm())
 
-    def step(self, samples: Tensor) -> Tensor:
-        """H^-1 Delta of each class for the removal of some rows [K, d]; nothing is changed."""
-        left = self.kept.clone()
-        left[samples] = False
-        return self._solve(left, self._delta(samples))
-
     def _removed(self, gone: Tensor, left: Tensor) -> dict[str, Any]:
         spent = self._fitted()
         if not len(gone):
@@ -329,9 +323,7 @@ class CertifiedLogistic:
 
     def _losses(self, weights: Tensor, rows: Tensor) -> Tensor:
         """Sum of the gradients of the rows' losses [K, d]."""
-        signs, x = self.signs[:, rows], self.x[rows]
-        pull: Tensor = -torch.sigmoid(-signs * (weights @ x.T)) * signs
-        return pull @ x
+        return pulls(weights, self.x[rows], self.signs[:, rows]) @ self.x[rows]
 
     def _delta(self, gone: Tensor) -> Tensor:
         decay = len(gone) * self.regularisation * self.weights
@@ -339,13 +331,9 @@ class CertifiedLogistic:
 
     def _solve(self, left: Tensor, right: Tensor) -> Tensor:
         """H^-1 of each class times its right-hand side [K, d], at the present weights."""
-        x, n = self.x[left], int(left.sum())
-        solved: list[Tensor] = []
+        x, solved = self.x[left], list[Tensor]()
         for w, r in zip(self.weights, right, strict=True):
-            z = x @ w
-            hessian = x.T @ (x * (torch.sigmoid(z) * torch.sigmoid(-z))[:, None])
-            hessian.diagonal().add_(self.regularisation * n)
-            factor = torch.linalg.cholesky(hessian)
+            factor = hessian_factor(x, w, self.regularisation)
             solved.append(torch.cholesky_solve(r[:, None], factor)[:, 0])
         return torch.stack(solved)
 
@@ -373,32 +361,6 @@ class CertifiedLogistic:
             "retained": int(self.kept.sum()),
             "model_after": files.fingerprint(self.weights),
         }
-
-
-def _checked(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Features, classes of the rows and the classes there are."""
-    if not isinstance(x, Tensor) or not isinstance(y, Tensor) or x.ndim != 2 or len(x) != len(y):
-        shapes = [tuple(getattr(t, "shape", ())) for t in (x, y)]
-        got, expected = f"x and y of the shapes {shapes}", "tensors [N, d] and [N]"
-        raise DataError(got, expected, "Pass a row a sample, and a class a row.")
-    if y.ndim != 1 or y.is_floating_point():
-        got = f"y of shape {tuple(y.shape)} and dtype {y.dtype}"
-        raise DataError(got, "whole numbers [N]", "Pass the class of each row.")
-    if x.shape[1] > MOST:
-        got = f"{x.shape[1]} features"
-        raise DataError(got, f"at most {MOST:,}: the Hessian is held", "Reduce them first.")
-    if not bool(torch.isfinite(x).all()):
-        raise DataError("features that are not finite", "numbers", "Remove or mend such rows.")
-    classes = y.unique()
-    if len(classes) < 2:
-        raise DataError(f"{len(classes)} class", "two or more", "Pass samples of all classes.")
-    return x.detach().cpu().double(), y.detach().cpu().long(), classes.cpu()
-
-
-def _signs(y: Tensor, classes: Tensor) -> Tensor:
-    """1 for each class's own rows, -1 for others [K, N]; of two classes the second alone."""
-    which = classes[1:] if len(classes) == 2 else classes
-    return torch.where(y[None] == which[:, None], 1.0, -1.0).double()
 
 
 def _normal(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:

@@ -87,7 +87,7 @@ class Harm:
                 f"{self.score.format(g.score[1])} ({g.samples:,} samples)"
                 for g in harmed
             )
-            got = f"a model that harms {len(harmed)} groups of retained samples: {told}"
+            got = f"a model that harms groups of retained samples: {told}"
             fix = "Do not publish it; look at who asked for what, or train a new model."
             raise NumericalError(got, f"a fall of at most {self.score.format(limit)}", fix)
 

@@ -222,8 +222,8 @@ class Ledger:
             received: When the request came in; by default now. Without a time zone this and `due`
                 are this machine's local time.
             due: Until when it must be served; by default one month after it came in (GDPR, Art.
-                12(3)). One that is over is recorded all the same, with a warning: a request must
-                not be lost for being late.
+                12(3)). A day that has passed is recorded with a warning: a request must not be
+                lost for being late.
 
         Raises:
             ConfigError: If there is no sample, or a time is none, or yet to come.

@@ -7,7 +7,7 @@ import os
 import pickletools
 import re
 import zipfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -89,13 +89,18 @@ def artefacts(folder: str | Path, sets: Collection[str] = ()) -> list[Artefact]:
         ConfigError: If the folder is no path, or no run has a forget set of such a name.
         StorageError: If there is no such folder.
     """
-    listed = isinstance(sets, Collection) and not isinstance(sets, (str, bytes))
-    if not listed or not all(isinstance(name, str) for name in sets):
+    several = isinstance(sets, Collection) and not isinstance(sets, (str, bytes))
+    if not several or not all(isinstance(name, str) for name in sets):
         raise ConfigError(f"sets={sets!r}", "a list of names", "Put the name in a list.")
     root, runs = checked(folder), Runs(sets)
     found = [told for path in walk(root) if (told := _meant(path, runs)) is not None]
     runs.check()
     return found
+
+
+def listed(found: Iterable[object]) -> str:
+    """A line each, or that there is none."""
+    return "\n".join(map(str, found)) or "Nothing known here holds forgotten samples."
 
 
 def checked(folder: str | Path) -> Path:

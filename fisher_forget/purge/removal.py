@@ -21,6 +21,7 @@ from fisher_forget.purge.artefacts import (
     artefacts,
     checked,
     is_signed,
+    listed,
     walk,
 )
 from fisher_forget.purge.runs import CONFIG, PURGED, Run, Runs
@@ -57,7 +58,7 @@ class Purged:
         lines = [f"removed  {path}" for path in self.removed]
         lines += [f"rewrote  {path}" for path in self.rewritten]
         lines += [str(artefact) for artefact in (*self.left, *self.unknown)]
-        return "\n".join(lines or ["Nothing known here holds forgotten samples."])
+        return listed(lines)
 
 
 def purge(

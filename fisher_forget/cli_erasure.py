@@ -1,4 +1,4 @@
-"""The command `fisher-forget ledger`."""
+"""The commands that show what was erased, and erase: ledger, artefacts and purge."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import shtab
 from fisher_forget._util.files import fingerprint, load_tensors
 from fisher_forget.errors import ConfigError, StorageError
 from fisher_forget.ledger import Ledger, Reading, examine, key_fingerprint, new_keys
+from fisher_forget.purge import artefacts, listed, purge
 from fisher_forget.report.pages.ledger import (
     check_ledger,
     ledger_table,
@@ -124,3 +125,46 @@ def _tell_model(ledger: Reading, path: str) -> None:
         )
         raise Found(f"{path}, a model with the fingerprint {mark}", "a model on record", fix)
     print(f"{path} has the fingerprint {mark}. {' '.join(said)}")
+
+
+def add_artefacts(command: argparse.ArgumentParser) -> None:
+    """Its options."""
+    what = "of a run, a prepared model, SISA, or above several"
+    command.add_argument("folder", help=what).complete = shtab.DIRECTORY  # type: ignore[attr-defined]
+    names = (
+        "a run's forget set that is to be gone; may be repeated; by default those that somebody "
+        "asked for, or all where nobody did"
+    )
+    command.add_argument("--set", metavar="NAME", action="append", default=[], help=names)
+
+
+def show_artefacts(given: argparse.Namespace) -> None:
+    """Print what still holds forgotten samples."""
+    print(listed(artefacts(given.folder, given.set)))
+
+
+def add_purge(command: argparse.ArgumentParser) -> None:
+    """Its options."""
+    add_artefacts(command)
+    command.add_argument("--yes", action="store_true", help="do it; otherwise it is only listed")
+    salts = "remove the salts of runs, too: nobody can tell then who was forgotten"
+    command.add_argument("--salt", action="store_true", help=salts)
+    signs = "private key of a signed ledger"
+    command.add_argument("--key", metavar="FILE", help=signs).complete = shtab.FILE  # type: ignore[attr-defined]
+
+
+def carry_out_purge(given: argparse.Namespace) -> None:
+    """Remove it, and print what was done.
+
+    Raises:
+        ConfigError: Without --yes.
+        Found: If something is left, or not known.
+    """
+    if not given.yes:
+        show_artefacts(given)
+        raise ConfigError("purge without --yes", "it, since removed is removed", "Add --yes.")
+    purged = purge(given.folder, given.set, salt=given.salt, key=given.key)
+    print(purged)
+    if not purged.clean:
+        got = f"{len(purged.left)} files left and {len(purged.unknown)} unknown, listed above"
+        raise Found(got, "none", "Do what stands behind each.")
