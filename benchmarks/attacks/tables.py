@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from benchmarks.attacks.after_release import after_release
 from benchmarks.attacks.classical import Report, classical
 from benchmarks.attacks.inference import requests, shadow
 from benchmarks.attacks.inversion import inversion, mnist
@@ -13,6 +14,7 @@ from fisher_forget._util.markdown import markdown_table
 
 FOLDER = Path(__file__).parent
 STORED, PAGE = FOLDER.with_suffix(".json"), FOLDER.parents[1] / "docs" / "attacks.md"
+BOUNDS = (", lower bound", ", upper bound")
 BEGIN, END = "<!-- {} -->\n", "<!-- end of {} -->\n"
 
 PARTS: dict[str, Callable[[], Report]] = {
@@ -22,6 +24,7 @@ PARTS: dict[str, Callable[[], Report]] = {
     "inversion": inversion,
     "mnist": mnist,
     "slow-down": slow_down,
+    "after-release": after_release,
 }
 
 
@@ -72,6 +75,8 @@ def tables(part: str, found: Report) -> str:
         return markdown_table(heads, rows)
     if part == "slow-down":
         return _slowed(found)
+    if part == "after-release":
+        return _come_back(found)
     heads = [
         "second release",
         "cosine",
@@ -105,6 +110,25 @@ def _slowed(found: Report) -> str:
     heads = ["accounting", "L1 radius", "clean", "attacked"]
     others = ["L1 radius", "accuracy, clean", "poisoned", "attacker refused", "honest refused"]
     return f"{markdown_table(heads, rows)}\n\n{markdown_table(others, about)}"
+
+
+def _come_back(found: Report) -> str:
+    def accuracy(finding: Report, when: str = "after") -> str:
+        place = f"accuracy on deleted, {when}"
+        ours, exact = (100 * finding["details"][f"{x}, {place}"] for x in ("released", "retrained"))
+        return f"{ours:.0f} / {exact:.0f} %"
+
+    gaps, accuracies = [], []
+    for name, told in found.items():
+        plain = told["quantisation to 8 bits"]  # of all deleted samples, none is known
+        bounds = [plain["details"][f"gap before{x}"] for x in ("", *BOUNDS)]
+        gap = dict(zip(("value", "low", "high"), bounds, strict=True))
+        gaps.append([*name.split("; "), *map(shown, (gap, *(f["found"] for f in told.values())))])
+        accuracies.append(
+            [*name.split("; "), accuracy(plain, "before"), *map(accuracy, told.values())]
+        )
+    heads = ["forgotten", "released", "before", *next(iter(found.values()))]
+    return f"{markdown_table(heads, gaps)}\n\n{markdown_table(heads, accuracies)}"
 
 
 def _defences(found: Report) -> str:

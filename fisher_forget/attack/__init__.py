@@ -1,6 +1,13 @@
 """Attacks on a pair of releases: what does the change from one to the other tell of who was
 deleted?"""
 
+from fisher_forget.attack.after_release import (
+    AfterRelease,
+    FineTuning,
+    Quantisation,
+    Relearning,
+    quantised,
+)
 from fisher_forget.attack.findings import Finding
 from fisher_forget.attack.inference import STATISTICS, DeletionInference
 from fisher_forget.attack.pairs import Pair
@@ -13,17 +20,22 @@ from fisher_forget.attack.slow_down import SlowDown, SlowDownPoisoning
 __all__ = [
     "FEATURES",
     "STATISTICS",
+    "AfterRelease",
     "ChangedAnswers",
     "DeletionInference",
     "Finding",
+    "FineTuning",
     "Model",
     "NewtonInversion",
     "Observer",
     "Pair",
+    "Quantisation",
     "Reconstruction",
+    "Relearning",
     "Release",
     "ShadowInference",
     "SlowDown",
     "SlowDownPoisoning",
+    "quantised",
     "shadow_pairs",
 ]
