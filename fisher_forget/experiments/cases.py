@@ -197,7 +197,7 @@ def retained(data: DataBundle, forget: Indices) -> Indices:
 
 def parts(data: DataBundle, forget: Indices) -> dict[str, TensorDataset]:
     """Forget, retain and test data; test data of the classes that are left, where a whole class is
-    forgotten."""
+    forgotten; test data that the fault concerns, where there is one."""
     retain = retained(data, forget)
     named = {"forget": take(data.train, forget), "retain": take(data.train, retain)}
     named["test"] = data.test
@@ -205,6 +205,8 @@ def parts(data: DataBundle, forget: Indices) -> dict[str, TensorDataset]:
         left = torch.isin(data.test.tensors[-1], data.train.tensors[-1][retain])
         if not bool(left.all()):
             named["test, retained classes"] = take(data.test, left)
+    if data.injected is not None:
+        named["test, faulty"] = data.injected.affected(data.test)
     return named
 
 

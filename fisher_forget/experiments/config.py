@@ -12,6 +12,7 @@ from fisher_forget._util import files
 from fisher_forget.errors import ConfigError
 from fisher_forget.evaluate.evaluation import HELD_OUT, REFERENCE
 from fisher_forget.experiments.datasets import DataBundle, load_dataset
+from fisher_forget.experiments.faults import Fault
 from fisher_forget.experiments.training import TrainSettings
 from fisher_forget.sweep.cells import OURS, expand
 from fisher_forget.sweep.run import RUIN
@@ -33,6 +34,8 @@ class DataSettings:
         max_train: Most training samples, class by class in proportion; all by default.
         max_test: Most test samples.
         options: Of a function of your own.
+        fault: Put into the training data on purpose, such as {kind: trigger, share: 0.01}; reports
+            then have the test samples that it concerns as a part of their own.
     """
 
     name: str = "digits"
@@ -40,20 +43,22 @@ class DataSettings:
     max_train: int | None = None
     max_test: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    fault: Fault | None = None
 
     def load(self) -> DataBundle:
         """The data set in memory.
 
         Raises:
-            ConfigError, DataError: As `load_dataset`.
+            ConfigError, DataError: As `load_dataset` and `Fault.put`.
         """
-        return load_dataset(
+        data = load_dataset(
             self.name,
             self.root,
             max_train=self.max_train,
             max_test=self.max_test,
             options=self.options,
         )
+        return data if self.fault is None else data.with_fault(self.fault)
 
 
 @dataclass(frozen=True)
@@ -80,10 +85,11 @@ class ForgetSet:
         kind: "class" (all of one), "samples" (some of one class), "random" (some of all),
             "mislabelled" (some of all, whose labels are made wrong before the original models are
             trained), "memorised" (those that a model gets right only if it was trained on them),
-            "indices".
+            "indices", "fault" (the part of the data's fault that is known).
         label: The class, for "class" and "samples".
-        count: How many, for all kinds but "class" and "indices".
+        count: How many, for "samples", "random", "mislabelled" and "memorised".
         indices: For "indices".
+        gamma: Share of the faulty samples that are known, for "fault".
         seed: Of the choice.
         retrained: Models retrained without it; by default as many as the run has for each.
         who: Opaque reference of who asked for it, such as the number of a ticket: the run then
@@ -92,10 +98,11 @@ class ForgetSet:
     """
 
     name: str
-    kind: Literal["class", "samples", "random", "mislabelled", "memorised", "indices"]
+    kind: Literal["class", "samples", "random", "mislabelled", "memorised", "indices", "fault"]
     label: int | None = None
     count: int | None = None
     indices: list[int] = field(default_factory=list)
+    gamma: float | None = None
     seed: int = 0
     retrained: int | None = None
     who: str = ""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from fisher_forget.experiments.data_sources import (
     Samples,
     user_folder,
 )
+from fisher_forget.experiments.faults import Fault, Injected
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,23 @@ class DataBundle:
         test: The same of the test samples.
         classes: Class names in the order of the targets; empty where these are not one class a
             sample.
+        injected: The fault that was put into the training samples, if there was one.
     """
 
     name: str
     train: TensorDataset
     test: TensorDataset
     classes: tuple[str, ...]
+    injected: Injected | None = None
+
+    def with_fault(self, fault: Fault) -> DataBundle:
+        """The same data with a fault in the training samples.
+
+        Raises:
+            ConfigError, DataError: As for `Fault.put`.
+        """
+        train, injected = fault.put(self.train, len(self.classes))
+        return replace(self, train=train, injected=injected)
 
 
 def load_dataset(

@@ -1,4 +1,5 @@
-"""Which samples a run forgets: a class, some of a class, random, mislabelled or memorised ones."""
+"""Which samples a run forgets: a class, some of a class, random, mislabelled or memorised ones, or
+what is known of a fault."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def choose(settings: ForgetSet, data: DataBundle, memorised: Callable[[], Scores
         ConfigError: If label, count or indices do not fit the data.
     """
     candidates = check(settings, data)
-    if settings.kind in ("class", "indices"):
+    if settings.kind in ("class", "indices", "fault"):
         return candidates
     assert settings.count is not None
     if settings.kind == "memorised":
@@ -46,13 +47,20 @@ def choose(settings: ForgetSet, data: DataBundle, memorised: Callable[[], Scores
 
 
 def check(settings: ForgetSet, data: DataBundle) -> Indices:
-    """The samples to choose from; for a class and for indices, the choice itself.
+    """The samples to choose from; for a class, for indices and for a fault, the choice itself.
 
     Raises:
-        ConfigError: If label, count or indices do not fit the data.
+        ConfigError: If label, count, indices or gamma do not fit the data.
     """
     targets = data.train.tensors[-1].numpy()
     where = f"forget set {settings.name!r}"
+    if settings.kind == "fault":
+        if data.injected is None or settings.gamma is None:
+            lacks = "gamma" if data.injected else "a fault in the data"
+            expected = "both: how much of which fault is known"
+            fix = "Set gamma, and data: {fault: {kind: trigger, share: 0.01}}, say."
+            raise ConfigError(f"{where} without {lacks}", expected, fix)
+        return data.injected.known(settings.gamma, settings.seed)
     if settings.kind == "indices":
         wanted = np.asarray(settings.indices, dtype=np.int64)
         if not len(wanted) or wanted.min() < 0 or wanted.max() >= len(targets):

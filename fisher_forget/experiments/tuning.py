@@ -4,6 +4,7 @@ A setting is judged by two numbers in percentage points:
 
     damage     accuracy on unseen samples of what is retained, lost against the original
     memory     a class that is forgotten as a whole: unseen samples of it that are still recognised
+               what is known of a fault: share of it that is still given its wrong label
                other samples: |2 AUC - 1| of the loss, forgotten samples against unseen samples like
                them (of the same classes; with labels made wrong where they are mislabelled)
 
@@ -71,9 +72,11 @@ class Judge:
 
     Attributes:
         forget: The forgotten samples.
-        unseen: Validation samples like them.
+        unseen: Validation samples like them; these themselves, where their labels are wrong by a
+            fault: no unseen sample is known that has it.
         kept: Validation samples of the classes that are retained.
-        whole: Whether the classes of the forgotten samples are forgotten as a whole.
+        whole: Whether no answer to them is to be left: their classes are forgotten as a whole, or
+            their labels are those of a fault.
         accuracy: Of the original model on `kept`.
     """
 
@@ -110,7 +113,9 @@ class Judge:
         gone[torch.from_numpy(forget)] = True
         kept, like = torch.isin(labels, targets[~gone]), torch.isin(labels, targets[gone])
         whole = not bool(torch.isin(targets[gone], targets[~gone]).any())
-        if settings.kind == "mislabelled":
+        if settings.kind == "fault":
+            whole, unseen = True, take(data.train, gone)
+        elif settings.kind == "mislabelled":
             wrong = other_labels(labels, len(data.classes), settings.seed)
             unseen = samples(validation[:][0], wrong)
         elif bool(like.any()):
