@@ -30,6 +30,7 @@ from fisher_forget.evaluate.groups import Harm, harm_by_group
 from fisher_forget.experiments.datasets import load_dataset
 from fisher_forget.experiments.models import build_model
 from fisher_forget.experiments.training import TrainSettings, train
+from fisher_forget.influence import Influence, Suggestions, suggest
 from fisher_forget.ledger import Ledger
 from fisher_forget.likelihood import Bernoulli, Categorical, Gaussian, Likelihood
 from fisher_forget.purge import artefacts, purge
@@ -88,6 +89,7 @@ __all__ = [
     "ForgetResult",
     "Gaussian",
     "Harm",
+    "Influence",
     "Ledger",
     "Likelihood",
     "Limits",
@@ -104,6 +106,7 @@ __all__ = [
     "Split",
     "SplitError",
     "StorageError",
+    "Suggestions",
     "SweepTable",
     "TrainSettings",
     "TrainingTime",
@@ -129,6 +132,7 @@ __all__ = [
     "read_samples",
     "resolve_split",
     "rewind",
+    "suggest",
     "sweep",
     "train",
     "trainer_callback",

@@ -62,7 +62,8 @@ def columns(
     elif kind == "sampled":
         yield from likelihood.sampled(outputs, draws, streams, targets)
     else:
-        yield likelihood.residual(outputs, targets)
+        # p - 1 of a sample that is fitted well is rounded to 0 in single precision, the rest is not
+        yield likelihood.residual(outputs.double(), targets).to(outputs.dtype)
 
 
 def weight(

@@ -46,9 +46,11 @@ class Reader(ABC):
 
     Attributes:
         passes: How many passes over the data it needs.
+        label: What the progress bar calls it.
     """
 
     passes: int = 1
+    label: str = "curvature"
 
     @abstractmethod
     def add(self, record: Record, column: Tensor, grads: Grads, last: bool) -> None:
@@ -134,7 +136,7 @@ class Walk:
         count, pass_index, options = 0.0, 0, self.options
         steps: dict[tuple[torch.Size, ...], int] = {}
         while pass_index < total.passes:  # a structure may find that it needs fewer
-            label = f"curvature {pass_index + 1}/{total.passes}"
+            label = f"{total.label} {pass_index + 1}/{total.passes}"
             batches = bar(self.batches(), self.split.steps(self.samples), label, options.progress)
             for record in (record for batch in batches for record in self._records(batch, steps)):
                 outputs, targets = record.outputs.detach(), record.batch.targets

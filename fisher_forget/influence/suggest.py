@@ -1,0 +1,256 @@
+r"""suggest(): which training samples are worth forgetting.
+
+With |g|^2 = g^T H^-1 g, unit gradients u = g / |g|, their inner product in the same metric and the
+mean U of the unit gradients of training samples ("the crowd"), the score of sample i is
+
+    memorised     |g_i|^2 / N           its own loss without it rises by that, nats
+    harmful       - g . H^-1 g_i / N    the mean held-out loss without it falls by that, nats
+    mislabelled   - <u_i, U>            against what the others teach: minus a cosine
+    poisoned      mean of the three largest <u_i, u_k> over known samples k, less <u_i, U>
+
+Cosines, since a well-fitted sample has a short gradient, however wrong its label is. What else was
+tried, and how often these are right, is in docs/research.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Unpack, get_args
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from fisher_forget import params as P
+from fisher_forget._util.checks import is_whole
+from fisher_forget._util.isolation import isolated
+from fisher_forget.data import batches
+from fisher_forget.data.indices import forget_indices
+from fisher_forget.data.own_loss import LossFn
+from fisher_forget.data.split import Indices, Split, resolve_split, some
+from fisher_forget.errors import ConfigError, SplitError
+from fisher_forget.influence.influence import Influence, InfluenceKeywords, cosines
+from fisher_forget.influence.products import Readings, mean_gradient
+
+Fault = Literal["memorised", "harmful", "mislabelled", "poisoned"]
+GROUPS = 8  # of the held-out samples, whose spread is the standard error
+CROWD = 2000  # samples whose mean unit gradient stands for that of all
+KNOWN = 64  # samples of the known poison that others are compared with, at most
+NEAREST = 3  # of these
+SHOWN = 10
+MEANINGS: dict[Fault, str] = {
+    "memorised": "By how many nats the sample's own loss would rise if the model were trained "
+    "without it, to first order: what it alone has taught the model about itself.",
+    "harmful": "By how many nats the mean loss of the held-out samples would fall if the model "
+    "were trained without it, to first order.",
+    "mislabelled": "How far what the sample teaches goes against what the others teach: minus the "
+    "cosine of its gradient with theirs, from -1 to 1.",
+    "poisoned": "How much more what the sample teaches is like the nearest known poison than like "
+    "all samples: a difference of cosines, from -2 to 2.",
+}
+
+
+@dataclass(frozen=True)
+class Suggestions:
+    """Training samples, the one that is most worth forgetting first.
+
+    Attributes:
+        kind: What was looked for.
+        meaning: What the score is, in a sentence.
+        table: One row a sample, by descending score: `sample` (its index), `score`, its
+            `standard_error` where held-out samples make it uncertain, `loss` in nats, `label` and
+            `predicted` class where there are classes. Known poison is left out.
+    """
+
+    kind: Fault
+    meaning: str
+    table: pd.DataFrame
+
+    def indices(self, k: int) -> Indices:
+        """The first k samples, ready to be `forget_idx`.
+
+        Raises:
+            ConfigError: If there are not so many.
+        """
+        if not is_whole(k, 1) or k > len(self.table):
+            got, expected = f"k={k!r}", f"a whole number from 1 to {len(self.table)}"
+            raise ConfigError(got, expected, "Ask for fewer samples.")
+        return self.table["sample"].to_numpy()[:k].copy()
+
+    def __str__(self) -> str:
+        head = self.table.head(SHOWN).to_string(index=False, float_format=lambda x: f"{x:.3g}")
+        return f"{self.kind.capitalize()} samples, of {len(self.table):,}. {self.meaning}\n{head}"
+
+    __repr__ = __str__
+
+
+@isolated()
+def suggest(
+    model: nn.Module,
+    data: DataLoader[Any] | Dataset[Any] | Split,
+    *,
+    kind: Fault = "memorised",
+    held_out: DataLoader[Any] | Dataset[Any] | Split | None = None,
+    known: Any = None,
+    unpack: batches.Unpack | None = None,
+    loss_fn: LossFn | None = None,
+    progress: bool = True,
+    **changes: Unpack[InfluenceKeywords],
+) -> Suggestions:
+    """Training samples that are worth forgetting, by their influence on the model.
+
+    It takes one pass over the training data, and looks at a few thousand samples more than once.
+
+    Args:
+        model: Trained, in eval mode; never touched.
+        data: Loader or data set that it was trained on, without random augmentation.
+        kind: "memorised", "harmful" (to held-out samples), "mislabelled", or "poisoned" (as some
+            known samples are).
+        held_out: Loader or data set of samples that the model was not trained on; for "harmful".
+        known: Indices of the part of the poison that is known, or a mask; for "poisoned".
+        unpack: As for `forget`.
+        loss_fn: As for `forget`.
+        progress: Show progress bars.
+        **changes: As for `Influence.of`.
+
+    Raises:
+        ConfigError: An unknown kind; what the kind needs is missing, or what it does not look at
+            was given.
+        SplitError: Held-out samples that are training samples, too, or fewer than two; known
+            samples that are none, all, or no training samples.
+        ModelError, DataError, CurvatureError, NumericalError: As for `forget`.
+
+    Example:
+        >>> import torch
+        >>> x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+        >>> data = torch.utils.data.TensorDataset(x, (x[:, 0] > 0).long())
+        >>> found = suggest(torch.nn.Linear(3, 2).eval(), data, progress=False)
+        >>> len(found.indices(5)), list(found.table)
+        (5, ['sample', 'score', 'loss', 'label', 'predicted'])
+    """
+    _check(kind, held_out, known)
+    split = resolve_split(data, [], unpack=unpack, allow_empty=True)
+    found = None if known is None else _known(known, split)
+    unseen = None
+    if held_out is not None:
+        unseen = resolve_split(held_out, [], unpack=unpack, allow_empty=True)
+        _check_unseen(unseen, split)
+    influence = Influence.of(model, split, loss_fn=loss_fn, progress=progress, **changes)
+    seed = changes.get("seed", 0)
+    error = None
+    if kind == "memorised":
+        read = influence.read()
+        score = read.squares / read.positions
+    elif unseen is not None:
+        read, score, error = _harm(influence, unseen, seed)
+    elif found is not None:
+        read, score = _likeness(influence, found, seed)
+    else:
+        read = influence.read([influence.crowd(CROWD, seed)])
+        score = -cosines(read)[:, 0]
+    return Suggestions(kind, MEANINGS[kind], _table(influence, read, score, error, found))
+
+
+def _harm(influence: Influence, unseen: Split, seed: int) -> tuple[Readings, Tensor, Tensor]:
+    """- g . H^-1 g_n / N, and its standard error from groups of the held-out samples."""
+    order = np.random.default_rng(seed).permutation(unseen.retain)
+    lots = [np.sort(lot) for lot in np.array_split(order, min(GROUPS, len(order)))]
+    read = influence.read([mean_gradient(influence.objective, unseen, lot) for lot in lots])
+    shares = torch.tensor([len(lot) for lot in lots], dtype=torch.float64) / len(order)
+    harms = -read.products / read.positions
+    return read, harms @ shares, harms.std(1) / len(lots) ** 0.5
+
+
+def _likeness(influence: Influence, known: Indices, seed: int) -> tuple[Readings, Tensor]:
+    """Mean of the largest cosines with known samples, less that with the crowd."""
+    bytes_each = 8 * P.size(influence.objective.start)  # a gradient, and H^-1 times it
+    room = max(1, influence.objective.memory // bytes_each)
+    units = influence.unit_gradients(some(known, min(KNOWN, room), seed))
+    read = influence.read([*units, influence.crowd(CROWD, seed)])
+    found = cosines(read)
+    nearest = found[:, :-1].topk(min(NEAREST, len(units)), dim=1).values.mean(1)
+    return read, nearest - found[:, -1]
+
+
+def _table(
+    influence: Influence,
+    read: Readings,
+    score: Tensor,
+    error: Tensor | None,
+    known: Indices | None,
+) -> pd.DataFrame:
+    """All samples but the known ones, by descending score; ties by index."""
+    columns: dict[str, Any] = {"sample": influence.samples, "score": score.numpy()}
+    if error is not None:
+        columns["standard_error"] = error.numpy()
+    columns["loss"] = read.losses.numpy()
+    for name, classes in (("label", read.labels), ("predicted", read.predicted)):
+        if bool((classes >= 0).all()):
+            columns[name] = classes.numpy()
+    table = pd.DataFrame(columns)
+    if known is not None:
+        table = table[~table["sample"].isin(known)]
+    return table.sort_values("score", ascending=False, kind="stable").reset_index(drop=True)
+
+
+def _check(kind: Any, held_out: Any, known: Any) -> None:
+    """Refuse a kind that there is not, or that is not told what it needs."""
+    kinds = get_args(Fault)
+    if kind not in kinds:
+        raise ConfigError(f"kind={kind!r}", f"one of {kinds}", "Pass one of these names.")
+    needs = {"harmful": "held_out", "poisoned": "known"}
+    what = {
+        "held_out": "samples that the model was not trained on",
+        "known": "indices of the poisoned samples that are known",
+    }
+    for name, value in (("held_out", held_out), ("known", known)):
+        wanted = needs.get(kind) == name
+        if wanted and value is None:
+            raise ConfigError(f"kind={kind!r} without {name}", what[name], f"Pass {name}=.")
+        if not wanted and value is not None:
+            got, expected = f"{name}= with kind={kind!r}", f"no {name}, which it does not look at"
+            raise ConfigError(got, expected, f"Leave {name}= out, or choose another kind.")
+
+
+def _known(known: Any, split: Split) -> Indices:
+    """Sorted indices of the known poison.
+
+    Raises:
+        SplitError: If they are none, all, or no training samples.
+    """
+    expected = f"indices of some of the {len(split.retain):,} training samples"
+    try:
+        found = forget_indices(known, len(split.base), allow_empty=True)  # type: ignore[arg-type]
+    except SplitError as error:
+        every = "names every sample" in error.got
+        fix = "Nothing is left to be found: train a new model." if every else error.fix
+        raise SplitError(error.got.replace("forget_idx", "known"), expected, fix) from error
+    if not len(found):
+        raise SplitError("an empty known", expected, "Name at least one sample that is poisoned.")
+    strangers = np.setdiff1d(found, split.retain)
+    if len(strangers):
+        got = f"known samples that the loader leaves out, such as {strangers[:5].tolist()}"
+        raise SplitError(got, expected, "Pass the data that the model was trained on.")
+    if len(found) == len(split.retain):
+        fix = "Nothing is left to be found: train a new model."
+        raise SplitError("a known that names every sample", expected, fix)
+    return found
+
+
+def _check_unseen(unseen: Split, split: Split) -> None:
+    """Refuse held-out samples that say nothing of unseen data.
+
+    Raises:
+        SplitError: If there are fewer than two, or some are training samples.
+    """
+    if len(unseen.retain) < 2:
+        got = f"{len(unseen.retain)} held-out samples"
+        raise SplitError(got, "at least two, which tell an error", "Hold more samples out.")
+    trained = set(map(bytes, split.hashes))
+    seen = [i for i, row in zip(unseen.retain, unseen.hashes, strict=True) if bytes(row) in trained]
+    if seen:
+        got = f"{len(seen):,} held-out samples that are training samples, such as {seen[:5]}"
+        fix = "Leave them out: their loss says nothing of unseen samples."
+        raise SplitError(got, "samples that the model was not trained on", fix)
