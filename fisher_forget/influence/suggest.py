@@ -14,6 +14,7 @@ tried, and how often these are right, is in docs/research.md.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, Unpack, get_args
 
@@ -39,6 +40,7 @@ GROUPS = 8  # of the held-out samples, whose spread is the standard error
 CROWD = 2000  # samples whose mean unit gradient stands for that of all
 KNOWN = 64  # samples of the known poison that others are compared with, at most
 NEAREST = 3  # of these
+TYPICAL = 0.9  # share of the known samples that score as high as what is called likely
 SHOWN = 10
 MEANINGS: dict[Fault, str] = {
     "memorised": "By how many nats the sample's own loss would rise if the model were trained "
@@ -59,6 +61,8 @@ class Suggestions:
     Attributes:
         kind: What was looked for.
         meaning: What the score is, in a sentence.
+        likely: Of "poisoned": how many samples score as high as nine in ten of the known ones do
+            beside the other known ones; `None` of other kinds, or with a single known sample.
         table: One row a sample, by descending score: `sample` (its index), `score`, its
             `standard_error` where held-out samples make it uncertain, `loss` in nats, `label` and
             `predicted` class where there are classes. Known poison is left out.
@@ -67,6 +71,7 @@ class Suggestions:
     kind: Fault
     meaning: str
     table: pd.DataFrame
+    likely: int | None = None
 
     def indices(self, k: int) -> Indices:
         """The first k samples, ready to be `forget_idx`.
@@ -81,7 +86,9 @@ class Suggestions:
 
     def __str__(self) -> str:
         head = self.table.head(SHOWN).to_string(index=False, float_format=lambda x: f"{x:.3g}")
-        return f"{self.kind.capitalize()} samples, of {len(self.table):,}. {self.meaning}\n{head}"
+        likely = "" if self.likely is None else f" {self.likely:,} score like the known ones."
+        title = f"{self.kind.capitalize()} samples, of {len(self.table):,}."
+        return f"{title} {self.meaning}{likely}\n{head}"
 
     __repr__ = __str__
 
@@ -139,18 +146,20 @@ def suggest(
         _check_unseen(unseen, split)
     influence = Influence.of(model, split, loss_fn=loss_fn, progress=progress, **changes)
     seed = changes.get("seed", 0)
-    error = None
+    error, least = None, math.nan
     if kind == "memorised":
         read = influence.read()
         score = read.squares / read.positions
     elif unseen is not None:
         read, score, error = _harm(influence, unseen, seed)
     elif found is not None:
-        read, score = _likeness(influence, found, seed)
+        read, score, least = _likeness(influence, found, seed)
     else:
         read = influence.read([influence.crowd(CROWD, seed)])
         score = -cosines(read)[:, 0]
-    return Suggestions(kind, MEANINGS[kind], _table(influence, read, score, error, found))
+    table = _table(influence, read, score, error, found)
+    likely = None if math.isnan(least) else int((table["score"] >= least).sum())
+    return Suggestions(kind, MEANINGS[kind], table, likely)
 
 
 def _harm(influence: Influence, unseen: Split, seed: int) -> tuple[Readings, Tensor, Tensor]:
@@ -163,15 +172,21 @@ def _harm(influence: Influence, unseen: Split, seed: int) -> tuple[Readings, Ten
     return read, harms @ shares, harms.std(1) / len(lots) ** 0.5
 
 
-def _likeness(influence: Influence, known: Indices, seed: int) -> tuple[Readings, Tensor]:
-    """Mean of the largest cosines with known samples, less that with the crowd."""
+def _likeness(influence: Influence, known: Indices, seed: int) -> tuple[Readings, Tensor, float]:
+    """Mean of the largest cosines with known samples, less that with the crowd; and what nine in
+    ten of the known ones reach beside the others, NaN of a single one."""
     bytes_each = 8 * P.size(influence.objective.start)  # a gradient, and H^-1 times it
     room = max(1, influence.objective.memory // bytes_each)
-    units = influence.unit_gradients(some(known, min(KNOWN, room), seed))
+    chosen = some(known, min(KNOWN, room), seed)
+    units = influence.unit_gradients(chosen)
     read = influence.read([*units, influence.crowd(CROWD, seed)])
     found = cosines(read)
-    nearest = found[:, :-1].topk(min(NEAREST, len(units)), dim=1).values.mean(1)
-    return read, nearest - found[:, -1]
+    rows = torch.from_numpy(np.searchsorted(influence.samples, chosen))
+    found[rows, torch.arange(len(rows))] = -1.0  # nobody is compared with itself
+    nearest = found[:, :-1].topk(min(NEAREST, max(len(units) - 1, 1)), dim=1).values.mean(1)
+    score = nearest - found[:, -1]
+    least = float(score[rows].quantile(1 - TYPICAL)) if len(units) > 1 else math.nan
+    return read, score, least
 
 
 def _table(

@@ -1,0 +1,377 @@
+"""How often `suggest` is right, where the faults are known.
+
+    python -m benchmarks.suggest [lds] [labels] [poison] [recovery] [mnist]
+
+Each table is stored in benchmarks/suggest.json and written to docs/how-to/suggest.md. The ones of
+digits take about a minute each on one thread, that of MNIST some minutes. No score was chosen on
+the seeds that are reported here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from benchmarks.levels import networks
+from fisher_forget import Influence, TrainSettings, build_model, forget, load_dataset, suggest, train
+from fisher_forget import params as P
+from fisher_forget._util.files import read_json, write_json
+from fisher_forget._util.markdown import markdown_table
+from fisher_forget.data.split import Indices, resolve_split
+from fisher_forget.influence.influence import cosines
+from fisher_forget.influence.products import Readings, mean_gradient
+
+FOLDER = Path(__file__).parent
+STORED, PAGE = FOLDER / "suggest.json", FOLDER.parent / "docs" / "how-to" / "suggest.md"
+SEEDS = (3, 4, 5)
+SHARE, SHARES = 0.1, (0.1, 0.3, 0.5)
+SUBSETS, REPEATS, TARGETS = 60, 4, 60
+NEIGHBOURS = 10
+Scores = dict[str, Tensor]
+Rows = list[list[str]]
+
+
+class World:
+    """A network that was trained on data with known faults.
+
+    Args:
+        x: Images.
+        y: Labels as they were trained on.
+        bad: Indices of the faulty samples, sorted.
+        arch: Name of the model.
+        epochs: Of the training.
+        seed: Of it.
+    """
+
+    def __init__(
+        self, x: Tensor, y: Tensor, bad: Indices, arch: str, epochs: int, seed: int
+    ) -> None:
+        self.data, self.bad, self.seed, self.arch = TensorDataset(x, y), bad, seed, arch
+        self.settings = TrainSettings(epochs=epochs, lr=0.1, batch_size=60, weight_decay=5e-4)
+        self.model = self.trained(np.arange(len(x)))
+
+    def trained(self, samples: Indices) -> nn.Module:
+        """The network of this seed trained on some of the samples."""
+        x, y = self.data.tensors
+        options = {"hidden": [32]} if self.arch == "mlp" else {}
+        fresh = build_model(self.arch, tuple(x.shape[1:]), 10, seed=self.seed, **options)
+        settings, seed = self.settings, self.seed
+        return train(fresh, self.data, settings, seed=seed, indices=samples, progress=False)
+
+    def features(self) -> Tensor:
+        """What the last layer sees, of length 1."""
+        assert isinstance(self.model, nn.Sequential)
+        with torch.no_grad():
+            return F.normalize(self.model[:-1](self.data.tensors[0]), dim=1)
+
+    def plain(self) -> Influence:
+        """Influence with H = I."""
+        return Influence.of(self.model, self.data, weight_decay=0.0, damping=1e9)
+
+    def precision(self, score: Any, without: Indices | None = None) -> float:
+        """Share of faulty samples among as many of the highest scores as there are."""
+        values = torch.as_tensor(score).double().clone()
+        hidden = np.zeros(0, dtype=np.int64) if without is None else without
+        values[hidden] = -torch.inf
+        bad = np.setdiff1d(self.bad, hidden)
+        return float(np.isin(values.argsort(descending=True)[: len(bad)], bad).mean())
+
+    def scores(self, **options: Any) -> Tensor:
+        """Of `suggest`, by sample; known ones at the end."""
+        found = suggest(self.model, self.data, progress=False, **options)
+        values = torch.full((len(self.data),), -torch.inf, dtype=torch.float64)
+        values[found.table["sample"].tolist()] = torch.tensor(found.table["score"].tolist()).double()
+        return values
+
+
+def stamped(x: Tensor) -> Tensor:
+    """BadNets' trigger: 3 x 3 bright pixels at the bottom right."""
+    x = x.clone()
+    x[..., -3:, -3:] = x.max()
+    return x
+
+
+def wrong_labels(x: Tensor, y: Tensor, seed: int, share: float = SHARE) -> tuple[Tensor, Indices]:
+    """Labels of which a share is replaced by other classes at random."""
+    rng = np.random.default_rng(seed)
+    bad = np.sort(rng.choice(len(y), int(share * len(y)), replace=False))
+    y = y.clone()
+    y[bad] = (y[bad] + torch.tensor(rng.integers(1, 10, len(bad)))) % 10
+    return y, bad
+
+
+def badnets(
+    x: Tensor, y: Tensor, seed: int, share: float = SHARE
+) -> tuple[Tensor, Tensor, Indices]:
+    """A share of the samples, of classes 1 to 9, gets the trigger and the label 0."""
+    rng = np.random.default_rng(seed)
+    others = np.flatnonzero((y != 0).numpy())
+    bad = np.sort(rng.choice(others, int(share * len(y)), replace=False))
+    x, y = x.clone(), y.clone()
+    x[bad], y[bad] = stamped(x[bad]), 0
+    return x, y, bad
+
+
+def swapped(x: Tensor, y: Tensor, seed: int) -> tuple[Tensor, Tensor, Indices]:
+    """Four in ten samples of the classes 3 and 5 get the label of the other one."""
+    rng = np.random.default_rng(seed)
+    both = np.flatnonzero(((y == 3) | (y == 5)).numpy())
+    bad = np.sort(rng.choice(both, int(0.4 * len(both)), replace=False))
+    y = y.clone()
+    y[bad] = 8 - y[bad]
+    return x, y, bad
+
+
+def table_rows(columns: Mapping[str, list[Scores]]) -> Rows:
+    """Method by method, the mean over seeds under each column."""
+    names = list(next(iter(columns.values()))[0])
+    cell = lambda runs, name: f"{np.mean([float(run[name]) for run in runs]):.2f}"  # noqa: E731
+    return [[name, *(cell(runs, name) for runs in columns.values())] for name in names]
+
+
+def lds() -> str:
+    """Predicted against actual losses of test samples, over networks trained on random halves."""
+    data = load_dataset("digits")
+    (x, y), (x_test, y_test) = data.train.tensors, data.test.tensors
+    rng = np.random.default_rng(11)
+    half = len(x) // 2
+    subsets = [torch.tensor(rng.choice(len(x), half, replace=False)) for _ in range(SUBSETS)]
+    every = torch.cat([x, x_test[:TARGETS]]).flatten(1)
+    test = {"test": torch.arange(len(x), len(every))}
+    outputs = networks(every, y, [s for s in subsets for _ in range(REPEATS)], test)["test"]
+    losses = F.cross_entropy(
+        outputs.flatten(0, 1), y_test[:TARGETS].repeat(len(outputs)), reduction="none"
+    ).view(SUBSETS, REPEATS, TARGETS)
+    actual, member = losses.mean(1), torch.zeros(SUBSETS, len(x), dtype=torch.float64)
+    for row, subset in zip(member, subsets, strict=True):
+        row[subset] = 1
+    rows: dict[str, list[float]] = {}
+    for seed in SEEDS:
+        world = World(x, y, np.zeros(0, dtype=np.int64), "mlp", 40, seed)
+        target = resolve_split(TensorDataset(x_test, y_test), [], allow_empty=True)
+        own, plain = Influence.of(world.model, world.data), world.plain()
+        shuffled = member[torch.randperm(SUBSETS, generator=torch.Generator().manual_seed(seed))]
+        for name, influence, who in (
+            ("influence, EKFAC", own, member),
+            ("inner product of gradients", plain, member),
+            ("influence, subsets shuffled", own, shuffled),
+        ):
+            each = [
+                mean_gradient(influence.objective, target, np.array([i])) for i in range(TARGETS)
+            ]
+            predicted = -(who @ influence.read(each).products)
+            found = [spearmanr(predicted[:, i], actual[:, i])[0] for i in range(TARGETS)]
+            rows.setdefault(name, []).append(float(np.mean(found)))
+    header = ["linear data-modelling score", "mean", "over three networks"]
+    cells = [
+        [name, f"{np.mean(v):.2f}", f"{min(v):.2f} to {max(v):.2f}"] for name, v in rows.items()
+    ]
+    return markdown_table(header, cells)
+
+
+def of_labels(world: World) -> Scores:
+    """Precision of each way to find wrong labels."""
+    own = world.plain().read()
+    features, y = world.features(), world.data.tensors[1]
+    alike = features @ features.T
+    alike.fill_diagonal_(-1)
+    near = alike.topk(NEIGHBOURS, dim=1).indices
+    found = {
+        "**suggest**, mislabelled": world.scores(kind="mislabelled"),
+        "suggest, memorised": world.scores(kind="memorised"),
+        "loss": own.losses,
+        "length of the gradient": own.squares,
+        "labels of the ten nearest by features": (y[near] != y[:, None]).double().mean(1)
+        + 1e-6 * own.losses.clamp(max=100),
+    }
+    return {name: torch.tensor(world.precision(score)) for name, score in found.items()}
+
+
+def labels() -> str:
+    """Wrong labels on digits."""
+    x, y = load_dataset("digits").train.tensors
+    columns: dict[str, list[Scores]] = {}
+    for arch, epochs in (("mlp", 40), ("cnn", 10), ("cnn", 30)):
+        for seed in SEEDS:
+            wrong, bad = wrong_labels(x, y, seed)
+            world = World(x, wrong, bad, arch, epochs, seed)
+            columns.setdefault(f"{arch}, {epochs} epochs", []).append(of_labels(world))
+    for seed in SEEDS:  # the same samples, whose labels are right
+        _, bad = wrong_labels(x, y, seed)
+        columns.setdefault("nothing wrong", []).append(of_labels(World(x, y, bad, "mlp", 40, seed)))
+    return markdown_table(["precision, 10 % wrong labels", *columns], table_rows(columns))
+
+
+def of_poison(world: World, known: Indices) -> Scores:
+    """Precision of each way to find the rest of the poison."""
+    y, features = world.data.tensors[1], world.features()
+    rest = np.setdiff1d(np.arange(len(y)), known)
+    same = rest[np.isin(y[rest], y[known].unique())]
+    influence, plain = Influence.of(world.model, world.data), world.plain()
+
+    def read(of: Influence) -> Readings:
+        return of.read([mean_gradient(of.objective, of.split, known)])
+
+    raw, straight = read(influence), read(plain)
+    middle = features[known].mean(0)
+    found = {
+        "**suggest**, poisoned": world.scores(kind="poisoned", known=known),
+        "influence on the loss of the known": raw.products[:, 0],
+        "cosine with their gradient, by H^-1": cosines(raw)[:, 0],
+        "cosine with their gradient": cosines(straight)[:, 0],
+        "cosine with their features": features @ middle,
+        "features, along known less others of the label": features
+        @ (middle - features[same].mean(0)),
+        "loss": raw.losses,
+    }
+    return {name: torch.tensor(world.precision(s, known)) for name, s in found.items()}
+
+
+def some_of(bad: Indices, share: float, seed: int) -> Indices:
+    """The part of the poison that is known."""
+    rng = np.random.default_rng(1000 + seed)
+    return np.sort(rng.choice(bad, max(1, int(share * len(bad))), replace=False))
+
+
+def poison() -> str:
+    """The rest of the poison on digits."""
+    x, y = load_dataset("digits").train.tensors
+    columns: dict[str, list[Scores]] = {}
+    makers: dict[str, Callable[..., tuple[Tensor, Tensor, Indices]]]
+    makers = {"trigger": badnets, "swap": swapped}
+    for name, make in makers.items():
+        for arch, epochs in (("mlp", 40), ("cnn", 20)):
+            for seed in SEEDS:
+                world = World(*make(x, y, seed), arch, epochs, seed)
+                for share in SHARES:
+                    column = columns.setdefault(f"{name}, {arch}, {share:g} known", [])
+                    column.append(of_poison(world, some_of(world.bad, share, seed)))
+    for seed in SEEDS:  # half of some clean samples is to find the other half
+        bad = np.sort(np.random.default_rng(seed).choice(len(y), len(y) // 10, replace=False))
+        world = World(x, y, bad, "mlp", 40, seed)
+        columns.setdefault("clean", []).append(of_poison(world, some_of(bad, 0.5, seed)))
+    rows = table_rows(columns)
+    methods = [row[0] for row in rows]
+    turned = [[name, *(row[1 + i] for row in rows)] for i, name in enumerate(columns)]
+    return markdown_table(["precision", *methods], turned)
+
+
+def recovery() -> str:
+    """What forgetting the known part and what was found repairs."""
+    data = load_dataset("digits")
+    (x, y), (x_test, y_test) = data.train.tensors, data.test.tensors
+    others = y_test != 0
+    runs: dict[str, list[list[float]]] = {}
+
+    def judge(name: str, model: nn.Module) -> None:
+        with torch.no_grad():
+            right = model(stamped(x_test[others])).argmax(1) == y_test[others]
+            clean = model(x_test).argmax(1) == y_test
+        runs.setdefault(name, []).append([float(right.double().mean()), float(clean.double().mean())])
+
+    for seed in SEEDS:
+        world = World(*badnets(x, y, seed), "cnn", 20, seed)
+        every = np.arange(len(y))
+        judge("as trained", world.model)
+        judge("retrained without all of it", world.trained(np.setdiff1d(every, world.bad)))
+        for share in SHARES:
+            known = some_of(world.bad, share, seed)
+            found = suggest(world.model, world.data, kind="poisoned", known=known, progress=False)
+            more = np.union1d(known, found.indices(max(found.likely or 1, 1)))
+            for name, samples in (("known", known), ("known and found", more)):
+                result = forget(
+                    world.model, world.data, samples, weight_decay=5e-4, noise=None, progress=False
+                )
+                judge(f"{share:g} known: `forget`, {name}", result.model)
+            judge(f"{share:g} known: retrained without it", world.trained(np.setdiff1d(every, known)))
+    header = ["", "accuracy with the trigger (%)", "clean accuracy (%)"]
+    rows = [[name, *(f"{100 * v:.1f}" for v in np.mean(r, 0))] for name, r in runs.items()]
+    return markdown_table(header, rows)
+
+
+def mnist() -> str:
+    """60,000 images: precision, time, memory."""
+    x, y = load_dataset("mnist").train.tensors
+    rows: Rows = []
+    wrong, bad = wrong_labels(x, y, 0)
+    world = World(x, wrong, bad, "cnn", 2, 0)
+    for kind in ("mislabelled", "memorised"):
+        rows.append(timed(world, f"{kind}: 10 % wrong labels", kind=kind))
+    world = World(*badnets(x, y, 0, 0.01), "cnn", 2, 0)
+    for share in SHARES:
+        known = some_of(world.bad, share, 0)
+        title = f"poisoned: 1 % with the trigger, {share:g} known"
+        rows.append(timed(world, title, kind="poisoned", known=known))
+    header = ["MNIST, 60,000 images", "precision", "seconds", "passes", "memory added (MiB)"]
+    return markdown_table(header, rows)
+
+
+def timed(world: World, title: str, **options: Any) -> list[str]:
+    """A row of the table of MNIST."""
+    counted = Counted(*world.data.tensors)
+    before, clock = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    found = suggest(world.model, counted, progress=False, **options)
+    seconds = time.perf_counter() - clock
+    added = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    bad = np.setdiff1d(world.bad, options.get("known", []))
+    hits = np.isin(found.indices(len(bad)), bad).mean()
+    passes = counted.read / len(counted)
+    return [title, f"{hits:.3f}", f"{seconds:.0f}", f"{passes:.2f}", f"{added:.0f}"]
+
+
+class Counted(TensorDataset):
+    """Counts the samples that are read."""
+
+    read = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        self.read += 1
+        return super().__getitem__(index)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "lds": lds,
+    "labels": labels,
+    "poison": poison,
+    "recovery": recovery,
+    "mnist": mnist,
+}
+
+
+def write_tables(stored: Mapping[str, str]) -> None:
+    """Put each table between its marks in docs/how-to/suggest.md."""
+    page = PAGE.read_text(encoding="utf-8")
+    for name, table in stored.items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+        before, rest = page.split(begin)
+        page = f"{before}{begin}\n{table}\n\n{end}{rest.split(end)[1]}"
+    PAGE.write_text(page, encoding="utf-8")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("tables", nargs="*", choices=[*TABLES, []])
+    torch.set_num_threads(1)
+    for name in parser.parse_args().tables or TABLES:
+        begun = time.perf_counter()
+        table = TABLES[name]()
+        print(f"{table}\n{name}: {time.perf_counter() - begun:.0f} s", flush=True)
+        stored = read_json(STORED) if STORED.exists() else {}
+        write_json(STORED, stored | {name: table})
+    write_tables(read_json(STORED))
+
+
+if __name__ == "__main__":
+    main()
