@@ -24,8 +24,15 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from benchmarks.levels import networks
-from fisher_forget import Influence, TrainSettings, build_model, forget, load_dataset, suggest, train
-from fisher_forget import params as P
+from fisher_forget import (
+    Influence,
+    TrainSettings,
+    build_model,
+    forget,
+    load_dataset,
+    suggest,
+    train,
+)
 from fisher_forget._util.files import read_json, write_json
 from fisher_forget._util.markdown import markdown_table
 from fisher_forget.data.split import Indices, resolve_split
@@ -63,7 +70,7 @@ class World:
 
     def trained(self, samples: Indices) -> nn.Module:
         """The network of this seed trained on some of the samples."""
-        x, y = self.data.tensors
+        x = self.data.tensors[0]
         options = {"hidden": [32]} if self.arch == "mlp" else {}
         fresh = build_model(self.arch, tuple(x.shape[1:]), 10, seed=self.seed, **options)
         settings, seed = self.settings, self.seed
@@ -91,7 +98,9 @@ class World:
         """Of `suggest`, by sample; known ones at the end."""
         found = suggest(self.model, self.data, progress=False, **options)
         values = torch.full((len(self.data),), -torch.inf, dtype=torch.float64)
-        values[found.table["sample"].tolist()] = torch.tensor(found.table["score"].tolist()).double()
+        values[found.table["sample"].tolist()] = torch.tensor(
+            found.table["score"].tolist()
+        ).double()
         return values
 
 
@@ -278,7 +287,9 @@ def recovery() -> str:
         with torch.no_grad():
             right = model(stamped(x_test[others])).argmax(1) == y_test[others]
             clean = model(x_test).argmax(1) == y_test
-        runs.setdefault(name, []).append([float(right.double().mean()), float(clean.double().mean())])
+        runs.setdefault(name, []).append(
+            [float(right.double().mean()), float(clean.double().mean())]
+        )
 
     for seed in SEEDS:
         world = World(*badnets(x, y, seed), "cnn", 20, seed)
@@ -294,7 +305,9 @@ def recovery() -> str:
                     world.model, world.data, samples, weight_decay=5e-4, noise=None, progress=False
                 )
                 judge(f"{share:g} known: `forget`, {name}", result.model)
-            judge(f"{share:g} known: retrained without it", world.trained(np.setdiff1d(every, known)))
+            judge(
+                f"{share:g} known: retrained without it", world.trained(np.setdiff1d(every, known))
+            )
     header = ["", "accuracy with the trigger (%)", "clean accuracy (%)"]
     rows = [[name, *(f"{100 * v:.1f}" for v in np.mean(r, 0))] for name, r in runs.items()]
     return markdown_table(header, rows)

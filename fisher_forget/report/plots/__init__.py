@@ -15,6 +15,7 @@ from fisher_forget.report.plots.samples import (
     plot_margins,
     plot_resistant,
     plot_samples,
+    plot_suggestions,
 )
 from fisher_forget.report.plots.style import (
     BLUE,
@@ -51,6 +52,7 @@ __all__ = [
     "plot_shards",
     "plot_spectrum",
     "plot_steps",
+    "plot_suggestions",
     "plot_tradeoff",
     "save_figure",
 ]

@@ -1,6 +1,6 @@
 """Class by class and sample by sample: what was forgotten, and which samples resisted.
 
-All take a `Reference`, which holds the outputs of the original and the retrained models, and the
+Most take a `Reference`, which holds the outputs of the original and the retrained models, and the
 scrubbed model. The KL of a sample is the mean over the retrained models; its target is the KL that
 these have among themselves there.
 """
@@ -19,6 +19,7 @@ from fisher_forget.errors import DataError
 from fisher_forget.evaluate.closeness import Reference
 from fisher_forget.evaluate.divergence import per_class
 from fisher_forget.evaluate.klom import margins
+from fisher_forget.influence import Suggestions
 from fisher_forget.report.plots.hover import explain
 from fisher_forget.report.plots.style import (
     EDGE,
@@ -182,23 +183,65 @@ def plot_resistant(
     outputs = reference.outputs(model)[part]
     kl, predicted = _kl(reference, outputs, part), outputs.argmax(1)
     worst = kl.argsort(descending=True)[:count].tolist()
-    columns, lines = min(len(worst), 6), -(-len(worst) // 6)
+    words = []
+    for i in worst:
+        pair = (_class_name(c, classes) for c in (targets[i], predicted[i]))
+        words.append(f"{' → '.join(pair)}\n{short(float(kl[i]))} nats")
+    title = f"{part_label(part)}: label → predicted, KL(retrained ‖ scrubbed)"
+    return _draw_images(images, worst, words, title, ax)
+
+
+def plot_suggestions(
+    found: Suggestions,
+    images: Tensor,
+    count: int = 12,
+    classes: Sequence[str] = (),
+    ax: Axes | None = None,
+) -> Axes:
+    """The samples that `suggest` puts first, with index, label, class predicted and score.
+
+    Args:
+        found: What `suggest` returned.
+        images: Of all samples of the data set: [N, C, H, W] with one or three channels, or
+            [N, H, W].
+        count: How many.
+        classes: Names of the classes; by default their numbers.
+        ax: Where to draw.
+
+    Raises:
+        DataError: If these are no images, or fewer than the samples.
+    """
+    top, words = found.table.head(count), []
+    _check_images(images, max(len(images), int(found.table["sample"].max()) + 1))
+    for row in top.to_dict("records"):
+        pair = [_class_name(row[c], classes) for c in ("label", "predicted") if c in row]
+        error = f" ± {short(row['standard_error'])}" if "standard_error" in row else ""
+        words.append(f"#{row['sample']}: {' → '.join(pair)}\n{short(row['score'])}{error}")
+    title = f"most likely {found.kind}: sample, label → predicted, score"
+    return _draw_images(images, top["sample"].tolist(), words, title, ax)
+
+
+def _class_name(index: Any, classes: Sequence[str]) -> str:
+    return classes[int(index)] if classes else str(int(index))
+
+
+def _draw_images(
+    images: Tensor, shown: Sequence[int], words: Sequence[str], title: str, ax: Axes | None
+) -> Axes:
+    """Images in rows of six, with words below each."""
+    columns, lines = min(len(shown), 6), -(-len(shown) // 6)
     ax = axes_or_new(ax, (1.3 * columns, 0.5 + 1.75 * lines))
     low, high = float(images.min()), float(images.max())
-    for place, i in enumerate(worst):
+    for place, (i, text) in enumerate(zip(shown, words, strict=True)):
         row, column = divmod(place, columns)
         picture = images[i] if images.dim() == 3 else images[i].movedim(0, -1).squeeze(-1)
         shade = ((picture.double() - low) / max(high - low, 1e-12)).numpy()
         left, top = 1.3 * column, -1.7 * row
         look: dict[str, Any] = {"cmap": "gray_r", "vmin": 0, "vmax": 1, "interpolation": "nearest"}
         ax.imshow(shade, extent=(left, left + 1, top - 1, top), **look)
-        pair = int(targets[i]), int(predicted[i])
-        label, guess = (classes[c] if classes else str(c) for c in pair)
-        words = f"{label} → {guess}\n{short(float(kl[i]))} nats"
-        ax.text(left, top - 1.08, words, fontsize=9, va="top")
+        ax.text(left, top - 1.08, text, fontsize=9, va="top")
     ax.set_xlim(-0.05, 1.3 * columns - 0.2)
     ax.set_ylim(-1.7 * lines + 0.05, 0.05)
-    title = f"{part_label(part)}: label → predicted, KL(retrained ‖ scrubbed)"
     ax.set_title(title, fontsize=9, loc="left")
     ax.set_axis_off()
     return ax
