@@ -13,8 +13,9 @@ import argparse
 import resource
 import time
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -76,14 +77,21 @@ class World:
         settings, seed = self.settings, self.seed
         return train(fresh, self.data, settings, seed=seed, indices=samples, progress=False)
 
+    @cached_property
     def features(self) -> Tensor:
-        """What the last layer sees, of length 1."""
+        """What the last layer sees."""
         assert isinstance(self.model, nn.Sequential)
         with torch.no_grad():
-            return F.normalize(self.model[:-1](self.data.tensors[0]), dim=1)
+            return cast(Tensor, self.model[:-1](self.data.tensors[0]))
 
+    @cached_property
+    def influence(self) -> Influence:
+        """By the package's own curvature."""
+        return Influence.of(self.model, self.data)
+
+    @cached_property
     def plain(self) -> Influence:
-        """Influence with H = I."""
+        """With H a multiple of I."""
         return Influence.of(self.model, self.data, weight_decay=0.0, damping=1e9)
 
     def precision(self, score: Any, without: Indices | None = None) -> float:
@@ -169,7 +177,7 @@ def lds() -> str:
     for seed in SEEDS:
         world = World(x, y, np.zeros(0, dtype=np.int64), "mlp", 40, seed)
         target = resolve_split(TensorDataset(x_test, y_test), [], allow_empty=True)
-        own, plain = Influence.of(world.model, world.data), world.plain()
+        own, plain = world.influence, world.plain
         shuffled = member[torch.randperm(SUBSETS, generator=torch.Generator().manual_seed(seed))]
         for name, influence, who in (
             ("influence, EKFAC", own, member),
@@ -191,8 +199,8 @@ def lds() -> str:
 
 def of_labels(world: World) -> Scores:
     """Precision of each way to find wrong labels."""
-    own = world.plain().read()
-    features, y = world.features(), world.data.tensors[1]
+    own = world.plain.read()
+    features, y = F.normalize(world.features, dim=1), world.data.tensors[1]
     alike = features @ features.T
     alike.fill_diagonal_(-1)
     near = alike.topk(NEIGHBOURS, dim=1).indices
@@ -224,22 +232,22 @@ def labels() -> str:
 
 def of_poison(world: World, known: Indices) -> Scores:
     """Precision of each way to find the rest of the poison."""
-    y, features = world.data.tensors[1], world.features()
+    y, features = world.data.tensors[1], world.features
     rest = np.setdiff1d(np.arange(len(y)), known)
     same = rest[np.isin(y[rest], y[known].unique())]
-    influence, plain = Influence.of(world.model, world.data), world.plain()
+    influence, plain = world.influence, world.plain
 
     def read(of: Influence) -> Readings:
         return of.read([mean_gradient(of.objective, of.split, known)])
 
     raw, straight = read(influence), read(plain)
-    middle = features[known].mean(0)
+    middle, unit = features[known].mean(0), F.normalize(features, dim=1)
     found = {
         "**suggest**, poisoned": world.scores(kind="poisoned", known=known),
         "influence on the loss of the known": raw.products[:, 0],
         "cosine with their gradient, by H^-1": cosines(raw)[:, 0],
         "cosine with their gradient": cosines(straight)[:, 0],
-        "cosine with their features": features @ middle,
+        "cosine with their features": unit @ unit[known].mean(0),
         "features, along known less others of the label": features
         @ (middle - features[same].mean(0)),
         "loss": raw.losses,

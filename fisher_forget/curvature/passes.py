@@ -151,6 +151,7 @@ class Walk:
                     grads = record.pull(column)
                     with torch.no_grad():  # sums must not drag the graphs of all chunks along
                         total.add(record, column, grads, last)
+                record.close()
             with torch.no_grad():
                 total.end_pass()
             pass_index += 1

@@ -124,6 +124,11 @@ class Record:
             self._groups = list({id(g): g for g in by_name.values()}.values())
         return self._groups
 
+    def close(self) -> None:
+        """Give the groups up, which refer to their record: else its graph lives until Python next
+        collects garbage, and several are held at a time."""
+        self._groups = None
+
     def stray(self, column: Tensor) -> Params:
         """Per-sample gradients [N, *shape] of the parameters that no rule covers."""
         return {} if self.fallback is None else self.fallback(column)

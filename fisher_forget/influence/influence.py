@@ -43,7 +43,7 @@ from fisher_forget.unlearn.weight_decay import (
     read_off,
 )
 
-CURVED = 5000  # samples that curvature and weight decay are estimated from, at most
+CURVED = 2000  # samples that curvature and weight decay are estimated from, at most
 DAMPING = 0.1  # of the mean eigenvalue, as in Grosse et al. 2023
 TINY = 1e-30
 
@@ -98,7 +98,7 @@ class Influence:
             loss_fn: As for `forget`.
             progress: Show progress bars.
             **changes: `likelihood`, `weight_decay`, `subset`, `seed` and `memory` as for `forget`;
-                `max_samples` that the curvature is estimated from, 5,000 by default, `None` for
+                `max_samples` that the curvature is estimated from, 2,000 by default, `None` for
                 all; `damping`, tau, by default a tenth of the mean eigenvalue of B.
 
         Raises:
@@ -117,7 +117,7 @@ class Influence:
         check_scored(split, objective.likelihood)
         most = CURVED if options.max_samples == "auto" else options.max_samples
         part = split.retain if most is None else some(split.retain, most, options.seed)
-        curvature = curvature_of(objective, split, options, part, options.kind, progress=progress)
+        curvature = curvature_of(objective, split, options, part, "sketch", progress=progress)
         decay = _decay(objective, split, options, part, progress)
         tau = options.damping
         if tau == "auto":

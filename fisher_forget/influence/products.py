@@ -26,6 +26,7 @@ from fisher_forget.curvature.record import Grads, Record
 from fisher_forget.curvature.rules.base import PATCH_BYTES
 from fisher_forget.curvature.structures.diagonal import Diagonal
 from fisher_forget.curvature.structures.kronecker import KEY, Kronecker, turn
+from fisher_forget.data.pieces import PIECE
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import CurvatureError
 from fisher_forget.likelihood import Categorical
@@ -87,13 +88,14 @@ def read_gradients(
     blocks = _blocks(metric)
     tape.verify(split.few(samples).on(tape.model))
     # the one column of the empirical kind is dl_n/df_n, which back-propagates to dl_n/dw
-    options = CurvatureOptions(kind="empirical", memory=objective.memory, progress=progress)
+    room = objective.memory // PIECE
+    options = CurvatureOptions(kind="empirical", memory=room, progress=progress)
     walk = Walk(tape, split, samples, likelihood, options)
 
     def read() -> Readings:
         reader = _GradientReader(walk, directions, blocks)
         walk.accumulate(reader)
-        return Readings(*(torch.cat(parts) for parts in reader.parts))
+        return reader.found
 
     return tape.settled(read)
 
@@ -163,7 +165,13 @@ class _GradientReader(Reader):
             for name, p in walk.tape.params.items()
             if directions
         }
-        self.parts: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
+        size, self.done = len(walk.samples), 0
+        # made at once: what each chunk left behind in between would split the memory of the next
+        self.found = Readings(
+            torch.zeros(size, self.count, dtype=torch.float64),
+            *(torch.zeros(size, dtype=torch.float64) for _ in range(3)),
+            *(torch.full((size,), -1) for _ in range(2)),
+        )
 
     def add(self, record: Record, column: Tensor, grads: Grads, last: bool) -> None:
         size, device = len(record.batch), column.device
@@ -197,19 +205,15 @@ class _GradientReader(Reader):
 
     def _keep(self, record: Record, products: Tensor, squares: Tensor) -> None:
         outputs, targets = record.outputs.detach(), record.batch.targets
-        none = torch.full((len(outputs),), -1)
-        classes = isinstance(self.likelihood, Categorical) and outputs.dim() == 2
-        labels = targets if targets.dim() == 1 and not targets.is_floating_point() else none
-        read = (
-            products,
-            squares,
-            self.likelihood.losses(outputs.double(), targets),
-            self.likelihood.counts(targets).double(),
-            labels if classes else none,
-            outputs.argmax(1) if classes else none,
-        )
-        for kept, value in zip(self.parts, read, strict=True):
-            kept.append(value.cpu())
+        found, rows = self.found, slice(self.done, self.done + len(outputs))
+        found.products[rows], found.squares[rows] = products, squares
+        found.losses[rows] = self.likelihood.losses(outputs.double(), targets)
+        found.counts[rows] = self.likelihood.counts(targets).double()
+        if isinstance(self.likelihood, Categorical) and outputs.dim() == 2:
+            found.predicted[rows] = outputs.argmax(1)
+            if targets.dim() == 1 and not targets.is_floating_point():
+                found.labels[rows] = targets
+        self.done += len(outputs)
 
 
 def _runs(record: Record, names: set[str]) -> Iterator[slice]:
