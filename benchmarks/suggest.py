@@ -304,7 +304,7 @@ def recovery() -> str:
         every = np.arange(len(y))
         judge("as trained", world.model)
         judge("retrained without all of it", world.trained(np.setdiff1d(every, world.bad)))
-        for share in SHARES:
+        for share in SHARES[::2]:
             known = some_of(world.bad, share, seed)
             found = suggest(world.model, world.data, kind="poisoned", known=known, progress=False)
             more = np.union1d(known, found.indices(max(found.likely or 1, 1)))
@@ -313,9 +313,8 @@ def recovery() -> str:
                     world.model, world.data, samples, weight_decay=5e-4, noise=None, progress=False
                 )
                 judge(f"{share:g} known: `forget`, {name}", result.model)
-            judge(
-                f"{share:g} known: retrained without it", world.trained(np.setdiff1d(every, known))
-            )
+                kept = world.trained(np.setdiff1d(every, samples))
+                judge(f"{share:g} known: retrained without {name}", kept)
     header = ["", "accuracy with the trigger (%)", "clean accuracy (%)"]
     rows = [[name, *(f"{100 * v:.1f}" for v in np.mean(r, 0))] for name, r in runs.items()]
     return markdown_table(header, rows)
@@ -326,29 +325,27 @@ def mnist() -> str:
     x, y = load_dataset("mnist").train.tensors
     rows: Rows = []
     wrong, bad = wrong_labels(x, y, 0)
-    world = World(x, wrong, bad, "cnn", 2, 0)
-    for kind in ("mislabelled", "memorised"):
-        rows.append(timed(world, f"{kind}: 10 % wrong labels", kind=kind))
-    world = World(*badnets(x, y, 0, 0.01), "cnn", 2, 0)
-    for share in SHARES:
-        known = some_of(world.bad, share, 0)
-        title = f"poisoned: 1 % with the trigger, {share:g} known"
-        rows.append(timed(world, title, kind="poisoned", known=known))
-    header = ["MNIST, 60,000 images", "precision", "seconds", "passes", "memory added (MiB)"]
+    world = World(x, wrong, bad, "cnn", 1, 0)
+    rows.append(timed(world, "mislabelled: 10 % wrong labels", kind="mislabelled"))
+    world = World(*badnets(x, y, 0, 0.01), "cnn", 1, 0)
+    known = some_of(world.bad, SHARES[0], 0)
+    title = f"poisoned: 1 % with the trigger, {SHARES[0]:g} known"
+    rows.append(timed(world, title, kind="poisoned", known=known))
+    header = ["MNIST, 60,000 images", "precision", "seconds", "passes", "peak memory (MiB)"]
     return markdown_table(header, rows)
 
 
 def timed(world: World, title: str, **options: Any) -> list[str]:
     """A row of the table of MNIST."""
     counted = Counted(*world.data.tensors)
-    before, clock = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    clock = time.perf_counter()
     found = suggest(world.model, counted, progress=False, **options)
     seconds = time.perf_counter() - clock
-    added = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # of the whole process
     bad = np.setdiff1d(world.bad, options.get("known", []))
     hits = np.isin(found.indices(len(bad)), bad).mean()
     passes = counted.read / len(counted)
-    return [title, f"{hits:.3f}", f"{seconds:.0f}", f"{passes:.2f}", f"{added:.0f}"]
+    return [title, f"{hits:.3f}", f"{seconds:.0f}", f"{passes:.2f}", f"{peak:.0f}"]
 
 
 class Counted(TensorDataset):

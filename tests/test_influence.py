@@ -12,6 +12,7 @@ from small_models import MODELS, prepared
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks import suggest as measured
 from fisher_forget import (
     ConfigError,
     CurvatureError,
@@ -28,6 +29,7 @@ from fisher_forget import (
     train,
 )
 from fisher_forget import params as P
+from fisher_forget._util.files import read_json
 from fisher_forget.data.split import resolve_split
 from fisher_forget.influence.products import mean_gradient, read_gradients
 from fisher_forget.likelihood import Categorical
@@ -354,3 +356,11 @@ def test_asking_for_more_samples_than_there_are(wrong):
     for k in (0, 601, 2.5):
         with pytest.raises(ConfigError, match="from 1 to 600"):
             found.indices(k)
+
+
+def test_the_tables_of_the_page_are_those_that_were_measured():
+    stored, page = read_json(measured.STORED), measured.PAGE.read_text(encoding="utf-8")
+    assert set(stored) == set(measured.TABLES)
+    for name, table in stored.items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+        assert page.split(begin)[1].split(end)[0] == f"\n{table}\n\n"

@@ -24,6 +24,7 @@ from fisher_forget import params as P
 from fisher_forget._util.checks import check_model, check_names
 from fisher_forget._util.isolation import isolated
 from fisher_forget._util.progress import bar
+from fisher_forget.curvature.kinds import Kind
 from fisher_forget.curvature.operator import Curvature
 from fisher_forget.data import batches
 from fisher_forget.data.own_loss import LossFn
@@ -68,7 +69,6 @@ class Influence:
         objective: Losses of a private copy of the model.
         split: The training data.
         metric: H.
-        samples: Indices of the training samples, sorted; all results are in their order.
         progress: Whether passes show a progress bar.
     """
 
@@ -117,7 +117,8 @@ class Influence:
         check_scored(split, objective.likelihood)
         most = CURVED if options.max_samples == "auto" else options.max_samples
         part = split.retain if most is None else some(split.retain, most, options.seed)
-        curvature = curvature_of(objective, split, options, part, "sketch", progress=progress)
+        kind: Kind = "sketch" if len(part) < len(split.retain) else "auto"
+        curvature = curvature_of(objective, split, options, part, kind, progress=progress)
         decay = _decay(objective, split, options, part, progress)
         tau = options.damping
         if tau == "auto":
@@ -129,6 +130,7 @@ class Influence:
 
     @property
     def samples(self) -> Indices:
+        """Indices of the training samples, sorted; all results are in their order."""
         return self.split.retain
 
     def read(self, gradients: Sequence[Params] = (), samples: Indices | None = None) -> Readings:
