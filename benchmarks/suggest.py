@@ -3,7 +3,7 @@
     python -m benchmarks.suggest [lds] [labels] [poison] [recovery] [mnist]
 
 Each table is stored in benchmarks/suggest.json and written to docs/how-to/suggest.md. The ones of
-digits take about a minute each on one thread, that of MNIST some minutes. No score was chosen on
+digits take one to three minutes each on one thread, that of MNIST some minutes. No score was chosen on
 the seeds that are reported here.
 """
 
