@@ -3,8 +3,8 @@
     python -m benchmarks.suggest [lds] [labels] [poison] [recovery] [mnist]
 
 Each table is stored in benchmarks/suggest.json and written to docs/how-to/suggest.md. The ones of
-digits take one to three minutes each on one thread, that of MNIST some minutes. No score was chosen on
-the seeds that are reported here.
+digits take one to three minutes each on one thread, that of MNIST some minutes. No score was
+chosen on the seeds that are reported here.
 """
 
 from __future__ import annotations
