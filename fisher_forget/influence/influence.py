@@ -47,6 +47,7 @@ from fisher_forget.unlearn.weight_decay import (
 CURVED = 2000  # samples that curvature and weight decay are estimated from, at most
 DAMPING = 0.1  # of the mean eigenvalue, as in Grosse et al. 2023
 TINY = 1e-30
+STREAM = 0x1F  # of the draws below
 
 
 class InfluenceKeywords(TypedDict, total=False):
@@ -59,6 +60,33 @@ class InfluenceKeywords(TypedDict, total=False):
     subset: str | tuple[str, ...] | None
     seed: int
     memory: int
+
+
+def opened(
+    model: nn.Module,
+    data: DataLoader[Any] | Dataset[Any] | Split,
+    unpack: batches.Unpack | None,
+    loss_fn: LossFn | None,
+    **changes: Unpack[InfluenceKeywords],
+) -> tuple[Objective, Split, ForgetOptions]:
+    """The losses of a private copy of the model, the training data, and the options; checked."""
+    check_names(changes, InfluenceKeywords.__annotations__)
+    options = merged(None, cast(ForgetKeywords, changes))
+    check_model(model)
+    split = resolve_split(data, [], unpack=unpack, allow_empty=True)
+    if len(split.retain) < 2:
+        got = f"{len(split.retain)} training samples"
+        raise SplitError(got, "at least two", "Pass the data that the model was trained on.")
+    objective = objective_of(model, split, options, loss_fn)
+    options = options.with_loss(objective.likelihood, loss_fn)
+    check_scored(split, objective.likelihood)
+    return objective, split, options
+
+
+def drawn(indices: Indices, most: int, seed: int) -> Indices:
+    """At most so many of the indices, drawn at random by a generator that is shared with no one:
+    who drew the faulty samples by `default_rng(seed)` would else have drawn these."""
+    return some(indices, most, np.random.default_rng([seed, STREAM]))
 
 
 @dataclass(frozen=True)
@@ -105,18 +133,9 @@ class Influence:
             ModelError, DataError, ConfigError, CurvatureError, NumericalError: As for `forget`.
             SplitError: If there are fewer than two training samples.
         """
-        check_names(changes, InfluenceKeywords.__annotations__)
-        options = merged(None, cast(ForgetKeywords, changes))
-        check_model(model)
-        split = resolve_split(data, [], unpack=unpack, allow_empty=True)
-        if len(split.retain) < 2:
-            got = f"{len(split.retain)} training samples"
-            raise SplitError(got, "at least two", "Pass the data that the model was trained on.")
-        objective = objective_of(model, split, options, loss_fn)
-        options = options.with_loss(objective.likelihood, loss_fn)
-        check_scored(split, objective.likelihood)
+        objective, split, options = opened(model, data, unpack, loss_fn, **changes)
         most = CURVED if options.max_samples == "auto" else options.max_samples
-        part = split.retain if most is None else some(split.retain, most, options.seed)
+        part = split.retain if most is None else drawn(split.retain, most, options.seed)
         kind: Kind = "sketch" if len(part) < len(split.retain) else "auto"
         curvature = curvature_of(objective, split, options, part, kind, progress=progress)
         decay = _decay(objective, split, options, part, progress)
@@ -182,7 +201,7 @@ class Influence:
 
     def crowd(self, most: int, seed: int) -> Params:
         """Mean of g_n / |g_n| over training samples, at most so many, drawn at random."""
-        chosen = some(self.samples, most, seed)
+        chosen = drawn(self.samples, most, seed)
         weights = _inverse_norms(self.read(samples=chosen))
         return mean_gradient(self.objective, self.split, chosen, weights)
 

@@ -29,7 +29,7 @@ from fisher_forget.curvature.structures.kronecker import KEY, Kronecker, turn
 from fisher_forget.data.pieces import PIECE
 from fisher_forget.data.split import Indices, Split
 from fisher_forget.errors import CurvatureError
-from fisher_forget.likelihood import Categorical
+from fisher_forget.likelihood import Categorical, Likelihood
 from fisher_forget.params import Params
 from fisher_forget.unlearn.objective import Objective
 
@@ -53,6 +53,25 @@ class Readings:
     counts: Tensor
     labels: Tensor
     predicted: Tensor
+
+    @classmethod
+    def blank(cls, size: int, directions: int = 0) -> Readings:
+        """To be filled piece by piece. It is made at once: what each piece left behind in between
+        would split the memory of the next."""
+        return cls(
+            torch.zeros(size, directions, dtype=torch.float64),
+            *(torch.zeros(size, dtype=torch.float64) for _ in range(3)),
+            *(torch.full((size,), -1) for _ in range(2)),
+        )
+
+    def note(self, rows: slice, likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> None:
+        """Fill in what the outputs of some samples say."""
+        self.losses[rows] = likelihood.losses(outputs.double(), targets)
+        self.counts[rows] = likelihood.counts(targets).double()
+        if isinstance(likelihood, Categorical) and outputs.dim() == 2:
+            self.predicted[rows] = outputs.argmax(1)
+            if targets.dim() == 1 and not targets.is_floating_point():
+                self.labels[rows] = targets
 
     @property
     def positions(self) -> float:
@@ -165,13 +184,7 @@ class _GradientReader(Reader):
             for name, p in walk.tape.params.items()
             if directions
         }
-        size, self.done = len(walk.samples), 0
-        # made at once: what each chunk left behind in between would split the memory of the next
-        self.found = Readings(
-            torch.zeros(size, self.count, dtype=torch.float64),
-            *(torch.zeros(size, dtype=torch.float64) for _ in range(3)),
-            *(torch.full((size,), -1) for _ in range(2)),
-        )
+        self.found, self.done = Readings.blank(len(walk.samples), self.count), 0
 
     def add(self, record: Record, column: Tensor, grads: Grads, last: bool) -> None:
         size, device = len(record.batch), column.device
@@ -198,22 +211,13 @@ class _GradientReader(Reader):
             for held, (part, inverse) in blocks.items():
                 if all(name in piece for name in held):
                     squares[rows] += _squares(held, part, inverse, piece)
-        self._keep(record, products, squares)
+        rows = slice(self.done, self.done + size)
+        self.found.products[rows], self.found.squares[rows] = products, squares
+        self.found.note(rows, self.likelihood, record.outputs.detach(), record.batch.targets)
+        self.done += size
 
     def _is_matrix(self, names: tuple[str, ...]) -> bool:
         return names in self.blocks and isinstance(self.blocks[names][0], Kronecker)
-
-    def _keep(self, record: Record, products: Tensor, squares: Tensor) -> None:
-        outputs, targets = record.outputs.detach(), record.batch.targets
-        found, rows = self.found, slice(self.done, self.done + len(outputs))
-        found.products[rows], found.squares[rows] = products, squares
-        found.losses[rows] = self.likelihood.losses(outputs.double(), targets)
-        found.counts[rows] = self.likelihood.counts(targets).double()
-        if isinstance(self.likelihood, Categorical) and outputs.dim() == 2:
-            found.predicted[rows] = outputs.argmax(1)
-            if targets.dim() == 1 and not targets.is_floating_point():
-                found.labels[rows] = targets
-        self.done += len(outputs)
 
 
 def _runs(record: Record, names: set[str]) -> Iterator[slice]:

@@ -5,11 +5,12 @@ mean U of the unit gradients of training samples ("the crowd"), the score of sam
 
     memorised     |g_i|^2 / N           its own loss without it rises by that, nats
     harmful       - g . H^-1 g_i / N    the mean held-out loss without it falls by that, nats
-    mislabelled   - <u_i, U>            against what the others teach: minus a cosine
+    mislabelled   max_c f_i[c] - f_i[y_i] over other classes c, f_i the readout of the others
     poisoned      mean of the three largest <u_i, u_k> over known samples k, less <u_i, U>
 
-Cosines, since a well-fitted sample has a short gradient, however wrong its label is. What else was
-tried, and how often these are right, is in docs/research.md.
+Cosines, since a well-fitted sample has a short gradient, however wrong its label is; a readout of
+the others (readout.py), since a network fits wrong labels, too. What else was tried, and how often
+these are right, is in docs/research.md.
 """
 
 from __future__ import annotations
@@ -30,10 +31,17 @@ from fisher_forget._util.isolation import isolated
 from fisher_forget.data import batches
 from fisher_forget.data.indices import forget_indices
 from fisher_forget.data.own_loss import LossFn
-from fisher_forget.data.split import Indices, Split, resolve_split, some
+from fisher_forget.data.split import Indices, Split, resolve_split
 from fisher_forget.errors import ConfigError, SplitError
-from fisher_forget.influence.influence import Influence, InfluenceKeywords, cosines
+from fisher_forget.influence.influence import (
+    Influence,
+    InfluenceKeywords,
+    cosines,
+    drawn,
+    opened,
+)
 from fisher_forget.influence.products import Readings, mean_gradient
+from fisher_forget.influence.readout import misfits
 
 Fault = Literal["memorised", "harmful", "mislabelled", "poisoned"]
 GROUPS = 8  # of the held-out samples, whose spread is the standard error
@@ -47,8 +55,9 @@ MEANINGS: dict[Fault, str] = {
     "without it, to first order: what it alone has taught the model about itself.",
     "harmful": "By how many nats the mean loss of the held-out samples would fall if the model "
     "were trained without it, to first order.",
-    "mislabelled": "How far what the sample teaches goes against what the others teach: minus the "
-    "cosine of its gradient with theirs, from -1 to 1.",
+    "mislabelled": "By how much a linear readout of the other samples' features prefers another "
+    "class to the label: above 0 where it says another; of targets that are no classes, their "
+    "squared distance from it.",
     "poisoned": "How much more what the sample teaches is like the nearest known poison than like "
     "all samples: a difference of cosines, from -2 to 2.",
 }
@@ -108,7 +117,8 @@ def suggest(
 ) -> Suggestions:
     """Training samples that are worth forgetting, by their influence on the model.
 
-    It takes one pass over the training data, and looks at a few thousand samples more than once.
+    It takes one pass over the training data, and looks at a few thousand samples more than once;
+    "mislabelled" takes two passes without gradients.
 
     Args:
         model: Trained, in eval mode; never touched.
@@ -120,7 +130,8 @@ def suggest(
         unpack: As for `forget`.
         loss_fn: As for `forget`.
         progress: Show progress bars.
-        **changes: As for `Influence.of`.
+        **changes: As for `Influence.of`. "mislabelled" looks at no curvature, so that
+            `weight_decay`, `damping`, `max_samples` and `subset` do not change it.
 
     Raises:
         ConfigError: An unknown kind; what the kind needs is missing, or what it does not look at
@@ -139,45 +150,55 @@ def suggest(
     """
     _check(kind, held_out, known)
     split = resolve_split(data, [], unpack=unpack, allow_empty=True)
-    found = None if known is None else _known(known, split)
+    rest = None if known is None else _known(known, split)
     unseen = None
     if held_out is not None:
         unseen = resolve_split(held_out, [], unpack=unpack, allow_empty=True)
         _check_unseen(unseen, split)
-    influence = Influence.of(model, split, loss_fn=loss_fn, progress=progress, **changes)
-    seed = changes.get("seed", 0)
-    error, least = None, math.nan
-    if kind == "memorised":
-        read = influence.read()
-        score = read.squares / read.positions
-    elif unseen is not None:
-        read, score, error = _harm(influence, unseen, seed)
-    elif found is not None:
-        read, score, least = _likeness(influence, found, seed)
+    if kind == "mislabelled":
+        objective, split, _ = opened(model, split, None, loss_fn, **changes)
+        found = _Found(*misfits(objective, split, progress=progress))
     else:
-        read = influence.read([influence.crowd(CROWD, seed)])
-        score = -cosines(read)[:, 0]
-    table = _table(influence, read, score, error, found)
-    likely = None if math.isnan(least) else int((table["score"] >= least).sum())
+        influence = Influence.of(model, split, loss_fn=loss_fn, progress=progress, **changes)
+        seed = changes.get("seed", 0)
+        if unseen is not None:
+            found = _harm(influence, unseen, seed)
+        elif rest is not None:
+            found = _likeness(influence, rest, seed)
+        else:
+            read = influence.read()
+            found = _Found(read, read.squares / read.positions)
+    table = _table(split.retain, found, rest)
+    likely = None if math.isnan(found.least) else int((table["score"] >= found.least).sum())
     return Suggestions(kind, MEANINGS[kind], table, likely)
 
 
-def _harm(influence: Influence, unseen: Split, seed: int) -> tuple[Readings, Tensor, Tensor]:
+@dataclass(frozen=True)
+class _Found:
+    """Scores of the training samples, their standard errors, and what is called likely."""
+
+    read: Readings
+    score: Tensor
+    error: Tensor | None = None
+    least: float = math.nan
+
+
+def _harm(influence: Influence, unseen: Split, seed: int) -> _Found:
     """- g . H^-1 g_n / N, and its standard error from groups of the held-out samples."""
     order = np.random.default_rng(seed).permutation(unseen.retain)
     lots = [np.sort(lot) for lot in np.array_split(order, min(GROUPS, len(order)))]
     read = influence.read([mean_gradient(influence.objective, unseen, lot) for lot in lots])
     shares = torch.tensor([len(lot) for lot in lots], dtype=torch.float64) / len(order)
     harms = -read.products / read.positions
-    return read, harms @ shares, harms.std(1) / len(lots) ** 0.5
+    return _Found(read, harms @ shares, harms.std(1) / len(lots) ** 0.5)
 
 
-def _likeness(influence: Influence, known: Indices, seed: int) -> tuple[Readings, Tensor, float]:
+def _likeness(influence: Influence, known: Indices, seed: int) -> _Found:
     """Mean of the largest cosines with known samples, less that with the crowd; and what nine in
     ten of the known ones reach beside the others, NaN of a single one."""
     bytes_each = 8 * P.size(influence.objective.start)  # a gradient, and H^-1 times it
     room = max(1, influence.objective.memory // bytes_each)
-    chosen = some(known, min(KNOWN, room), seed)
+    chosen = drawn(known, min(KNOWN, room), seed)
     units = influence.unit_gradients(chosen)
     read = influence.read([*units, influence.crowd(CROWD, seed)])
     found = cosines(read)
@@ -186,20 +207,15 @@ def _likeness(influence: Influence, known: Indices, seed: int) -> tuple[Readings
     nearest = found[:, :-1].topk(min(NEAREST, max(len(units) - 1, 1)), dim=1).values.mean(1)
     score = nearest - found[:, -1]
     least = float(score[rows].quantile(1 - TYPICAL)) if len(units) > 1 else math.nan
-    return read, score, least
+    return _Found(read, score, None, least)
 
 
-def _table(
-    influence: Influence,
-    read: Readings,
-    score: Tensor,
-    error: Tensor | None,
-    known: Indices | None,
-) -> pd.DataFrame:
+def _table(samples: Indices, found: _Found, known: Indices | None) -> pd.DataFrame:
     """All samples but the known ones, by descending score; ties by index."""
-    columns: dict[str, Any] = {"sample": influence.samples, "score": score.numpy()}
-    if error is not None:
-        columns["standard_error"] = error.numpy()
+    read = found.read
+    columns: dict[str, Any] = {"sample": samples, "score": found.score.numpy()}
+    if found.error is not None:
+        columns["standard_error"] = found.error.numpy()
     columns["loss"] = read.losses.numpy()
     for name, classes in (("label", read.labels), ("predicted", read.predicted)):
         if bool((classes >= 0).all()):
