@@ -83,6 +83,15 @@ COMMANDS = {
         "every metric of a finished run beside its retrained models",
         "fisher-forget evaluate runs/digits",
     ),
+    "audit": Command(
+        LOOK,
+        "what attacks find in the models of a finished run, beside its retrained models",
+        "fisher-forget audit runs/digits --limit 0.02",
+        "It adds a section to the report, and an entry to the ledger where the run has one.\n"
+        f"Exit code {EXIT_FOUND}: more is found than after exact retraining, or a class lost more\n"
+        "than the limit.",
+        plans=False,
+    ),
     "plot": Command(
         LOOK,
         "draw the plots of a finished run again",
@@ -150,7 +159,7 @@ EXIT_CODES = f"""exit codes:
   0    done
   1    an unexpected error: a bug, here or in a model of yours; the traceback says where
   {EXIT_ERROR}    something given was wrong: the message says what, what was expected, what to do
-  {EXIT_FOUND}    ledger, purge: what was looked at is not as it should be; the message says what
+  {EXIT_FOUND}    audit, ledger, purge: what was looked at is not as it should be; it says what
   {EXIT_INTERRUPTED}  interrupted; start the same command again to go on"""
 
 
@@ -201,6 +210,8 @@ def _carry_out(given: argparse.Namespace, config: RunConfig) -> None:
         from fisher_forget.experiments.run import redraw
 
         print("\n".join(map(str, redraw(config))))
+    elif given.command == "audit":
+        _audit(given, config)
     elif given.command == "evaluate":
         from fisher_forget.experiments.evaluate_run import evaluate_run
 
@@ -213,6 +224,24 @@ def _carry_out(given: argparse.Namespace, config: RunConfig) -> None:
         from fisher_forget.experiments.run import run
 
         print(f"Report: {run(config)}")
+
+
+def _audit(given: argparse.Namespace, config: RunConfig) -> None:
+    """Print what attacks find.
+
+    Raises:
+        Found: If it is too much.
+    """
+    from fisher_forget.experiments.audit_run import audit_run
+
+    page, audits = audit_run(config, given.limit)
+    for name, found in audits.items():
+        print(f"{name}: {found}\n")
+    print(f"Report: {page}")
+    if wrong := [name for name, found in audits.items() if found.wrong]:
+        got = f"attacks that find too much: {', '.join(wrong)}"
+        fix = "See docs/attacks.md for what hides it; do not publish these models beside the first."
+        raise Found(got, "no more than after exact retraining", fix)
 
 
 def _config(given: argparse.Namespace, overrides: list[str]) -> RunConfig:
@@ -319,6 +348,11 @@ def _add_config(command: argparse.ArgumentParser, about: Command) -> None:
         command.add_argument("--dry-run", action="store_true", help=what)
 
 
+def _add_audit(command: argparse.ArgumentParser) -> None:
+    what = "the most that the score of a class may fall by: 0.02 are two points of accuracy"
+    command.add_argument("--limit", type=float, help=what)
+
+
 def _add_demo(command: argparse.ArgumentParser) -> None:
     what = "also retrain twice without the forgotten images, and compare"
     command.add_argument("--retrain", action="store_true", help=what)
@@ -342,6 +376,7 @@ def _add_completion(command: argparse.ArgumentParser) -> None:
 
 
 _ARGUMENTS = {
+    "audit": _add_audit,
     "artefacts": add_artefacts,
     "purge": add_purge,
     "ledger": add_ledger,

@@ -544,6 +544,8 @@ class TestExitCodes:
         )
         for work in ("run.run", "run.redraw", "evaluate_run.evaluate_run", "compare.compare"):
             monkeypatch.setattr(f"fisher_forget.experiments.{work}", lambda config: [])
+        found = lambda config, limit: ("report.html", {})  # noqa: E731
+        monkeypatch.setattr("fisher_forget.experiments.audit_run.audit_run", found)
         arguments = shlex.split(cli.COMMANDS[name].example)[1:]
         if arguments[1].startswith("runs/"):
             arguments[1] = "configs/digits.yaml"

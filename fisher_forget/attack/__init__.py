@@ -8,8 +8,10 @@ from fisher_forget.attack.after_release import (
     Relearning,
     quantised,
 )
+from fisher_forget.attack.audit import Audit, audit
 from fisher_forget.attack.findings import Finding
 from fisher_forget.attack.inference import STATISTICS, DeletionInference
+from fisher_forget.attack.membership import MembershipInference
 from fisher_forget.attack.pairs import Pair
 from fisher_forget.attack.reconstruct import ChangedAnswers, NewtonInversion, Reconstruction
 from fisher_forget.attack.release import Model, Observer, Release
@@ -25,6 +27,11 @@ __all__ = [
     "DeletionInference",
     "Finding",
     "FineTuning",
+    "Audit",
+    "ChangedAnswers",
+    "DeletionInference",
+    "Finding",
+    "MembershipInference",
     "Model",
     "NewtonInversion",
     "Observer",
@@ -37,5 +44,6 @@ __all__ = [
     "SlowDown",
     "SlowDownPoisoning",
     "quantised",
+    "audit",
     "shadow_pairs",
 ]

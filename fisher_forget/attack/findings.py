@@ -8,6 +8,17 @@ from typing import Any
 
 from fisher_forget.evaluate.intervals import Interval
 
+TONES = {
+    "nothing found": "good",
+    "as after retraining": "good",
+    "less than after retraining": "good",
+    "found": "fair",
+    "too much forgotten": "poor",
+    "more than after retraining": "poor",
+    "beyond the limit": "poor",
+}
+"""Verdicts on a finding, and whether that is well."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -24,6 +35,7 @@ class Finding:
         meaning: What the number says, in plain English.
         details: Further numbers by name.
         warning: What must not be done with these models; empty where nothing speaks against it.
+        limit: The most that it may be, where somebody has set one.
     """
 
     attack: str
@@ -35,11 +47,18 @@ class Finding:
     meaning: str
     details: Mapping[str, float] = field(default_factory=dict)
     warning: str = ""
+    limit: float | None = None
 
     @property
     def leaks(self) -> bool:
         """Whether more is found than without the models: the whole interval is above that."""
         return self.found.low > self.nothing
+
+    @property
+    def reversed(self) -> bool:
+        """Whether an AUC lies below guessing with its whole interval: what is turned around tells
+        as much."""
+        return self.measure == "AUC" and self.found.high < self.nothing
 
     @property
     def against_retraining(self) -> str:
@@ -51,17 +70,44 @@ class Finding:
             return "more"
         return "less" if self.found.high < self.retrained.low else "as much"
 
+    @property
+    def verdict(self) -> str:
+        """What to think of it: a key of `TONES`."""
+        if self.limit is not None and self.found.value > self.limit:
+            return "beyond the limit"
+        if self.reversed and self.against_retraining in ("less", ""):
+            return "too much forgotten"
+        if not self.leaks:
+            return "nothing found"
+        return {
+            "more": "more than after retraining",
+            "less": "less than after retraining",
+            "as much": "as after retraining",
+        }.get(self.against_retraining, "found")
+
+    @property
+    def sentence(self) -> str:
+        """All of it in plain words."""
+        text = (
+            f"{self.meaning[:1].upper()}{self.meaning[1:]} {self.measure} {shown(self.found)}; "
+            f"{decimals(self.nothing)} is nothing."
+        )
+        if self.retrained is not None:
+            text += f" After exact retraining: {shown(self.retrained)}."
+        alarming = TONES[self.verdict] != "good"
+        return text + (f" Warning: {self.warning}." if alarming and self.warning else "")
+
     def __str__(self) -> str:
-        nothing = f"{self.nothing:.2f}, which is nothing"
+        nothing = f"{decimals(self.nothing)}, which is nothing"
         told = f"More than {nothing}" if self.leaks else f"Not told from {nothing}"
         lines = [
-            f"{self.attack}: {self.meaning} {self.measure} {_shown(self.found)}.",
+            f"{self.attack}: {self.meaning} {self.measure} {shown(self.found)}.",
             f"{told}, on {self.samples:,} deleted samples.",
         ]
         if self.retrained is not None:
             words = {"more": "more than", "less": "less than", "as much": "not told apart from"}
             lines.append(
-                f"After exact retraining {_shown(self.retrained)}: "
+                f"After exact retraining {shown(self.retrained)}: "
                 f"{words[self.against_retraining]} that."
             )
         lines += [f"{name}: {value:.3g}." for name, value in self.details.items()]
@@ -76,8 +122,16 @@ class Finding:
             "details": dict(self.details),
             "leaks": self.leaks,
             "against_retraining": self.against_retraining,
+            "verdict": self.verdict,
+            "sentence": self.sentence,
         }
 
 
-def _shown(x: Interval) -> str:
-    return f"{x.value:.2f} ({x.low:.2f} to {x.high:.2f})"
+def shown(x: Interval) -> str:
+    """ "0.73 (0.65 to 0.80)"."""
+    return f"{decimals(x.value)} ({decimals(x.low)} to {decimals(x.high)})"
+
+
+def decimals(x: float) -> str:
+    """Two of them, and no -0.00."""
+    return f"{round(x, 2) + 0.0:.2f}"

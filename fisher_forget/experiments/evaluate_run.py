@@ -45,7 +45,7 @@ def _evaluate(config: RunConfig, folder: Path) -> Path:
     for settings in config.forget_sets:
         case = prepare_case(config, data, settings, folder)
         methods = {
-            FisherForget.name: _stored(config, case),
+            FisherForget.name: scrubbed_models(config, case),
             FineTune.name: [_fine_tuned(config, case, i) for i in range(len(config.seeds))],
         }
         table = evaluate_case(config, case, methods)
@@ -57,8 +57,12 @@ def _evaluate(config: RunConfig, folder: Path) -> Path:
     return page.write_page(config.name, tables, folder, metrics)
 
 
-def _stored(config: RunConfig, case: Case) -> list[nn.Module]:
-    """The scrubbed models of the run."""
+def scrubbed_models(config: RunConfig, case: Case) -> list[nn.Module]:
+    """The scrubbed models of a run, one a seed.
+
+    Raises:
+        StorageError: If it has not finished.
+    """
     models = []
     for seed, original in zip(config.seeds, case.originals.models, strict=True):
         path = case.folder / f"seed-{seed}" / f"{SCRUBBED}.safetensors"

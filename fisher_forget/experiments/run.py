@@ -32,6 +32,7 @@ from fisher_forget.unlearn.result import ForgetResult, versions
 
 SWEEP = "sweep.parquet"  # in the folder of a forget set
 SCRUBBED = "scrubbed"  # file of a model in the folder of a seed
+AUDIT = "audit.json"  # in the folder of a run that was audited
 Figures = dict[str, Path]  # title -> picture
 
 
@@ -77,7 +78,27 @@ def _run(config: RunConfig, folder: Path) -> Path:
     }
     files.write_json(folder / "metrics.json", metrics)
     print(tables.console(metrics))
-    return html.write_report(metrics, figures, folder)
+    return html.write_report(metrics, figures, folder, _audits(folder, metrics))
+
+
+def write_again(config: RunConfig) -> Path:
+    """Write the report of a finished run again, from its stored numbers.
+
+    Raises:
+        StorageError: If the run has not finished.
+    """
+    folder, figures = run_folder(config, trains=False), _redrawn(config)
+    metrics = files.read_json(folder / "metrics.json")
+    return html.write_report(metrics, figures, folder, _audits(folder, metrics))
+
+
+def _audits(folder: Path, metrics: dict[str, Any]) -> dict[str, Any]:
+    """What audits of a run found, by forget set, of the models that it has now."""
+    if not (folder / AUDIT).exists():
+        return {}
+    stored = files.read_json(folder / AUDIT)
+    now = {c["name"]: [run["weights"] for run in c["runs"]] for c in metrics["cases"]}
+    return {name: found for name, found in stored.items() if now.get(name) == found["models"]}
 
 
 def redraw(config: RunConfig) -> list[Path]:
@@ -86,8 +107,12 @@ def redraw(config: RunConfig) -> list[Path]:
     Raises:
         StorageError: If the run has not finished.
     """
+    return list(_redrawn(config).values())
+
+
+def _redrawn(config: RunConfig) -> Figures:
     folder = run_folder(config, trains=False)
-    drawn: list[Path] = []
+    drawn: Figures = {}
     try:
         entries = files.read_json(folder / "metrics.json")["cases"]
         places = [inside(folder, folder / entry["runs"][0]["folder"]).parent for entry in entries]
@@ -96,7 +121,7 @@ def redraw(config: RunConfig) -> list[Path]:
         raise StorageError(got, "what a finished run wrote", "Run it again.") from error
     for entry, place in zip(entries, places, strict=True):
         table = SweepTable.load(place / SWEEP) if (place / SWEEP).exists() else None
-        drawn += _draw(entry, place, table).values()
+        drawn |= _draw(entry, place, table)
     return drawn
 
 

@@ -21,10 +21,10 @@ from typing import Any, Literal
 from fisher_forget._util.files import plain
 from fisher_forget.errors import StorageError
 
-Notice = Literal["opened", "purged", "rebased", "delivered"]  # of the ledger as a whole
+Notice = Literal["opened", "purged", "rebased", "delivered", "audited"]  # of the ledger as a whole
 Event = Notice | Literal["asked", "under way", "failed", "done", "served", "withdrawn"]
 EVENTS = {
-    *("opened", "purged", "rebased", "delivered"),
+    *("opened", "purged", "rebased", "delivered", "audited"),
     *("asked", "under way", "failed", "done", "served", "withdrawn"),
 }
 FIRST = "0" * 64

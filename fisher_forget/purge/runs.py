@@ -34,10 +34,10 @@ LAYOUT: dict[Role, str] = {
     "scrubbed": r"[^/]+/seed-\d+/scrubbed\.safetensors",
     "method": rf"[^/]+/methods/[^/]+/{SEED}",
     "outputs": r"[^/]+/outputs\.safetensors",
-    "text": r"config\.yaml|(metrics|evaluation|comparison)\.json|comparison\.md"
+    "text": r"config\.yaml|(metrics|evaluation|comparison|audit)\.json|comparison\.md"
     r"|(report|evaluation|comparison)\.html|[^/]+/methods/[^/]+/outcome\.json",
     "plain": r"([^/]+/)?(kl|scores|noise|tradeoff|(evaluation|tradeoff|cost)-\d+)\.(svg|png)"
-    r"|[^/]+/sweep\.(parquet|csv)|[^/]+/seed-\d+/result\.txt|[^/]+/(evaluation|comparison)\.md",
+    r"|[^/]+/sweep\.(parquet|csv)|[^/]+/seed-\d+/result\.txt|[^/]+/(evaluation|comparison|audit)\.md",
 }
 PATTERNS = {role: re.compile(pattern) for role, pattern in LAYOUT.items()}
 

@@ -283,11 +283,11 @@ class ForgetResult:
 
     def _noise_lines(self) -> Iterator[str]:
         z = self.noise
-        if z is None:
-            yield "  noise      none"
-            return
-        if z.scale == 0 and z.target is not None:
-            yield f"  noise      none: no scale reaches {z.target}"
+        if z is None or z.scale == 0:
+            unreached = z is not None and z.target is not None
+            yield "  noise      none" + (f": no scale reaches {z.target}" if unreached else "")
+            if self.newton.accepted:
+                yield f"  publish    {BOTH}"
             return
         yield (
             f"  noise      {z.scale:.2e} (B + (wd + tau) I)^-{z.exponent:g}, tau {z.damping:.1e}, "
@@ -358,6 +358,7 @@ class ForgetResult:
         }
 
 
+BOTH = "not beside the given model: the step from it to this one gives the forgotten samples away"
 WIDTH = 87  # of a finding, behind its mark: lines of 100
 MARKS = {"fine": "check", "wrong": "check: NO", "unknown": "check: ?"}
 NEWTON_NUMBERS = (

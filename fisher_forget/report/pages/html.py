@@ -19,6 +19,7 @@ from markupsafe import Markup
 
 from fisher_forget._util.files import ensure_folder, write_text
 from fisher_forget._util.numbers import MISSING, number, percent, plus_minus
+from fisher_forget.attack.audit import findings_table
 from fisher_forget.likelihood import Score
 from fisher_forget.likelihood.base import ERROR_LOSS, SHARE_LOSS
 from fisher_forget.report import tables
@@ -56,7 +57,12 @@ class Number:
     beside: str
 
 
-def write_report(metrics: Mapping[str, Any], figures: Mapping[str, Path], folder: Path) -> Path:
+def write_report(
+    metrics: Mapping[str, Any],
+    figures: Mapping[str, Path],
+    folder: Path,
+    audits: Mapping[str, Any] | None = None,
+) -> Path:
     """Write <folder>/report.html.
 
     Args:
@@ -66,6 +72,7 @@ def write_report(metrics: Mapping[str, Any], figures: Mapping[str, Path], folder
             or else is itself the caption. The trade-off, or else the first figure of a case, stands
             in its answer.
         folder: Made if need be.
+        audits: `Audit.to_dict` by case name, of those that were audited.
 
     Returns:
         Path of the page.
@@ -74,11 +81,15 @@ def write_report(metrics: Mapping[str, Any], figures: Mapping[str, Path], folder
         DataError: If a case lacks a score.
         StorageError: If a figure cannot be read or the page cannot be written.
     """
-    page = render(metrics, figures)
+    page = render(metrics, figures, audits)
     return write_html(ensure_folder(folder) / "report.html", page)
 
 
-def render(metrics: Mapping[str, Any], figures: Mapping[str, Path]) -> str:
+def render(
+    metrics: Mapping[str, Any],
+    figures: Mapping[str, Path],
+    audits: Mapping[str, Any] | None = None,
+) -> str:
     """The page of `write_report` as text.
 
     Raises:
@@ -95,6 +106,7 @@ def render(metrics: Mapping[str, Any], figures: Mapping[str, Path]) -> str:
         error_loss=ERROR_LOSS,
         cases=[_case(case, placed.get(i, [])) for i, case in enumerate(metrics["cases"])],
         figures=placed.get(None, []),
+        audits=[_audit(name, found) for name, found in (audits or {}).items()],
         repeated=metrics["config"].get("noise_seed") is not None,
         settings=list(flat(metrics["config"])),
         caveat=tables.CAVEAT,
@@ -151,6 +163,17 @@ def _case(case: Case, figures: list[Figure]) -> dict[str, Any]:
         "spread": tables.spread_note(case),
         "runs": tables.runs_table(case),
         "refreshed": any(run["forget"]["buffers_refreshed"] for run in runs),
+    }
+
+
+def _audit(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """What the template needs of an audit."""
+    return {
+        "name": name,
+        "answer": found["answer"],
+        "table": findings_table(found["findings"]),
+        "skipped": found["skipped"].items(),
+        "note": found["note"],
     }
 
 

@@ -41,6 +41,7 @@ NOTICES = {
     "rebased": "the model without those forgotten so far became the start of all later requests, "
     "and what was kept of the data was made anew without them",
     "delivered": "the model without all who were asked for was made again",
+    "audited": "attacks were made on the models with and without the samples",
 }
 PURGES = {"begun": "a purge was begun, of", "done": "a purge was done, of"}
 TONES = {
