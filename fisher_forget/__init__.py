@@ -8,6 +8,7 @@ result.model, print(result)
 from typing import TYPE_CHECKING, Any
 
 from fisher_forget._util import moved
+from fisher_forget.attack.audit import Audit, audit
 from fisher_forget.baselines import METHODS, SISA, Unlearned, Unlearner
 from fisher_forget.curvature import Curvature, estimate_curvature
 from fisher_forget.data.samples import read_samples
@@ -74,6 +75,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "METHODS",
     "SISA",
+    "Audit",
     "Bernoulli",
     "Categorical",
     "CheckpointKeeper",
@@ -113,6 +115,7 @@ __all__ = [
     "Unlearned",
     "Unlearner",
     "artefacts",
+    "audit",
     "build_model",
     "calibrate_noise",
     "draw_noise",

@@ -23,6 +23,7 @@ from fisher_forget._util.checks import check_names, is_number, is_whole
 from fisher_forget._util.isolation import isolated
 from fisher_forget._util.markdown import markdown_table
 from fisher_forget._util.progress import bar
+from fisher_forget.attack.after_release import FineTuning, Quantisation, Relearning
 from fisher_forget.attack.findings import TONES, Finding, decimals, shown
 from fisher_forget.attack.inference import STATISTICS, DeletionInference
 from fisher_forget.attack.membership import MembershipInference
@@ -40,6 +41,8 @@ from fisher_forget.ledger.evidence import model_fingerprint
 from fisher_forget.likelihood import Likelihood
 
 ASKED = 1000  # samples of each kind that are asked about, at most
+KNOWN = 10  # deleted samples that someone has who makes a model learn again
+BITS = (8, 4)  # of quantised weights
 HARM, SHADOW = "harm by group", "shadow inference"
 NOTE = (
     "Every interval is a 95 % one by itself: of twenty, one is wrong by chance. An attack that "
@@ -82,10 +85,9 @@ class Audit:
                 f"{found} of {total} attacks find something. Whether exact deletion shows as much "
                 "is not known: that takes retrained models."
             )
-        return (
-            f"None of {total} attacks finds more than after exact retraining, as far as so many "
-            "samples can tell."
-        )
+        unclear = sum(f.verdict == "cannot tell" for f in self.findings)
+        text = f"None of {total} attacks finds more than after exact retraining"
+        return text + (f"; {unclear} cannot tell: too few samples or models." if unclear else ".")
 
     def to_pandas(self) -> pd.DataFrame:
         """A row an attack, in numbers."""
@@ -166,7 +168,7 @@ def findings_table(findings: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
                 f"{f['measure']} {shown(Interval(**f['found']))}",
                 decimals(f["nothing"]),
                 "–" if exact is None else shown(Interval(**exact)),
-                f["meaning"],
+                f["meaning"].removesuffix(" with").removesuffix(":") + ".",
             )
         )
     heads = ["attack", "verdict", "found", "nothing", "after retraining", "what is found"]
@@ -401,6 +403,12 @@ def _attacks(asked: _Asked, kind: Likelihood, shadows: Sequence[Pair]) -> dict[s
         found[SHADOW] = on(asked.beside_unseen, ShadowInference(shadows, likelihood=kind))
     found["inversion of the step"] = NewtonInversion(asked.public, likelihood=kind).run
     found["changed answers"] = ChangedAnswers(asked.public, likelihood=kind).run
+    later = (
+        Relearning(samples=min(KNOWN, len(asked.deleted) // 2 or 1), likelihood=kind),
+        FineTuning(data=asked.public, likelihood=kind),
+        *(Quantisation(bits=bits, likelihood=kind) for bits in BITS),
+    )
+    found |= {f"{change.name}, after release": change.run for change in later}
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -12,8 +13,9 @@ TONES = {
     "nothing found": "good",
     "as after retraining": "good",
     "less than after retraining": "good",
+    "cannot tell": "fair",
     "found": "fair",
-    "too much forgotten": "poor",
+    "the other way round": "poor",
     "more than after retraining": "poor",
     "beyond the limit": "poor",
 }
@@ -62,13 +64,18 @@ class Finding:
 
     @property
     def against_retraining(self) -> str:
-        """ "more", "less" or "as much" than after exact retraining, where both intervals lie apart
-        or not; empty without a yardstick."""
+        """ "more", "less" or "as much" than after exact retraining; empty without a yardstick.
+
+        Told by a 95 % interval of the difference, from the ends that face each other (Zou and
+        Donner 2008, doi:10.1002/sim.3095): a - b +- sqrt(distances squared). Both numbers are of
+        the same samples, so that it is, if anything, too wide.
+        """
         if self.retrained is None:
             return ""
-        if self.found.low > self.retrained.high:
+        ours, exact = self.found, self.retrained
+        if _above(ours, exact):
             return "more"
-        return "less" if self.found.high < self.retrained.low else "as much"
+        return "less" if _above(exact, ours) else "as much"
 
     @property
     def verdict(self) -> str:
@@ -76,9 +83,10 @@ class Finding:
         if self.limit is not None and self.found.value > self.limit:
             return "beyond the limit"
         if self.reversed and self.against_retraining in ("less", ""):
-            return "too much forgotten"
+            return "the other way round"
         if not self.leaks:
-            return "nothing found"
+            wide = self.found.high > (1 + self.nothing) / 2  # half of all may be found
+            return "cannot tell" if wide else "nothing found"
         return {
             "more": "more than after retraining",
             "less": "less than after retraining",
@@ -127,8 +135,15 @@ class Finding:
         }
 
 
+def _above(a: Interval, b: Interval) -> bool:
+    """Whether a - b is above 0 with its whole interval."""
+    return a.value - b.value > math.hypot(a.value - a.low, b.high - b.value)
+
+
 def shown(x: Interval) -> str:
-    """ "0.73 (0.65 to 0.80)"."""
+    """ "0.73 (0.65 to 0.80)"; a number that is known exactly by itself."""
+    if x.low == x.high:
+        return decimals(x.value)
     return f"{decimals(x.value)} ({decimals(x.low)} to {decimals(x.high)})"
 
 
