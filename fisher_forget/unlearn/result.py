@@ -284,8 +284,8 @@ class ForgetResult:
     def _noise_lines(self) -> Iterator[str]:
         z = self.noise
         if z is None or z.scale == 0:
-            unreached = z is not None and z.target is not None
-            yield "  noise      none" + (f": no scale reaches {z.target}" if unreached else "")
+            target = None if z is None else z.target
+            yield "  noise      none" + (f": no scale reaches {target}" if target else "")
             if self.newton.accepted:
                 yield f"  publish    {BOTH}"
             return
