@@ -323,6 +323,9 @@ class TestCalibration:
             forget(net, data, [1], noise=NoiseTarget(loss=0.01), progress=False)
 
     def test_the_search_ends_below_from_either_side(self) -> None:
+        for unknown in (math.nan, 0.0, math.inf):  # it has nowhere to begin
+            with pytest.raises(NumericalError, match="scale"):
+                noise.largest_scale(lambda s: 1.0, 1.0, unknown)
         assert noise.largest_scale(lambda s: math.inf, 1.0, 1.0) == 0.0
         assert noise.largest_scale(lambda s: 1.0, 1.0, 1.0) == math.inf
         assert 0.97 < noise.largest_scale(lambda s: 0.0 if s <= 1.0 else math.inf, 1.0, 1e4) <= 1.0

@@ -39,6 +39,7 @@ from fisher_forget.curvature.estimate import (
 from fisher_forget.curvature.kinds import RANDOM
 from fisher_forget.curvature.operator import BlockDiagonal, Info
 from fisher_forget.curvature.options import CurvatureOptions
+from fisher_forget.curvature.solvers import eigh
 from fisher_forget.curvature.structures import STRUCTURES, ekfac, low_rank, matrix_free
 from fisher_forget.curvature.structures.dense import Dense, from_matrix
 from fisher_forget.curvature.structures.diagonal import Diagonal, DiagonalSum
@@ -771,3 +772,52 @@ def test_float32_sums_do_not_drift() -> None:
 def test_the_documentation_shows_the_table_that_the_code_has() -> None:
     page = Path(__file__).parent.parent / "docs" / "curvature.md"
     assert support_table() in page.read_text()
+
+
+class TestEigenvectors:
+    """In single precision LAPACK may fail, or return NaN without a word, where the rank is low."""
+
+    @pytest.mark.parametrize("how", ["nothing", "NaN", "error"])
+    @pytest.mark.parametrize("upper", [False, True])
+    def test_against_numpy(self, monkeypatch, how, upper):
+        real = torch.linalg.eigh
+
+        def single_fails(x, *args, **kwargs):
+            if how == "nothing" or x.dtype == torch.float64:
+                return real(x, *args, **kwargs)
+            if how == "error":
+                raise RuntimeError("the algorithm failed to converge")
+            return torch.full(x.shape[:1], math.nan), torch.full(x.shape, math.nan)
+
+        a = torch.randn(60, 7, generator=torch.Generator().manual_seed(0))
+        a[30:40] = 0  # dead pixels
+        b = a @ a.T
+        monkeypatch.setattr(torch.linalg, "eigh", single_fails)
+        half = b.triu() if upper else b.tril()
+        values, vectors = eigh(half, upper=upper)
+        assert values.dtype == vectors.dtype == torch.float32
+        expected = np.linalg.eigvalsh(b.double().numpy())
+        assert np.allclose(values.numpy(), expected, atol=1e-3)
+        assert torch.allclose(vectors.T @ vectors, torch.eye(60), atol=1e-4)
+        assert torch.allclose(vectors * values @ vectors.T, b, atol=1e-3)
+
+    def test_a_matrix_that_has_none(self):
+        with pytest.raises(NumericalError, match="without eigenvectors"):
+            eigh(torch.full((3, 3), math.nan))
+
+    def test_forgetting_with_nan_from_lapack(self, monkeypatch):
+        """A wide layer: its basis is asked for in single precision first."""
+        real = torch.linalg.eigh
+
+        def single_fails(x, *args, **kwargs):
+            if x.dtype == torch.float64:
+                return real(x, *args, **kwargs)
+            return torch.full(x.shape[:1], math.nan), torch.full(x.shape, math.nan)
+
+        g = torch.Generator().manual_seed(0)
+        x = torch.randn(50, 600, generator=g)
+        data = TensorDataset(x, (x[:, 0] > 0).long())
+        model = nn.Linear(600, 2).eval()
+        monkeypatch.setattr(torch.linalg, "eigh", single_fails)
+        curvature = estimate_curvature(model, data, structure="ekfac", progress=False)
+        assert math.isfinite(curvature.trace())

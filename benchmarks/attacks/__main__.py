@@ -2,8 +2,8 @@
 
     python -m benchmarks.attacks [PART ...] [--only-table]
 
-Parts are "classical", "requests", "shadow", "inversion", "mnist", "slow-down" and "after-release"
-(these three need MNIST on disk); all of them by default. Numbers are stored in
+Parts are "classical", "requests", "shadow", "inversion", "mnist", "slow-down", "chosen" and
+"after-release" (these four need MNIST on disk); all of them by default. Numbers are stored in
 benchmarks/attacks.json after each, so that a killed run goes on, and written to docs/attacks.md.
 One thread; each part takes less than ten minutes.
 """

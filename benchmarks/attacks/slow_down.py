@@ -11,11 +11,14 @@ from torch import Tensor
 from benchmarks.attacks.classical import Report
 from fisher_forget import load_dataset
 from fisher_forget.attack import SlowDownPoisoning
+from fisher_forget.attack.slow_down import interval
 from fisher_forget.certify import CertifiedLogistic
 
 OWNED, TRIED = 500, 60  # the attacker's samples, and removals that are tried
 RADII = (7.84, 39.25)  # L1; the second is the paper's
 BATCH = "bounds added, 10 at once"
+EACH = 5  # removals that one requester may ask for
+LIMITED = f"bounds added, {EACH} of each requester"
 
 
 def slow_down() -> Report:
@@ -32,8 +35,23 @@ def slow_down() -> Report:
     for radius in RADII:
         attack = SlowDownPoisoning(radius=radius)
         result = attack.run(x, y, range(OWNED), makes, removals=TRIED, batch={BATCH: 10}, test=test)
-        found[f"{radius:g}"] = result.to_dict()
+        told = result.to_dict()
+        for side, count in limited(attack, x, y).items():
+            told[side][LIMITED] = count
+        found[f"{radius:g}"] = told
     return found
+
+
+def limited(attack: SlowDownPoisoning, x: Tensor, y: Tensor) -> dict[str, int]:
+    """Removals before a retraining where the attacker is one requester, whose requests beyond a few
+    are refused, and the others are honest ones."""
+    poisoned = x.clone()
+    poisoned[:OWNED] = attack.poison(x, y, range(OWNED), lambda: _model("added"))
+    order = [*range(EACH), *range(OWNED, OWNED + TRIED - EACH)]
+    return {
+        side: interval(_model("added").fit(attack.features(inputs), y), order)
+        for side, inputs in (("clean", x), ("attacked", poisoned))
+    }
 
 
 def _model(accounting: Any) -> CertifiedLogistic:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from benchmarks.attacks.after_release import after_release
+from benchmarks.attacks.chosen import chosen
 from benchmarks.attacks.classical import Report, classical
 from benchmarks.attacks.inference import requests, shadow
 from benchmarks.attacks.inversion import inversion, mnist
@@ -24,6 +25,7 @@ PARTS: dict[str, Callable[[], Report]] = {
     "inversion": inversion,
     "mnist": mnist,
     "slow-down": slow_down,
+    "chosen": chosen,
     "after-release": after_release,
 }
 
@@ -75,6 +77,8 @@ def tables(part: str, found: Report) -> str:
         return markdown_table(heads, rows)
     if part == "slow-down":
         return _slowed(found)
+    if part == "chosen":
+        return _chosen(found)
     if part == "after-release":
         return _come_back(found)
     heads = [
@@ -110,6 +114,40 @@ def _slowed(found: Report) -> str:
     heads = ["accounting", "L1 radius", "clean", "attacked"]
     others = ["L1 radius", "accuracy, clean", "poisoned", "attacker refused", "honest refused"]
     return f"{markdown_table(heads, rows)}\n\n{markdown_table(others, about)}"
+
+
+def _chosen(found: Report) -> str:
+    def points(values: list[float]) -> str:
+        low, high = (100 * end for end in (min(values), max(values)))
+        return f"{100 * sum(values) / len(values):.1f} ({low:.1f} to {high:.1f})"
+
+    rows = []
+    for name, told in found.items():
+        case, count, aim = name.split("; ")
+        seconds, steps, back = (
+            sum(told[key]) / len(told[key]) for key in ("seconds", "steps", "rejected")
+        )
+        falls = (
+            "target",
+            "target, retrained",
+            "worst of the others",
+            "worst of the others, retrained",
+        )
+        refused = f"{sum(told['refused'])} of {len(told['refused'])}"
+        rows.append(
+            [
+                case,
+                count,
+                aim,
+                *(points(told[key]) for key in falls),
+                f"{seconds:.1f}",
+                f"{steps:.0f} / {back:.0f}",
+                refused,
+            ]
+        )
+    falls = ["target falls by", "retrained", "worst other class", "retrained"]
+    heads = ["attacker owns", "asks for", "chosen by", *falls, "seconds", "sub-steps", "refused"]
+    return markdown_table(heads, rows)
 
 
 def _come_back(found: Report) -> str:

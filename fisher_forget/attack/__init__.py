@@ -9,6 +9,7 @@ from fisher_forget.attack.after_release import (
     quantised,
 )
 from fisher_forget.attack.audit import Audit, audit
+from fisher_forget.attack.chosen_requests import ChosenRequests, Damage
 from fisher_forget.attack.findings import Finding
 from fisher_forget.attack.inference import STATISTICS, DeletionInference
 from fisher_forget.attack.membership import MembershipInference
@@ -25,6 +26,8 @@ __all__ = [
     "AfterRelease",
     "Audit",
     "ChangedAnswers",
+    "ChosenRequests",
+    "Damage",
     "DeletionInference",
     "Finding",
     "FineTuning",

@@ -98,6 +98,8 @@ class CertifiedLogistic:
         delta: Of the certificate.
         accounting: See the module.
         ledger: Records the requests; those in it are left out at `fit`.
+        each: Share of the samples that one requester (`who`) may ask for in all, beyond which a
+            removal is refused before it is recorded; it needs a ledger, 1 refuses nothing.
         generator: b is drawn from it, in an experiment that is to be repeated; by default the
             operating system gives it, and nobody knows it.
 
@@ -131,6 +133,7 @@ class CertifiedLogistic:
         delta: float = 1e-4,
         accounting: Accounting = "corrected",
         ledger: Ledger | None = None,
+        each: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> None:
         if not (regularisation > 0 and sigma > 0 and math.isfinite(regularisation + sigma)):
@@ -139,12 +142,15 @@ class CertifiedLogistic:
         if accounting not in ("added", "corrected", "measured"):
             got = f"accounting={accounting!r}"
             raise ConfigError(got, "'added', 'corrected' or 'measured'", "Correct it.")
+        if not 0 < each <= 1 or (each < 1 and ledger is None):
+            got = f"each={each!r}{' without a ledger' * (ledger is None)}"
+            raise ConfigError(got, "a share above 0, 1 at most, and a ledger", "Correct it.")
         check_generator(generator)
         self.regularisation, self.sigma = float(regularisation), float(sigma)
         self.epsilon_target, self.delta = float(epsilon), float(delta)
         self.accounting: Accounting = accounting
         self.budget = self.sigma * mu_of(epsilon, delta)
-        self.ledger, self._generator = ledger, generator
+        self.ledger, self.each, self._generator = ledger, each, generator
         self.trainings = 0
         self._spent: Tensor | None = None
         self._log: RequestLog | None = None
@@ -226,6 +232,7 @@ class CertifiedLogistic:
 
         Raises:
             SplitError: If they are no such indices, or a class would be left without a sample.
+            ConfigError: If a requester asks for more than each may.
         """
         self._fitted()
         begun = time.perf_counter()
@@ -236,7 +243,10 @@ class CertifiedLogistic:
         if len(self.y[left].unique()) < len(self.classes):
             got, fix = "a removal after which a class has no sample", "Train a model without it."
             raise SplitError(got, "one of each class at least", fix)
-        name = "" if self._log is None else self._log.ask(named.tolist(), who)
+        name = ""
+        if self._log is not None:
+            self._log.check_each(named.tolist(), who, self.each)
+            name = self._log.ask(named.tolist(), who)
         try:
             told = self._removed(gone, left)
         except Exception as error:

@@ -114,6 +114,40 @@ class Lanczos:
         return values, vectors
 
 
+def eigh(matrix: Tensor, *, upper: bool = False) -> tuple[Tensor, Tensor]:
+    """Ascending eigenvalues [k] and eigenvectors [k, k] of a symmetric matrix, in its type.
+
+    In single precision LAPACK may not converge where the rank is low (dead pixels, tokens that
+    never occur), or returns NaN without a word; double precision does it then.
+
+    Args:
+        matrix: [k, k], finite; one triangle is read.
+        upper: Which.
+
+    Raises:
+        NumericalError: If it cannot be decomposed.
+    """
+    side = "U" if upper else "L"
+    try:
+        values, vectors = torch.linalg.eigh(matrix, UPLO=side)
+        failed = not bool(values.isfinite().all() and vectors.isfinite().all())
+    except RuntimeError:
+        failed = True
+    if failed:
+        try:
+            values, vectors = torch.linalg.eigh(matrix.double(), UPLO=side)
+        except RuntimeError as error:
+            raise _no_eigenvectors(matrix) from error
+        if not bool(values.isfinite().all() and vectors.isfinite().all()):
+            raise _no_eigenvectors(matrix)
+    return values.to(matrix.dtype), vectors.to(matrix.dtype)
+
+
+def _no_eigenvectors(matrix: Tensor) -> NumericalError:
+    got = f"a matrix {list(matrix.shape)} without eigenvectors in double precision"
+    return NumericalError(got, "finite curvature", "Check the model for huge weights or inputs.")
+
+
 def flat(product: Product, like: Params) -> FlatProduct:
     """The product on vectors [d], in the order of `like`."""
     return lambda x: flatten(product(unflatten(x, like)))

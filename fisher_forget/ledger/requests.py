@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from fisher_forget._util import files
-from fisher_forget.errors import StorageError
+from fisher_forget.errors import ConfigError, StorageError
 from fisher_forget.ledger.entries import RESTORE
 from fisher_forget.ledger.evidence import WRONG
 from fisher_forget.ledger.ledger import Ledger
@@ -192,6 +193,34 @@ class RequestLog:
         self._index |= zip(self.ledger.hashed(samples), samples, strict=True)
         self.ledger.begin(name, **look())
         return name
+
+    def check_each(self, samples: Sequence[int], who: str, share: float) -> None:
+        """Refuse samples of a requester beyond a share of all, before anything is recorded.
+
+        Args:
+            samples: Their indices.
+            who: As for `Ledger.ask`.
+            share: Of all samples, that one requester may ask for in all; 1 refuses nothing.
+
+        Raises:
+            ConfigError: If it would be more, or nobody is named.
+        """
+        if share >= 1:
+            return
+        if not who:
+            got = "a request without `who`, where each requester has a limit"
+            raise ConfigError(got, "who asks", "Pass who=: a reference, no name.")
+        kept = [r for r in self.ledger.requests.values() if r.state != "withdrawn"]
+        known = {h for r in kept if r.who == who for h in r.samples}
+        total, most = (
+            len(known | set(self.ledger.hashed(samples))),
+            math.floor(share * self.samples),
+        )
+        if total > most:
+            got = f"{total:,} samples asked for by {who!r}, those of before included"
+            fix = "Nothing was recorded. Look at what is asked for, and what it does to others; to "
+            fix += "go on, raise the limit for `each`."
+            raise ConfigError(got, f"at most {most:,} of one requester", fix)
 
     def done(self, *, again: bool = False, **evidence: Any) -> None:
         """All requests are done that were asked for and are not, since each result is without all

@@ -30,17 +30,23 @@ class Limits:
             to a result, before that is refused.
         failed: What becomes of a result whose self-check says that it is wrong: a "warning", or it
             is "refused".
+        each: Share of the training samples that one requester (`who`) may ask for in all, beyond
+            which a request is refused before it is recorded, so that somebody looks at it. It needs
+            a folder; 1 refuses nothing.
     """
 
     warn: float = 0.25
     refuse: float = 0.5
     rise: float = 0.5
     failed: Literal["warning", "refused"] = "warning"
+    each: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.warn <= self.refuse <= 1:
             got = f"limits of warn={self.warn!r}, refuse={self.refuse!r}"
             raise ConfigError(got, "0 <= warn <= refuse <= 1", "Correct them.")
+        if not 0 < self.each <= 1:
+            raise ConfigError(f"each={self.each!r}", "a share above 0, 1 at most", "Correct it.")
         if not self.rise > 0:
             raise ConfigError(f"rise={self.rise!r}", "nats above 0", "Correct it.")
         if self.failed not in ("warning", "refused"):

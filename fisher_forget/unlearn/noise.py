@@ -309,6 +309,9 @@ def largest_scale(harm: Callable[[float], float], allowed: float, guess: float) 
     it says.
     """
     # log10 of the largest scale known to be allowed, of the smallest known not to be, and the next
+    if not 0 < guess < math.inf:
+        fix = "Check the model for weights and outputs that are not finite."
+        raise NumericalError(f"a curvature of which noise has the scale {guess}", "finite", fix)
     low, high, at = -math.inf, math.inf, math.log10(guess)
     start, near = at, 0.999 * RESOLUTION
     for turn in count(1):

@@ -144,11 +144,14 @@ class Prepared:
 
         Raises:
             SplitError: If the indices are out of range, or nothing would be left.
-            ConfigError: An option that was fixed by `prepare`.
+            ConfigError: An option that was fixed by `prepare`; or a requester with more samples
+                than each may ask for.
             StorageError: If the request cannot be recorded.
         """
         with self._alone():
             named, inside = self._inside(forget_idx, who)
+            if self.log is not None:
+                self.log.check_each(named.tolist(), who, self.limits.each)
             split, asked = self.split.forgetting(inside), _Asked(named, who, received)
             return self._carry_out(split, asked, generator, held_out, progress, changes)
 
@@ -402,6 +405,10 @@ def prepare(
         >>> second.split.forget.tolist()
         [3, 14, 15]
     """
+    limits = limits or Limits()
+    if limits.each < 1 and folder is None:
+        fix = "Pass folder=, whose ledger knows who asked."
+        raise ConfigError(f"a limit for each={limits.each:g} without a folder", "a folder", fix)
     with isolated():
         options = merged(options, changes)
         check_model(model)
@@ -429,7 +436,7 @@ def prepare(
         rows = _rows(split, log)
     asked = _asked(requests, split)
     split = split.forgetting(asked) if len(asked) else split
-    own = (model, split, made, options, objective, rows, limits or Limits(), log)
+    own = (model, split, made, options, objective, rows, limits, log)
     prepared = Prepared(*own, requests, 0 if log is None else log.count_erased())
     if prepared.pending:
         warnings.warn(

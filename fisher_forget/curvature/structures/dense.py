@@ -22,7 +22,7 @@ from fisher_forget.curvature.operator import (
 )
 from fisher_forget.curvature.passes import Accumulator, Walk
 from fisher_forget.curvature.record import Grads, Record
-from fisher_forget.curvature.solvers import flat, matrix
+from fisher_forget.curvature.solvers import eigh, flat, matrix
 from fisher_forget.curvature.structures.spec import StructureSpec
 from fisher_forget.curvature.tape import Tape
 from fisher_forget.errors import CurvatureError
@@ -99,7 +99,7 @@ def from_matrix(b: Tensor, like: Params, *, signed: bool = False) -> Dense:
         CurvatureError: If a matrix that is not `signed` has a negative eigenvalue beyond rounding.
     """
     # symmetric but for rounding: eigh reads one triangle only
-    eigenvalues, basis = _eigh((b + b.T) / 2)
+    eigenvalues, basis = eigh((b + b.T) / 2)
     largest, smallest = float(eigenvalues.abs().max()), float(eigenvalues.min())
     eps = torch.finfo(b.dtype).eps
     # a sum of squares is semi-definite; differences of such sums lose more digits, hence the square
@@ -115,16 +115,6 @@ def from_matrix(b: Tensor, like: Params, *, signed: bool = False) -> Dense:
         like=like,
         signed=signed,
     )
-
-
-def _eigh(b: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors."""
-    try:
-        values, basis = torch.linalg.eigh(b)
-    except RuntimeError:
-        # single precision may not converge where the rank is low (tokens that never occur)
-        values, basis = torch.linalg.eigh(b.double())
-    return values.to(b.dtype), basis.to(b.dtype)
 
 
 def check_size(like: Params) -> int:

@@ -26,6 +26,7 @@ from fisher_forget.curvature.operator import BlockDiagonal, Curvature, Spectral
 from fisher_forget.curvature.passes import Accumulator, Walk
 from fisher_forget.curvature.record import Grads, Group, Record
 from fisher_forget.curvature.rules.base import PATCH_BYTES, MatrixRule, add_squared_products
+from fisher_forget.curvature.solvers import eigh
 from fisher_forget.curvature.structures.diagonal import Diagonal, Settling, ThinSquares
 from fisher_forget.curvature.structures.kronecker import KEY, Kronecker, Matrix, turn
 from fisher_forget.curvature.structures.spec import StructureSpec
@@ -41,12 +42,7 @@ Step = tuple[Record, Tensor, Grads, bool]
 def symmetric_basis(covariance: Tensor) -> Tensor:
     """Orthonormal eigenvectors [k, k] from an upper triangle, in float64 where that is cheap."""
     exact = covariance.double() if len(covariance) <= 512 else covariance
-    try:
-        basis: Tensor = torch.linalg.eigh(exact, UPLO="U")[1]
-    except RuntimeError:
-        # single precision may not converge where the rank is low (dead pixels)
-        basis = torch.linalg.eigh(covariance.double(), UPLO="U")[1]
-    return basis.to(covariance.dtype)
+    return eigh(exact, upper=True)[1].to(covariance.dtype)
 
 
 class EkfacSum(Accumulator):
