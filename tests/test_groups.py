@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from fisher_forget import ConfigError, DataError, NumericalError, TrainSettings, forget, train
-from fisher_forget.evaluate.groups import _drop, harm_by_group
+from fisher_forget.evaluate.groups import harm_by_group
+from fisher_forget.evaluate.intervals import paired_interval
 
 
 class Fixed(nn.Module):
@@ -70,7 +71,7 @@ def test_the_interval_covers() -> None:
     lost, won, hits = 0.15, 0.05, 0
     for _ in range(3000):
         worse = rng.choice([1.0, -1.0, 0.0], 40, p=[lost, won, 1 - lost - won])
-        found = _drop(worse)
+        found = paired_interval(worse)
         hits += found.low <= lost - won <= found.high
     assert 0.934 < hits / 3000 < 0.99
 

@@ -2,9 +2,7 @@
 
 A request can be chosen to hurt others: a boundary that a group needs, most of a minority. The mean
 over all retained samples does not show it. Of every group the same samples are looked at before and
-after; the 95 % interval of a drop in accuracy is that of Agresti and Min (2005,
-doi:10.1002/sim.1781) for paired shares, which adds half a pair to each of the four cells; of other
-scores and of losses, Student's of the paired differences.
+after; the 95 % interval of a drop is `paired_interval`.
 """
 
 from __future__ import annotations
@@ -24,11 +22,10 @@ from fisher_forget._util.markdown import markdown_table
 from fisher_forget.data import batches
 from fisher_forget.data.split import Split, resolve_split
 from fisher_forget.errors import ConfigError, DataError, NumericalError
-from fisher_forget.evaluate.intervals import Interval, t_interval
+from fisher_forget.evaluate.intervals import Interval, paired_interval
 from fisher_forget.evaluate.predictions import predict, settled_by
 from fisher_forget.likelihood import Likelihood, Score
 
-NORMAL = 1.959963984540054  # 97.5 % quantile
 Groups = Sequence[Any] | NDArray[Any] | Tensor | Mapping[str, Sequence[int] | NDArray[np.int64]]
 
 
@@ -178,7 +175,7 @@ def harm_by_group(
         total = max(float(counts[rows].sum()), 1.0)
         means = float(losses[0][rows].sum()) / total, float(losses[1][rows].sum()) / total
         score = float(np.mean(old)), float(np.mean(new))
-        found.append(GroupHarm(name, len(rows), score, means, _drop(worse)))
+        found.append(GroupHarm(name, len(rows), score, means, paired_interval(worse)))
     found.sort(key=lambda group: -group.drop.value)
     return Harm(tuple(found), kind.score)
 
@@ -216,15 +213,3 @@ def _named(
             got, fix = f"the group {name!r} with {len(rows)} samples", "Leave it out, or join it."
             raise DataError(got, "at least 2, for an interval", fix)
     return iter(pairs)
-
-
-def _drop(worse: NDArray[np.float64]) -> Interval:
-    """Mean of paired differences and its interval."""
-    value, n = float(worse.mean()), len(worse)
-    if not set(np.unique(worse)) <= {-1.0, 0.0, 1.0}:
-        return t_interval(worse)
-    lost, won = ((worse == x).sum() + 0.5 for x in (1.0, -1.0))
-    centre, size = (lost - won) / (n + 2), n + 2
-    spread = np.sqrt(((lost + won) - (lost - won) ** 2 / size) / size**2)
-    low, high = max(-1.0, centre - NORMAL * spread), min(1.0, centre + NORMAL * spread)
-    return Interval(value, float(low), float(high))

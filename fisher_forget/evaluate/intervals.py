@@ -1,4 +1,5 @@
-"""Confidence intervals over models (seeds), of which there are few: Student's t."""
+"""Confidence intervals over models (seeds), of which there are few: Student's t; and over
+samples."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from fisher_forget.errors import ConfigError, DataError, NumericalError
 
+NORMAL = 1.959963984540054  # 97.5 % quantile
 Array = NDArray[np.float64]
 Values = ArrayLike | Tensor
 
@@ -58,6 +60,28 @@ def t_interval(values: Values, level: float = 0.95) -> Interval:
         return Interval(mean, math.nan, math.nan)
     half = float(special.stdtrit(len(x) - 1, (1 + level) / 2) * x.std(ddof=1) / math.sqrt(len(x)))
     return Interval(mean, mean - half, mean + half)
+
+
+def paired_interval(differences: Values) -> Interval:
+    """95 % interval for the mean of paired differences, over samples like these.
+
+    Of shares (differences of -1, 0 and 1: which of two is right) that of Agresti and Min, which
+    adds half a pair to each of the four cells; of other scores, Student's.
+
+    Args:
+        differences: [n], one a sample.
+
+    Source: Agresti & Min 2005, doi:10.1002/sim.1781.
+    """
+    x = finite_vector(differences, "differences")
+    if not set(np.unique(x)) <= {-1.0, 0.0, 1.0}:
+        return t_interval(x)
+    won, lost = (float((x == sign).sum()) + 0.5 for sign in (1.0, -1.0))
+    size = len(x) + 2
+    centre = (won - lost) / size
+    spread = math.sqrt((won + lost - (won - lost) ** 2 / size) / size**2)
+    low, high = max(-1.0, centre - NORMAL * spread), min(1.0, centre + NORMAL * spread)
+    return Interval(float(x.mean()), low, high)
 
 
 def as_array(values: Values) -> Array:
