@@ -23,6 +23,7 @@ from browser import chromium, needs_chromium
 
 from benchmarks import levels
 from benchmarks.attacks import tables as attacks
+from benchmarks.overlearning import tables as overlearning
 from fisher_forget._util.files import read_json
 from fisher_forget.baselines import METHODS, Range
 from fisher_forget.cli import main
@@ -309,6 +310,23 @@ def test_the_table_of_error_rates_is_that_of_the_stored_numbers():
         for name, share in design["retrained"].items():
             assert share < 0.05 + 3 * (0.05 * 0.95 / report["worlds"]) ** 0.5 + 0.01, name
         assert design["original"][levels.TOGETHER] > 0.9
+
+
+def test_the_tables_of_overlearning_are_those_of_the_stored_numbers():
+    """And of a random attribute nothing is found but in one interval of twenty (in four or more
+    with a chance of 2 %), while the task's own label is found."""
+    report = read_json(overlearning.STORED)
+    text = overlearning.PAGE.read_text(encoding="utf-8")
+    for name, table in overlearning.tables(report).items():
+        begin, end = overlearning.BEGIN.format(name), overlearning.END.format(name)
+        assert text.split(begin)[1].split(end)[0] == f"\n{table}\n\n"
+    layers = [case["layers"] for case in report.values()]
+    random = [x["gain"] for known in layers for x in known["control: random attribute"]["layers"]]
+    assert sum(x["low"] > 0 for x in random) < 4
+    for known in layers:
+        last = known["control: the task's label"]["layers"][-1]
+        assert last["gain"]["low"] > 0.15
+        assert last["accuracy"] > 0.75
 
 
 def test_the_tables_of_attacks_are_those_of_the_stored_numbers():

@@ -72,6 +72,15 @@ CLAIMS = {
         pairs = zip(bag.parameters(), same_bag.parameters(), strict=True)
         assert all(torch.equal(p, q) for p, q in pairs), "the given model is as it was"
     """,
+    "overlearning": """
+        before, after = (found[name] for name in ("trained", "forgotten"))
+        assert all(before[k].gain.low > 0.1 for k in "1234")
+        assert all(after[k].gain.low < 0.02 for k in "135")
+        assert all(after[k].gain.low > 0 for k in "24"), "behind a ReLU"
+        costs = price["gender"]
+        assert costs["LEACE"] < costs["forget_attribute"] - 0.1 < costs["as trained"]
+        assert price["nonlinear probe (points)"]["with repair"] > 0
+    """,
     "metrics": """
         label = lambda metric, part, method: table.get(metric, part, method).label
         assert label("kl", "forget", "original") == "not forgotten"

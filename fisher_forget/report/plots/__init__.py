@@ -10,6 +10,7 @@ from fisher_forget.report.plots.attacks import plot_reconstructions
 from fisher_forget.report.plots.layers import plot_path, plot_spectrum, plot_steps
 from fisher_forget.report.plots.methods import plot_cost, plot_methods, plot_shards
 from fisher_forget.report.plots.parts import plot_parts, plot_scores
+from fisher_forget.report.plots.probes import plot_probes
 from fisher_forget.report.plots.samples import (
     plot_classes,
     plot_margins,
@@ -45,6 +46,7 @@ __all__ = [
     "plot_noise",
     "plot_parts",
     "plot_path",
+    "plot_probes",
     "plot_reconstructions",
     "plot_resistant",
     "plot_samples",
