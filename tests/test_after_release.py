@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from benchmarks.attacks.after_release import hidden, hidden_below_a_step
-from fisher_forget import ConfigError, DataError, ModelError
+from fisher_forget import ConfigError, DataError, ModelError, NumericalError
 from fisher_forget.attack import FineTuning, Pair, Quantisation, Relearning, quantised
 from fisher_forget.attack.after_release import gap_interval
 
@@ -227,6 +227,10 @@ class TestRefuses:
             Quantisation().run(Pair(*answers[:2], case["deleted"], retrained=answers[2:]))
         with pytest.raises(DataError, match="deleted as well as trained on"):
             FineTuning(data=blobs(0)).run(pair(case, case["one more"]))
+
+    def test_training_that_diverges(self, case: dict[str, Any]) -> None:
+        with pytest.raises(NumericalError, match="Lower the learning rate"):
+            Relearning(samples=5, lr=1e20).run(pair(case, case["one more"]))
 
     @pytest.mark.parametrize(
         "wrong", [{"samples": 0}, {"epochs": 0}, {"lr": 0.0}, {"lr": float("nan")}]

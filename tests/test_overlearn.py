@@ -19,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from fisher_forget import Categorical, ConfigError, DataError, ModelError
+from fisher_forget import Categorical, ConfigError, DataError, ModelError, NumericalError
 from fisher_forget.experiments.attributes import FAINT, load_attribute_data
 from fisher_forget.overlearn import (
     Decensoring,
@@ -414,6 +414,12 @@ class TestProbeRefuses:
             Probe(layers=["x"]).run(network(), data, s)
         with pytest.raises(DataError, match="one value"):
             Probe().run(network(), data, np.ones(100))
+        with pytest.raises(ConfigError, match="layers"):
+            Probe(layers=[])
+        broken = network()
+        nn.init.constant_(broken[2].bias, float("nan"))
+        with pytest.raises(NumericalError, match="outputs of '2'"):
+            Probe(layers="2").run(broken, data, s)
         twice = nn.Sequential(nn.Linear(5, 5), nn.ReLU())
         whole = nn.Sequential(twice, twice)
         with pytest.raises(ModelError, match="called 2 times"):

@@ -79,7 +79,7 @@ def descend(
     # the optimizer's own weight decay would move masked weights
     within = settings.weight_decay if mask is not None and not settings.masked_decay else 0.0
     optimizer = _optimizer(list(weights.values()), settings, settings.weight_decay - within)
-    rng = np.random.default_rng(seed)
+    rng, moved = np.random.default_rng(seed), False
     with seeded_rng(seed), torch.enable_grad():
         for number in range(settings.epochs):
             for group in optimizer.param_groups:
@@ -87,13 +87,19 @@ def descend(
                 group["lr"] = settings.lr * 0.1 ** sum(number >= m for m in settings.milestones)
             for loss in epoch(number, rng):
                 optimizer.zero_grad(set_to_none=True)
-                value = loss(twin)
+                try:
+                    value = loss(twin)
+                except NumericalError as error:
+                    if not moved:
+                        raise
+                    raise _diverged(f"{error.got}, in epoch {number + 1}") from error
                 if not math.isfinite(float(value.detach())):
                     raise _diverged(f"the loss {float(value.detach())} in epoch {number + 1}")
                 value.backward()
                 if mask is not None:  # after backward: momentum and Adam see masked gradients alone
                     _masked(weights, mask, within)
                 optimizer.step()
+                moved = True
     twin.zero_grad(set_to_none=True)
     if not P.finite(dict(twin.named_parameters())):
         raise _diverged("NaN or infinite weights")
@@ -194,4 +200,4 @@ def _number(value: object) -> float:
 
 
 def _diverged(got: str) -> NumericalError:
-    return NumericalError(got, "finite numbers", "Lower the method's learning rate.")
+    return NumericalError(got, "finite numbers", "Lower the learning rate.")

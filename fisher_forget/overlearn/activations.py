@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 from fisher_forget import params as P
 from fisher_forget._util.copies import private_copy, unwrapped
 from fisher_forget._util.isolation import isolated
-from fisher_forget.errors import ModelError
+from fisher_forget.errors import ModelError, NumericalError
 from fisher_forget.evaluate.predictions import whole_splits
 
 INPUT = "input"  # the name under which a model's own input is shown
@@ -33,7 +33,7 @@ def layer_of(model: nn.Module, name: str) -> nn.Module:
 
 @isolated()
 def activations(
-    model: nn.Module, samples: TensorDataset, layers: Sequence[str] | None = None
+    model: nn.Module, samples: TensorDataset, layers: str | Sequence[str] | None = None
 ) -> dict[str, Tensor]:
     """Outputs of layers, flattened: [N, width] each, on the CPU, in the order of the model.
 
@@ -45,7 +45,10 @@ def activations(
 
     Raises:
         ModelError: If a named layer is not there, is not called once, or gives something else.
+        NumericalError: If an output is not finite.
     """
+    if isinstance(layers, str):
+        layers = [layers]
     twin = private_copy(model)
     names = [k for k, m in twin.named_modules() if not list(m.children())]
     modules = {name: layer_of(twin, name) for name in (names if layers is None else layers)}
@@ -83,15 +86,19 @@ def activations(
 def _check(
     layers: Sequence[str] | None, found: Mapping[str, Tensor], calls: Mapping[str, int]
 ) -> None:
-    missing = [name for name in layers or () if name not in found]
-    if missing or not found:
-        name = missing[0] if missing else "any layer"
-        told = calls.get(name, 0)
-        got = f"{name}, called {told} times by forward" + (
-            ", whose output has no row for each sample" if told == 1 else ""
-        )
-        expected = "a layer that is called once and gives one tensor with a row for each sample"
-        raise ModelError(got, expected, "Name another layer, such as one around it.")
+    for name, x in found.items():
+        if not bool(torch.isfinite(x).all()):
+            got = f"NaN or infinite outputs of {name!r}"
+            raise NumericalError(got, "finite activations", "Check the weights and the inputs.")
+    expected = "a layer that is called once and gives one tensor with a row for each sample"
+    for name in layers or ():
+        if name not in found:
+            told = calls.get(name, 0)
+            shape = ", whose output has no row for each sample" if told == 1 else ""
+            got = f"{name!r}, called {told} times by forward{shape}"
+            raise ModelError(got, expected, "Name another layer, such as one around it.")
+    if not found:
+        raise ModelError("a model without such layers", expected, "Name layers that are called.")
 
 
 @isolated()

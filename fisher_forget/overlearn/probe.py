@@ -127,7 +127,7 @@ class Probe:
     Source: Song & Shmatikov 2020, arXiv:1905.11742, section 3.
     """
 
-    layers: Sequence[str] | None = None
+    layers: str | Sequence[str] | None = None
     kind: Literal["linear", "nonlinear"] = "linear"
     strengths: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0)
     folds: int = 3
@@ -138,6 +138,7 @@ class Probe:
     def __post_init__(self) -> None:
         good = isinstance(self.strengths, tuple) and all(0 < x < np.inf for x in self.strengths)
         for name, fits, expected in (
+            ("layers", self.layers is None or len(self.layers), "at least one name, or None"),
             ("kind", self.kind in KINDS, f"one of {KINDS}"),
             ("strengths", good and len(self.strengths), "a tuple of positive numbers"),
             ("folds", is_whole(self.folds, 2), "a whole number of at least 2"),
@@ -162,6 +163,7 @@ class Probe:
         Raises:
             DataError: If the attribute has one value, or a value too few samples.
             ModelError: If a layer is not there, or its output has no row for each sample.
+            NumericalError: If activations are not finite.
         """
         samples = read_samples(data)
         known = sensitive(attribute, len(samples))
