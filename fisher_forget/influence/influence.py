@@ -54,6 +54,7 @@ class InfluenceKeywords(TypedDict, total=False):
     """Options of influence; they mean what they mean for `forget`."""
 
     likelihood: Likelihood | str
+    loss_fn: LossFn | None
     weight_decay: WeightDecay | Literal["auto"]
     damping: float | Literal["auto"]
     max_samples: int | Literal["auto"] | None
@@ -66,11 +67,11 @@ def opened(
     model: nn.Module,
     data: DataLoader[Any] | Dataset[Any] | Split,
     unpack: batches.Unpack | None,
-    loss_fn: LossFn | None,
     **changes: Unpack[InfluenceKeywords],
 ) -> tuple[Objective, Split, ForgetOptions]:
     """The losses of a private copy of the model, the training data, and the options; checked."""
     check_names(changes, InfluenceKeywords.__annotations__)
+    loss_fn = changes.pop("loss_fn", None)
     options = merged(None, cast(ForgetKeywords, changes))
     check_model(model)
     split = resolve_split(data, [], unpack=unpack, allow_empty=True)
@@ -113,7 +114,6 @@ class Influence:
         data: DataLoader[Any] | Dataset[Any] | Split,
         *,
         unpack: batches.Unpack | None = None,
-        loss_fn: LossFn | None = None,
         progress: bool = False,
         **changes: Unpack[InfluenceKeywords],
     ) -> Influence:
@@ -123,17 +123,16 @@ class Influence:
             model: Trained, in eval mode; copied and never touched.
             data: Loader or data set that it was trained on, without random augmentation.
             unpack: As for `forget`.
-            loss_fn: As for `forget`.
             progress: Show progress bars.
-            **changes: `likelihood`, `weight_decay`, `subset`, `seed` and `memory` as for `forget`;
-                `max_samples` that the curvature is estimated from, 2,000 by default, `None` for
-                all; `damping`, tau, by default a tenth of the mean eigenvalue of B.
+            **changes: `likelihood`, `loss_fn`, `weight_decay`, `subset`, `seed` and `memory` as for
+                `forget`; `max_samples` that the curvature is estimated from, 2,000 by default,
+                `None` for all; `damping`, tau, by default a tenth of the mean eigenvalue of B.
 
         Raises:
             ModelError, DataError, ConfigError, CurvatureError, NumericalError: As for `forget`.
             SplitError: If there are fewer than two training samples.
         """
-        objective, split, options = opened(model, data, unpack, loss_fn, **changes)
+        objective, split, options = opened(model, data, unpack, **changes)
         most = CURVED if options.max_samples == "auto" else options.max_samples
         part = split.retain if most is None else drawn(split.retain, most, options.seed)
         kind: Kind = "sketch" if len(part) < len(split.retain) else "auto"

@@ -5,6 +5,7 @@ mean U of the unit gradients of training samples ("the crowd"), the score of sam
 
     memorised     |g_i|^2 / N           its own loss without it rises by that, nats
     harmful       - g . H^-1 g_i / N    the mean held-out loss without it falls by that, nats
+    a gap         the same, g the gradient of a gap between groups (held_out.py)
     mislabelled   max_c f_i[c] - f_i[y_i] over other classes c, f_i the readout of the others
     poisoned      mean of the three largest <u_i, u_k> over known samples k, less <u_i, U>
 
@@ -16,8 +17,9 @@ these are right, is in docs/research.md.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Unpack, get_args
+from typing import Any, Literal, Unpack, cast
 
 import numpy as np
 import pandas as pd
@@ -30,9 +32,9 @@ from fisher_forget._util.checks import is_whole
 from fisher_forget._util.isolation import isolated
 from fisher_forget.data import batches
 from fisher_forget.data.indices import forget_indices
-from fisher_forget.data.own_loss import LossFn
 from fisher_forget.data.split import Indices, Split, resolve_split
 from fisher_forget.errors import ConfigError, SplitError
+from fisher_forget.influence.held_out import GAPS, Gap, Measure, gap_between, mean_loss
 from fisher_forget.influence.influence import (
     Influence,
     InfluenceKeywords,
@@ -40,17 +42,25 @@ from fisher_forget.influence.influence import (
     drawn,
     opened,
 )
-from fisher_forget.influence.products import Readings, mean_gradient
+from fisher_forget.influence.products import Readings
 from fisher_forget.influence.readout import misfits
 
-Fault = Literal["memorised", "harmful", "mislabelled", "poisoned"]
-GROUPS = 8  # of the held-out samples, whose spread is the standard error
+Kind = Literal[
+    "memorised",
+    "harmful",
+    "mislabelled",
+    "poisoned",
+    "demographic_parity",
+    "equalised_odds",
+    "worst_group",
+]
+LOTS = 8  # of the held-out samples, whose spread is the standard error
 CROWD = 2000  # samples whose mean unit gradient stands for that of all
 KNOWN = 64  # samples of the known poison that others are compared with, at most
 NEAREST = 3  # of these
 TYPICAL = 0.9  # share of the known samples that score as high as what is called likely
 SHOWN = 10
-MEANINGS: dict[Fault, str] = {
+MEANINGS: dict[Kind, str] = {
     "memorised": "By how many nats the sample's own loss would rise if the model were trained "
     "without it, to first order: what it alone has taught the model about itself.",
     "harmful": "By how many nats the mean loss of the held-out samples would fall if the model "
@@ -60,6 +70,23 @@ MEANINGS: dict[Fault, str] = {
     "squared distance from it.",
     "poisoned": "How much more what the sample teaches is like the nearest known poison than like "
     "all samples: a difference of cosines, from -2 to 2.",
+    "worst_group": "By how many nats the mean held-out loss of the worst group would fall if the "
+    "model were trained without it, to first order.",
+    "demographic_parity": "By how much the groups' mean probabilities of the second class would "
+    "come closer if the model were trained without it, to first order.",
+    "equalised_odds": "By how much the groups' mean probabilities of the second class, among "
+    "held-out samples with the same label, would come closer if the model were trained without "
+    "it, to first order, in the mean over both labels.",
+}
+NEEDS: dict[str, tuple[str, ...]] = {
+    "harmful": ("held_out",),
+    "poisoned": ("known",),
+    **dict.fromkeys(GAPS, ("held_out", "groups")),
+}
+WHAT = {
+    "held_out": "samples that the model was not trained on",
+    "known": "indices of the poisoned samples that are known",
+    "groups": "the name of each held-out sample's group",
 }
 
 
@@ -77,7 +104,7 @@ class Suggestions:
             `predicted` class where there are classes. Known poison is left out.
     """
 
-    kind: Fault
+    kind: Kind
     meaning: str
     table: pd.DataFrame
     likely: int | None = None
@@ -96,7 +123,7 @@ class Suggestions:
     def __str__(self) -> str:
         head = self.table.head(SHOWN).to_string(index=False, float_format=lambda x: f"{x:.3g}")
         likely = "" if self.likely is None else f" {self.likely:,} score like the known ones."
-        title = f"{self.kind.capitalize()} samples, of {len(self.table):,}."
+        title = f"By {self.kind.replace('_', ' ')}, {len(self.table):,} samples."
         return f"{title} {self.meaning}{likely}\n{head}"
 
     __repr__ = __str__
@@ -107,11 +134,11 @@ def suggest(
     model: nn.Module,
     data: DataLoader[Any] | Dataset[Any] | Split,
     *,
-    kind: Fault = "memorised",
+    kind: Kind = "memorised",
     held_out: DataLoader[Any] | Dataset[Any] | Split | None = None,
+    groups: Any = None,
     known: Any = None,
     unpack: batches.Unpack | None = None,
-    loss_fn: LossFn | None = None,
     progress: bool = True,
     **changes: Unpack[InfluenceKeywords],
 ) -> Suggestions:
@@ -123,12 +150,15 @@ def suggest(
     Args:
         model: Trained, in eval mode; never touched.
         data: Loader or data set that it was trained on, without random augmentation.
-        kind: "memorised", "harmful" (to held-out samples), "mislabelled", or "poisoned" (as some
-            known samples are).
-        held_out: Loader or data set of samples that the model was not trained on; for "harmful".
+        kind: "memorised", "harmful" (to held-out samples), "mislabelled", "poisoned" (as some
+            known samples are), or what makes the model unfair: "demographic_parity",
+            "equalised_odds", "worst_group".
+        held_out: Loader or data set of samples that the model was not trained on; for "harmful"
+            and unfair models.
+        groups: The name of the group of each sample of the data set that the held-out ones are of;
+            for unfair models.
         known: Indices of the part of the poison that is known, or a mask; for "poisoned".
         unpack: As for `forget`.
-        loss_fn: As for `forget`.
         progress: Show progress bars.
         **changes: As for `Influence.of`. "mislabelled" looks at no curvature, so that
             `weight_decay`, `damping`, `max_samples` and `subset` do not change it.
@@ -148,21 +178,27 @@ def suggest(
         >>> len(found.indices(5)), list(found.table)
         (5, ['sample', 'score', 'loss', 'label', 'predicted'])
     """
-    _check(kind, held_out, known)
+    _check(kind, {"held_out": held_out, "groups": groups, "known": known})
     split = resolve_split(data, [], unpack=unpack, allow_empty=True)
     rest = None if known is None else _known(known, split)
     unseen = None
     if held_out is not None:
         unseen = resolve_split(held_out, [], unpack=unpack, allow_empty=True)
         _check_unseen(unseen, split)
+    meaning = MEANINGS[kind]
     if kind == "mislabelled":
-        objective, split, _ = opened(model, split, None, loss_fn, **changes)
+        objective, split, _ = opened(model, split, None, **changes)
         found = _Found(*misfits(objective, split, progress=progress))
     else:
-        influence = Influence.of(model, split, loss_fn=loss_fn, progress=progress, **changes)
+        influence = Influence.of(model, split, progress=progress, **changes)
         seed = changes.get("seed", 0)
         if unseen is not None:
-            found = _harm(influence, unseen, seed)
+            if groups is None:
+                measure = mean_loss(influence.objective, unseen)
+            else:
+                measure = gap_between(cast(Gap, kind), influence.objective, unseen, groups)
+                meaning += f" It is {measure.value:.3g} now: {measure.groups}."
+            found = _fall(influence, unseen, measure, seed)
         elif rest is not None:
             found = _likeness(influence, rest, seed)
         else:
@@ -170,7 +206,7 @@ def suggest(
             found = _Found(read, read.squares / read.positions)
     table = _table(split.retain, found, rest)
     likely = None if math.isnan(found.least) else int((table["score"] >= found.least).sum())
-    return Suggestions(kind, MEANINGS[kind], table, likely)
+    return Suggestions(kind, meaning, table, likely)
 
 
 @dataclass(frozen=True)
@@ -183,14 +219,15 @@ class _Found:
     least: float = math.nan
 
 
-def _harm(influence: Influence, unseen: Split, seed: int) -> _Found:
-    """- g . H^-1 g_n / N, and its standard error from groups of the held-out samples."""
-    order = np.random.default_rng(seed).permutation(unseen.retain)
-    lots = [np.sort(lot) for lot in np.array_split(order, min(GROUPS, len(order)))]
-    read = influence.read([mean_gradient(influence.objective, unseen, lot) for lot in lots])
-    shares = torch.tensor([len(lot) for lot in lots], dtype=torch.float64) / len(order)
-    harms = -read.products / read.positions
-    return _Found(read, harms @ shares, harms.std(1) / len(lots) ** 0.5)
+def _fall(influence: Influence, unseen: Split, measure: Measure, seed: int) -> _Found:
+    """- g . H^-1 g_n / N of the measure's gradient g, and its standard error from lots of the
+    held-out samples: of a sum, as many times the spread of theirs as there are lots, root."""
+    gradients = [
+        measure.gradient(influence.objective, unseen, lot) for lot in measure.lots(LOTS, seed)
+    ]
+    read = influence.read(gradients)
+    falls = -read.products / read.positions
+    return _Found(read, falls.sum(1), falls.std(1) * len(gradients) ** 0.5)
 
 
 def _likeness(influence: Influence, known: Indices, seed: int) -> _Found:
@@ -226,20 +263,15 @@ def _table(samples: Indices, found: _Found, known: Indices | None) -> pd.DataFra
     return table.sort_values("score", ascending=False, kind="stable").reset_index(drop=True)
 
 
-def _check(kind: Any, held_out: Any, known: Any) -> None:
+def _check(kind: Any, given: Mapping[str, Any]) -> None:
     """Refuse a kind that there is not, or that is not told what it needs."""
-    kinds = get_args(Fault)
-    if kind not in kinds:
-        raise ConfigError(f"kind={kind!r}", f"one of {kinds}", "Pass one of these names.")
-    needs = {"harmful": "held_out", "poisoned": "known"}
-    what = {
-        "held_out": "samples that the model was not trained on",
-        "known": "indices of the poisoned samples that are known",
-    }
-    for name, value in (("held_out", held_out), ("known", known)):
-        wanted = needs.get(kind) == name
+    if kind not in MEANINGS:
+        got, expected = f"kind={kind!r}", f"one of {tuple(MEANINGS)}"
+        raise ConfigError(got, expected, "Pass one of these names.")
+    for name, value in given.items():
+        wanted = name in NEEDS.get(kind, ())
         if wanted and value is None:
-            raise ConfigError(f"kind={kind!r} without {name}", what[name], f"Pass {name}=.")
+            raise ConfigError(f"kind={kind!r} without {name}", WHAT[name], f"Pass {name}=.")
         if not wanted and value is not None:
             got, expected = f"{name}= with kind={kind!r}", f"no {name}, which it does not look at"
             raise ConfigError(got, expected, f"Leave {name}= out, or choose another kind.")

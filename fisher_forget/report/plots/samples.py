@@ -217,7 +217,7 @@ def plot_suggestions(
         pair = [_class_name(row[c], classes) for c in ("label", "predicted") if c in row]
         error = f" ± {short(row['standard_error'])}" if "standard_error" in row else ""
         words.append(f"#{row['sample']}: {' → '.join(pair)}\n{short(row['score'])}{error}")
-    title = f"most likely {found.kind}: sample, label → predicted, score"
+    title = f"first by {found.kind.replace('_', ' ')}: sample, label → predicted, score"
     return _draw_images(images, top["sample"].tolist(), words, title, ax)
 
 
