@@ -135,7 +135,8 @@ def test_of_logistic_regression_it_predicts_the_gap_without_each_sample(gap):
     found = suggest(full, train, kind=gap, **options, **QUIET)
     scores = found.table.sort_values("sample")["score"]
     assert spearmanr(scores, falls)[0] > 0.9
-    assert "It is" in found.meaning
+    assert found.gap[0] == pytest.approx(before)
+    assert f"It is {before:.3g} now" in str(found)
     assert (found.table["standard_error"] > 0).all()
 
 
@@ -170,6 +171,23 @@ def test_a_random_attribute_has_as_many_sure_samples_as_chance():
         error = read.products.std(1) * 8**0.5
         shares.append(float((-read.products.sum(1) > 2 * error).double().mean()))
     assert np.mean(shares) < 0.15
+
+
+@pytest.mark.parametrize("gap", GAPS)
+def test_the_standard_error_is_the_spread_over_held_out_samples(gap):
+    """Against 400 draws of other held-out samples with the same c_n: their spread is known to 4 %,
+    and three such errors are allowed."""
+    model, _, _ = world()
+    g = torch.Generator().manual_seed(1)
+    names, values, errors = np.arange(600) % 2, [], []
+    for _ in range(400):
+        x = torch.randn(600, 4, generator=g, dtype=torch.float64)
+        x[:, 1] += 3 * torch.from_numpy(names)  # far apart: always the same groups
+        y = torch.randint(2, (600,), generator=g)
+        measure = gap_between(gap, *opened(model, TensorDataset(x, y)), names)
+        values.append(measure.value)
+        errors.append(measure.error)
+    assert np.mean(errors) == pytest.approx(np.std(values), rel=0.12)
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,15 @@ CLAIMS = {
         assert len(found) == 4
         assert abs(found["30,000 nats at most"][2] / 30_000 - 1) < 0.01
     """,
+    "bias": """
+        gap, best = table["equalised odds gap"], table["accuracy"].idxmax()
+        assert gap["suggested samples forgotten"] < gap["as trained"] / 2
+        assert gap["random samples forgotten"] > 0.7 * gap["as trained"]
+        assert -0.03 < table["accuracy"].diff()["suggested samples forgotten"] < 0
+        assert best == "retrained on mended data"
+        top = found.table["sample"].to_numpy()[:12]
+        assert (painted[top] == large[top].numpy()).all(), "green, five or more; red, below"
+    """,
     "curvature": """
         named = sizes[["structure", "kind", columns[2]]].itertuples(index=False)
         traces = {(structure, kind): trace for structure, kind, trace in named}

@@ -16,6 +16,7 @@ arXiv:1610.02413), as fairlearn's `demographic_parity_difference` and `equalized
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -46,6 +47,7 @@ class Measure:
         strata: A number for each sample, the same where c_n is: [samples].
         losses: Whether the q_n are losses; else probabilities of the second class.
         value: The sum.
+        error: Its standard error over held-out samples like these, with c_n as it is.
         groups: Which ones it is of.
     """
 
@@ -53,6 +55,7 @@ class Measure:
     strata: NDArray[np.int64]
     losses: bool
     value: float
+    error: float = math.nan
     groups: str = ""
 
     def lots(self, count: int, seed: int) -> Iterator[Indices]:
@@ -108,7 +111,7 @@ def gap_between(gap: Gap, objective: Objective, split: Split, groups: Any) -> Me
     label = np.zeros(len(q), dtype=np.int64)
     if gap == "equalised_odds":
         label = (torch.cat(labels).reshape(len(q)).numpy() > 0.5).astype(np.int64)
-    value, apart, weights = 0.0, [], np.zeros(len(q))
+    value, variance, apart, weights = 0.0, 0.0, [], np.zeros(len(q))
     for y in np.unique(label):
         rows = [np.flatnonzero((member == a) & (label == y)) for a in range(len(names))]
         for name, of_group in zip(names, rows, strict=True):
@@ -123,10 +126,13 @@ def gap_between(gap: Gap, objective: Objective, split: Split, groups: Any) -> Me
             share = sign / len(np.unique(label))
             weights[rows[a]] += share / len(rows[a])
             value += share * means[a]
+            variance += share**2 * q[rows[a]].var() / len(rows[a])
         apart.append(" and ".join(str(names[a]) for a, _ in ends))
     told = "; ".join(dict.fromkeys(apart))
     strata = label * len(names) + member
-    return Measure(torch.from_numpy(weights), strata, losses, float(value), told)
+    return Measure(
+        torch.from_numpy(weights), strata, losses, float(value), float(variance**0.5), told
+    )
 
 
 def _members(groups: Any, split: Split) -> tuple[NDArray[Any], NDArray[np.int64]]:

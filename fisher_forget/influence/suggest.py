@@ -99,6 +99,8 @@ class Suggestions:
         meaning: What the score is, in a sentence.
         likely: Of "poisoned": how many samples score as high as nine in ten of the known ones do
             beside the other known ones; `None` of other kinds, or with a single known sample.
+        gap: Between groups of held-out samples (or the worst one's loss) as the model is, and its
+            standard error: a gap of less than two may be chance; `None` of other kinds.
         table: One row a sample, by descending score: `sample` (its index), `score`, its
             `standard_error` where held-out samples make it uncertain, `loss` in nats, `label` and
             `predicted` class where there are classes. Known poison is left out.
@@ -108,6 +110,7 @@ class Suggestions:
     meaning: str
     table: pd.DataFrame
     likely: int | None = None
+    gap: tuple[float, float] | None = None
 
     def indices(self, k: int) -> Indices:
         """The first k samples, ready to be `forget_idx`.
@@ -123,6 +126,10 @@ class Suggestions:
     def __str__(self) -> str:
         head = self.table.head(SHOWN).to_string(index=False, float_format=lambda x: f"{x:.3g}")
         likely = "" if self.likely is None else f" {self.likely:,} score like the known ones."
+        if self.gap is not None:
+            likely = (
+                f" The gap is {self.gap[0]:.3g} now, with a standard error of {self.gap[1]:.2g}."
+            )
         title = f"By {self.kind.replace('_', ' ')}, {len(self.table):,} samples."
         return f"{title} {self.meaning}{likely}\n{head}"
 
@@ -185,7 +192,7 @@ def suggest(
     if held_out is not None:
         unseen = resolve_split(held_out, [], unpack=unpack, allow_empty=True)
         _check_unseen(unseen, split)
-    meaning = MEANINGS[kind]
+    meaning, gap = MEANINGS[kind], None
     if kind == "mislabelled":
         objective, split, _ = opened(model, split, None, **changes)
         found = _Found(*misfits(objective, split, progress=progress))
@@ -197,7 +204,8 @@ def suggest(
                 measure = mean_loss(influence.objective, unseen)
             else:
                 measure = gap_between(cast(Gap, kind), influence.objective, unseen, groups)
-                meaning += f" It is {measure.value:.3g} now: {measure.groups}."
+                gap = measure.value, measure.error
+                meaning += f" The groups: {measure.groups}."
             found = _fall(influence, unseen, measure, seed)
         elif rest is not None:
             found = _likeness(influence, rest, seed)
@@ -206,7 +214,7 @@ def suggest(
             found = _Found(read, read.squares / read.positions)
     table = _table(split.retain, found, rest)
     likely = None if math.isnan(found.least) else int((table["score"] >= found.least).sum())
-    return Suggestions(kind, meaning, table, likely)
+    return Suggestions(kind, meaning, table, likely, gap)
 
 
 @dataclass(frozen=True)
@@ -314,6 +322,6 @@ def _check_unseen(unseen: Split, split: Split) -> None:
     trained = set(map(bytes, split.hashes))
     seen = [i for i, row in zip(unseen.retain, unseen.hashes, strict=True) if bytes(row) in trained]
     if seen:
-        got = f"{len(seen):,} held-out samples that are training samples, such as {seen[:5]}"
+        got = f"{len(seen):,} held-out samples that are training samples, such as {[int(i) for i in seen[:5]]}"
         fix = "Leave them out: their loss says nothing of unseen samples."
         raise SplitError(got, "samples that the model was not trained on", fix)
