@@ -127,9 +127,8 @@ class Suggestions:
         head = self.table.head(SHOWN).to_string(index=False, float_format=lambda x: f"{x:.3g}")
         likely = "" if self.likely is None else f" {self.likely:,} score like the known ones."
         if self.gap is not None:
-            likely = (
-                f" The gap is {self.gap[0]:.3g} now, with a standard error of {self.gap[1]:.2g}."
-            )
+            value, error = self.gap
+            likely = f" It is {value:.3g} now, with a standard error of {error:.2g}."
         title = f"By {self.kind.replace('_', ' ')}, {len(self.table):,} samples."
         return f"{title} {self.meaning}{likely}\n{head}"
 
@@ -322,6 +321,7 @@ def _check_unseen(unseen: Split, split: Split) -> None:
     trained = set(map(bytes, split.hashes))
     seen = [i for i, row in zip(unseen.retain, unseen.hashes, strict=True) if bytes(row) in trained]
     if seen:
-        got = f"{len(seen):,} held-out samples that are training samples, such as {[int(i) for i in seen[:5]]}"
+        few = [int(i) for i in seen[:5]]
+        got = f"{len(seen):,} held-out samples that are training samples, such as {few}"
         fix = "Leave them out: their loss says nothing of unseen samples."
         raise SplitError(got, "samples that the model was not trained on", fix)
