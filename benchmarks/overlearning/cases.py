@@ -173,11 +173,13 @@ def _fit(case: Case, samples: Any) -> nn.Module:
 
 
 def _priced(case: Case, model: nn.Module, data: AttributeBundle) -> Report:
-    """Accuracy of the task on test samples, and what two probes read from the asked layer and from
-    the one after it."""
+    """Accuracy and loss of the task on test samples, and what two probes read from the asked layer
+    and from the one after it."""
     x, y = data.test.tensors
     with torch.no_grad():
-        accuracy = float((model(x).argmax(1) == y).double().mean())
+        outputs = model(x)
+    accuracy = float((outputs.argmax(1) == y).double().mean())
+    loss = float(F.cross_entropy(outputs, y))
     layers = (case.asked, str(int(case.asked) + 1))
     probes = {
         "linear": Probe(layers=layers),
@@ -187,7 +189,7 @@ def _priced(case: Case, model: nn.Module, data: AttributeBundle) -> Report:
         kind: probe.run(model, data.test, data.test_attribute, y).to_dict()["layers"]
         for kind, probe in probes.items()
     }
-    return {"accuracy": accuracy, **found}
+    return {"accuracy": accuracy, "loss": loss, **found}
 
 
 def _attacked(case: Case, model: nn.Module, before: nn.Module, data: AttributeBundle) -> Report:

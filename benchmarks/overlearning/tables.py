@@ -45,16 +45,14 @@ def _layers(report: Report) -> str:
 
 def _price(report: Report) -> str:
     rows = [
-        [case, method, f"{100 * told['accuracy']:.1f} %",
+        [case, method, f"{100 * told['accuracy']:.1f} %", f"{told['loss']:.3f}",
          _points(told["linear"][0]["gain"]), _nats(told["linear"][0]["information"]),
          _points(told["nonlinear"][0]["gain"]), _points(told["nonlinear"][1]["gain"])]
         for case, found in report.items()
         for method, told in found["price"].items()
     ]  # fmt: skip
-    heads = [
-        "data", "model", "task", "linear probe", "its information (nats)", "nonlinear probe",
-        "nonlinear, after the ReLU",
-    ]  # fmt: skip
+    probes = ["linear probe", "its information (nats)", "nonlinear probe"]
+    heads = ["data", "model", "task", "its loss (nats)", *probes, "nonlinear, after the ReLU"]
     return markdown_table(heads, rows)
 
 
