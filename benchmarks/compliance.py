@@ -4,8 +4,8 @@ whether it is done, and what the officer can show. The table of docs/how-to/comp
     python -m benchmarks.compliance [MODEL ...] [--only-table]
 
 Models are "tumours" (a table), "images" (MNIST, on disk) and "names" (text). Who owns which samples
-is made up: ten people own as many samples each. Numbers are stored in benchmarks/compliance.json after
-each model. One thread, three minutes.
+is made up: ten people own as many samples each. Numbers are stored in benchmarks/compliance.json
+after each model. One thread, three minutes.
 """
 
 from __future__ import annotations
