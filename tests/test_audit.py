@@ -9,6 +9,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -252,6 +253,44 @@ class TestOtherModels:
         )
         assert "unseen" in found.skipped["membership inference"]
         assert len(found.harm[0].groups) == 9
+
+    def test_functions(self, world):
+        """Such as predict_proba of scikit-learn: what needs weights is named."""
+        x, y = (t.numpy() for t in world["data"].tensors)
+        flat, kept = x.reshape(len(x), -1), world["split"].retain
+        answers = [
+            LogisticRegression(C=0.1, max_iter=500).fit(flat[rows], y[rows])
+            for rows in (np.arange(len(x)), kept)
+        ]
+        before, after = (lambda z, m=m: m.predict_proba(z.reshape(len(z), -1)) for m in answers)
+        found = audit(after, before, unseen=world["test"], split=world["split"], progress=False)
+        assert verdicts(found)["deletion inference (loss)"] == "found"
+        assert "function" in found.skipped["inversion of the step"]
+        assert "modules" in found.skipped["harm by group"]
+
+    def test_a_module_that_holds_another_one(self, world):
+        class Wrapped(nn.Module):
+            def __init__(self, model):
+                super().__init__()
+                self.model = model
+
+            def forward(self, x):
+                return self.model(x)
+
+        before, after = (Wrapped(m) for m in (world["model"], world["retrained"][4]))
+        options = {"unseen": world["test"], "split": world["split"], "progress": False}
+        plain = audit(world["retrained"][4], world["model"], **options)
+        assert audit(after, before, **options).findings[0].found == plain.findings[0].found
+
+    def test_groups_are_of_all_unseen_samples(self, world):
+        """Also where some of them are training samples, too."""
+        mixed = [*world["test"], *take(world["data"], range(40))]
+        names = ["old"] * len(world["test"]) + ["new"] * 40
+        found = audited(world, world["retrained"][4], unseen=mixed, groups=names)
+        assert {g.name: g.samples for g in found.harm[0].groups} == {
+            "old": len(world["test"]),
+            "new": 40,
+        }
 
 
 class TestErrors:

@@ -29,6 +29,7 @@ from fisher_forget.attack.inference import STATISTICS, DeletionInference
 from fisher_forget.attack.membership import MembershipInference
 from fisher_forget.attack.pairs import Pair
 from fisher_forget.attack.reconstruct import ChangedAnswers, NewtonInversion
+from fisher_forget.attack.release import Model
 from fisher_forget.attack.shadow import ShadowInference
 from fisher_forget.data.samples import samples, take
 from fisher_forget.data.split import Indices, Split, resolve_split, some
@@ -38,7 +39,7 @@ from fisher_forget.evaluate.intervals import Interval
 from fisher_forget.evaluate.predictions import settled_by
 from fisher_forget.ledger import Ledger
 from fisher_forget.ledger.evidence import model_fingerprint
-from fisher_forget.likelihood import Likelihood
+from fisher_forget.likelihood import Likelihood, resolve_likelihood
 
 ASKED = 1000  # samples of each kind that are asked about, at most
 KNOWN = 10  # deleted samples that someone has who makes a model learn again
@@ -59,7 +60,7 @@ class Audit:
         skipped: Attack -> why it was not made.
         harm: What became of each group of unseen samples, of each model; empty where there are no
             groups.
-        models: Fingerprints of the audited models.
+        models: Fingerprints of the audited models; empty ones of functions.
     """
 
     findings: tuple[Finding, ...]
@@ -188,7 +189,7 @@ class AuditOptions(TypedDict, total=False):
         seed: Of the choice of samples that are asked about.
     """
 
-    retrained: Sequence[nn.Module]
+    retrained: Sequence[Model]
     groups: Groups | None
     limit: float | None
     shadows: Sequence[Pair]
@@ -199,7 +200,7 @@ class AuditOptions(TypedDict, total=False):
 @isolated()
 def audit(
     result: Any,
-    model: nn.Module | Sequence[nn.Module],
+    model: Model | Sequence[Model],
     *,
     unseen: DataLoader[Any] | Dataset[Any] | Split,
     split: Split | None = None,
@@ -210,8 +211,9 @@ def audit(
 
     Args:
         result: Of `forget`, a prepared model, `rewind` or a baseline; or the model without the
-            samples. Several, one a seed, which deleted the same samples, are judged together:
-            numbers and the ends of their intervals are means over them.
+            samples: a module, or a function from inputs to predictions, as for `Pair`. Several, one
+            a seed, which deleted the same samples, are judged together: numbers and the ends of
+            their intervals are means over them.
         model: What it was made from, or as many as there are results; never touched.
         unseen: Samples of the same kind that no model was trained on. Attackers take them for
             public data, and the harm to each group is that to them.
@@ -238,16 +240,20 @@ def audit(
     """
     check_names(options, AuditOptions.__annotations__)
     results = list(result) if isinstance(result, (list, tuple)) else [result]
-    befores = [model] if isinstance(model, nn.Module) else list(model)
+    befores: list[Any] = list(model) if isinstance(model, (list, tuple)) else [model]
     _check(results, befores, options)
     who = getattr(results[0], "split", None) if split is None else split
     if not isinstance(who, Split):
         fix = "Pass split=resolve_split(data, forget_idx)."
         raise DataError("a result that does not tell who was deleted", "its split", fix)
     new = resolve_split(unseen, [], allow_empty=True)
-    told = getattr(getattr(results[0], "options", None), "likelihood", "categorical")
-    kind = settled_by(befores[0], {"unseen": new}, options.get("likelihood", told))
-    afters = [getattr(one, "model", one) for one in results]
+    told = None if isinstance(results[0], nn.Module) else getattr(results[0], "options", None)
+    by_result = getattr(told, "likelihood", "categorical")
+    kind = resolve_likelihood(options.get("likelihood", by_result))
+    if isinstance(befores[0], nn.Module):
+        kind = settled_by(befores[0], {"unseen": new}, kind)
+    # a module may hold another one by the name of `model`
+    afters = [x if isinstance(x, nn.Module) else getattr(x, "model", x) for x in results]
     asked = _Asked.drawn(who, new, options.get("seed", 0))
     retrained = tuple(options.get("retrained", ()))
     pairs = [
@@ -266,14 +272,16 @@ def audit(
     harm: tuple[Harm, ...] = ()
     groups, limit = options.get("groups"), options.get("limit")
     try:
-        named = _classes(asked.unseen, who) if groups is None else groups
-        finding, harm = _harm(pairs, asked.unseen, named, limit, kind)
+        if groups is None:
+            finding, harm = _harm(pairs, asked.unseen, _classes(asked.unseen, who), limit, kind)
+        else:  # they name all of the unseen samples
+            finding, harm = _harm(pairs, new, groups, limit, kind)
         findings.append(finding)
     except (DataError, ConfigError) as error:
         if groups is not None or limit is not None:
             raise
         skipped[HARM] = f"got {error.got}, expected {error.expected}"
-    return Audit(tuple(findings), skipped, harm, tuple(map(model_fingerprint, afters)))
+    return Audit(tuple(findings), skipped, harm, tuple(map(_mark, afters)))
 
 
 Sides = tuple[TensorDataset, TensorDataset]
@@ -432,13 +440,20 @@ def _mean(intervals: Sequence[Interval]) -> Interval:
     return Interval(*np.mean([(x.value, x.low, x.high) for x in intervals], axis=0).tolist())
 
 
+def _mark(model: Model) -> str:
+    """Fingerprint of a module; a function has none."""
+    return model_fingerprint(model) if isinstance(model, nn.Module) else ""
+
+
 def _harm(
     pairs: Sequence[Pair], unseen: Split, groups: Groups, limit: float | None, kind: Likelihood
 ) -> tuple[Finding, tuple[Harm, ...]]:
     """What became of the group that lost most, and the same group in retrained models; and of all
     groups, of each model."""
 
-    def harm(before: Any, after: Any) -> Harm:
+    def harm(before: Model, after: Model) -> Harm:
+        if not (isinstance(before, nn.Module) and isinstance(after, nn.Module)):
+            raise DataError("functions", "modules, to score groups by", "Pass modules.")
         return harm_by_group(before, after, unseen, groups, likelihood=kind)
 
     ours = tuple(harm(pair.before, pair.after) for pair in pairs)
