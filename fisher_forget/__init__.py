@@ -8,7 +8,8 @@ result.model, print(result)
 from typing import TYPE_CHECKING, Any
 
 from fisher_forget._util import moved
-from fisher_forget.attack.audit import Audit, audit
+from fisher_forget.attack.audit import audit
+from fisher_forget.attack.findings import Audit
 from fisher_forget.baselines import METHODS, SISA, Unlearned, Unlearner
 from fisher_forget.curvature import Curvature, estimate_curvature
 from fisher_forget.data.samples import read_samples

@@ -27,7 +27,7 @@ from fisher_forget import (
     train,
 )
 from fisher_forget.attack import Finding, MembershipInference, Pair
-from fisher_forget.attack.audit import _matched
+from fisher_forget.attack.asked import _matched
 from fisher_forget.attack.findings import TONES
 from fisher_forget.cli import EXIT_FOUND, main
 from fisher_forget.data.samples import take

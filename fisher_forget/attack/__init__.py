@@ -8,9 +8,9 @@ from fisher_forget.attack.after_release import (
     Relearning,
     quantised,
 )
-from fisher_forget.attack.audit import Audit, audit
+from fisher_forget.attack.audit import audit
 from fisher_forget.attack.chosen_requests import ChosenRequests, Damage
-from fisher_forget.attack.findings import Finding
+from fisher_forget.attack.findings import Audit, Finding
 from fisher_forget.attack.inference import STATISTICS, DeletionInference
 from fisher_forget.attack.membership import MembershipInference
 from fisher_forget.attack.pairs import Pair

@@ -7,173 +7,38 @@ many unseen ones. An attack that this model or these data do not allow is named 
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypedDict, Unpack
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
 from fisher_forget._util.checks import check_names, is_number, is_whole
 from fisher_forget._util.isolation import isolated
-from fisher_forget._util.markdown import markdown_table
 from fisher_forget._util.progress import bar
 from fisher_forget.attack.after_release import FineTuning, Quantisation, Relearning
-from fisher_forget.attack.findings import TONES, Finding, decimals, shown
+from fisher_forget.attack.asked import Asked, Sides
+from fisher_forget.attack.findings import Audit, Finding
 from fisher_forget.attack.inference import STATISTICS, DeletionInference
 from fisher_forget.attack.membership import MembershipInference
 from fisher_forget.attack.pairs import Pair
 from fisher_forget.attack.reconstruct import ChangedAnswers, NewtonInversion
 from fisher_forget.attack.release import Model
 from fisher_forget.attack.shadow import ShadowInference
-from fisher_forget.data.samples import samples, take
-from fisher_forget.data.split import Indices, Split, resolve_split, some
+from fisher_forget.data.split import Indices, Split, resolve_split
 from fisher_forget.errors import ConfigError, DataError, FisherForgetError
 from fisher_forget.evaluate.groups import Groups, Harm, harm_by_group
 from fisher_forget.evaluate.intervals import Interval
 from fisher_forget.evaluate.predictions import settled_by
-from fisher_forget.ledger import Ledger
 from fisher_forget.ledger.evidence import model_fingerprint
 from fisher_forget.likelihood import Likelihood, resolve_likelihood
 
-ASKED = 1000  # samples of each kind that are asked about, at most
 KNOWN = 10  # deleted samples that someone has who makes a model learn again
 BITS = (8, 4)  # of quantised weights
 HARM, SHADOW = "harm by group", "shadow inference"
-NOTE = (
-    "Every interval is a 95 % one by itself: of twenty, one is wrong by chance. An attack that "
-    "finds nothing shows that this attack finds nothing."
-)
-
-
-@dataclass(frozen=True, repr=False)
-class Audit:
-    """What attacks find in one deletion.
-
-    Attributes:
-        findings: One an attack.
-        skipped: Attack -> why it was not made.
-        harm: What became of each group of unseen samples, of each model; empty where there are no
-            groups.
-        models: Fingerprints of the audited models; empty ones of functions.
-    """
-
-    findings: tuple[Finding, ...]
-    skipped: Mapping[str, str]
-    harm: tuple[Harm, ...]
-    models: tuple[str, ...]
-
-    @property
-    def wrong(self) -> tuple[Finding, ...]:
-        """What exact retraining would not show, or what is beyond a limit."""
-        return tuple(f for f in self.findings if TONES[f.verdict] == "poor")
-
-    @property
-    def answer(self) -> str:
-        """All of it in a sentence."""
-        total = len(self.findings)
-        if self.wrong:
-            names = "; ".join(f"{f.attack}: {f.verdict}" for f in self.wrong)
-            return f"{len(self.wrong)} of {total} attacks find too much. {names}."
-        if all(f.retrained is None for f in self.findings):
-            found = sum(f.verdict == "found" for f in self.findings)
-            return (
-                f"{found} of {total} attacks find something. Whether exact deletion shows as much "
-                "is not known: that takes retrained models."
-            )
-        unclear = sum(f.verdict == "cannot tell" for f in self.findings)
-        text = f"None of {total} attacks finds more than after exact retraining"
-        return text + (f"; {unclear} cannot tell: too few samples or models." if unclear else ".")
-
-    def to_pandas(self) -> pd.DataFrame:
-        """A row an attack, in numbers."""
-        rows = []
-        for f in self.findings:
-            exact = f.retrained or Interval(np.nan, np.nan, np.nan)
-            ends = [(x.value, x.low, x.high) for x in (f.found, exact)]
-            rows.append((f.attack, f.verdict, f.measure, *ends[0], f.nothing, *ends[1]))
-        heads = ["attack", "verdict", "measure", "found", "found_low", "found_high", "nothing"]
-        return pd.DataFrame(
-            rows, columns=[*heads, *(f"retrained{x}" for x in ("", "_low", "_high"))]
-        )
-
-    def table(self) -> pd.DataFrame:
-        """A row an attack, for people: numbers with intervals, and a sentence."""
-        return findings_table([f.to_dict() for f in self.findings])
-
-    def to_markdown(self) -> str:
-        """The answer, a table, what was not done, and how to read it."""
-        table = self.table()
-        text = markdown_table(table.columns, table.itertuples(index=False))
-        left_out = "\n".join(f"- Not made: {name}. {why}." for name, why in self.skipped.items())
-        return "\n\n".join(filter(None, [self.answer, text, left_out, NOTE]))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for a JSON file."""
-        return {
-            "answer": self.answer,
-            "models": list(self.models),
-            "findings": [f.to_dict() for f in self.findings],
-            "skipped": dict(self.skipped),
-            "harm": [harm.to_dict() for harm in self.harm],
-            "note": NOTE,
-        }
-
-    def record(self, ledger: Ledger | str | Path, **details: Any) -> None:
-        """Append it to a ledger, as an entry "audited".
-
-        Args:
-            ledger: Or its folder.
-            **details: What else is to be known, such as the name of the request.
-
-        Raises:
-            StorageError: If it cannot be written.
-        """
-        book = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
-        kept = {f.attack: {"verdict": f.verdict, f.measure: f.found.value} for f in self.findings}
-        book.record(
-            "audited",
-            **details,
-            answer=self.answer,
-            models=list(self.models),
-            findings=kept,
-            not_made=sorted(self.skipped),
-        )
-
-    def __str__(self) -> str:
-        told = [(f.attack, f"{f.verdict}. {f.sentence}") for f in self.findings]
-        told += [(name, f"not made: {why}.") for name, why in self.skipped.items()]
-        lines = [
-            textwrap.fill(f"{name}: {says}", 100, initial_indent="- ", subsequent_indent="  ")
-            for name, says in told
-        ]
-        return "\n".join([self.answer, *lines])
-
-    __repr__ = __str__
-
-
-def findings_table(findings: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Findings for people, from what `Finding.to_dict` gives."""
-    rows = []
-    for f in findings:
-        exact = f["retrained"]
-        rows.append(
-            (
-                f["attack"],
-                f["verdict"],
-                f"{f['measure']} {shown(Interval(**f['found']))}",
-                decimals(f["nothing"]),
-                "–" if exact is None else shown(Interval(**exact)),
-                f["meaning"].removesuffix(" with").removesuffix(":") + ".",
-            )
-        )
-    heads = ["attack", "verdict", "found", "nothing", "after retraining", "what is found"]
-    return pd.DataFrame(rows, columns=heads)
 
 
 class AuditOptions(TypedDict, total=False):
@@ -254,7 +119,7 @@ def audit(
         kind = settled_by(befores[0], {"unseen": new}, kind)
     # a module may hold another one by the name of `model`
     afters = [x if isinstance(x, nn.Module) else getattr(x, "model", x) for x in results]
-    asked = _Asked.drawn(who, new, options.get("seed", 0))
+    asked = Asked.drawn(who, new, options.get("seed", 0))
     retrained = tuple(options.get("retrained", ()))
     pairs = [
         Pair(before, after, asked.deleted, retrained=retrained)
@@ -284,110 +149,10 @@ def audit(
     return Audit(tuple(findings), skipped, harm, tuple(map(_mark, afters)))
 
 
-Sides = tuple[TensorDataset, TensorDataset]
 Attack = Callable[[Pair], Finding]
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """Who is asked about.
-
-    Attributes:
-        deleted: Deleted samples.
-        beside_retained: Deleted and retained samples, as many of each class; where no retained one
-            is of their classes, of any.
-        beside_unseen: Deleted and unseen samples, as many of each class; `None` where no unseen one
-            is of their classes.
-        public: Unseen samples.
-        unseen: All of them, without those that are training samples, too.
-    """
-
-    deleted: TensorDataset
-    beside_retained: Sides
-    beside_unseen: Sides | None
-    public: TensorDataset
-    unseen: Split
-
-    @classmethod
-    def drawn(cls, split: Split, new: Split, seed: int) -> _Asked:
-        """At most `ASKED` samples of each kind.
-
-        Raises:
-            DataError: If nobody was deleted, or most unseen samples are training samples.
-        """
-        if not len(split.forget):
-            got, fix = "a split of which nobody was forgotten", "Pass who was deleted."
-            raise DataError(got, "at least one deleted sample", fix)
-        rng = np.random.default_rng(seed)
-        unseen = _apart(new, split)
-        few = 10 * ASKED  # to choose from
-        deleted = _read(split, some(split.forget, ASKED, rng))
-        kept = _read(split, some(split.retain, few, rng))
-        others = _read(unseen, some(unseen.retain, few, rng))
-        any_other = take(kept, rng.permutation(len(kept))[: len(deleted)])
-        return cls(
-            deleted,
-            _matched(deleted, kept, rng) or (deleted, any_other),
-            _matched(deleted, others, rng),
-            take(others, rng.permutation(len(others))[:ASKED]),
-            unseen,
-        )
-
-
-def _apart(new: Split, split: Split) -> Split:
-    """The unseen samples without those that are training samples, too: real data hold some twice.
-
-    Raises:
-        DataError: If these are most of them.
-    """
-    trained = set(map(bytes, split.hashes))
-    seen = np.array([bytes(row) in trained for row in new.hashes])
-    if 2 * seen.sum() >= len(seen):
-        got = f"{seen.sum():,} of {len(seen):,} unseen samples that are training samples"
-        fix = "Pass samples that no model was trained on."
-        raise DataError(got, "samples that no model was trained on", fix)
-    return new.subset(new.retain[~seen])
-
-
-def _read(split: Split, rows: Indices) -> TensorDataset:
-    """Samples in memory.
-
-    Raises:
-        DataError: If they differ in shape, or have several inputs without names.
-    """
-    read = list(split.batches(rows))
-    if any(len(batch.args) > 1 or (batch.args and batch.kwargs) for batch in read):
-        got = "samples of several inputs without names"
-        raise DataError(got, "one input, or inputs by name", "Give them as a dict.")
-    try:
-        targets = torch.cat([batch.targets for batch in read])
-        if read[0].kwargs:
-            named = {key: torch.cat([b.kwargs[key] for b in read]) for key in read[0].kwargs}
-            return samples(named, targets)
-        return samples(torch.cat([batch.args[0] for batch in read]), targets)
-    except (RuntimeError, TypeError, KeyError) as error:
-        got = f"samples that do not fit into one tensor ({error})"
-        raise DataError(got, "samples of one shape", "Pad them to one length.") from error
-
-
-def _matched(first: TensorDataset, second: TensorDataset, rng: np.random.Generator) -> Sides | None:
-    """As many samples of each class from both, drawn at random; `None` where no class is in both.
-    Without classes as many of both."""
-    targets = [x.tensors[-1] for x in (first, second)]
-    if targets[0].is_floating_point() or targets[0].dim() != 1:
-        targets = [torch.zeros(len(x), dtype=torch.long) for x in targets]
-    rows: tuple[list[Indices], list[Indices]] = ([], [])
-    for c in targets[0].unique():
-        where = [rng.permutation(np.flatnonzero(x == c)) for x in targets]
-        for chosen, found in zip(rows, where, strict=True):
-            chosen.append(found[: min(map(len, where))])
-    picked = [np.sort(np.concatenate(chosen)) for chosen in rows]
-    if not len(picked[0]):
-        return None
-    return take(first, picked[0]), take(second, picked[1])
-
-
-def _attacks(asked: _Asked, kind: Likelihood, shadows: Sequence[Pair]) -> dict[str, Attack]:
+def _attacks(asked: Asked, kind: Likelihood, shadows: Sequence[Pair]) -> dict[str, Attack]:
     """Attack -> what it finds in a pair of models."""
 
     def on(sides: Sides | None, attack: Any) -> Attack:

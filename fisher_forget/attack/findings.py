@@ -1,13 +1,22 @@
-"""What an attack found: a number, its interval, the yardstick beside it, and a sentence."""
+"""What an attack found: a number, its interval, the yardstick beside it, and a sentence; and what
+all of them found in one deletion."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+
+from fisher_forget._util.markdown import markdown_table
+from fisher_forget.evaluate.groups import Harm
 from fisher_forget.evaluate.intervals import Interval
+from fisher_forget.ledger import Ledger
 
 TONES = {
     "nothing found": "good",
@@ -20,6 +29,10 @@ TONES = {
     "beyond the limit": "poor",
 }
 """Verdicts on a finding, and whether that is well."""
+NOTE = (
+    "Every interval is a 95 % one by itself: of twenty, one is wrong by chance. An attack that "
+    "finds nothing shows that this attack finds nothing."
+)
 
 
 @dataclass(frozen=True)
@@ -150,3 +163,128 @@ def shown(x: Interval) -> str:
 def decimals(x: float) -> str:
     """Two of them, and no -0.00."""
     return f"{round(x, 2) + 0.0:.2f}"
+
+
+@dataclass(frozen=True, repr=False)
+class Audit:
+    """What attacks find in one deletion.
+
+    Attributes:
+        findings: One an attack.
+        skipped: Attack -> why it was not made.
+        harm: What became of each group of unseen samples, of each model; empty where there are no
+            groups.
+        models: Fingerprints of the audited models; empty ones of functions.
+    """
+
+    findings: tuple[Finding, ...]
+    skipped: Mapping[str, str]
+    harm: tuple[Harm, ...]
+    models: tuple[str, ...]
+
+    @property
+    def wrong(self) -> tuple[Finding, ...]:
+        """What exact retraining would not show, or what is beyond a limit."""
+        return tuple(f for f in self.findings if TONES[f.verdict] == "poor")
+
+    @property
+    def answer(self) -> str:
+        """All of it in a sentence."""
+        total = len(self.findings)
+        if self.wrong:
+            names = "; ".join(f"{f.attack}: {f.verdict}" for f in self.wrong)
+            return f"{len(self.wrong)} of {total} attacks find too much. {names}."
+        if all(f.retrained is None for f in self.findings):
+            found = sum(f.verdict == "found" for f in self.findings)
+            return (
+                f"{found} of {total} attacks find something. Whether exact deletion shows as much "
+                "is not known: that takes retrained models."
+            )
+        unclear = sum(f.verdict == "cannot tell" for f in self.findings)
+        text = f"None of {total} attacks finds more than after exact retraining"
+        return text + (f"; {unclear} cannot tell: too few samples or models." if unclear else ".")
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row an attack, in numbers."""
+        rows = []
+        for f in self.findings:
+            exact = f.retrained or Interval(np.nan, np.nan, np.nan)
+            ends = [(x.value, x.low, x.high) for x in (f.found, exact)]
+            rows.append((f.attack, f.verdict, f.measure, *ends[0], f.nothing, *ends[1]))
+        heads = ["attack", "verdict", "measure", "found", "found_low", "found_high", "nothing"]
+        return pd.DataFrame(
+            rows, columns=[*heads, *(f"retrained{x}" for x in ("", "_low", "_high"))]
+        )
+
+    def table(self) -> pd.DataFrame:
+        """A row an attack, for people: numbers with intervals, and a sentence."""
+        return findings_table([f.to_dict() for f in self.findings])
+
+    def to_markdown(self) -> str:
+        """The answer, a table, what was not done, and how to read it."""
+        table = self.table()
+        text = markdown_table(table.columns, table.itertuples(index=False))
+        left_out = "\n".join(f"- Not made: {name}. {why}." for name, why in self.skipped.items())
+        return "\n\n".join(filter(None, [self.answer, text, left_out, NOTE]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a JSON file."""
+        return {
+            "answer": self.answer,
+            "models": list(self.models),
+            "findings": [f.to_dict() for f in self.findings],
+            "skipped": dict(self.skipped),
+            "harm": [harm.to_dict() for harm in self.harm],
+            "note": NOTE,
+        }
+
+    def record(self, ledger: Ledger | str | Path, **details: Any) -> None:
+        """Append it to a ledger, as an entry "audited".
+
+        Args:
+            ledger: Or its folder.
+            **details: What else is to be known, such as the name of the request.
+
+        Raises:
+            StorageError: If it cannot be written.
+        """
+        book = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
+        kept = {f.attack: {"verdict": f.verdict, f.measure: f.found.value} for f in self.findings}
+        book.record(
+            "audited",
+            **details,
+            answer=self.answer,
+            models=list(self.models),
+            findings=kept,
+            not_made=sorted(self.skipped),
+        )
+
+    def __str__(self) -> str:
+        told = [(f.attack, f"{f.verdict}. {f.sentence}") for f in self.findings]
+        told += [(name, f"not made: {why}.") for name, why in self.skipped.items()]
+        lines = [
+            textwrap.fill(f"{name}: {says}", 100, initial_indent="- ", subsequent_indent="  ")
+            for name, says in told
+        ]
+        return "\n".join([self.answer, *lines])
+
+    __repr__ = __str__
+
+
+def findings_table(findings: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Findings for people, from what `Finding.to_dict` gives."""
+    rows = []
+    for f in findings:
+        exact = f["retrained"]
+        rows.append(
+            (
+                f["attack"],
+                f["verdict"],
+                f"{f['measure']} {shown(Interval(**f['found']))}",
+                decimals(f["nothing"]),
+                "–" if exact is None else shown(Interval(**exact)),
+                f["meaning"].removesuffix(" with").removesuffix(":") + ".",
+            )
+        )
+    heads = ["attack", "verdict", "found", "nothing", "after retraining", "what is found"]
+    return pd.DataFrame(rows, columns=heads)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from fisher_forget._util import files
-from fisher_forget.attack.audit import Audit, audit
+from fisher_forget.attack.audit import audit
+from fisher_forget.attack.findings import Audit
 from fisher_forget.errors import StorageError
 from fisher_forget.experiments.cases import prepare_case
 from fisher_forget.experiments.config import RunConfig

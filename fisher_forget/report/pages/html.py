@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from fisher_forget._util.files import ensure_folder, write_text
 from fisher_forget._util.numbers import MISSING, number, percent, plus_minus
-from fisher_forget.attack.audit import findings_table
+from fisher_forget.attack.findings import findings_table
 from fisher_forget.likelihood import Score
 from fisher_forget.likelihood.base import ERROR_LOSS, SHARE_LOSS
 from fisher_forget.report import tables
