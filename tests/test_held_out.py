@@ -142,7 +142,7 @@ def test_of_logistic_regression_it_predicts_the_gap_without_each_sample(gap):
 
 def test_groups_are_those_of_the_data_set_that_held_out_samples_are_of():
     model, data, groups = world()
-    train, rows = Subset(data, range(40)), [80, 41, 60, 55, 42, 70, 89, 63]
+    train, rows = Subset(data, range(40)), [80, 41, 60, 56, 43, 70, 89, 63]
     found = [
         suggest(model, train, kind="worst_group", held_out=held_out, groups=names, **QUIET).table
         for held_out, names in (
