@@ -1,6 +1,6 @@
 """How often `suggest` is right, where the faults are known.
 
-    python -m benchmarks.suggest [lds] [labels] [poison] [recovery] [mnist]
+    python -m benchmarks.suggest [lds] [labels] [poison] [mnist]
 
 Each table is stored in benchmarks/suggest.json and written to docs/how-to/suggest.md. The ones of
 digits take one to three minutes each on one thread, that of MNIST some minutes. No score was
@@ -13,6 +13,7 @@ import argparse
 import resource
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -29,7 +30,6 @@ from fisher_forget import (
     Influence,
     TrainSettings,
     build_model,
-    forget,
     load_dataset,
     suggest,
     train,
@@ -37,6 +37,7 @@ from fisher_forget import (
 from fisher_forget._util.files import read_json, write_json
 from fisher_forget._util.markdown import markdown_table
 from fisher_forget.data.split import Indices, resolve_split
+from fisher_forget.experiments.faults import Fault
 from fisher_forget.influence.influence import cosines
 from fisher_forget.influence.products import Readings, mean_gradient
 
@@ -113,20 +114,15 @@ class World:
         return values
 
 
-def stamped(x: Tensor) -> Tensor:
-    """BadNets' trigger: 3 x 3 bright pixels at the bottom right."""
-    x = x.clone()
-    x[..., -3:, -3:] = x.max()
-    return x
+def faulty(x: Tensor, y: Tensor, fault: Fault) -> tuple[Tensor, Tensor, Indices]:
+    """Images and labels with a fault, and which samples have it."""
+    data, injected = fault.put(TensorDataset(x, y), 10)
+    return (*data.tensors, injected.samples)
 
 
 def wrong_labels(y: Tensor, seed: int, share: float = SHARE) -> tuple[Tensor, Indices]:
     """Labels of which a share is replaced by other classes at random."""
-    rng = np.random.default_rng(seed)
-    bad = np.sort(rng.choice(len(y), int(share * len(y)), replace=False))
-    y = y.clone()
-    y[bad] = (y[bad] + torch.tensor(rng.integers(1, 10, len(bad)))) % 10
-    return y, bad
+    return faulty(y, y, Fault("labels", share, seed=seed))[1:]
 
 
 def confused(y: Tensor, seed: int) -> tuple[Tensor, Indices]:
@@ -146,28 +142,6 @@ LABELS: dict[str, Callable[[Tensor, int], tuple[Tensor, Indices]]] = {
     "40 % wrong": lambda y, seed: wrong_labels(y, seed, 0.4),
     "20 % confused": confused,
 }
-
-
-def badnets(
-    x: Tensor, y: Tensor, seed: int, share: float = SHARE
-) -> tuple[Tensor, Tensor, Indices]:
-    """A share of the samples, of classes 1 to 9, gets the trigger and the label 0."""
-    rng = np.random.default_rng(seed)
-    others = np.flatnonzero((y != 0).numpy())
-    bad = np.sort(rng.choice(others, int(share * len(y)), replace=False))
-    x, y = x.clone(), y.clone()
-    x[bad], y[bad] = stamped(x[bad]), 0
-    return x, y, bad
-
-
-def swapped(x: Tensor, y: Tensor, seed: int) -> tuple[Tensor, Tensor, Indices]:
-    """Four in ten samples of the classes 3 and 5 get the label of the other one."""
-    rng = np.random.default_rng(seed)
-    both = np.flatnonzero(((y == 3) | (y == 5)).numpy())
-    bad = np.sort(rng.choice(both, int(0.4 * len(both)), replace=False))
-    y = y.clone()
-    y[bad] = 8 - y[bad]
-    return x, y, bad
 
 
 def turned(title: str, rows: Mapping[str, list[Scores]]) -> str:
@@ -290,12 +264,11 @@ def poison() -> str:
     """The rest of the poison on digits."""
     x, y = load_dataset("digits").train.tensors
     columns: dict[str, list[Scores]] = {}
-    makers: dict[str, Callable[..., tuple[Tensor, Tensor, Indices]]]
-    makers = {"trigger": badnets, "swap": swapped}
-    for name, make in makers.items():
+    faults = {"trigger": Fault("trigger", SHARE), "swap": Fault("swap", 0.4)}
+    for name, fault in faults.items():
         for arch, epochs in (("mlp", 40), ("cnn", 20)):
             for seed in SEEDS:
-                world = World(*make(x, y, seed), arch, epochs, seed)
+                world = World(*faulty(x, y, replace(fault, seed=seed)), arch, epochs, seed)
                 for share in SHARES:
                     column = columns.setdefault(f"{name}, {arch}, {share:g} known", [])
                     column.append(of_poison(world, some_of(world.bad, share, seed)))
@@ -304,42 +277,6 @@ def poison() -> str:
         world = World(x, y, bad, "mlp", 40, seed)
         columns.setdefault("clean", []).append(of_poison(world, some_of(bad, 0.5, seed)))
     return turned("precision", columns)
-
-
-def recovery() -> str:
-    """What forgetting the known part and what was found repairs."""
-    data = load_dataset("digits")
-    (x, y), (x_test, y_test) = data.train.tensors, data.test.tensors
-    others = y_test != 0
-    runs: dict[str, list[list[float]]] = {}
-
-    def judge(name: str, model: nn.Module) -> None:
-        with torch.no_grad():
-            right = model(stamped(x_test[others])).argmax(1) == y_test[others]
-            clean = model(x_test).argmax(1) == y_test
-        runs.setdefault(name, []).append(
-            [float(right.double().mean()), float(clean.double().mean())]
-        )
-
-    for seed in SEEDS:
-        world = World(*badnets(x, y, seed), "cnn", 20, seed)
-        every = np.arange(len(y))
-        judge("as trained", world.model)
-        judge("retrained without all of it", world.trained(np.setdiff1d(every, world.bad)))
-        for share in SHARES[::2]:
-            known = some_of(world.bad, share, seed)
-            found = suggest(world.model, world.data, kind="poisoned", known=known, progress=False)
-            more = np.union1d(known, found.indices(max(found.likely or 1, 1)))
-            for name, samples in (("known", known), ("known and found", more)):
-                result = forget(
-                    world.model, world.data, samples, weight_decay=5e-4, noise=None, progress=False
-                )
-                judge(f"{share:g} known: `forget`, {name}", result.model)
-                kept = world.trained(np.setdiff1d(every, samples))
-                judge(f"{share:g} known: retrained without {name}", kept)
-    header = ["", "accuracy with the trigger (%)", "clean accuracy (%)"]
-    rows = [[name, *(f"{100 * v:.1f}" for v in np.mean(r, 0))] for name, r in runs.items()]
-    return markdown_table(header, rows)
 
 
 def mnist() -> str:
@@ -351,7 +288,7 @@ def mnist() -> str:
             world = World(x, *spoilt(y, SEEDS[0]), arch, epochs, SEEDS[0])
             title = f"mislabelled: {name}, {fault}"
             rows.append(timed(world, title, kind="mislabelled"))
-    world = World(*badnets(x, y, SEEDS[0], 0.01), "cnn", 1, SEEDS[0])
+    world = World(*faulty(x, y, Fault("trigger", 0.01, seed=SEEDS[0])), "cnn", 1, SEEDS[0])
     known = some_of(world.bad, SHARES[0], SEEDS[0])
     title = f"poisoned: cnn, 1 epoch, 1 % with the trigger, {SHARES[0]:g} known"
     rows.append(timed(world, title, kind="poisoned", known=known))
@@ -401,7 +338,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "lds": lds,
     "labels": labels,
     "poison": poison,
-    "recovery": recovery,
     "mnist": mnist,
 }
 

@@ -73,6 +73,15 @@ CLAIMS = {
         assert (means["trained again (%)"].loc[3] < means["trained again (%)"].loc[1]).all()
         assert round(100 * points / (50 * 10_000)) == 5
     """,
+    "poison": """
+        assert hits > 0.9 * len(rest) and hits > 0.9 * len(likely)
+        assert corrected(model) < 0.1 < 0.3 < corrected(mended)
+        assert corrected(result.model) < 0.3
+        at = scores.set_index(["method", "gamma"])["corrected"]
+        ours = at["other-label, known and found"]
+        assert ours[0.1] > ours[1.0] - 0.15
+        assert at["other-label, known", 0.1] < 0.2 > at["retrained without, known", 0.5]
+    """,
     "own_model": """
         assert scores.loc["forget", "kl_scrubbed"] < 0.7 * scores.loc["forget", "kl_original"]
         untouched = [n for n, p in head.model.named_parameters() if torch.equal(p, before[n])]

@@ -16,6 +16,7 @@ from fisher_forget.baselines.l1_sparse import L1Sparse
 from fisher_forget.baselines.last_layers import CFk, EUk
 from fisher_forget.baselines.neg_grad import NegGrad, NegGradPlus
 from fisher_forget.baselines.ntk import Ntk, NtkFisher
+from fisher_forget.baselines.other_label import OtherLabel
 from fisher_forget.baselines.protocol import Range, Unlearned, Unlearner
 from fisher_forget.baselines.random_labels import Amnesiac, RandomLabels
 from fisher_forget.baselines.retrain import Retrain
@@ -38,6 +39,7 @@ METHODS: dict[str, type[Unlearner]] = {
         NegGradPlus,
         RandomLabels,
         Amnesiac,
+        OtherLabel,
         BadTeacher,
         Scrub,
         SalUn,

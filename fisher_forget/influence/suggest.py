@@ -58,7 +58,6 @@ LOTS = 8  # of the held-out samples, whose spread is the standard error
 CROWD = 2000  # samples whose mean unit gradient stands for that of all
 KNOWN = 64  # samples of the known poison that others are compared with, at most
 NEAREST = 3  # of these
-TYPICAL = 0.9  # share of the known samples that score as high as what is called likely
 SHOWN = 10
 MEANINGS: dict[Kind, str] = {
     "memorised": "By how many nats the sample's own loss would rise if the model were trained "
@@ -97,8 +96,9 @@ class Suggestions:
     Attributes:
         kind: What was looked for.
         meaning: What the score is, in a sentence.
-        likely: Of "poisoned": how many samples score as high as nine in ten of the known ones do
-            beside the other known ones; `None` of other kinds, or with a single known sample.
+        likely: Of "poisoned": how many samples score nearer to what is usual (the median) among the
+            known ones, each beside the others, than to what is usual among all; `None` of other
+            kinds, or with a single known sample.
         gap: Between groups of held-out samples (or the worst one's loss) as the model is, and its
             standard error: a gap of less than two may be chance; `None` of other kinds.
         table: One row a sample, by descending score: `sample` (its index), `score`, its
@@ -238,8 +238,8 @@ def _fall(influence: Influence, unseen: Split, measure: Measure, seed: int) -> _
 
 
 def _likeness(influence: Influence, known: Indices, seed: int) -> _Found:
-    """Mean of the largest cosines with known samples, less that with the crowd; and what nine in
-    ten of the known ones reach beside the others, NaN of a single one."""
+    """Mean of the largest cosines with known samples, less that with the crowd; and the middle
+    between the medians of the known ones and of all, NaN of a single known one."""
     bytes_each = 8 * P.size(influence.objective.start)  # a gradient, and H^-1 times it
     room = max(1, influence.objective.memory // bytes_each)
     chosen = drawn(known, min(KNOWN, room), seed)
@@ -250,7 +250,8 @@ def _likeness(influence: Influence, known: Indices, seed: int) -> _Found:
     found[rows, torch.arange(len(rows))] = -1.0  # nobody is compared with itself
     nearest = found[:, :-1].topk(min(NEAREST, max(len(units) - 1, 1)), dim=1).values.mean(1)
     score = nearest - found[:, -1]
-    least = float(score[rows].quantile(1 - TYPICAL)) if len(units) > 1 else math.nan
+    middle = (score[rows].quantile(0.5) + score.quantile(0.5)) / 2
+    least = float(middle) if len(units) > 1 else math.nan
     return _Found(read, score, None, least)
 
 
