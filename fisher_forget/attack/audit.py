@@ -126,14 +126,14 @@ def audit(
         for before, after in zip(befores, afters, strict=True)
     ]
     shadows = options.get("shadows", ())
-    skipped = {} if shadows else {SHADOW: "it takes shadow models, shadows="}
+    skipped = {} if shadows else {SHADOW: "It takes shadow models, shadows="}
     findings = []
     attacks = _attacks(asked, kind, shadows)
     for name, attack in bar(attacks.items(), len(attacks), "attacks", progress):
         try:
             findings.append(_together([attack(pair) for pair in pairs]))
         except FisherForgetError as error:
-            skipped[name] = f"got {error.got}, expected {error.expected}"
+            skipped[name] = f"Got {error.got}, expected {error.expected}"
     harm: tuple[Harm, ...] = ()
     groups, limit = options.get("groups"), options.get("limit")
     try:
@@ -145,7 +145,7 @@ def audit(
     except (DataError, ConfigError) as error:
         if groups is not None or limit is not None:
             raise
-        skipped[HARM] = f"got {error.got}, expected {error.expected}"
+        skipped[HARM] = f"Got {error.got}, expected {error.expected}"
     return Audit(tuple(findings), skipped, harm, tuple(map(_mark, afters)))
 
 

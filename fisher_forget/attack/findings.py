@@ -261,7 +261,7 @@ class Audit:
 
     def __str__(self) -> str:
         told = [(f.attack, f"{f.verdict}. {f.sentence}") for f in self.findings]
-        told += [(name, f"not made: {why}.") for name, why in self.skipped.items()]
+        told += [(name, f"not made. {why}.") for name, why in self.skipped.items()]
         lines = [
             textwrap.fill(f"{name}: {says}", 100, initial_indent="- ", subsequent_indent="  ")
             for name, says in told
@@ -286,5 +286,5 @@ def findings_table(findings: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
                 f["meaning"].removesuffix(" with").removesuffix(":") + ".",
             )
         )
-    heads = ["attack", "verdict", "found", "nothing", "after retraining", "what is found"]
+    heads = ["attack", "verdict", "found", "nothing", "retrained", "in words"]
     return pd.DataFrame(rows, columns=heads)
