@@ -11,7 +11,7 @@ import torch
 from conftest import blobs_data
 from sklearn.metrics import accuracy_score, log_loss
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
 from fisher_forget import ConfigError, DataError, NumericalError, TrainSettings, forget, train
 from fisher_forget.evaluate.groups import harm_by_group
@@ -144,3 +144,19 @@ def test_bad_limits(limit: Any) -> None:
     before, after, data = pair()
     with pytest.raises(ConfigError):
         harm_by_group(before, after, data).check(limit)
+
+
+@pytest.mark.parametrize("by_index", [False, True])
+def test_names_are_in_the_order_of_the_data(by_index: bool) -> None:
+    """Samples of a `Subset` are read by their indices: names stay with them."""
+    before, after, data = pair()
+    rows = np.random.default_rng(0).permutation(60)[:30]
+    part = Subset(Subset(data, rows.tolist()), range(29, -1, -1))
+    own = rows[::-1]
+    names = np.where(own < 20, "low", "high")
+    groups: Any = {n: np.flatnonzero(names == n) for n in ("low", "high")} if by_index else names
+    found = {g.name: g.score for g in harm_by_group(before, after, part, groups).groups}
+    for name in ("low", "high"):
+        x, y = (t[own[names == name].copy()] for t in data.tensors)
+        expected = [accuracy_score(y, model(x).argmax(1)) for model in (before, after)]
+        assert found[name] == pytest.approx(expected)

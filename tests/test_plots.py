@@ -45,7 +45,9 @@ def case() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def result(trained: nn.Module, blobs: TensorDataset) -> ForgetResult:
-    return forget(trained, blobs, FORGET, weight_decay=WEIGHT_DECAY, noise=0.05, progress=False)
+    generator = torch.Generator().manual_seed(0)
+    options = {"weight_decay": WEIGHT_DECAY, "noise": 0.05, "generator": generator}
+    return forget(trained, blobs, FORGET, progress=False, **options)
 
 
 @pytest.fixture(scope="module")

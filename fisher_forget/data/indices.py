@@ -33,7 +33,7 @@ def members_of(source: DataLoader[Any] | Dataset[Any]) -> tuple[Dataset[Any], In
     loader = source if isinstance(source, DataLoader) else None
     data: Any = source if loader is None else loader.dataset
     _check_indexed(data)
-    base, members = _unnested(data)
+    base, members = unnested(data)
     if loader is not None:
         members = members[
             _counted(_positions(loader, len(members)), len(members), "the sampler's list")
@@ -160,7 +160,7 @@ def _check_indexed(data: Any) -> None:
         )
 
 
-def _unnested(data: Any) -> tuple[Any, Indices]:
+def unnested(data: Any) -> tuple[Any, Indices]:
     """The base of nested `Subset`s, and which of its samples they hold, in their order.
 
     A `Subset` with a way of its own to give a sample, such as a transform, is a data set of its

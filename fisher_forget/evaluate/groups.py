@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from fisher_forget._util.checks import is_number
 from fisher_forget._util.markdown import markdown_table
 from fisher_forget.data import batches
+from fisher_forget.data.indices import unnested
 from fisher_forget.data.split import Split, resolve_split
 from fisher_forget.errors import ConfigError, DataError, NumericalError
 from fisher_forget.evaluate.intervals import Interval, paired_interval
@@ -169,7 +170,7 @@ def harm_by_group(
     losses = [kind.losses(outputs, targets).double().numpy() for outputs, _ in answers]
     counts = kind.counts(targets).double().numpy()
     found = []
-    for name, rows in _named(groups, targets, len(counts)):
+    for name, rows in _named(groups, targets, _rows(data, split)):
         old, new = (values[rows] for values in scores)
         worse = old - new if kind.score.higher_is_better else new - old
         total = max(float(counts[rows].sum()), 1.0)
@@ -180,14 +181,28 @@ def harm_by_group(
     return Harm(tuple(found), kind.score)
 
 
+def _rows(data: Dataset[Any] | Split, split: Split) -> NDArray[np.int64]:
+    """Where each sample of `data`, in its own order, is among those that are read, which are in the
+    order of their indices."""
+    if isinstance(data, Split):
+        return np.arange(len(split.retain))
+    return np.searchsorted(split.retain, unnested(data)[1])
+
+
 def _named(
-    groups: Groups | None, targets: Tensor, size: int
+    groups: Groups | None, targets: Tensor, order: NDArray[np.int64]
 ) -> Iterator[tuple[str, NDArray[np.int64]]]:
     """Rows by the name of their group.
+
+    Args:
+        groups: As for `harm_by_group`.
+        targets: In the order in which samples are read.
+        order: Row of each sample of the data set.
 
     Raises:
         ConfigError, DataError: If they do not fit.
     """
+    size = len(order)
     if isinstance(groups, Mapping):
         pairs = [(str(name), np.asarray(rows).reshape(-1)) for name, rows in groups.items()]
         for name, rows in pairs:
@@ -201,7 +216,7 @@ def _named(
         if groups is None and (targets.is_floating_point() or targets.ndim != 1):
             got = "no groups, and targets that are no classes"
             raise ConfigError(got, "groups=", "Pass a name for each sample.")
-        labels = np.asarray(targets if groups is None else groups).reshape(-1)
+        labels = np.asarray(targets[order] if groups is None else groups).reshape(-1)
         if len(labels) != size:
             got, expected = f"{len(labels)} names of groups", f"{size}, one a sample"
             raise ConfigError(got, expected, "Pass a name for each sample of `data`.")
@@ -212,4 +227,4 @@ def _named(
         if len(rows) < 2:
             got, fix = f"the group {name!r} with {len(rows)} samples", "Leave it out, or join it."
             raise DataError(got, "at least 2, for an interval", fix)
-    return iter(pairs)
+    return iter([(name, order[rows]) for name, rows in pairs])
