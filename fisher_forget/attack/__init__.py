@@ -6,6 +6,7 @@ from fisher_forget.attack.after_release import (
     FineTuning,
     Quantisation,
     Relearning,
+    Remembrance,
     quantised,
 )
 from fisher_forget.attack.audit import audit
@@ -40,6 +41,7 @@ __all__ = [
     "Reconstruction",
     "Relearning",
     "Release",
+    "Remembrance",
     "ShadowInference",
     "SlowDown",
     "SlowDownPoisoning",

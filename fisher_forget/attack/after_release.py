@@ -88,6 +88,18 @@ class AfterRelease(ABC):
         """How many of the deleted samples the attacker has. They are not scored."""
         return 0
 
+    @property
+    def meaning(self) -> str:
+        """What the number says."""
+        return (
+            "what came back of the deleted samples, beyond what retrained models know of them "
+            "after the same change:"
+        )
+
+    def found(self, gap: Interval, growth: Interval) -> Interval:
+        """What counts of the gap after the change and of its growth."""
+        return min(gap, growth, key=lambda interval: interval.low)
+
     def run(self, pairs: Pair | Iterable[Pair]) -> Finding:
         """Change the second release of a pair, or of many, beside its retrained models.
 
@@ -126,12 +138,11 @@ class AfterRelease(ABC):
         return Finding(
             attack=self.name,
             measure=measure,
-            found=min(gaps["after"], gap_interval(growth), key=lambda gap: gap.low),
+            found=self.found(gaps["after"], gap_interval(growth)),
             nothing=0.0,
             retrained=Interval(0.0, 0.0, 0.0),  # the gap is measured from there
             samples=sum(len(pair.deleted) - self.taken for pair in listed),
-            meaning="what came back of the deleted samples, beyond what retrained models know of "
-            "them after the same change:",
+            meaning=self.meaning,
             details=details,
         )
 
@@ -154,6 +165,28 @@ class AfterRelease(ABC):
             for when, stage in stages.items()
             for part, samples in parts.items()
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remembrance(AfterRelease):
+    """Change nothing: what the released model knows of the deleted samples as it is.
+
+    Threat model: black box. The attacker has the deleted samples, and asks for their probabilities.
+    """
+
+    @property
+    def name(self) -> str:
+        return "still known"
+
+    @property
+    def meaning(self) -> str:
+        return "what the model knows of the deleted samples, beyond what retrained models do:"
+
+    def found(self, gap: Interval, growth: Interval) -> Interval:
+        return gap
+
+    def changed(self, model: nn.Module, deleted: TensorDataset | None) -> nn.Module:
+        return model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +220,7 @@ class Relearning(AfterRelease):
 
     @property
     def name(self) -> str:
-        return f"relearning from {self.samples} samples"
+        return f"relearning from {self.samples} sample{'s' * (self.samples > 1)}"
 
     @property
     def taken(self) -> int:

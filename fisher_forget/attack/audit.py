@@ -7,6 +7,7 @@ many unseen ones. An attack that this model or these data do not allow is named 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypedDict, Unpack
@@ -19,7 +20,12 @@ from torch.utils.data import DataLoader, Dataset
 from fisher_forget._util.checks import check_names, is_number, is_whole
 from fisher_forget._util.isolation import isolated
 from fisher_forget._util.progress import bar
-from fisher_forget.attack.after_release import FineTuning, Quantisation, Relearning
+from fisher_forget.attack.after_release import (
+    FineTuning,
+    Quantisation,
+    Relearning,
+    Remembrance,
+)
 from fisher_forget.attack.asked import Asked, Sides
 from fisher_forget.attack.findings import Audit, Finding
 from fisher_forget.attack.inference import STATISTICS, DeletionInference
@@ -31,7 +37,7 @@ from fisher_forget.attack.shadow import ShadowInference
 from fisher_forget.data.split import Indices, Split, resolve_split
 from fisher_forget.errors import ConfigError, DataError, FisherForgetError
 from fisher_forget.evaluate.groups import Groups, Harm, harm_by_group
-from fisher_forget.evaluate.intervals import Interval
+from fisher_forget.evaluate.intervals import Interval, t_interval
 from fisher_forget.evaluate.predictions import settled_by
 from fisher_forget.ledger.evidence import model_fingerprint
 from fisher_forget.likelihood import Likelihood, resolve_likelihood
@@ -174,8 +180,9 @@ def _attacks(asked: Asked, kind: Likelihood, shadows: Sequence[Pair]) -> dict[st
     found["membership inference"] = on(asked.beside_unseen, MembershipInference(likelihood=kind))
     if shadows:
         found[SHADOW] = on(asked.beside_unseen, ShadowInference(shadows, likelihood=kind))
-    found["inversion of the step"] = NewtonInversion(asked.public, likelihood=kind).run
-    found["changed answers"] = ChangedAnswers(asked.public, likelihood=kind).run
+    found["inversion of the step"] = _beside_all(NewtonInversion(asked.public, likelihood=kind))
+    found["changed answers"] = _beside_all(ChangedAnswers(asked.public, likelihood=kind))
+    found["still known"] = Remembrance(likelihood=kind).run
     later = (
         Relearning(samples=min(KNOWN, len(asked.deleted) // 2 or 1), likelihood=kind),
         FineTuning(data=asked.public, likelihood=kind),
@@ -183,6 +190,27 @@ def _attacks(asked: Asked, kind: Likelihood, shadows: Sequence[Pair]) -> dict[st
     )
     found |= {f"{change.name}, after release": change.run for change in later}
     return found
+
+
+def _beside_all(attack: NewtonInversion | ChangedAnswers) -> Attack:
+    """The attack beside that on every retrained model: its interval is then that of one retrained
+    model more (Student's, of their spread), since what is recovered of samples that were deleted
+    together is not independent."""
+
+    def run(pair: Pair) -> Finding:
+        found: Finding = attack.run(replace(pair, retrained=()))
+        values = [
+            attack.run(replace(pair, after=model, retrained=())).found.value
+            for model in pair.retrained
+        ]
+        if len(values) < 2:
+            return found
+        spread = t_interval(values)
+        half = (spread.high - spread.value) * math.sqrt(len(values) + 1)
+        mean = spread.value
+        return replace(found, retrained=Interval(mean, mean - half, mean + half))
+
+    return run
 
 
 def _together(found: Sequence[Finding]) -> Finding:

@@ -21,7 +21,7 @@ from fisher_forget.ledger import Ledger
 TONES = {
     "nothing found": "good",
     "as after retraining": "good",
-    "less than after retraining": "good",
+    "less than after retraining": "fair",
     "cannot tell": "fair",
     "found": "fair",
     "the other way round": "poor",
@@ -29,6 +29,7 @@ TONES = {
     "beyond the limit": "poor",
 }
 """Verdicts on a finding, and whether that is well."""
+SLIGHT = 0.005  # what two decimals show as nothing
 NOTE = (
     "Every interval is a 95 % one by itself: of twenty, one is wrong by chance. An attack that "
     "finds nothing shows that this attack finds nothing."
@@ -66,14 +67,15 @@ class Finding:
 
     @property
     def leaks(self) -> bool:
-        """Whether more is found than without the models: the whole interval is above that."""
-        return self.found.low > self.nothing
+        """Whether more is found than without the models: the whole interval is above that, by more
+        than two decimals show as nothing."""
+        return self.found.low > self.nothing + SLIGHT
 
     @property
     def reversed(self) -> bool:
         """Whether an AUC lies below guessing with its whole interval: what is turned around tells
         as much."""
-        return self.measure == "AUC" and self.found.high < self.nothing
+        return self.measure == "AUC" and self.found.high < self.nothing - SLIGHT
 
     @property
     def against_retraining(self) -> str:
@@ -93,28 +95,30 @@ class Finding:
     @property
     def verdict(self) -> str:
         """What to think of it: a key of `TONES`."""
-        if self.limit is not None and self.found.value > self.limit:
-            return "beyond the limit"
-        if self.reversed and self.against_retraining in ("less", ""):
-            return "the other way round"
-        if not self.leaks:
-            wide = self.found.high > (1 + self.nothing) / 2  # half of all may be found
+        found, against = self.found, self.against_retraining
+        if self.limit is not None and found.value > self.limit:
+            return "beyond the limit" if found.low > 0 else "cannot tell"
+        if not (self.leaks or self.reversed):
+            far = self.nothing - found.low if self.measure == "AUC" else 0.0
+            wide = max(found.high - self.nothing, far) > (1 - self.nothing) / 2
             return "cannot tell" if wide else "nothing found"
-        return {
-            "more": "more than after retraining",
-            "less": "less than after retraining",
-            "as much": "as after retraining",
-        }.get(self.against_retraining, "found")
+        if against == "as much":
+            return "as after retraining"
+        if self.reversed:
+            return "less than after retraining" if against == "more" else "the other way round"
+        return f"{against} than after retraining" if against else "found"
+
+    @property
+    def numbers(self) -> str:
+        """What is found, what is nothing, and what retrained models show."""
+        text = f"{self.measure} {shown(self.found)}; {decimals(self.nothing)} is nothing."
+        exact = self.retrained
+        return text if exact is None else f"{text} After exact retraining: {shown(exact)}."
 
     @property
     def sentence(self) -> str:
         """All of it in plain words."""
-        text = (
-            f"{self.meaning[:1].upper()}{self.meaning[1:]} {self.measure} {shown(self.found)}; "
-            f"{decimals(self.nothing)} is nothing."
-        )
-        if self.retrained is not None:
-            text += f" After exact retraining: {shown(self.retrained)}."
+        text = f"{self.meaning[:1].upper()}{self.meaning[1:]} {self.numbers}"
         alarming = TONES[self.verdict] != "good"
         return text + (f" Warning: {self.warning}." if alarming and self.warning else "")
 
@@ -190,19 +194,23 @@ class Audit:
     @property
     def answer(self) -> str:
         """All of it in a sentence."""
-        total = len(self.findings)
+        total, verdicts = len(self.findings), [f.verdict for f in self.findings]
         if self.wrong:
             names = "; ".join(f"{f.attack}: {f.verdict}" for f in self.wrong)
-            return f"{len(self.wrong)} of {total} attacks find too much. {names}."
+            return f"Too much is found by {len(self.wrong)} of {total} attacks. {names}."
         if all(f.retrained is None for f in self.findings):
-            found = sum(f.verdict == "found" for f in self.findings)
             return (
-                f"{found} of {total} attacks find something. Whether exact deletion shows as much "
-                "is not known: that takes retrained models."
+                f"Something is found by {verdicts.count('found')} of {total} attacks. Whether "
+                "exact deletion shows as much is not known: that takes retrained models."
             )
-        unclear = sum(f.verdict == "cannot tell" for f in self.findings)
-        text = f"None of {total} attacks finds more than after exact retraining"
-        return text + (f"; {unclear} cannot tell: too few samples or models." if unclear else ".")
+        text = f"None of {total} attacks finds more than after exact retraining."
+        if less := verdicts.count("less than after retraining"):
+            text += (
+                f" Less is found by {less}: were the samples moved as far as retraining moves them?"
+            )
+        if unclear := verdicts.count("cannot tell"):
+            text += f" Too few samples or models to tell: {unclear}."
+        return text
 
     def to_pandas(self) -> pd.DataFrame:
         """A row an attack, in numbers."""
@@ -249,7 +257,7 @@ class Audit:
             StorageError: If it cannot be written.
         """
         book = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
-        kept = {f.attack: {"verdict": f.verdict, f.measure: f.found.value} for f in self.findings}
+        kept = {f.attack: f"{f.verdict}. {f.numbers}" for f in self.findings}
         book.record(
             "audited",
             **details,
