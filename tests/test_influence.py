@@ -247,7 +247,7 @@ def test_the_rest_of_the_poison_comes_first(poisoned, count):
     rest = np.setdiff1d(bad, known)
     assert share(found, rest) > 0.85
     assert not np.isin(known, found.table["sample"]).any()
-    assert 0.4 * len(rest) < found.likely < 1.2 * len(rest)
+    assert 0.9 * len(rest) <= found.likely <= 1.1 * len(rest)
 
 
 def test_clean_samples_have_no_rest(poisoned):
