@@ -217,9 +217,9 @@ class TestRefuses:
             Relearning(samples=count - 5).run(pair(case, case["one more"]))
 
     def test_the_same_retrained_model_twice(self, case: dict[str, Any]) -> None:
-        whole = pair(case, case["one more"], retrained=[*case["retrained"], case["retrained"][0]])
+        twice = [*case["retrained"], case["retrained"][0]]
         with pytest.raises(ModelError, match="the same model twice"):
-            Quantisation().run(whole)
+            pair(case, case["one more"], retrained=twice)
 
     def test_functions_and_deleted_samples_to_train_on(self, case: dict[str, Any]) -> None:
         answers = [lambda x, k=k: np.full((len(x), 4), 0.25 + 0 * k) for k in range(5)]

@@ -40,7 +40,7 @@ from fisher_forget._util.checks import is_whole
 from fisher_forget._util.copies import copy_model
 from fisher_forget._util.isolation import isolated
 from fisher_forget.attack.findings import Finding
-from fisher_forget.attack.pairs import Pair, as_pairs, check_apart, check_models
+from fisher_forget.attack.pairs import Pair, as_pairs, check_apart
 from fisher_forget.attack.release import WHOLE, Model, Observer
 from fisher_forget.baselines.finetune import FineTune
 from fisher_forget.baselines.training_loop import require
@@ -356,18 +356,16 @@ def gap_interval(known: Iterable[Array], level: float = 0.95) -> Interval:
 
 
 def _modules(pair: Pair) -> list[nn.Module]:
-    """The released model and the retrained ones, all different."""
+    """The released model and the retrained ones."""
     models: list[Model] = [pair.after, *pair.retrained]
     if len(pair.retrained) < FEWEST_MODELS:
         got = f"{len(pair.retrained)} retrained models"
         expected = f"at least {FEWEST_MODELS}, whose spread the interval is made of"
         raise ModelError(got, expected, "Train more of them, each from a seed of its own.")
-    for i, model in enumerate(models):
+    for model in models:
         if not isinstance(model, nn.Module):
             got = f"a {type(model).__name__}, whose weights cannot be changed"
             raise ModelError(got, "a torch.nn.Module", "Pass the module itself.")
-        for other in models[:i]:
-            check_models(other, model)
     return [model for model in models if isinstance(model, nn.Module)]
 
 

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from fisher_forget.data.fingerprint import Hashes
 from fisher_forget.data.samples import samples, take
 from fisher_forget.data.split import Indices, Split, some
 from fisher_forget.errors import DataError
 
 ASKED = 1000  # samples of each kind, at most
+FEWEST = 20  # unseen samples: of fewer, what is recovered is like them by chance
 Sides = tuple[TensorDataset, TensorDataset]
 
 
@@ -42,16 +45,22 @@ class Asked:
         """At most `ASKED` samples of each kind.
 
         Raises:
-            DataError: If nobody was deleted, or most unseen samples are training samples.
+            DataError: If nobody was deleted, or most unseen samples are training samples, or they
+                are few.
         """
         if not len(split.forget):
             got, fix = "a split of which nobody was forgotten", "Pass who was deleted."
             raise DataError(got, "at least one deleted sample", fix)
         rng = np.random.default_rng(seed)
         unseen = _apart(new, split)
+        if len(unseen.retain) < FEWEST:
+            got = f"{len(unseen.retain)} unseen samples"
+            raise DataError(got, f"at least {FEWEST}", "Hold more samples out.")
         few = 10 * ASKED  # to choose from
+        copies = set(map(bytes, _hashes(split, split.forget)))
+        others_of = split.retain[[bytes(h) not in copies for h in _hashes(split, split.retain)]]
         deleted = _read(split, some(split.forget, ASKED, rng))
-        kept = _read(split, some(split.retain, few, rng))
+        kept = _read(split, some(others_of, few, rng))
         others = _read(unseen, some(unseen.retain, few, rng))
         any_other = take(kept, rng.permutation(len(kept))[: len(deleted)])
         return cls(
@@ -61,6 +70,11 @@ class Asked:
             take(others, rng.permutation(len(others))[:ASKED]),
             unseen,
         )
+
+
+def _hashes(split: Split, part: Indices) -> Hashes:
+    """Of the samples of a part."""
+    return split.hashes[np.searchsorted(split.indices("all"), part)]
 
 
 def _apart(new: Split, split: Split) -> Split:
@@ -99,12 +113,27 @@ def _read(split: Split, rows: Indices) -> TensorDataset:
         raise DataError(got, "samples of one shape", "Pad them to one length.") from error
 
 
+def classes_of(targets: Tensor) -> Tensor | None:
+    """The class of each sample [N]; `None` of numbers, and of several targets a sample. Floats that
+    are all 0 or 1 are classes."""
+    if targets.numel() != len(targets):
+        return None
+    labels = targets.reshape(-1)
+    whole = labels.long()
+    if labels.is_floating_point() and not (
+        bool((labels == whole).all()) and bool(torch.isin(whole, torch.tensor([0, 1])).all())
+    ):
+        return None
+    return whole
+
+
 def _matched(first: TensorDataset, second: TensorDataset, rng: np.random.Generator) -> Sides | None:
     """As many samples of each class from both, drawn at random; `None` where no class is in both.
     Without classes as many of both."""
-    targets = [x.tensors[-1] for x in (first, second)]
-    if targets[0].is_floating_point() or targets[0].dim() != 1:
-        targets = [torch.zeros(len(x), dtype=torch.long) for x in targets]
+    both = [classes_of(x.tensors[-1]) for x in (first, second)]
+    targets = [labels for labels in both if labels is not None]
+    if len(targets) < 2:
+        targets = [torch.zeros(len(x), dtype=torch.long) for x in (first, second)]
     rows: tuple[list[Indices], list[Indices]] = ([], [])
     for c in targets[0].unique():
         where = [rng.permutation(np.flatnonzero(x == c)) for x in targets]

@@ -14,6 +14,7 @@ from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
+from scipy import special
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -26,11 +27,11 @@ from fisher_forget.attack.after_release import (
     Relearning,
     Remembrance,
 )
-from fisher_forget.attack.asked import Asked, Sides
+from fisher_forget.attack.asked import Asked, Sides, classes_of
 from fisher_forget.attack.findings import Audit, Finding
 from fisher_forget.attack.inference import STATISTICS, DeletionInference
 from fisher_forget.attack.membership import MembershipInference
-from fisher_forget.attack.pairs import Pair
+from fisher_forget.attack.pairs import Pair, check_different
 from fisher_forget.attack.reconstruct import ChangedAnswers, NewtonInversion
 from fisher_forget.attack.release import Model
 from fisher_forget.attack.shadow import ShadowInference
@@ -81,10 +82,10 @@ def audit(
     """Attack a deletion in every way that this package knows.
 
     Args:
-        result: Of `forget`, a prepared model, `rewind` or a baseline; or the model without the
-            samples: a module, or a function from inputs to predictions, as for `Pair`. Several, one
-            a seed, which deleted the same samples, are judged together: numbers and the ends of
-            their intervals are means over them.
+        result: Of `forget`, a prepared model or `rewind`; or the model without the samples, such as
+            that of a baseline: a module, or a function from inputs to predictions, as for `Pair`.
+            Several, one a seed, which deleted the same samples, are judged together: numbers and
+            the ends of their intervals are means over them.
         model: What it was made from, or as many as there are results; never touched.
         unseen: Samples of the same kind that no model was trained on. Attackers take them for
             public data, and the harm to each group is that to them.
@@ -125,6 +126,7 @@ def audit(
         kind = settled_by(befores[0], {"unseen": new}, kind)
     # a module may hold another one by the name of `model`
     afters = [x if isinstance(x, nn.Module) else getattr(x, "model", x) for x in results]
+    check_different(afters)
     asked = Asked.drawn(who, new, options.get("seed", 0))
     retrained = tuple(options.get("retrained", ()))
     pairs = [
@@ -198,19 +200,29 @@ def _beside_all(attack: NewtonInversion | ChangedAnswers) -> Attack:
     together is not independent."""
 
     def run(pair: Pair) -> Finding:
-        found: Finding = attack.run(replace(pair, retrained=()))
-        values = [
-            attack.run(replace(pair, after=model, retrained=())).found.value
-            for model in pair.retrained
-        ]
-        if len(values) < 2:
+        found: Finding = attack.run(pair)
+        if len(pair.retrained) < 2:
             return found
-        spread = t_interval(values)
-        half = (spread.high - spread.value) * math.sqrt(len(values) + 1)
-        mean = spread.value
-        return replace(found, retrained=Interval(mean, mean - half, mean + half))
+        each = [replace(pair, after=model, retrained=()) for model in pair.retrained]
+        return replace(found, retrained=_one_more([attack.run(x).found.value for x in each]))
 
     return run
+
+
+def _one_more(values: Sequence[float]) -> Interval:
+    """Mean over at least two retrained models, and Student's interval of one more."""
+    spread = t_interval(values)
+    half = (spread.high - spread.value) * math.sqrt(len(values) + 1)
+    return Interval(spread.value, spread.value - half, spread.value + half)
+
+
+def _wider(interval: Interval, looks: int) -> Interval:
+    """The interval of the most extreme of so many: Bonferroni's, of normal ends."""
+    ratio = float(special.ndtri(1 - 0.025 / looks) / special.ndtri(0.975))
+    low, high = (
+        interval.value + ratio * (x - interval.value) for x in (interval.low, interval.high)
+    )
+    return Interval(interval.value, low, high)
 
 
 def _together(found: Sequence[Finding]) -> Finding:
@@ -255,20 +267,19 @@ def _harm(
         for g in ours[0].groups
     }
     worst = max(drops, key=lambda name: drops[name].value)
-    exact = [
-        g.drop
-        for pair in pairs
-        for model in pair.retrained
-        for g in harm(pair.before, model).groups
-        if g.name == worst
-    ]
+    # the worst of several: as many times as sure; and beside the worst of each retrained model
+    found = _wider(drops[worst], len(drops))
+    exact = [harm(pairs[0].before, model).worst.drop for model in pairs[0].retrained]
+    yard = _wider(exact[0], len(drops)) if exact else None
+    if len(exact) > 1:
+        yard = _one_more([drop.value for drop in exact])
     score = ours[0].score
     finding = Finding(
         attack=HARM,
         measure=f"{'fall' if score.higher_is_better else 'rise'} of the {score.name}",
-        found=drops[worst],
+        found=found,
         nothing=0.0,
-        retrained=_mean(exact) if exact else None,
+        retrained=yard,
         samples=next(g.samples for g in ours[0].groups if g.name == worst),
         meaning=f"of {len(drops)} groups of unseen samples {worst!r} lost most:",
         details={f"of {name}": drop.value for name, drop in drops.items()},
@@ -284,9 +295,10 @@ def _classes(unseen: Split, split: Split) -> dict[str, Indices]:
         DataError: If targets are no classes.
     """
     new, kept = (
-        torch.cat([batch.targets for batch in part.batches("retain")]) for part in (unseen, split)
+        classes_of(torch.cat([batch.targets for batch in part.batches("retain")]))
+        for part in (unseen, split)
     )
-    if new.is_floating_point() or new.dim() != 1:
+    if new is None or kept is None:
         raise DataError("targets that are no classes", "groups=", "Name a group for each sample.")
     rows = {str(int(c)): np.flatnonzero(new == c) for c in kept.unique()}
     return {name: found for name, found in rows.items() if len(found) > 1}
@@ -301,6 +313,10 @@ def _check(results: Sequence[Any], befores: Sequence[Any], options: AuditOptions
     if len(results) != len(befores) or not results:
         got = f"{len(results)} results of {len(befores)} models"
         raise ConfigError(got, "a model for each result", "Pass what each was made from.")
+    splits = [x for x in (getattr(r, "split", None) for r in results) if isinstance(x, Split)]
+    if any(not np.array_equal(x.forget, splits[0].forget) for x in splits[1:]):
+        fix = "Audit each deletion by itself."
+        raise ConfigError("results of different deletions", "several seeds of one", fix)
     limit, seed = options.get("limit"), options.get("seed", 0)
     if limit is not None and not is_number(limit):
         raise ConfigError(f"limit={limit!r}", "a number of at least 0", "Pass .02, say.")

@@ -30,8 +30,7 @@ import numpy as np
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from fisher_forget._util.checks import is_whole
-from fisher_forget.data.indices import forget_indices
+from fisher_forget._util.checks import is_number, is_whole
 from fisher_forget.data.split import Indices, Split, resolve_split
 from fisher_forget.errors import ConfigError, NumericalError, SplitError
 from fisher_forget.evaluate.groups import Harm, harm_by_group
@@ -142,7 +141,10 @@ class ChosenRequests:
             ConfigError: "harm" without a target.
         """
         split = resolve_split(data, [], allow_empty=True)
-        own = forget_indices(owned, len(split.base))  # type: ignore[arg-type]
+        own = np.unique(np.asarray(owned))
+        if own.dtype.kind not in "iu":
+            got = f"samples owned of {own.dtype}"
+            raise SplitError(got, "indices of training samples", "Pass whole numbers.")
         if len(own) < self.count or not np.isin(own, split.retain).all():
             got = f"{len(own)} samples owned, {self.count} to ask for"
             raise SplitError(got, "at least as many, all of them in the data", "Correct `owned`.")
@@ -153,7 +155,8 @@ class ChosenRequests:
             raise ConfigError("no target", "samples of those to harm", "Pass target=.")
         changes: InfluenceKeywords = {"seed": self.seed, **options}
         influence = Influence.of(model, split, **changes)
-        score = influence.on(target) if target is not None else influence.own()
+        harm = self.aim == "harm" and target is not None
+        score = influence.on(target) if harm else influence.own()  # type: ignore[arg-type]
         mine = np.isin(influence.samples, own)
         order = np.argsort(-score.numpy()[mine], kind="stable")[: self.count]
         return np.sort(influence.samples[mine][order])
@@ -169,6 +172,7 @@ class ChosenRequests:
         limit: float = 0.02,
         forget_fn: ForgetFn | None = None,
         retrain_fn: RetrainFn | None = None,
+        **options: Unpack[InfluenceKeywords],
     ) -> Damage:
         """Ask, forget, and look at every class of unseen samples.
 
@@ -181,17 +185,25 @@ class ChosenRequests:
             limit: Of the guard: the most that a class's score may fall by.
             forget_fn: Takes the model and the split, and forgets; by default `forget`.
             retrain_fn: Takes indices and trains on these: the yardstick.
+            **options: `likelihood`, `weight_decay` and others, as for `choose`; the first two are
+                for forgetting, too.
 
         Raises:
             SplitError, ConfigError: As for `choose`.
             ModelError, DataError, NumericalError: As for `forget` and `harm_by_group`.
         """
-        chosen = self.choose(model, data, owned, target if self.aim == "harm" else None)
+        if not is_number(limit):
+            raise ConfigError(f"limit={limit!r}", "a number of at least 0", "Pass .02, say.")
+        chosen = self.choose(model, data, owned, target, **options)
         split = resolve_split(data, chosen)
+        kind = options.get("likelihood", "categorical")
+        plain: Any = {key: options[key] for key in ("likelihood", "weight_decay") if key in options}
         begun = time.perf_counter()
-        result = (forget_fn or _forget)(model, split)
+        if forget_fn is None:
+            result = forget(model, split, chosen, progress=False, **plain)
+        else:
+            result = forget_fn(model, split)
         seconds = time.perf_counter() - begun
-        kind = result.options.likelihood
         harm = harm_by_group(model, result.model, unseen, likelihood=kind)
         refused, exact = "", None
         try:
@@ -211,7 +223,3 @@ class ChosenRequests:
             warned=" ".join(finding.says for finding in result.check.wrong),
             refused=refused,
         )
-
-
-def _forget(model: nn.Module, split: Split) -> ForgetResult:
-    return forget(model, split, split.forget, progress=False)

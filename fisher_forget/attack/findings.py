@@ -29,6 +29,7 @@ TONES = {
     "beyond the limit": "poor",
 }
 """Verdicts on a finding, and whether that is well."""
+BOUNDED = ("AUC", "cosine", "probability")  # measures of which all there is to find is 1
 SLIGHT = 0.005  # what two decimals show as nothing
 NOTE = (
     "Every interval is a 95 % one by itself: of twenty, one is wrong by chance. An attack that "
@@ -101,6 +102,7 @@ class Finding:
         if not (self.leaks or self.reversed):
             far = self.nothing - found.low if self.measure == "AUC" else 0.0
             wide = max(found.high - self.nothing, far) > (1 - self.nothing) / 2
+            wide = wide and self.measure in BOUNDED
             return "cannot tell" if wide else "nothing found"
         if against == "as much":
             return "as after retraining"
@@ -194,6 +196,8 @@ class Audit:
     @property
     def answer(self) -> str:
         """All of it in a sentence."""
+        if not self.findings:
+            return "No attack could be made: see why."
         total, verdicts = len(self.findings), [f.verdict for f in self.findings]
         if self.wrong:
             names = "; ".join(f"{f.attack}: {f.verdict}" for f in self.wrong)
@@ -258,14 +262,13 @@ class Audit:
         """
         book = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
         kept = {f.attack: f"{f.verdict}. {f.numbers}" for f in self.findings}
-        book.record(
-            "audited",
-            **details,
-            answer=self.answer,
-            models=list(self.models),
-            findings=kept,
-            not_made=sorted(self.skipped),
-        )
+        own = {
+            "answer": self.answer,
+            "models": list(self.models),
+            "findings": kept,
+            "not_made": sorted(self.skipped),
+        }
+        book.record("audited", **(details | own))
 
     def __str__(self) -> str:
         told = [(f.attack, f"{f.verdict}. {f.sentence}") for f in self.findings]

@@ -49,6 +49,7 @@ class Pair:
             raise ModelError(got, "several of them, or none", "Pass retrained=[model].")
         for model in (self.after, *self.retrained):
             check_models(self.before, model)
+        check_different([self.after, *self.retrained])
         object.__setattr__(self, "deleted", read_samples(self.deleted))
         if self.others is not None:
             object.__setattr__(self, "others", read_samples(self.others))
@@ -66,6 +67,9 @@ def as_pairs(pairs: Pair | Iterable[Pair]) -> list[Pair]:
     if wrong is not None or not listed:
         got = "no pair" if wrong is None else f"a {type(wrong).__name__}"
         raise DataError(got, "a Pair of models, or several", "Pass Pair(before, after, deleted).")
+    if len({id(pair) for pair in listed}) < len(listed):
+        got, fix = "a pair twice", "Pass each pair once: it counts once."
+        raise DataError(got, "different pairs", fix)
     if len({len(pair.retrained) > 0 for pair in listed}) > 1:
         got = "pairs with retrained models, and pairs without"
         raise DataError(got, "a yardstick for all of them or for none", "Pass `retrained` to all.")
@@ -105,6 +109,27 @@ def check_models(before: Model, after: Model) -> None:
     if all(torch.equal(x.cpu(), theirs[k].cpu()) for k, x in ours.items()):
         got = "two models with the same weights: nothing was changed between them"
         raise ModelError(got, "the releases before and after", fix)
+
+
+def check_different(models: Sequence[Model]) -> None:
+    """Refuse a second release among the retrained models, and a retrained model twice.
+
+    Raises:
+        ModelError: If two are the same object, or have the same weights.
+    """
+    for i, model in enumerate(models):
+        for other in models[:i]:
+            same = model is other
+            if isinstance(model, nn.Module) and isinstance(other, nn.Module):
+                ours, theirs = (unwrapped(m).state_dict() for m in (model, other))
+                same = same or (
+                    ours.keys() == theirs.keys()
+                    and all(torch.equal(x.cpu(), theirs[k].cpu()) for k, x in ours.items())
+                )
+            if same:
+                got = "the same model twice, among the second release and the retrained ones"
+                fix = "Pass models that were trained by themselves, each from a seed of its own."
+                raise ModelError(got, "different models", fix)
 
 
 def check_apart(

@@ -50,6 +50,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fisher_forget._util import files
+from fisher_forget._util.checks import is_number
 from fisher_forget.certify.gaussian import epsilon_of, mu_of
 from fisher_forget.certify.logistic import checked, hessian_factor, pulls, signs_of
 from fisher_forget.data.indices import forget_indices
@@ -142,7 +143,7 @@ class CertifiedLogistic:
         if accounting not in ("added", "corrected", "measured"):
             got = f"accounting={accounting!r}"
             raise ConfigError(got, "'added', 'corrected' or 'measured'", "Correct it.")
-        if not 0 < each <= 1 or (each < 1 and ledger is None):
+        if not is_number(each) or not 0 < each <= 1 or (each < 1 and ledger is None):
             got = f"each={each!r}{' without a ledger' * (ledger is None)}"
             raise ConfigError(got, "a share above 0, 1 at most, and a ledger", "Correct it.")
         check_generator(generator)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from fisher_forget._util.checks import is_number
 from fisher_forget.errors import ConfigError, FisherForgetWarning, NumericalError
 from fisher_forget.unlearn.self_check import SelfCheck
 
@@ -45,7 +46,7 @@ class Limits:
         if not 0 <= self.warn <= self.refuse <= 1:
             got = f"limits of warn={self.warn!r}, refuse={self.refuse!r}"
             raise ConfigError(got, "0 <= warn <= refuse <= 1", "Correct them.")
-        if not 0 < self.each <= 1:
+        if not is_number(self.each) or not 0 < self.each <= 1:
             raise ConfigError(f"each={self.each!r}", "a share above 0, 1 at most", "Correct it.")
         if not self.rise > 0:
             raise ConfigError(f"rise={self.rise!r}", "nats above 0", "Correct it.")
