@@ -86,7 +86,7 @@ COMMANDS = {
     "audit": Command(
         LOOK,
         "what attacks find in the models of a finished run, beside its retrained models",
-        "fisher-forget audit runs/digits --limit 0.02",
+        "fisher-forget audit runs/digits --limit 0.05",
         "It adds a section to the report, and an entry to the ledger where the run has one.\n"
         f"Exit code {EXIT_FOUND}: more is found than after exact retraining, or a class lost more\n"
         "than the limit.",

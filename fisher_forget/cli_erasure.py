@@ -115,16 +115,19 @@ def _tell_model(ledger: Reading, path: str) -> None:
     """Say which model of a ledger is in a file.
 
     Raises:
-        Found: If none is.
+        Found: If none is, or it may hold samples of somebody who asked.
     """
     mark = fingerprint(load_tensors(path, foreign=True)[0])
-    said = models_on_record(ledger, mark)
+    said, clean = models_on_record(ledger, mark)
     if not said:
         fix = (
             "Find out which model it is; it must be saved whole, with the names of its state_dict."
         )
         raise Found(f"{path}, a model with the fingerprint {mark}", "a model on record", fix)
     print(f"{path} has the fingerprint {mark}. {' '.join(said)}")
+    if not clean:
+        fix = "Take it out of use; the last model on record is the one without all of them."
+        raise Found(f"{path}, which may hold samples asked for", "a model without them", fix)
 
 
 def add_artefacts(command: argparse.ArgumentParser) -> None:

@@ -193,8 +193,8 @@ class TestNumbers:
         assert found <= 4
 
     def test_binary_targets_are_classes(self):
-        """Floats of 0 and 1, as of BCE: deleted samples are of one class, and so are their partners."""
         """Floats of 0 and 1, as of BCE: deleted samples and their partners are of one class."""
+        g = torch.Generator().manual_seed(0)
         x = torch.randn(300, 4, generator=g)
         y = (x[:, :1] > 0).float()
         data, new = TensorDataset(x[:200], y[:200]), TensorDataset(x[200:], y[200:])

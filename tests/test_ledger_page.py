@@ -316,14 +316,17 @@ class TestCommand:
         path = tmp_path / "model.safetensors"
         for model, says in (
             (first, "model before r-1, r-2, and may hold"),
-            (second, "model after r-1. A later one was made for r-2. None was made yet for r-3."),
-            (third, "model after r-2. None was made yet for r-3."),
+            (second, "model after r-1. A later one was made for r-2: this one may hold"),
+            (third, "model after r-2. None was made yet for r-3: it may hold"),
         ):
             save_file(model.state_dict(), path)
-            assert main(["ledger", str(tmp_path / "l"), "--model", str(path)]) == 0
-            shown = capsys.readouterr().out
-            assert says in shown
-            assert model_fingerprint(model) in shown
+            assert main(["ledger", str(tmp_path / "l"), "--model", str(path)]) == 3
+            shown = capsys.readouterr()
+            assert says in shown.out
+            assert model_fingerprint(model) in shown.out
+            assert "which may hold samples asked for" in shown.err
+        ledger.withdraw("r-3", "asked by mistake")
+        assert main(["ledger", str(tmp_path / "l"), "--model", str(path)]) == 0
         ledger.record("rebased", mark="m", model=model_fingerprint(third))
         assert main(["ledger", str(tmp_path / "l"), "--model", str(path)]) == 0
         assert "It is without all samples asked for until" in capsys.readouterr().out

@@ -73,7 +73,7 @@ LABELS = {
     "although": "served although the check says so, because",
     "reason": "because",
 }
-TIMES = ["asked", "due", "done", "served"]
+TIMES = ["received", "due", "done", "served"]
 HASH = re.compile(r"[0-9a-f]{64}")
 MARKS = {"fine": "fine", "wrong": "NO", "unknown": "not known"}
 
@@ -99,7 +99,7 @@ def ledger_table(ledger: Ledger | Reading, now: datetime | None = None) -> pd.Da
     rows = [
         (
             *(_shown(r.name), r.state, r.verdict, _late(r, now), _shown(r.who), len(r.samples)),
-            *(_minute(r.asked), _minute(r.due)),
+            *(_minute(r.times.get("received", r.asked)), _minute(r.due)),
             *(_minute(r.times[state]) if state in r.times else "" for state in TIMES[2:]),
         )
         for r in ledger.requests.values()
@@ -131,9 +131,9 @@ def summary(ledger: Reading, now: datetime | None = None) -> str:
     return text.rstrip()
 
 
-def models_on_record(ledger: Ledger | Reading, fingerprint: str) -> list[str]:
-    """Which model of a ledger it is that has this fingerprint, in sentences; none where it is not
-    on record."""
+def models_on_record(ledger: Ledger | Reading, fingerprint: str) -> tuple[list[str], bool]:
+    """Which model of a ledger it is that has this fingerprint, in sentences, none where it is not
+    on record; and whether it holds nobody who asked, as far as the record tells."""
     requests = [r for r in ledger.requests.values() if r.state != "withdrawn"]
     done = [r for r in requests if "done" in r.times]
     after = [r for r in done if fingerprint in _listed(r.evidence.get("model_after"))]
@@ -149,17 +149,21 @@ def models_on_record(ledger: Ledger | Reading, fingerprint: str) -> list[str]:
         said.append(f"It is the model after {_names(after)}.")
     if again:
         said.append(f"It is without all samples asked for until {_minute(max(again))}.")
+    clean = bool(after or again) and not before
     if after or again:
         last = max([*(r.times["done"] for r in after), *again])
         later = [r for r in done if r.times["done"] > last]
         undone = [r for r in requests if r.state in OPEN]
+        clean = clean and not later and not undone
         if later:
-            said.append(f"A later one was made for {_names(later)}.")
+            said.append(
+                f"A later one was made for {_names(later)}: this one may hold their samples."
+            )
         if undone:
-            said.append(f"None was made yet for {_names(undone)}.")
+            said.append(f"None was made yet for {_names(undone)}: it may hold their samples.")
     if before:
         said.append(f"It is the model before {_names(before)}, and may hold their samples.")
-    return said
+    return said, clean
 
 
 def _names(requests: list[Request]) -> str:
