@@ -303,7 +303,7 @@ def _unseen(
     if wrong and found.ours < found.others:
         known = "are better known than unseen ones, so not forgotten"
     elif wrong:
-        known = "are less known than unseen ones, so forgotten too much"
+        known = "are less known than unseen ones: forgotten too much, or their labels are wrong"
     says = (
         f"The forgotten samples {known}: loss {found.ours:.3g} nats, held-out samples of the same "
         f"classes {found.others:.3g} (p = {found.p_value:.2g}; a difference below "
