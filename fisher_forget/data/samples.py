@@ -94,7 +94,7 @@ def read_samples(source: Any) -> TensorDataset:
     if not hasattr(source, "__getitem__") or not hasattr(source, "__len__") or not len(source):
         got = f"samples of type {type(source).__name__}"
         expected = "a map-style data set with at least one sample, or a tuple (inputs, targets)"
-        raise DataError(got, expected, "Return such from the function.")
+        raise DataError(got, expected, "Give such; of a DataLoader, its `dataset`.")
     try:
         loader = DataLoader(source, batch_size=BATCH, generator=torch.Generator())
         inputs, targets = zip(*map(_unpacked, loader), strict=True)
@@ -116,4 +116,4 @@ def _unpacked(raw: Any) -> tuple[Any, Any]:
         return default_unpack(raw)
     except DataError as error:
         expected = f"pairs (inputs, targets), or dicts with targets under one of {TARGET_KEYS}"
-        raise DataError(error.got, expected, "Return such samples from the function.") from error
+        raise DataError(error.got, expected, "Give such samples.") from error

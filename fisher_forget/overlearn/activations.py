@@ -12,10 +12,26 @@ from torch.utils.data import TensorDataset
 from fisher_forget import params as P
 from fisher_forget._util.copies import private_copy, unwrapped
 from fisher_forget._util.isolation import isolated
-from fisher_forget.errors import ModelError, NumericalError
+from fisher_forget.data.samples import read_samples
+from fisher_forget.errors import DataError, ModelError, NumericalError
 from fisher_forget.evaluate.predictions import whole_splits
 
 INPUT = "input"  # the name under which a model's own input is shown
+
+
+def finite_samples(data: Any) -> TensorDataset:
+    """Samples in memory, of `read_samples`, without NaN or infinite inputs.
+
+    Raises:
+        DataError: If they are something else; says how many.
+    """
+    samples = read_samples(data)
+    for x in samples.tensors[:-1]:
+        broken = int((~torch.isfinite(x.flatten(1) if x.dim() > 1 else x[:, None])).any(1).sum())
+        if broken:
+            got = f"NaN or infinite inputs in {broken:,} of {len(x):,} samples"
+            raise DataError(got, "finite inputs", "Leave these samples out, or fill them in.")
+    return samples
 
 
 def layer_of(model: nn.Module, name: str) -> nn.Module:
@@ -107,6 +123,7 @@ def inputs_of(model: nn.Module, samples: TensorDataset, layer: str) -> Tensor:
 
     Raises:
         ModelError: If it is not called once, on one vector a sample.
+        NumericalError: If they are not finite.
     """
     twin = private_copy(model)
     seen: list[Any] = []
@@ -123,21 +140,38 @@ def inputs_of(model: nn.Module, samples: TensorDataset, layer: str) -> Tensor:
                 got = f"{layer!r}, called {len(seen)} times by forward, on {shape}"
                 expected = "a layer that is called once, on one vector for each sample"
                 raise ModelError(got, expected, "Name a layer after pooling or flattening.")
+            if not bool(torch.isfinite(x).all()):
+                got = f"NaN or infinite inputs of {layer!r}"
+                raise NumericalError(got, "finite ones", "Check the weights before it.")
             parts.append(x.detach().cpu())
     return torch.cat(parts)
 
 
 @isolated()
-def fed_before(model: nn.Module, samples: TensorDataset, layer: str) -> list[str]:
-    """Names of the parameters of modules that forward calls before a layer, or around it: what its
-    inputs depend on."""
+def called(model: nn.Module, samples: TensorDataset) -> list[str]:
+    """Names of the modules in the order in which forward calls them first; "" is the model."""
     twin = private_copy(model)
-    called: list[nn.Module] = []
+    seen: dict[nn.Module, None] = {}
     for module in twin.modules():
-        module.register_forward_pre_hook(lambda module, _: called.append(module))
+        module.register_forward_pre_hook(lambda module, _: seen.setdefault(module))
     batch = next(iter(whole_splits({"asked": samples})["asked"].batches("all"))).on(twin)
     with torch.no_grad():
         P.first_call(twin, batch.args, batch.kwargs)
-    before = called[: called.index(layer_of(twin, layer))]
+    names = {module: name for name, module in twin.named_modules()}
+    return [names[module] for module in seen]
+
+
+def in_order(model: nn.Module, samples: TensorDataset, layers: Sequence[str]) -> tuple[str, ...]:
+    """The layers once each, as forward calls them; those that it does not call come last."""
+    place = {name: k for k, name in enumerate(called(model, samples))}
+    return tuple(sorted(dict.fromkeys(layers), key=lambda name: place.get(name, len(place))))
+
+
+def fed_before(model: nn.Module, samples: TensorDataset, layer: str) -> list[str]:
+    """Names of the parameters of modules that forward calls before a layer, or around it: what its
+    inputs depend on."""
+    names = called(model, samples)
+    modules = dict(unwrapped(model).named_modules())
+    before = [modules[name] for name in names[: names.index(layer)]]
     owned = {id(p) for module in before for p in module.parameters(recurse=False)}
-    return [name for name, p in twin.named_parameters() if id(p) in owned]
+    return [name for name, p in unwrapped(model).named_parameters() if id(p) in owned]

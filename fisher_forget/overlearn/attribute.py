@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,21 +22,50 @@ def codes(attribute: Attribute, samples: int, name: str = "attribute") -> Codes:
     """The values as numbers from 0 [N].
 
     Args:
-        attribute: One value a sample: numbers or texts.
+        attribute: One value a sample: numbers, texts, or what else can be put in order.
         samples: How many there must be.
         name: Of the argument, for messages.
 
     Raises:
-        DataError: If there are not as many values as samples, or a value is missing.
+        DataError: If there are not as many values as samples, a value is missing, or they have no
+            order.
     """
-    values = np.asarray(attribute.cpu() if isinstance(attribute, Tensor) else attribute)
+    values = _array(attribute, name)
     if values.shape != (samples,):
         got = f"{name} of shape {values.shape} for {samples:,} samples"
         raise DataError(got, f"one value a sample [{samples}]", "Pass a flat list or array.")
-    if values.dtype == object or (values.dtype.kind == "f" and np.isnan(values).any()):
-        got = f"{name} with missing or mixed values"
-        raise DataError(got, "numbers, or texts", "Leave samples without a value out.")
-    return np.unique(values, return_inverse=True)[1].astype(np.int64)
+    missing = sum(map(_is_missing, values)) if values.dtype == object else (values != values).sum()
+    if missing:
+        got = f"{name} without a value (None or NaN) for {missing:,} of {samples:,} samples"
+        fix = "Leave these samples out, or give the missing a name of its own."
+        raise DataError(got, "a value for each", fix)
+    try:
+        return np.unique(values, return_inverse=True)[1].astype(np.int64)
+    except TypeError as error:
+        kinds = ", ".join(sorted({type(value).__name__ for value in values}))
+        got = f"{name} with values of type {kinds}, which have no order ({error})"
+        raise DataError(got, "numbers alone, or texts alone", "Turn them into texts.") from error
+
+
+def _array(attribute: Attribute, name: str) -> NDArray[Any]:
+    """The values as they are. NumPy would make texts of a list of texts and numbers, or None."""
+    if isinstance(attribute, Tensor):
+        x = attribute.detach().cpu()
+        return (x.double() if x.is_floating_point() else x).numpy()
+    if hasattr(attribute, "__array__") or not isinstance(attribute, Iterable):
+        return np.asarray(attribute)
+    for x in attribute:
+        if isinstance(x, (list, Tensor, np.ndarray)) and np.ndim(x):
+            got = f"{name} with a {type(x).__name__} as a value"
+            raise DataError(got, "one value a sample", "Pass a flat list or array.")
+    plain = (x.item() if isinstance(x, (Tensor, np.ndarray, np.generic)) else x for x in attribute)
+    return np.fromiter(plain, dtype=object)
+
+
+def _is_missing(value: Any) -> bool:
+    """None, and what is not equal to itself: NaN, and pandas' NaT and NA."""
+    same = value == value
+    return value is None or not (isinstance(same, (bool, np.bool_)) and bool(same))
 
 
 def sensitive(attribute: Attribute, samples: int, fewest: int = FEWEST) -> Codes:
@@ -51,9 +80,13 @@ def sensitive(attribute: Attribute, samples: int, fewest: int = FEWEST) -> Codes
         got = "an attribute with one value"
         raise DataError(got, "at least two", "Pass samples that differ in it.")
     if counts.min() < fewest:
-        got = f"a value of the attribute with {counts.min()} samples, of {len(counts)} values"
+        few = (counts < fewest).sum()
+        got = (
+            f"an attribute of {len(counts):,} values, {few:,} of them rare (down to {counts.min()})"
+        )
         expected = f"at least {fewest} samples with each value"
-        raise DataError(got, expected, "Pass more samples, leave rare values out, or join them.")
+        fix = "Make bins of a number such as an age (np.digitize); join or leave out rare values."
+        raise DataError(got, expected, fix)
     return found
 
 

@@ -18,10 +18,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from fisher_forget.data.samples import read_samples
 from fisher_forget.errors import ModelError
 from fisher_forget.evaluate.intervals import Interval, paired_interval
-from fisher_forget.overlearn.activations import activations
+from fisher_forget.overlearn.activations import activations, finite_samples
 from fisher_forget.overlearn.attribute import Attribute, codes, sensitive
 from fisher_forget.overlearn.probe import Probe, best_guess, compared, halves
 
@@ -88,10 +87,11 @@ class Decensoring:
             given: As for `Probe.run`.
 
         Raises:
-            DataError: If the attribute has one value, or a value too few samples.
+            DataError: If the attribute has one value, or a value too few samples, or inputs are
+                not finite.
             ModelError: If a layer is not there, or both give the same.
         """
-        samples = read_samples(data)
+        samples = finite_samples(data)
         values = sensitive(attribute, len(samples))
         labels = codes(np.zeros(len(samples)) if given is None else given, len(samples), "given")
         hidden, plain = (

@@ -31,32 +31,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, TypedDict, Unpack
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 from fisher_forget import params as P
-from fisher_forget._util.checks import check_model, check_names, is_number, is_whole
+from fisher_forget._util.checks import check_names, is_number, is_whole
 from fisher_forget._util.copies import copy_model
 from fisher_forget._util.isolation import isolated
 from fisher_forget._util.progress import bar
 from fisher_forget.baselines.finetune import FineTune
 from fisher_forget.curvature.estimate import estimate_curvature
-from fisher_forget.data.samples import read_samples
 from fisher_forget.data.split import resolve_split
 from fisher_forget.errors import ConfigError, ModelError
-from fisher_forget.evaluate.predictions import predict, settled_by, whole_splits
 from fisher_forget.likelihood import Likelihood
-from fisher_forget.overlearn.activations import fed_before, inputs_of, layer_of
-from fisher_forget.overlearn.attribute import Attribute, beyond, codes, sensitive
+from fisher_forget.overlearn.activations import (
+    fed_before,
+    in_order,
+    inputs_of,
+    layer_of,
+)
+from fisher_forget.overlearn.attribute import Attribute
+from fisher_forget.overlearn.task import Task, beyond_rounding, loaded, matrix
 from fisher_forget.params import Params
 
 MOST = 4096  # solves: outputs of a layer times dimensions of the attribute
 ROUNDING = 1e-10
-INDEPENDENT = 1e-7  # of a direction of C, relative to the largest: activations are float32
+NOTHING = 1e-5  # of a leakage, relative to |W| |x|: weights and activations are float32
 STRUCTURES = ("ekfac", "dense", "diagonal")
 
 
@@ -66,7 +69,9 @@ class AttributeForgotten:
 
     Attributes:
         model: A copy, in eval mode.
-        layers: Whose outputs have no covariance with the attribute any more.
+        layers: That were changed, in the order of the model.
+        still: Those of them whose leakage is more than rounding: above 1e-5 |W| |x|, as they were,
+            |x| the root mean square of the layer's inputs.
         leakage: By layer, |Cov(z, u)| of the given samples before its change and after all.
         predicted: Cost in the task's loss that the curvature predicts, 1/2 d^T B d, nats, by layer;
             NaN for LEACE.
@@ -76,6 +81,7 @@ class AttributeForgotten:
 
     model: nn.Module
     layers: tuple[str, ...]
+    still: tuple[str, ...]
     leakage: Mapping[str, tuple[float, float]]
     predicted: Mapping[str, float]
     loss: tuple[float, float]
@@ -83,10 +89,15 @@ class AttributeForgotten:
 
     def __str__(self) -> str:
         (old, new), (before, after) = self.loss, self.score
+        done = ", ".join(name for name in self.layers if name not in self.still)
+        said = [f"No linear probe of {done} reads the attribute in the given samples."] * bool(done)
+        for name in self.still:
+            left = "from {:.3g} to {:.3g}".format(*self.leakage[name])
+            said.append(f"{name} still tells of it in the given samples: its leakage went {left}.")
         return (
-            f"No linear probe of {', '.join(self.layers)} reads the attribute in the given "
-            f"samples. The task's loss there went from {old:.4f} to {new:.4f} nats, its score from "
-            f"{before:.4f} to {after:.4f}. Probe other samples, other layers, and nonlinearly."
+            f"{' '.join(said)} The task's loss there went from {old:.4f} to {new:.4f} nats, its "
+            f"score from {before:.4f} to {after:.4f}. Probe other samples, other layers, and "
+            "nonlinearly."
         )
 
 
@@ -99,7 +110,8 @@ class AttributeOptions(TypedDict, total=False):
             shorter changes.
         repair: Epochs of SGD on the task after each layer's change, of this layer and those after
             it, within W C = 0; none by default. The layer's input goes through a projection
-            meanwhile, which is then multiplied into W.
+            meanwhile, which is then multiplied into W. The model stays in eval mode: statistics of
+            normalisation do not move, and nothing is dropped.
         lr: Of the repair; .01 by default, with momentum .9.
         seed: Of the repair.
         progress: Show a progress bar; by default.
@@ -135,18 +147,19 @@ def forget_attribute(
         data: Samples of the task, best those that it was trained on: a data set of (inputs,
             target), or a tuple (inputs, targets).
         attribute: One value a sample [N].
-        layers: Names of linear layers, in the order of the model. Each is changed with what the
-            ones before it give then.
+        layers: Names of linear layers, which are changed in the order in which the model calls
+            them, frozen ones too. Each is changed with what the ones before it give then.
         given: Labels that may be told, such as the task's own targets; by default the attribute
             must not be read at all, not even where the task depends on it.
         likelihood: Of the task: name or instance.
         **options: See `AttributeOptions`.
 
     Raises:
-        ModelError: If a layer is not there, is no `nn.Linear` of vectors, or all its inputs tell
-            the attribute.
+        ModelError: If a layer is not there, is no `nn.Linear` of vectors, or shares its weights
+            with another.
         DataError: If the attribute has one value, too few samples of one, or is told wholly by the
-            given labels.
+            given labels; or inputs are not finite.
+        NumericalError: If inputs of a layer are not finite.
         ConfigError: If an option is out of range, or there are too many solves to be made.
 
     Example:
@@ -159,11 +172,11 @@ def forget_attribute(
     """
     chosen = _checked(DEFAULTS | options)
 
-    def step(task: _Task, layer: str) -> tuple[nn.Module, float]:
+    def step(task: Task, layer: str) -> tuple[nn.Module, float]:
         moved, predicted = _least_cost(task, layer, chosen)
         return (_repaired(task, moved, layer, chosen) if chosen["repair"] else moved), predicted
 
-    return _forgotten(_Task.of(model, data, attribute, given, likelihood), layers, step)
+    return _forgotten(Task.of(model, data, attribute, given, likelihood), layers, step)
 
 
 def leace(
@@ -180,8 +193,8 @@ def leace(
     Args and errors are as for `forget_attribute`.
     """
 
-    def step(task: _Task, layer: str) -> tuple[nn.Module, float]:
-        weight, bias = _matrix(task.model, layer)
+    def step(task: Task, layer: str) -> tuple[nn.Module, float]:
+        weight, bias = matrix(task.model, layer)
         if bias is None:
             got, expected = f"{layer!r}, which has no bias", "one that can hold the mean"
             raise ModelError(got, expected, "Use forget_attribute, or a layer with a bias.")
@@ -189,93 +202,43 @@ def leace(
         z = x @ weight.T + bias
         centred = z - z.mean(0)
         scales, basis = torch.linalg.eigh(centred.T @ centred / len(z))
-        kept = scales > ROUNDING * scales.max()
+        kept = beyond_rounding(scales, ROUNDING)
         root, basis = scales[kept].sqrt(), basis[:, kept]
         q, sizes, _ = torch.linalg.svd(
             (basis / root).T @ centred.T @ task.hidden / len(z), full_matrices=False
         )
-        q = q[:, sizes > ROUNDING * sizes.max()]
+        q = q[:, beyond_rounding(sizes, ROUNDING)]
         oblique = (basis * root) @ q @ q.T @ (basis / root).T
         change = {"weight": weight - oblique @ weight, "bias": bias - oblique @ (bias - z.mean(0))}
-        return _loaded(task.model, layer, change), float("nan")
+        return loaded(task.model, layer, change), float("nan")
 
-    return _forgotten(_Task.of(model, data, attribute, given, likelihood), layers, step)
-
-
-@dataclass(frozen=True)
-class _Task:
-    """A model, samples of its task, and the attribute to be forgotten.
-
-    Attributes:
-        model: As it is by now.
-        samples: With the task's targets.
-        hidden: u of every sample [N, r].
-        likelihood: Of the task.
-    """
-
-    model: nn.Module
-    samples: TensorDataset
-    hidden: Tensor
-    likelihood: Likelihood
-
-    @classmethod
-    def of(
-        cls,
-        model: nn.Module,
-        data: Any,
-        attribute: Attribute,
-        given: Attribute | None,
-        likelihood: Likelihood | str,
-    ) -> _Task:
-        check_model(model)
-        samples = read_samples(data)
-        values = sensitive(attribute, len(samples))
-        told = codes(np.zeros(len(samples)) if given is None else given, len(samples), "given")
-        settled = settled_by(model, whole_splits({"task": samples}), likelihood)
-        return cls(copy_model(model).eval(), samples, beyond(values, told), settled)
-
-    def covariance(self, layer: str) -> Tensor:
-        """C = E[x u^T] of a layer's inputs [I, r]."""
-        x = inputs_of(self.model, self.samples, layer).double()
-        return x.T @ self.hidden / len(x)
-
-    def told(self, layer: str) -> Tensor:
-        """Orthonormal basis of the columns of C [I, rank of C]; W C = 0 where it is 0 times it."""
-        basis, sizes, _ = torch.linalg.svd(self.covariance(layer), full_matrices=False)
-        found: Tensor = basis[:, sizes > INDEPENDENT * sizes.max()]
-        return found
-
-    def leakage(self, layer: str) -> float:
-        """|Cov(z, u)| of a layer's outputs."""
-        return float((_matrix(self.model, layer)[0] @ self.covariance(layer)).norm())
-
-    def performance(self) -> tuple[float, float]:
-        """Mean loss and mean score."""
-        outputs, targets = predict(self.model, whole_splits({"task": self.samples})["task"])
-        loss = float(self.likelihood.mean_loss(outputs, targets))
-        return loss, float(self.likelihood.scores(outputs, targets).mean())
+    return _forgotten(Task.of(model, data, attribute, given, likelihood), layers, step)
 
 
 # what is done to one layer: the model then, and the cost that was predicted
-Step = Callable[[_Task, str], tuple[nn.Module, float]]
+Step = Callable[[Task, str], tuple[nn.Module, float]]
 
 
-def _forgotten(task: _Task, layers: str | Sequence[str], step: Step) -> AttributeForgotten:
+def _forgotten(task: Task, layers: str | Sequence[str], step: Step) -> AttributeForgotten:
     """Change one layer after the other."""
     names = (layers,) if isinstance(layers, str) else tuple(layers)
     if not names:
         raise ConfigError("no layers", "at least one", "Name a linear layer.")
-    before, leaked, predicted = task.performance(), {}, {}
+    for name in names:
+        matrix(task.model, name)
+    names = in_order(task.model, task.samples, names)
+    before, leaked, size, predicted = task.performance(), {}, {}, {}
     with isolated():
         for name in names:
-            leaked[name] = task.leakage(name)
+            leaked[name], size[name] = task.leakage(name), task.size(name)
             model, predicted[name] = step(task, name)
             task = replace(task, model=_exact(replace(task, model=model), name))
-    after = task.performance()
+    after, left = task.performance(), {name: task.leakage(name) for name in names}
     return AttributeForgotten(
         model=task.model,
         layers=names,
-        leakage={name: (leaked[name], task.leakage(name)) for name in names},
+        still=tuple(name for name in names if left[name] > NOTHING * size[name]),
+        leakage={name: (leaked[name], left[name]) for name in names},
         predicted=predicted,
         loss=(before[0], after[0]),
         score=(before[1], after[1]),
@@ -297,9 +260,9 @@ def _checked(options: AttributeOptions) -> AttributeOptions:
     return options
 
 
-def _least_cost(task: _Task, layer: str, options: AttributeOptions) -> tuple[nn.Module, float]:
+def _least_cost(task: Task, layer: str, options: AttributeOptions) -> tuple[nn.Module, float]:
     """The closed form, and its cost to second order."""
-    weight, bias = _matrix(task.model, layer)
+    weight, bias = matrix(task.model, layer)
     c = task.told(layer)
     outputs, rank = len(weight), c.shape[1]
     if not rank:
@@ -311,8 +274,10 @@ def _least_cost(task: _Task, layer: str, options: AttributeOptions) -> tuple[nn.
     names = {
         key: f"{layer}.{key}" for key in ("weight", "bias") if key == "weight" or bias is not None
     }
+    twin = copy_model(task.model)
+    layer_of(twin, layer).requires_grad_()
     b = estimate_curvature(
-        task.model, task.samples, task.likelihood, structure=options["structure"],
+        twin, task.samples, task.likelihood, structure=options["structure"],
         subset=tuple(names.values()), progress=False,
     )  # fmt: skip
     b_tau = b.damped(options["damping"] * b.trace() / P.size(b.zeros()))
@@ -337,18 +302,18 @@ def _least_cost(task: _Task, layer: str, options: AttributeOptions) -> tuple[nn.
     change = {"weight": weight + d[names["weight"]]}
     if bias is not None:
         change["bias"] = bias + d[names["bias"]]
-    return _loaded(task.model, layer, change), predicted
+    return loaded(task.model, layer, change), predicted
 
 
-def _exact(task: _Task, layer: str) -> nn.Module:
+def _exact(task: Task, layer: str) -> nn.Module:
     """The shortest further change that leaves no covariance: W - W Q Q^T, Q a basis of C."""
-    weight, _ = _matrix(task.model, layer)
+    weight, _ = matrix(task.model, layer)
     c = task.told(layer)
     change = {"weight": weight - weight @ c @ c.T}
-    return _loaded(task.model, layer, change)
+    return loaded(task.model, layer, change)
 
 
-def _repaired(task: _Task, model: nn.Module, layer: str, options: AttributeOptions) -> nn.Module:
+def _repaired(task: Task, model: nn.Module, layer: str, options: AttributeOptions) -> nn.Module:
     """The layer and those after it, trained on the task with W C = 0."""
     c = task.told(layer)
     twin = copy_model(model)
@@ -357,8 +322,10 @@ def _repaired(task: _Task, model: nn.Module, layer: str, options: AttributeOptio
     project = across.to(next(module.parameters()))
     handle = module.register_forward_pre_hook(lambda _, args: (args[0] @ project,))
     given = {name: p.requires_grad for name, p in twin.named_parameters()}
+    module.requires_grad_()
     for name in fed_before(model, task.samples, layer):
         twin.get_parameter(name).requires_grad_(False)
+    twin.train = partial(_stays, twin)  # type: ignore[method-assign]
     split = resolve_split(task.samples, [], allow_empty=True)
     settings: dict[str, Any] = {
         "epochs": options["repair"],
@@ -367,29 +334,14 @@ def _repaired(task: _Task, model: nn.Module, layer: str, options: AttributeOptio
     }
     training = FineTune(momentum=0.9, likelihood=task.likelihood, **settings)
     trained = training.unlearn(twin, split).model
-    handle.remove()
-    layer_of(trained, layer)._forward_pre_hooks.clear()
+    del trained.train
+    del layer_of(trained, layer)._forward_pre_hooks[handle.id]
     for name, p in trained.named_parameters():
         p.requires_grad_(given[name])
-    weight, _ = _matrix(trained, layer)
-    return _loaded(trained, layer, {"weight": weight @ across})
+    weight, _ = matrix(trained, layer)
+    return loaded(trained, layer, {"weight": weight @ across})
 
 
-def _matrix(model: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
-    """W and b of a linear layer, in float64.
-
-    Raises:
-        ModelError: If it is another one.
-    """
-    layer = layer_of(model, name)
-    if not isinstance(layer, nn.Linear) or "weight" not in layer._parameters:
-        got, expected = f"{name!r}, a {type(layer).__name__}", "an nn.Linear with a weight"
-        linear = [k for k, m in model.named_modules() if isinstance(m, nn.Linear)]
-        raise ModelError(got, expected, f"Take the next one, or the one before, of {linear}.")
-    bias = None if layer.bias is None else layer.bias.detach().cpu().double()
-    return layer.weight.detach().cpu().double(), bias
-
-
-def _loaded(model: nn.Module, layer: str, change: Mapping[str, Tensor]) -> nn.Module:
-    """A copy with other weights in one layer."""
-    return P.load(model, {f"{layer}.{key}": value for key, value in change.items()})
+def _stays(model: nn.Module, mode: bool = True) -> nn.Module:
+    """In place of `train` of a model that stays in eval mode."""
+    return model

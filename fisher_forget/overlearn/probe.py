@@ -8,8 +8,10 @@ asked. Two numbers say what is found beyond the best guess without activations:
     information  mean of ln p(s | activations) - ln p(s | guess), nats (Xu et al. 2020)
 
 The guess is the most frequent value, and the shares of all values; with `given` labels, those among
-samples of the same label, so that a model of the task that tells nothing else has 0. (Below 0 the
-probe does not even tell the label.) The interval of the gain is that of Agresti and Min for paired
+samples of the same label, so that a model of the task that tells nothing else has 0. Where a label
+has few samples, its shares are drawn to those of all (`best_guess`): the guess would otherwise be
+worse than none, and any probe would find something. (Below 0 the probe does not even tell the
+label.) The interval of the gain is that of Agresti and Min for paired
 shares, of the information Student's, over samples like those that are asked, for this probe.
 
 The two may differ: where all values have the same mean in the activations, no linear probe has
@@ -24,6 +26,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import gammaln, softmax
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold, train_test_split
 from sklearn.neural_network import MLPClassifier
@@ -35,15 +38,15 @@ from fisher_forget._util.checks import is_whole
 from fisher_forget._util.isolation import seeded
 from fisher_forget._util.markdown import markdown_table
 from fisher_forget._util.progress import bar
-from fisher_forget.data.samples import read_samples
-from fisher_forget.errors import ConfigError
+from fisher_forget.errors import ConfigError, DataError
 from fisher_forget.evaluate.intervals import Array, Interval, as_array, paired_interval, t_interval
-from fisher_forget.overlearn.activations import INPUT, activations
+from fisher_forget.overlearn.activations import INPUT, activations, finite_samples
 from fisher_forget.overlearn.attribute import Attribute, Codes, codes, sensitive
 
 KINDS = ("linear", "nonlinear")
 HIDDEN = 64
 SMALLEST = 1e-12  # a share of which the logarithm is taken
+STRENGTHS = 2.0 ** np.arange(-3, 11)  # samples that the shares of all samples count for
 
 
 @dataclass(frozen=True)
@@ -161,11 +164,13 @@ class Probe:
             given: Labels that may be told [N], such as the task's own targets; see the module.
 
         Raises:
-            DataError: If the attribute has one value, or a value too few samples.
+            DataError: If the attribute has one value, or a value too few samples, or inputs are not
+                finite.
+            ConfigError: If a value has fewer samples to train on than there are folds.
             ModelError: If a layer is not there, or its output has no row for each sample.
             NumericalError: If activations are not finite.
         """
-        samples = read_samples(data)
+        samples = finite_samples(data)
         known = sensitive(attribute, len(samples))
         labels = codes(np.zeros(len(samples)) if given is None else given, len(samples), "given")
         outputs = activations(model, samples, self.layers)
@@ -196,12 +201,26 @@ class Probe:
             choices = [1 / (c * len(x)) for c in self.strengths]
             settings = {"max_iter": 200, "early_stopping": True, "random_state": self.seed}
             head = MLPClassifier(hidden_layer_sizes=(HIDDEN,), **settings)
+        self._check_enough(values, len(choices) > 1)
         pipe = make_pipeline(StandardScaler(), head)
         if len(choices) == 1:
             return pipe.set_params(**{key: choices[0]}).fit(x, values)
         folds = StratifiedKFold(self.folds, shuffle=True, random_state=self.seed)
         search = GridSearchCV(pipe, {key: choices}, cv=folds, scoring="neg_log_loss")
         return search.fit(x, values)
+
+    def _check_enough(self, values: Codes, crossed: bool) -> None:
+        rarest, trained = int(np.unique(values, return_counts=True)[1].min()), len(values)
+        if crossed:
+            trained -= -(-trained // self.folds)  # of the largest fold
+            if rarest < self.folds:
+                got = f"folds={self.folds}, and {rarest} training samples of a value"
+                fix = "Lower folds, or pass more samples."
+                raise ConfigError(got, f"at most {rarest} folds", fix)
+        if self.kind == "nonlinear" and trained <= 10:
+            got = f"{trained} samples to train a network on"
+            expected = "more than 10: a tenth says when to stop"
+            raise DataError(got, expected, "Pass more samples, or take kind='linear'.")
 
     def _narrow(self, x: NDArray[Any]) -> NDArray[Any]:
         """At most `max_width` columns, by random projections."""
@@ -221,13 +240,28 @@ def halves(values: Codes, seed: int) -> tuple[Codes, Codes]:
 
 
 def best_guess(values: Codes, labels: Codes, train: Codes) -> Array:
-    """Shares of the values among trained samples of each label [labels, values], each value counted
-    half a time more than it was seen (Krichevsky & Trofimov 1981); of all samples, for a label that
-    is not among them."""
-    counts = np.zeros((labels.max() + 1, values.max() + 1))
-    np.add.at(counts, (labels[train], values[train]), 1.0)
-    counts[counts.sum(1) == 0] = np.bincount(values[train], minlength=counts.shape[1])
-    return as_array((counts + 0.5) / (counts + 0.5).sum(1, keepdims=True))
+    r"""Shares of the values among trained samples of each label [labels, values], drawn to the
+    shares m of all trained samples:
+
+        p(v | l) = sum over a of w_a (n_lv + a m_v) / (n_l + a),
+        w_a ~ prod over l of Gamma(a) / Gamma(a + n_l) prod over v of
+              Gamma(n_lv + a m_v) / Gamma(a m_v),
+
+    n the numbers of samples, w_a the evidence of the shares of labels being Dirichlet(a m), a from
+    `STRENGTHS`. A single label has the shares m.
+
+    Source: Minka 2000, Estimating a Dirichlet distribution; the strength is averaged over here.
+    """
+    n = np.zeros((labels.max() + 1, values.max() + 1))
+    np.add.at(n, (labels[train], values[train]), 1.0)
+    shares, seen = n.sum(0) / n.sum(), n.sum(1, keepdims=True)
+    priors = [a * shares for a in STRENGTHS]
+    evidence = [
+        (gammaln(n + prior) - gammaln(prior)).sum() - (gammaln(seen + a) - gammaln(a)).sum()
+        for a, prior in zip(STRENGTHS, priors, strict=True)
+    ]
+    guesses = [(n + prior) / (seen + a) for a, prior in zip(STRENGTHS, priors, strict=True)]
+    return as_array(np.tensordot(softmax(evidence), guesses, axes=1))
 
 
 def compared(shares: Array, values: Codes) -> tuple[Array, Array]:

@@ -29,7 +29,7 @@ from fisher_forget.data.split import resolve_split
 from fisher_forget.errors import ConfigError, DataError, ModelError
 from fisher_forget.evaluate.intervals import Array, Interval, t_interval
 from fisher_forget.evaluate.predictions import predict, whole_splits
-from fisher_forget.overlearn.activations import activations, layer_of
+from fisher_forget.overlearn.activations import activations, finite_samples, layer_of
 from fisher_forget.overlearn.attribute import Attribute, Codes, sensitive
 from fisher_forget.overlearn.probe import halves
 
@@ -102,11 +102,12 @@ class Repurposing:
             attribute: One value a sample [N].
 
         Raises:
-            DataError: If the attribute has one value, or there are fewer samples than labels.
+            DataError: If the attribute has one value, there are fewer samples than labels, or
+                inputs are not finite.
             ModelError: If the layer is not there, or the model has weights that cannot be drawn
                 anew.
         """
-        samples = read_samples(data)
+        samples = finite_samples(data)
         values = sensitive(attribute, len(samples))
         pool, asked = halves(values, self.seed)
         if self.labels > len(pool):
