@@ -11,7 +11,7 @@ import torch
 from conftest import blobs_data
 from sklearn.metrics import accuracy_score, log_loss
 from torch import Tensor, nn
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from fisher_forget import ConfigError, DataError, NumericalError, TrainSettings, forget, train
 from fisher_forget.evaluate.groups import harm_by_group
@@ -160,3 +160,52 @@ def test_names_are_in_the_order_of_the_data(by_index: bool) -> None:
         x, y = (t[own[names == name].copy()] for t in data.tensors)
         expected = [accuracy_score(y, model(x).argmax(1)) for model in (before, after)]
         assert found[name] == pytest.approx(expected)
+
+
+def test_samples_without_a_target_that_counts_are_as_if_left_out() -> None:
+    before, after, data = pair()
+    x, y = data.tensors
+    ignored = torch.arange(60) % 4 == 1
+    labels, names = torch.where(ignored, -100, y), np.arange(60) % 2
+    kept = ~ignored
+    assert str(harm_by_group(before, after, TensorDataset(x, labels))) == str(
+        harm_by_group(before, after, TensorDataset(x[kept], y[kept]))
+    )
+    named = harm_by_group(before, after, TensorDataset(x, labels), names)
+    assert named == harm_by_group(before, after, TensorDataset(x[kept], y[kept]), names[kept])
+    with pytest.raises(DataError, match="'b' with 0 samples"):
+        harm_by_group(before, after, TensorDataset(x, labels), {"b": np.flatnonzero(ignored)})
+
+
+def test_a_loader_has_the_names_of_its_data_set_and_an_index_counts_once() -> None:
+    before, after, data = pair()
+    names = np.arange(60) % 2
+    loader = DataLoader(data, 7, shuffle=True)
+    assert harm_by_group(before, after, loader, names) == harm_by_group(before, after, data, names)
+    twice = harm_by_group(before, after, data, {"a": [3, 5, 3, 5, 9]})
+    assert twice == harm_by_group(before, after, data, {"a": [3, 5, 9]})
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_models_that_do_not_answer_are_refused(first: bool) -> None:
+    before, after, data = pair()
+    broken, fewer = Fixed(after.logits.detach().clone()), Fixed(after.logits.detach()[:, :2])
+    broken.logits.data[3, 1] = torch.nan
+    models = [broken, before] if first else [before, broken]
+    with pytest.raises(NumericalError, match="NaN or infinite logits for 1"):
+        harm_by_group(*models, data)
+    with pytest.raises(DataError, match=r"shape \[3\] a sample before and \[2\] after"):
+        harm_by_group(before, fewer, data)
+    with pytest.raises(DataError, match=r"targets from 0 to 2.* class indices from 0 to 1"):
+        harm_by_group(fewer, fewer, data)
+
+
+def test_names_may_be_of_any_type_but_not_missing() -> None:
+    before, after, data = pair()
+    mixed: Any = ["a", 1] * 30
+    assert {g.name for g in harm_by_group(before, after, data, mixed).groups} == {"1", "a"}
+    for none in (None, float("nan"), np.nan):
+        names: Any = [none, "a"] * 30
+        for given in (names, np.array(names, dtype=object)):
+            with pytest.raises(ConfigError, match=r"no group of 30 samples, such as \[0, 2, 4"):
+                harm_by_group(before, after, data, given)

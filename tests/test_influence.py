@@ -3,7 +3,10 @@ and known faults."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from problems import regression, ridge, softmax_minimiser
@@ -31,6 +34,7 @@ from fisher_forget import (
 from fisher_forget import params as P
 from fisher_forget._util.files import read_json
 from fisher_forget.data.split import resolve_split
+from fisher_forget.influence import Suggestions
 from fisher_forget.influence.influence import drawn
 from fisher_forget.influence.products import mean_gradient, read_gradients
 from fisher_forget.likelihood import Categorical
@@ -301,6 +305,27 @@ def test_pictures_of_the_first(poisoned):
     assert [int(text[1:].split(":")[0]) for text in said] == found.indices(7).tolist()
     with pytest.raises(DataError, match="600 samples"):
         plots.plot_suggestions(found, data.tensors[0][:20])
+    with pytest.raises(DataError, match=r"x\.reshape\(-1, 1, 8, 8\).*table"):
+        plots.plot_suggestions(found, data.tensors[0].flatten(1))
+
+
+def test_a_label_that_the_loss_ignores_leaves_the_others_in_the_table(wrong):
+    model, data, _ = wrong
+    x, y = data.tensors
+    y = torch.where(torch.arange(len(y)) == 3, -100, y)
+    found = suggest(model, TensorDataset(x, y), **QUIET)
+    assert found.table.set_index("sample")["label"].sort_index().tolist() == y.tolist()
+    found = replace(found, table=found.table.sort_values("label"))
+    ax = plots.plot_suggestions(found, x.reshape(-1, 1, 8, 8), 3, classes=list("abcdefghij"))
+    assert ax.texts[0].get_text().startswith("#3: -100 →")
+
+
+@pytest.mark.parametrize(("count", "said"), [(20, False), (21, True)])
+def test_a_poison_like_everything_is_said_to_be_none(count, said):
+    table = pd.DataFrame({"sample": range(100), "score": 0.0})
+    found = Suggestions("poisoned", "How much.", table, likely=count)
+    assert f"{count} score like the known ones." in str(found)
+    assert ("the known ones have little in common that others lack" in str(found)) is said
 
 
 # bad input

@@ -15,14 +15,14 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from fisher_forget._util.checks import is_number
 from fisher_forget._util.markdown import markdown_table
 from fisher_forget.data import batches
-from fisher_forget.data.indices import unnested
-from fisher_forget.data.split import Split, resolve_split
-from fisher_forget.errors import ConfigError, DataError, NumericalError
+from fisher_forget.data.group_names import is_scored, names_by_row, rows_of
+from fisher_forget.data.split import Indices, Split, resolve_split
+from fisher_forget.errors import ConfigError, DataError, FisherForgetError, NumericalError
 from fisher_forget.evaluate.intervals import Interval, paired_interval
 from fisher_forget.evaluate.predictions import predict, settled_by
 from fisher_forget.likelihood import Likelihood, Score
@@ -36,7 +36,7 @@ class GroupHarm:
 
     Attributes:
         name: Of the group.
-        samples: How many.
+        samples: How many have a target that counts.
         score: Before and after; what it is, `Harm.score` says.
         loss: Mean loss before and after, nats.
         drop: By how much the score became worse, with a 95 % interval over samples like these.
@@ -132,7 +132,7 @@ class Harm:
 def harm_by_group(
     before: nn.Module,
     after: nn.Module,
-    data: Dataset[Any] | Split,
+    data: DataLoader[Any] | Dataset[Any] | Split,
     groups: Groups | None = None,
     *,
     likelihood: Likelihood | str = "categorical",
@@ -144,14 +144,17 @@ def harm_by_group(
         before: The model that requests were made to.
         after: What forgetting made of it, before it is published.
         data: Samples that stay: the retained ones, or better some that neither was trained on.
-        groups: A name for each sample of `data`, or indices by name, which may overlap; by default
-            the classes.
+        groups: A name for each sample of `data` (of a loader, of its data set), or indices by name,
+            which may overlap; by default the classes. Samples without a target that counts are left
+            out.
         likelihood: As for `forget`.
         unpack: As for `forget`.
 
     Raises:
-        DataError: If a group has no sample, or fewer than two; or the data cannot be read.
+        DataError: If a group has fewer than two samples with a target, the models have different
+            outputs, or the data cannot be read.
         ConfigError: If groups do not fit the data.
+        NumericalError: If a model's outputs are not finite.
 
     Example:
         >>> import torch
@@ -165,15 +168,16 @@ def harm_by_group(
     split = resolve_split(data, [], unpack=unpack, allow_empty=True)
     kind = settled_by(before, {"data": split}, likelihood)
     answers = [predict(model, split) for model in (before, after)]
+    _check_answers(kind, answers)
     targets = answers[0][1]
-    scores = [kind.scores(outputs, targets).double().numpy() for outputs, _ in answers]
-    losses = [kind.losses(outputs, targets).double().numpy() for outputs, _ in answers]
+    scores = [kind.scores(f, y).double().numpy() for f, y in answers]
+    losses = [kind.losses(f, y).double().numpy() for f, y in answers]
     counts = kind.counts(targets).double().numpy()
     found = []
-    for name, rows in _named(groups, targets, _rows(data, split)):
+    for name, rows in _named(groups, targets, rows_of(data, split), is_scored(kind, *answers[0])):
         old, new = (values[rows] for values in scores)
         worse = old - new if kind.score.higher_is_better else new - old
-        total = max(float(counts[rows].sum()), 1.0)
+        total = float(counts[rows].sum()) or 1.0
         means = float(losses[0][rows].sum()) / total, float(losses[1][rows].sum()) / total
         score = float(np.mean(old)), float(np.mean(new))
         found.append(GroupHarm(name, len(rows), score, means, paired_interval(worse)))
@@ -181,50 +185,75 @@ def harm_by_group(
     return Harm(tuple(found), kind.score)
 
 
-def _rows(data: Dataset[Any] | Split, split: Split) -> NDArray[np.int64]:
-    """Where each sample of `data`, in its own order, is among those that are read, which are in the
-    order of their indices."""
-    if isinstance(data, Split):
-        return np.arange(len(split.retain))
-    return np.searchsorted(split.retain, unnested(data)[1])
+def _check_answers(kind: Likelihood, answers: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Refuse models that do not answer the same question, or not with numbers.
+
+    Raises:
+        DataError: Outputs of different shapes, or that the targets do not fit.
+        NumericalError: Outputs that are not finite.
+    """
+    shapes = [list(outputs.shape[1:]) for outputs, _ in answers]
+    if shapes[0] != shapes[1]:
+        got = f"outputs of shape {shapes[0]} a sample before and {shapes[1]} after"
+        raise DataError(got, "the same classes of both models", "Compare models of one task.")
+    for name, (outputs, targets) in zip(("before", "after"), answers, strict=True):
+        try:
+            kind.check(outputs, targets)
+        except FisherForgetError as error:
+            got = f"{error.got}, from the model {name}"
+            raise type(error)(got, error.expected, error.fix) from error
 
 
 def _named(
-    groups: Groups | None, targets: Tensor, order: NDArray[np.int64]
-) -> Iterator[tuple[str, NDArray[np.int64]]]:
-    """Rows by the name of their group.
+    groups: Groups | None, targets: Tensor, rows: Indices, scored: NDArray[np.bool_]
+) -> Iterator[tuple[str, Indices]]:
+    """Rows of the scored samples, by the name of their group.
 
     Args:
         groups: As for `harm_by_group`.
         targets: In the order in which samples are read.
-        order: Row of each sample of the data set.
+        rows: What `rows_of` says of the samples of the data.
+        scored: Which of the samples that are read have a target that counts.
 
     Raises:
         ConfigError, DataError: If they do not fit.
     """
-    size = len(order)
     if isinstance(groups, Mapping):
-        pairs = [(str(name), np.asarray(rows).reshape(-1)) for name, rows in groups.items()]
-        for name, rows in pairs:
-            if rows.dtype.kind not in "iu" and len(rows):
-                got = f"the group {name!r} of {rows.dtype}"
-                raise ConfigError(got, "indices", "Pass whole numbers.")
-            if len(rows) and not (rows.min() >= 0 and rows.max() < size):
-                got = f"the group {name!r} with indices from {rows.min()} to {rows.max()}"
-                raise ConfigError(got, f"0 to {size - 1}", "Count the samples of `data`.")
+        pairs = [(str(name), _chosen(str(name), given, rows)) for name, given in groups.items()]
     else:
         if groups is None and (targets.is_floating_point() or targets.ndim != 1):
             got = "no groups, and targets that are no classes"
             raise ConfigError(got, "groups=", "Pass a name for each sample.")
-        labels = np.asarray(targets[order] if groups is None else groups).reshape(-1)
-        if len(labels) != size:
-            got, expected = f"{len(labels)} names of groups", f"{size}, one a sample"
-            raise ConfigError(got, expected, "Pass a name for each sample of `data`.")
-        pairs = [(str(name), np.flatnonzero(labels == name)) for name in np.unique(labels)]
+        names = targets.numpy() if groups is None else names_by_row(groups, rows)
+        different = np.unique(names[scored] if groups is None else names)
+        pairs = [(str(name), np.flatnonzero(names == name)) for name in different]
     if not pairs:
         raise ConfigError("no groups", "at least one", "Pass groups.")
-    for name, rows in pairs:
-        if len(rows) < 2:
-            got, fix = f"the group {name!r} with {len(rows)} samples", "Leave it out, or join it."
-            raise DataError(got, "at least 2, for an interval", fix)
-    return iter([(name, order[rows]) for name, rows in pairs])
+    pairs = [(name, members[scored[members]]) for name, members in pairs]
+    for name, members in pairs:
+        if len(members) < 2:
+            got, fix = (
+                f"the group {name!r} with {len(members)} samples",
+                "Leave it out, or join it.",
+            )
+            raise DataError(got, "at least 2 with a target, for an interval", fix)
+    return iter(pairs)
+
+
+def _chosen(name: str, given: Any, rows: Indices) -> Indices:
+    """Rows of a group that is given by indices, each once.
+
+    Raises:
+        ConfigError: If these are no indices of the data.
+    """
+    chosen = np.asarray(given).reshape(-1)
+    if not len(chosen):
+        return np.zeros(0, dtype=np.int64)
+    if chosen.dtype.kind not in "iu":
+        got = f"the group {name!r} of {chosen.dtype}"
+        raise ConfigError(got, "indices", "Pass whole numbers.")
+    if chosen.min() < 0 or chosen.max() >= len(rows):
+        got = f"the group {name!r} with indices from {chosen.min()} to {chosen.max()}"
+        raise ConfigError(got, f"0 to {len(rows) - 1}", "Count the samples of `data`.")
+    found = np.unique(rows[chosen])
+    return found[found >= 0]

@@ -31,10 +31,18 @@ from fisher_forget import params as P
 from fisher_forget._util.checks import is_whole
 from fisher_forget._util.isolation import isolated
 from fisher_forget.data import batches
+from fisher_forget.data.group_names import names_by_row, rows_of
 from fisher_forget.data.indices import forget_indices
 from fisher_forget.data.split import Indices, Split, resolve_split
 from fisher_forget.errors import ConfigError, SplitError
-from fisher_forget.influence.held_out import GAPS, Gap, Measure, gap_between, mean_loss
+from fisher_forget.influence.held_out import (
+    GAPS,
+    Gap,
+    HeldOutGap,
+    Measure,
+    gap_between,
+    mean_loss,
+)
 from fisher_forget.influence.influence import (
     Influence,
     InfluenceKeywords,
@@ -59,6 +67,7 @@ CROWD = 2000  # samples whose mean unit gradient stands for that of all
 KNOWN = 64  # samples of the known poison that others are compared with, at most
 NEAREST = 3  # of these
 SHOWN = 10
+LARGE = 0.2  # share of all samples that is too many to be like the known ones
 MEANINGS: dict[Kind, str] = {
     "memorised": "By how many nats the sample's own loss would rise if the model were trained "
     "without it, to first order: what it alone has taught the model about itself.",
@@ -99,18 +108,19 @@ class Suggestions:
         likely: Of "poisoned": how many samples score nearer to what is usual (the median) among the
             known ones, each beside the others, than to what is usual among all; `None` of other
             kinds, or with a single known sample.
-        gap: Between groups of held-out samples (or the worst one's loss) as the model is, and its
-            standard error: a gap of less than two may be chance; `None` of other kinds.
+        gap: Between groups of held-out samples (or the worst one's loss) as the model is: `value`,
+            `standard_error`, `p_value`, and whether it is `within_chance`; `None` of other kinds.
         table: One row a sample, by descending score: `sample` (its index), `score`, its
             `standard_error` where held-out samples make it uncertain, `loss` in nats, `label` and
-            `predicted` class where there are classes. Known poison is left out.
+            `predicted` class where there are classes (a label that the loss ignores, such as -100,
+            stays as it is). Known poison is left out.
     """
 
     kind: Kind
     meaning: str
     table: pd.DataFrame
     likely: int | None = None
-    gap: tuple[float, float] | None = None
+    gap: HeldOutGap | None = None
 
     def indices(self, k: int) -> Indices:
         """The first k samples, ready to be `forget_idx`.
@@ -126,9 +136,17 @@ class Suggestions:
     def __str__(self) -> str:
         head = self.table.head(SHOWN).to_string(index=False, float_format=lambda x: f"{x:.3g}")
         likely = "" if self.likely is None else f" {self.likely:,} score like the known ones."
+        if self.likely is not None and self.likely > LARGE * len(self.table):
+            likely += (
+                " These are so many that the known ones have little in common that others lack."
+            )
         if self.gap is not None:
-            value, error = self.gap
-            likely = f" It is {value:.3g} now, with a standard error of {error:.2g}."
+            likely = (
+                f" It is {self.gap.value:.3g} now, with a standard error of "
+                f"{self.gap.standard_error:.2g}; groups drawn at random have as much with a "
+                f"probability of {self.gap.p_value:.2g}"
+                f"{': within chance, nothing to find.' if self.gap.within_chance else '.'}"
+            )
         title = f"By {self.kind.replace('_', ' ')}, {len(self.table):,} samples."
         return f"{title} {self.meaning}{likely}\n{head}"
 
@@ -161,8 +179,8 @@ def suggest(
             "equalised_odds", "worst_group".
         held_out: Loader or data set of samples that the model was not trained on; for "harmful"
             and unfair models.
-        groups: The name of the group of each sample of the data set that the held-out ones are of;
-            for unfair models.
+        groups: The name of the group of each sample of `held_out`, in its order (of a loader, of
+            its data set); for unfair models.
         known: Indices of the part of the poison that is known, or a mask; for "poisoned".
         unpack: As for `forget`.
         progress: Show progress bars.
@@ -174,6 +192,7 @@ def suggest(
             was given.
         SplitError: Held-out samples that are training samples, too, or fewer than two; known
             samples that are none, all, or no training samples.
+        DataError: A group with fewer than two held-out samples that have a target.
         ModelError, DataError, CurvatureError, NumericalError: As for `forget`.
 
     Example:
@@ -187,10 +206,11 @@ def suggest(
     _check(kind, {"held_out": held_out, "groups": groups, "known": known})
     split = resolve_split(data, [], unpack=unpack, allow_empty=True)
     rest = None if known is None else _known(known, split)
-    unseen = None
+    unseen, names = None, None
     if held_out is not None:
         unseen = resolve_split(held_out, [], unpack=unpack, allow_empty=True)
         _check_unseen(unseen, split)
+        names = None if groups is None else names_by_row(groups, rows_of(held_out, unseen))
     meaning, gap = MEANINGS[kind], None
     if kind == "mislabelled":
         objective, split, _ = opened(model, split, None, **changes)
@@ -199,11 +219,11 @@ def suggest(
         influence = Influence.of(model, split, progress=progress, **changes)
         seed = changes.get("seed", 0)
         if unseen is not None:
-            if groups is None:
+            if names is None:
                 measure = mean_loss(influence.objective, unseen)
             else:
-                measure = gap_between(cast(Gap, kind), influence.objective, unseen, groups)
-                gap = measure.value, measure.error
+                measure = gap_between(cast(Gap, kind), influence.objective, unseen, names, seed)
+                gap = measure.gap
                 meaning += f" The groups: {measure.groups}."
             found = _fall(influence, unseen, measure, seed)
         elif rest is not None:
@@ -228,13 +248,11 @@ class _Found:
 
 def _fall(influence: Influence, unseen: Split, measure: Measure, seed: int) -> _Found:
     """- g . H^-1 g_n / N of the measure's gradient g, and its standard error from lots of the
-    held-out samples: of a sum, as many times the spread of theirs as there are lots, root."""
-    gradients = [
-        measure.gradient(influence.objective, unseen, lot) for lot in measure.lots(LOTS, seed)
-    ]
-    read = influence.read(gradients)
-    falls = -read.products / read.positions
-    return _Found(read, falls.sum(1), falls.std(1) * len(gradients) ** 0.5)
+    held-out samples."""
+    whole, deviations = measure.gradients(influence.objective, unseen, LOTS, seed)
+    read = influence.read([whole, *deviations])
+    along = read.products / read.positions
+    return _Found(read, -along[:, 0], along[:, 1:].square().sum(1).sqrt())
 
 
 def _likeness(influence: Influence, known: Indices, seed: int) -> _Found:
@@ -263,7 +281,7 @@ def _table(samples: Indices, found: _Found, known: Indices | None) -> pd.DataFra
         columns["standard_error"] = found.error.numpy()
     columns["loss"] = read.losses.numpy()
     for name, classes in (("label", read.labels), ("predicted", read.predicted)):
-        if bool((classes >= 0).all()):
+        if bool((classes >= 0).any()):
             columns[name] = classes.numpy()
     table = pd.DataFrame(columns)
     if known is not None:

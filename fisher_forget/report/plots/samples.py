@@ -222,7 +222,8 @@ def plot_suggestions(
 
 
 def _class_name(index: Any, classes: Sequence[str]) -> str:
-    return classes[int(index)] if classes else str(int(index))
+    known = 0 <= index < len(classes)  # a label that the loss ignores has no name
+    return classes[int(index)] if known else str(int(index))
 
 
 def _draw_images(
@@ -251,7 +252,10 @@ def _check_images(images: Tensor, samples: int) -> None:
     fits = images.dim() == 3 or (images.dim() == 4 and images.shape[1] in (1, 3))
     if len(images) != samples or not fits:
         got = f"images of shape {tuple(images.shape)} for {samples} samples"
-        fix = "Pass the images of that part of the reference, in its order."
+        fix = (
+            "Pass all samples of that part or data set, in its order, as images: of 64 pixels in a "
+            "row, x.reshape(-1, 1, 8, 8). Of a table there is no picture: look at its rows."
+        )
         raise DataError(got, "[N, C, H, W] with one or three channels, or [N, H, W]", fix)
 
 
