@@ -49,6 +49,15 @@ CLAIMS = {
         top = found.table["sample"].to_numpy()[:12]
         assert (painted[top] == large[top].numpy()).all(), "green, five or more; red, below"
     """,
+    "compliance": """
+        assert [r.state for r in ledger.requests.values()] == ["served"] * 10
+        assert verify(ledger.folder, public_key) == []
+        names, others = told.loc["forgotten names"], told.loc["names it never saw"]
+        assert names["before"] - 8 < names["trained without them"] < names["before"] - 2
+        assert names["trained without them"] - 2 < names["after"] <= names["before"]
+        assert abs(others["after"] - others["before"]) < 2
+        assert len(found.wrong) <= 1, "of eleven attacks, by chance"
+    """,
     "curvature": """
         named = sizes[["structure", "kind", columns[2]]].itertuples(index=False)
         traces = {(structure, kind): trace for structure, kind, trace in named}
