@@ -230,38 +230,40 @@ def test_the_worst_of_groups_of_sequences_is_that_of_harm_by_group():
     assert found.gap.value == pytest.approx(worst.loss[0])
 
 
-@pytest.mark.parametrize("size", [5, 8, 12, 15, 41])
+@pytest.mark.parametrize("size", [5, 12, 41])
 def test_the_standard_error_of_a_score_is_unbiased_in_lots_of_unequal_size(size):
-    """Against the closed form of a mean's variance, far from 0, over 200 draws of lots: their mean
-    square has a standard deviation of at most 1 / sqrt(200), and four of these are allowed."""
+    """Against the closed form of a mean's variance, far from 0. One draw of lots has the spread of
+    chi-squared of at most 7 degrees of freedom, sqrt(2 / 7); 300 draws are given four of their
+    standard errors, .12. Of 5 samples there is one lot each, and nothing is left to chance."""
     x = torch.randn(size, 2, generator=torch.Generator().manual_seed(size)).double()
-    y = x.sum(1, keepdim=True) + 5
+    y = 0.3 * x.sum(1, keepdim=True) + 5
     model = nn.Linear(2, 1).double().eval()
     objective, split = opened(model, TensorDataset(x, y), Gaussian())
     residual = (model(x) - y).detach()
-    each = torch.cat([residual * x, residual], 1).sum(1)
+    each = residual[:, 0]  # along the bias
     measure, squares = mean_loss(objective, split), []
-    for seed in range(200):
+    for seed in range(300):
         _, lots = measure.gradients(objective, split, 8, seed)
-        squares.append(sum(float(g["weight"].sum() + g["bias"].sum()) ** 2 for g in lots))
-    assert np.mean(squares) == pytest.approx(float(each.var()) / size, rel=0.28)
+        squares.append(sum(float(g["bias"].sum()) ** 2 for g in lots))
+    wanted = float(each.var()) / size
+    assert np.mean(squares) == pytest.approx(wanted, rel=1e-6 if size == 5 else 0.12)
 
 
 def test_the_standard_error_of_a_gaps_score_is_that_of_two_means():
-    """Groups of 5 and 26, means far apart; over 200 draws of lots, as above."""
+    """Groups of 5 and 26, means far from 0 and apart; over 300 draws of lots, as above."""
     g = torch.Generator().manual_seed(0)
     x, names = torch.randn(31, 4, generator=g).double(), np.array(["a"] * 5 + ["b"] * 26)
-    x[:5] += 2
+    x = 0.3 * x + torch.from_numpy(np.where(names == "a", 2.0, 1.0))[:, None]
     model, _, _ = world()
     objective, split = opened(model, TensorDataset(x, torch.arange(31) % 2))
     measure, squares = gap_between("demographic_parity", objective, split, names), []
     p = model(x).softmax(1)[:, 1].detach()
     each = (p * (1 - p))[:, None] * x  # dp_n/dw of the second class
     wanted = float(sum(each[names == a].sum(1).var() / (names == a).sum() for a in "ab"))
-    for seed in range(200):
+    for seed in range(300):
         _, lots = measure.gradients(objective, split, 8, seed)
         squares.append(sum(float(g["weight"][1].sum()) ** 2 for g in lots))
-    assert np.mean(squares) == pytest.approx(wanted, rel=0.28)
+    assert np.mean(squares) == pytest.approx(wanted, rel=0.12)
 
 
 @pytest.mark.parametrize("groups", [2, 5])
@@ -276,6 +278,23 @@ def test_of_groups_by_chance_one_in_twenty_gaps_is_beyond_it(gap, groups, monkey
     for seed in range(200):
         names = rng.permutation(np.arange(90) % groups)
         beyond += not gap_between(gap, objective, split, names, seed).gap.within_chance
+    assert beyond <= 22
+
+
+def test_groups_that_only_the_labels_tell_have_no_gap_in_odds(monkeypatch):
+    """Drawn given the label alone: a gap in parity, and none of odds beyond chance, as above."""
+    monkeypatch.setattr("fisher_forget.influence.held_out.SHUFFLES", 99)
+    model = nn.Linear(4, 2).double().eval()
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[-2.0, 0, 0, 0], [2.0, 0, 0, 0]]))
+    _, data, _ = world()
+    objective, split = opened(model, data)
+    rng, beyond, label = np.random.default_rng(0), 0, data.tensors[1].numpy()
+    for seed in range(200):
+        names = np.where(rng.random(90) < 0.8, label, 1 - label)
+        parity, odds = (gap_between(g, objective, split, names, seed).gap for g in GAPS[:2])
+        assert not parity.within_chance
+        beyond += not odds.within_chance
     assert beyond <= 22
 
 
