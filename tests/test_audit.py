@@ -13,7 +13,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
 from fisher_forget import (
     ConfigError,
@@ -341,11 +341,16 @@ class TestOtherModels:
         """Also where some of them are training samples, too."""
         mixed = [*world["test"], *take(world["data"], range(40))]
         names = ["old"] * len(world["test"]) + ["new"] * 40
+        order = np.random.default_rng(0).permutation(len(mixed))
         found = audited(world, world["retrained"][4], unseen=mixed, groups=names)
         assert {g.name: g.samples for g in found.harm[0].groups} == {
             "old": len(world["test"]),
             "new": 40,
         }
+        part = Subset(mixed, order.tolist())
+        again = audited(world, world["retrained"][4], unseen=part, groups=[names[i] for i in order])
+        drops = [{g.name: g.drop.value for g in x.harm[0].groups} for x in (found, again)]
+        assert drops[0] == pytest.approx(drops[1])
 
 
 class TestErrors:

@@ -147,8 +147,8 @@ def audit(
     try:
         if groups is None:
             finding, harm = _harm(pairs, asked.unseen, _classes(asked.unseen, who), limit, kind)
-        else:  # they name all of the unseen samples
-            finding, harm = _harm(pairs, new, groups, limit, kind)
+        else:  # they name all of the unseen samples, in their own order
+            finding, harm = _harm(pairs, unseen, groups, limit, kind)
         findings.append(finding)
     except (DataError, ConfigError) as error:
         if groups is not None or limit is not None:
@@ -251,7 +251,11 @@ def _mark(model: Model) -> str:
 
 
 def _harm(
-    pairs: Sequence[Pair], unseen: Split, groups: Groups, limit: float | None, kind: Likelihood
+    pairs: Sequence[Pair],
+    unseen: DataLoader[Any] | Dataset[Any] | Split,
+    groups: Groups,
+    limit: float | None,
+    kind: Likelihood,
 ) -> tuple[Finding, tuple[Harm, ...]]:
     """What became of the group that lost most, and the same group in retrained models; and of all
     groups, of each model."""
