@@ -12,7 +12,6 @@ forget, and by which gap, was chosen on other seeds.
 
 from __future__ import annotations
 
-import argparse
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -34,6 +33,7 @@ from sklearn.metrics import accuracy_score
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from benchmarks.parts import asked_for, write_tables
 from fisher_forget import TrainSettings, build_model, forget, load_dataset, suggest, train
 from fisher_forget._util.files import read_json, write_json
 from fisher_forget._util.markdown import markdown_table
@@ -293,16 +293,6 @@ def cell(values: NDArray[np.float64]) -> str:
     return f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
 
 
-def write_tables(report: Report) -> None:
-    """Put the tables between their marks."""
-    page = PAGE.read_text(encoding="utf-8")
-    for name, table in tables(report).items():
-        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
-        before, rest = page.split(begin)
-        page = f"{before}{begin}\n{table}\n\n{end}{rest.split(end)[1]}"
-    PAGE.write_text(page, encoding="utf-8")
-
-
 def stored() -> Report:
     """What is known so far, in the order of the cases."""
     found: Mapping[str, Any] = read_json(STORED) if STORED.exists() else {}
@@ -311,20 +301,13 @@ def stored() -> Report:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("cases", nargs="*", default=list(CASES), metavar="CASE")
-    parser.add_argument("--only-table", action="store_true")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="sklearn")  # a group without positive samples
-    for case in () if options.only_table else options.cases:
+    for case in asked_for(__doc__, CASES, "CASE"):
         begun, (seeds, make) = time.perf_counter(), CASES[case]
         runs = [run(make(seed), seed) for seed in range(seeds)]
         write_json(STORED, stored() | {case: runs})
         print(f"{case}: {time.perf_counter() - begun:.0f} s", flush=True)
-    write_tables(stored())
+    write_tables(PAGE, tables(stored()))
 
 
 if __name__ == "__main__":

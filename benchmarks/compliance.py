@@ -10,7 +10,6 @@ after each model. One thread, three minutes.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from benchmarks.parts import asked_for, write_tables
 from fisher_forget import Ledger, audit, build_model, load_dataset, prepare, train
 from fisher_forget._util.files import read_json, write_json
 from fisher_forget._util.markdown import markdown_table
@@ -35,7 +35,6 @@ from fisher_forget.ledger import new_keys, verify
 
 STORED = Path(__file__).with_suffix(".json")
 PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "compliance.md"
-BEGIN, END = "<!-- requests -->\n", "<!-- end of requests -->\n"
 PEOPLE, MEMBERS = 10, 5  # who ask, one after the other; retrained models
 EMBEDDED = 8  # numbers of a letter
 
@@ -200,21 +199,12 @@ def table(report: dict[str, Any]) -> str:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("models", nargs="*", default=list(MODELS), metavar="MODEL")
-    parser.add_argument("--only-table", action="store_true")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
     report = read_json(STORED) if STORED.exists() else {}
-    for name in () if options.only_table else options.models:
+    for name in asked_for(__doc__, MODELS, "MODEL"):
         report[name] = served(MODELS[name]())
         write_json(STORED, report)
         print(table({name: report[name]}), flush=True)
-    text = PAGE.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n{table(report)}\n\n{END}{rest.split(END)[1]}", "utf-8")
+    write_tables(PAGE, {"requests": table(report)})
 
 
 if __name__ == "__main__":

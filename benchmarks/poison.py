@@ -12,7 +12,6 @@ and the known samples themselves.
 
 from __future__ import annotations
 
-import argparse
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -26,6 +25,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from benchmarks.parts import asked_for, write_tables
 from fisher_forget import (
     METHODS,
     FisherForgetError,
@@ -333,24 +333,12 @@ def found_table(cells: Numbers) -> str:
     return markdown_table(["", *(f"{gamma:g} known" for gamma in gammas)], rows)
 
 
-def write_tables(made: Mapping[str, str]) -> None:
-    """Put each table between its marks on the page."""
-    page = PAGE.read_text(encoding="utf-8")
-    for name, text in made.items():
-        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
-        before, rest = page.split(begin)
-        page = f"{before}{begin}\n{text}\n\n{end}{rest.split(end)[1]}"
-    PAGE.write_text(page, encoding="utf-8")
-
-
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", nargs="*", choices=[*SETUPS, []])
-    torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    measure(parser.parse_args().data or list(SETUPS))
-    write_tables(tables(read_json(STORED)))
+    if asked := asked_for(__doc__, SETUPS, "DATA"):
+        measure(asked)
+    write_tables(PAGE, tables(read_json(STORED)))
 
 
 if __name__ == "__main__":

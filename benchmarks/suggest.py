@@ -9,7 +9,6 @@ chosen on the seeds that are reported here.
 
 from __future__ import annotations
 
-import argparse
 import resource
 import time
 from collections.abc import Callable, Mapping
@@ -26,6 +25,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from benchmarks.levels import networks
+from benchmarks.parts import asked_for, write_tables
 from fisher_forget import (
     Influence,
     TrainSettings,
@@ -342,28 +342,15 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def write_tables(stored: Mapping[str, str]) -> None:
-    """Put each table between its marks in docs/how-to/suggest.md."""
-    page = PAGE.read_text(encoding="utf-8")
-    for name, table in stored.items():
-        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
-        before, rest = page.split(begin)
-        page = f"{before}{begin}\n{table}\n\n{end}{rest.split(end)[1]}"
-    PAGE.write_text(page, encoding="utf-8")
-
-
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("tables", nargs="*", choices=[*TABLES, []])
-    torch.set_num_threads(1)
-    for name in parser.parse_args().tables or TABLES:
+    for name in asked_for(__doc__, TABLES, "TABLE"):
         begun = time.perf_counter()
         table = TABLES[name]()
         print(f"{table}\n{name}: {time.perf_counter() - begun:.0f} s", flush=True)
         stored = read_json(STORED) if STORED.exists() else {}
         write_json(STORED, stored | {name: table})
-    write_tables(read_json(STORED))
+    write_tables(PAGE, read_json(STORED))
 
 
 if __name__ == "__main__":

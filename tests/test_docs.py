@@ -21,9 +21,10 @@ import pytest
 import yaml
 from browser import chromium, needs_chromium
 
-from benchmarks import levels
+from benchmarks import bias, compliance, levels, poison, suggest
 from benchmarks.attacks import tables as attacks
 from benchmarks.overlearning import tables as overlearning
+from benchmarks.parts import placed
 from fisher_forget._util.files import read_json
 from fisher_forget.baselines import METHODS, Range
 from fisher_forget.cli import main
@@ -312,14 +313,27 @@ def test_the_table_of_error_rates_is_that_of_the_stored_numbers():
         assert design["original"][levels.TOGETHER] > 0.9
 
 
+@pytest.mark.parametrize(
+    ("module", "tables"),
+    [
+        (bias, lambda report: bias.tables(bias.stored())),
+        (compliance, lambda report: {"requests": compliance.table(report)}),
+        (poison, poison.tables),
+        (suggest, dict),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_tables_are_those_of_the_stored_numbers(module, tables):
+    text = module.PAGE.read_text(encoding="utf-8")
+    assert placed(text, tables(read_json(module.STORED))) == text
+
+
 def test_the_tables_of_overlearning_are_those_of_the_stored_numbers():
     """And of a random attribute nothing is found but in one interval of twenty (in four or more
     with a chance of 2 %), while the task's own label is found."""
     report = read_json(overlearning.STORED)
     text = overlearning.PAGE.read_text(encoding="utf-8")
-    for name, table in overlearning.tables(report).items():
-        begin, end = overlearning.BEGIN.format(name), overlearning.END.format(name)
-        assert text.split(begin)[1].split(end)[0] == f"\n{table}\n\n"
+    assert placed(text, overlearning.tables(report)) == text
     layers = [case["layers"] for case in report.values()]
     random = [x["gain"] for known in layers for x in known["control: random attribute"]["layers"]]
     assert sum(x["low"] > 0 for x in random) < 4
@@ -334,9 +348,8 @@ def test_the_tables_of_attacks_are_those_of_the_stored_numbers():
     report = read_json(attacks.STORED)
     text = attacks.PAGE.read_text(encoding="utf-8")
     assert set(report) == set(attacks.PARTS)
-    for part, found in report.items():
-        begin, end = attacks.BEGIN.format(part), attacks.END.format(part)
-        assert text.split(begin)[1].split(end)[0] == f"\n{attacks.tables(part, found)}\n\n"
+    tables = {part: attacks.tables(part, found) for part, found in report.items()}
+    assert placed(text, tables) == text
     controls = [
         f for case in report["classical"]["cases"].values() for f in case["nothing deleted"]
     ]

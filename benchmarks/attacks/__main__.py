@@ -10,31 +10,22 @@ One thread; each part takes less than ten minutes.
 
 from __future__ import annotations
 
-import argparse
 import time
 
-import torch
-
 from benchmarks.attacks.classical import Report
-from benchmarks.attacks.tables import PARTS, STORED, tables, write_page
+from benchmarks.attacks.tables import PAGE, PARTS, STORED, tables
+from benchmarks.parts import asked_for, write_tables
 from fisher_forget._util.files import read_json, write_json
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("parts", nargs="*", default=list(PARTS), metavar="PART")
-    parser.add_argument("--only-table", action="store_true")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    for part in () if options.only_table else options.parts:
+    for part in asked_for(__doc__, PARTS, "PART"):
         begun = time.perf_counter()
         found = PARTS[part]()
         write_json(STORED, stored() | {part: found})  # another part may have ended meanwhile
         print(f"{part}: {time.perf_counter() - begun:.0f} s\n{tables(part, found)}")
-    write_page(stored())
+    write_tables(PAGE, {part: tables(part, found) for part, found in stored().items()})
 
 
 def stored() -> Report:

@@ -16,7 +16,6 @@ from fisher_forget._util.markdown import markdown_table
 FOLDER = Path(__file__).parent
 STORED, PAGE = FOLDER.with_suffix(".json"), FOLDER.parents[1] / "docs" / "attacks.md"
 BOUNDS = (", lower bound", ", upper bound")
-BEGIN, END = "<!-- {} -->\n", "<!-- end of {} -->\n"
 
 PARTS: dict[str, Callable[[], Report]] = {
     "classical": classical,
@@ -172,14 +171,3 @@ def _come_back(found: Report) -> str:
 def _defences(found: Report) -> str:
     rows = [[name, *(shown(f["found"]) for f in pair)] for name, pair in found["defences"].items()]
     return markdown_table(["what is published", "example", "instance"], rows)
-
-
-def write_page(report: Report) -> None:
-    """Put the tables between their marks."""
-    text = PAGE.read_text(encoding="utf-8")
-    for part in PARTS:
-        if part in report:
-            begin, end = BEGIN.format(part), END.format(part)
-            before, rest = text.split(begin)
-            text = f"{before}{begin}\n{tables(part, report[part])}\n\n{end}{rest.split(end)[1]}"
-    PAGE.write_text(text, encoding="utf-8")

@@ -11,32 +11,23 @@ thread, less than ten minutes.
 
 from __future__ import annotations
 
-import argparse
 import time
 
-import torch
-
 from benchmarks.overlearning.cases import CASES, measured
-from benchmarks.overlearning.tables import STORED, write_page
+from benchmarks.overlearning.tables import PAGE, STORED, tables
+from benchmarks.parts import asked_for, write_tables
 from fisher_forget._util.files import read_json, write_json
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("cases", nargs="*", default=list(CASES), metavar="CASE")
-    parser.add_argument("--only-table", action="store_true")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
     stored = read_json(STORED) if STORED.exists() else {}
-    for case in () if options.only_table else options.cases:
+    for case in asked_for(__doc__, CASES, "CASE"):
         begun = time.perf_counter()
         stored[case] = measured(case)
         write_json(STORED, stored)
         print(f"{case}: {time.perf_counter() - begun:.0f} s", flush=True)
-    write_page(stored)
+    write_tables(PAGE, tables(stored))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from fisher_forget._util.markdown import markdown_table
 FOLDER = Path(__file__).parent
 STORED = FOLDER.with_suffix(".json")
 PAGE = FOLDER.parents[1] / "docs" / "how-to" / "overlearning.md"
-BEGIN, END = "<!-- {} -->\n", "<!-- end of {} -->\n"
 COLUMNS = (
     "before", "after", "trained without tint", "never trained",
     "control: random attribute", "control: the task's label",
@@ -21,16 +20,6 @@ COLUMNS = (
 def tables(report: Report) -> dict[str, str]:
     """All tables by name."""
     return {"layers": _layers(report), "price": _price(report), "undone": _undone(report)}
-
-
-def write_page(report: Report) -> None:
-    """Put the tables between their marks."""
-    text = PAGE.read_text(encoding="utf-8")
-    for name, table in tables(report).items():
-        begin, end = BEGIN.format(name), END.format(name)
-        before, rest = text.split(begin)
-        text = f"{before}{begin}\n{table}\n\n{end}{rest.split(end)[1]}"
-    PAGE.write_text(text, encoding="utf-8")
 
 
 def _layers(report: Report) -> str:
