@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
 from fisher_forget import (
+    Categorical,
     ConfigError,
     DataError,
     Ledger,
@@ -152,12 +153,13 @@ class TestNumbers:
             TensorDataset(torch.randn(n, 2, generator=g), torch.randint(0, c, (n,), generator=g))
             for n, c in ((200, 3), (90, 6))
         ]
-        sides = _matched(*sets, np.random.default_rng(0))
+        kind = Categorical()
+        sides = _matched(*sets, kind, np.random.default_rng(0))
         counts = [np.bincount(side.tensors[1], minlength=3) for side in sides]
         both = [np.bincount(x.tensors[1], minlength=6)[:3] for x in sets]
         assert counts[0].tolist() == counts[1].tolist() == np.minimum(*both).tolist()
         away = TensorDataset(sets[0].tensors[0], sets[0].tensors[1] + 10)
-        assert _matched(away, sets[1], np.random.default_rng(0)) is None
+        assert _matched(away, sets[1], kind, np.random.default_rng(0)) is None
 
     def test_several_seeds_are_means(self, world):
         afters, model = world["retrained"][3:], world["model"]

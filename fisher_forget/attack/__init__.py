@@ -4,10 +4,8 @@ deleted?"""
 from fisher_forget.attack.after_release import (
     AfterRelease,
     FineTuning,
-    Quantisation,
     Relearning,
-    Remembrance,
-    quantised,
+    StillKnown,
 )
 from fisher_forget.attack.audit import audit
 from fisher_forget.attack.chosen_requests import ChosenRequests, Damage
@@ -15,6 +13,7 @@ from fisher_forget.attack.findings import Audit, Finding
 from fisher_forget.attack.inference import STATISTICS, DeletionInference
 from fisher_forget.attack.membership import MembershipInference
 from fisher_forget.attack.pairs import Pair
+from fisher_forget.attack.quantisation import Quantisation, quantised
 from fisher_forget.attack.reconstruct import ChangedAnswers, NewtonInversion, Reconstruction
 from fisher_forget.attack.release import Model, Observer, Release
 from fisher_forget.attack.shadow import FEATURES, ShadowInference
@@ -41,10 +40,10 @@ __all__ = [
     "Reconstruction",
     "Relearning",
     "Release",
-    "Remembrance",
     "ShadowInference",
     "SlowDown",
     "SlowDownPoisoning",
+    "StillKnown",
     "audit",
     "quantised",
     "shadow_pairs",

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from fisher_forget.data.fingerprint import Hashes
+from fisher_forget.attack.release import WHOLE, Observer
+from fisher_forget.data.fingerprint import Hashes, among
 from fisher_forget.data.samples import samples, take
 from fisher_forget.data.split import Indices, Split, some
 from fisher_forget.errors import DataError
+from fisher_forget.likelihood import Likelihood
 
 ASKED = 1000  # samples of each kind, at most
 FEWEST = 20  # unseen samples: of fewer, what is recovered is like them by chance
@@ -41,7 +43,7 @@ class Asked:
     unseen: Split
 
     @classmethod
-    def drawn(cls, split: Split, new: Split, seed: int) -> Asked:
+    def drawn(cls, split: Split, new: Split, kind: Likelihood, seed: int) -> Asked:
         """At most `ASKED` samples of each kind.
 
         Raises:
@@ -57,19 +59,35 @@ class Asked:
             got = f"{len(unseen.retain)} unseen samples"
             raise DataError(got, f"at least {FEWEST}", "Hold more samples out.")
         few = 10 * ASKED  # to choose from
-        copies = set(map(bytes, _hashes(split, split.forget)))
-        others_of = split.retain[[bytes(h) not in copies for h in _hashes(split, split.retain)]]
+        gone, stay = (_hashes(split, part) for part in (split.forget, split.retain))
+        others_of = split.retain[~among(stay, gone)]
         deleted = _read(split, some(split.forget, ASKED, rng))
         kept = _read(split, some(others_of, few, rng))
         others = _read(unseen, some(unseen.retain, few, rng))
         any_other = take(kept, rng.permutation(len(kept))[: len(deleted)])
         return cls(
             deleted,
-            _matched(deleted, kept, rng) or (deleted, any_other),
-            _matched(deleted, others, rng),
+            _matched(deleted, kept, kind, rng) or (deleted, any_other),
+            _matched(deleted, others, kind, rng),
             take(others, rng.permutation(len(others))[:ASKED]),
             unseen,
         )
+
+    def classes(self, split: Split, kind: Likelihood) -> dict[str, Indices]:
+        """Rows of unseen samples by class, of the classes of which the split retains samples.
+
+        Raises:
+            DataError: If targets are no classes.
+        """
+        new, kept = (
+            classes_of(torch.cat([batch.targets for batch in part.batches("retain")]), kind)
+            for part in (self.unseen, split)
+        )
+        if new is None or kept is None:
+            fix = "Name a group for each sample."
+            raise DataError("targets that are no classes", "groups=", fix)
+        rows = {str(int(c)): np.flatnonzero(new == c) for c in np.unique(kept)}
+        return {name: found for name, found in rows.items() if len(found) > 1}
 
 
 def _hashes(split: Split, part: Indices) -> Hashes:
@@ -83,8 +101,7 @@ def _apart(new: Split, split: Split) -> Split:
     Raises:
         DataError: If these are most of them.
     """
-    trained = set(map(bytes, split.hashes))
-    seen = np.array([bytes(row) in trained for row in new.hashes])
+    seen = among(new.hashes, split.hashes)
     if 2 * seen.sum() >= len(seen):
         got = f"{seen.sum():,} of {len(seen):,} unseen samples that are training samples"
         fix = "Pass samples that no model was trained on."
@@ -113,29 +130,25 @@ def _read(split: Split, rows: Indices) -> TensorDataset:
         raise DataError(got, "samples of one shape", "Pad them to one length.") from error
 
 
-def classes_of(targets: Tensor) -> Tensor | None:
-    """The class of each sample [N]; `None` of numbers, and of several targets a sample. Floats that
-    are all 0 or 1 are classes."""
-    if targets.numel() != len(targets):
+def classes_of(targets: Tensor, kind: Likelihood) -> Indices | None:
+    """The class of each sample [N]; `None` of numbers, and of several targets a sample."""
+    try:
+        return Observer(WHOLE, kind).classes(TensorDataset(targets))
+    except DataError:
         return None
-    labels = targets.reshape(-1)
-    whole = labels.long()
-    if labels.is_floating_point() and not (
-        bool((labels == whole).all()) and bool(torch.isin(whole, torch.tensor([0, 1])).all())
-    ):
-        return None
-    return whole
 
 
-def _matched(first: TensorDataset, second: TensorDataset, rng: np.random.Generator) -> Sides | None:
+def _matched(
+    first: TensorDataset, second: TensorDataset, kind: Likelihood, rng: np.random.Generator
+) -> Sides | None:
     """As many samples of each class from both, drawn at random; `None` where no class is in both.
     Without classes as many of both."""
-    both = [classes_of(x.tensors[-1]) for x in (first, second)]
+    both = [classes_of(x.tensors[-1], kind) for x in (first, second)]
     targets = [labels for labels in both if labels is not None]
     if len(targets) < 2:
-        targets = [torch.zeros(len(x), dtype=torch.long) for x in (first, second)]
+        targets = [np.zeros(len(x), dtype=np.int64) for x in (first, second)]
     rows: tuple[list[Indices], list[Indices]] = ([], [])
-    for c in targets[0].unique():
+    for c in np.unique(targets[0]):
         where = [rng.permutation(np.flatnonzero(x == c)) for x in targets]
         for chosen, found in zip(rows, where, strict=True):
             chosen.append(found[: min(map(len, where))])

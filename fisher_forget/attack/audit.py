@@ -7,13 +7,11 @@ many unseen ones. An attack that this model or these data do not allow is named 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypedDict, Unpack
 
 import numpy as np
-import torch
 from scipy import special
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -23,22 +21,22 @@ from fisher_forget._util.isolation import isolated
 from fisher_forget._util.progress import bar
 from fisher_forget.attack.after_release import (
     FineTuning,
-    Quantisation,
     Relearning,
-    Remembrance,
+    StillKnown,
 )
-from fisher_forget.attack.asked import Asked, Sides, classes_of
+from fisher_forget.attack.asked import Asked, Sides
 from fisher_forget.attack.findings import Audit, Finding
 from fisher_forget.attack.inference import STATISTICS, DeletionInference
 from fisher_forget.attack.membership import MembershipInference
 from fisher_forget.attack.pairs import Pair, check_different
+from fisher_forget.attack.quantisation import Quantisation
 from fisher_forget.attack.reconstruct import ChangedAnswers, NewtonInversion
 from fisher_forget.attack.release import Model
 from fisher_forget.attack.shadow import ShadowInference
-from fisher_forget.data.split import Indices, Split, resolve_split
+from fisher_forget.data.split import Split, resolve_split
 from fisher_forget.errors import ConfigError, DataError, FisherForgetError
 from fisher_forget.evaluate.groups import Groups, Harm, harm_by_group
-from fisher_forget.evaluate.intervals import Interval, t_interval
+from fisher_forget.evaluate.intervals import Interval, interval_of_one_more
 from fisher_forget.evaluate.predictions import settled_by
 from fisher_forget.ledger.evidence import model_fingerprint
 from fisher_forget.likelihood import Likelihood, resolve_likelihood
@@ -127,7 +125,7 @@ def audit(
     # a module may hold another one by the name of `model`
     afters = [x if isinstance(x, nn.Module) else getattr(x, "model", x) for x in results]
     check_different(afters)
-    asked = Asked.drawn(who, new, options.get("seed", 0))
+    asked = Asked.drawn(who, new, kind, options.get("seed", 0))
     retrained = tuple(options.get("retrained", ()))
     pairs = [
         Pair(before, after, asked.deleted, retrained=retrained)
@@ -146,7 +144,7 @@ def audit(
     groups, limit = options.get("groups"), options.get("limit")
     try:
         if groups is None:
-            finding, harm = _harm(pairs, asked.unseen, _classes(asked.unseen, who), limit, kind)
+            finding, harm = _harm(pairs, asked.unseen, asked.classes(who, kind), limit, kind)
         else:  # they name all of the unseen samples, in their own order
             finding, harm = _harm(pairs, unseen, groups, limit, kind)
         findings.append(finding)
@@ -184,7 +182,7 @@ def _attacks(asked: Asked, kind: Likelihood, shadows: Sequence[Pair]) -> dict[st
         found[SHADOW] = on(asked.beside_unseen, ShadowInference(shadows, likelihood=kind))
     found["inversion of the step"] = _beside_all(NewtonInversion(asked.public, likelihood=kind))
     found["changed answers"] = _beside_all(ChangedAnswers(asked.public, likelihood=kind))
-    found["still known"] = Remembrance(likelihood=kind).run
+    found["still known"] = StillKnown(likelihood=kind).run
     later = (
         Relearning(samples=min(KNOWN, len(asked.deleted) // 2 or 1), likelihood=kind),
         FineTuning(data=asked.public, likelihood=kind),
@@ -204,16 +202,11 @@ def _beside_all(attack: NewtonInversion | ChangedAnswers) -> Attack:
         if len(pair.retrained) < 2:
             return found
         each = [replace(pair, after=model, retrained=()) for model in pair.retrained]
-        return replace(found, retrained=_one_more([attack.run(x).found.value for x in each]))
+        return replace(
+            found, retrained=interval_of_one_more([attack.run(x).found.value for x in each])
+        )
 
     return run
-
-
-def _one_more(values: Sequence[float]) -> Interval:
-    """Mean over at least two retrained models, and Student's interval of one more."""
-    spread = t_interval(values)
-    half = (spread.high - spread.value) * math.sqrt(len(values) + 1)
-    return Interval(spread.value, spread.value - half, spread.value + half)
 
 
 def _wider(interval: Interval, looks: int) -> Interval:
@@ -276,7 +269,7 @@ def _harm(
     exact = [harm(pairs[0].before, model).worst.drop for model in pairs[0].retrained]
     yard = _wider(exact[0], len(drops)) if exact else None
     if len(exact) > 1:
-        yard = _one_more([drop.value for drop in exact])
+        yard = interval_of_one_more([drop.value for drop in exact])
     score = ours[0].score
     finding = Finding(
         attack=HARM,
@@ -290,22 +283,6 @@ def _harm(
         limit=limit,
     )
     return finding, ours
-
-
-def _classes(unseen: Split, split: Split) -> dict[str, Indices]:
-    """Rows of unseen samples by class, of the classes of which samples are retained.
-
-    Raises:
-        DataError: If targets are no classes.
-    """
-    new, kept = (
-        classes_of(torch.cat([batch.targets for batch in part.batches("retain")]))
-        for part in (unseen, split)
-    )
-    if new is None or kept is None:
-        raise DataError("targets that are no classes", "groups=", "Name a group for each sample.")
-    rows = {str(int(c)): np.flatnonzero(new == c) for c in kept.unique()}
-    return {name: found for name, found in rows.items() if len(found) > 1}
 
 
 def _check(results: Sequence[Any], befores: Sequence[Any], options: AuditOptions) -> None:

@@ -113,7 +113,7 @@ class Finding:
     @property
     def numbers(self) -> str:
         """What is found, what is nothing, and what retrained models show."""
-        text = f"{self.measure} {shown(self.found)}; {decimals(self.nothing)} is nothing."
+        text = f"{self.measure} {shown(self.found)}; {decimals(self.nothing)} by chance."
         exact = self.retrained
         return text if exact is None else f"{text} After exact retraining: {shown(exact)}."
 
@@ -297,5 +297,5 @@ def findings_table(findings: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
                 f["meaning"].removesuffix(" with").removesuffix(":") + ".",
             )
         )
-    heads = ["attack", "verdict", "found", "nothing", "retrained", "in words"]
+    heads = ["attack", "verdict", "found", "by chance", "retrained", "in words"]
     return pd.DataFrame(rows, columns=heads)

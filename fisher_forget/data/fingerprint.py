@@ -32,6 +32,12 @@ KNOWN_BY_TYPE = (
 )
 
 
+def among(hashes: Hashes, others: Hashes) -> npt.NDArray[np.bool_]:
+    """Which of the samples are among others, by their hashes: [samples]."""
+    known = set(map(bytes, others))
+    return np.array([bytes(row) in known for row in hashes], dtype=bool)
+
+
 class SampleHasher:
     """BLAKE2b of samples as the collate function makes them, each by itself.
 

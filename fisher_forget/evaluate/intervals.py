@@ -62,6 +62,22 @@ def t_interval(values: Values, level: float = 0.95) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
+def interval_of_one_more(values: Values, level: float = 0.95) -> Interval:
+    """Student's interval of one more value like these, independent and roughly normal: mean ±
+    t_{n-1} s sqrt(1 + 1 / n).
+
+    Args:
+        values: [n], at least two.
+        level: Probability that the interval covers it.
+
+    Raises:
+        ConfigError, DataError, NumericalError: As for `t_interval`.
+    """
+    mean = t_interval(values, level)
+    half = (mean.high - mean.value) * math.sqrt(len(finite_vector(values, "values")) + 1)
+    return Interval(mean.value, mean.value - half, mean.value + half)
+
+
 def paired_interval(differences: Values) -> Interval:
     """95 % interval for the mean of paired differences, over samples like these.
 

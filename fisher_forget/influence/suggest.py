@@ -31,6 +31,7 @@ from fisher_forget import params as P
 from fisher_forget._util.checks import is_whole
 from fisher_forget._util.isolation import isolated
 from fisher_forget.data import batches
+from fisher_forget.data.fingerprint import among
 from fisher_forget.data.group_names import names_by_row, rows_of
 from fisher_forget.data.indices import forget_indices
 from fisher_forget.data.split import Indices, Split, resolve_split
@@ -337,9 +338,8 @@ def _check_unseen(unseen: Split, split: Split) -> None:
     if len(unseen.retain) < 2:
         got = f"{len(unseen.retain)} held-out samples"
         raise SplitError(got, "at least two, which tell an error", "Hold more samples out.")
-    trained = set(map(bytes, split.hashes))
-    seen = [i for i, row in zip(unseen.retain, unseen.hashes, strict=True) if bytes(row) in trained]
-    if seen:
+    seen = unseen.retain[among(unseen.hashes, split.hashes)]
+    if len(seen):
         few = [int(i) for i in seen[:5]]
         got = f"{len(seen):,} held-out samples that are training samples, such as {few}"
         fix = "Leave them out: their loss says nothing of unseen samples."
