@@ -98,6 +98,7 @@ def audit(
         ConfigError: If there are not as many results as models, or an option is out of range.
 
     Example:
+        >>> import torch
         >>> from fisher_forget import forget
         >>> x = torch.randn(120, 3, generator=torch.Generator().manual_seed(0))
         >>> data, new = (
